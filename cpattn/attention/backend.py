@@ -1,0 +1,122 @@
+"""What a backend is: a function from q, k, v and rows to (out, LSE), and what it can do as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.rows import Alignment, RaggedRows
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a call asks of the attention, beside its tensors.
+
+    Attributes:
+        scale: the scores are q . k * scale.
+        window: each query sees the last ``window`` keys up to its own, or None for all.
+        softcap: scores become softcap * tanh(scores / softcap), or None.
+        sinks: fp32 ``[Hq]``, one more logit in each query's softmax, without a value; or None.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class AttentionFunction(Protocol):
+    """Attention over ragged rows.
+
+    Args:
+        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``, of one floating dtype; the last axis is contiguous,
+            the others may be strided. Rows of q beyond the last query range are padding and may hold anything.
+        rows: the work.
+        options: scale, window, softcap, sinks.
+        out_dtype: the dtype to return ``out`` in: q's, or fp32 where the result will be merged with others.
+
+    Returns:
+        ``out [T, Hq, Dv]`` and ``lse [T, Hq]`` (natural log, sinks included; fp32, or fp64 for fp64 inputs). A query that sees no key gets
+        out 0 and LSE -inf (with sinks: the sink). The padding rows of both may hold anything.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ``cp_attention`` call as the choice of a backend sees it: kinds and sizes, the same on every rank.
+
+    Attributes:
+        alignments: of the rows that the strategy's steps will have.
+        merges: more than one step, so that partial results are merged.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    window: bool
+    softcap: bool
+    sinks: bool
+    alignments: frozenset[Alignment]
+    merges: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A varlen attention kernel and what it can do.
+
+    Attributes:
+        name: what ``backend=`` takes.
+        run: the kernel's wrapper.
+        device_types: of the tensors that it takes; None for any.
+        dtypes: that it takes.
+        alignments: of rows that it can express; see :data:`cpattn.attention.rows.Alignment`.
+        window, softcap: whether it has these. Sinks need no flag: where a backend lacks them, they are applied to
+            its result (``native_sinks`` says whether it has its own).
+        v_head_dim: whether Dv may differ from D.
+        fp32_out: whether it can return its result in fp32, so that merging loses nothing.
+        unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
+        refuses: a further reason that this call can not be served, or None.
+    """
+
+    name: str
+    run: AttentionFunction
+    device_types: frozenset[str] | None
+    dtypes: frozenset[torch.dtype]
+    alignments: frozenset[Alignment]
+    window: bool
+    softcap: bool
+    native_sinks: bool
+    v_head_dim: bool
+    fp32_out: bool
+    unavailable: Callable[[], str | None] = lambda: None
+    refuses: Callable[[Call], str | None] = lambda call: None
+
+    def why_not(self, call: Call) -> str | None:
+        """The reason why this backend can not serve the call, or None if it can."""
+        reason = self.unavailable()
+        if reason:
+            return reason
+        if self.device_types is not None and call.device.type not in self.device_types:
+            return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {call.device.type} ones"
+        if call.dtype not in self.dtypes:
+            known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+            return f"it takes {known}, not {str(call.dtype).removeprefix('torch.')}"
+        if call.window and not self.window:
+            return "it has no sliding window"
+        if call.softcap and not self.softcap:
+            return "it has no softcap"
+        if call.head_dim != call.v_head_dim and not self.v_head_dim:
+            return f"it needs v's head_dim to be that of q and k ({call.v_head_dim} is not {call.head_dim})"
+        if not call.alignments <= self.alignments:
+            needed = ", ".join(sorted(call.alignments - self.alignments))
+            return f"the strategy has rows of alignment {needed!r}, which it can not express"
+        return self.refuses(call)

@@ -1,0 +1,66 @@
+"""Backend ``cpu``: torch's flash attention kernel for CPUs, one call for each unmasked rectangle and causal square.
+
+The kernel aligns its causal mask to the top left, so that a row of ragged work is cut in two: the keys that all its
+queries see (a rectangle without a mask) and those around the diagonal (a square). Their results are merged by LSE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.merge import merge_
+from cpattn.attention.rows import RaggedRows
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`cpattn.attention.backend.AttentionFunction`.
+
+    Computes in fp32 whatever the inputs: the kernel is as fast in fp32 as in bf16, and its bf16 results could not be
+    merged without losing precision. Where D and Dv differ, the smaller is padded with zeros.
+    """
+    v_head_dim = v.shape[2]
+    head_dim = max(q.shape[2], v_head_dim)
+    q, k, v = (pad(x.float(), (0, head_dim - x.shape[2])) if x.shape[2] < head_dim else x.float() for x in (q, k, v))
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(q.shape[:2], -torch.inf)
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host), strict=True):
+        # Queries before the diagonal enters the range see nothing.
+        skip = min(q_len, max(0, 1 - diagonal))
+        first, end, seen = q_start + skip, q_start + q_len, diagonal + skip
+        # Keys that all remaining queries see, then those that they see one after another.
+        full = min(k_len, seen - 1)
+        square = min(k_len - full, end - first)
+        _add(out, lse, q, k, v, slice(first, end), slice(k_start, k_start + full), False, options.scale)
+        diagonal_keys = slice(k_start + full, k_start + full + square)
+        _add(out, lse, q, k, v, slice(first, first + square), diagonal_keys, True, options.scale)
+        # Where the range ends before the last query's diagonal, the queries below the square see all of its keys.
+        _add(out, lse, q, k, v, slice(first + square, end), diagonal_keys, False, options.scale)
+    return out[..., :v_head_dim].to(out_dtype), lse
+
+
+def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice, causal: bool, scale: float) -> None:
+    """Attends and merges into ``out`` and ``lse``; nothing to do where either side is empty (the kernel would crash)."""
+    if queries.start >= queries.stop or keys.start >= keys.stop:
+        return
+    q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q[queries], k[keys], v[keys]))
+    part_1htd, part_lse_1ht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1htd, k_1hsd, v_1hsd, 0.0, causal, scale=scale)
+    merge_(out[queries], lse[queries], part_1htd[0].transpose(0, 1), part_lse_1ht[0].transpose(0, 1))
+
+
+BACKEND = Backend(
+    name="cpu",
+    run=cpu_attention,
+    device_types=frozenset({"cpu"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    alignments=frozenset({"bottom_right", "full", "any"}),
+    window=False,
+    softcap=False,
+    native_sinks=False,
+    v_head_dim=True,
+    fp32_out=True,
+)

@@ -1,0 +1,70 @@
+"""Backend ``reference``: plain torch on any device, with every feature. Slow; what other backends are read beside."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.rows import RaggedRows
+
+# Queries are taken in blocks of this many, to bound the score matrix.
+_BLOCK = 512
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`cpattn.attention.backend.AttentionFunction`. Computes in fp32, in fp64 for fp64 inputs."""
+    out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=out_dtype)
+    lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host), strict=True):
+        for begin in range(0, q_len, _BLOCK):
+            end = min(begin + _BLOCK, q_len)
+            sees_to = min(k_len, diagonal + end - 1)
+            sees_from = 0 if options.window is None else max(0, diagonal + begin - options.window)
+            if sees_to <= sees_from and options.sinks is None:
+                continue
+            queries = slice(q_start + begin, q_start + end)
+            keys = slice(k_start + sees_from, k_start + max(sees_from, sees_to))
+            out[queries], lse[queries] = _attend(q[queries], k[keys], v[keys], diagonal + begin - sees_from, options)
+    return out, lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, diagonal: int, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """One block of queries against one range of keys; the first query sees the first ``diagonal`` of them."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    q_tHgd = rearrange(q.to(compute), "t (h g) d -> t h g d", g=group)
+    scores = einsum(q_tHgd, k.to(compute), "t h g d, s h d -> t h g s") * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    sees_to = diagonal + torch.arange(len(q), device=q.device)[:, None]
+    key = torch.arange(len(k), device=q.device)
+    visible = key < sees_to
+    if options.window is not None:
+        visible &= key >= sees_to - options.window
+    scores = rearrange(scores, "t h g s -> t (h g) s").masked_fill(~visible[:, None], -torch.inf)
+    if options.sinks is not None:
+        sink_column = options.sinks.to(compute)[:, None].expand(len(q), -1, 1)
+        scores = torch.cat([scores, sink_column], dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    # A query that sees nothing has LSE -inf; a finite stand-in makes its weights exp(-inf) = 0 rather than NaN.
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])[..., : len(k)]
+    out = einsum(rearrange(weights, "t (h g) s -> t h g s", g=group), v.to(compute), "t h g s, s h d -> t h g d")
+    return rearrange(out, "t h g d -> t (h g) d"), lse
+
+
+BACKEND = Backend(
+    name="reference",
+    run=reference_attention,
+    device_types=None,
+    dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
+    alignments=frozenset({"bottom_right", "full", "any"}),
+    window=True,
+    softcap=True,
+    native_sinks=True,
+    v_head_dim=True,
+    fp32_out=True,
+)

@@ -1,0 +1,142 @@
+"""What cp_attention, shard and unshard refuse, before anything is sent."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions
+from cpattn.errors import (
+    CPError,
+    GroupError,
+    HeadCountError,
+    OptionError,
+    PrefixError,
+    RowCountError,
+    TensorMismatchError,
+    UnsupportedError,
+)
+from cpattn.exchange.communicator import Communicator
+from cpattn.kv_cache import PackedKV
+from cpattn.metadata.batch import is_integer
+from cpattn.metadata.cp_metadata import CPMetadata
+
+
+def check_metadata(meta: Any) -> None:
+    if not isinstance(meta, CPMetadata):
+        raise CPError(f"meta is a {type(meta).__name__}; pass the CPMetadata of this rank: plan.metadata(cp_rank, device)")
+
+
+def check_group(meta: CPMetadata, communicator: Communicator) -> None:
+    plan = meta.plan
+    if communicator.size != plan.cp_size:
+        raise GroupError(
+            f"the group has {communicator.size} ranks, but the plan has cp_size={plan.cp_size}; "
+            "pass the context-parallel group, or plan for its size"
+        )
+    if communicator.rank != meta.cp_rank:
+        raise GroupError(
+            f"this process is rank {communicator.rank} of the group, but the metadata is that of cp_rank {meta.cp_rank}; "
+            "build the metadata with the rank within the context-parallel group (not the global or tensor-parallel one)"
+        )
+
+
+def check_rows(name: str, x: Tensor, meta: CPMetadata) -> None:
+    if len(x) != meta.rows:
+        raise RowCountError(
+            f"{name} has {len(x)} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); "
+            "shard the input with cpattn.shard(x, meta)"
+        )
+
+
+def check_device(name: str, x: Tensor, meta: CPMetadata) -> None:
+    if x.device != meta.device:
+        raise TensorMismatchError(
+            f"{name} is on {x.device}, but the metadata is on {meta.device}; "
+            f"build it where the tensors are: plan.metadata(cp_rank, device={str(x.device)!r})"
+        )
+
+
+def check_no_grad(**tensors: Tensor) -> None:
+    needing = [name for name, x in tensors.items() if x.requires_grad]
+    if needing and torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{', '.join(needing)} require{'s' * (len(needing) == 1)} a gradient, but cpattn computes the forward pass only; "
+            "call it under torch.no_grad()"
+        )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+            raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
+        check_rows(name, x, meta)
+        check_device(name, x, meta)
+    check_no_grad(q=q, k=k, v=v)
+    if not q.dtype.is_floating_point or not q.dtype == k.dtype == v.dtype:
+        raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}; all must be of one floating dtype")
+    if q.shape[2] != k.shape[2] or 0 in (q.shape[2], v.shape[2]):
+        raise TensorMismatchError(
+            f"q has head_dim {q.shape[2]}, k has {k.shape[2]}, v has {v.shape[2]}; q and k must have the same, and none may be 0"
+        )
+    if k.shape[1] != v.shape[1]:
+        raise HeadCountError(f"k has {k.shape[1]} heads, v has {v.shape[1]}; they must have the same")
+    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
+        raise HeadCountError(f"q has {q.shape[1]} heads, k and v have {k.shape[1]}; query heads must be a multiple of key/value heads")
+
+
+def check_prefix(kv_cache: Any, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
+    needed = int(meta.plan.prefix_lens.sum())
+    if kv_cache is None:
+        if needed:
+            raise PrefixError(f"the batch has {needed} prefix tokens, but kv_cache is None; pass kv_cache=PackedKV(k, v) with those tokens")
+        return
+    if not isinstance(kv_cache, PackedKV):
+        raise PrefixError(f"kv_cache is a {type(kv_cache).__name__}; pass a PackedKV(k, v) with the batch's {needed} prefix tokens")
+    for name, cached, new in (("k", kv_cache.k, k), ("v", kv_cache.v, v)):
+        if not isinstance(cached, Tensor) or cached.ndim != 3:
+            raise PrefixError(f"kv_cache.{name} is not a tensor [prefix tokens, heads, head_dim]")
+        if len(cached) != needed:
+            raise PrefixError(
+                f"kv_cache.{name} has {len(cached)} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
+                "pack the prefix of every request, request after request, without padding, the same on every rank"
+            )
+        if cached.shape[1:] != new.shape[1:] or cached.dtype != new.dtype or cached.device != new.device:
+            raise TensorMismatchError(
+                f"kv_cache.{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {name} is {tuple(new.shape)} "
+                f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
+            )
+    check_no_grad(**{"kv_cache.k": kv_cache.k, "kv_cache.v": kv_cache.v})
+
+
+def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:
+    """Checks the options of a call and puts them into the form that backends take."""
+    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise OptionError(f"scale={scale!r}; pass a finite number, or None for 1 / sqrt(head_dim)")
+    if window is not None and (not is_integer(window) or int(window) < 1):
+        raise OptionError(
+            f"window={window!r}; pass the number of keys that a query sees, its own included: an integer of at least 1, or None"
+        )
+    if softcap is not None and not (isinstance(softcap, Real) and math.isfinite(softcap) and float(softcap) > 0):
+        raise OptionError(f"softcap={softcap!r}; pass a positive number, or None")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise OptionError(f"sinks is a {type(sinks).__name__}; pass a tensor with one logit for each query head, or None")
+        if sinks.shape != q.shape[1:2]:
+            raise HeadCountError(f"sinks has shape {tuple(sinks.shape)}, q has {q.shape[1]} heads; pass one logit for each query head")
+        if not sinks.dtype.is_floating_point or sinks.device != q.device:
+            raise TensorMismatchError(f"sinks is {sinks.dtype} on {sinks.device}; it must be floating and on q's device, {q.device}")
+        check_no_grad(sinks=sinks)
+    # A window as long as the longest request changes nothing, and without it any backend can serve the call.
+    longest = meta.derive("longest request", lambda: int(meta.plan.total_lens.max(initial=0)))
+    return AttentionOptions(
+        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+        window=int(window) if window is not None and window < longest else None,
+        softcap=None if softcap is None else float(softcap),
+        sinks=None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)),
+    )

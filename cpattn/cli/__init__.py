@@ -1,0 +1,1 @@
+"""``python -m cpattn``: a file a command."""

@@ -1,0 +1,55 @@
+"""Everything cpattn refuses, by kind. A message says what was passed, the rule, and the fix."""
+
+from __future__ import annotations
+
+
+class CPError(ValueError):
+    """Base of all errors that cpattn raises about its input."""
+
+
+class BatchError(CPError):
+    """The batch is not a sequence of (prefix_len, extend_len) pairs of non-negative integers."""
+
+
+class PlanError(CPError):
+    """An option of the plan is out of its range: cp_size, partition, remainder, pad_to."""
+
+
+class RankError(CPError):
+    """A cp_rank outside 0 .. cp_size - 1."""
+
+
+class RowCountError(CPError):
+    """A tensor has another number of rows than the plan or the metadata says."""
+
+
+class HeadCountError(CPError):
+    """Query heads are not a multiple of key/value heads, or K, V or sinks have another head count."""
+
+
+class TensorMismatchError(CPError):
+    """Tensors that go together differ in rank, dtype, device or head dimension."""
+
+
+class OptionError(CPError):
+    """An option of the attention is out of its range: scale, window, softcap, sinks."""
+
+
+class PrefixError(CPError):
+    """The KV cache does not hold the prefix that the batch speaks of."""
+
+
+class GroupError(CPError):
+    """The process group does not fit the metadata: another size, another rank, or none at all."""
+
+
+class DisagreementError(CPError):
+    """The ranks of one call do not agree: other plans, other arguments, or one of them refused."""
+
+
+class UnknownNameError(CPError):
+    """A strategy or backend of that name does not exist."""
+
+
+class UnsupportedError(CPError):
+    """The chosen strategy or backend lacks a feature that the call needs."""

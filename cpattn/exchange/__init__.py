@@ -1,0 +1,1 @@
+"""Layer 2: what travels between the ranks, and in which steps it is attended to."""

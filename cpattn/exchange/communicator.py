@@ -1,0 +1,238 @@
+"""Communicator: the two collectives that the exchange needs, over a process group or within one process.
+
+A message is a contiguous tensor of any dtype; it travels as bytes, so that no transport has to know the dtype.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpattn.errors import GroupError
+
+# torch 2.13 renamed it and deprecates the old name.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Work:
+    """A transfer in flight. Neither its source may be written nor its destination read before :meth:`wait`."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Returns when the transfer is done; on CUDA, when all later work of the current stream will come after it."""
+        self._wait()
+
+
+class Communicator(ABC):
+    """One rank's end of a context-parallel group.
+
+    Every rank must make the same calls in the same order with the same sizes. One call of ``cp_attention`` uses a
+    communicator at a time; its buffers are reused by the next.
+
+    Attributes:
+        rank, size: within the group.
+        bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.bytes_sent = 0
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def all_gather(self, out: Tensor, x: Tensor) -> Work:
+        """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
+        self.bytes_sent += (self.size - 1) * x.nbytes
+        return self._all_gather(_as_bytes(out), _as_bytes(x))
+
+    def shift(self, out: Tensor, x: Tensor) -> Work:
+        """Starts to send ``x`` to the next rank, and to receive the previous rank's into ``out``, around the ring."""
+        self.bytes_sent += x.nbytes
+        return self._shift(_as_bytes(out), _as_bytes(x))
+
+    @abstractmethod
+    def _all_gather(self, out: Tensor, x: Tensor) -> Work: ...
+
+    @abstractmethod
+    def _shift(self, out: Tensor, x: Tensor) -> Work: ...
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name."""
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        kept = self._buffers.get((name, device))
+        if kept is None or len(kept) < size:
+            # A little more than asked for, so that slowly growing batches do not allocate at every step.
+            kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+        return kept[:size].view(dtype).view(shape)
+
+
+class ProcessGroupCommunicator(Communicator):
+    """Over a torch.distributed process group of any transport: gloo and NCCL are the ones tested."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        # Weak, so that the communicators kept for groups below end with their groups.
+        self._weak_group = ref(group)
+        self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
+        self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group. Raises GroupError once it is destroyed."""
+        group = self._weak_group()
+        if group is None:
+            raise GroupError("the process group of this communicator has been destroyed; make a new one")
+        return group
+
+    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
+        work = _all_gather_single(out, x, group=self.group, async_op=True)
+        return Work(work.wait)
+
+    def _shift(self, out: Tensor, x: Tensor) -> Work:
+        send = dist.P2POp(dist.isend, x, self._next, self.group)
+        receive = dist.P2POp(dist.irecv, out, self._previous, self.group)
+        works = dist.batch_isend_irecv([send, receive])
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return Work(wait)
+
+
+class LoopbackGroup:
+    """All ranks in one process, a thread each: what tests and single-device benchmarks run on.
+
+    >>> import torch
+    >>> group = LoopbackGroup(1)
+    >>> out = torch.empty(2)
+    >>> group.communicator(0).all_gather(out, torch.tensor([1.0, 2.0])).wait()
+    >>> out
+    tensor([1., 2.])
+
+    Transfers are copies, made when the receiver waits. On CUDA all ranks must use one stream.
+    ``timeout`` (seconds) bounds every wait; :meth:`abort` makes all waiting ranks raise at once.
+    """
+
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._changed = threading.Condition()
+        self._posted: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._aborted = False
+
+    def communicator(self, rank: int) -> Communicator:
+        """The end of one rank, to be used by one thread."""
+        return _LoopbackCommunicator(self, rank)
+
+    def abort(self) -> None:
+        """Makes every rank that waits, now or later, raise: for when one of them has failed."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def post(self, call: int, rank: int, x: Tensor, readers: int) -> None:
+        """Offers a rank's message of its ``call``-th collective to ``readers`` ranks."""
+        with self._changed:
+            self._posted[call, rank] = (x, readers)
+            self._changed.notify_all()
+
+    def read(self, call: int, rank: int, out: Tensor) -> None:
+        """Waits for a rank's message and copies it."""
+        with self._changed:
+            self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
+            x, readers = self._posted[call, rank]
+            if x.shape != out.shape:
+                raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
+            out.copy_(x)
+            self._posted[call, rank] = (x, readers - 1)
+            self._changed.notify_all()
+
+    def retire(self, call: int, rank: int) -> None:
+        """Waits until all have read a rank's message, so that its memory is free again."""
+        with self._changed:
+            self._await(lambda: self._posted[call, rank][1] == 0, f"the readers of rank {rank}'s message")
+            del self._posted[call, rank]
+
+    def _await(self, condition: Callable[[], bool], what: str) -> None:
+        done = self._changed.wait_for(lambda: self._aborted or condition(), self.timeout)
+        if self._aborted:
+            raise RuntimeError("another rank of this loopback group has failed")
+        if not done:
+            raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
+
+
+class _LoopbackCommunicator(Communicator):
+    def __init__(self, group: LoopbackGroup, rank: int) -> None:
+        super().__init__(rank, group.size)
+        self._group = group
+        self._calls = 0
+
+    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
+        parts = out.view(self.size, -1)
+        return self._start(x, {rank: parts[rank] for rank in range(self.size)})
+
+    def _shift(self, out: Tensor, x: Tensor) -> Work:
+        return self._start(x, {(self.rank - 1) % self.size: out})
+
+    def _start(self, x: Tensor, receive: dict[int, Tensor]) -> Work:
+        call = self._calls
+        self._calls += 1
+        # Each message is read as often as it is received here: the collectives are symmetric.
+        self._group.post(call, self.rank, x, readers=len(receive))
+
+        def wait() -> None:
+            for rank, out in receive.items():
+                self._group.read(call, rank, out)
+            self._group.retire(call, self.rank)
+
+        return Work(wait)
+
+
+# One communicator a group, so that its buffers serve all layers and batches.
+_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+
+
+def as_communicator(group: dist.ProcessGroup | DeviceMesh | Communicator | None, cp_size: int) -> Communicator:
+    """What a ``group`` argument stands for: a process group, one axis of a device mesh, a communicator, or the default group.
+
+    A plan for one rank needs none of them. Raises GroupError where no group can be had.
+    """
+    if isinstance(group, Communicator):
+        return group
+    if group is None and cp_size == 1:
+        return LoopbackGroup(1).communicator(0)
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or "unnamed"
+            raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
+        group = group.get_group()
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise GroupError(
+                f"the plan has {cp_size} ranks, but there is no process group: launch with torchrun --nproc-per-node {cp_size} "
+                "and call torch.distributed.init_process_group(), or pass group="
+            )
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise GroupError(
+            f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator"
+        )
+    if group not in _communicators:
+        _communicators[group] = ProcessGroupCommunicator(group)
+    return _communicators[group]
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)

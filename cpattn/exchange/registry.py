@@ -1,0 +1,23 @@
+"""The strategies there are, and which one ``"auto"`` stands for."""
+
+from __future__ import annotations
+
+from cpattn.errors import UnknownNameError
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.ring import RING
+from cpattn.exchange.strategy import Strategy
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING)}
+
+# All-gather is one launch and needs no merging, but holds all keys twice (gathered and in order). Beyond this many
+# bytes of keys and values, "auto" takes the ring, which holds two messages.
+AUTO_GATHER_LIMIT = 8 * 2**30
+
+
+def candidate_strategies(name: str, gathered_bytes: int) -> list[Strategy]:
+    """The strategy of that name; for ``"auto"`` all, the preferred first. Raises UnknownNameError."""
+    if name == "auto":
+        return [ALL_GATHER, RING] if gathered_bytes <= AUTO_GATHER_LIMIT else [RING, ALL_GATHER]
+    if name not in STRATEGIES:
+        raise UnknownNameError(f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, ['auto', *STRATEGIES]))}")
+    return [STRATEGIES[name]]

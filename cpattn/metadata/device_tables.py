@@ -1,0 +1,61 @@
+"""Small integer tables, from numpy to a device in one copy that the host does not wait for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.metadata.batch import IntArray
+
+# Each table begins on a 16-byte boundary, so that kernels may load it with vector instructions.
+_ALIGN = 4
+
+
+def to_device(tables: dict[str, IntArray], device: torch.device) -> dict[str, Tensor]:
+    """Returns each 1-D table as int32 on ``device``: views of one buffer, filled by one copy.
+
+    On CUDA the copy goes through pinned memory and is ordered with the current stream, so nothing waits for it.
+    """
+    sizes = []
+    for table in tables.values():
+        sizes += [len(table), -len(table) % _ALIGN]
+    on_host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    packed = on_host.numpy()
+    offset = 0
+    for table in tables.values():
+        packed[offset : offset + len(table)] = table
+        offset += len(table) + -len(table) % _ALIGN
+    on_device = on_host if device.type == "cpu" else on_host.to(device, non_blocking=True)
+    # Every other piece is what fills a table up to its boundary.
+    return dict(zip(tables, torch.split(on_device, sizes)[::2], strict=True))
+
+
+def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int) -> Tensor:
+    """Concatenates the runs first[i], first[i] + 1, ... of lengths[i]: int32 ``[total]`` on the CPU; total = lengths.sum().
+
+    In numpy, which works on the calling thread: torch would wake its thread pool for it, which costs milliseconds
+    where cores are busy.
+
+    >>> expand_runs_on_host(np.array([7, 0]), np.array([2, 3]), 5)
+    tensor([7, 8, 0, 1, 2], dtype=torch.int32)
+    """
+    # Where a run begins in the result is subtracted, so that one arange serves all runs.
+    shift = first + lengths - lengths.cumsum()
+    expanded = shift.astype(np.int32).repeat(lengths)
+    expanded += np.arange(total, dtype=np.int32)
+    return torch.from_numpy(expanded)
+
+
+def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """The same where the tables lie, without waiting for the device."""
+    shift = first + lengths - lengths.cumsum(0)
+    # output_size spares the synchronisation that reading the total back would be.
+    expanded = torch.repeat_interleave(shift.to(torch.int32), lengths, output_size=total)
+    return expanded.add_(torch.arange(total, dtype=torch.int32, device=first.device))
+
+
+def exclusive_cumsum(lengths: IntArray) -> IntArray:
+    """Where each of consecutive runs begins."""
+    begins: IntArray = lengths.cumsum() - lengths
+    return begins

@@ -1,0 +1,7 @@
+"""For testing an engine built on cpattn: the oracle, derived tolerances, and running N ranks on one machine."""
+
+from cpattn.testing.oracle import oracle_attention
+from cpattn.testing.ranks import ProcessRanks, RankFailure, run_loopback
+from cpattn.testing.tolerance import relative_rmse, rmse_bound
+
+__all__ = ["ProcessRanks", "RankFailure", "oracle_attention", "relative_rmse", "rmse_bound", "run_loopback"]

@@ -1,0 +1,157 @@
+"""Running N ranks on one machine: as threads over a loopback group, or as real processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cpattn.exchange.communicator import Communicator, LoopbackGroup
+
+T = TypeVar("T")
+
+
+class RankFailure(RuntimeError):
+    """A rank raised or died; the message holds the traceback of each that did."""
+
+
+def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float = 60.0) -> list[T]:
+    """Runs ``program(communicator)`` for every rank, a thread each, and returns the results in the order of ranks.
+
+    >>> run_loopback(lambda communicator: communicator.rank, size=3)
+    [0, 1, 2]
+
+    Raises what the first rank to fail raised; the others are made to stop waiting.
+    """
+    group = LoopbackGroup(size, timeout)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = program(group.communicator(rank))
+        except BaseException as failure:
+            failures.append(failure)
+            group.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(size)]
+
+
+class ProcessRanks:
+    """``size`` processes, joined in a gloo group as the default group, that run what they are given until closed.
+
+    Starting them takes seconds, so keep one for many runs::
+
+        with ProcessRanks(4) as ranks:
+            results = ranks.run(program, arguments)
+
+    Args:
+        size: number of processes.
+        timeout: seconds that a collective may wait for the other ranks.
+        threads: torch threads in each process.
+    """
+
+    def __init__(self, size: int, timeout: float = 60.0, threads: int = 1) -> None:
+        self.size = size
+        context = get_context("spawn")
+        self._directory = tempfile.TemporaryDirectory(prefix="cpattn-ranks-")
+        store = str(Path(self._directory.name) / "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, timeout, threads, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, program: Callable[..., T], *arguments: Any) -> list[T]:
+        """Runs ``program(*arguments)`` on every rank and returns the results in the order of ranks.
+
+        The program is a function of an importable module; arguments and results are pickled. Raises RankFailure.
+        """
+        outcomes = self.outcomes(program, *arguments)
+        failures = [f"rank {rank}: {value}" for rank, (done, value) in enumerate(outcomes) if not done]
+        if failures:
+            raise RankFailure("\n".join(failures))
+        return [value for _, value in outcomes]
+
+    def outcomes(self, program: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
+        """As :meth:`run`, but for each rank (True, result) or (False, traceback as text); never raises for a rank."""
+        task = pickle.dumps((program, arguments))
+        for pipe in self._pipes:
+            _send(pipe, task)
+        return [self._outcome(rank) for rank in range(self.size)]
+
+    def _outcome(self, rank: int) -> tuple[bool, Any]:
+        pipe, process = self._pipes[rank], self._processes[rank]
+        wait([pipe, process.sentinel])
+        try:
+            outcome: tuple[bool, Any] = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            process.join()
+            return False, f"the process died with exit code {process.exitcode}"
+        return outcome
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pipe in self._pipes:
+            _send(pipe, pickle.dumps(None))
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._directory.cleanup()
+
+    def __enter__(self) -> ProcessRanks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _send(pipe: Connection, message: bytes) -> None:
+    """Sends to a process that may be dead; whoever waits for its answer will find that out."""
+    try:
+        pipe.send_bytes(message)
+    except OSError:
+        pass
+
+
+def _serve(rank: int, size: int, store: str, timeout: float, threads: int, pipe: Connection) -> None:
+    # The ranks are on one machine, whose own name may resolve to nothing.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.set_num_threads(threads)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        while (task := pickle.loads(pipe.recv_bytes())) is not None:
+            program, arguments = task
+            try:
+                outcome = True, program(*arguments)
+            except Exception:
+                outcome = False, traceback.format_exc()
+            pipe.send_bytes(pickle.dumps(outcome))
+    except (EOFError, KeyboardInterrupt):
+        pass  # the parent has gone

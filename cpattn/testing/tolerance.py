@@ -1,0 +1,47 @@
+"""How large an error may be: derived from the error that the same backend makes on one device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The share by which splitting the context may raise a backend's own error.
+_ALLOWED_GROWTH = 1.05
+
+
+def relative_rmse(x: Tensor, reference: Tensor) -> float:
+    """The root mean square of ``x - reference`` over that of ``reference``, in float64; 0.0 for empty tensors.
+
+    >>> relative_rmse(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0]))  # doctest: +ELLIPSIS
+    0.0707...
+    """
+    if x.shape != reference.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, reference {tuple(reference.shape)}; compare tensors of one shape")
+    if x.numel() == 0:
+        return 0.0
+    reference = reference.double()
+    size = reference.square().mean().sqrt().item()
+    error = (x.double() - reference).square().mean().sqrt().item()
+    return error / size if size else error
+
+
+def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, lse: Tensor) -> float:
+    """The largest relative RMSE against float64 that a result may have which was split over ranks.
+
+    1.05 times the same backend's on one device, plus the rounding of the merges. A merge weighs two partial results
+    with exp(lse - total): LSEs of size L are known to L * u (u: unit roundoff of the dtype merged in), so two of them
+    put 2 * L * u into each weight, and the exp, product and sum another 3 * u. Merges are independent, so their
+    errors add up in squares. Where there is one step, another order of sums still costs one such rounding.
+
+    >>> rmse_bound(1e-3, torch.bfloat16, num_steps=1, lse=torch.tensor([4.0])) < 1.051e-3
+    True
+
+    Args:
+        single_device_rmse: of the same backend with cp_size 1, against the oracle.
+        dtype: of q, k and v.
+        num_steps: that the strategy takes.
+        lse: of the result, for the size of its entries; -inf is passed over.
+    """
+    unit_roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    largest_lse = lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0
+    return _ALLOWED_GROWTH * single_device_rmse + float(num_steps**0.5 * unit_roundoff * (2 * largest_lse + 3))

@@ -1,0 +1,3 @@
+"""The version, in a module without imports, so that building a package needs none."""
+
+__version__ = "0.1.0"

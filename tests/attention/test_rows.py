@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cpattn.attention.rows import RaggedRows
+
+
+@pytest.mark.parametrize(
+    ("table", "alignment"),
+    [
+        pytest.param([], "bottom_right", id="no rows"),
+        pytest.param([(4, 0, 10, 7)], "bottom_right", id="causal"),
+        pytest.param([(4, 0, 10, 10)], "full", id="all keys in the past"),
+        pytest.param([(4, 0, 10, 7), (4, 0, 10, 10)], "any", id="both kinds"),
+        pytest.param([(4, 0, 10, 7), (9, 0, 0, -5), (0, 3, 5, 1)], "bottom_right", id="rows without work fit anything"),
+        pytest.param([(1, 0, 10, 10)], "bottom_right", id="one query"),
+        pytest.param([(4, 0, 10, 8)], "any", id="last query would see beyond the range"),
+    ],
+)
+def test_alignment(table: list[tuple[int, int, int, int]], alignment: str) -> None:
+    assert RaggedRows.build(*np.array(table, dtype=np.int64).reshape(-1, 4).T).alignment == alignment
+
+
+def test_tensors_and_lengths() -> None:
+    rows = RaggedRows.build(*np.array([(4, 7, 10, 7), (0, 3, 20, 1), (2, 0, 5, 4)]).T)
+    assert rows.cu_seqlens_q.tolist() == [0, 4, 4, 6]
+    assert rows.k_start.tolist() == [7, 3, 0]
+    assert rows.k_len.tolist() == [10, 20, 5]
+    assert rows.diagonal.tolist() == [7, 1, 4]
+    assert {x.dtype for x in (rows.cu_seqlens_q, rows.k_start, rows.k_len, rows.diagonal)} == {torch.int32}
+    assert (rows.max_seqlen_q, rows.max_seqlen_k, rows.num_queries, len(rows)) == (4, 20, 6, 3)

@@ -1,0 +1,112 @@
+"""One attention problem over a ragged batch: its tensors, the oracle's answer, and cpattn's at any cp_size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import oracle_attention, relative_rmse, rmse_bound, run_loopback
+
+
+@dataclass
+class AttentionCase:
+    """Random tensors for a batch. Everything follows from the fields, so that a failing case can be written down."""
+
+    batch: list[tuple[int, int]]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    v_head_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    seed: int = 0
+    options: dict[str, object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = sum(extend for _, extend in self.batch)
+        cached = sum(prefix for prefix, _ in self.batch)
+        v_head_dim = self.v_head_dim or self.head_dim
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        self.q = normal(tokens, self.heads, self.head_dim)
+        self.k = normal(tokens, self.kv_heads, self.head_dim)
+        self.v = normal(tokens, self.kv_heads, v_head_dim)
+        self.prefix = cpattn.PackedKV(normal(cached, self.kv_heads, self.head_dim), normal(cached, self.kv_heads, v_head_dim))
+        sinks = torch.randn(self.heads, generator=generator) * 2 if self.sinks else None
+        self.options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": sinks}
+
+    @cached_property
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """Output and LSE of the oracle, float64."""
+        return oracle_attention(self.q, self.k, self.v, self.batch, prefix_k=self.prefix.k, prefix_v=self.prefix.v, **self.options)  # type: ignore[arg-type]
+
+    def on_rank(
+        self,
+        plan: cpattn.Plan,
+        rank: int,
+        communicator: cpattn.Communicator | None,
+        strategy: str,
+        backend: str,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's call, its padding full of NaN; what it returns for padding is checked and cut off."""
+        meta = plan.metadata(rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (self.q, self.k, self.v))
+        for x in (q, k, v):
+            x[meta.num_tokens :] = torch.nan
+        before = [x.clone() for x in (q, k, v)]
+        out, lse = cpattn.cp_attention(
+            q,
+            k,
+            v,
+            meta,
+            group=communicator,
+            kv_cache=self.prefix,
+            strategy=strategy,
+            backend=backend,
+            return_lse=True,
+            check=check,
+            **self.options,
+        )  # type: ignore[call-overload]
+        assert all(torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) for x, y in zip((q, k, v), before, strict=True))
+        assert out.dtype == self.dtype
+        assert lse.dtype == torch.float32
+        assert out.shape == (meta.rows, self.heads, self.v.shape[2])
+        assert lse.shape == (meta.rows, self.heads)
+        assert (out[meta.num_tokens :] == 0).all()
+        assert (lse[meta.num_tokens :] == -torch.inf).all()
+        return cpattn.unshard(out, meta, group=communicator), cpattn.unshard(lse, meta, group=communicator)
+
+    def single_device_rmse(self, backend: str) -> tuple[float, float]:
+        """The backend's own error with all tokens on one device: of the output, and of the LSE."""
+        return self._rmse(self.on_rank(cpattn.plan(self.batch, 1), 0, None, "all_gather", backend))
+
+    def check(self, outputs: list[tuple[Tensor, Tensor]], plan: cpattn.Plan, strategy: str, backend: str) -> None:
+        """Every rank's unsharded output and LSE: the same on all, and within the bound of the backend's own error."""
+        for out, lse in outputs[1:]:
+            assert torch.equal(out, outputs[0][0])
+            assert torch.equal(lse, outputs[0][1])
+        steps = cpattn.STRATEGIES[strategy].num_steps(plan, self.window)
+        own, own_lse = self.single_device_rmse(backend)
+        rmse, rmse_lse = self._rmse(outputs[0])
+        lse = self.expected[1]
+        assert rmse <= rmse_bound(own, self.dtype, steps, lse), (rmse, own)
+        assert rmse_lse <= rmse_bound(own_lse, torch.float32, steps, lse), (rmse_lse, own_lse)
+
+    def check_loopback(self, plan: cpattn.Plan, strategy: str, backend: str) -> None:
+        """Runs all ranks in threads and checks them."""
+        outputs = run_loopback(lambda c: self.on_rank(plan, c.rank, c, strategy, backend), plan.cp_size)
+        self.check(outputs, plan, strategy, backend)
+
+    def _rmse(self, output: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        return relative_rmse(output[0], self.expected[0]), relative_rmse(output[1], self.expected[1])

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cpattn
+from cpattn.exchange.communicator import as_communicator
+from cpattn.testing import run_loopback
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool], ids=str)
+def test_all_gather_brings_everything_in_the_order_of_ranks(size: int, dtype: torch.dtype) -> None:
+    def program(communicator: cpattn.Communicator) -> tuple[torch.Tensor, int]:
+        out = torch.empty(2 * size, 3, dtype=dtype)
+        communicator.all_gather(out, torch.full((2, 3), communicator.rank).to(dtype)).wait()
+        return out, communicator.bytes_sent
+
+    expected = torch.arange(size).repeat_interleave(2)[:, None].expand(-1, 3).to(dtype)
+    for out, sent in run_loopback(program, size):
+        assert torch.equal(out, expected)
+        assert sent == (size - 1) * 6 * dtype.itemsize
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shifts_go_round_the_ring(size: int) -> None:
+    def program(communicator: cpattn.Communicator) -> list[int]:
+        here, there = torch.tensor([communicator.rank]), torch.empty(1, dtype=torch.int64)
+        seen = []
+        for _ in range(size):
+            seen.append(int(here))
+            communicator.shift(there, here).wait()
+            here, there = there, here
+        return [*seen, int(here)]
+
+    for rank, seen in enumerate(run_loopback(program, size)):
+        assert seen == [(rank - hop) % size for hop in range(size + 1)]
+
+
+def test_the_sender_may_write_again_once_its_transfer_is_waited_for() -> None:
+    def program(communicator: cpattn.Communicator) -> list[float]:
+        message, out = torch.empty(1), torch.empty(1)
+        got = []
+        for call in range(20):
+            message.fill_(100 * communicator.rank + call)
+            communicator.shift(out, message).wait()
+            got.append(out.item())
+        return got
+
+    for rank, got in enumerate(run_loopback(program, 3)):
+        assert got == [100 * ((rank - 1) % 3) + call for call in range(20)]
+
+
+def test_a_failing_rank_ends_the_waiting_of_the_others() -> None:
+    def program(communicator: cpattn.Communicator) -> None:
+        if communicator.rank == 1:
+            raise KeyError("rank 1 has failed")
+        communicator.all_gather(torch.empty(3), torch.empty(1)).wait()
+
+    with pytest.raises(KeyError, match="rank 1 has failed"):
+        run_loopback(program, 3)
+
+
+def test_a_missing_call_times_out_with_a_hint() -> None:
+    def program(communicator: cpattn.Communicator) -> None:
+        if communicator.rank == 0:
+            communicator.shift(torch.empty(1), torch.empty(1)).wait()
+
+    with pytest.raises(TimeoutError, match="do all ranks make the same calls in the same order"):
+        run_loopback(program, 2, timeout=0.2)
+
+
+def test_messages_of_different_sizes_are_refused() -> None:
+    def program(communicator: cpattn.Communicator) -> None:
+        communicator.shift(torch.empty(1), torch.empty(1 + communicator.rank)).wait()
+
+    with pytest.raises(RuntimeError, match=r"rank \d sent \d bytes"):
+        run_loopback(program, 2)
+
+
+def test_buffers_are_reused_and_grow() -> None:
+    communicator = cpattn.LoopbackGroup(1).communicator(0)
+    device = torch.device("cpu")
+    small = communicator.buffer("a", (10, 2), torch.float32, device)
+    assert communicator.buffer("a", (5,), torch.bfloat16, device).data_ptr() == small.data_ptr()
+    assert communicator.buffer("b", (10, 2), torch.float32, device).data_ptr() != small.data_ptr()
+    large = communicator.buffer("a", (1000, 2), torch.float32, device)
+    assert large.shape == (1000, 2)
+    assert communicator.buffer("a", (10, 2), torch.float32, device).data_ptr() == large.data_ptr()
+
+
+def test_one_rank_needs_no_group_and_many_do() -> None:
+    assert as_communicator(None, 1).size == 1
+    with pytest.raises(cpattn.GroupError, match=r"the plan has 4 ranks, but there is no process group: launch with torchrun"):
+        as_communicator(None, 4)
+    with pytest.raises(cpattn.GroupError, match="group is a str; pass a ProcessGroup"):
+        as_communicator("cp", 4)  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""Random batches over the loopback communicator: every strategy with every backend against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AttentionCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cpattn
+
+lengths = st.one_of(st.just(0), st.just(1), st.integers(2, 20), st.integers(0, 200))
+prefixes = st.one_of(st.just(0), st.integers(0, 300))
+batches = st.lists(st.tuples(prefixes, lengths), max_size=12)
+
+
+@st.composite
+def cases(draw: st.DrawFn, features: bool) -> AttentionCase:
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    head_dim = draw(st.sampled_from([8, 24]))
+    return AttentionCase(
+        batch=draw(batches),
+        heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=draw(st.sampled_from([head_dim, 8, 16, 40])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        scale=draw(st.sampled_from([None, 0.5, 2.0])),
+        window=draw(st.one_of(st.none(), st.integers(1, 400))) if features else None,
+        softcap=draw(st.sampled_from([None, 1.0, 20.0])) if features else None,
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+plans = st.fixed_dictionaries(
+    {
+        "cp_size": st.integers(1, 8),
+        "partition": st.sampled_from(["zigzag", "contiguous"]),
+        "remainder": st.sampled_from(["balanced", "first"]),
+        "pad_to": st.sampled_from([1, 1, 8, 64]),
+    }
+)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@given(case=cases(features=True), options=plans)
+@settings(max_examples=350, deadline=None)
+def test_reference_backend_with_every_feature(case: AttentionCase, options: dict[str, object], strategy: str) -> None:
+    case.check_loopback(cpattn.plan(case.batch, **options), strategy, "reference")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@given(case=cases(features=False), options=plans)
+@settings(max_examples=350, deadline=None)
+def test_cpu_backend(case: AttentionCase, options: dict[str, object], strategy: str) -> None:
+    case.check_loopback(cpattn.plan(case.batch, **options), strategy, "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param([], id="no requests"),
+        pytest.param([(0, 0), (17, 0)], id="nothing new"),
+        pytest.param([(0, 1)], id="one token"),
+        pytest.param([(300, 1)], id="one token after a prefix"),
+        pytest.param([(5, 1), (97, 1), (0, 1), (31, 1)], id="decode batch"),
+        pytest.param([(0, 3)], id="fewer tokens than ranks"),
+        pytest.param([(101, 13)], id="shorter than 2 * cp_size beside a prefix"),
+        pytest.param([(0, 9)] * 16, id="many short requests"),
+        pytest.param([(0, 211), *[(0, 2)] * 15], id="one long beside short ones"),
+        pytest.param([(131, 127), (7, 0), (0, 113), (64, 64)], id="prime lengths and an idle request"),
+    ],
+)
+def test_ugly_batches(batch: list[tuple[int, int]], cp_size: int, strategy: str) -> None:
+    case = AttentionCase(batch, dtype=torch.float32)
+    for backend in ("reference", "cpu"):
+        case.check_loopback(cpattn.plan(batch, cp_size, pad_to=4), strategy, backend)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_float64_stays_float64_through_the_merges(strategy: str) -> None:
+    case = AttentionCase([(40, 70), (0, 33)], dtype=torch.float64, sinks=True)
+    case.check_loopback(cpattn.plan(case.batch, 4), strategy, "reference")
+
+
+@pytest.mark.parametrize("cp_size", [2, 8])
+def test_ring_partials_are_merged_in_fp32(cp_size: int) -> None:
+    # Merging bf16 partials raises the error by half at once; 1.05 is far below that, so this fails if any partial is rounded.
+    case = AttentionCase([(0, 300)], heads=8, kv_heads=8, head_dim=32, dtype=torch.bfloat16)
+    case.check_loopback(cpattn.plan(case.batch, cp_size), "ring", "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_large_scores_neither_overflow_nor_cancel(strategy: str) -> None:
+    # exp of these scores overflows fp32 by far; only differences of LSEs may ever be exponentiated.
+    case = AttentionCase([(30, 50)], scale=60.0)
+    case.check_loopback(cpattn.plan(case.batch, 3), strategy, "cpu")
+
+
+def test_smaller_batch_after_a_larger_one_sees_nothing_of_it() -> None:
+    """Buffers are reused; a batch must not see rows that a larger one left in them."""
+    from cpattn.testing import run_loopback
+
+    large, small = AttentionCase([(200, 150), (0, 90)], seed=1), AttentionCase([(3, 20)], seed=2)
+    large.v.fill_(torch.inf)
+    plans = [cpattn.plan(case.batch, 3, pad_to=16) for case in (large, small)]
+    for strategy in ("all_gather", "ring"):
+
+        def program(communicator: cpattn.Communicator, strategy: str = strategy) -> tuple[torch.Tensor, torch.Tensor]:
+            large.on_rank(plans[0], communicator.rank, communicator, strategy, "cpu")
+            return small.on_rank(plans[1], communicator.rank, communicator, strategy, "cpu")
+
+        small.check(run_loopback(program, 3), plans[1], strategy, "cpu")

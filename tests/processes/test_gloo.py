@@ -1,0 +1,126 @@
+"""Real processes over gloo: exactness, errors on every rank alike, and a rank that dies."""
+
+from __future__ import annotations
+
+import pytest
+import rank_programs as programs
+import torch
+from cases import AttentionCase
+
+import cpattn
+from cpattn.testing import ProcessRanks
+
+MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_is_exact(ranks: ProcessRanks, strategy: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(MIXED, dtype=dtype, sinks=True)
+    for partition in ("zigzag", "contiguous"):
+        plan = cpattn.plan(case.batch, ranks.size, partition=partition, pad_to=16)
+        case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_window_and_softcap(ranks: ProcessRanks, strategy: str) -> None:
+    case = AttentionCase(MIXED, window=37, softcap=10.0, v_head_dim=8)
+    plan = cpattn.plan(case.batch, ranks.size)
+    case.check(ranks.run(programs.attend, case, plan, strategy, "reference"), plan, strategy, "reference")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: str) -> None:
+    cases = [AttentionCase(batch) for batch in ([(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3)]
+    for i, outputs in enumerate(zip(*ranks.run(programs.attend_many, cases, strategy), strict=True)):
+        plan = cpattn.plan(cases[i].batch, ranks.size)
+        cases[i].check(list(outputs), plan, strategy, "cpu")
+
+
+def test_group_from_a_device_mesh_axis(ranks: ProcessRanks) -> None:
+    case = AttentionCase(MIXED)
+    plan = cpattn.plan(case.batch, ranks.size)
+    case.check(ranks.run(programs.attend_by_device_mesh, case), plan, "all_gather", "cpu")
+
+
+def test_subgroup_whose_ranks_are_not_the_global_ones(ranks: ProcessRanks) -> None:
+    case = AttentionCase(MIXED)
+    outputs = [output for output in ranks.run(programs.attend_in_subgroup, case) if output is not None]
+    assert len(outputs) == 2
+    case.check(outputs, cpattn.plan(case.batch, 2), "ring", "cpu")
+
+
+MISTAKES = [
+    ("rows", "RowCountError", r"q has \d+ rows, but this rank's metadata has \d+ \(rank \d of \d\); shard the input"),
+    ("k rows", "RowCountError", r"k has \d+ rows"),
+    ("heads", "HeadCountError", "q has 3 heads, k and v have 2; query heads must be a multiple"),
+    ("kv heads", "HeadCountError", "k has 2 heads, v has 1"),
+    ("dtype", "TensorMismatchError", r"q is torch.float32, k is torch.bfloat16"),
+    ("device", "TensorMismatchError", r"q is on meta, but the metadata is on cpu"),
+    ("head_dim", "TensorMismatchError", "q has head_dim 16, k has 8"),
+    ("batch axis", "TensorMismatchError", r"q has shape \(1, \d+, 4, 16\); pass a tensor \[rows, heads, head_dim\], without a batch axis"),
+    ("no prefix", "PrefixError", "the batch has 5 prefix tokens, but kv_cache is None"),
+    ("prefix length", "PrefixError", r"kv_cache.k has 4 rows, but the batch has 5 prefix tokens"),
+    ("prefix heads", "TensorMismatchError", r"kv_cache.k is \(5, 1, 16\).*must be the same"),
+    ("strategy", "UnknownNameError", "strategy='star' is unknown; choose one of 'auto', 'all_gather', 'ring'"),
+    ("backend", "UnknownNameError", "backend='flash_attn9' is unknown; choose one of 'auto', "),
+    ("feature", "UnsupportedError", "backend='cpu' can not serve this call: it has no softcap; .*'reference' could"),
+    ("window", "OptionError", "window=0; pass the number of keys"),
+    ("softcap", "OptionError", "softcap=-1.0; pass a positive number"),
+    ("scale", "OptionError", "scale=nan; pass a finite number"),
+    ("sinks", "HeadCountError", r"sinks has shape \(3,\), q has 4 heads"),
+    ("gradient", "UnsupportedError", "q requires a gradient, but cpattn computes the forward pass only"),
+    ("group size", "GroupError", r"the group has \d ranks, but the plan has cp_size=\d"),
+    ("group rank", "GroupError", r"this process is rank \d of the group, but the metadata is that of cp_rank \d"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES, ids=[mistake for mistake, _, _ in MISTAKES])
+def test_mistake_raises_on_every_rank_before_anything_is_sent(ranks: ProcessRanks, mistake: str, kind: str, message: str) -> None:
+    for error, text in ranks.run(programs.make_mistake, mistake, list(range(ranks.size)), False):
+        assert error == kind
+        with pytest.raises(cpattn.CPError, match=message):
+            raise cpattn.CPError(text)
+
+
+@pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES, ids=[mistake for mistake, _, _ in MISTAKES])
+def test_mistake_on_one_rank_raises_on_all_with_check(ranks: ProcessRanks, mistake: str, kind: str, message: str) -> None:
+    results = ranks.run(programs.make_mistake, mistake, [1], True)
+    for rank, (error, text) in enumerate(results):
+        assert error == kind
+        with pytest.raises(cpattn.CPError, match=message if rank == 1 else f"rank 1 refused this call: {message}"):
+            raise cpattn.CPError(text)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("other batch", r"the ranks disagree on the plan \(by fingerprint\): ranks? 0.*: [0-9a-f]{32}; rank 1: [0-9a-f]{32}; build the"),
+        ("other scale", r"the ranks disagree on the arguments: ranks? 0.*scale=None.*; rank 1: .*scale=0.125"),
+        ("other strategy", r"the ranks disagree on the arguments: .*strategy=all_gather.*rank 1: strategy=ring"),
+        ("other heads", r"the ranks disagree on the arguments: .*4/2 heads of 16/16.*rank 1: .*4/1 heads"),
+    ],
+)
+def test_disagreement_names_the_ranks(ranks: ProcessRanks, mistake: str, message: str) -> None:
+    for error, text in ranks.run(programs.make_mistake, mistake, [1], True):
+        assert error == "DisagreementError"
+        with pytest.raises(cpattn.CPError, match=message):
+            raise cpattn.CPError(text)
+
+
+def test_unshard_with_metadata_of_another_plan(ranks: ProcessRanks) -> None:
+    for text in ranks.run(programs.unshard_of_another_plan):
+        assert "the ranks disagree on the plan" in text
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_a_rank_that_dies_makes_the_others_raise(strategy: str) -> None:
+    timeout = 5.0
+    with ProcessRanks(3, timeout=timeout) as ranks:
+        outcomes = ranks.outcomes(programs.die_in_the_middle, strategy)
+    assert outcomes[1] == (False, "the process died with exit code 7")
+    for rank in (0, 2):
+        done, (error, seconds) = outcomes[rank]
+        assert done
+        assert error != "nothing"
+        assert seconds < 2 * timeout

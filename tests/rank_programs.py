@@ -1,0 +1,126 @@
+"""What the ranks of tests/processes run: functions of an importable module, so that a process can be sent their names."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import AttentionCase
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import cpattn
+
+
+def attend(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
+    return case.on_rank(plan, dist.get_rank(), None, strategy, backend)
+
+
+def attend_many(cases: list[AttentionCase], strategy: str) -> list[tuple[Tensor, Tensor]]:
+    """Batches of different sizes through the same group and its buffers, with a check of agreement before each."""
+    return [
+        case.on_rank(cpattn.plan(case.batch, dist.get_world_size()), dist.get_rank(), None, strategy, "auto", check=True) for case in cases
+    ]
+
+
+def attend_by_device_mesh(case: AttentionCase) -> tuple[Tensor, Tensor]:
+    """As attend, but the group is one axis of a two-dimensional mesh; the other axis has size 1."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("tp", "cp"))
+    meta = cpattn.plan(case.batch, dist.get_world_size()).metadata(mesh.get_local_rank("cp"))
+    q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+    out, lse = cpattn.cp_attention(q, k, v, meta, group=mesh["cp"], kv_cache=case.prefix, return_lse=True)
+    return cpattn.unshard(out, meta, group=mesh["cp"]), cpattn.unshard(lse, meta, group=mesh["cp"])
+
+
+def attend_in_subgroup(case: AttentionCase) -> tuple[Tensor, Tensor] | None:
+    """The last two ranks form the group, in the order of ranks, so that group ranks and global ranks differ."""
+    members = [dist.get_world_size() - 2, dist.get_world_size() - 1]
+    group = dist.new_group(members)
+    if dist.get_rank() not in members:
+        return None
+    plan = cpattn.plan(case.batch, 2)
+    meta = plan.metadata(dist.get_rank(group))
+    q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+    out, lse = cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.prefix, strategy="ring", return_lse=True)
+    return cpattn.unshard(out, meta, group=group), cpattn.unshard(lse, meta, group=group)
+
+
+# What each mistake changes of a correct call. The batch is [(5, 40), (0, 23)] with 4 query and 2 key/value heads of 16.
+_MISTAKES: dict[str, Any] = {
+    "rows": lambda c, t: t.update(q=torch.cat([t["q"], t["q"][:1]])),
+    "k rows": lambda c, t: t.update(k=t["k"][1:]),
+    "heads": lambda c, t: t.update(q=t["q"][:, :3]),
+    "kv heads": lambda c, t: t.update(v=t["v"][:, :1]),
+    "dtype": lambda c, t: t.update(k=t["k"].bfloat16()),
+    "device": lambda c, t: t.update(q=t["q"].to("meta"), k=t["k"].to("meta"), v=t["v"].to("meta")),
+    "head_dim": lambda c, t: t.update(k=t["k"][..., :8]),
+    "batch axis": lambda c, t: t.update(q=t["q"][None]),
+    "no prefix": lambda c, t: t.update(kv_cache=None),
+    "prefix length": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[1:], c.prefix.v[1:])),
+    "prefix heads": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
+    "strategy": lambda c, t: t.update(strategy="star"),
+    "backend": lambda c, t: t.update(backend="flash_attn9"),
+    "feature": lambda c, t: t.update(backend="cpu", softcap=5.0),
+    "window": lambda c, t: t.update(window=0),
+    "softcap": lambda c, t: t.update(softcap=-1.0),
+    "scale": lambda c, t: t.update(scale=float("nan")),
+    "sinks": lambda c, t: t.update(sinks=torch.zeros(3)),
+    "gradient": lambda c, t: t.update(q=t["q"].clone().requires_grad_()),
+    "group size": lambda c, t: t.update(meta=cpattn.plan(c.batch, dist.get_world_size() + 1).metadata(dist.get_rank())),
+    "group rank": lambda c, t: t.update(
+        meta=cpattn.plan(c.batch, dist.get_world_size()).metadata((dist.get_rank() + 1) % dist.get_world_size())
+    ),
+    "other batch": lambda c, t: t.update(meta=cpattn.plan([(5, 23), (0, 40)], dist.get_world_size()).metadata(dist.get_rank())),
+    "other scale": lambda c, t: t.update(scale=0.125),
+    "other strategy": lambda c, t: t.update(strategy="ring"),
+    "other heads": lambda c, t: t.update(k=t["k"][:, :1], v=t["v"][:, :1], kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
+}
+
+
+def make_mistake(mistake: str, on_ranks: list[int], check: bool) -> tuple[str, str]:
+    """Makes a call that is wrong on some ranks; returns the class and message of what it raised here.
+
+    A correct call afterwards shows that nothing was left behind in the group, and nothing was sent by the wrong one.
+    """
+    case = AttentionCase([(5, 40), (0, 23)])
+    meta = cpattn.plan(case.batch, dist.get_world_size()).metadata(dist.get_rank())
+    call: dict[str, Any] = {"meta": meta, "kv_cache": case.prefix, "strategy": "all_gather"}
+    call |= {name: cpattn.shard(x, meta) for name, x in (("q", case.q), ("k", case.k), ("v", case.v))}
+    if dist.get_rank() in on_ranks:
+        _MISTAKES[mistake](case, call)
+    raised = ("nothing", "")
+    try:
+        cpattn.cp_attention(**call, check=check)
+    except cpattn.CPError as error:
+        raised = (type(error).__name__, str(error))
+    case.on_rank(meta.plan, dist.get_rank(), None, "ring", "cpu")
+    return raised
+
+
+def unshard_of_another_plan() -> str:
+    """Rank 0 un-permutes by yesterday's batch."""
+    batch = [(0, 30)] if dist.get_rank() == 0 else [(0, 10), (0, 20)]
+    meta = cpattn.plan(batch, dist.get_world_size()).metadata(dist.get_rank())
+    try:
+        cpattn.unshard(torch.zeros(meta.rows, 2), meta, check=True)
+    except cpattn.DisagreementError as error:
+        return str(error)
+    return "nothing"
+
+
+def die_in_the_middle(strategy: str) -> tuple[str, float]:
+    """Rank 1 dies after its first call; the others make a second. Returns what they see and after how many seconds."""
+    case = AttentionCase([(0, 400)], heads=4)
+    plan = cpattn.plan(case.batch, dist.get_world_size())
+    case.on_rank(plan, dist.get_rank(), None, strategy, "cpu")
+    if dist.get_rank() == 1:
+        os._exit(7)
+    start = time.monotonic()
+    try:
+        case.on_rank(plan, dist.get_rank(), None, strategy, "cpu")
+    except Exception as error:
+        return type(error).__name__, time.monotonic() - start
+    return "nothing", time.monotonic() - start

@@ -1,0 +1,92 @@
+"""shard, unshard and cp_attention as a caller on one rank meets them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AttentionCase
+
+import cpattn
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    case = AttentionCase([(7, 12), (0, 5)])
+    plan = cpattn.plan(case.batch, 1)
+    case.check([case.on_rank(plan, 0, None, "ring", "auto")], plan, "ring", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 4)], ids=str)
+def test_shard_takes_any_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    plan = cpattn.plan([(0, 7), (3, 0), (9, 4)], 3, pad_to=8)
+    x = torch.randint(0, 2, (11, *shape)).to(dtype)
+    for rank in range(3):
+        meta = plan.metadata(rank)
+        local = cpattn.shard(x, meta)
+        assert local.shape == (8, *shape)
+        assert local.dtype == dtype
+        assert torch.equal(local[: meta.num_tokens], x[meta.token_index[: meta.num_tokens].long()])
+        assert not local[meta.num_tokens :].any()
+
+
+def test_shard_refuses_another_number_of_rows() -> None:
+    meta = cpattn.build_metadata([(4, 6)], cp_size=2, cp_rank=0)
+    with pytest.raises(cpattn.RowCountError, match=r"x has shape \(10, 2\), but the batch has 6 new tokens \(prefixes not counted\)"):
+        cpattn.shard(torch.zeros(10, 2), meta)
+    with pytest.raises(cpattn.TensorMismatchError, match="x is on meta, but the metadata is on cpu"):
+        cpattn.shard(torch.zeros(6, 2, device="meta"), meta)
+    with pytest.raises(cpattn.CPError, match=r"meta is a Plan; pass the CPMetadata of this rank: plan.metadata"):
+        cpattn.shard(torch.zeros(6, 2), meta.plan)  # type: ignore[arg-type]
+
+
+def test_without_a_launcher_the_error_says_how_to_launch() -> None:
+    meta = cpattn.build_metadata([(0, 8)], cp_size=2, cp_rank=0)
+    q = torch.zeros(4, 1, 8)
+    with pytest.raises(cpattn.GroupError, match="launch with torchrun --nproc-per-node 2"):
+        cpattn.cp_attention(q, q, q, meta)
+
+
+def test_strided_inputs_are_taken() -> None:
+    case = AttentionCase([(0, 20)], heads=2, kv_heads=2)
+    qkv = torch.stack([case.q, case.k, case.v], dim=1)
+    transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    out = cpattn.cp_attention(transposed, qkv[:, 1], qkv[:, 2], meta)
+    assert torch.equal(out, cpattn.cp_attention(case.q, case.k, case.v, meta))
+
+
+def test_gradients_are_refused_only_where_they_are_recorded() -> None:
+    q = torch.zeros(4, 1, 8, requires_grad=True)
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    with pytest.raises(cpattn.UnsupportedError, match=r"q, k, v require a gradient.*torch.no_grad\(\)"):
+        cpattn.cp_attention(q, q, q, meta)
+    with torch.no_grad():
+        assert not cpattn.cp_attention(q, q, q, meta).requires_grad
+
+
+def test_window_of_any_integer_type_counts() -> None:
+    import numpy as np
+
+    case = AttentionCase([(0, 30)])
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    narrow = cpattn.cp_attention(case.q, case.k, case.v, meta, window=5)
+    assert torch.equal(cpattn.cp_attention(case.q, case.k, case.v, meta, window=np.int64(5)), narrow)
+    assert not torch.equal(cpattn.cp_attention(case.q, case.k, case.v, meta), narrow)
+
+
+def test_a_window_as_long_as_the_longest_request_lets_any_backend_serve() -> None:
+    case = AttentionCase([(10, 20)])
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    assert cpattn.explain(case.q, case.k, case.v, meta, window=30)["cpu"] == "chosen"
+    assert cpattn.explain(case.q, case.k, case.v, meta, window=29)["cpu"] == "it has no sliding window"
+
+
+def test_outputs_are_fresh_memory() -> None:
+    case = AttentionCase([(4, 9)])
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    first = cpattn.cp_attention(case.q, case.k, case.v, meta, kv_cache=case.prefix)
+    kept = first.clone()
+    cpattn.cp_attention(case.q + 1, case.k - 1, case.v * 2, meta, kv_cache=case.prefix)
+    assert torch.equal(first, kept)
+    x = torch.zeros(9, 2)
+    assert cpattn.unshard(x, meta).data_ptr() != x.data_ptr()

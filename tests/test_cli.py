@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+
+def cpattn(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cpattn", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
+    batch = tmp_path / "batch.json"
+    batch.write_text('[[0, 60], {"prefix_len": 33, "extend_len": 5, "note": "short"}, [4, 0]]')
+    done = cpattn("demo", "--batch", str(batch), "--cp", "3", "--heads", "4", "--head-dim", "32", "--dtype", "float32", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for text in ("rank", "query-key pairs", "all_gather", "ring", "relative RMSE", "bytes sent", "as exact as one device's"):
+        assert text in done.stdout
+    # 22 rows a rank, 1 head of K and V, 32 wide, fp32, to 2 other ranks
+    assert f"{22 * 2 * 32 * 4 * 2:,}" in done.stdout
+
+
+def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from cpattn.cli import demo
+    from cpattn.cli.main import main
+
+    honest = demo._in_order
+
+    def with_two_tokens_swapped(*arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = honest(*arguments)
+        out[[3, 4]] = out[[4, 3]]
+        return out, lse
+
+    monkeypatch.setattr(demo, "_in_order", with_two_tokens_swapped)
+    assert main(["demo", "--cp", "2", "--heads", "2", "--head-dim", "8"]) == 1
+    assert "an output is OFF" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "can not read the batch file", id="no file"),
+        pytest.param("[[0, 1", "is not a JSON file", id="not JSON"),
+        pytest.param('{"a": 1}', "holds a JSON dict; a batch file is a list", id="not a list"),
+        pytest.param("[[0, 1], [2]]", r"request 1 is [2]", id="not a pair"),
+        pytest.param('[{"prefix_len": 3}]', "request 0 has no extend_len", id="missing key"),
+        pytest.param("[[0, -1]]", "request 0 is (0, -1); a length can not be negative", id="negative"),
+        pytest.param("[[0, 1.5]]", "extend_len=1.5 (float), which is not an integer", id="not an integer"),
+    ],
+)
+def test_a_bad_batch_file_is_refused_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    batch = tmp_path / "batch.json"
+    if content is not None:
+        batch.write_text(content)
+    done = cpattn("demo", "--batch", str(batch))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cp", "0"], "cp_size=0; it must be an integer of at least 1"),
+        (["--cp", "100"], "would start as many processes"),
+        (["--heads", "6", "--kv-heads", "4"], "query heads must be a multiple"),
+        (["--head-dim", "0"], "it must be at least 1"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
+    done = cpattn("demo", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

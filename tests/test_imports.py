@@ -1,0 +1,57 @@
+"""Importing cpattn needs its base dependencies alone, and the layers import downwards only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cpattn
+
+PACKAGE = Path(cpattn.__file__).parent
+OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "matplotlib", "transformers", "rich"]
+
+# Beside itself, errors and kv_cache, a layer may import these.
+MAY_IMPORT = {
+    "metadata": set(),
+    "attention": {"metadata", "kernels"},
+    "exchange": {"metadata", "attention"},
+}
+
+
+def test_importing_cpattn_imports_nothing_optional() -> None:
+    # torch itself imports some of these on some machines, so only what cpattn adds counts.
+    program = f"""
+import sys, torch, torch.distributed.device_mesh, numpy, einops
+before = set(sys.modules)
+import cpattn, cpattn.testing, cpattn.cli.main
+print([name for name in {OPTIONAL} if name in set(sys.modules) - before])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_layers_import_downwards_only(layer: str) -> None:
+    allowed = MAY_IMPORT[layer] | {layer, "errors", "kv_cache"}
+    for file in (PACKAGE / layer).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", [])]
+            imported = {name.split(".")[1] for name in names if name.startswith("cpattn.")}
+            assert imported <= allowed, f"{file.name} imports {imported - allowed}"
+
+
+def test_the_oracle_is_not_imported_by_what_it_judges() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        if "testing" not in file.parts and "cli" not in file.parts:
+            assert "cpattn.testing" not in file.read_text(), file
+
+
+def test_public_names_are_documented() -> None:
+    for name in cpattn.__all__:
+        value = getattr(cpattn, name)
+        if callable(value):
+            assert value.__doc__, name
