@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-gpu lint clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over 4 processes, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
+	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
 	@echo "make lint   style and types"
 	@echo "make clean  remove $(VENV)"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
@@ -22,6 +23,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu tests/kernels
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from cpattn.errors import CPError, RowCountError, UnsupportedError
 from cpattn.exchange.agreement import agree
 from cpattn.exchange.communicator import Communicator, as_communicator
 from cpattn.exchange.driver import run_steps
+from cpattn.exchange.message import gather_rows_
 from cpattn.exchange.registry import candidate_strategies
 from cpattn.exchange.strategy import LocalKV, Strategy
 from cpattn.kv_cache import PackedKV
@@ -47,15 +48,18 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
     """
     checks.check_metadata(meta)
     plan = meta.plan
-    if x.ndim == 0 or len(x) != plan.num_tokens:
+    checks.check_tensor("x", x)
+    if len(x) != plan.num_tokens:
         raise RowCountError(
             f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
             "shard takes the rows of the whole batch, once"
         )
     checks.check_device("x", x, meta)
-    local = x.index_select(0, meta.token_index[: meta.num_tokens])
-    padding = meta.rows - meta.num_tokens
-    return torch.cat([local, x.new_zeros(padding, *x.shape[1:])]) if padding else local
+    local = x.new_empty(meta.rows, *x.shape[1:])
+    gather_rows_(local[: meta.num_tokens], x.contiguous(), meta.token_index[: meta.num_tokens])
+    if meta.rows > meta.num_tokens:
+        local[meta.num_tokens :] = 0
+    return local
 
 
 def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False) -> Tensor:
@@ -83,8 +87,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
 
     def validate() -> str:
         checks.check_group(meta, communicator)
-        if x.ndim == 0:
-            raise RowCountError(f"x is a scalar; pass this rank's {meta.rows} rows")
+        checks.check_tensor("x", x)
         checks.check_rows("x", x, meta)
         checks.check_device("x", x, meta)
         checks.check_no_grad(x=x)
@@ -96,7 +99,9 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
     gathered = communicator.buffer("unshard", (communicator.size * meta.rows, *x.shape[1:]), x.dtype, x.device)
     if gathered.numel():
         communicator.all_gather(gathered, x.contiguous()).wait()
-    return gathered.index_select(0, meta.restore_index)
+    out = x.new_empty(meta.plan.num_tokens, *x.shape[1:])
+    gather_rows_(out, gathered, meta.restore_index)
+    return out
 
 
 @overload

@@ -45,6 +45,12 @@ def check_group(meta: CPMetadata, communicator: Communicator) -> None:
         )
 
 
+def check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        what = "a tensor without an axis" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TensorMismatchError(f"{name} is {what}; pass a torch tensor [rows, ...]")
+
+
 def check_rows(name: str, x: Tensor, meta: CPMetadata) -> None:
     if len(x) != meta.rows:
         raise RowCountError(

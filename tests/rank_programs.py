@@ -124,3 +124,17 @@ def die_in_the_middle(strategy: str) -> tuple[str, float]:
     except Exception as error:
         return type(error).__name__, time.monotonic() - start
     return "nothing", time.monotonic() - start
+
+
+def attend_on_gpu(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
+    return case.on_rank(plan, dist.get_rank(), None, strategy, backend, check=True)
+
+
+def disagree_on_gpu() -> str:
+    batch = [(0, 30)] if dist.get_rank() == 0 else [(0, 10), (0, 20)]
+    meta = cpattn.plan(batch, dist.get_world_size()).metadata(dist.get_rank(), "cuda")
+    try:
+        cpattn.unshard(torch.zeros(meta.rows, 2, device="cuda"), meta, check=True)
+    except cpattn.DisagreementError as error:
+        return str(error)
+    return "nothing"

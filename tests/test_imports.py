@@ -18,7 +18,8 @@ OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "matplotlib", "trans
 MAY_IMPORT = {
     "metadata": set(),
     "attention": {"metadata", "kernels"},
-    "exchange": {"metadata", "attention"},
+    "kernels": {"metadata", "attention"},
+    "exchange": {"metadata", "attention", "kernels"},
 }
 
 

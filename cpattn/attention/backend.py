@@ -29,6 +29,13 @@ class AttentionOptions:
     sinks: Tensor | None = None
 
 
+class AccumulateFunction(Protocol):
+    """As :class:`AttentionFunction`, but merges its result into ``acc [T, Hq, Dv]`` and ``lse [T, Hq]``, both fp32, in
+    place: what other keys gave. So a ring needs no pass of its own for merging."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None: ...
+
+
 class AttentionFunction(Protocol):
     """Attention over ragged rows.
 
@@ -83,6 +90,7 @@ class Backend:
             its result (``native_sinks`` says whether it has its own).
         v_head_dim: whether Dv may differ from D.
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
+        accumulate: the kernel's way of merging into earlier results, if it has one.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
     """
@@ -97,16 +105,17 @@ class Backend:
     native_sinks: bool
     v_head_dim: bool
     fp32_out: bool
+    accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None
 
     def why_not(self, call: Call) -> str | None:
         """The reason why this backend can not serve the call, or None if it can."""
+        if self.device_types is not None and call.device.type not in self.device_types:
+            return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {call.device.type} ones"
         reason = self.unavailable()
         if reason:
             return reason
-        if self.device_types is not None and call.device.type not in self.device_types:
-            return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {call.device.type} ones"
         if call.dtype not in self.dtypes:
             known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
             return f"it takes {known}, not {str(call.dtype).removeprefix('torch.')}"

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from cpattn.attention import cpu, reference
+from functools import lru_cache
+
+from cpattn.attention import cpu, flash_attn2, flash_attn3, flash_attn4, reference, torch_flash, triton
 from cpattn.attention.backend import Backend, Call
+from cpattn.attention.flash_varlen import capability
 from cpattn.errors import UnknownNameError, UnsupportedError
 
-# In the order in which "auto" tries them: the fastest first, the one that can do everything last.
-BACKENDS: dict[str, Backend] = {module.BACKEND.name: module.BACKEND for module in (cpu, reference)}
+BACKENDS: dict[str, Backend] = {
+    module.BACKEND.name: module.BACKEND for module in (flash_attn4, flash_attn3, flash_attn2, torch_flash, triton, cpu, reference)
+}
+
+# In which order "auto" tries them on a GPU, by the major number of its compute capability: the fastest first.
+# 9 is measured (benchmarks/results/); 8 and 10 follow what the kernels' authors report, until someone measures them here.
+_GPU_ORDERS = {
+    8: ["flash_attn2", "torch_flash", "triton", "flash_attn4", "reference"],
+    9: ["flash_attn4", "flash_attn3", "triton", "flash_attn2", "torch_flash", "reference"],
+    10: ["flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
+}
+_CPU_ORDER = ["cpu", "reference"]
 
 
+def auto_order(call: Call) -> list[Backend]:
+    """The backends in the order in which ``"auto"`` tries them where the call's tensors lie."""
+    if call.device.type != "cuda":
+        return [BACKENDS[name] for name in _CPU_ORDER]
+    major = capability(call.device)[0]
+    return [BACKENDS[name] for name in _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])]
+
+
+@lru_cache(maxsize=256)  # a model makes the same call in every layer of every step
 def choose_backend(name: str, call: Call) -> Backend:
     """The backend of that name, or for ``"auto"`` the first that can serve the call.
 
@@ -18,22 +40,20 @@ def choose_backend(name: str, call: Call) -> Backend:
         UnsupportedError: the named one can not serve the call; an explicit choice never falls back.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.why_not(call) is None)
+        return next(backend for backend in auto_order(call) if backend.why_not(call) is None)
     if name not in BACKENDS:
         known = ", ".join(map(repr, ["auto", *BACKENDS]))
         raise UnknownNameError(f"backend={name!r} is unknown; choose one of {known}")
     reason = BACKENDS[name].why_not(call)
     if reason:
-        able = [other.name for other in BACKENDS.values() if other.why_not(call) is None]
-        raise UnsupportedError(f"backend={name!r} can not serve this call: {reason}; {', '.join(map(repr, able)) or 'none'} could")
+        able = [other.name for other in auto_order(call) if other.why_not(call) is None]
+        raise UnsupportedError(f"backend={name!r} can not serve this call: {reason}; {', '.join(map(repr, able))} could")
     return BACKENDS[name]
 
 
 def explain_choice(call: Call) -> dict[str, str]:
-    """For each backend in the order of ``"auto"``: ``"chosen"``, ``"able"``, or the reason why it can not serve the call."""
-    reasons = {backend.name: backend.why_not(call) or "able" for backend in BACKENDS.values()}
-    for name, reason in reasons.items():
-        if reason == "able":
-            reasons[name] = "chosen"
-            break
-    return reasons
+    """For each backend ``"chosen"``, ``"able"``, or the reason why it can not serve the call; in the order of ``"auto"``,
+    and after those the ones that are not for such a device."""
+    order = [backend.name for backend in auto_order(call)]
+    reasons = {name: BACKENDS[name].why_not(call) or "able" for name in order + [name for name in BACKENDS if name not in order]}
+    return reasons | {choose_backend("auto", call).name: "chosen"}

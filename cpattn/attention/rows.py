@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,13 +43,14 @@ class RaggedRows:
     Attributes:
         cu_seqlens_q: int32 ``[n + 1]``, begins with 0.
         k_start, k_len, diagonal: int32 ``[n]``.
+        k_start_padded: int32 ``[n + 1]``: k_start and one entry more, for kernels that take starts as cumulative lengths.
         max_seqlen_q, max_seqlen_k: the longest query range and the longest key range, in rows (0 if there is none).
         alignment: what holds for all rows; see :data:`Alignment`.
         host: the same numbers on the host.
     """
 
     cu_seqlens_q: Tensor
-    k_start: Tensor
+    k_start_padded: Tensor
     k_len: Tensor
     diagonal: Tensor
     max_seqlen_q: int
@@ -60,9 +62,23 @@ class RaggedRows:
         return len(self.host.q_len)
 
     @property
+    def k_start(self) -> Tensor:
+        return self.k_start_padded[:-1]
+
+    @cached_property
     def num_queries(self) -> int:
         """Query rows that the work covers; what lies beyond them in q is padding."""
         return int(self.host.q_len.sum())
+
+    def tiled_pairs(self, tile: int, pack: int) -> float:
+        """Query-key pairs that a kernel computes whose tiles hold ``tile`` rows, where a query takes up ``pack`` of them
+        (that many heads share a tile); the padding of the last tile of each row is computed as well."""
+        return float((-(-self.host.q_len * pack // tile) * tile / pack * self.host.k_len).sum())
+
+    @cached_property
+    def has_empty_range(self) -> bool:
+        """Whether some row has no keys at all."""
+        return bool((self.host.k_len == 0).any())
 
     @classmethod
     def build_all(cls, tables: list[tuple[IntArray, IntArray, IntArray, IntArray]], device: torch.device | str) -> list[RaggedRows]:
@@ -71,12 +87,13 @@ class RaggedRows:
         packed: dict[str, IntArray] = {}
         for i, host in enumerate(hosts):
             packed[f"cu_seqlens_q {i}"] = np.append(host.q_start, host.q_len.sum())
-            packed |= {f"{name} {i}": getattr(host, name) for name in ("k_start", "k_len", "diagonal")}
+            packed[f"k_start_padded {i}"] = np.append(host.k_start, 0)
+            packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal")}
         on_device = to_device(packed, torch.device(device))
         return [
             cls(
                 cu_seqlens_q=on_device[f"cu_seqlens_q {i}"],
-                k_start=on_device[f"k_start {i}"],
+                k_start_padded=on_device[f"k_start_padded {i}"],
                 k_len=on_device[f"k_len {i}"],
                 diagonal=on_device[f"diagonal {i}"],
                 max_seqlen_q=int(host.q_len.max(initial=0)),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.message import message_buffer, pack_, unpack
+from cpattn.exchange.message import gather_rows_, message_buffer, pack_, unpack
 from cpattn.exchange.strategy import LocalKV, Step, Strategy
 from cpattn.metadata.cp_metadata import CPMetadata
 
@@ -32,7 +30,7 @@ def _steps(local: LocalKV, meta: CPMetadata, communicator: Communicator, window:
     gather.wait()
     # From rank-major order to each request's prefix and extend in one piece: K, V and prefix by one index.
     ordered = message_buffer(communicator, "ordered", k, v, len(meta.key_index))
-    torch.index_select(source.flatten(1), 0, meta.key_index, out=ordered.flatten(1))
+    gather_rows_(ordered, source, meta.key_index)
     yield Step(*unpack(ordered, k.shape[2]), rows)
 
 

@@ -38,6 +38,9 @@ def run_steps(
     for step in steps:
         if step.rows.max_seqlen_k == 0:
             continue
+        if out is not None and lse is not None and backend.accumulate is not None:
+            backend.accumulate(q, step.k, step.v, step.rows, options, out, lse)
+            continue
         step_out, step_lse = backend.run(q, step.k, step.v, step.rows, options, step_dtype)
         if out is None or lse is None:
             out, lse = (step_out.to(precise) if merges else step_out), step_lse
@@ -51,6 +54,7 @@ def run_steps(
         apply_sinks_(out, lse, sinks)
     out = out.to(q.dtype)
     lse = lse.to(torch.float32)
-    out[num_tokens:] = 0
-    lse[num_tokens:] = -torch.inf
+    if len(q) > num_tokens:
+        out[num_tokens:] = 0
+        lse[num_tokens:] = -torch.inf
     return out, lse

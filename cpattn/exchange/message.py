@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from cpattn.exchange.communicator import Communicator
@@ -22,12 +26,36 @@ def pack_(message: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
 
     Padding may hold NaN, and a kernel that loads whole tiles would multiply it by a weight of 0, which is NaN.
     """
+    if _has_kernels(k.device):
+        from cpattn.kernels.move_rows import pack_kv
+
+        pack_kv(message, k, v, num_tokens)
+        return
     head_dim = k.shape[2]
     message[:num_tokens, :, :head_dim] = k[:num_tokens]
     message[:num_tokens, :, head_dim:] = v[:num_tokens]
     message[num_tokens:] = 0
 
 
+def gather_rows_(out: Tensor, source: Tensor, index: Tensor) -> None:
+    """``out[i] = source[index[i]]``, for contiguous rows of any shape and dtype."""
+    if _has_kernels(out.device):
+        from cpattn.kernels.move_rows import gather_rows
+
+        gather_rows(out, source, index)
+    elif out.ndim > 2:
+        # As one flat row each; torch moves those fastest.
+        torch.index_select(source.flatten(1), 0, index, out=out.flatten(1))
+    else:
+        torch.index_select(source, 0, index, out=out)
+
+
 def unpack(message: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """K and V as views of the message."""
     return message[..., :head_dim], message[..., head_dim:]
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether rows are moved by the Triton kernels; each has its twin in plain torch here."""
+    return device.type == "cuda" and find_spec("triton") is not None

@@ -34,39 +34,42 @@ def parse_batch(batch: Sequence[Any] | npt.NDArray[Any]) -> IntArray:
 
     Raises BatchError for anything but integer pairs >= 0, naming the first request that is wrong.
     """
+    requests: Any = batch.tolist() if hasattr(batch, "tolist") else batch
+    if isinstance(requests, _TEXT) or not isinstance(requests, Sequence):
+        raise BatchError(f"batch is a {type(batch).__name__}; {_RULE}")
     try:
-        pairs = np.asarray(batch)
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        pairs = np.empty(0, dtype=object)
-        if not isinstance(batch, Sequence):
-            raise BatchError(f"batch is a {type(batch).__name__}; {_RULE}") from None
-    if pairs.shape in {(0,), (0, 2)} and len(batch) == 0:
-        return np.empty((0, 2), dtype=np.int64)
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-        _raise_first_fault(batch)
-    if pairs.min() < 0:
-        i = int(np.flatnonzero(pairs.min(axis=1) < 0)[0])
-        raise BatchError(f"request {i} is ({pairs[i, 0]}, {pairs[i, 1]}); a length can not be negative; {_RULE}")
-    # Summed as Python integers where a silent int64 overflow would be possible.
-    total = sum(map(sum, pairs.tolist())) if pairs.max() > MAX_TOKENS else int(pairs.sum())
+        usual = all(type(prefix_len) is int and type(extend_len) is int for prefix_len, extend_len in requests)
+        pairs = np.array(requests if usual else _parse_each(requests), dtype=np.int64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        pairs = np.array(_parse_each(requests), dtype=np.int64).reshape(-1, 2)
+    if pairs.size and (pairs.min() < 0 or pairs.max() > MAX_TOKENS):
+        _parse_each(requests)
+    total = int(pairs.sum())
     if total > MAX_TOKENS:
         raise BatchError(f"the batch has {total} tokens, prefixes included; the limit is {MAX_TOKENS} (row numbers are int32); split it")
-    return pairs.astype(np.int64)
+    return pairs
 
 
 _RULE = "a batch is a sequence of (prefix_len, extend_len) pairs of integers >= 0, such as [(0, 512), (1024, 1)]"
+_TEXT = (str, bytes, bytearray)
 
 
-def _raise_first_fault(batch: Sequence[Any] | npt.NDArray[Any]) -> None:
-    """The slow path: the array did not come out as integer pairs, so find out which request is to blame."""
-    if isinstance(batch, (str, bytes)) or not hasattr(batch, "__len__"):
-        raise BatchError(f"batch is a {type(batch).__name__}; {_RULE}")
-    for i, request in enumerate(batch):
-        if isinstance(request, (str, bytes)) or not hasattr(request, "__len__") or len(request) != 2:
+def _parse_each(requests: Sequence[Any]) -> list[tuple[int, int]]:
+    """One request at a time: for integers of other libraries' types, and to name the first request that is wrong."""
+    pairs = []
+    for i, request in enumerate(requests):
+        try:
+            lengths = None if isinstance(request, _TEXT) else tuple(request)
+        except TypeError:
+            lengths = None
+        if lengths is None or len(lengths) != 2:
             raise BatchError(f"request {i} is {request!r}, which is not a pair; {_RULE}")
-        for name, length in zip(Request._fields, request, strict=True):
+        for name, length in zip(Request._fields, lengths, strict=True):
             if not is_integer(length):
                 raise BatchError(f"request {i} has {name}={length!r} ({type(length).__name__}), which is not an integer; {_RULE}")
-            if abs(int(length)) > MAX_TOKENS:
+            if length < 0:
+                raise BatchError(f"request {i} has {name}={length}; a length can not be negative; {_RULE}")
+            if length > MAX_TOKENS:
                 raise BatchError(f"request {i} has {name}={length}; the limit is {MAX_TOKENS} (row numbers are int32)")
-    raise BatchError(f"batch is a {type(batch).__name__} of another form; {_RULE}")
+        pairs.append((int(lengths[0]), int(lengths[1])))
+    return pairs

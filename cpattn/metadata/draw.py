@@ -48,7 +48,7 @@ def summarize_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def draw_plan(plan: Plan, width: int = 72) -> str:
+def draw_plan(plan: Plan, width: int) -> str:
     """See :meth:`cpattn.Plan.draw`; a long request is drawn to its own scale, a short one token by token."""
     if not plan.batch:
         return "(no requests)"
@@ -57,16 +57,22 @@ def draw_plan(plan: Plan, width: int = 72) -> str:
         for i, (prefix_len, extend_len) in enumerate(plan.batch)
     ]
     label_width = max(map(len, labels))
-    lines = [f"{_PREFIX} cached prefix   {_RANK_MARKS[0]} 1 2 ... the rank that owns a new token   xN: one mark stands for N tokens"]
-    for i, (prefix_len, _) in enumerate(plan.batch):
-        owner = np.concatenate([np.full(prefix_len, -1), np.repeat(plan.chunk_rank, plan.lengths[i])])
-        tokens_a_mark = max(1, -(-len(owner) // max(1, width)))
-        marks = "".join(_mark(owner[at : at + tokens_a_mark]) for at in range(0, len(owner), tokens_a_mark))
+    lines = [f"{_PREFIX} cached prefix   0 1 2 ... 9 a b ... the rank that has a new token   xN one mark for N tokens"]
+    for i, (prefix_len, extend_len) in enumerate(plan.batch):
+        tokens_a_mark = max(1, -(-(prefix_len + extend_len) // max(1, width)))
+        ends = np.cumsum(np.concatenate([[prefix_len], plan.lengths[i]]))
+        marks = "".join(
+            _mark(at, min(at + tokens_a_mark, prefix_len + extend_len), ends, plan.chunk_rank)
+            for at in range(0, prefix_len + extend_len, tokens_a_mark)
+        )
         lines.append(f"{labels[i].ljust(label_width)} |{marks}|" + (f" x{tokens_a_mark}" if tokens_a_mark > 1 else ""))
     return "\n".join(lines)
 
 
-def _mark(owners: IntArray) -> str:
-    """The mark of the rank that owns most of these tokens; a few new tokens are not lost among cached ones."""
-    new = owners[owners >= 0]
-    return _RANK_MARKS[int(np.bincount(new).argmax()) % len(_RANK_MARKS)] if len(new) else _PREFIX
+def _mark(begin: int, end: int, ends: IntArray, chunk_rank: IntArray) -> str:
+    """The mark for tokens begin .. end - 1, given where the prefix and each chunk end: the rank that owns most of the
+    new ones, which are not lost among cached ones."""
+    covered = np.diff(np.clip(ends, begin, end), prepend=begin)[1:]
+    if not covered.any():
+        return _PREFIX
+    return _RANK_MARKS[int(np.bincount(chunk_rank, covered).argmax()) % len(_RANK_MARKS)]

@@ -45,19 +45,25 @@ class Plan:
         pairs = parse_batch(self.batch)
         for name in ("cp_size", "pad_to"):
             value: Any = getattr(self, name)
-            if not is_integer(value) or not 1 <= int(value) <= MAX_TOKENS:
+            if not is_integer(value) or value < 1:
                 raise PlanError(f"{name}={value!r}; it must be an integer of at least 1")
+            if value > MAX_TOKENS:
+                raise PlanError(f"{name}={value}; the limit is {MAX_TOKENS} (row numbers are int32)")
             object.__setattr__(self, name, int(value))
         for name, known in (("partition", tuple(PARTITIONS)), ("remainder", REMAINDERS)):
-            if getattr(self, name) not in known:
-                raise PlanError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(repr, known))}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise PlanError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
+            # The plain str that it equals: a subclass may print itself otherwise, and the fingerprint is made of text.
+            object.__setattr__(self, name, known[known.index(value)])
         object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
         # Seeds the cached property, which would make the same array from the tuple again.
-        self.__dict__["_pairs"] = pairs
-        if self.cp_size * self.rows > MAX_TOKENS:
+        self.__dict__["_pairs"] = _frozen(pairs)
+        keys = self.cp_size * self.rows + int(self.prefix_lens.sum())
+        if keys > MAX_TOKENS:
             raise PlanError(
-                f"{self.cp_size} ranks of {self.rows} rows are more than {MAX_TOKENS} (row numbers are int32); "
-                "split the batch or lower pad_to"
+                f"{self.cp_size} ranks of {self.rows} rows and the prefixes are {keys} rows; the limit is {MAX_TOKENS} "
+                "(row numbers are int32); split the batch or lower pad_to"
             )
 
     def __repr__(self) -> str:
@@ -115,6 +121,8 @@ class Plan:
     def fingerprint(self) -> str:
         """32 hex digits, the same on every machine; equal exactly when the plans are equal (BLAKE2b, 128 bits)."""
         digest = hashlib.blake2b(digest_size=16)
+        # A change to the rules of the layout must change this number: ranks of two versions then find out.
+        digest.update(b"layout 1")
         digest.update(repr((self.cp_size, self.partition, self.remainder, self.pad_to)).encode())
         digest.update(self._pairs.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -125,7 +133,7 @@ class Plan:
         Raises RankError for a rank outside 0 .. cp_size - 1.
         """
         given: Any = cp_rank
-        if not is_integer(given) or not 0 <= int(given) < self.cp_size:
+        if not is_integer(given) or not 0 <= given < self.cp_size:
             raise RankError(
                 f"cp_rank={cp_rank!r}; it must be an integer from 0 to {self.cp_size - 1} (the plan's cp_size is {self.cp_size})"
             )
@@ -135,7 +143,7 @@ class Plan:
         """A table to read: for each rank its tokens, padding and query-key pairs; then the imbalance."""
         return summarize_plan(self)
 
-    def draw(self, width: int = 72) -> str:
+    def draw(self, width: int = 60) -> str:
         """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank."""
         return draw_plan(self, width)
 
@@ -143,7 +151,7 @@ class Plan:
 
     @cached_property
     def _pairs(self) -> IntArray:
-        return np.array(self.batch, dtype=np.int64).reshape(-1, 2)
+        return _frozen(np.array(self.batch, dtype=np.int64).reshape(-1, 2))
 
     @property
     def prefix_lens(self) -> IntArray:
@@ -164,23 +172,22 @@ class Plan:
     @cached_property
     def chunk_rank(self) -> IntArray:
         """``[num_chunks]`` the rank that owns each chunk; the same for every request."""
-        return PARTITIONS[self.partition](self.cp_size)
+        return _frozen(PARTITIONS[self.partition](self.cp_size))
 
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        return chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder)
+        return _frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder))
 
     @cached_property
     def starts(self) -> IntArray:
         """``[num_requests, num_chunks]`` where each chunk begins within its request's extend."""
-        starts: IntArray = self.lengths.cumsum(axis=1) - self.lengths
-        return starts
+        return _frozen(self.lengths.cumsum(axis=1) - self.lengths)
 
     @cached_property
     def rank_columns(self) -> IntArray:
         """``[cp_size, chunks per rank]`` the columns of ``lengths`` that each rank owns, in sequence order."""
-        return np.argsort(self.chunk_rank, kind="stable").reshape(self.cp_size, -1)
+        return _frozen(np.argsort(self.chunk_rank, kind="stable").reshape(self.cp_size, -1))
 
     @cached_property
     def local_starts(self) -> IntArray:
@@ -194,7 +201,7 @@ class Plan:
         begins = (flat.cumsum(axis=1) - flat).reshape(per_rank.shape)
         local = np.empty((num_requests, num_chunks), dtype=np.int64)
         local[:, columns] = begins.transpose(1, 0, 2).reshape(num_requests, num_chunks)
-        return local
+        return _frozen(local)
 
 
 def plan(
@@ -249,6 +256,12 @@ def build_metadata(
     tensor([2, 3, 4, 5])
     """
     return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).metadata(cp_rank, device)
+
+
+def _frozen(table: IntArray) -> IntArray:
+    """The same array, which can not be written to any more: a plan does not change."""
+    table.setflags(write=False)
+    return table
 
 
 def _max_over_mean(values: tuple[int, ...]) -> float:

@@ -2,6 +2,7 @@
 
 from cpattn.testing.oracle import oracle_attention
 from cpattn.testing.ranks import ProcessRanks, RankFailure, run_loopback
+from cpattn.testing.solo import SoloCommunicator
 from cpattn.testing.tolerance import relative_rmse, rmse_bound
 
-__all__ = ["ProcessRanks", "RankFailure", "oracle_attention", "relative_rmse", "rmse_bound", "run_loopback"]
+__all__ = ["ProcessRanks", "RankFailure", "SoloCommunicator", "oracle_attention", "relative_rmse", "rmse_bound", "run_loopback"]

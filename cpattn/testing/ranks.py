@@ -58,7 +58,7 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
 
 
 class ProcessRanks:
-    """``size`` processes, joined in a gloo group as the default group, that run what they are given until closed.
+    """``size`` processes, joined in a process group as the default group, that run what they are given until closed.
 
     Starting them takes seconds, so keep one for many runs::
 
@@ -69,9 +69,11 @@ class ProcessRanks:
         size: number of processes.
         timeout: seconds that a collective may wait for the other ranks.
         threads: torch threads in each process.
+        transport: of the group, ``"gloo"`` or ``"nccl"``. NCCL wants a GPU for each rank; on a machine with fewer, ranks
+            share them, each posing as another host (``NCCL_HOSTID``), which is for tests: transfers are then slow.
     """
 
-    def __init__(self, size: int, timeout: float = 60.0, threads: int = 1) -> None:
+    def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo") -> None:
         self.size = size
         context = get_context("spawn")
         self._directory = tempfile.TemporaryDirectory(prefix="cpattn-ranks-")
@@ -80,7 +82,7 @@ class ProcessRanks:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, timeout, threads, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, store, timeout, threads, transport, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -140,12 +142,16 @@ def _send(pipe: Connection, message: bytes) -> None:
         pass
 
 
-def _serve(rank: int, size: int, store: str, timeout: float, threads: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, timeout: float, threads: int, transport: str, pipe: Connection) -> None:
     # The ranks are on one machine, whose own name may resolve to nothing.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(threads)
+    if transport == "nccl":
+        if torch.cuda.device_count() < size:
+            os.environ |= {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(transport, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         while (task := pickle.loads(pipe.recv_bytes())) is not None:
             program, arguments = task
             try:
@@ -153,5 +159,7 @@ def _serve(rank: int, size: int, store: str, timeout: float, threads: int, pipe:
             except Exception:
                 outcome = False, traceback.format_exc()
             pipe.send_bytes(pickle.dumps(outcome))
+        if transport == "nccl":
+            dist.destroy_process_group()
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has gone

@@ -119,6 +119,7 @@ def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
     assert reasons["cpu"] == "it has no sliding window"
     assert reasons["reference"] == "chosen"
     assert explain_choice(call()) | {"cpu": "chosen", "reference": "able"} == explain_choice(call())
+    assert explain_choice(call())["flash_attn4"] == "it runs on cuda tensors, not on cpu ones"
 
 
 @pytest.mark.parametrize(

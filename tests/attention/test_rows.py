@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cpattn.attention.flash_attn4 import _packs
 from cpattn.attention.rows import RaggedRows
 
 
@@ -31,3 +32,17 @@ def test_tensors_and_lengths() -> None:
     assert rows.diagonal.tolist() == [7, 1, 4]
     assert {x.dtype for x in (rows.cu_seqlens_q, rows.k_start, rows.k_len, rows.diagonal)} == {torch.int32}
     assert (rows.max_seqlen_q, rows.max_seqlen_k, rows.num_queries, len(rows)) == (4, 20, 6, 3)
+
+
+def test_tiled_pairs_count_the_padding_of_tiles() -> None:
+    rows = RaggedRows.build(*np.array([(100, 0, 10, 10), (130, 0, 7, 7), (5, 0, 0, 0)]).T)
+    assert rows.tiled_pairs(tile=128, pack=1) == 128 * 10 + 256 * 7
+    # 400 and 520 rows of four heads each fill 4 and 5 tiles.
+    assert rows.tiled_pairs(tile=128, pack=4) == 128 * 10 + 160 * 7
+
+
+@pytest.mark.parametrize(("q_len", "packed"), [(1, True), (96, True), (128, False), (1024, False), (8192, False)])
+def test_flash_attn4_packs_heads_where_tiles_would_be_empty(q_len: int, packed: bool) -> None:
+    rows = RaggedRows.build(*np.array([(q_len, 0, 8192, 8192 - q_len + 1)] * 3).T)
+    assert _packs(rows, group=4) == packed
+    assert not _packs(rows, group=1)

@@ -1,0 +1,78 @@
+"""Backend ``flash_attn4``: flash_attn.cute, FlashAttention in the CuTe DSL (PyPI flash-attn-4); extra ``cpattn[fa4]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.flash_varlen import NO_WINDOW, even_out, flash_backend, missing, varlen_call
+from cpattn.attention.rows import RaggedRows
+
+_TILE = 128  # query rows of a tile, for most head dims
+# What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% on an H200, for
+# chunks of 128 to 8,192 tokens and groups of 4 (benchmarks/results/tune_attention.md).
+_PACKING_COST = 1.05
+
+
+def flash_attn4_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`cpattn.attention.backend.AttentionFunction`."""
+    return launch(q, k, v, rows, options, _packs(rows, q.shape[1] // k.shape[1]))
+
+
+def _packs(rows: RaggedRows, group: int) -> bool:
+    """Whether packing is faster: short chunks leave more of an unpacked tile empty than packing costs."""
+    return group > 1 and rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group)
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, pack_gqa: bool) -> tuple[Tensor, Tensor]:
+    """One launch of the kernel, with the query heads of a group packed into one tile or not."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    call = varlen_call(rows, options)
+    out, lse_HT, *_ = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
+        seqused_k=call.seqused_k,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        window_size=tuple(None if side == NO_WINDOW else side for side in (call.window_left, call.window_right)),
+        softcap=call.softcap,
+        learnable_sink=options.sinks,
+        pack_gqa=pack_gqa,
+        return_lse=True,
+    )
+    return even_out(out, lse_HT, rows)
+
+
+def _unavailable() -> str | None:
+    return missing("flash_attn.cute", "pip install 'cpattn[fa4]'")
+
+
+def _refuses_head_dims(head_dim: int, v_head_dim: int) -> str | None:
+    major = torch.cuda.get_device_capability()[0]
+    if head_dim % 8 or v_head_dim % 8:
+        return f"it takes head dims that are multiples of 8, not {head_dim} and {v_head_dim}"
+    most = 256 if major == 9 else 128
+    exceptions = {(192, 128), (256, 256)} if major in (10, 11) else set()
+    if max(head_dim, v_head_dim) > most and (head_dim, v_head_dim) not in exceptions:
+        return f"on this GPU it takes head dims up to {most}, not {head_dim} and {v_head_dim}"
+    return None
+
+
+BACKEND = flash_backend(
+    "flash_attn4",
+    flash_attn4_attention,
+    _unavailable,
+    least_capability=(8, 0),
+    softcap=True,
+    native_sinks=True,
+    refuses_head_dims=_refuses_head_dims,
+)

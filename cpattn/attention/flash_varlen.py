@@ -1,0 +1,125 @@
+"""What the FlashAttention kernels have in common: how a call is built from RaggedRows, and how their results are evened out.
+
+All of them take, for each row of work, a start in K and V (``cu_seqlens_k``) and a length from there (``seqused_k``),
+which are independent; so ranges may overlap, and one launch serves all chunks of all requests. "Causal" means
+aligned to the bottom right: the last query sees the range's last key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionFunction, AttentionOptions, Backend, Call
+from cpattn.attention.rows import RaggedRows
+
+NO_WINDOW = -1
+# Told that no row has more than one query, FlashAttention 2 takes q for one query a row and refuses padding after them.
+FA2_LEAST_MAX_SEQLEN_Q = 2
+
+
+class VarlenCall(NamedTuple):
+    """The arguments of one launch, under the names that they have in the FlashAttention packages."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    causal: bool
+    window_left: int
+    window_right: int
+    softcap: float
+
+
+def varlen_call(rows: RaggedRows, options: AttentionOptions) -> VarlenCall:
+    """The launch that computes these rows. Raises ValueError for rows that no such kernel can express."""
+    causal = rows.alignment == "bottom_right"
+    if rows.alignment == "any" or (options.window is not None and not causal):
+        raise ValueError(f"rows of alignment {rows.alignment!r} with window={options.window} are not for a FlashAttention kernel")
+    return VarlenCall(
+        cu_seqlens_q=rows.cu_seqlens_q,
+        cu_seqlens_k=rows.k_start_padded,
+        seqused_k=rows.k_len,
+        max_seqlen_q=rows.max_seqlen_q,
+        max_seqlen_k=rows.max_seqlen_k,
+        softmax_scale=options.scale,
+        causal=causal,
+        # A query sees the keys from window - 1 before its own.
+        window_left=NO_WINDOW if options.window is None else options.window - 1,
+        window_right=NO_WINDOW if options.window is None else 0,
+        softcap=options.softcap or 0.0,
+    )
+
+
+def even_out(out: Tensor, lse_HT: Tensor, rows: RaggedRows) -> tuple[Tensor, Tensor]:
+    """(out, lse ``[T, H]``): these kernels give LSE as ``[H, T]``, and FlashAttention 2 says +inf where there is no key."""
+    if rows.has_empty_range:
+        lse_HT = torch.where(lse_HT == torch.inf, -torch.inf, lse_HT)
+    return out, lse_HT.transpose(0, 1)
+
+
+def flash_backend(
+    name: str,
+    run: AttentionFunction,
+    unavailable: Callable[[], str | None],
+    *,
+    least_capability: tuple[int, int],
+    softcap: bool,
+    native_sinks: bool = False,
+    refuses_head_dims: Callable[[int, int], str | None],
+) -> Backend:
+    """A backend over a FlashAttention kernel: half precision in and out, aligned to the bottom right or not masked."""
+
+    def refuses(call: Call) -> str | None:
+        have = capability(call.device)
+        if have < least_capability:
+            needs = f"{least_capability[0]}.{least_capability[1]}"
+            return f"it needs a GPU of compute capability {needs} or newer, this one has {have[0]}.{have[1]}"
+        return refuses_head_dims(call.head_dim, call.v_head_dim)
+
+    return Backend(
+        name=name,
+        run=run,
+        device_types=frozenset({"cuda"}),
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        alignments=frozenset({"bottom_right", "full"}),
+        window=True,
+        softcap=softcap,
+        native_sinks=native_sinks,
+        v_head_dim=True,  # as far as refuses_head_dims lets it
+        fp32_out=False,
+        unavailable=unavailable,
+        refuses=refuses,
+    )
+
+
+def same_head_dim(head_dim: int, v_head_dim: int, most: int = 256) -> str | None:
+    """The rule of FlashAttention 2: one head_dim, a multiple of 8, of at most 256."""
+    if head_dim != v_head_dim:
+        return f"it needs v's head_dim to be that of q and k ({v_head_dim} is not {head_dim})"
+    if head_dim % 8 or head_dim > most:
+        return f"it takes head dims that are multiples of 8 up to {most}, not {head_dim}"
+    return None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device; (0, 0) where torch can not use one."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+@cache
+def missing(module: str, fix: str) -> str | None:
+    """Why a module can not be imported, with what to do about it; None if it is there."""
+    try:
+        found: Any = find_spec(module)
+    except ImportError:
+        found = None
+    return None if found else f"{module} is not installed; {fix}"

@@ -1,0 +1,48 @@
+"""Backend ``torch_flash``: the FlashAttention 2 that torch itself carries; nothing to install."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.flash_varlen import FA2_LEAST_MAX_SEQLEN_Q, NO_WINDOW, even_out, flash_backend, same_head_dim, varlen_call
+from cpattn.attention.rows import RaggedRows
+
+
+def torch_flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`cpattn.attention.backend.AttentionFunction`."""
+    call = varlen_call(rows, options)
+    out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        max(call.max_seqlen_q, FA2_LEAST_MAX_SEQLEN_Q),
+        call.max_seqlen_k,
+        0.0,  # dropout
+        call.causal,
+        False,  # return_debug_mask
+        scale=call.softmax_scale,
+        window_size_left=None if call.window_left == NO_WINDOW else call.window_left,
+        window_size_right=None if call.window_right == NO_WINDOW else call.window_right,
+        seqused_k=call.seqused_k,
+    )
+    return even_out(out, lse_HT, rows)
+
+
+def _unavailable() -> str | None:
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+BACKEND = flash_backend(
+    "torch_flash",
+    torch_flash_attention,
+    _unavailable,
+    least_capability=(8, 0),
+    softcap=False,
+    refuses_head_dims=same_head_dim,
+)

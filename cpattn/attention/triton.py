@@ -1,0 +1,80 @@
+"""Backend ``triton``: the library's own kernel, with every feature, and one launch for each step.
+
+Triton is imported when the backend is first used. ``import triton`` means the package here: imports are absolute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions, Backend, Call
+from cpattn.attention.flash_varlen import capability, missing
+from cpattn.attention.rows import RaggedRows
+
+# A tile's accumulator of this head dim takes half of the register file.
+_MAX_HEAD_DIM = 256
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See :class:`cpattn.attention.backend.AttentionFunction`."""
+    from cpattn.kernels.ragged_attention import ragged_attention
+
+    return ragged_attention(
+        q,
+        k,
+        v,
+        rows,
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+        out_dtype=out_dtype,
+    )
+
+
+def triton_accumulate(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
+    """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
+    from cpattn.kernels.ragged_attention import ragged_attention
+
+    ragged_attention(
+        q,
+        k,
+        v,
+        rows,
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+        into=(acc, lse),
+    )
+
+
+def _unavailable() -> str | None:
+    return missing("triton", "pip install 'cpattn[triton]'")
+
+
+def _refuses(call: Call) -> str | None:
+    if capability(call.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    widest = max(call.head_dim, call.v_head_dim)
+    return f"it has head dims up to {_MAX_HEAD_DIM}, not {widest}" if widest > _MAX_HEAD_DIM else None
+
+
+BACKEND = Backend(
+    name="triton",
+    run=triton_attention,
+    device_types=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    alignments=frozenset({"bottom_right", "full", "any"}),
+    window=True,
+    softcap=True,
+    native_sinks=True,
+    v_head_dim=True,
+    fp32_out=True,
+    accumulate=triton_accumulate,
+    unavailable=_unavailable,
+    refuses=_refuses,
+)

@@ -1,0 +1,127 @@
+"""Triton kernels that move rows for the exchange: one launch, each row read once and written once."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, dtype, int8, int16, int32
+
+# Bytes that a thread moves at a time, where rows are aligned to it.
+_ACCESS = 16
+# 32-bit words that one program moves: 128 bytes for each of its 128 threads.
+_WORDS_PER_PROGRAM = 4096
+
+
+@triton.jit
+def _pack_columns(
+    message, source, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, stride_row, stride_head,
+    FIRST: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Columns ``FIRST .. FIRST + DIM - 1`` of the message: the source's on tokens, 0 on padding, which is not read."""
+    column_1D = tl.arange(0, DIM_PADDED)[None, :]
+    from_R1 = (row_R * stride_row + head_R * stride_head)[:, None]
+    to_R1 = (row_R * message_stride_row + head_R * message_stride_head)[:, None]
+    values = tl.load(source + from_R1 + column_1D, mask=is_token_R[:, None] & (column_1D < DIM), other=0)
+    tl.store(message + to_R1 + FIRST + column_1D, values, mask=is_row_R[:, None] & (column_1D < DIM))
+
+
+@triton.jit
+def _pack_kernel(
+    message, k, v, num_rows, num_tokens, message_stride_row, message_stride_head,
+    k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK_R (row, head) pairs, ``R``."""
+    pair_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_R = pair_R // HEADS
+    head_R = pair_R % HEADS
+    is_row_R = row_R < num_rows
+    is_token_R = row_R < num_tokens
+    _pack_columns(
+        message, k, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, k_stride_row, k_stride_head,
+        0, D, D_PADDED,
+    )  # fmt: skip
+    _pack_columns(
+        message, v, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, v_stride_row, v_stride_head,
+        D, DV, DV_PADDED,
+    )  # fmt: skip
+
+
+def pack_kv(message: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
+    """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them.
+
+    The twin of :func:`cpattn.exchange.message.pack_`, with the same bits.
+
+    Args:
+        message: ``[rows, Hkv, D + Dv]``; k ``[>= num_tokens, Hkv, D]``; v ``[>= num_tokens, Hkv, Dv]``, of one dtype,
+            the last axis contiguous, the others may be strided. Rows of k and v after the tokens are not read.
+    """
+    rows, heads, _ = message.shape
+    d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
+    block = max(1, _WORDS_PER_PROGRAM * 4 // (message.element_size() * max(d_padded, dv_padded)))
+    if rows:
+        _pack_kernel[(triton.cdiv(rows * heads, block),)](
+            message, k, v, rows, num_tokens, message.stride(0), message.stride(1),
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gather_kernel(
+    out, source, index, num_rows, out_stride, source_stride,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK_R rows, ``R``, and BLOCK_W of their words, ``W``. Strides are in units of UNIT words."""
+    row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    word_1W = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    is_row_R = row_R < num_rows
+    from_R = tl.load(index + row_R, mask=is_row_R, other=0).to(tl.int64)
+    inside_RW = is_row_R[:, None] & (word_1W < WIDTH)
+    # Multiplied by a constant, from which the compiler sees that rows are aligned and that it may use wide accesses.
+    values_RW = tl.load(source + (from_R * source_stride)[:, None] * UNIT + word_1W, mask=inside_RW)
+    tl.store(out + (row_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=inside_RW)
+
+
+def gather_rows(out: Tensor, source: Tensor, index: Tensor) -> None:
+    """``out[i] = source[index[i]]``: rows of any width, moved as words of memory whatever their dtype.
+
+    The twin of ``torch.index_select(source, 0, index, out=out)``.
+
+    Args:
+        out: ``[n, ...]``; source ``[m, ...]``, of one dtype and the same trailing shape, each row contiguous; they do not overlap.
+        index: int32 or int64 ``[n]``, each in ``0 .. m - 1``.
+    """
+    out_words, source_words = _as_words(out, source)
+    rows, width = out_words.shape
+    if rows == 0 or width == 0:
+        return
+    per_access = _ACCESS // out_words.element_size()
+    aligned = all(x.stride(0) % per_access == 0 and x.data_ptr() % _ACCESS == 0 for x in (out_words, source_words))
+    unit = per_access if aligned else 1
+    block_w = min(1024, triton.next_power_of_2(width))
+    block_r = _WORDS_PER_PROGRAM // block_w
+    _gather_kernel[(triton.cdiv(rows, block_r), triton.cdiv(width, block_w))](
+        out_words, source_words, index, rows, out_words.stride(0) // unit, source_words.stride(0) // unit,
+        WIDTH=width, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w,
+    )  # fmt: skip
+
+
+def _as_words(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor as ``[rows, words]``, views in the widest word up to 4 bytes that all of them are made of."""
+    flat = [x.reshape(len(x), 1) if x.ndim == 1 else x.flatten(1) for x in tensors]
+    if any(x.data_ptr() != tensor.data_ptr() for x, tensor in zip(flat, tensors, strict=True)):
+        raise ValueError("rows are not contiguous; gather_rows moves whole rows")
+    if not flat[0].shape[1]:
+        return flat
+    return [x.view(_word(flat)) for x in flat]
+
+
+def _word(flat: list[Tensor]) -> dtype:
+    size = flat[0].element_size()
+    for word in (int32, int16, int8):
+        # A view in another word needs widths, strides and offsets that are whole numbers of it.
+        if all(n * size % word.itemsize == 0 for x in flat for n in (x.shape[1], x.stride(0), x.storage_offset())):
+            return word
+    raise AssertionError("every tensor is made of bytes")

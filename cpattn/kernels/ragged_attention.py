@@ -1,0 +1,315 @@
+"""Causal attention over ragged rows in one Triton launch, with the LSE, or merged into an earlier result.
+
+The online softmax of Milakov and Gimelshein (arXiv:1805.02867) in the loop order of FlashAttention-2
+(arXiv:2307.08691): a program owns a tile of queries and visits its key blocks in order, with the exponents in base 2.
+
+Suffixes: M rows of a query tile, N keys of a block, D and V the padded head dims of q/k and of v.
+
+Same bits in every batch: a query's key blocks lie at multiples of BLOCK_N from the start of its key range, and a block
+in which it sees nothing leaves its state as it is. Its running maximum then does not change, so that the state is
+multiplied by exp2(0) = 1 and 0 is added to it; fused multiply-adds are written out, so that the loops with
+and without a mask can not be contracted differently.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cpattn.attention.rows import RaggedRows
+from cpattn.kernels.tile_shapes import TileShape, padded_head_dim, tile_shapes
+from cpattn.kernels.tiles import TILE_FIELDS, launch_for
+
+_LOG2_E = math.log2(math.e)
+_LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
+_TWO_LOG2_E: tl.constexpr = tl.constexpr(2.0 * math.log2(math.e))
+_FIELDS: tl.constexpr = tl.constexpr(TILE_FIELDS)
+_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """a @ b + acc in fp32; "ieee" keeps fp32 operands from being rounded to tf32."""
+    if _INTERPRETED:
+        # The interpreter multiplies the bit patterns of bf16; products of bf16 and fp16 are exact in fp32.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _load_block(
+    source, stride_row, stride_head, head, k_start, begin, key_from, key_to,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Keys (or values) ``begin .. begin + BLOCK_N - 1`` of a range, ``[N, DIM_PADDED]``: the one place that knows where keys lie.
+
+    With BOUNDED, keys outside ``key_from .. key_to - 1`` are 0; without it all of the block must be in the range.
+    """
+    key_N = begin + tl.arange(0, BLOCK_N)
+    valid_N1 = ((key_N >= key_from) & (key_N < key_to))[:, None]
+    if TMA:
+        block = source.load([head, k_start + begin, 0]).reshape(BLOCK_N, DIM_PADDED)
+        if BOUNDED:
+            block = tl.where(valid_N1, block, tl.zeros_like(block))
+    else:
+        dim_1D = tl.arange(0, DIM_PADDED)[None, :]
+        # One tile's offsets fit 32 bits; a whole range's need not.
+        first = source + (k_start + begin).to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+        pointers = first + tl.arange(0, BLOCK_N)[:, None] * stride_row + dim_1D
+        if BOUNDED:
+            block = tl.load(pointers, mask=valid_N1 & (dim_1D < DIM), other=0.0)
+        elif DIM < DIM_PADDED:
+            block = tl.load(pointers, mask=dim_1D < DIM, other=0.0)
+        else:
+            block = tl.load(pointers)
+    return block
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to about 2 ulp of fp32: the polynomial of Cephes' tanhf near 0, where 1 - 2 / (exp(2x) + 1) cancels."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = series * square * x + x
+    far = 1.0 - 2.0 / (tl.exp2(x * _TWO_LOG2_E) + 1.0)
+    return tl.where(square < 0.625 * 0.625, near, far)
+
+
+@triton.jit
+def _attend(
+    acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+    key_from, key_to, begin, end, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The state ``(acc, sum, max)`` after the key blocks from ``begin`` to ``end``; max is in units of log2."""
+    for block in tl.range(begin, end, BLOCK_N):
+        block = tl.multiple_of(block, BLOCK_N)
+        k_ND = _load_block(
+            k, k_stride_row, k_stride_head, kv_head, k_start, block, key_from, key_to, D, D_PADDED, BLOCK_N,
+            # A descriptor's K may hold anything outside of the range: its scores are masked below.
+            MASKED and not TMA, TMA,
+        )  # fmt: skip
+        score_MN = _dot(q_MD, tl.trans(k_ND), None)
+        if SOFTCAP:
+            score_MN = _tanh(score_MN * tanh_scale)
+        if MASKED:
+            key_1N = (block + tl.arange(0, BLOCK_N))[None, :]
+            visible_MN = key_1N < sees_to_M[:, None]
+            if WINDOW:
+                visible_MN = visible_MN & (key_1N >= sees_from_M[:, None])
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
+        new_max_M = tl.maximum(max_M, tl.max(score_MN, 1) * exponent_scale)
+        # A query that has seen nothing yet has maximum -inf; 0 in its place gives weights of exp2(-inf) = 0, not NaN.
+        # In an unmasked block every query sees something, and the two are the same.
+        base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M) if MASKED else new_max_M
+        decay_M = tl.exp2(max_M - base_M)
+        weight_MN = tl.exp2(tl.fma(score_MN, exponent_scale, -base_M[:, None]))
+        sum_M = tl.fma(sum_M, decay_M, tl.sum(weight_MN, 1))
+        v_NV = _load_block(v, v_stride_row, v_stride_head, kv_head, k_start, block, key_from, key_to, DV, DV_PADDED, BLOCK_N, MASKED, TMA)
+        acc_MV = _dot(weight_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None])
+        max_M = new_max_M
+    return acc_MV, sum_M, max_M
+
+
+@triton.jit
+def _attention_kernel(
+    q, k, v, out, lse, sinks, tiles,
+    q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
+    tanh_scale, exponent_scale, window,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_SIGN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, INTO: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program ``tile * heads + head``: the heads of a tile run side by side and share its keys in the L2 cache."""
+    HEADS: tl.constexpr = NUM_HEADS // PACK
+    tile = tiles + (tl.program_id(0) // HEADS) * _FIELDS
+    first_head = (tl.program_id(0) % HEADS) * PACK
+    kv_head = first_head // GROUP
+    q_begin = tl.load(tile)
+    q_count = tl.load(tile + 1)
+    k_start = tl.load(tile + 2)
+    k_len = tl.load(tile + 3)
+    sees = tl.load(tile + 4)
+
+    # Row r of the tile is query head r % PACK of token r // PACK.
+    token_M = tl.arange(0, BLOCK_M) // PACK
+    head_M = first_head + tl.arange(0, BLOCK_M) % PACK
+    is_token_M = token_M < q_count
+    sees_to_M = tl.minimum(sees + token_M, k_len)
+    sees_from_M = sees + token_M - window
+
+    # Keys that any query of the tile sees, and whole blocks of those that all of them see.
+    last_sees = sees + q_count - 1
+    key_to = tl.minimum(last_sees, k_len)
+    all_to = tl.maximum(tl.minimum(sees, k_len), 0) // BLOCK_N * BLOCK_N
+    key_from = 0
+    begin = 0
+    all_from = 0
+    if WINDOW:
+        key_from = tl.maximum(sees - window, 0)
+        begin = key_from // BLOCK_N * BLOCK_N
+        all_from = (tl.maximum(last_sees - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        all_to = tl.maximum(all_to, all_from)
+    MAY_SKIP: tl.constexpr = INTO and not SINKS
+    if MAY_SKIP:
+        sees_nothing = key_to <= key_from
+        if sees_nothing:
+            return
+
+    dim_1D = tl.arange(0, D_PADDED)[None, :]
+    q_tile = q + q_begin.to(tl.int64) * q_stride_row
+    q_MD = tl.load(
+        q_tile + token_M[:, None] * q_stride_row + head_M[:, None] * q_stride_head + dim_1D,
+        mask=is_token_M[:, None] & (dim_1D < D), other=0.0,
+    )  # fmt: skip
+    if Q_SIGN != 1:
+        q_MD = (q_MD.to(tl.float32) * Q_SIGN).to(q_MD.dtype)
+
+    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_MV = tl.zeros([BLOCK_M, DV_PADDED], tl.float32)
+    if WINDOW:
+        acc_MV, sum_M, max_M = _attend(
+            acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+            key_from, key_to, begin, tl.minimum(all_from, key_to), sees_from_M, sees_to_M, tanh_scale, exponent_scale,
+            D, DV, D_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA,
+        )  # fmt: skip
+    acc_MV, sum_M, max_M = _attend(
+        acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+        key_from, key_to, all_from, all_to, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
+        D, DV, D_PADDED, DV_PADDED, BLOCK_N, False, WINDOW, SOFTCAP, TMA,
+    )  # fmt: skip
+    acc_MV, sum_M, max_M = _attend(
+        acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+        key_from, key_to, all_to, key_to, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
+        D, DV, D_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA,
+    )  # fmt: skip
+
+    if SINKS:
+        # One more logit, added last, so that it takes part in the same way wherever the keys come from.
+        sink_M = tl.load(sinks + head_M, mask=is_token_M, other=float("-inf")).to(tl.float32) * (1.0 / _LN_2)
+        new_max_M = tl.maximum(max_M, sink_M)
+        base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+        decay_M = tl.exp2(max_M - base_M)
+        sum_M = tl.fma(sum_M, decay_M, tl.exp2(sink_M - base_M))
+        acc_MV = acc_MV * decay_M[:, None]
+        max_M = new_max_M
+    # Without any logit the sum is 0 and the maximum -inf: 1 in the sum's place gives out 0 and LSE -inf.
+    divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)
+    result_MV = acc_MV * (1.0 / divisor_M)[:, None]
+    lse_M = (max_M + tl.log2(divisor_M)) * _LN_2
+
+    dim_1V = tl.arange(0, DV_PADDED)[None, :]
+    out_tile = out + q_begin.to(tl.int64) * out_stride_row
+    out_MV = out_tile + token_M[:, None] * out_stride_row + head_M[:, None] * out_stride_head + dim_1V
+    is_out_MV = is_token_M[:, None] & (dim_1V < DV)
+    lse_tile = lse + q_begin.to(tl.int64) * lse_stride_row + token_M * lse_stride_row + head_M * lse_stride_head
+    if INTO:
+        old_lse_M = tl.load(lse_tile, mask=is_token_M, other=float("-inf"))
+        larger_M = tl.maximum(old_lse_M, lse_M)
+        base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
+        # A query without keys here keeps its old result to the bit, also where that is the result of no keys.
+        old_weight_M = tl.where(lse_M == float("-inf"), 1.0, tl.exp(old_lse_M - base_M))
+        weight_M = tl.exp(lse_M - base_M)
+        total_M = old_weight_M + weight_M
+        old_MV = tl.load(out_MV, mask=is_out_MV, other=0.0)
+        result_MV = old_MV * (old_weight_M / total_M)[:, None] + result_MV * (weight_M / total_M)[:, None]
+        lse_M = larger_M + tl.log(total_M)
+    tl.store(out_MV, result_MV.to(out.dtype.element_ty), mask=is_out_MV)
+    tl.store(lse_tile, lse_M, mask=is_token_M)
+
+
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, out_dtype: torch.dtype | None = None, into: tuple[Tensor, Tensor] | None = None,
+    shapes: tuple[TileShape, ...] | None = None, packs: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attends all rows in one launch; the meaning is that of :class:`cpattn.attention.backend.AttentionFunction`.
+
+    Args:
+        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``: fp32, bf16 or fp16, the last axis contiguous.
+        rows: the work, on the same device.
+        scale, window, softcap, sinks: see :class:`cpattn.attention.backend.AttentionOptions`.
+        out_dtype: of the result; q's by default.
+        into: an earlier result ``(acc fp32 [T, Hq, Dv], lse fp32 [T, Hq])`` over other keys, into which this one is
+            merged in place, in fp32; what has no keys here is left as it is. ``out_dtype`` then does not apply.
+        shapes: tile shapes to choose from; by default those for this head dim, dtype and GPU.
+        packs: query heads of one KV head that may share a tile, to choose from; by default 1 and the whole group.
+
+    Returns:
+        ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
+    """
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    if into is None:
+        out = q.new_empty(len(q), num_heads, v.shape[2], dtype=out_dtype)
+        lse = q.new_empty(len(q), num_heads, dtype=torch.float32)
+    else:
+        out, lse = into
+    group = num_heads // num_kv_heads
+    processors, capability = _device(q.device)
+    if shapes is None:
+        shapes = tile_shapes(q.shape[2], v.shape[2], q.dtype, capability)
+    if packs is None:
+        packs = (1,) if group == 1 else (1, group)
+    launch = launch_for(rows, shapes, packs, num_heads, window, processors)
+    if launch.num_tiles == 0:
+        return out, lse
+
+    shape = launch.shape
+    d_padded, dv_padded = padded_head_dim(q.shape[2]), padded_head_dim(v.shape[2])
+    tma = shape.tma and _fits_descriptor(k) and _fits_descriptor(v)
+    # The running maximum is taken before scaling, which needs a positive scale: its sign goes into q. With a scale of
+    # 0 all scores are 0, as they are with a q of 0.
+    sign = (scale > 0) - (scale < 0)
+    magnitude = abs(scale) or 1.0
+    with torch.cuda.device_of(q):
+        _attention_kernel[(launch.num_tiles * (num_heads // launch.pack),)](
+            q, _descriptor(k, shape.block_n, d_padded) if tma else k, _descriptor(v, shape.block_n, dv_padded) if tma else v,
+            out, lse, lse if sinks is None else sinks, launch.table,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
+            1.0 if softcap is None else magnitude / softcap,
+            _LOG2_E * (magnitude if softcap is None else softcap),
+            0 if window is None else window,
+            NUM_HEADS=num_heads, GROUP=group, PACK=launch.pack,
+            D=q.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded,
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, Q_SIGN=sign,
+            WINDOW=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None, INTO=into is not None, TMA=tma,
+            num_warps=shape.num_warps, num_stages=shape.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Multiprocessors and compute capability; the interpreter stands in for an SM90."""
+    if device.type != "cuda":
+        return 132, (9, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
+    return x.numel() > 0 and all(n * x.element_size() % 16 == 0 for n in (x.stride(0), x.stride(1))) and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x_SHD: Tensor, block_n: int, padded: int) -> Any:
+    """Blocks ``[1 head, block_n keys, padded]``; the unit axis leads, so that the compiler can drop it."""
+    tokens, heads, dim = x_SHD.shape
+    return TensorDescriptor(x_SHD, [heads, tokens, dim], [x_SHD.stride(1), x_SHD.stride(0), 1], [1, block_n, padded])

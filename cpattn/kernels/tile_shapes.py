@@ -1,0 +1,55 @@
+"""The tile shapes of the ragged attention kernel: for each head dim, dtype and GPU generation, in code."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class TileShape(NamedTuple):
+    """One compiled form of the kernel.
+
+    Attributes:
+        block_m: rows of a query tile: (token, query head) pairs. A power of two, at least 16.
+        block_n: keys of a key block. A power of two, at least 16.
+        num_warps, num_stages: of the compiled kernel.
+        tma: keys and values come through tensor descriptors (SM90+) where their strides allow it.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that a head dim is computed in; tensor cores need at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@lru_cache
+def tile_shapes(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[TileShape, ...]:
+    """The shapes to choose from, largest ``block_m`` first.
+
+    All have one ``block_n``, which depends on these arguments alone and never on the batch: the order in which a
+    query's keys are summed, and so the bits of its result, are the same in every batch. For the same reason no shape
+    has fewer than 64 rows: the compiler then splits a block's keys over the warps, and sums them in another order.
+    A single query still costs little in so large a tile, as reading its keys takes longer than the products.
+    """
+    widest = max(padded_head_dim(head_dim), padded_head_dim(v_head_dim))
+    if dtype == torch.float32:
+        # Full fp32 products run outside the tensor cores, with operands in registers: larger tiles of wide heads spill.
+        return (TileShape(64 if widest <= 64 else 32, 32 if widest <= 128 else 16, 8, 2),)
+    # 228 KiB of shared memory a multiprocessor on SM90 and SM100, 164 on SM80, 100 on SM86, SM89 and SM120.
+    if capability[0] in (9, 10):
+        block_n = 128 if widest <= 128 else 64
+        return TileShape(128, block_n, 8, 2, tma=True), TileShape(64, block_n, 4, 2, tma=True)
+    large = 128 if widest <= 64 or capability == (8, 0) else 64
+    if widest <= 128:
+        block_n, stages = 64, 3 if widest <= 64 and capability == (8, 0) else 2
+    else:
+        block_n, stages = 32, 2 if capability == (8, 0) else 1
+    return tuple(TileShape(block_m, block_n, block_m // 16, stages) for block_m in (128, 64) if block_m <= large)

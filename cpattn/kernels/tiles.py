@@ -1,0 +1,115 @@
+"""Cutting ragged rows into tiles of queries on the host: one tile is one program of the attention kernel a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor
+
+from cpattn.attention.rows import HostRows, RaggedRows
+from cpattn.kernels.tile_shapes import TileShape
+from cpattn.metadata.batch import IntArray
+from cpattn.metadata.device_tables import exclusive_cumsum, to_device
+
+# Columns of a tile in the table that the kernel reads; see Tiles.
+TILE_FIELDS = 5
+
+# What a key block costs a tile beside its rows, in rows: loading K and V, and the loop itself.
+_BLOCK_OVERHEAD = 24
+# What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
+_TILE_OVERHEAD = 2
+
+
+class Tiles(NamedTuple):
+    """A batch cut into tiles, the longest first, so that the last programs to start are short.
+
+    Columns, int64 ``[n]`` each:
+        q_begin, q_count: the tile's tokens: their first row in q, and how many.
+        k_start, k_len: the key range of the tile's row.
+        sees: how many keys of a range without end the tile's first token would see (below 1: none).
+    """
+
+    q_begin: IntArray
+    q_count: IntArray
+    k_start: IntArray
+    k_len: IntArray
+    sees: IntArray
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to launch the kernel over one RaggedRows.
+
+    Attributes:
+        shape: the compiled form.
+        pack: query heads of one KV head that share a tile: the whole group, or 1.
+        num_tiles: a head.
+        table: int32 ``[num_tiles * TILE_FIELDS]`` on the device, tile after tile.
+    """
+
+    shape: TileShape
+    pack: int
+    num_tiles: int
+    table: Tensor
+
+
+def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
+    """Returns the tiles and how many key blocks each visits."""
+    tiles_of_row = -(-host.q_len // tokens_per_tile)
+    row = np.repeat(np.arange(len(host.q_len)), tiles_of_row)
+    first = (np.arange(len(row)) - np.repeat(exclusive_cumsum(tiles_of_row), tiles_of_row)) * tokens_per_tile
+    q_count = np.minimum(tokens_per_tile, host.q_len[row] - first)
+    k_len = host.k_len[row]
+    sees = host.diagonal[row] + first
+    end = np.clip(sees + q_count - 1, 0, k_len)
+    begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
+    blocks = np.maximum(0, -(-(end - begin) // block_n))
+    # Stable, so that tiles of one row stay near each other and share its keys in the cache.
+    order = np.argsort(-blocks, kind="stable")
+    tiles = Tiles(host.q_start[row] + first, q_count, host.k_start[row], k_len, sees)
+    return Tiles(*(column[order] for column in tiles)), blocks[order]
+
+
+def choose(
+    host: HostRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
+) -> tuple[TileShape, int, Tiles]:
+    """The shape and packing that finish first by estimate, and their tiles.
+
+    The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
+    the tensor cores best; small ones waste less on short query ranges and spread few queries over more processors;
+    packing the heads of a group fills a tile where there are few tokens. Ties go to what stands first.
+    """
+    best: tuple[float, TileShape, int, Tiles] | None = None
+    for pack in packs:
+        for shape in shapes:
+            if shape.block_m < pack:
+                continue
+            tiles, blocks = cut(host, shape.block_m // pack, shape.block_n, window)
+            cost = (blocks + _TILE_OVERHEAD) * (shape.block_m + _BLOCK_OVERHEAD)
+            load = cost.sum() * (num_heads // pack) / num_processors
+            time = float(max(load, cost.max(initial=0)))
+            if best is None or time < best[0]:
+                best = time, shape, pack, tiles
+    assert best is not None  # an unpacked tile fits any shape
+    return best[1:]
+
+
+# A layout is used by every layer of a model; it lives as long as the rows that it was made for.
+_launches: WeakKeyDictionary[RaggedRows, dict[Any, Launch]] = WeakKeyDictionary()
+
+
+def launch_for(
+    rows: RaggedRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
+) -> Launch:
+    """The cached launch for these rows; its table reaches the device in one copy that the host does not wait for."""
+    cached = _launches.setdefault(rows, {})
+    key = shapes, packs, num_heads, window
+    if key not in cached:
+        shape, pack, tiles = choose(rows.host, shapes, packs, num_heads, window, num_processors)
+        table = np.stack(tiles, axis=1).reshape(-1)
+        on_device = to_device({"tiles": table}, rows.cu_seqlens_q.device)["tiles"]
+        cached[key] = Launch(shape, pack, len(tiles.q_begin), on_device)
+    return cached[key]

@@ -1,0 +1,115 @@
+"""Every backend that this machine has, over the loopback communicator on one GPU, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AttentionCase
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import run_loopback
+
+GPU_BACKENDS = ["flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "triton", "reference"]
+MIXED = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0), (0, 1), (131, 89)]
+
+
+def serving(backend: str, case: AttentionCase, strategy: str) -> bool:
+    """Whether the backend can serve the case here; the reason why not is what the test is skipped with."""
+    plan = cpattn.plan(case.batch, 1)
+    meta = plan.metadata(0, case.device)
+    try:
+        cpattn.cp_attention(case.q, case.k, case.v, meta, kv_cache=case.prefix, strategy=strategy, backend=backend, **case.options)  # type: ignore[call-overload]
+    except cpattn.UnsupportedError as refusal:
+        pytest.skip(str(refusal))
+    return not cpattn.BACKENDS[backend].fp32_out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("cp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_error_is_that_of_one_device(backend: str, cp_size: int, strategy: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(MIXED, heads=8, kv_heads=2, head_dim=128, dtype=dtype, device="cuda")
+    half_only = serving(backend, case, strategy)
+    plan = cpattn.plan(case.batch, cp_size, pad_to=16)
+    case.check_loopback(plan, strategy, backend, rounded_partials=half_only and strategy == "ring")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param({"window": 100}, id="window"),
+        pytest.param({"softcap": 20.0}, id="softcap"),
+        pytest.param({"sinks": True}, id="sinks"),
+        pytest.param({"window": 33, "softcap": 5.0, "sinks": True}, id="all three"),
+        pytest.param({"scale": 0.3}, id="scale"),
+        pytest.param({"head_dim": 64}, id="D 64"),
+        pytest.param({"head_dim": 96}, id="D 96"),
+        pytest.param({"head_dim": 192}, id="D 192"),
+        pytest.param({"head_dim": 256}, id="D 256"),
+        pytest.param({"head_dim": 192, "v_head_dim": 128}, id="D 192, Dv 128"),
+        pytest.param({"heads": 8, "kv_heads": 8}, id="no groups"),
+        pytest.param({"heads": 8, "kv_heads": 1}, id="one KV head"),
+        pytest.param({"heads": 6, "kv_heads": 2}, id="groups of 3"),
+    ],
+)
+def test_features(backend: str, strategy: str, features: dict[str, object]) -> None:
+    case = AttentionCase(MIXED, **({"heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"} | features))  # type: ignore[arg-type]
+    half_only = serving(backend, case, strategy)
+    plan = cpattn.plan(case.batch, 3, pad_to=8)
+    # Where sinks are applied to a result in half precision, it is rounded once more, on one device as well.
+    case.check_loopback(plan, strategy, backend, rounded_partials=half_only and strategy == "ring")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param([], id="no requests"),
+        pytest.param([(17, 0), (0, 0)], id="nothing new"),
+        pytest.param([(0, 1)], id="one token"),
+        pytest.param([(5, 1), (970, 1), (0, 1), (31, 1)], id="decode batch"),
+        pytest.param([(0, 9)] * 64, id="many short requests"),
+        pytest.param([(0, 2111), *[(3, 2)] * 31], id="one long beside short ones"),
+    ],
+)
+def test_ugly_batches(backend: str, strategy: str, batch: list[tuple[int, int]]) -> None:
+    case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    half_only = serving(backend, case, strategy)
+    for cp_size in (3, 8):
+        plan = cpattn.plan(case.batch, cp_size, pad_to=8)
+        case.check_loopback(plan, strategy, backend, rounded_partials=half_only and strategy == "ring")
+
+
+def triton_output(case: AttentionCase, plan: cpattn.Plan) -> tuple[Tensor, Tensor]:
+    return run_loopback(lambda c: case.on_rank(plan, c.rank, c, "all_gather", "triton"), plan.cp_size)[0]
+
+
+def test_triton_gives_a_token_the_same_bits_wherever_it_is_computed() -> None:
+    batch = [(0, 3000), (640, 300), (0, 3), (997, 1), (131, 89)]
+    case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", sinks=True)
+    outputs = []
+    for partition in ("zigzag", "contiguous"):
+        for cp_size in (1, 2, 4, 8):
+            plan = cpattn.plan(batch, cp_size, partition=partition)
+            outputs.append(triton_output(case, plan))
+    for out, lse in outputs[1:]:
+        assert torch.equal(out, outputs[0][0])
+        assert torch.equal(lse, outputs[0][1])
+    # Each request alone.
+    token = cached = 0
+    for prefix_len, extend_len in batch:
+        alone = AttentionCase(
+            [(prefix_len, extend_len)], heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", sinks=True
+        )
+        tokens, prefix = slice(token, token + extend_len), slice(cached, cached + prefix_len)
+        token, cached = tokens.stop, prefix.stop
+        alone.q, alone.k, alone.v, alone.options = case.q[tokens], case.k[tokens], case.v[tokens], case.options
+        alone.prefix = cpattn.PackedKV(case.prefix.k[prefix], case.prefix.v[prefix])
+        out, lse = triton_output(alone, cpattn.plan(alone.batch, 3))
+        assert torch.equal(out, outputs[0][0][tokens])
+        assert torch.equal(lse, outputs[0][1][tokens])

@@ -1,0 +1,76 @@
+"""The row movers give the bits of their torch twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpattn.exchange.message import pack_
+
+pytest.importorskip("triton")
+from cpattn.kernels.move_rows import gather_rows, pack_kv
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """For comparison where NaN must equal NaN."""
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (96, 96), (192, 128), (5, 3)], ids=str)
+@pytest.mark.parametrize(("rows", "num_tokens"), [(7, 7), (20, 13), (9, 0), (0, 0), (300, 290)])
+def test_pack_kv(rows: int, num_tokens: int, dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    heads = 3
+    # K and V are parts of one projection, as an engine may pass them.
+    qkv = torch.randn(rows, 4 * heads, max(dims), dtype=dtype, device=device)
+    qkv[num_tokens:] = torch.nan
+    k, v = qkv[:, heads : 2 * heads, : dims[0]], qkv[:, 2 * heads : 3 * heads, : dims[1]]
+    got = torch.full((rows + 2, heads, sum(dims)), torch.nan, dtype=dtype, device=device)
+    want = got.clone()
+    pack_kv(got[1 : rows + 1], k, v, num_tokens)
+    pack_(want[1 : rows + 1], k, v, num_tokens)
+    assert torch.equal(bits(got), bits(want))
+
+
+def test_pack_kv_into_more_rows_than_it_is_given(device: str) -> None:
+    k, v = torch.randn(4, 2, 8, device=device), torch.randn(4, 2, 16, device=device)
+    got, want = torch.empty(2, 6, 2, 24, device=device)
+    pack_kv(got, k, v, 4)
+    pack_(want, k, v, 4)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("trailing", [(8, 64), (3, 5), (1,), (2, 2048), (3000,), ()], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_gather_rows(trailing: tuple[int, ...], dtype: torch.dtype, index_dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randint(0, 255, (50, *trailing), generator=generator).to(dtype).to(device)
+    if dtype.is_floating_point:
+        source[7] = torch.nan
+    for n in (0, 1, 37):
+        index = torch.randint(0, 50, (n,), generator=generator).to(index_dtype).to(device)
+        out = torch.zeros(n, *trailing, dtype=dtype, device=device)
+        gather_rows(out, source, index)
+        assert torch.equal(bits(out), bits(torch.index_select(source, 0, index)))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_gather_rows_between_strided_views(offset: int, device: str) -> None:
+    """Columns of a wider buffer: rows are contiguous, but neither next to each other nor aligned."""
+    source = torch.randn(20, 64, device=device).bfloat16()[:, offset : offset + 33]
+    wide = torch.zeros(12, 100, dtype=torch.bfloat16, device=device)
+    out = wide[:, 3:36]
+    index = torch.arange(19, 7, -1, device=device)
+    gather_rows(out, source, index)
+    assert torch.equal(out, source[index])
+    assert (wide[:, :3] == 0).all()
+    assert (wide[:, 36:] == 0).all()
+
+
+def test_gather_rows_refuses_rows_in_pieces(device: str) -> None:
+    source = torch.zeros(4, 2, 8, device=device)[..., :4]
+    with pytest.raises(ValueError, match="not contiguous"):
+        gather_rows(torch.zeros(1, 2, 4, device=device), source, torch.zeros(1, dtype=torch.int64, device=device))
