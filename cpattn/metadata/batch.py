@@ -38,9 +38,11 @@ def parse_batch(batch: Sequence[Any] | npt.NDArray[Any]) -> IntArray:
     if isinstance(requests, _TEXT) or not isinstance(requests, Sequence):
         raise BatchError(f"batch is a {type(batch).__name__}; {_RULE}")
     try:
-        usual = all(isinstance(request, (tuple, list)) and type(request[0]) is type(request[1]) is int for request in requests)
+        usual = all(
+            isinstance(request, (tuple, list)) and len(request) == 2 and type(request[0]) is type(request[1]) is int for request in requests
+        )
         pairs = np.array(requests if usual else _parse_each(requests), dtype=np.int64).reshape(-1, 2)
-    except (IndexError, ValueError, OverflowError):
+    except OverflowError:
         pairs = np.array(_parse_each(requests), dtype=np.int64).reshape(-1, 2)
     if pairs.size and (pairs.min() < 0 or pairs.max() > MAX_TOKENS):
         _parse_each(requests)

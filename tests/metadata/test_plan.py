@@ -368,6 +368,7 @@ BAD_BATCHES: dict[str, tuple[Any, str]] = {
     "bool array": (np.array([[False, True]]), r"request 0 has prefix_len=.*False.*, which is not an integer"),
     "triple": ([(0, 4), (0, 4, 4)], r"request 1 is \(0, 4, 4\), which is not a pair"),
     "all triples": ([(0, 4, 4)], r"request 0 is \(0, 4, 4\), which is not a pair"),
+    "as many triples as make pairs": ([(0, 4, 4), (1, 4, 4)], r"request 0 is \(0, 4, 4\), which is not a pair"),
     "single": ([(4,)], r"request 0 is \(4,\), which is not a pair"),
     "empty request": ([()], r"request 0 is \(\), which is not a pair"),
     "flat list": ([0, 4], r"request 0 is 0, which is not a pair"),
