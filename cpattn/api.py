@@ -18,8 +18,8 @@ from cpattn.exchange.agreement import agree
 from cpattn.exchange.communicator import Communicator, as_communicator
 from cpattn.exchange.driver import run_steps
 from cpattn.exchange.message import gather_rows_
-from cpattn.exchange.registry import candidate_strategies
-from cpattn.exchange.strategy import LocalKV, Strategy
+from cpattn.exchange.registry import candidate_strategies, default_overlap
+from cpattn.exchange.strategy import ExchangeInputs, Strategy
 from cpattn.kv_cache import PackedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
@@ -115,6 +115,7 @@ def cp_attention(
     kv_cache: PackedKV | None = ...,
     strategy: str = ...,
     backend: str = ...,
+    overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
@@ -135,6 +136,7 @@ def cp_attention(
     kv_cache: PackedKV | None = ...,
     strategy: str = ...,
     backend: str = ...,
+    overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
@@ -154,6 +156,7 @@ def cp_attention(
     kv_cache: PackedKV | None = None,
     strategy: str = "auto",
     backend: str = "auto",
+    overlap: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -182,6 +185,9 @@ def cp_attention(
         kv_cache: the keys and values of the prefixes, if the batch has any.
         strategy: ``"all_gather"``, ``"ring"``, or ``"auto"``.
         backend: a name from ``cpattn.BACKENDS``, or ``"auto"`` for the fastest that can serve the call.
+        overlap: into how many groups of KV heads an all-gather is split, so that the attention of one group runs while the
+            next is in flight; 1 turns it off. It must divide Hkv, and be the same on every rank. None leaves the choice
+            to cpattn: up to 4 on a GPU where much is sent, 1 elsewhere. It changes no result.
         scale: of the scores; 1 / sqrt(D) if None.
         window: each query sees the last ``window`` keys up to and with its own; all if None.
         softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv:2408.00118); none if None.
@@ -205,20 +211,23 @@ def cp_attention(
         checks.check_qkv(q, k, v, meta)
         checks.check_prefix(kv_cache, k, v, meta)
         options = checks.parse_options(q, meta, scale, window, softcap, sinks)
+        checks.check_overlap(overlap, k)
         return *_choose(q, k, v, meta, strategy, backend, options), options
 
     def describe(validated: tuple[Strategy, Backend, AttentionOptions]) -> str:
         # The backend is each rank's own affair; all else must be the same for the results to fit together.
         return (
             f"strategy={validated[0].name}, {q.shape[1]}/{k.shape[1]} heads of {k.shape[2]}/{v.shape[2]}, {q.dtype}, "
-            f"scale={scale}, window={window}, softcap={softcap}, sinks={'no' if sinks is None else 'yes'}"
+            f"scale={scale}, window={window}, softcap={softcap}, sinks={'no' if sinks is None else 'yes'}, overlap={overlap}"
         )
 
     chosen_strategy, chosen_backend, options = _validated(validate, describe, meta, communicator, check)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    local = LocalKV(k, v, kv_cache if meta.plan.prefix_lens.any() else None)
+    groups = overlap or default_overlap(k.shape[1], _gathered_bytes(k, v, meta), k.device.type)
+    prefix = kv_cache if meta.plan.num_prefix_tokens else None
+    inputs = ExchangeInputs(k, v, prefix, q.shape[1], options.window, groups)
     # A plan without any row has nothing to send, on no rank.
-    steps = chosen_strategy.steps(local, meta, communicator, options.window) if meta.rows else iter(())
+    steps = chosen_strategy.steps(inputs, meta, communicator) if meta.rows else iter(())
     merges = chosen_strategy.num_steps(meta.plan, options.window) > 1
     with torch.no_grad():
         out, lse = run_steps(q, meta.num_tokens, v.shape[2], steps, merges, chosen_backend, options)
@@ -258,14 +267,18 @@ def _choose(
     q: Tensor, k: Tensor, v: Tensor, meta: CPMetadata, strategy: str, backend: str, options: AttentionOptions
 ) -> tuple[Strategy, Backend]:
     """The strategy and backend of a call: the first strategy that a backend, or the one asked for, can serve."""
-    gathered_bytes = meta.plan.cp_size * meta.rows * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
-    candidates = candidate_strategies(strategy, gathered_bytes)
+    candidates = candidate_strategies(strategy, _gathered_bytes(k, v, meta))
     for candidate in candidates[:-1]:
         try:
             return candidate, choose_backend(backend, _call(q, v, meta, candidate, options))
         except UnsupportedError:  # noqa: PERF203
             continue
     return candidates[-1], choose_backend(backend, _call(q, v, meta, candidates[-1], options))
+
+
+def _gathered_bytes(k: Tensor, v: Tensor, meta: CPMetadata) -> int:
+    """What an all-gather of K and V would bring to each rank."""
+    return meta.plan.cp_size * meta.rows * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
 
 
 def _call(q: Tensor, v: Tensor, meta: CPMetadata, strategy: Strategy, options: AttentionOptions) -> Call:

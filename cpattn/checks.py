@@ -52,9 +52,9 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_rows(name: str, x: Tensor, meta: CPMetadata) -> None:
-    if len(x) != meta.rows:
+    if x.shape[0] != meta.rows:
         raise RowCountError(
-            f"{name} has {len(x)} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); "
+            f"{name} has {x.shape[0]} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); "
             "shard the input with cpattn.shard(x, meta)"
         )
 
@@ -97,7 +97,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
 
 
 def check_prefix(kv_cache: Any, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
-    needed = int(meta.plan.prefix_lens.sum())
+    needed = meta.plan.num_prefix_tokens
     if kv_cache is None:
         if needed:
             raise PrefixError(f"the batch has {needed} prefix tokens, but kv_cache is None; pass kv_cache=PackedKV(k, v) with those tokens")
@@ -107,9 +107,9 @@ def check_prefix(kv_cache: Any, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
     for name, cached, new in (("k", kv_cache.k, k), ("v", kv_cache.v, v)):
         if not isinstance(cached, Tensor) or cached.ndim != 3:
             raise PrefixError(f"kv_cache.{name} is not a tensor [prefix tokens, heads, head_dim]")
-        if len(cached) != needed:
+        if cached.shape[0] != needed:
             raise PrefixError(
-                f"kv_cache.{name} has {len(cached)} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
+                f"kv_cache.{name} has {cached.shape[0]} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
                 "pack the prefix of every request, request after request, without padding, the same on every rank"
             )
         if cached.shape[1:] != new.shape[1:] or cached.dtype != new.dtype or cached.device != new.device:
@@ -118,6 +118,11 @@ def check_prefix(kv_cache: Any, k: Tensor, v: Tensor, meta: CPMetadata) -> None:
                 f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
             )
     check_no_grad(**{"kv_cache.k": kv_cache.k, "kv_cache.v": kv_cache.v})
+
+
+def check_overlap(overlap: Any, k: Tensor) -> None:
+    if overlap is not None and (not is_integer(overlap) or overlap < 1 or k.shape[1] % overlap):
+        raise OptionError(f"overlap={overlap!r}; pass a divisor of the {k.shape[1]} KV heads, 1 for no overlap, or None")
 
 
 def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:

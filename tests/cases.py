@@ -28,6 +28,7 @@ class AttentionCase:
     sinks: bool = False
     seed: int = 0
     device: str = "cpu"
+    overlap: int | None = None
     options: dict[str, object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class AttentionCase:
             backend=backend,
             return_lse=True,
             check=check,
+            overlap=self.overlap,
             **self.options,
         )  # type: ignore[call-overload]
         assert all(torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) for x, y in zip((q, k, v), before, strict=True))

@@ -68,6 +68,7 @@ _MISTAKES: dict[str, Any] = {
     "softcap": lambda c, t: t.update(softcap=-1.0),
     "scale": lambda c, t: t.update(scale=float("nan")),
     "sinks": lambda c, t: t.update(sinks=torch.zeros(3)),
+    "overlap": lambda c, t: t.update(overlap=3),
     "gradient": lambda c, t: t.update(q=t["q"].clone().requires_grad_()),
     "group size": lambda c, t: t.update(meta=cpattn.plan(c.batch, dist.get_world_size() + 1).metadata(dist.get_rank())),
     "group rank": lambda c, t: t.update(

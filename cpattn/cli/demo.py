@@ -44,7 +44,7 @@ class Setting:
         def normal(rows: int, heads: int) -> Tensor:
             return torch.randn(rows, heads, self.head_dim, generator=generator).to(self.dtype)
 
-        tokens, cached = self.plan.num_tokens, int(self.plan.prefix_lens.sum())
+        tokens, cached = self.plan.num_tokens, self.plan.num_prefix_tokens
         q, k, v = normal(tokens, self.heads), normal(tokens, self.kv_heads), normal(tokens, self.kv_heads)
         return q, k, v, cpattn.PackedKV(normal(cached, self.kv_heads), normal(cached, self.kv_heads))
 

@@ -1,4 +1,8 @@
-"""Strategy ``all_gather``: every rank receives all K and V, puts them in order, and computes in one launch."""
+"""Strategy ``all_gather``: every rank receives all K and V, puts them in order, and computes in one launch.
+
+With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
+at once, and the attention of the first group runs while the next is in flight.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,45 @@ from collections.abc import Iterator
 
 from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.message import gather_rows_, message_buffer, pack_, unpack
-from cpattn.exchange.strategy import LocalKV, Step, Strategy
+from cpattn.exchange.message import gather_rows_, pack_, unpack
+from cpattn.exchange.strategy import ExchangeInputs, Step, Strategy
 from cpattn.metadata.cp_metadata import CPMetadata
 
 
-def _steps(local: LocalKV, meta: CPMetadata, communicator: Communicator, window: int | None) -> Iterator[Step]:
-    k, v, prefix = local.k, local.v, local.prefix
+def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Iterator[Step]:
+    prefix = inputs.prefix
     rows = meta.derive("all_gather rows", lambda: _rows(meta))
     cp_size = meta.plan.cp_size
     if cp_size == 1 and prefix is None:
-        yield Step(k[: meta.num_tokens], v[: meta.num_tokens], rows)
+        yield Step(inputs.k[: meta.num_tokens], inputs.v[: meta.num_tokens], rows)
         return
-    prefix_tokens = 0 if prefix is None else len(prefix.k)
-    source = message_buffer(communicator, "gathered", k, v, cp_size * meta.rows + prefix_tokens)
-    gathered, cached = source[: cp_size * meta.rows], source[cp_size * meta.rows :]
-    # The message is packed where the gather would put it, which spares a copy of it.
-    message = gathered[meta.cp_rank * meta.rows :][: meta.rows]
-    pack_(message, k, v, meta.num_tokens)
-    gather = communicator.all_gather(gathered, message)
-    if prefix is not None:
-        pack_(cached, prefix.k, prefix.v, prefix_tokens)
-    gather.wait()
-    # From rank-major order to each request's prefix and extend in one piece: K, V and prefix by one index.
-    ordered = message_buffer(communicator, "ordered", k, v, len(meta.key_index))
-    gather_rows_(ordered, source, meta.key_index)
-    yield Step(*unpack(ordered, k.shape[2]), rows)
+    groups = inputs.overlap
+    kv_heads, head_dim = inputs.k.shape[1] // groups, inputs.k.shape[2]
+    group_heads = [slice(group * kv_heads, (group + 1) * kv_heads) for group in range(groups)]
+    gathered_rows = cp_size * meta.rows
+    prefix_tokens = 0 if prefix is None else prefix.k.shape[0]
+    # Group after group, so that each is one message: [groups, gathered rows and prefix, heads of a group, D + Dv].
+    width = head_dim + inputs.v.shape[2]
+    shape = (groups, gathered_rows + prefix_tokens, kv_heads, width)
+    sources = communicator.buffer("gathered", shape, inputs.k.dtype, inputs.k.device).unbind(0)
+    gathers = []
+    for source, heads in zip(sources, group_heads, strict=True):
+        gathered = source[:gathered_rows]
+        # The message is packed where the gather would put it, which spares a copy of it.
+        message = gathered[meta.cp_rank * meta.rows :][: meta.rows]
+        pack_(message, inputs.k[:, heads], inputs.v[:, heads], meta.num_tokens)
+        gathers.append(communicator.all_gather(gathered, message))
+    # One group's keys in order at a time: its attention has read them before the next group's take their place.
+    ordered = communicator.buffer("ordered", (meta.key_index.shape[0], kv_heads, width), inputs.k.dtype, inputs.k.device)
+    for group, (source, heads, gather) in enumerate(zip(sources, group_heads, gathers, strict=True)):
+        if prefix is not None:
+            pack_(source[gathered_rows:], prefix.k[:, heads], prefix.v[:, heads], prefix_tokens)
+        gather.wait()
+        # From rank-major order to each request's prefix and extend in one piece: K, V and prefix by one index.
+        gather_rows_(ordered, source, meta.key_index)
+        query_heads = inputs.num_heads // groups
+        step_heads = None if groups == 1 else slice(group * query_heads, (group + 1) * query_heads)
+        yield Step(*unpack(ordered, head_dim), rows, step_heads)
 
 
 def _rows(meta: CPMetadata) -> RaggedRows:

@@ -38,23 +38,35 @@ def run_steps(
     for step in steps:
         if step.rows.max_seqlen_k == 0:
             continue
-        if out is not None and lse is not None and backend.accumulate is not None:
+        if step.heads is not None:
+            if out is None or lse is None:
+                out, lse = q.new_empty(*q.shape[:2], v_head_dim, dtype=step_dtype), q.new_empty(q.shape[:2], dtype=precise)
+            out[:, step.heads], lse[:, step.heads] = _run_heads(q, step, step.heads, backend, options, step_dtype)
+        elif out is None or lse is None:
+            out, lse = backend.run(q, step.k, step.v, step.rows, options, step_dtype)
+            out = out.to(precise) if merges else out
+        elif backend.accumulate is not None:
             backend.accumulate(q, step.k, step.v, step.rows, options, out, lse)
-            continue
-        step_out, step_lse = backend.run(q, step.k, step.v, step.rows, options, step_dtype)
-        if out is None or lse is None:
-            out, lse = (step_out.to(precise) if merges else step_out), step_lse
         else:
-            merge_(out, lse, step_out, step_lse)
+            merge_(out, lse, *backend.run(q, step.k, step.v, step.rows, options, step_dtype))
 
     if out is None or lse is None:
-        out = q.new_zeros(len(q), q.shape[1], v_head_dim)
-        lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.float32)
+        out = q.new_zeros(*q.shape[:2], v_head_dim)
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=precise)
     if sinks_after and sinks is not None:
         apply_sinks_(out, lse, sinks)
     out = out.to(q.dtype)
     lse = lse.to(torch.float32)
-    if len(q) > num_tokens:
+    if q.shape[0] > num_tokens:
         out[num_tokens:] = 0
         lse[num_tokens:] = -torch.inf
     return out, lse
+
+
+def _run_heads(
+    q: Tensor, step: Step, heads: slice, backend: Backend, options: AttentionOptions, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A step that is about some of the query heads, which are the ones its KV heads belong to."""
+    if options.sinks is not None:
+        options = replace(options, sinks=options.sinks[heads])
+    return backend.run(q[:, heads], step.k, step.v, step.rows, options, out_dtype)

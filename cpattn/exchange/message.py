@@ -11,14 +11,9 @@ from torch import Tensor
 from cpattn.exchange.communicator import Communicator
 
 
-def message_shape(k: Tensor, v: Tensor, rows: int) -> tuple[int, int, int]:
-    """The shape of a message of that many rows."""
-    return rows, k.shape[1], k.shape[2] + v.shape[2]
-
-
 def message_buffer(communicator: Communicator, name: str, k: Tensor, v: Tensor, rows: int) -> Tensor:
     """Reused memory for a message of that many rows."""
-    return communicator.buffer(name, message_shape(k, v, rows), k.dtype, k.device)
+    return communicator.buffer(name, (rows, k.shape[1], k.shape[2] + v.shape[2]), k.dtype, k.device)
 
 
 def pack_(message: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:

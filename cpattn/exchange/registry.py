@@ -21,3 +21,16 @@ def candidate_strategies(name: str, gathered_bytes: int) -> list[Strategy]:
     if name not in STRATEGIES:
         raise UnknownNameError(f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, ['auto', *STRATEGIES]))}")
     return [STRATEGIES[name]]
+
+
+# Split into groups of KV heads, an all-gather of at least this many bytes a rank has most of its transfer hidden behind
+# the attention of the groups before; below it, more and smaller launches cost more than they hide.
+OVERLAP_FROM = 32 * 2**20
+_OVERLAP_GROUPS = 4
+
+
+def default_overlap(kv_heads: int, gathered_bytes: int, device_type: str) -> int:
+    """Into how many groups of KV heads an all-gather is split if the caller does not say: at most 4, of equal size."""
+    if device_type != "cuda" or gathered_bytes < OVERLAP_FROM:
+        return 1
+    return max(groups for groups in range(1, _OVERLAP_GROUPS + 1) if kv_heads % groups == 0)

@@ -17,7 +17,7 @@ import numpy as np
 from cpattn.attention.rows import Alignment, RaggedRows
 from cpattn.exchange.communicator import Communicator
 from cpattn.exchange.message import message_buffer, pack_, unpack
-from cpattn.exchange.strategy import LocalKV, Step, Strategy
+from cpattn.exchange.strategy import ExchangeInputs, Step, Strategy
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.device_tables import exclusive_cumsum
@@ -26,9 +26,9 @@ from cpattn.metadata.plan import Plan
 Table: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 
 
-def _steps(local: LocalKV, meta: CPMetadata, communicator: Communicator, window: int | None) -> Iterator[Step]:
-    k, v, prefix = local.k, local.v, local.prefix
-    prefix_rows, hop_rows = meta.derive(("ring rows", window), lambda: _rows(meta, window))
+def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Iterator[Step]:
+    k, v, prefix = inputs.k, inputs.v, inputs.prefix
+    prefix_rows, hop_rows = meta.derive(("ring rows", inputs.window), lambda: _rows(meta, inputs.window))
     cp_size = meta.plan.cp_size
     here = message_buffer(communicator, "ring 0", k, v, meta.rows)
     there = message_buffer(communicator, "ring 1", k, v, meta.rows)

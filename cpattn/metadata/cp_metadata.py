@@ -112,7 +112,7 @@ class CPMetadata:
     def key_index(self) -> Tensor:
         """``[keys of the batch]`` where each key of the order that ``k_start`` speaks of lies in the buffer
         ``[gathered rows of all ranks (cp_size * rows), then all prefix tokens, request after request]``."""
-        total = int(self.plan.prefix_lens.sum()) + self.plan.num_tokens
+        total = self.plan.num_prefix_tokens + self.plan.num_tokens
         if total == self.plan.num_tokens:
             return self.restore_index
         return self._expand("key_run_source", "key_run_length", total)

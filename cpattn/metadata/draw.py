@@ -30,7 +30,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def summarize_plan(plan: Plan) -> str:
     """See :meth:`cpattn.Plan.summary`."""
-    prefix_tokens = int(plan.prefix_lens.sum())
+    prefix_tokens = plan.num_prefix_tokens
     lines = [
         f"{len(plan.batch)} requests: {plan.num_tokens:,} new tokens over {prefix_tokens:,} cached ones",
         f"{plan.cp_size} ranks, {plan.partition} partition, {plan.remainder} remainder, "

@@ -59,7 +59,7 @@ class Plan:
         object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
         # Seeds the cached property, which would make the same array from the tuple again.
         self.__dict__["_pairs"] = _frozen(pairs)
-        keys = self.cp_size * self.rows + int(self.prefix_lens.sum())
+        keys = self.cp_size * self.rows + self.num_prefix_tokens
         if keys > MAX_TOKENS:
             raise PlanError(
                 f"{self.cp_size} ranks of {self.rows} rows and the prefixes are {keys} rows; the limit is {MAX_TOKENS} "
@@ -78,6 +78,11 @@ class Plan:
     def num_tokens(self) -> int:
         """New tokens in the batch, over all requests and ranks."""
         return int(self.extend_lens.sum())
+
+    @cached_property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of the batch that lie in the KV cache already."""
+        return int(self.prefix_lens.sum())
 
     @cached_property
     def rank_tokens(self) -> tuple[int, ...]:

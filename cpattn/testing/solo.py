@@ -21,11 +21,10 @@ class SoloCommunicator(Communicator):
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         parts = out.view(self.size, -1)
-        for rank in range(self.size):
-            if rank != self.rank:
-                parts[rank].copy_(x)
+        parts[: self.rank] = x
+        parts[self.rank + 1 :] = x
         if parts[self.rank].data_ptr() != x.data_ptr():
-            parts[self.rank].copy_(x)
+            parts[self.rank] = x
         return Work(lambda: None)
 
     def _shift(self, out: Tensor, x: Tensor) -> Work:

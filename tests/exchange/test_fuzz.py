@@ -30,6 +30,7 @@ def cases(draw: st.DrawFn, features: bool) -> AttentionCase:
         window=draw(st.one_of(st.none(), st.integers(1, 400))) if features else None,
         softcap=draw(st.sampled_from([None, 1.0, 20.0])) if features else None,
         sinks=draw(st.booleans()),
+        overlap=draw(st.sampled_from([None, 1, kv_heads])),
         seed=draw(st.integers(0, 2**31)),
     )
 

@@ -54,6 +54,7 @@ def test_error_is_that_of_one_device(backend: str, cp_size: int, strategy: str, 
         pytest.param({"heads": 8, "kv_heads": 8}, id="no groups"),
         pytest.param({"heads": 8, "kv_heads": 1}, id="one KV head"),
         pytest.param({"heads": 6, "kv_heads": 2}, id="groups of 3"),
+        pytest.param({"overlap": 2, "sinks": True}, id="overlap"),
     ],
 )
 def test_features(backend: str, strategy: str, features: dict[str, object]) -> None:

@@ -37,6 +37,17 @@ def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: st
         cases[i].check(list(outputs), plan, strategy, "cpu")
 
 
+def test_an_all_gather_in_groups_of_heads(ranks: ProcessRanks) -> None:
+    case = AttentionCase(MIXED, overlap=2, sinks=True)
+    plan = cpattn.plan(case.batch, ranks.size, pad_to=8)
+    outputs = ranks.run(programs.attend, case, plan, "all_gather", "cpu")
+    case.check(outputs, plan, "all_gather", "cpu")
+    whole = AttentionCase(MIXED, overlap=1, sinks=True)
+    for (out, lse), (same_out, same_lse) in zip(outputs, ranks.run(programs.attend, whole, plan, "all_gather", "cpu"), strict=True):
+        torch.testing.assert_close(out, same_out)
+        torch.testing.assert_close(lse, same_lse)
+
+
 def test_group_from_a_device_mesh_axis(ranks: ProcessRanks) -> None:
     case = AttentionCase(MIXED)
     plan = cpattn.plan(case.batch, ranks.size)
@@ -69,6 +80,7 @@ MISTAKES = [
     ("softcap", "OptionError", "softcap=-1.0; pass a positive number"),
     ("scale", "OptionError", "scale=nan; pass a finite number"),
     ("sinks", "HeadCountError", r"sinks has shape \(3,\), q has 4 heads"),
+    ("overlap", "OptionError", "overlap=3; pass a divisor of the 2 KV heads"),
     ("gradient", "UnsupportedError", "q requires a gradient, but cpattn computes the forward pass only"),
     ("group size", "GroupError", r"the group has \d ranks, but the plan has cp_size=\d"),
     ("group rank", "GroupError", r"this process is rank \d of the group, but the metadata is that of cp_rank \d"),
