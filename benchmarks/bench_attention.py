@@ -1,0 +1,92 @@
+"""One rank's attention launch on a GPU: every backend that is there, front and back chunks in two launches and all in one.
+
+PYTHONPATH=. python benchmarks/bench_attention.py [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attention_cases import BATCHES, HEAD_DIM, HEADS, KV_HEADS, all_gather_rows, tensors
+from gpu_report import RESULTS, draw_bars, write_gpu_report
+from gpu_timing import gpu_seconds
+from torch import Tensor
+
+import cpattn
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.rows import RaggedRows
+
+BACKENDS = ["flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "triton"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--draw", action="store_true")
+    options = parser.parse_args()
+    if not options.draw:
+        measure(options.results, options.rounds)
+    draw(options.results)
+
+
+def measure(results: Path, rounds: int) -> None:
+    backends = [cpattn.BACKENDS[name] for name in BACKENDS if cpattn.BACKENDS[name].unavailable() is None]
+    table: list[list[str]] = []
+    for name, batch in BATCHES.items():
+        meta = batch.metadata()
+        q, k, v = tensors(batch, meta)
+        chosen = next(backend for backend, why in cpattn.explain(q, k[: len(q)], v[: len(q)], meta).items() if why == "chosen")
+        variants: dict[str, Callable[[], Any]] = {}
+        for backend in backends:
+            for launches in (2, 1) if meta.max_seqlen_q > 1 else (1,):
+                halves = ["both"] if launches == 1 else ["front", "back"]
+                calls = [(q[index] if launches == 2 else q, k, v, rows) for index, rows in (all_gather_rows(meta, half) for half in halves)]
+                variants[f"{backend.name}, {'one launch' if launches == 1 else 'two launches'}"] = partial(run_all, backend, calls)
+        times = gpu_seconds(variants, rounds)
+        tflops = {variant: batch.flops() / seconds / 1e12 for variant, seconds in times.items()}
+        for variant, seconds in times.items():
+            low, median, high = np.percentile(seconds * 1e3, [20, 50, 80])
+            rate = f"{np.median(tflops[variant]):.0f}"
+            mark = "auto" if variant == f"{chosen}, one launch" else ""
+            table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate])
+        print(name, {variant: round(float(np.median(values))) for variant, values in tflops.items()}, flush=True)
+        torch.cuda.empty_cache()
+    write_gpu_report(
+        "attention_gpu",
+        "One rank's attention launch",
+        ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s"],
+        table,
+        f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}; the rank in the middle, after an all-gather, without the "
+        "transfer. Only causal work counts. Each variant is a CUDA graph; variants ran interleaved, the L2 cache flushed before each. "
+        "Two launches attend the front and the back chunks separately, from queries that lie ready in two tensors.",
+        results,
+    )
+
+
+def draw(results: Path) -> None:
+    """The picture of the table's last column."""
+    with (results / "attention_gpu.csv").open() as file:
+        _, *lines = csv.reader(file)
+    groups: dict[str, dict[str, float]] = {}
+    for batch, variant, *_, rate in lines:
+        groups.setdefault(batch, {})[variant] = float(rate)
+    draw_bars(
+        results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128, H200", "TFLOP/s of causal work", groups
+    )
+
+
+def run_all(backend: Backend, calls: list[tuple[Tensor, Tensor, Tensor, RaggedRows]]) -> None:
+    for q, k, v, rows in calls:
+        backend.run(q, k, v, rows, AttentionOptions(scale=HEAD_DIM**-0.5), q.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A layer's attention through cp_attention, one rank's work on one GPU, transfers as local copies; beside the launch alone.
+
+PYTHONPATH=. python benchmarks/bench_layer.py [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attention_cases import HEAD_DIM, HEADS, KV_HEADS, AttentionBatch, all_gather_rows, tensors
+from gpu_report import RESULTS, write_gpu_report
+from gpu_timing import gpu_seconds
+
+import cpattn
+from cpattn.attention.backend import AttentionOptions
+from cpattn.testing import SoloCommunicator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    table = []
+    for tokens in (1024, 4096, 16384, 131072):
+        for prefix in (0, 8192):
+            for cp_size in (4, 8):
+                table += measure(tokens, prefix, cp_size, options.rounds)
+                torch.cuda.empty_cache()
+    write_gpu_report(
+        "layer_gpu",
+        "One rank's layer through cp_attention",
+        [
+            "new tokens", "prefix", "cp", "strategy", "backend", "attention alone, us", "layer as a graph, us", "over it, us", "ratio",
+            "layer eager, us", "host a call, us", "host over the backend's own, us",
+        ],
+        table,
+        f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}, one request, the rank in the middle. Transfers are local "
+        "copies on the same stream, so nothing hides them. Attention alone: one launch over keys that lie ready, with the "
+        "same backend. Times are medians of interleaved runs, the L2 cache flushed before each; host times are of calls that "
+        "are not waited for.",
+        options.results,
+    )  # fmt: skip
+
+
+def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[str]]:
+    batch = AttentionBatch([(prefix, tokens)], cp_size)
+    meta = batch.metadata()
+    _, rows = all_gather_rows(meta)
+    q, k, v = tensors(batch, meta)
+    local_k, local_v = (torch.randn(meta.rows, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    cache = cpattn.PackedKV(*(torch.randn(prefix, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
+    communicator = SoloCommunicator(meta.cp_rank, cp_size)
+    names = [name for name in ("flash_attn4", "triton") if cpattn.BACKENDS[name].unavailable() is None]
+    attention_options = AttentionOptions(scale=HEAD_DIM**-0.5)
+    alone = {name: partial(cpattn.BACKENDS[name].run, q, k, v, rows, attention_options, q.dtype) for name in names}
+    layers: dict[tuple[str, str], Callable[[], Any]] = {
+        (strategy, name): partial(
+            cpattn.cp_attention, q, local_k, local_v, meta, group=communicator, kv_cache=cache, strategy=strategy, backend=name, overlap=1
+        )
+        for strategy in cpattn.STRATEGIES
+        for name in names
+    }
+    variants = {f"alone {name}": run for name, run in alone.items()} | {" ".join(key): run for key, run in layers.items()}
+    graphs, eager = gpu_seconds(variants, rounds), gpu_seconds(variants, rounds, graph=False)
+    host = host_seconds(variants)
+    lines = []
+    for strategy, name in layers:
+        layer, launch = f"{strategy} {name}", f"alone {name}"
+        graph_us, alone_us = (float(np.median(graphs[variant])) * 1e6 for variant in (layer, launch))
+        lines.append(
+            [
+                f"{tokens:,}",
+                f"{prefix:,}",
+                str(cp_size),
+                strategy,
+                name,
+                f"{alone_us:,.1f}",
+                f"{graph_us:,.1f}",
+                f"{graph_us - alone_us:,.1f}",
+                f"{graph_us / alone_us:.3f}",
+                f"{np.median(eager[layer]) * 1000000.0:,.1f}",
+                f"{host[layer] * 1000000.0:.0f}",
+                f"{(host[layer] - host[launch]) * 1000000.0:.0f}",
+            ]
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def host_seconds(variants: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The median time that the host spends in a call, with the device idle before it."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(15):
+        for name, run in variants.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()
