@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cpattn import checks
 from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.registry import choose_backend, explain_choice
-from cpattn.errors import CPError, RowCountError, UnsupportedError
+from cpattn.errors import RowCountError, UnsupportedError
 from cpattn.exchange.agreement import agree
 from cpattn.exchange.communicator import Communicator, as_communicator
 from cpattn.exchange.driver import run_steps
@@ -55,6 +55,9 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
             "shard takes the rows of the whole batch, once"
         )
     checks.check_device("x", x, meta)
+    if x.requires_grad and torch.is_grad_enabled():
+        tokens = x.index_select(0, meta.token_index[: meta.num_tokens])
+        return torch.cat([tokens, x.new_zeros(meta.rows - meta.num_tokens, *x.shape[1:])])
     local = x.new_empty(meta.rows, *x.shape[1:])
     gather_rows_(local[: meta.num_tokens], x.contiguous(), meta.token_index[: meta.num_tokens])
     if meta.rows > meta.num_tokens:
@@ -194,7 +197,8 @@ def cp_attention(
         sinks: floating ``[Hq]``, one more logit without a value in each query's softmax, as in gpt-oss; none if None.
         return_lse: also return the log-sum-exp of the scaled (and capped) scores, sinks included.
         check: compare plan and arguments of all ranks first, in one small collective that waits for the device, so that
-            a mistake on one rank raises on all instead of hanging the others. For tests and bring-up.
+            a mistake on one rank raises on all instead of hanging the others. For tests and bring-up. (A rank that passes
+            another group than the others can not tell them.)
 
     Returns:
         ``out [meta.rows, Hq, Dv]`` in q's dtype, zeros on padding; with ``return_lse`` also ``lse [meta.rows, Hq]``,
@@ -218,18 +222,22 @@ def cp_attention(
         # The backend is each rank's own affair; all else must be the same for the results to fit together.
         return (
             f"strategy={validated[0].name}, {q.shape[1]}/{k.shape[1]} heads of {k.shape[2]}/{v.shape[2]}, {q.dtype}, "
-            f"scale={scale}, window={window}, softcap={softcap}, sinks={'no' if sinks is None else 'yes'}, overlap={overlap}"
+            f"scale={validated[2].scale}, window={validated[2].window}, softcap={validated[2].softcap}, "
+            f"sinks={'no' if sinks is None else 'yes'}, overlap={overlap}"
         )
 
     chosen_strategy, chosen_backend, options = _validated(validate, describe, meta, communicator, check)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_last_axis_contiguous, (q, k, v))
     groups = overlap or default_overlap(k.shape[1], _gathered_bytes(k, v, meta), k.device.type)
-    prefix = kv_cache if meta.plan.num_prefix_tokens else None
+    prefix = None
+    if kv_cache is not None and meta.plan.num_prefix_tokens:
+        prefix = PackedKV(_last_axis_contiguous(kv_cache.k), _last_axis_contiguous(kv_cache.v))
     inputs = ExchangeInputs(k, v, prefix, q.shape[1], options.window, groups)
     # A plan without any row has nothing to send, on no rank.
     steps = chosen_strategy.steps(inputs, meta, communicator) if meta.rows else iter(())
     merges = chosen_strategy.num_steps(meta.plan, options.window) > 1
-    with torch.no_grad():
+    # Autocast would send parts of a backend to half precision.
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         out, lse = run_steps(q, meta.num_tokens, v.shape[2], steps, merges, chosen_backend, options)
     return (out, lse) if return_lse else out
 
@@ -254,7 +262,7 @@ def explain(
     >>> cpattn.explain(q, q, q, meta, softcap=30.0)["reference"]
     'chosen'
 
-    Args and errors are those of :func:`cp_attention`.
+    The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
     checks.check_metadata(meta)
     checks.check_qkv(q, k, v, meta)
@@ -276,9 +284,14 @@ def _choose(
     return candidates[-1], choose_backend(backend, _call(q, v, meta, candidates[-1], options))
 
 
+def _last_axis_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _gathered_bytes(k: Tensor, v: Tensor, meta: CPMetadata) -> int:
-    """What an all-gather of K and V would bring to each rank."""
-    return meta.plan.cp_size * meta.rows * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
+    """The keys and values that an all-gather holds in one place on each rank: everyone's new ones, and the prefix."""
+    keys = meta.plan.cp_size * meta.rows + meta.plan.num_prefix_tokens
+    return keys * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
 
 
 def _call(q: Tensor, v: Tensor, meta: CPMetadata, strategy: Strategy, options: AttentionOptions) -> Call:
@@ -299,7 +312,7 @@ def _validated(validate: Callable[[], T], describe: Callable[[T], str], meta: CP
     """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
     try:
         value = validate()
-    except CPError as refusal:
+    except Exception as refusal:
         if check:
             agree(communicator, meta.device, meta.plan.fingerprint, "", refusal)
         raise

@@ -127,13 +127,13 @@ def check_overlap(overlap: Any, k: Tensor) -> None:
 
 def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:
     """Checks the options of a call and puts them into the form that backends take."""
-    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
-        raise OptionError(f"scale={scale!r}; pass a finite number, or None for 1 / sqrt(head_dim)")
+    if scale is not None and not _is_positive(scale):
+        raise OptionError(f"scale={scale!r}; pass a positive number, or None for 1 / sqrt(head_dim)")
     if window is not None and (not is_integer(window) or int(window) < 1):
         raise OptionError(
             f"window={window!r}; pass the number of keys that a query sees, its own included: an integer of at least 1, or None"
         )
-    if softcap is not None and not (isinstance(softcap, Real) and math.isfinite(softcap) and float(softcap) > 0):
+    if softcap is not None and not _is_positive(softcap):
         raise OptionError(f"softcap={softcap!r}; pass a positive number, or None")
     if sinks is not None:
         if not isinstance(sinks, Tensor):
@@ -151,3 +151,8 @@ def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap:
         softcap=None if softcap is None else float(softcap),
         sinks=None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)),
     )
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a finite real number above 0; a bool is no number."""
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value) and float(value) > 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cpattn
-from cpattn.testing import oracle_attention, relative_rmse, rmse_bound, run_loopback
+from cpattn.testing import oracle_attention, relative_rmse, rmse_bound, run_loopback, single_device_bound
 
 
 @dataclass
@@ -107,6 +107,9 @@ class AttentionCase:
             assert torch.equal(lse, outputs[0][1])
         steps = cpattn.STRATEGIES[strategy].num_steps(plan, self.window)
         own, own_lse = self.single_device_rmse(backend)
+        # The baseline runs the same code, so a mistake that both make would raise the bound: it has a bound of its own.
+        assert own <= single_device_bound(self.dtype, self.expected[1]), own
+        assert own_lse <= single_device_bound(torch.float32, self.expected[1]), own_lse
         own *= 2**0.5 if rounded_partials else 1.0
         rmse, rmse_lse = self._rmse(outputs[0])
         lse = self.expected[1]

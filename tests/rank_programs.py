@@ -60,6 +60,7 @@ _MISTAKES: dict[str, Any] = {
     "batch axis": lambda c, t: t.update(q=t["q"][None]),
     "no prefix": lambda c, t: t.update(kv_cache=None),
     "prefix length": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[1:], c.prefix.v[1:])),
+    "prefix of v": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k, c.prefix.v[1:])),
     "prefix heads": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
     "strategy": lambda c, t: t.update(strategy="star"),
     "backend": lambda c, t: t.update(backend="flash_attn9"),
@@ -75,10 +76,19 @@ _MISTAKES: dict[str, Any] = {
         meta=cpattn.plan(c.batch, dist.get_world_size()).metadata((dist.get_rank() + 1) % dist.get_world_size())
     ),
     "other batch": lambda c, t: t.update(meta=cpattn.plan([(5, 23), (0, 40)], dist.get_world_size()).metadata(dist.get_rank())),
+    "foreign error": lambda c, t: t.update(sinks=_Broken()),
     "other scale": lambda c, t: t.update(scale=0.125),
     "other strategy": lambda c, t: t.update(strategy="ring"),
     "other heads": lambda c, t: t.update(k=t["k"][:, :1], v=t["v"][:, :1], kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
 }
+
+
+class _Broken:
+    """An argument whose very type is a surprise."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
 
 
 def make_mistake(mistake: str, on_ranks: list[int], check: bool) -> tuple[str, str]:
@@ -95,7 +105,7 @@ def make_mistake(mistake: str, on_ranks: list[int], check: bool) -> tuple[str, s
     raised = ("nothing", "")
     try:
         cpattn.cp_attention(**call, check=check)
-    except cpattn.CPError as error:
+    except Exception as error:
         raised = (type(error).__name__, str(error))
     case.on_rank(meta.plan, dist.get_rank(), None, "ring", "cpu")
     return raised

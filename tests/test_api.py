@@ -90,3 +90,44 @@ def test_outputs_are_fresh_memory() -> None:
     assert torch.equal(first, kept)
     x = torch.zeros(9, 2)
     assert cpattn.unshard(x, meta).data_ptr() != x.data_ptr()
+
+
+def test_an_unsupported_dtype_is_refused_with_every_backend_s_reason() -> None:
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    q = torch.zeros(4, 1, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(cpattn.UnsupportedError, match=r"no backend can serve this call: cpu: it takes .*; reference: it takes"):
+        cpattn.cp_attention(q, q, q, meta)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), True, "1"])
+def test_scale_is_a_positive_number(scale: float) -> None:
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    q = torch.zeros(4, 1, 16)
+    with pytest.raises(cpattn.OptionError, match="pass a positive number"):
+        cpattn.cp_attention(q, q, q, meta, scale=scale)
+
+
+def test_output_is_contiguous_where_v_is_narrower() -> None:
+    case = AttentionCase([(0, 20)], head_dim=16, v_head_dim=8)
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    assert cpattn.cp_attention(case.q, case.k, case.v, meta, backend="cpu").is_contiguous()
+
+
+def test_modes_of_torch_change_nothing() -> None:
+    case = AttentionCase([(6, 20)])
+    with torch.inference_mode(), torch.device("meta"):
+        meta = cpattn.build_metadata(case.batch, 1, 0, device="cpu")
+        cpattn.shard(case.q, meta)
+    out = cpattn.cp_attention(case.q, case.k, case.v, meta, kv_cache=case.prefix, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cpattn.cp_attention(case.q, case.k, case.v, meta, kv_cache=case.prefix, backend="reference"), out)
+    x = case.q.clone().requires_grad_()
+    cpattn.shard(x, meta).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_under_torch_compile_it_runs_eagerly() -> None:
+    case = AttentionCase([(0, 20)])
+    meta = cpattn.plan(case.batch, 1).metadata(0)
+    attend = torch.compiler.disable(cpattn.cp_attention)  # type: ignore[no-untyped-call]
+    model = torch.compile(lambda q: attend(q * 2, case.k, case.v, meta) + 1, backend="eager")
+    assert torch.equal(model(case.q), cpattn.cp_attention(case.q * 2, case.k, case.v, meta) + 1)

@@ -49,7 +49,7 @@ def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, 
         pytest.param('{"a": 1}', "holds a JSON dict; a batch file is a list", id="not a list"),
         pytest.param("[[0, 1], [2]]", r"request 1 is [2]", id="not a pair"),
         pytest.param('[{"prefix_len": 3}]', "request 0 has no extend_len", id="missing key"),
-        pytest.param("[[0, -1]]", "request 0 is (0, -1); a length can not be negative", id="negative"),
+        pytest.param("[[0, -1]]", "request 0 has extend_len=-1; a length can not be negative", id="negative"),
         pytest.param("[[0, 1.5]]", "extend_len=1.5 (float), which is not an integer", id="not an integer"),
     ],
 )

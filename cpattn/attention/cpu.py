@@ -40,7 +40,7 @@ def cpu_attention(
         _add(out, lse, q, k, v, slice(first, first + square), diagonal_keys, True, options.scale)
         # Where the range ends before the last query's diagonal, the queries below the square see all of its keys.
         _add(out, lse, q, k, v, slice(first + square, end), diagonal_keys, False, options.scale)
-    return out[..., :v_head_dim].to(out_dtype), lse
+    return out[..., :v_head_dim].to(out_dtype).contiguous(), lse
 
 
 def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice, causal: bool, scale: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.flash_varlen import NO_WINDOW, even_out, flash_backend, missing, varlen_call
 from cpattn.attention.rows import RaggedRows
 
+# The package compiles kernels in the calling thread at their first use, which is not safe in two threads at once.
+_ONE_AT_A_TIME = Lock()
 _TILE = 128  # query rows of a tile, for most head dims
 # What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% on an H200, for
 # chunks of 128 to 8,192 tokens and groups of 4 (benchmarks/results/tune_attention.md).
@@ -32,23 +36,24 @@ def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: Attention
     from flash_attn.cute import flash_attn_varlen_func
 
     call = varlen_call(rows, options)
-    out, lse_HT, *_ = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
-        max_seqlen_q=call.max_seqlen_q,
-        max_seqlen_k=call.max_seqlen_k,
-        seqused_k=call.seqused_k,
-        softmax_scale=call.softmax_scale,
-        causal=call.causal,
-        window_size=tuple(None if side == NO_WINDOW else side for side in (call.window_left, call.window_right)),
-        softcap=call.softcap,
-        learnable_sink=options.sinks,
-        pack_gqa=pack_gqa,
-        return_lse=True,
-    )
+    with _ONE_AT_A_TIME:
+        out, lse_HT, *_ = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_k,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=call.max_seqlen_k,
+            seqused_k=call.seqused_k,
+            softmax_scale=call.softmax_scale,
+            causal=call.causal,
+            window_size=tuple(None if side == NO_WINDOW else side for side in (call.window_left, call.window_right)),
+            softcap=call.softcap,
+            learnable_sink=options.sinks,
+            pack_gqa=pack_gqa,
+            return_lse=True,
+        )
     return even_out(out, lse_HT, rows)
 
 

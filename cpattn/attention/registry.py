@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from cpattn.attention import cpu, flash_attn2, flash_attn3, flash_attn4, reference, torch_flash, triton
 from cpattn.attention.backend import Backend, Call
 from cpattn.attention.flash_varlen import capability
@@ -31,7 +29,6 @@ def auto_order(call: Call) -> list[Backend]:
     return [BACKENDS[name] for name in _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])]
 
 
-@lru_cache(maxsize=256)  # a model makes the same call in every layer of every step
 def choose_backend(name: str, call: Call) -> Backend:
     """The backend of that name, or for ``"auto"`` the first that can serve the call.
 
@@ -40,14 +37,18 @@ def choose_backend(name: str, call: Call) -> Backend:
         UnsupportedError: the named one can not serve the call; an explicit choice never falls back.
     """
     if name == "auto":
-        return next(backend for backend in auto_order(call) if backend.why_not(call) is None)
-    if name not in BACKENDS:
+        able = next((backend for backend in auto_order(call) if backend.why_not(call) is None), None)
+        if able is None:
+            reasons = "; ".join(f"{backend.name}: {backend.why_not(call)}" for backend in auto_order(call))
+            raise UnsupportedError(f"no backend can serve this call: {reasons}")
+        return able
+    if not isinstance(name, str) or name not in BACKENDS:
         known = ", ".join(map(repr, ["auto", *BACKENDS]))
         raise UnknownNameError(f"backend={name!r} is unknown; choose one of {known}")
     reason = BACKENDS[name].why_not(call)
     if reason:
-        able = [other.name for other in auto_order(call) if other.why_not(call) is None]
-        raise UnsupportedError(f"backend={name!r} can not serve this call: {reason}; {', '.join(map(repr, able))} could")
+        others = [other.name for other in auto_order(call) if other.why_not(call) is None]
+        raise UnsupportedError(f"backend={name!r} can not serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could")
     return BACKENDS[name]
 
 

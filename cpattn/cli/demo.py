@@ -17,7 +17,7 @@ from cpattn.cli.batch_file import read_batch
 from cpattn.errors import CPError, HeadCountError, PlanError
 from cpattn.exchange.communicator import as_communicator
 from cpattn.metadata.draw import text_table
-from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse_bound
+from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse_bound, single_device_bound
 
 _DEFAULT_BATCH = Path(__file__).parents[2] / "examples" / "batches" / "mixed.json"
 # What runs where there is no checkout beside the package, and so no batch file.
@@ -90,8 +90,10 @@ def run(options: argparse.Namespace) -> int:
     )
     expected, expected_lse, alone, alone_seconds = _single_process(setting)
     alone_rmse = relative_rmse(alone, expected)
-    table = [["one process", _error(alone, expected), f"{alone_rmse:.2e}", "", "", f"{alone_seconds * 1e3:.1f}", ""]]
-    all_fine = True
+    alone_bound = single_device_bound(setting.dtype, expected_lse)
+    all_fine = alone_rmse <= alone_bound
+    verdict = "yes" if all_fine else "NO"
+    table = [["one process", _error(alone, expected), f"{alone_rmse:.2e}", f"{alone_bound:.2e}", verdict, f"{alone_seconds * 1e3:.1f}", ""]]
     with ProcessRanks(plan.cp_size) as ranks:
         for name, strategy in cpattn.STRATEGIES.items():
             results = ranks.run(rank_program, setting, name)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 
 from cpattn import errors
-from cpattn.errors import CPError, DisagreementError
+from cpattn.errors import DisagreementError
 from cpattn.exchange.communicator import Communicator
 
 # Bytes that each rank sends: fingerprint, arguments and the beginning of an error message.
 _RECORD = 1024
 
 
-def agree(communicator: Communicator, device: torch.device, fingerprint: str, arguments: str, refusal: CPError | None) -> None:
+def agree(communicator: Communicator, device: torch.device, fingerprint: str, arguments: str, refusal: Exception | None) -> None:
     """Compares plan and arguments over the group, and spreads a refusal of one rank to all. Waits for the device.
 
     Raises:
-        CPError: where a rank refuses: its own error there, and an error of the same class naming it on the others.
+        CPError: where a rank refuses: its own error there, and on the others one of the same class (if it is a class of
+            cpattn's) that names it.
         DisagreementError: plans or arguments differ; the message names the ranks.
     """
     error = f"{type(refusal).__name__}: {refusal}" if refusal else ""

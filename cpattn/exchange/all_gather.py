@@ -25,27 +25,25 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     groups = inputs.overlap
     kv_heads, head_dim = inputs.k.shape[1] // groups, inputs.k.shape[2]
     group_heads = [slice(group * kv_heads, (group + 1) * kv_heads) for group in range(groups)]
-    gathered_rows = cp_size * meta.rows
-    prefix_tokens = 0 if prefix is None else prefix.k.shape[0]
-    # Group after group, so that each is one message: [groups, gathered rows and prefix, heads of a group, D + Dv].
+    # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, D + Dv].
     width = head_dim + inputs.v.shape[2]
-    shape = (groups, gathered_rows + prefix_tokens, kv_heads, width)
-    sources = communicator.buffer("gathered", shape, inputs.k.dtype, inputs.k.device).unbind(0)
+    shape = (groups, cp_size * meta.rows, kv_heads, width)
+    all_gathered = communicator.buffer("gathered", shape, inputs.k.dtype, inputs.k.device).unbind(0)
     gathers = []
-    for source, heads in zip(sources, group_heads, strict=True):
-        gathered = source[:gathered_rows]
+    for gathered, heads in zip(all_gathered, group_heads, strict=True):
         # The message is packed where the gather would put it, which spares a copy of it.
         message = gathered[meta.cp_rank * meta.rows :][: meta.rows]
         pack_(message, inputs.k[:, heads], inputs.v[:, heads], meta.num_tokens)
         gathers.append(communicator.all_gather(gathered, message))
     # One group's keys in order at a time: its attention has read them before the next group's take their place.
-    ordered = communicator.buffer("ordered", (meta.key_index.shape[0], kv_heads, width), inputs.k.dtype, inputs.k.device)
-    for group, (source, heads, gather) in enumerate(zip(sources, group_heads, gathers, strict=True)):
+    num_keys = meta.plan.num_tokens + meta.plan.num_prefix_tokens
+    ordered = communicator.buffer("ordered", (num_keys, kv_heads, width), inputs.k.dtype, inputs.k.device)
+    for group, (gathered, heads, gather) in enumerate(zip(all_gathered, group_heads, gathers, strict=True)):
         if prefix is not None:
-            pack_(source[gathered_rows:], prefix.k[:, heads], prefix.v[:, heads], prefix_tokens)
+            pack_(ordered, prefix.k[:, heads], prefix.v[:, heads], prefix.k.shape[0], meta.prefix_key_rows)
         gather.wait()
-        # From rank-major order to each request's prefix and extend in one piece: K, V and prefix by one index.
-        gather_rows_(ordered, source, meta.key_index)
+        # From rank-major order to each request's prefix and extend in one piece, K and V at once.
+        gather_rows_(ordered, gathered, meta.restore_index, None if prefix is None else meta.extend_key_rows)
         query_heads = inputs.num_heads // groups
         step_heads = None if groups == 1 else slice(group * query_heads, (group + 1) * query_heads)
         yield Step(*unpack(ordered, head_dim), rows, step_heads)

@@ -48,6 +48,7 @@ class Communicator(ABC):
         self.size = size
         self.bytes_sent = 0
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._captured: list[Tensor] = []
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
@@ -66,7 +67,10 @@ class Communicator(ABC):
     def _shift(self, out: Tensor, x: Tensor) -> Work: ...
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name."""
+        """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.
+
+        What a CUDA graph has captured is never freed, even where a larger batch has since needed more.
+        """
         size = dtype.itemsize
         for length in shape:
             size *= length
@@ -74,11 +78,13 @@ class Communicator(ABC):
         if kept is None or len(kept) < size:
             # A little more than asked for, so that slowly growing batches do not allocate at every step.
             kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not any(kept is x for x in self._captured):
+            self._captured.append(kept)
         return kept[:size].view(dtype).view(shape)
 
 
 class ProcessGroupCommunicator(Communicator):
-    """Over a torch.distributed process group of any transport: gloo and NCCL are the ones tested."""
+    """Over a torch.distributed process group of any transport; gloo and NCCL are the ones tested."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
@@ -134,6 +140,8 @@ class LoopbackGroup:
 
     def communicator(self, rank: int) -> Communicator:
         """The end of one rank, to be used by one thread."""
+        if not 0 <= rank < self.size:
+            raise GroupError(f"rank {rank} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
         return _LoopbackCommunicator(self, rank)
 
     def abort(self) -> None:
@@ -200,6 +208,8 @@ class _LoopbackCommunicator(Communicator):
         return Work(wait)
 
 
+# One for each thread that works without a group, so that its buffers serve all layers and batches.
+_alone = threading.local()
 # One communicator a group, so that its buffers serve all layers and batches.
 _communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
 
@@ -212,7 +222,10 @@ def as_communicator(group: dist.ProcessGroup | DeviceMesh | Communicator | None,
     if isinstance(group, Communicator):
         return group
     if group is None and cp_size == 1:
-        return LoopbackGroup(1).communicator(0)
+        if not hasattr(_alone, "communicator"):
+            _alone.communicator = LoopbackGroup(1).communicator(0)
+        communicator: Communicator = _alone.communicator
+        return communicator
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             names = group.mesh_dim_names or "unnamed"

@@ -16,28 +16,47 @@ def message_buffer(communicator: Communicator, name: str, k: Tensor, v: Tensor, 
     return communicator.buffer(name, (rows, k.shape[1], k.shape[2] + v.shape[2]), k.dtype, k.device)
 
 
-def pack_(message: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
-    """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them.
+def pack_(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None) -> None:
+    """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them; or, with ``slots``, row i
+    into row slots[i] of the message and nothing else.
 
     Padding may hold NaN, and a kernel that loads whole tiles would multiply it by a weight of 0, which is NaN.
     """
     if _has_kernels(k.device):
         from cpattn.kernels.move_rows import pack_kv
 
-        pack_kv(message, k, v, num_tokens)
+        pack_kv(message, k, v, num_tokens, slots)
+    else:
+        torch_pack_(message, k, v, num_tokens, slots)
+
+
+def torch_pack_(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None) -> None:
+    """:func:`pack_` in plain torch, which defines it."""
+    to_k, to_v = unpack(message, k.shape[2])
+    if slots is not None:
+        to_k[slots] = k[:num_tokens]
+        to_v[slots] = v[:num_tokens]
         return
-    head_dim = k.shape[2]
-    message[:num_tokens, :, :head_dim] = k[:num_tokens]
-    message[:num_tokens, :, head_dim:] = v[:num_tokens]
+    to_k[:num_tokens] = k[:num_tokens]
+    to_v[:num_tokens] = v[:num_tokens]
     message[num_tokens:] = 0
 
 
-def gather_rows_(out: Tensor, source: Tensor, index: Tensor) -> None:
-    """``out[i] = source[index[i]]``, for contiguous rows of any shape and dtype."""
+def gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
+    """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``; contiguous rows of any shape
+    and dtype."""
     if _has_kernels(out.device):
         from cpattn.kernels.move_rows import gather_rows
 
-        gather_rows(out, source, index)
+        gather_rows(out, source, index, slots)
+    else:
+        torch_gather_rows_(out, source, index, slots)
+
+
+def torch_gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
+    """:func:`gather_rows_` in plain torch, which defines it."""
+    if slots is not None:
+        out[slots] = source.index_select(0, index)
     elif out.ndim > 2:
         # As one flat row each; torch moves those fastest.
         torch.index_select(source.flatten(1), 0, index, out=out.flatten(1))

@@ -18,7 +18,7 @@ def candidate_strategies(name: str, gathered_bytes: int) -> list[Strategy]:
     """The strategy of that name; for ``"auto"`` all, the preferred first. Raises UnknownNameError."""
     if name == "auto":
         return [ALL_GATHER, RING] if gathered_bytes <= AUTO_GATHER_LIMIT else [RING, ALL_GATHER]
-    if name not in STRATEGIES:
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise UnknownNameError(f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, ['auto', *STRATEGIES]))}")
     return [STRATEGIES[name]]
 

@@ -30,8 +30,9 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     k, v, prefix = inputs.k, inputs.v, inputs.prefix
     prefix_rows, hop_rows = meta.derive(("ring rows", inputs.window), lambda: _rows(meta, inputs.window))
     cp_size = meta.plan.cp_size
-    here = message_buffer(communicator, "ring 0", k, v, meta.rows)
-    there = message_buffer(communicator, "ring 1", k, v, meta.rows)
+    travelling_rows = meta.rows if cp_size > 1 else 0
+    here = message_buffer(communicator, "ring 0", k, v, travelling_rows)
+    there = message_buffer(communicator, "ring 1", k, v, travelling_rows)
     if cp_size > 1:
         pack_(here, k, v, meta.num_tokens)
     hop_k, hop_v = k[: meta.num_tokens], v[: meta.num_tokens]

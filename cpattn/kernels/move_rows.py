@@ -15,22 +15,23 @@ _WORDS_PER_PROGRAM = 4096
 
 @triton.jit
 def _pack_columns(
-    message, source, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, stride_row, stride_head,
+    message, source, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, stride_row, stride_head,
     FIRST: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Columns ``FIRST .. FIRST + DIM - 1`` of the message: the source's on tokens, 0 on padding, which is not read."""
     column_1D = tl.arange(0, DIM_PADDED)[None, :]
     from_R1 = (row_R * stride_row + head_R * stride_head)[:, None]
-    to_R1 = (row_R * message_stride_row + head_R * message_stride_head)[:, None]
+    to_R1 = (to_row_R * message_stride_row + head_R * message_stride_head)[:, None]
     values = tl.load(source + from_R1 + column_1D, mask=is_token_R[:, None] & (column_1D < DIM), other=0)
     tl.store(message + to_R1 + FIRST + column_1D, values, mask=is_row_R[:, None] & (column_1D < DIM))
 
 
 @triton.jit
 def _pack_kernel(
-    message, k, v, num_rows, num_tokens, message_stride_row, message_stride_head,
+    message, k, v, slots, num_rows, num_tokens, message_stride_row, message_stride_head,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_R (row, head) pairs, ``R``."""
     pair_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -38,63 +39,70 @@ def _pack_kernel(
     head_R = pair_R % HEADS
     is_row_R = row_R < num_rows
     is_token_R = row_R < num_tokens
+    to_row_R = tl.load(slots + row_R, mask=is_row_R, other=0).to(tl.int64) if SLOTS else row_R
     _pack_columns(
-        message, k, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, k_stride_row, k_stride_head,
+        message, k, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, k_stride_row, k_stride_head,
         0, D, D_PADDED,
     )  # fmt: skip
     _pack_columns(
-        message, v, row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, v_stride_row, v_stride_head,
+        message, v, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, v_stride_row, v_stride_head,
         D, DV, DV_PADDED,
     )  # fmt: skip
 
 
-def pack_kv(message: Tensor, k: Tensor, v: Tensor, num_tokens: int) -> None:
-    """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them.
+def pack_kv(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None) -> None:
+    """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them; or, with ``slots``, row i
+    into row slots[i] of the message and nothing else.
 
-    The twin of :func:`cpattn.exchange.message.pack_`, with the same bits.
+    The twin of :func:`cpattn.exchange.message.torch_pack_`, with the same bits.
 
     Args:
         message: ``[rows, Hkv, D + Dv]``; k ``[>= num_tokens, Hkv, D]``; v ``[>= num_tokens, Hkv, Dv]``, of one dtype,
             the last axis contiguous, the others may be strided. Rows of k and v after the tokens are not read.
     """
-    rows, heads, _ = message.shape
+    heads = message.shape[1]
+    rows = message.shape[0] if slots is None else num_tokens
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
     block = max(1, _WORDS_PER_PROGRAM * 4 // (message.element_size() * max(d_padded, dv_padded)))
     if rows:
         _pack_kernel[(triton.cdiv(rows * heads, block),)](
-            message, k, v, rows, num_tokens, message.stride(0), message.stride(1),
+            message, k, v, message if slots is None else slots, rows, num_tokens, message.stride(0), message.stride(1),
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
+            HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block, SLOTS=slots is not None,
         )  # fmt: skip
 
 
 @triton.jit
 def _gather_kernel(
-    out, source, index, num_rows, out_stride, source_stride,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    out, source, index, slots, num_rows, out_stride, source_stride,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_R rows, ``R``, and BLOCK_W of their words, ``W``. Strides are in units of UNIT words."""
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     word_1W = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     is_row_R = row_R < num_rows
     from_R = tl.load(index + row_R, mask=is_row_R, other=0).to(tl.int64)
+    to_R = tl.load(slots + row_R, mask=is_row_R, other=0).to(tl.int64) if SLOTS else row_R
     inside_RW = is_row_R[:, None] & (word_1W < WIDTH)
     # Multiplied by a constant, from which the compiler sees that rows are aligned and that it may use wide accesses.
     values_RW = tl.load(source + (from_R * source_stride)[:, None] * UNIT + word_1W, mask=inside_RW)
-    tl.store(out + (row_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=inside_RW)
+    tl.store(out + (to_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=inside_RW)
 
 
-def gather_rows(out: Tensor, source: Tensor, index: Tensor) -> None:
-    """``out[i] = source[index[i]]``: rows of any width, moved as words of memory whatever their dtype.
+def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
+    """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``: rows of any width, moved as
+    words of memory whatever their dtype.
 
-    The twin of ``torch.index_select(source, 0, index, out=out)``.
+    The twin of :func:`cpattn.exchange.message.torch_gather_rows_`, with the same bits.
 
     Args:
-        out: ``[n, ...]``; source ``[m, ...]``, of one dtype and the same trailing shape, each row contiguous; they do not overlap.
+        out: ``[n, ...]`` (any number of rows with slots); source ``[m, ...]``, of one dtype and the same trailing shape,
+            each row contiguous; they do not overlap.
         index: int32 or int64 ``[n]``, each in ``0 .. m - 1``.
+        slots: int32 or int64 ``[n]``, all different rows of out.
     """
     out_words, source_words = _as_words(out, source)
-    rows, width = out_words.shape
+    rows, width = index.shape[0], out_words.shape[1]
     if rows == 0 or width == 0:
         return
     per_access = _ACCESS // out_words.element_size()
@@ -103,8 +111,9 @@ def gather_rows(out: Tensor, source: Tensor, index: Tensor) -> None:
     block_w = min(1024, triton.next_power_of_2(width))
     block_r = _WORDS_PER_PROGRAM // block_w
     _gather_kernel[(triton.cdiv(rows, block_r), triton.cdiv(width, block_w))](
-        out_words, source_words, index, rows, out_words.stride(0) // unit, source_words.stride(0) // unit,
-        WIDTH=width, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w,
+        out_words, source_words, index, index if slots is None else slots, rows,
+        out_words.stride(0) // unit, source_words.stride(0) // unit,
+        WIDTH=width, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w, SLOTS=slots is not None,
     )  # fmt: skip
 
 

@@ -72,11 +72,14 @@ class CPMetadata:
             "k_start": self.k_starts[request],
             "token_start": exclusive_cumsum(plan.extend_lens)[request] + chunk_start,
             "position_start": k_len - q_len,
-            # Where each request's prefix and chunks begin in the buffer of key_index.
-            "key_run_source": np.column_stack(
-                [plan.cp_size * plan.rows + exclusive_cumsum(plan.prefix_lens), plan.chunk_rank * plan.rows + plan.local_starts]
-            ).ravel(),
-            "key_run_length": np.column_stack([plan.prefix_lens, plan.lengths]).ravel(),
+            # Runs over the whole batch: where its chunks lie in the gathered buffer, and where each request's extend and
+            # prefix lie among the keys in order.
+            "gathered_start": (plan.chunk_rank * plan.rows + plan.local_starts).ravel(),
+            "chunk_length": plan.lengths.ravel(),
+            "extend_key": self.k_starts + plan.prefix_lens,
+            "extend_len": plan.extend_lens,
+            "prefix_key": self.k_starts,
+            "prefix_len": plan.prefix_lens,
         }
         self._tables = to_device(self._host, device)
         self.chunk_request = self._tables["chunk_request"]
@@ -105,17 +108,17 @@ class CPMetadata:
     @cached_property
     def restore_index(self) -> Tensor:
         """``[plan.num_tokens]`` where each original token lies in the rank-major gathered buffer ``[cp_size * rows]``."""
-        # Of the key runs of each request, the first is the prefix, which is left out here.
-        return self._expand("key_run_source", "key_run_length", self.plan.num_tokens, columns=slice(1, None))
+        return self._expand("gathered_start", "chunk_length", self.plan.num_tokens)
 
     @cached_property
-    def key_index(self) -> Tensor:
-        """``[keys of the batch]`` where each key of the order that ``k_start`` speaks of lies in the buffer
-        ``[gathered rows of all ranks (cp_size * rows), then all prefix tokens, request after request]``."""
-        total = self.plan.num_prefix_tokens + self.plan.num_tokens
-        if total == self.plan.num_tokens:
-            return self.restore_index
-        return self._expand("key_run_source", "key_run_length", total)
+    def extend_key_rows(self) -> Tensor:
+        """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
+        return self._expand("extend_key", "extend_len", self.plan.num_tokens)
+
+    @cached_property
+    def prefix_key_rows(self) -> Tensor:
+        """``[plan.num_prefix_tokens]`` the row of each prefix token's key in the order that ``k_start`` speaks of."""
+        return self._expand("prefix_key", "prefix_len", self.plan.num_prefix_tokens)
 
     @property
     def k_starts(self) -> IntArray:
@@ -134,21 +137,11 @@ class CPMetadata:
         padding = self.rows - self.num_tokens
         return torch.cat([per_token, per_token.new_full((padding,), fill)]) if padding else per_token
 
-    def _expand(self, first: str, lengths: str, total: int, columns: slice | None = None) -> Tensor:
-        """Token-level indices from two of the small tables; with ``columns``, from these runs of each request."""
+    def _expand(self, first: str, lengths: str, total: int) -> Tensor:
+        """Token-level indices from two of the small tables."""
         if self.device.type == "cpu":
-            on_host = self._host[first], self._host[lengths]
-            if columns is not None:
-                on_host = on_host[0].reshape(self._run_shape)[:, columns].ravel(), on_host[1].reshape(self._run_shape)[:, columns].ravel()
-            return expand_runs_on_host(*on_host, total)
-        on_device = self._tables[first], self._tables[lengths]
-        if columns is not None:
-            on_device = on_device[0].view(self._run_shape)[:, columns].flatten(), on_device[1].view(self._run_shape)[:, columns].flatten()
-        return expand_runs_on_device(*on_device, total)
-
-    @property
-    def _run_shape(self) -> tuple[int, int]:
-        return len(self.plan.batch), 1 + len(self.plan.chunk_rank)
+            return expand_runs_on_host(self._host[first], self._host[lengths], total)
+        return expand_runs_on_device(self._tables[first], self._tables[lengths], total)
 
 
 class ChunkTables:

@@ -12,6 +12,8 @@ from cpattn.metadata.batch import IntArray
 _ALIGN = 4
 
 
+# Tables made under inference_mode could not be used outside of it later.
+@torch.inference_mode(False)
 def to_device(tables: dict[str, IntArray], device: torch.device) -> dict[str, Tensor]:
     """Returns each 1-D table as int32 on ``device``: views of one buffer, filled by one copy.
 
@@ -20,7 +22,7 @@ def to_device(tables: dict[str, IntArray], device: torch.device) -> dict[str, Te
     sizes = []
     for table in tables.values():
         sizes += [len(table), -len(table) % _ALIGN]
-    on_host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    on_host = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     packed = on_host.numpy()
     offset = 0
     for table in tables.values():
@@ -31,6 +33,7 @@ def to_device(tables: dict[str, IntArray], device: torch.device) -> dict[str, Te
     return dict(zip(tables, torch.split(on_device, sizes)[::2], strict=True))
 
 
+@torch.inference_mode(False)
 def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int) -> Tensor:
     """Concatenates the runs first[i], first[i] + 1, ... of lengths[i]: int32 ``[total]`` on the CPU; total = lengths.sum().
 
@@ -47,6 +50,7 @@ def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int) -> Tenso
     return torch.from_numpy(expanded)
 
 
+@torch.inference_mode(False)
 def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int) -> Tensor:
     """The same where the tables lie, without waiting for the device."""
     shift = first + lengths - lengths.cumsum(0)

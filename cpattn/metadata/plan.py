@@ -59,10 +59,9 @@ class Plan:
         object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
         # Seeds the cached property, which would make the same array from the tuple again.
         self.__dict__["_pairs"] = _frozen(pairs)
-        keys = self.cp_size * self.rows + self.num_prefix_tokens
-        if keys > MAX_TOKENS:
+        if self.cp_size * self.rows > MAX_TOKENS:
             raise PlanError(
-                f"{self.cp_size} ranks of {self.rows} rows and the prefixes are {keys} rows; the limit is {MAX_TOKENS} "
+                f"{self.cp_size} ranks of {self.rows} rows are {self.cp_size * self.rows} rows; the limit is {MAX_TOKENS} "
                 "(row numbers are int32); split the batch or lower pad_to"
             )
 

@@ -65,6 +65,8 @@ class ProcessRanks:
         with ProcessRanks(4) as ranks:
             results = ranks.run(program, arguments)
 
+    The processes are spawned, so a script must guard its own start with ``if __name__ == "__main__":``.
+
     Args:
         size: number of processes.
         timeout: seconds that a collective may wait for the other ranks.

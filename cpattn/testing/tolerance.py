@@ -25,13 +25,24 @@ def relative_rmse(x: Tensor, reference: Tensor) -> float:
     return error / size if size else error
 
 
+def single_device_bound(dtype: torch.dtype, lse: Tensor) -> float:
+    """The largest relative RMSE against float64 that a backend may have on one device, without any splitting.
+
+    A half-precision kernel rounds its weights and its result, each to one unit roundoff u of the dtype: 2 * u. What is
+    summed in fp32 adds what :func:`rmse_bound` allows for one step.
+    """
+    rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
+    return rounding + rmse_bound(0.0, dtype, 1, lse)
+
+
 def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, lse: Tensor) -> float:
     """The largest relative RMSE against float64 that a result may have which was split over ranks.
 
     1.05 times the same backend's on one device, plus the rounding of the merges. A merge weighs two partial results
     with exp(lse - total): LSEs of size L are known to L * u (u: unit roundoff of the dtype merged in), so two of them
-    put 2 * L * u into each weight, and the exp, product and sum another 3 * u. Merges are independent, so their
-    errors add up in squares. Where there is one step, another order of sums still costs one such rounding.
+    put 2 * L * u into each weight, and the exp, product and sum another 3 * u; L is taken in the mean square, as the error
+    is. Merges are independent, so their errors add up in squares. Where there is one step, another order of sums still
+    costs one such rounding.
 
     >>> rmse_bound(1e-3, torch.bfloat16, num_steps=1, lse=torch.tensor([4.0])) < 1.051e-3
     True
@@ -43,5 +54,6 @@ def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, ls
         lse: of the result, for the size of its entries; -inf is passed over.
     """
     unit_roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    largest_lse = lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0
-    return _ALLOWED_GROWTH * single_device_rmse + float(num_steps**0.5 * unit_roundoff * (2 * largest_lse + 3))
+    finite = lse[lse.isfinite()].double()
+    lse_size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
+    return _ALLOWED_GROWTH * single_device_rmse + float(num_steps**0.5 * unit_roundoff * (2 * lse_size + 3))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import cpattn
+from cpattn.attention.backend import AttentionOptions
 
 lengths = st.one_of(st.just(0), st.just(1), st.integers(2, 20), st.integers(0, 200))
 prefixes = st.one_of(st.just(0), st.integers(0, 300))
@@ -80,6 +84,50 @@ def test_ugly_batches(batch: list[tuple[int, int]], cp_size: int, strategy: str)
     case = AttentionCase(batch, dtype=torch.float32)
     for backend in ("reference", "cpu"):
         case.check_loopback(cpattn.plan(batch, cp_size, pad_to=4), strategy, backend)
+
+
+@pytest.mark.parametrize("cp_size", [1, 3])
+def test_a_ring_with_window_and_sinks_and_no_prefix(cp_size: int) -> None:
+    # On one rank its only merge is that of the chunks, which a window keeps apart.
+    case = AttentionCase([(0, 60), (0, 9)], window=13, sinks=True)
+    case.check_loopback(cpattn.plan(case.batch, cp_size), "ring", "reference")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_a_kernel_that_leaves_anything_in_padding_and_rounds_its_results(
+    strategy: str, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FlashAttention kernels do: half precision out, no sinks of their own, rows beyond the last query not written."""
+    reference = cpattn.BACKENDS["reference"]
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        assert out_dtype == q.dtype
+        assert options.sinks is None
+        out, lse = reference.run(q, k, v, rows, options, out_dtype)
+        out[rows.num_queries :], lse[rows.num_queries :] = torch.nan, torch.nan
+        return out, lse
+
+    kernel = replace(reference, name="kernel", run=run, fp32_out=False, native_sinks=False)
+    monkeypatch.setitem(cpattn.BACKENDS, "kernel", kernel)
+    case = AttentionCase([(40, 70), (0, 33), (5, 1)], dtype=torch.bfloat16, sinks=sinks)
+    case.check_loopback(cpattn.plan(case.batch, 3, pad_to=16), strategy, "kernel", rounded_partials=strategy == "ring")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_any_strides(strategy: str, backend: str) -> None:
+    case = AttentionCase([(40, 70), (0, 33)])
+
+    def strided(x: Tensor) -> Tensor:
+        return x.transpose(0, 2).contiguous().transpose(0, 2)
+
+    case.q, case.k, case.v = strided(case.q), strided(case.k), strided(case.v)
+    case.prefix = cpattn.PackedKV(strided(case.prefix.k), strided(case.prefix.v))
+    case.check_loopback(cpattn.plan(case.batch, 2), strategy, backend)
+    case.check([case.on_rank(cpattn.plan(case.batch, 1), 0, None, strategy, backend)], cpattn.plan(case.batch, 1), strategy, backend)
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])

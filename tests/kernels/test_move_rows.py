@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpattn.exchange.message import pack_
+from cpattn.exchange.message import torch_gather_rows_, torch_pack_
 
 pytest.importorskip("triton")
 from cpattn.kernels.move_rows import gather_rows, pack_kv
@@ -30,7 +30,7 @@ def test_pack_kv(rows: int, num_tokens: int, dims: tuple[int, int], dtype: torch
     got = torch.full((rows + 2, heads, sum(dims)), torch.nan, dtype=dtype, device=device)
     want = got.clone()
     pack_kv(got[1 : rows + 1], k, v, num_tokens)
-    pack_(want[1 : rows + 1], k, v, num_tokens)
+    torch_pack_(want[1 : rows + 1], k, v, num_tokens)
     assert torch.equal(bits(got), bits(want))
 
 
@@ -38,7 +38,7 @@ def test_pack_kv_into_more_rows_than_it_is_given(device: str) -> None:
     k, v = torch.randn(4, 2, 8, device=device), torch.randn(4, 2, 16, device=device)
     got, want = torch.empty(2, 6, 2, 24, device=device)
     pack_kv(got, k, v, 4)
-    pack_(want, k, v, 4)
+    torch_pack_(want, k, v, 4)
     assert torch.equal(got, want)
 
 
@@ -74,3 +74,26 @@ def test_gather_rows_refuses_rows_in_pieces(device: str) -> None:
     source = torch.zeros(4, 2, 8, device=device)[..., :4]
     with pytest.raises(ValueError, match="not contiguous"):
         gather_rows(torch.zeros(1, 2, 4, device=device), source, torch.zeros(1, dtype=torch.int64, device=device))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (5, 3)], ids=str)
+def test_pack_kv_into_slots(dims: tuple[int, int], device: str) -> None:
+    k, v = torch.randn(9, 2, dims[0], device=device), torch.randn(9, 2, dims[1], device=device)
+    slots = torch.tensor([4, 0, 11, 7, 2, 3, 1], dtype=torch.int32, device=device)
+    got = torch.full((12, 2, sum(dims)), torch.nan, device=device)
+    want = got.clone()
+    pack_kv(got, k, v, 7, slots)
+    torch_pack_(want, k, v, 7, slots)
+    assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("trailing", [(2, 64), (3,), ()], ids=str)
+def test_gather_rows_into_slots(trailing: tuple[int, ...], device: str) -> None:
+    source = torch.randn(20, *trailing, device=device)
+    index = torch.tensor([3, 3, 19, 0, 7], dtype=torch.int32, device=device)
+    slots = torch.tensor([4, 0, 11, 7, 2], dtype=torch.int32, device=device)
+    got = torch.full((12, *trailing), torch.nan, device=device)
+    want = got.clone()
+    gather_rows(got, source, index, slots)
+    torch_gather_rows_(want, source, index, slots)
+    assert torch.equal(bits(got), bits(want))

@@ -17,7 +17,7 @@ from cpattn import CPError, CPMetadata, Plan, RowCountError
 from cpattn.metadata.device_tables import expand_runs_on_device, expand_runs_on_host, to_device
 
 CHUNK_TENSORS = ("chunk_request", "cu_seqlens_q", "k_len", "k_start")
-TOKEN_TENSORS = ("token_index", "position_ids", "restore_index", "key_index")
+TOKEN_TENSORS = ("token_index", "position_ids", "restore_index", "extend_key_rows", "prefix_key_rows")
 
 
 def tokens_of(plan: Plan, cp_rank: int) -> list[tuple[int, int]]:
@@ -33,11 +33,7 @@ def by_definition(plan: Plan, cp_rank: int) -> dict[str, Any]:
     padding = plan.rows - len(mine)
     all_tokens = [(i, token) for i, request in enumerate(plan.batch) for token in range(request.extend_len)]
     gathered = {token: rank * plan.rows + row for rank in range(plan.cp_size) for row, token in enumerate(tokens_of(plan, rank))}
-    prefixes = [(i, position) for i, request in enumerate(plan.batch) for position in range(request.prefix_len)]
-    cached = {token: plan.cp_size * plan.rows + row for row, token in enumerate(prefixes)}
-    keys = []
-    for i, (prefix_len, extend_len) in enumerate(plan.batch):
-        keys += [cached[i, position] for position in range(prefix_len)] + [gathered[i, token] for token in range(extend_len)]
+    is_prefix = [position < prefix_len for prefix_len, extend_len in plan.batch for position in range(prefix_len + extend_len)]
     return {
         "cp_rank": cp_rank,
         "rows": plan.rows,
@@ -51,7 +47,8 @@ def by_definition(plan: Plan, cp_rank: int) -> dict[str, Any]:
         "token_index": [all_tokens.index(token) for token in mine] + [-1] * padding,
         "position_ids": [plan.batch[i].prefix_len + token for i, token in mine] + [0] * padding,
         "restore_index": [gathered[token] for token in all_tokens],
-        "key_index": keys,
+        "extend_key_rows": [row for row, cached in enumerate(is_prefix) if not cached],
+        "prefix_key_rows": [row for row, cached in enumerate(is_prefix) if cached],
     }
 
 
@@ -118,7 +115,8 @@ class TestAgainstTheDefinition:
         assert meta.token_index.tolist() == [2, 3, 4, 5, 9, -1, -1, -1]
         assert meta.position_ids.tolist() == [2, 3, 4, 5, 11, 0, 0, 0]
         assert meta.restore_index.tolist() == [0, 1, 8, 9, 10, 11, 2, 3, 4, 12, 5]
-        assert meta.key_index.tolist() == [0, 1, 8, 9, 10, 11, 2, 3, *range(16, 26), 4, 12, 5]
+        assert meta.extend_key_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 18, 19, 20]
+        assert meta.prefix_key_rows.tolist() == list(range(8, 18))
 
     def test_max_seqlen_is_a_length_and_not_a_total(self) -> None:
         meta = cpattn.build_metadata([(5, 8)] * 10, cp_size=2, cp_rank=0)
@@ -162,7 +160,7 @@ class TestAgainstTheDefinition:
         assert [meta.num_tokens for meta in metas] == list(plan.rank_tokens)
         for meta in metas:
             assert torch.equal(meta.restore_index, metas[0].restore_index)
-            assert torch.equal(meta.key_index, metas[0].key_index)
+            assert torch.equal(meta.extend_key_rows, metas[0].extend_key_rows)
             assert meta.token_index.shape == meta.position_ids.shape == (plan.rows,)
 
 
@@ -189,15 +187,17 @@ class TestThereAndBack:
 
     @given(batches(max_requests=6, max_prefix=40, max_extend=40), plan_options())
     @settings(deadline=None)
-    def test_key_index_reads_each_request_s_keys_in_order(self, batch: Batch, options: dict[str, Any]) -> None:
-        """Keys are numbered (request, position); gathered rows and prefixes together hold each once."""
+    def test_key_rows_put_each_request_s_keys_in_order(self, batch: Batch, options: dict[str, Any]) -> None:
+        """Keys are numbered (request, position); gathered rows and prefixes together fill each row once."""
         plan = cpattn.plan(batch, **options)
         metas = [plan.metadata(cp_rank) for cp_rank in range(plan.cp_size)]
         new = torch.tensor([(i, p + t) for i, (p, e) in enumerate(batch) for t in range(e)], dtype=torch.int64).view(-1, 2)
         prefix = torch.tensor([(i, t) for i, (p, _) in enumerate(batch) for t in range(p)], dtype=torch.int64).view(-1, 2)
-        buffer = torch.cat([*(cpattn.shard(new, meta) for meta in metas), prefix])
+        gathered = torch.cat([cpattn.shard(new, meta) for meta in metas])
         for meta in metas:
-            keys = buffer[meta.key_index]
+            keys = torch.full((len(new) + len(prefix), 2), -1)
+            keys[meta.extend_key_rows] = gathered[meta.restore_index]
+            keys[meta.prefix_key_rows] = prefix
             assert keys.tolist() == [[i, t] for i, (p, e) in enumerate(batch) for t in range(p + e)]
             # Each chunk's keys: k_len of them from k_start on, all of its request, from position 0 on.
             for i, start, length in zip(meta.chunk_request.tolist(), meta.k_start.tolist(), meta.k_len.tolist(), strict=True):
@@ -347,8 +347,8 @@ class TestTables:
         for meta in metas:
             assert all((table >= 0).all() for table in meta._tables.values())
             assert (meta.k_len.long() <= torch.tensor(plan.total_lens)[meta.chunk_request.long()]).all()
-            # The last key of the order of key_index lies here.
-            assert plan.cp_size * plan.rows + int(plan.prefix_lens.sum()) <= 2**31
+            # Of the gathered rows, and of the keys in order.
+            assert max(plan.cp_size * plan.rows, int(plan.total_lens.sum())) <= 2**31
 
     def test_repr_says_what_matters(self) -> None:
         meta = cpattn.build_metadata([(0, 8), (10, 3)], cp_size=2, cp_rank=1, pad_to=4)

@@ -72,13 +72,14 @@ MISTAKES = [
     ("batch axis", "TensorMismatchError", r"q has shape \(1, \d+, 4, 16\); pass a tensor \[rows, heads, head_dim\], without a batch axis"),
     ("no prefix", "PrefixError", "the batch has 5 prefix tokens, but kv_cache is None"),
     ("prefix length", "PrefixError", r"kv_cache.k has 4 rows, but the batch has 5 prefix tokens"),
+    ("prefix of v", "PrefixError", r"kv_cache.v has 4 rows, but the batch has 5 prefix tokens"),
     ("prefix heads", "TensorMismatchError", r"kv_cache.k is \(5, 1, 16\).*must be the same"),
     ("strategy", "UnknownNameError", "strategy='star' is unknown; choose one of 'auto', 'all_gather', 'ring'"),
     ("backend", "UnknownNameError", "backend='flash_attn9' is unknown; choose one of 'auto', "),
     ("feature", "UnsupportedError", "backend='cpu' can not serve this call: it has no softcap; .*'reference' could"),
     ("window", "OptionError", "window=0; pass the number of keys"),
     ("softcap", "OptionError", "softcap=-1.0; pass a positive number"),
-    ("scale", "OptionError", "scale=nan; pass a finite number"),
+    ("scale", "OptionError", "scale=nan; pass a positive number"),
     ("sinks", "HeadCountError", r"sinks has shape \(3,\), q has 4 heads"),
     ("overlap", "OptionError", "overlap=3; pass a divisor of the 2 KV heads"),
     ("gradient", "UnsupportedError", "q requires a gradient, but cpattn computes the forward pass only"),
@@ -108,7 +109,7 @@ def test_mistake_on_one_rank_raises_on_all_with_check(ranks: ProcessRanks, mista
     ("mistake", "message"),
     [
         ("other batch", r"the ranks disagree on the plan \(by fingerprint\): ranks? 0.*: [0-9a-f]{32}; rank 1: [0-9a-f]{32}; build the"),
-        ("other scale", r"the ranks disagree on the arguments: ranks? 0.*scale=None.*; rank 1: .*scale=0.125"),
+        ("other scale", r"the ranks disagree on the arguments: ranks? 0.*scale=0.25.*; rank 1: .*scale=0.125"),
         ("other strategy", r"the ranks disagree on the arguments: .*strategy=all_gather.*rank 1: strategy=ring"),
         ("other heads", r"the ranks disagree on the arguments: .*4/2 heads of 16/16.*rank 1: .*4/1 heads"),
     ],
@@ -118,6 +119,11 @@ def test_disagreement_names_the_ranks(ranks: ProcessRanks, mistake: str, message
         assert error == "DisagreementError"
         with pytest.raises(cpattn.CPError, match=message):
             raise cpattn.CPError(text)
+
+
+def test_an_error_that_is_not_ours_reaches_all_ranks_too(ranks: ProcessRanks) -> None:
+    for rank, (error, text) in enumerate(ranks.run(programs.make_mistake, "foreign error", [1], True)):
+        assert (error, text) == ("RuntimeError", "no class") if rank == 1 else error == "DisagreementError" and "no class" in text
 
 
 def test_unshard_with_metadata_of_another_plan(ranks: ProcessRanks) -> None:
