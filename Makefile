@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-gpu sanitize lint clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over 4 processes, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
+	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
 	@echo "make clean  remove $(VENV)"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
@@ -27,6 +28,13 @@ test: $(VENV)/.installed
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu tests/kernels
+
+# The Triton kernels at small sizes under NVIDIA's memory and race checkers.
+sanitize:
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q tests/kernels \
+	    -k "test_random_rows and (0 or 7) or test_pack_kv_into_slots or test_gather_rows_into_slots or accumulate" || exit 1; \
+	done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
     batch = tmp_path / "batch.json"
     batch.write_text('[[0, 60], {"prefix_len": 33, "extend_len": 5, "note": "short"}, [4, 0]]')
     done = cpattn("demo", "--batch", str(batch), "--cp", "3", "--heads", "4", "--head-dim", "32", "--dtype", "float32", "--seed", "3")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     for text in ("rank", "query-key pairs", "all_gather", "ring", "relative RMSE", "bytes sent", "as exact as one device's"):
         assert text in done.stdout
