@@ -23,6 +23,8 @@ from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import TileShape
 
 SHAPES = [
+    TileShape(128, 128, 8, 2, True, True),
+    TileShape(64, 128, 4, 2, True, True),
     TileShape(128, 128, 8, 2, True),
     TileShape(128, 128, 8, 2, False),
     TileShape(128, 64, 8, 3, True),

@@ -75,7 +75,7 @@ def _load_block(
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh to about 2 ulp of fp32: the polynomial of Cephes' tanhf near 0, where 1 - 2 / (exp(2x) + 1) cancels."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -104,7 +104,7 @@ def _attend(
         )  # fmt: skip
         score_MN = _dot(q_MD, tl.trans(k_ND), None)
         if SOFTCAP:
-            score_MN = _tanh(score_MN * tanh_scale)
+            score_MN = tanh(score_MN * tanh_scale)
         if MASKED:
             key_1N = (block + tl.arange(0, BLOCK_N))[None, :]
             visible_MN = key_1N < sees_to_M[:, None]
@@ -263,7 +263,7 @@ def ragged_attention(
     group = num_heads // num_kv_heads
     processors, capability = _device(q.device)
     if shapes is None:
-        shapes = tile_shapes(q.shape[2], v.shape[2], q.dtype, capability)
+        shapes = tile_shapes(q.shape[2], v.shape[2], q.dtype, capability, _specialized() is not None)
     if packs is None:
         packs = (1,) if group == 1 else (1, group)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
@@ -277,22 +277,43 @@ def ragged_attention(
     # 0 all scores are 0, as they are with a q of 0.
     sign = (scale > 0) - (scale < 0)
     magnitude = abs(scale) or 1.0
+    grid = launch.num_tiles * (num_heads // launch.pack)
+    arguments: dict[str, Any] = {
+        "q": q, "out": out, "lse": lse, "sinks": lse if sinks is None else sinks, "tiles": launch.table,
+        "q_stride_row": q.stride(0), "q_stride_head": q.stride(1),
+        "out_stride_row": out.stride(0), "out_stride_head": out.stride(1),
+        "lse_stride_row": lse.stride(0), "lse_stride_head": lse.stride(1),
+        "tanh_scale": 1.0 if softcap is None else magnitude / softcap,
+        "exponent_scale": _LOG2_E * (magnitude if softcap is None else softcap),
+        "window": 0 if window is None else window,
+        "NUM_HEADS": num_heads, "GROUP": group, "PACK": launch.pack,
+        "D": q.shape[2], "DV": v.shape[2], "D_PADDED": d_padded, "DV_PADDED": dv_padded, "Q_SIGN": sign,
+        "WINDOW": window is not None, "SOFTCAP": softcap is not None, "SINKS": sinks is not None, "INTO": into is not None,
+    }  # fmt: skip
     with torch.cuda.device_of(q):
-        _attention_kernel[(launch.num_tiles * (num_heads // launch.pack),)](
-            q, _descriptor(k, shape.block_n, d_padded) if tma else k, _descriptor(v, shape.block_n, dv_padded) if tma else v,
-            out, lse, lse if sinks is None else sinks, launch.table,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
-            1.0 if softcap is None else magnitude / softcap,
-            _LOG2_E * (magnitude if softcap is None else softcap),
-            0 if window is None else window,
-            NUM_HEADS=num_heads, GROUP=group, PACK=launch.pack,
-            D=q.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded,
-            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, Q_SIGN=sign,
-            WINDOW=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None, INTO=into is not None, TMA=tma,
-            num_warps=shape.num_warps, num_stages=shape.num_stages,
-        )  # fmt: skip
+        specialized = _specialized() if shape.specialized and tma else None
+        if specialized is not None:
+            specialized.launch(grid, k, v, arguments=arguments, block_n=shape.block_n, num_stages=shape.num_stages)
+        else:
+            _attention_kernel[(grid,)](
+                k=_descriptor(k, shape.block_n, d_padded) if tma else k, v=_descriptor(v, shape.block_n, dv_padded) if tma else v,
+                k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=v.stride(0), v_stride_head=v.stride(1),
+                BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
+                num_warps=shape.num_warps, num_stages=shape.num_stages, **arguments,
+            )  # fmt: skip
     return out, lse
+
+
+@lru_cache
+def _specialized() -> Any:
+    """The module of the kernel for Hopper, or None: Gluon is experimental, and changes from release to release."""
+    if _INTERPRETED or tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+        return None
+    try:
+        from cpattn.kernels import hopper_attention
+    except (ImportError, AttributeError):
+        return None
+    return hopper_attention
 
 
 @lru_cache

@@ -16,6 +16,7 @@ class TileShape(NamedTuple):
         block_n: keys of a key block. A power of two, at least 16.
         num_warps, num_stages: of the compiled kernel.
         tma: keys and values come through tensor descriptors (SM90+) where their strides allow it.
+        specialized: it is the kernel for SM90 whose warps have roles of their own, where tma applies.
     """
 
     block_m: int
@@ -23,6 +24,7 @@ class TileShape(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
+    specialized: bool = False
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -31,8 +33,10 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 @lru_cache
-def tile_shapes(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[TileShape, ...]:
-    """The shapes to choose from, largest ``block_m`` first.
+def tile_shapes(
+    head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], specialized: bool = False
+) -> tuple[TileShape, ...]:
+    """The shapes to choose from, largest ``block_m`` first; ``specialized`` if this Triton has what that kernel needs.
 
     All have one ``block_n``, which depends on these arguments alone and never on the batch: the order in which a
     query's keys are summed, and so the bits of its result, are the same in every batch. For the same reason no shape
@@ -45,6 +49,13 @@ def tile_shapes(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: 
         return (TileShape(64 if widest <= 64 else 32, 32 if widest <= 128 else 16, 8, 2),)
     # 228 KiB of shared memory a multiprocessor on SM90 and SM100, 164 on SM80, 100 on SM86, SM89 and SM120.
     if capability[0] in (9, 10):
+        # It copies 8 elements at a time, and blocks of at least 64.
+        suits = min(head_dim, v_head_dim) > 32 and head_dim % 8 == v_head_dim % 8 == 0
+        if specialized and capability[0] == 9 and suits:
+            block_n = 128 if widest <= 128 else 64
+            return TileShape(128, block_n, 8, 2, True, True), TileShape(64, block_n, 4, 2, True, True)
+        if capability[0] == 9 and widest <= 128:
+            return TileShape(128, 64, 4, 2, tma=True), TileShape(64, 64, 4, 3, tma=True)
         block_n = 128 if widest <= 128 else 64
         return TileShape(128, block_n, 8, 2, tma=True), TileShape(64, block_n, 4, 2, tma=True)
     large = 128 if widest <= 64 or capability == (8, 0) else 64

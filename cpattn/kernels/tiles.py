@@ -17,14 +17,25 @@ from cpattn.metadata.device_tables import exclusive_cumsum, to_device
 # Columns of a tile in the table that the kernel reads; see Tiles.
 TILE_FIELDS = 5
 
-# What a key block costs a tile beside its rows, in rows: loading K and V, and the loop itself.
+# Rows of a tile that one warpgroup of the specialized kernel owns; a warpgroup without rows rests.
+WARPGROUP_ROWS = 64
+
+# Tiles are sorted by length in this many steps, and by row within a step.
+_LENGTH_CLASSES = 16
+
+# What a key block costs a tile beside its rows, in rows: loading K and V, and the loop itself. In the specialized kernel
+# a second warpgroup mostly fills the gaps of the first, so that half a tile costs 0.7 of a whole one.
 _BLOCK_OVERHEAD = 24
+_SPECIALIZED_BLOCK_OVERHEAD = 90
 # What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
 _TILE_OVERHEAD = 2
 
+# By how much an estimate must be better than that of what stands before it.
+_MARGIN = 0.02
+
 
 class Tiles(NamedTuple):
-    """A batch cut into tiles, the longest first, so that the last programs to start are short.
+    """A batch cut into tiles, about the longest first, so that the last programs to start are short.
 
     Columns, int64 ``[n]`` each:
         q_begin, q_count: the tile's tokens: their first row in q, and how many.
@@ -67,8 +78,8 @@ def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) 
     end = np.clip(sees + q_count - 1, 0, k_len)
     begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
     blocks = np.maximum(0, -(-(end - begin) // block_n))
-    # Stable, so that tiles of one row stay near each other and share its keys in the cache.
-    order = np.argsort(-blocks, kind="stable")
+    # Tiles of one row and length class stay side by side and share its keys in the cache.
+    order = np.lexsort((-blocks, row, -(blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0))))))
     tiles = Tiles(host.q_start[row] + first, q_count, host.k_start[row], k_len, sees)
     return Tiles(*(column[order] for column in tiles)), blocks[order]
 
@@ -80,7 +91,7 @@ def choose(
 
     The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
     the tensor cores best; small ones waste less on short query ranges and spread few queries over more processors;
-    packing the heads of a group fills a tile where there are few tokens. Ties go to what stands first.
+    packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
     """
     best: tuple[float, TileShape, int, Tiles] | None = None
     for pack in packs:
@@ -88,10 +99,14 @@ def choose(
             if shape.block_m < pack:
                 continue
             tiles, blocks = cut(host, shape.block_m // pack, shape.block_n, window)
-            cost = (blocks + _TILE_OVERHEAD) * (shape.block_m + _BLOCK_OVERHEAD)
+            rows = np.full_like(blocks, shape.block_m + _BLOCK_OVERHEAD)
+            if shape.specialized:
+                warpgroups = -(-tiles.q_count * pack // WARPGROUP_ROWS)
+                rows = warpgroups * WARPGROUP_ROWS + _SPECIALIZED_BLOCK_OVERHEAD
+            cost = (blocks + _TILE_OVERHEAD) * rows
             load = cost.sum() * (num_heads // pack) / num_processors
             time = float(max(load, cost.max(initial=0)))
-            if best is None or time < best[0]:
+            if best is None or time < best[0] * (1 - _MARGIN):
                 best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape
     return best[1:]
