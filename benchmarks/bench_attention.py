@@ -43,7 +43,8 @@ def measure(results: Path, rounds: int) -> None:
     for name, batch in BATCHES.items():
         meta = batch.metadata()
         q, k, v = tensors(batch, meta)
-        chosen = next(backend for backend, why in cpattn.explain(q, k[: len(q)], v[: len(q)], meta).items() if why == "chosen")
+        local_q, local_kv = (q.new_empty(meta.rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+        chosen = next(backend for backend, why in cpattn.explain(local_q, local_kv, local_kv, meta).items() if why == "chosen")
         variants: dict[str, Callable[[], Any]] = {}
         for backend in backends:
             for launches in (2, 1) if meta.max_seqlen_q > 1 else (1,):
