@@ -92,7 +92,7 @@ def main() -> None:
         ["call", "tokens", "rows of", "MB moved", "split + cat, us", "cpattn, us", "ratio"],
         rows,
         "The lists of piece sizes and orders are made beforehand, as cpattn's index is. unshard's gather is taken as done, on both sides. "
-        "What wins is one gather in place of a thousand pieces; where rows are wide both are bound by memory, and alike.",
+        "What wins is one gather in place of a thousand pieces; where tens of megabytes are moved both are bound by memory, and alike.",
     )
 
 

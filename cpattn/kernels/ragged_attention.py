@@ -28,6 +28,8 @@ from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.tile_shapes import TileShape, padded_head_dim, tile_shapes
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
+# Releases of Triton with which tests/kernels has passed on a Hopper GPU.
+_GLUON_TESTED_ON = {(3, 6)}
 _LOG2_E = math.log2(math.e)
 _LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 _TWO_LOG2_E: tl.constexpr = tl.constexpr(2.0 * math.log2(math.e))
@@ -306,13 +308,12 @@ def ragged_attention(
 
 @lru_cache
 def _specialized() -> Any:
-    """The module of the kernel for Hopper, or None: Gluon is experimental, and changes from release to release."""
-    if _INTERPRETED or tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+    """The module of the kernel for Hopper, or None where it has not been tested: Gluon is experimental, and changes from
+    release to release."""
+    if _INTERPRETED or tuple(int(n) for n in triton.__version__.split(".")[:2]) not in _GLUON_TESTED_ON:
         return None
-    try:
-        from cpattn.kernels import hopper_attention
-    except (ImportError, AttributeError):
-        return None
+    from cpattn.kernels import hopper_attention
+
     return hopper_attention
 
 
