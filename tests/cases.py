@@ -109,7 +109,9 @@ class AttentionCase:
         own, own_lse = self.single_device_rmse(backend)
         # The baseline runs the same code, so a mistake that both make would raise the bound: it has a bound of its own.
         assert own <= single_device_bound(self.dtype, self.expected[1]), own
-        assert own_lse <= single_device_bound(torch.float32, self.expected[1]), own_lse
+        # A score is a sum of head_dim products.
+        unit_roundoff = torch.finfo(torch.float32).eps / 2
+        assert own_lse <= single_device_bound(torch.float32, self.expected[1]) + self.q.shape[2] * unit_roundoff, own_lse
         own *= 2**0.5 if rounded_partials else 1.0
         rmse, rmse_lse = self._rmse(outputs[0])
         lse = self.expected[1]
@@ -122,4 +124,6 @@ class AttentionCase:
         self.check(outputs, plan, strategy, backend, rounded_partials)
 
     def _rmse(self, output: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        return relative_rmse(output[0], self.expected[0]), relative_rmse(output[1], self.expected[1])
+        """Of the output relative to its size; of the LSE as it is, since its size says nothing: it may be near 0."""
+        lse_error = output[1].double() - self.expected[1]
+        return relative_rmse(output[0], self.expected[0]), lse_error.square().mean().sqrt().item() if lse_error.numel() else 0.0
