@@ -25,17 +25,17 @@ def relative_rmse(x: Tensor, reference: Tensor) -> float:
     return error / size if size else error
 
 
-def single_device_bound(dtype: torch.dtype, lse: Tensor) -> float:
+def single_device_bound(dtype: torch.dtype, lse: Tensor, score_size: float = 0.0) -> float:
     """The largest relative RMSE against float64 that a backend may have on one device, without any splitting.
 
     A half-precision kernel rounds its weights and its result, each to one unit roundoff u of the dtype: 2 * u. What is
     summed in fp32 adds what :func:`rmse_bound` allows for one step.
     """
     rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
-    return rounding + rmse_bound(0.0, dtype, 1, lse)
+    return rounding + rmse_bound(0.0, dtype, 1, lse, score_size)
 
 
-def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, lse: Tensor) -> float:
+def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, lse: Tensor, score_size: float = 0.0) -> float:
     """The largest relative RMSE against float64 that a result may have which was split over ranks.
 
     1.05 times the same backend's on one device, plus the rounding of the merges. A merge weighs two partial results
@@ -52,8 +52,10 @@ def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, ls
         dtype: of q, k and v.
         num_steps: that the strategy takes.
         lse: of the result, for the size of its entries; -inf is passed over.
+        score_size: of the largest scores, where LSEs may be far smaller: beside a sink, a score of size S has a weight
+            that is known to S * u, whatever the LSE of both.
     """
     unit_roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     finite = lse[lse.isfinite()].double()
-    lse_size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
-    return _ALLOWED_GROWTH * single_device_rmse + float(num_steps**0.5 * unit_roundoff * (2 * lse_size + 3))
+    size = max(score_size, finite.square().mean().sqrt().item() if finite.numel() else 0.0)
+    return _ALLOWED_GROWTH * single_device_rmse + float(num_steps**0.5 * unit_roundoff * (2 * size + 3))
