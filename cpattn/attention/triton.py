@@ -20,6 +20,23 @@ def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
+    return _launch(q, k, v, rows, options, out_dtype=out_dtype)
+
+
+def triton_accumulate(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
+    """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
+    _launch(q, k, v, rows, options, into=(acc, lse))
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: RaggedRows,
+    options: AttentionOptions,
+    out_dtype: torch.dtype | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     from cpattn.kernels.ragged_attention import ragged_attention
 
     return ragged_attention(
@@ -32,23 +49,7 @@ def triton_attention(
         softcap=options.softcap,
         sinks=options.sinks,
         out_dtype=out_dtype,
-    )
-
-
-def triton_accumulate(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
-    """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
-    from cpattn.kernels.ragged_attention import ragged_attention
-
-    ragged_attention(
-        q,
-        k,
-        v,
-        rows,
-        scale=options.scale,
-        window=options.window,
-        softcap=options.softcap,
-        sinks=options.sinks,
-        into=(acc, lse),
+        into=into,
     )
 
 

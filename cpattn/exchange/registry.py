@@ -23,8 +23,8 @@ def candidate_strategies(name: str, gathered_bytes: int) -> list[Strategy]:
     return [STRATEGIES[name]]
 
 
-# Split into groups of KV heads, an all-gather of at least this many bytes a rank has most of its transfer hidden behind
-# the attention of the groups before; below it, more and smaller launches cost more than they hide.
+# An all-gather of at least this many bytes is split into groups of KV heads unless the caller says otherwise: about
+# 0.1 ms of NVLink, several times what further launches cost. An estimate; benchmarks/bench_nccl.py is what would measure it.
 OVERLAP_FROM = 32 * 2**20
 _OVERLAP_GROUPS = 4
 
