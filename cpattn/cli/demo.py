@@ -17,7 +17,7 @@ from cpattn.cli.batch_file import read_batch
 from cpattn.errors import CPError, HeadCountError, PlanError
 from cpattn.exchange.communicator import as_communicator
 from cpattn.metadata.draw import text_table
-from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse_bound, single_device_bound
+from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
 
 _DEFAULT_BATCH = Path(__file__).parents[2] / "examples" / "batches" / "mixed.json"
 # What runs where there is no checkout beside the package, and so no batch file.
@@ -98,18 +98,17 @@ def run(options: argparse.Namespace) -> int:
         for name, strategy in cpattn.STRATEGIES.items():
             results = ranks.run(rank_program, setting, name)
             out, lse = _in_order(plan, results)
-            rmse = relative_rmse(out, expected)
+            error = relative_rmse(out, expected)
             bound = rmse_bound(alone_rmse, setting.dtype, strategy.num_steps(plan, None), expected_lse)
             # The LSE is fp32 whatever the dtype, so its own bound is that of fp32 sums; absolute, as it may be near 0.
-            lse_error = (lse.double() - expected_lse).square().mean().sqrt().item() if len(lse) else 0.0
-            lse_fine = lse_error <= rmse_bound(0.0, torch.float32, plan.cp_size + setting.head_dim, expected_lse)
-            fine = rmse <= bound and lse_fine and all(result.restored for result in results)
+            lse_fine = rmse(lse, expected_lse) <= rmse_bound(0.0, torch.float32, plan.cp_size + setting.head_dim, expected_lse)
+            fine = error <= bound and lse_fine and all(result.restored for result in results)
             all_fine &= fine
             table.append(
                 [
                     name,
                     _error(out, expected),
-                    f"{rmse:.2e}",
+                    f"{error:.2e}",
                     f"{bound:.2e}",
                     "yes" if fine else "NO",
                     f"{max(result.seconds for result in results) * 1e3:.1f}",

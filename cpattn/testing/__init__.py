@@ -3,7 +3,7 @@
 from cpattn.testing.oracle import oracle_attention
 from cpattn.testing.ranks import ProcessRanks, RankFailure, run_loopback
 from cpattn.testing.solo import SoloCommunicator
-from cpattn.testing.tolerance import relative_rmse, rmse_bound, single_device_bound
+from cpattn.testing.tolerance import relative_rmse, rmse, rmse_bound, single_device_bound
 
 __all__ = [
     "ProcessRanks",
@@ -11,6 +11,7 @@ __all__ = [
     "SoloCommunicator",
     "oracle_attention",
     "relative_rmse",
+    "rmse",
     "rmse_bound",
     "run_loopback",
     "single_device_bound",

@@ -9,19 +9,24 @@ from torch import Tensor
 _ALLOWED_GROWTH = 1.05
 
 
+def rmse(x: Tensor, reference: Tensor) -> float:
+    """The root mean square of ``x - reference``, in float64; 0.0 for empty tensors. For LSEs, whose size says nothing.
+
+    >>> rmse(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0]))  # doctest: +ELLIPSIS
+    1.414...
+    """
+    if x.shape != reference.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, reference {tuple(reference.shape)}; compare tensors of one shape")
+    return (x.double() - reference.double()).square().mean().sqrt().item() if x.numel() else 0.0
+
+
 def relative_rmse(x: Tensor, reference: Tensor) -> float:
     """The root mean square of ``x - reference`` over that of ``reference``, in float64; 0.0 for empty tensors.
 
     >>> relative_rmse(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0]))  # doctest: +ELLIPSIS
     0.0707...
     """
-    if x.shape != reference.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}, reference {tuple(reference.shape)}; compare tensors of one shape")
-    if x.numel() == 0:
-        return 0.0
-    reference = reference.double()
-    size = reference.square().mean().sqrt().item()
-    error = (x.double() - reference).square().mean().sqrt().item()
+    error, size = rmse(x, reference), rmse(reference, torch.zeros_like(reference))
     return error / size if size else error
 
 
