@@ -28,7 +28,7 @@ def cpu_attention(
     q, k, v = (pad(x.float(), (0, head_dim - x.shape[2])) if x.shape[2] < head_dim else x.float() for x in (q, k, v))
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:2], -torch.inf)
-    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host[:5]), strict=True):
         # Queries before the diagonal enters the range see nothing.
         skip = min(q_len, max(0, 1 - diagonal))
         first, end, seen = q_start + skip, q_start + q_len, diagonal + skip

@@ -19,7 +19,7 @@ def reference_attention(
     """See :class:`cpattn.attention.backend.AttentionFunction`. Computes in fp32, in fp64 for fp64 inputs."""
     out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=out_dtype)
     lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host[:5]), strict=True):
         for begin in range(0, q_len, _BLOCK):
             end = min(begin + _BLOCK, q_len)
             sees_to = min(k_len, diagonal + end - 1)

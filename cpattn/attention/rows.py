@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -28,9 +29,33 @@ class HostRows(NamedTuple):
     k_start: IntArray
     k_len: IntArray
     diagonal: IntArray
+    request: IntArray
 
 
-@dataclass(frozen=True, eq=False)
+class RowTable(NamedTuple):
+    """What a RaggedRows is built from: int64 arrays ``[n]`` on the host, and what is known of all rows.
+
+    Attributes:
+        q_len, k_start, k_len, diagonal, request: see :class:`RaggedRows`.
+        alignment: what holds for all rows, whatever the batch.
+    """
+
+    q_len: IntArray
+    k_start: IntArray
+    k_len: IntArray
+    diagonal: IntArray
+    request: IntArray
+    alignment: Alignment
+
+
+class Prepared(Protocol):
+    """What a backend has made of the rows and keeps with them, such as a table of tiles on the device."""
+
+    def refresh(self, host: HostRows) -> None:
+        """Makes it anew for other rows of the same capacity, at the same addresses."""
+
+
+@dataclass(eq=False)
 class RaggedRows:
     """Rows of attention work: which queries see which keys. All of a launch's rows together, in any number.
 
@@ -40,23 +65,35 @@ class RaggedRows:
     a window ``W`` those from number ``diagonal[i] + j - W`` on. The diagonal is thus the number of keys that the row's
     first query would see in a range without end; it may lie beyond the range (all keys are in the past) or below 1.
 
+    Without a page table, K and V are ``[S, heads, head_dim]`` and key ``s`` is their row s. With one they are pages
+    ``[num_pages, page_size, heads, head_dim]``, and key ``s`` of row ``i`` is in page ``page_table[request[i], s //
+    page_size]`` at ``s % page_size``; all key ranges then begin at 0.
+
     Attributes:
         cu_seqlens_q: int32 ``[n + 1]``, begins with 0.
-        k_start, k_len, diagonal: int32 ``[n]``.
+        k_start, k_len, diagonal, request: int32 ``[n]``.
         k_start_padded: int32 ``[n + 1]``: k_start and one entry more, for kernels that take starts as cumulative lengths.
-        max_seqlen_q, max_seqlen_k: the longest query range and the longest key range, in rows (0 if there is none).
+        max_seqlen_q, max_seqlen_k: the longest query range and the longest key range, in rows (0 if there is none);
+            where the rows are fixed, what they may grow to.
         alignment: what holds for all rows; see :data:`Alignment`.
+        fixed: their number and the sizes above stay, but :meth:`copy_` may change what they are, under a CUDA graph.
         host: the same numbers on the host.
+        prepared: what backends keep with the rows, by a key of their own.
+        page_table: int32 or int64 ``[num_requests, max_pages]``, or None.
     """
 
     cu_seqlens_q: Tensor
     k_start_padded: Tensor
     k_len: Tensor
     diagonal: Tensor
+    request: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
     alignment: Alignment
     host: HostRows
+    fixed: bool = False
+    prepared: dict[Hashable, Prepared] = field(default_factory=dict)
+    page_table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.host.q_len)
@@ -64,6 +101,12 @@ class RaggedRows:
     @property
     def k_start(self) -> Tensor:
         return self.k_start_padded[:-1]
+
+    @property
+    def row_pages(self) -> Tensor:
+        """The page table's line of each row, ``[n, max_pages]``, for kernels that take one a row."""
+        assert self.page_table is not None
+        return self.page_table.index_select(0, self.request)
 
     @cached_property
     def num_queries(self) -> int:
@@ -77,18 +120,36 @@ class RaggedRows:
 
     @cached_property
     def has_empty_range(self) -> bool:
-        """Whether some row has no keys at all."""
-        return bool((self.host.k_len == 0).any())
+        """Whether some row has, or may come to have, no keys at all."""
+        return self.fixed or bool((self.host.k_len == 0).any())
+
+    def with_pages(self, page_table: Tensor) -> RaggedRows:
+        """The same rows over pages."""
+        return replace(self, page_table=page_table)
+
+    def copy_(self, other: RaggedRows) -> None:
+        """Takes over the other's work at the addresses of this; both are fixed, for the same sizes."""
+        for name in ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.host = other.host
+        for prepared in self.prepared.values():
+            prepared.refresh(self.host)
 
     @classmethod
-    def build_all(cls, tables: list[tuple[IntArray, IntArray, IntArray, IntArray]], device: torch.device | str) -> list[RaggedRows]:
-        """Makes one RaggedRows for each (q_len, k_start, k_len, diagonal), with one copy to the device for all."""
-        hosts = [HostRows(np.cumsum(t[0]) - t[0], *t) for t in tables]
+    def build_all(
+        cls, tables: list[RowTable], device: torch.device | str, fixed_lengths: tuple[int, int] | None = None
+    ) -> list[RaggedRows]:
+        """Makes one RaggedRows for each table, with one copy to the device for all.
+
+        Args:
+            fixed_lengths: if the rows are to be fixed, the ``max_seqlen_q`` and ``max_seqlen_k`` that they may grow to.
+        """
+        hosts = [HostRows(np.cumsum(table.q_len) - table.q_len, *table[:-1]) for table in tables]
         packed: dict[str, IntArray] = {}
         for i, host in enumerate(hosts):
             packed[f"cu_seqlens_q {i}"] = np.append(host.q_start, host.q_len.sum())
             packed[f"k_start_padded {i}"] = np.append(host.k_start, 0)
-            packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal")}
+            packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal", "request")}
         on_device = to_device(packed, torch.device(device))
         return [
             cls(
@@ -96,28 +157,39 @@ class RaggedRows:
                 k_start_padded=on_device[f"k_start_padded {i}"],
                 k_len=on_device[f"k_len {i}"],
                 diagonal=on_device[f"diagonal {i}"],
-                max_seqlen_q=int(host.q_len.max(initial=0)),
-                max_seqlen_k=int(host.k_len.max(initial=0)),
-                alignment=_alignment(host),
+                request=on_device[f"request {i}"],
+                max_seqlen_q=fixed_lengths[0] if fixed_lengths else int(host.q_len.max(initial=0)),
+                max_seqlen_k=fixed_lengths[1] if fixed_lengths else int(host.k_len.max(initial=0)),
+                alignment=table.alignment,
                 host=host,
+                fixed=fixed_lengths is not None,
             )
-            for i, host in enumerate(hosts)
+            for i, (host, table) in enumerate(zip(hosts, tables, strict=True))
         ]
 
     @classmethod
     def build(
-        cls, q_len: IntArray, k_start: IntArray, k_len: IntArray, diagonal: IntArray, device: torch.device | str = "cpu"
+        cls,
+        q_len: IntArray,
+        k_start: IntArray,
+        k_len: IntArray,
+        diagonal: IntArray,
+        device: torch.device | str = "cpu",
+        request: IntArray | None = None,
     ) -> RaggedRows:
-        """Makes one RaggedRows from integer arrays ``[n]``, one entry a row."""
-        table = tuple(np.asarray(column, dtype=np.int64) for column in (q_len, k_start, k_len, diagonal))
-        return cls.build_all([table], device)[0]  # type: ignore[list-item]
+        """Makes one RaggedRows from integer arrays ``[n]``, one entry a row; its alignment is found out."""
+        q_len, k_start, k_len, diagonal = (np.asarray(column, dtype=np.int64) for column in (q_len, k_start, k_len, diagonal))
+        request = np.zeros_like(q_len) if request is None else np.asarray(request, dtype=np.int64)
+        alignment = find_alignment(q_len, k_start, k_len, diagonal)
+        return cls.build_all([RowTable(q_len, k_start, k_len, diagonal, request, alignment)], device)[0]
 
 
-def _alignment(host: HostRows) -> Alignment:
+def find_alignment(q_len: IntArray, k_start: IntArray, k_len: IntArray, diagonal: IntArray) -> Alignment:
+    """The narrowest alignment that all rows have."""
     # A row without keys or without queries fits any alignment.
-    has_work = (host.k_len > 0) & (host.q_len > 0)
-    if (~has_work | (host.diagonal + host.q_len - 1 == host.k_len)).all():
+    has_work = (k_len > 0) & (q_len > 0)
+    if (~has_work | (diagonal + q_len - 1 == k_len)).all():
         return "bottom_right"
-    if (~has_work | (host.diagonal >= host.k_len)).all():
+    if (~has_work | (diagonal >= k_len)).all():
         return "full"
     return "any"

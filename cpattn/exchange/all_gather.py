@@ -52,7 +52,8 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
 def _rows(meta: CPMetadata) -> RaggedRows:
     chunks = meta.chunk_host
     # Causal over the whole context: the chunk's last query sees the range's last key.
-    return RaggedRows.build(chunks.q_len, meta.k_starts[chunks.request], chunks.k_len, chunks.k_len - chunks.q_len + 1, meta.device)
+    first_sees = chunks.k_len - chunks.q_len + 1
+    return RaggedRows.build(chunks.q_len, meta.k_starts[chunks.request], chunks.k_len, first_sees, meta.device, chunks.request)
 
 
 ALL_GATHER = Strategy(

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cpattn.attention.rows import Alignment, RaggedRows
+from cpattn.attention.rows import Alignment, RaggedRows, RowTable, find_alignment
 from cpattn.exchange.communicator import Communicator
 from cpattn.exchange.message import message_buffer, pack_, unpack
 from cpattn.exchange.strategy import ExchangeInputs, Step, Strategy
@@ -23,7 +23,7 @@ from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.device_tables import exclusive_cumsum
 from cpattn.metadata.plan import Plan
 
-Table: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
+Columns: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Iterator[Step]:
@@ -51,12 +51,15 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
 def _rows(meta: CPMetadata, window: int | None) -> tuple[RaggedRows, list[list[RaggedRows]]]:
     """The rows of the prefix step, and of each launch of each hop."""
     launches = [_hop_tables(meta, (meta.cp_rank - hop) % meta.plan.cp_size, window) for hop in range(meta.plan.cp_size)]
-    prefix, *rows = RaggedRows.build_all([_prefix_table(meta, window), *(table for hop in launches for table in hop)], meta.device)
+    request = meta.chunk_host.request
+    all_columns = [_prefix_table(meta, window), *(columns for hop in launches for columns in hop)]
+    tables = [RowTable(*columns, request, find_alignment(*columns)) for columns in all_columns]
+    prefix, *rows = RaggedRows.build_all(tables, meta.device)
     taken = iter(rows)
     return prefix, [[next(taken) for _ in hop] for hop in launches]
 
 
-def _prefix_table(meta: CPMetadata, window: int | None) -> Table:
+def _prefix_table(meta: CPMetadata, window: int | None) -> Columns:
     chunks, prefix_lens = meta.chunk_host, meta.plan.prefix_lens
     k_start = exclusive_cumsum(prefix_lens)[chunks.request]
     k_len = prefix_lens[chunks.request]
@@ -65,7 +68,7 @@ def _prefix_table(meta: CPMetadata, window: int | None) -> Table:
     return _within_window(chunks.q_len, k_start, k_len, k_len + chunks.start + 1, window)
 
 
-def _hop_tables(meta: CPMetadata, owner: int, window: int | None) -> list[Table]:
+def _hop_tables(meta: CPMetadata, owner: int, window: int | None) -> list[Columns]:
     """This rank's queries against the shard of ``owner``: one launch, or with a window one for each chunk."""
     chunks, plan = meta.chunk_host, meta.plan
     columns = plan.rank_columns[owner]
@@ -85,7 +88,7 @@ def _hop_tables(meta: CPMetadata, owner: int, window: int | None) -> list[Table]
     return tables
 
 
-def _within_window(q_len: IntArray, k_start: IntArray, k_len: IntArray, diagonal: IntArray, window: int) -> Table:
+def _within_window(q_len: IntArray, k_start: IntArray, k_len: IntArray, diagonal: IntArray, window: int) -> Columns:
     """Empties the ranges that lie before the first query's window, and so before every query's."""
     return q_len, k_start, np.where(diagonal - window >= k_len, 0, k_len), diagonal
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cpattn.attention.rows import HostRows, RaggedRows
@@ -15,7 +15,7 @@ from cpattn.metadata.batch import IntArray
 from cpattn.metadata.device_tables import exclusive_cumsum, to_device
 
 # Columns of a tile in the table that the kernel reads; see Tiles.
-TILE_FIELDS = 5
+TILE_FIELDS = 6
 
 # Rows of a tile that one warpgroup of the specialized kernel owns; a warpgroup without rows rests.
 WARPGROUP_ROWS = 64
@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
         q_begin, q_count: the tile's tokens: their first row in q, and how many.
         k_start, k_len: the key range of the tile's row.
         sees: how many keys of a range without end the tile's first token would see (below 1: none).
+        request: the line of the page table, where there is one.
     """
 
     q_begin: IntArray
@@ -48,6 +49,7 @@ class Tiles(NamedTuple):
     k_start: IntArray
     k_len: IntArray
     sees: IntArray
+    request: IntArray
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,21 @@ class Launch:
     Attributes:
         shape: the compiled form.
         pack: query heads of one KV head that share a tile: the whole group, or 1.
-        num_tiles: a head.
+        num_tiles: a head; for fixed rows as many as they may ever need, and those without work at the end have no tokens.
         table: int32 ``[num_tiles * TILE_FIELDS]`` on the device, tile after tile.
+        window: of the attention, or None.
     """
 
     shape: TileShape
     pack: int
     num_tiles: int
     table: Tensor
+    window: int | None
+
+    def refresh(self, host: HostRows) -> None:
+        """See :class:`cpattn.attention.rows.Prepared`."""
+        tiles, _ = cut(host, self.shape.block_m // self.pack, self.shape.block_n, self.window)
+        self.table.copy_(_on_device(tiles, self.num_tiles, self.table.device))
 
 
 def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
@@ -80,7 +89,7 @@ def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) 
     blocks = np.maximum(0, -(-(end - begin) // block_n))
     # Tiles of one row and length class stay side by side and share its keys in the cache.
     order = np.lexsort((-blocks, row, -(blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0))))))
-    tiles = Tiles(host.q_start[row] + first, q_count, host.k_start[row], k_len, sees)
+    tiles = Tiles(host.q_start[row] + first, q_count, host.k_start[row], k_len, sees, host.request[row])
     return Tiles(*(column[order] for column in tiles)), blocks[order]
 
 
@@ -112,19 +121,25 @@ def choose(
     return best[1:]
 
 
-# A layout is used by every layer of a model; it lives as long as the rows that it was made for.
-_launches: WeakKeyDictionary[RaggedRows, dict[Any, Launch]] = WeakKeyDictionary()
-
-
 def launch_for(
     rows: RaggedRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
 ) -> Launch:
-    """The cached launch for these rows; its table reaches the device in one copy that the host does not wait for."""
-    cached = _launches.setdefault(rows, {})
+    """The launch for these rows, kept with them; its table reaches the device in one copy that the host does not wait for."""
     key = shapes, packs, num_heads, window
-    if key not in cached:
+    launch = rows.prepared.get(key)
+    if launch is None:
         shape, pack, tiles = choose(rows.host, shapes, packs, num_heads, window, num_processors)
-        table = np.stack(tiles, axis=1).reshape(-1)
-        on_device = to_device({"tiles": table}, rows.cu_seqlens_q.device)["tiles"]
-        cached[key] = Launch(shape, pack, len(tiles.q_begin), on_device)
-    return cached[key]
+        num_tiles = len(tiles.q_begin)
+        if rows.fixed:
+            # Each row may leave one tile partly empty; the number of queries in all rows is fixed.
+            num_tiles = int(rows.host.q_len.sum()) // (shape.block_m // pack) + len(rows)
+        table = _on_device(tiles, num_tiles, rows.cu_seqlens_q.device)
+        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, table, window)
+    assert isinstance(launch, Launch)
+    return launch
+
+
+def _on_device(tiles: Tiles, num_tiles: int, device: torch.device) -> Tensor:
+    table = np.zeros((num_tiles, TILE_FIELDS), dtype=np.int64)
+    table[: len(tiles.q_begin)] = np.stack(tiles, axis=1)
+    return to_device({"tiles": table.reshape(-1)}, device)["tiles"]

@@ -22,7 +22,7 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: Atte
     """A query and a head at a time, in float64, with the definition's own words."""
     out = torch.zeros(len(q), q.shape[1], v.shape[2], dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
-    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host[:5]), strict=True):
         for j in range(q_len):
             sees_to = min(max(diagonal + j, 0), k_len)
             sees_from = 0 if options.window is None else max(0, diagonal + j - options.window)
