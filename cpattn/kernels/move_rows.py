@@ -26,53 +26,67 @@ def _pack_columns(
     tl.store(message + to_R1 + FIRST + column_1D, values, mask=is_row_R[:, None] & (column_1D < DIM))
 
 
-@triton.jit
+# Counts change from batch to batch, and must not compile anew.
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def _pack_kernel(
     message, k, v, slots, num_rows, num_tokens, message_stride_row, message_stride_head,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr, HAS_V: tl.constexpr, COUNT_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_R (row, head) pairs, ``R``."""
+    if COUNT_ON_DEVICE:
+        num_tokens = tl.load(num_tokens)
     pair_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_R = pair_R // HEADS
     head_R = pair_R % HEADS
     is_row_R = row_R < num_rows
     is_token_R = row_R < num_tokens
-    to_row_R = tl.load(slots + row_R, mask=is_row_R, other=0).to(tl.int64) if SLOTS else row_R
+    to_row_R = row_R
+    if SLOTS:
+        is_row_R = is_row_R & is_token_R
+        to_row_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
+        is_row_R = is_row_R & (to_row_R >= 0)
     _pack_columns(
         message, k, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, k_stride_row, k_stride_head,
         0, D, D_PADDED,
     )  # fmt: skip
-    _pack_columns(
-        message, v, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, v_stride_row, v_stride_head,
-        D, DV, DV_PADDED,
-    )  # fmt: skip
+    if HAS_V:
+        _pack_columns(
+            message, v, row_R, to_row_R, head_R, is_row_R, is_token_R, message_stride_row, message_stride_head, v_stride_row, v_stride_head,
+            D, DV, DV_PADDED,
+        )  # fmt: skip
 
 
-def pack_kv(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None) -> None:
+def pack_kv(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
     """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them; or, with ``slots``, row i
-    into row slots[i] of the message and nothing else.
+    into row slots[i] of the message, where that is not negative, and nothing else.
 
     The twin of :func:`cpattn.exchange.message.torch_pack_`, with the same bits.
 
     Args:
         message: ``[rows, Hkv, D + Dv]``; k ``[>= num_tokens, Hkv, D]``; v ``[>= num_tokens, Hkv, Dv]``, of one dtype,
             the last axis contiguous, the others may be strided. Rows of k and v after the tokens are not read.
+            v may be None: the message is then K's alone.
+        num_tokens: or an int32 tensor of one element on the device.
+        slots: int32 or int64 ``[>= num_tokens]``, those that are not negative all different.
     """
     heads = message.shape[1]
-    rows = message.shape[0] if slots is None else num_tokens
-    d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
+    most = message.shape[0] if slots is None else min(slots.shape[0], k.shape[0])
+    rows = most if slots is None or isinstance(num_tokens, Tensor) else num_tokens
+    values = k if v is None else v
+    d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(values.shape[2])
     block = max(1, _WORDS_PER_PROGRAM * 4 // (message.element_size() * max(d_padded, dv_padded)))
     if rows:
         _pack_kernel[(triton.cdiv(rows * heads, block),)](
-            message, k, v, message if slots is None else slots, rows, num_tokens, message.stride(0), message.stride(1),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block, SLOTS=slots is not None,
+            message, k, values, message if slots is None else slots, rows, num_tokens, message.stride(0), message.stride(1),
+            k.stride(0), k.stride(1), values.stride(0), values.stride(1),
+            HEADS=heads, D=k.shape[2], DV=values.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
+            SLOTS=slots is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather_kernel(
     out, source, index, slots, num_rows, out_stride, source_stride,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, SLOTS: tl.constexpr,
@@ -82,11 +96,15 @@ def _gather_kernel(
     word_1W = (tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
     is_row_R = row_R < num_rows
     from_R = tl.load(index + row_R, mask=is_row_R, other=0).to(tl.int64)
-    to_R = tl.load(slots + row_R, mask=is_row_R, other=0).to(tl.int64) if SLOTS else row_R
-    inside_RW = is_row_R[:, None] & (word_1W < WIDTH)
+    from_inside_RW = (is_row_R & (from_R >= 0))[:, None] & (word_1W < WIDTH)
+    to_R = row_R
+    if SLOTS:
+        to_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
+        is_row_R = is_row_R & (to_R >= 0)
+    to_inside_RW = is_row_R[:, None] & (word_1W < WIDTH)
     # Multiplied by a constant, from which the compiler sees that rows are aligned and that it may use wide accesses.
-    values_RW = tl.load(source + (from_R * source_stride)[:, None] * UNIT + word_1W, mask=inside_RW)
-    tl.store(out + (to_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=inside_RW)
+    values_RW = tl.load(source + (from_R * source_stride)[:, None] * UNIT + word_1W, mask=from_inside_RW, other=0)
+    tl.store(out + (to_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=to_inside_RW)
 
 
 def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
@@ -98,8 +116,8 @@ def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None
     Args:
         out: ``[n, ...]`` (any number of rows with slots); source ``[m, ...]``, of one dtype and the same trailing shape,
             each row contiguous; they do not overlap.
-        index: int32 or int64 ``[n]``, each in ``0 .. m - 1``.
-        slots: int32 or int64 ``[n]``, all different rows of out.
+        index: int32 or int64 ``[n]``, each below m; a negative one stands for a row of zeros.
+        slots: int32 or int64 ``[n]``, all different rows of out; where it is negative nothing is written.
     """
     out_words, source_words = _as_words(out, source)
     rows, width = index.shape[0], out_words.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -97,3 +99,54 @@ def test_gather_rows_into_slots(trailing: tuple[int, ...], device: str) -> None:
     gather_rows(got, source, index, slots)
     torch_gather_rows_(want, source, index, slots)
     assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("with_slots", [False, True], ids=["in order", "slots"])
+@pytest.mark.parametrize("num_tokens", [0, 5, 9])
+def test_pack_kv_takes_its_count_from_the_device(num_tokens: int, with_slots: bool, device: str) -> None:
+    k, v = torch.randn(9, 2, 8, device=device), torch.randn(9, 2, 16, device=device)
+    k[num_tokens:], v[num_tokens:] = torch.nan, torch.nan
+    slots = torch.tensor([4, 0, 11, -1, 2, 3, 1, 10, 7], dtype=torch.int32, device=device) if with_slots else None
+    count = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    want = torch.full((12, 2, 24), 7.0, device=device)
+    kernel, twin, twin_of_count = (want.clone() for _ in range(3))
+    if slots is None:
+        want.zero_()
+    for i in range(num_tokens):
+        row = i if slots is None else int(slots[i])
+        if row >= 0:
+            want[row] = torch.cat([k[i], v[i]], -1)
+    pack_kv(kernel, k, v, count, slots)
+    torch_pack_(twin, k, v, count, slots)
+    torch_pack_(twin_of_count, k, v, num_tokens, slots)
+    for got in (kernel, twin, twin_of_count):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("pack", [pack_kv, torch_pack_], ids=["triton", "torch"])
+def test_pack_kv_without_v(pack: Callable[..., None], device: str) -> None:
+    k = torch.randn(7, 1, 24, device=device)
+    message = torch.full((9, 1, 24), torch.nan, device=device)
+    pack(message, k, None, 5)
+    assert torch.equal(message[:5], k[:5])
+    assert (message[5:] == 0).all()
+
+
+@pytest.mark.parametrize("gather", [gather_rows, torch_gather_rows_], ids=["triton", "torch"])
+@pytest.mark.parametrize("trailing", [(2, 64), (3,), ()], ids=str)
+def test_gather_rows_of_negative_index_are_zeros(trailing: tuple[int, ...], gather: Callable[..., None], device: str) -> None:
+    source = torch.randn(6, *trailing, device=device)
+    index = torch.tensor([3, -1, 5, 0, -9], dtype=torch.int32, device=device)
+    want = source[index.clamp(min=0)]
+    want[index < 0] = 0
+    out = torch.full_like(want, torch.nan)
+    gather(out, source, index)
+    assert torch.equal(out, want)
+    gather(out, source[:0], torch.full_like(index, -1))
+    assert (out == 0).all()
+    slots = torch.tensor([4, 0, -1, 2, 6], device=device)
+    slotted = torch.full((8, *trailing), 7.0, device=device)
+    expected = slotted.clone()
+    expected[slots[[0, 1, 3, 4]]] = want[[0, 1, 3, 4]]
+    gather(slotted, source, index, slots)
+    assert torch.equal(slotted, expected)

@@ -1,0 +1,14 @@
+"""Whether tensors are moved and merged by the Triton kernels; each of those has a twin in plain torch, which defines it."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of this device."""
+    return device.type == "cuda" and find_spec("triton") is not None

@@ -1,0 +1,110 @@
+"""Triton kernels that move K and V into and out of pages: one launch for both, each row read once and written once."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, uint8
+
+# Bytes that one program moves of the wider of K and V: 128 for each of its 128 threads.
+_BYTES_PER_PROGRAM = 16384
+
+
+@triton.jit
+def _move_columns(
+    pages, flat, page_R, in_page_R, row_R, head_R, is_row_R, is_token_R,
+    page_stride, page_stride_token, page_stride_head, flat_stride_row, flat_stride_head,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """All columns of K or of V; pages of padding rows are not looked at."""
+    column_1D = tl.arange(0, DIM_PADDED)[None, :]
+    paged = pages + (page_R * page_stride + in_page_R * page_stride_token + head_R * page_stride_head)[:, None] + column_1D
+    unpaged = flat + (row_R * flat_stride_row + head_R * flat_stride_head)[:, None] + column_1D
+    is_token_RD = is_token_R[:, None] & (column_1D < DIM)
+    if WRITE:
+        tl.store(paged, tl.load(unpaged, mask=is_token_RD), mask=is_token_RD)
+    else:
+        tl.store(unpaged, tl.load(paged, mask=is_token_RD, other=0), mask=is_row_R[:, None] & (column_1D < DIM))
+
+
+# The number of rows changes from batch to batch, and must not compile anew.
+@triton.jit(do_not_specialize=["num_rows"])
+def _pages_kernel(
+    k_pages, v_pages, page_table, request, position, k, v, out_rows, num_rows, page_size, table_stride_request, table_stride_page,
+    k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,
+    k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+    WRITE: tl.constexpr, TABLE: tl.constexpr, OUT_ROWS: tl.constexpr, HAS_V: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK_R (row, head) pairs, ``R``."""
+    pair_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_R = pair_R // HEADS
+    head_R = pair_R % HEADS
+    is_row_R = row_R < num_rows
+    position_R = tl.load(position + row_R, mask=is_row_R, other=-1).to(tl.int64)
+    is_token_R = position_R >= 0
+    page_R = position_R // page_size
+    in_page_R = position_R - page_R * page_size
+    if TABLE:
+        request_R = tl.load(request + row_R, mask=is_token_R, other=0).to(tl.int64)
+        page_R = tl.load(page_table + request_R * table_stride_request + page_R * table_stride_page, mask=is_token_R, other=0).to(tl.int64)
+    if OUT_ROWS:
+        row_R = tl.load(out_rows + row_R, mask=is_row_R, other=0).to(tl.int64)
+    _move_columns(
+        k_pages, k, page_R, in_page_R, row_R, head_R, is_row_R, is_token_R,
+        k_page_stride, k_page_stride_token, k_page_stride_head, k_stride_row, k_stride_head, D, D_PADDED, WRITE,
+    )  # fmt: skip
+    if HAS_V:
+        _move_columns(
+            v_pages, v, page_R, in_page_R, row_R, head_R, is_row_R, is_token_R,
+            v_page_stride, v_page_stride_token, v_page_stride_head, v_stride_row, v_stride_head, DV, DV_PADDED, WRITE,
+        )  # fmt: skip
+
+
+def write_pages(
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    page_table: Tensor | None,
+    request: Tensor | None,
+    position: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+) -> None:
+    """The twin of :func:`cpattn.exchange.pages.torch_write_pages`, with the same bits; arguments as for
+    :func:`cpattn.exchange.pages.write_pages_`."""
+    _move(k_pages, v_pages, page_table, request, position, k, v, None, write=True)
+
+
+def read_pages(
+    k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor, k: Tensor,
+    v: Tensor | None, out_rows: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The twin of :func:`cpattn.exchange.pages.torch_read_pages`, with the same bits; arguments as for
+    :func:`cpattn.exchange.pages.read_pages_`."""
+    _move(k_pages, v_pages, page_table, request, position, k, v, out_rows, write=False)
+
+
+def _move(
+    k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor, k: Tensor,
+    v: Tensor | None, out_rows: Tensor | None, *, write: bool,
+) -> None:  # fmt: skip
+    rows, heads = position.shape[0], k.shape[1]
+    if not rows * heads:
+        return
+    has_v = v_pages is not None and v is not None
+    # Without V, K stands in for a pointer that is not looked at.
+    tensors = [k_pages, k] if v_pages is None or v is None else [k_pages, k, v_pages, v]
+    if k.element_size() == 1:
+        # fp8 is moved as bytes, which every GPU and the interpreter have.
+        tensors = [x.view(uint8) for x in tensors]
+    k_pages, k, v_pages, v = tensors if has_v else tensors * 2
+    d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
+    block = max(1, _BYTES_PER_PROGRAM // (k.element_size() * max(d_padded, dv_padded)))
+    _pages_kernel[(triton.cdiv(rows * heads, block),)](
+        k_pages, v_pages, position if page_table is None else page_table, position if request is None else request, position, k, v,
+        position if out_rows is None else out_rows, rows, k_pages.shape[1], *((0, 0) if page_table is None else page_table.stride()),
+        *k_pages.stride()[:3], *v_pages.stride()[:3], *k.stride()[:2], *v.stride()[:2],
+        HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
+        WRITE=write, TABLE=page_table is not None, OUT_ROWS=out_rows is not None, HAS_V=has_v,
+    )  # fmt: skip
