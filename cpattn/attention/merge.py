@@ -1,7 +1,7 @@
 """Combining partial attention results by their LSE, in fp32.
 
 Two results over disjoint keys, with weights exp(lse), give the result over all of them (Rabe and Staats,
-arXiv:2112.05682; Liu et al., Ring Attention, arXiv:2310.01889). Shapes: T rows, H query heads, D value head dim.
+arXiv:2112.05682; Liu et al., Ring Attention, arXiv:2310.01889). Shapes: N parts, T rows, H query heads, D value head dim.
 """
 
 from __future__ import annotations
@@ -9,19 +9,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpattn.kernels.available import has_kernels
+
 
 def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
-    """Adds the partial result ``(out, lse)`` to ``(acc, acc_lse)`` in place.
+    """Adds the partial result ``(out, lse)`` to ``(acc, acc_lse)`` in place; see :func:`merge_all_`."""
+    merge_all_(acc_THD, acc_lse_TH, out_THD[None], lse_TH[None])
 
-    A row of LSE -inf has no keys and changes nothing; the log-sum-exp is taken relative to the larger, so nothing
-    overflows. ``acc`` and ``acc_lse`` are fp32; ``out`` may be of a lower precision, which it then costs.
+
+def merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
+    """Adds N partial results to ``(acc, acc_lse)`` in place, in their order.
+
+    A row of LSE -inf has no keys and changes nothing, whatever ``out`` holds there, NaN included; where no part has keys,
+    acc keeps its bits. The weights are taken relative to the largest LSE, so nothing overflows.
+
+    Args:
+        acc_THD, acc_lse_TH: fp32 (the twin takes fp64 as well); what acc holds where its LSE is -inf does not matter.
+        out_NTHD: of any floating dtype; a lower precision than acc's costs what it costs. The last axis is contiguous.
+        lse_NTH: any strides.
     """
-    total_TH = torch.logaddexp(acc_lse_TH, lse_TH)
-    # Where neither side has keys, total is -inf; a finite stand-in makes the weights exp(-inf) = 0 rather than NaN.
-    finite_TH = torch.where(total_TH == -torch.inf, 0, total_TH)
-    acc_THD.mul_(torch.exp(acc_lse_TH - finite_TH)[..., None])
-    acc_THD.addcmul_(out_THD, torch.exp(lse_TH - finite_TH)[..., None])
-    acc_lse_TH.copy_(total_TH)
+    if has_kernels(acc_THD.device) and acc_THD.dtype == torch.float32:
+        from cpattn.kernels.merge import merge_all
+
+        merge_all(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+    else:
+        torch_merge_all_(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+
+
+def torch_merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
+    """:func:`merge_all_` in plain torch, which defines it."""
+    if not len(out_NTHD):
+        return
+    newest_TH = lse_NTH.amax(0)
+    largest_TH = torch.maximum(acc_lse_TH, newest_TH)
+    # Where nobody has keys, a finite stand-in makes the weights exp(-inf) = 0 rather than NaN.
+    base_TH = torch.where(largest_TH == -torch.inf, 0, largest_TH)
+    unchanged_TH = newest_TH == -torch.inf
+    old_weight_TH = torch.where(unchanged_TH, 1, torch.exp(acc_lse_TH - base_TH))
+    weight_NTH = torch.exp(lse_NTH - base_TH)
+    total_TH = old_weight_TH.clone()
+    for weight_TH in weight_NTH:
+        total_TH += weight_TH
+    acc_THD.copy_(_unless(acc_THD, (acc_lse_TH == -torch.inf) & ~unchanged_TH))
+    acc_THD.mul_((old_weight_TH / total_TH)[..., None])
+    for out_THD, lse_TH, weight_TH in zip(out_NTHD, lse_NTH, weight_NTH, strict=True):
+        acc_THD.addcmul_(_unless(out_THD, lse_TH == -torch.inf), (weight_TH / total_TH)[..., None])
+    acc_lse_TH.copy_(torch.where(unchanged_TH, acc_lse_TH, base_TH + torch.log(total_TH)))
+
+
+def _unless(x_THD: Tensor, empty_TH: Tensor) -> Tensor:
+    """x, or where ``empty`` -0.0: a weight of 0 times NaN is NaN, and only -0.0 leaves every sum's bits."""
+    if empty_TH.device.type == "cpu" and not empty_TH.any():
+        return x_THD
+    return x_THD.masked_fill(empty_TH[..., None], -0.0)
 
 
 def apply_sinks_(out_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpattn.attention.merge import apply_sinks_, merge_
+from cpattn.attention.merge import apply_sinks_, merge_, torch_merge_all_
 
 INF = torch.inf
 
@@ -68,3 +68,26 @@ def test_a_sink_alone_gives_its_logit_and_no_value() -> None:
     apply_sinks_(out, lse, torch.tensor([0.5, -3.0]))
     assert (out == 0).all()
     assert lse.tolist() == [[0.5, -3.0]]
+
+
+def test_all_at_once_is_one_after_the_other() -> None:
+    out, lse = torch.randn(5, 4, 2, 8, dtype=torch.float64), torch.randn(5, 4, 2, dtype=torch.float64) * 4
+    lse[torch.rand(5, 4, 2) < 0.3] = -INF
+    out[lse == -INF] = torch.nan
+    acc, acc_lse = torch.randn(4, 2, 8, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    acc_lse[1] = -INF
+    acc[1] = 0
+    want, want_lse = acc.clone(), acc_lse.clone()
+    for part in range(5):
+        merge_(want, want_lse, out[part], lse[part])
+    torch_merge_all_(acc, acc_lse, out, lse)
+    torch.testing.assert_close(acc, want)
+    torch.testing.assert_close(acc_lse, want_lse)
+
+
+def test_no_parts_change_nothing() -> None:
+    acc, acc_lse = partial(3, 1.0)
+    before, before_lse = acc.clone(), acc_lse.clone()
+    torch_merge_all_(acc, acc_lse, torch.empty(0, 3, 2, 8), torch.empty(0, 3, 2))
+    assert torch.equal(acc, before)
+    assert torch.equal(acc_lse, before_lse)
