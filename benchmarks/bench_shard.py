@@ -22,7 +22,10 @@ class FilledCommunicator(cpattn.Communicator):
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         return Work(lambda: None)
 
-    def _shift(self, out: Tensor, x: Tensor) -> Work:
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
+        raise NotImplementedError
+
+    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """cpattn: exact causal attention over a context that is split across GPUs."""
 
 from cpattn.api import cp_attention, explain, shard, unshard
+from cpattn.attention.custom import custom_backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.attention.rows import RaggedRows
 from cpattn.errors import (
@@ -10,7 +11,9 @@ from cpattn.errors import (
     GroupError,
     HeadCountError,
     OptionError,
+    PageTableError,
     PlanError,
+    PoolFullError,
     PrefixError,
     RankError,
     RowCountError,
@@ -20,16 +23,20 @@ from cpattn.errors import (
 )
 from cpattn.exchange.communicator import Communicator, LoopbackGroup, ProcessGroupCommunicator
 from cpattn.exchange.registry import STRATEGIES
-from cpattn.kv_cache import PackedKV
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.kv_pool import KVPool
 from cpattn.metadata.batch import Request
+from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan
+from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
+from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
 from cpattn.version import __version__
 
 __all__ = [
     "BACKENDS",
     "STRATEGIES",
     "BatchError",
+    "Bucket",
     "CPError",
     "CPMetadata",
     "Chunk",
@@ -37,11 +44,15 @@ __all__ = [
     "DisagreementError",
     "GroupError",
     "HeadCountError",
+    "KVPool",
     "LoopbackGroup",
     "OptionError",
     "PackedKV",
+    "PageTableError",
+    "PagedKV",
     "Plan",
     "PlanError",
+    "PoolFullError",
     "PrefixError",
     "ProcessGroupCommunicator",
     "RaggedRows",
@@ -52,10 +63,16 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "__version__",
+    "attend",
     "build_metadata",
     "cp_attention",
+    "custom_backend",
     "explain",
+    "gather_kv",
     "plan",
+    "required_rows",
     "shard",
+    "slot_mapping",
     "unshard",
+    "write_kv",
 ]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias, TypeVar, overload
+from typing import Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn import checks
-from cpattn.attention.backend import AttentionOptions, Backend, Call
-from cpattn.attention.registry import choose_backend, explain_choice
-from cpattn.errors import RowCountError, UnsupportedError
-from cpattn.exchange.agreement import agree
-from cpattn.exchange.communicator import Communicator, as_communicator
-from cpattn.exchange.driver import run_steps
+from cpattn.attention.registry import explain_choice
+from cpattn.call import Arguments, BackendChoice, Decision, Group, decide, describe, run, validated
+from cpattn.errors import RowCountError
+from cpattn.exchange.communicator import as_communicator
 from cpattn.exchange.message import gather_rows_
-from cpattn.exchange.registry import candidate_strategies, default_overlap
-from cpattn.exchange.strategy import ExchangeInputs, Strategy
-from cpattn.kv_cache import PackedKV
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-
-Group: TypeAlias = dist.ProcessGroup | DeviceMesh | Communicator | None
-T = TypeVar("T")
 
 
 def shard(x: Tensor, meta: CPMetadata) -> Tensor:
@@ -96,14 +86,14 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         checks.check_no_grad(x=x)
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}"
 
-    _validated(validate, str, meta, communicator, check)
+    validated(validate, str, meta, communicator, check)
     if meta.plan.cp_size == 1:
         return x[: meta.num_tokens].clone()
     gathered = communicator.buffer("unshard", (communicator.size * meta.rows, *x.shape[1:]), x.dtype, x.device)
     if gathered.numel():
         communicator.all_gather(gathered, x.contiguous()).wait()
     out = x.new_empty(meta.plan.num_tokens, *x.shape[1:])
-    gather_rows_(out, gathered, meta.restore_index)
+    gather_rows_(out, gathered, meta.restore_index[: meta.plan.num_tokens])
     return out
 
 
@@ -111,13 +101,14 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
 def cp_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     meta: CPMetadata,
     *,
     group: Group = ...,
-    kv_cache: PackedKV | None = ...,
+    v_dim: int | None = ...,
+    kv_cache: PackedKV | PagedKV | None = ...,
     strategy: str = ...,
-    backend: str = ...,
+    backend: BackendChoice = ...,
     overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
@@ -132,13 +123,14 @@ def cp_attention(
 def cp_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     meta: CPMetadata,
     *,
     group: Group = ...,
-    kv_cache: PackedKV | None = ...,
+    v_dim: int | None = ...,
+    kv_cache: PackedKV | PagedKV | None = ...,
     strategy: str = ...,
-    backend: str = ...,
+    backend: BackendChoice = ...,
     overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
@@ -152,13 +144,14 @@ def cp_attention(
 def cp_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     meta: CPMetadata,
     *,
     group: Group = None,
-    kv_cache: PackedKV | None = None,
+    v_dim: int | None = None,
+    kv_cache: PackedKV | PagedKV | None = None,
     strategy: str = "auto",
-    backend: str = "auto",
+    backend: BackendChoice = "auto",
     overlap: int | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -181,13 +174,19 @@ def cp_attention(
         q: ``[meta.rows, Hq, D]`` fp32, bf16 or fp16 (fp64 with the reference backend): this rank's rows, as
             :func:`shard` orders them. Padding rows may hold anything, here and in k and v.
         k: ``[meta.rows, Hkv, D]``, rotated by ``meta.position_ids`` where the model rotates; Hq must be a multiple of Hkv.
-        v: ``[meta.rows, Hkv, Dv]``.
+        v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
+            DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512): the latent then travels once.
         meta: this rank's metadata, on the tensors' device.
         group: a ProcessGroup, one axis of a DeviceMesh, a Communicator, or None for the default group. With
             cp_size 1 none is needed.
-        kv_cache: the keys and values of the prefixes, if the batch has any.
-        strategy: ``"all_gather"``, ``"ring"``, or ``"auto"``.
-        backend: a name from ``cpattn.BACKENDS``, or ``"auto"`` for the fastest that can serve the call.
+        v_dim: the head dim of V where v is None.
+        kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
+            :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
+            plan has ``prefix_shards``, each rank's own.
+        strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
+            do, for a sharded cache; or ``"auto"``.
+        backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
+            own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that the attention of one group runs while the
             next is in flight; 1 turns it off. It must divide Hkv, and be the same on every rank. None leaves the choice
             to cpattn: up to 4 on a GPU where much is sent, 1 elsewhere. It changes no result.
@@ -209,52 +208,30 @@ def cp_attention(
     """
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
-
-    def validate() -> tuple[Strategy, Backend, AttentionOptions]:
-        checks.check_group(meta, communicator)
-        checks.check_qkv(q, k, v, meta)
-        checks.check_prefix(kv_cache, k, v, meta)
-        options = checks.parse_options(q, meta, scale, window, softcap, sinks)
-        checks.check_overlap(overlap, k)
-        return *_choose(q, k, v, meta, strategy, backend, options), options
-
-    def describe(validated: tuple[Strategy, Backend, AttentionOptions]) -> str:
-        # The backend is each rank's own affair; all else must be the same for the results to fit together.
-        return (
-            f"strategy={validated[0].name}, {q.shape[1]}/{k.shape[1]} heads of {k.shape[2]}/{v.shape[2]}, {q.dtype}, "
-            f"scale={validated[2].scale}, window={validated[2].window}, softcap={validated[2].softcap}, "
-            f"sinks={'no' if sinks is None else 'yes'}, overlap={overlap}"
-        )
-
-    chosen_strategy, chosen_backend, options = _validated(validate, describe, meta, communicator, check)
-    q, k, v = map(_last_axis_contiguous, (q, k, v))
-    groups = overlap or default_overlap(k.shape[1], _gathered_bytes(k, v, meta), k.device.type)
-    prefix = None
-    if kv_cache is not None and meta.plan.num_prefix_tokens:
-        prefix = PackedKV(_last_axis_contiguous(kv_cache.k), _last_axis_contiguous(kv_cache.v))
-    inputs = ExchangeInputs(k, v, prefix, q.shape[1], options.window, groups)
-    # A plan without any row has nothing to send, on no rank.
-    steps = chosen_strategy.steps(inputs, meta, communicator) if meta.rows else iter(())
-    merges = chosen_strategy.num_steps(meta.plan, options.window) > 1
-    # Autocast would send parts of a backend to half precision.
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        out, lse = run_steps(q, meta.num_tokens, v.shape[2], steps, merges, chosen_backend, options)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
+    decision: Decision = validated(
+        lambda: decide(arguments, meta, communicator), lambda decision: describe(arguments, decision), meta, communicator, check
+    )
+    out, lse = run(arguments, decision, meta, communicator, decision.strategy.steps, decision.merges)
     return (out, lse) if return_lse else out
 
 
 def explain(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     meta: CPMetadata,
     *,
+    v_dim: int | None = None,
+    kv_cache: PackedKV | PagedKV | None = None,
     strategy: str = "auto",
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
-    ``"able"``, or the reason why it was passed over. Needs no group and computes nothing.
+    ``"able"``, or the reason why it was passed over; with a PagedKV also whether it reads the pages or a packed copy of
+    them. Needs no group and computes nothing.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4)], cp_size=1, cp_rank=0)
@@ -265,57 +242,5 @@ def explain(
     The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
     checks.check_metadata(meta)
-    checks.check_qkv(q, k, v, meta)
-    options = checks.parse_options(q, meta, None, window, softcap, sinks)
-    chosen, _ = _choose(q, k, v, meta, strategy, "auto", options)
-    return explain_choice(_call(q, v, meta, chosen, options))
-
-
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, meta: CPMetadata, strategy: str, backend: str, options: AttentionOptions
-) -> tuple[Strategy, Backend]:
-    """The strategy and backend of a call: the first strategy that a backend, or the one asked for, can serve."""
-    candidates = candidate_strategies(strategy, _gathered_bytes(k, v, meta))
-    for candidate in candidates[:-1]:
-        try:
-            return candidate, choose_backend(backend, _call(q, v, meta, candidate, options))
-        except UnsupportedError:  # noqa: PERF203
-            continue
-    return candidates[-1], choose_backend(backend, _call(q, v, meta, candidates[-1], options))
-
-
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _gathered_bytes(k: Tensor, v: Tensor, meta: CPMetadata) -> int:
-    """The keys and values that an all-gather holds in one place on each rank: everyone's new ones, and the prefix."""
-    keys = meta.plan.cp_size * meta.rows + meta.plan.num_prefix_tokens
-    return keys * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
-
-
-def _call(q: Tensor, v: Tensor, meta: CPMetadata, strategy: Strategy, options: AttentionOptions) -> Call:
-    return Call(
-        device=q.device,
-        dtype=q.dtype,
-        head_dim=q.shape[2],
-        v_head_dim=v.shape[2],
-        window=options.window is not None,
-        softcap=options.softcap is not None,
-        sinks=options.sinks is not None,
-        alignments=strategy.alignments(meta.plan, options.window),
-        merges=strategy.num_steps(meta.plan, options.window) > 1,
-    )
-
-
-def _validated(validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, communicator: Communicator, check: bool) -> T:
-    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
-    try:
-        value = validate()
-    except Exception as refusal:
-        if check:
-            agree(communicator, meta.device, meta.plan.fingerprint, "", refusal)
-        raise
-    if check:
-        agree(communicator, meta.device, meta.plan.fingerprint, describe(value), None)
-    return value
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, "auto", None, None, window, softcap, sinks)
+    return explain_choice(decide(arguments, meta, None).call)

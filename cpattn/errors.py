@@ -39,6 +39,14 @@ class PrefixError(CPError):
     """The KV cache does not hold the prefix that the batch speaks of."""
 
 
+class PageTableError(PrefixError):
+    """Pages or a page table of the wrong form, too narrow, or with numbers of pages that do not exist."""
+
+
+class PoolFullError(CPError):
+    """A KVPool has fewer free pages than are asked for. Nothing has changed."""
+
+
 class GroupError(CPError):
     """The process group does not fit the metadata: another size, another rank, or none at all."""
 

@@ -9,12 +9,42 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedKV:
-    """The prefix of every request, request after request, without padding; the same on every rank.
+    """The prefix of every request, request after request, without padding; the same on every rank. It is only read.
 
     Attributes:
         k: ``[sum of prefix_len, Hkv, D]``, already rotated, as all keys.
-        v: ``[sum of prefix_len, Hkv, Dv]``.
+        v: ``[sum of prefix_len, Hkv, Dv]``, or None where V is the first columns of K.
     """
 
     k: Tensor
-    v: Tensor
+    v: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """A view of an engine's own pages: the prefix is read from them, and this call's keys and values are written to them.
+
+    Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
+    rank holds everything, t is the token's absolute position. Where the plan says that prefixes are sharded
+    (``prefix_shards``), each rank has pages of its own, and t counts the tokens that this rank holds of the request, in
+    the order of the sequence; the new tokens that it owns come after them.
+
+    >>> import cpattn, torch
+    >>> pages = torch.zeros(8, 16, 2, 64)
+    >>> cache = cpattn.PagedKV(pages, pages.clone(), torch.tensor([[5, 2, 7]], dtype=torch.int32))
+    >>> cache.page_size
+    16
+
+    Attributes:
+        k_pages: ``[num_pages, page_size, Hkv, D]``, any page_size from 1, any strides but a contiguous last axis.
+        v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA).
+        page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor | None
+    page_table: Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+from paged_caches import RankPages, random_shards
 from torch import Tensor
 
 import cpattn
@@ -29,6 +31,9 @@ class AttentionCase:
     seed: int = 0
     device: str = "cpu"
     overlap: int | None = None
+    cache: str = "packed"  # or "paged", or "sharded": pages of which each rank holds its own tokens alone
+    page_size: int = 16
+    v_in_k: bool = False
     options: dict[str, object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,15 +47,32 @@ class AttentionCase:
 
         self.q = normal(tokens, self.heads, self.head_dim)
         self.k = normal(tokens, self.kv_heads, self.head_dim)
-        self.v = normal(tokens, self.kv_heads, v_head_dim)
-        self.prefix = cpattn.PackedKV(normal(cached, self.kv_heads, self.head_dim), normal(cached, self.kv_heads, v_head_dim))
+        self.v = self.k[..., :v_head_dim] if self.v_in_k else normal(tokens, self.kv_heads, v_head_dim)
+        self.prefix_k = normal(cached, self.kv_heads, self.head_dim)
+        self.prefix_v = self.prefix_k[..., :v_head_dim] if self.v_in_k else normal(cached, self.kv_heads, v_head_dim)
         sinks = (torch.randn(self.heads, generator=generator) * 2).to(self.device) if self.sinks else None
         self.options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": sinks}
 
     @cached_property
     def expected(self) -> tuple[Tensor, Tensor]:
         """Output and LSE of the oracle, float64."""
-        return oracle_attention(self.q, self.k, self.v, self.batch, prefix_k=self.prefix.k, prefix_v=self.prefix.v, **self.options)  # type: ignore[arg-type]
+        return oracle_attention(self.q, self.k, self.v, self.batch, prefix_k=self.prefix_k, prefix_v=self.prefix_v, **self.options)  # type: ignore[arg-type]
+
+    @property
+    def prefix(self) -> cpattn.PackedKV:
+        """The prefix as every rank has it."""
+        return cpattn.PackedKV(self.prefix_k, None if self.v_in_k else self.prefix_v)
+
+    def plan(self, cp_size: int, **options: Any) -> cpattn.Plan:
+        """A plan of the batch, with its prefixes spread at random where the cache is sharded."""
+        if self.cache == "sharded":
+            options["prefix_shards"] = random_shards(self.batch, cp_size, self.seed)
+        return cpattn.plan(self.batch, cp_size, **options)
+
+    def pages(self, plan: cpattn.Plan, rank: int) -> RankPages:
+        """A rank's pages, with the prefix in them."""
+        new_v, prefix_v = (None, None) if self.v_in_k else (self.v, self.prefix_v)
+        return RankPages(plan, rank, self.prefix_k, prefix_v, self.k, new_v, self.page_size, self.seed)
 
     def on_rank(
         self,
@@ -67,21 +89,25 @@ class AttentionCase:
         for x in (q, k, v):
             x[meta.num_tokens :] = torch.nan
         before = [x.clone() for x in (q, k, v)]
+        pages = None if self.cache == "packed" else self.pages(plan, rank)
         out, lse = cpattn.cp_attention(
             q,
             k,
-            v,
+            None if self.v_in_k else v,
             meta,
             group=communicator,
-            kv_cache=self.prefix,
+            v_dim=v.shape[2] if self.v_in_k else None,
+            kv_cache=self.prefix if pages is None else pages.cache,
             strategy=strategy,
             backend=backend,
             return_lse=True,
             check=check,
             overlap=self.overlap,
             **self.options,
-        )  # type: ignore[call-overload]
+        )  # type: ignore[call-overload, misc]
         assert all(torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) for x, y in zip((q, k, v), before, strict=True))
+        if pages is not None:
+            pages.check_written()
         assert out.dtype == self.dtype
         assert lse.dtype == torch.float32
         assert out.shape == (meta.rows, self.heads, self.v.shape[2])
@@ -92,7 +118,10 @@ class AttentionCase:
 
     def single_device_rmse(self, backend: str) -> tuple[float, float]:
         """The backend's own error with all tokens on one device: of the output, and of the LSE."""
-        return self._rmse(self.on_rank(cpattn.plan(self.batch, 1), 0, None, "all_gather", backend))
+        alone = replace(self, cache="packed")
+        alone.q, alone.k, alone.v, alone.prefix_k, alone.prefix_v = self.q, self.k, self.v, self.prefix_k, self.prefix_v
+        alone.options = self.options
+        return self._rmse(alone.on_rank(cpattn.plan(self.batch, 1), 0, None, "all_gather", backend))
 
     def check(
         self, outputs: list[tuple[Tensor, Tensor]], plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False

@@ -59,9 +59,9 @@ _MISTAKES: dict[str, Any] = {
     "head_dim": lambda c, t: t.update(k=t["k"][..., :8]),
     "batch axis": lambda c, t: t.update(q=t["q"][None]),
     "no prefix": lambda c, t: t.update(kv_cache=None),
-    "prefix length": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[1:], c.prefix.v[1:])),
-    "prefix of v": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k, c.prefix.v[1:])),
-    "prefix heads": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
+    "prefix length": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix_k[1:], c.prefix_v[1:])),
+    "prefix of v": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix_k, c.prefix_v[1:])),
+    "prefix heads": lambda c, t: t.update(kv_cache=cpattn.PackedKV(c.prefix_k[:, :1], c.prefix_v[:, :1])),
     "strategy": lambda c, t: t.update(strategy="star"),
     "backend": lambda c, t: t.update(backend="flash_attn9"),
     "feature": lambda c, t: t.update(backend="cpu", softcap=5.0),
@@ -79,7 +79,7 @@ _MISTAKES: dict[str, Any] = {
     "foreign error": lambda c, t: t.update(sinks=_Broken()),
     "other scale": lambda c, t: t.update(scale=0.125),
     "other strategy": lambda c, t: t.update(strategy="ring"),
-    "other heads": lambda c, t: t.update(k=t["k"][:, :1], v=t["v"][:, :1], kv_cache=cpattn.PackedKV(c.prefix.k[:, :1], c.prefix.v[:, :1])),
+    "other heads": lambda c, t: t.update(k=t["k"][:, :1], v=t["v"][:, :1], kv_cache=cpattn.PackedKV(c.prefix_k[:, :1], c.prefix_v[:, :1])),
 }
 
 

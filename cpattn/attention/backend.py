@@ -41,14 +41,15 @@ class AttentionFunction(Protocol):
 
     Args:
         q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``, of one floating dtype; the last axis is contiguous,
-            the others may be strided. Rows of q beyond the last query range are padding and may hold anything.
-        rows: the work.
+            the others may be strided. With ``rows.page_table`` k and v are pages ``[P, page_size, Hkv, D or Dv]``, of a
+            size that the backend reads. V may be a view of K's first columns.
+        rows: the work; it covers all of q, padding as queries without keys.
         options: scale, window, softcap, sinks.
         out_dtype: the dtype to return ``out`` in: q's, or fp32 where the result will be merged with others.
 
     Returns:
-        ``out [T, Hq, Dv]`` and ``lse [T, Hq]`` (natural log, sinks included; fp32, or fp64 for fp64 inputs). A query that sees no key gets
-        out 0 and LSE -inf (with sinks: the sink). The padding rows of both may hold anything.
+        ``out [T, Hq, Dv]`` and ``lse [T, Hq]`` (natural log, sinks included; fp32, or fp64 for fp64 inputs). A query that
+        sees no key gets out 0 and LSE -inf (with sinks: the sink), whatever it holds itself.
     """
 
     def __call__(
@@ -63,6 +64,8 @@ class Call:
     Attributes:
         alignments: of the rows that the strategy's steps will have.
         merges: more than one step, so that partial results are merged.
+        page_size: of the cache, where there are pages.
+        fixed: whether a CUDA graph is to replay other batches, for which pages can not be copied first.
     """
 
     device: torch.device
@@ -74,6 +77,8 @@ class Call:
     sinks: bool
     alignments: frozenset[Alignment]
     merges: bool
+    page_size: int | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class Backend:
             its result (``native_sinks`` says whether it has its own).
         v_head_dim: whether Dv may differ from D.
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
+        reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
+        loops_on_host: whether its launches follow from the rows' lengths, which a CUDA graph would freeze.
         accumulate: the kernel's way of merging into earlier results, if it has one.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
@@ -105,6 +112,8 @@ class Backend:
     native_sinks: bool
     v_head_dim: bool
     fp32_out: bool
+    reads_pages: Callable[[Call], bool] = lambda call: False
+    loops_on_host: bool = False
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None
@@ -128,4 +137,8 @@ class Backend:
         if not call.alignments <= self.alignments:
             needed = ", ".join(sorted(call.alignments - self.alignments))
             return f"the strategy has rows of alignment {needed!r}, which it can not express"
+        if call.fixed and self.loops_on_host and call.device.type == "cuda":
+            return "its launches follow from the batch, and a bucket is for graphs that replay other batches"
+        if call.fixed and call.page_size is not None and not self.reads_pages(call):
+            return f"it can not read pages of {call.page_size} tokens, and a bucket's graph can not copy what changes in size"
         return self.refuses(call)

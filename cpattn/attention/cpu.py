@@ -63,4 +63,5 @@ BACKEND = Backend(
     native_sinks=False,
     v_head_dim=True,
     fp32_out=True,
+    loops_on_host=True,
 )

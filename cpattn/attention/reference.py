@@ -17,9 +17,9 @@ def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`. Computes in fp32, in fp64 for fp64 inputs."""
-    out = q.new_zeros(len(q), q.shape[1], v.shape[2], dtype=out_dtype)
+    out = q.new_zeros(len(q), q.shape[1], v.shape[-1], dtype=out_dtype)
     lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host[:5]), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host), strict=True):
         for begin in range(0, q_len, _BLOCK):
             end = min(begin + _BLOCK, q_len)
             sees_to = min(k_len, diagonal + end - 1)
@@ -27,9 +27,18 @@ def reference_attention(
             if sees_to <= sees_from and options.sinks is None:
                 continue
             queries = slice(q_start + begin, q_start + end)
-            keys = slice(k_start + sees_from, k_start + max(sees_from, sees_to))
-            out[queries], lse[queries] = _attend(q[queries], k[keys], v[keys], diagonal + begin - sees_from, options)
+            seen_k, seen_v = _keys(k, v, rows, request, k_start + sees_from, k_start + max(sees_from, sees_to))
+            out[queries], lse[queries] = _attend(q[queries], seen_k, seen_v, diagonal + begin - sees_from, options)
     return out, lse
+
+
+def _keys(k: Tensor, v: Tensor, rows: RaggedRows, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``begin .. end - 1``, of a request's pages where there are pages."""
+    if rows.page_table is None:
+        return k[begin:end], v[begin:end]
+    key = torch.arange(begin, end, device=k.device)
+    page, in_page = rows.page_table[request, key // k.shape[1]].long(), key % k.shape[1]
+    return k[page, in_page], v[page, in_page]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, diagonal: int, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -67,4 +76,6 @@ BACKEND = Backend(
     native_sinks=True,
     v_head_dim=True,
     fp32_out=True,
+    reads_pages=lambda call: True,
+    loops_on_host=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpattn.attention import cpu, flash_attn2, flash_attn3, flash_attn4, reference, torch_flash, triton
 from cpattn.attention.backend import Backend, Call
+from cpattn.attention.custom import AttentionCallable, custom_backend
 from cpattn.attention.flash_varlen import capability
 from cpattn.errors import UnknownNameError, UnsupportedError
 
@@ -29,8 +30,8 @@ def auto_order(call: Call) -> list[Backend]:
     return [BACKENDS[name] for name in _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])]
 
 
-def choose_backend(name: str, call: Call) -> Backend:
-    """The backend of that name, or for ``"auto"`` the first that can serve the call.
+def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backend:
+    """The backend of that name, or for ``"auto"`` the first that can serve the call; or a caller's own.
 
     Raises:
         UnknownNameError: there is no backend of that name.
@@ -42,19 +43,40 @@ def choose_backend(name: str, call: Call) -> Backend:
             reasons = "; ".join(f"{backend.name}: {backend.why_not(call)}" for backend in auto_order(call))
             raise UnsupportedError(f"no backend can serve this call: {reasons}")
         return able
-    if not isinstance(name, str) or name not in BACKENDS:
-        known = ", ".join(map(repr, ["auto", *BACKENDS]))
-        raise UnknownNameError(f"backend={name!r} is unknown; choose one of {known}")
-    reason = BACKENDS[name].why_not(call)
+    backend = _find(name)
+    reason = backend.why_not(call)
     if reason:
         others = [other.name for other in auto_order(call) if other.why_not(call) is None]
-        raise UnsupportedError(f"backend={name!r} can not serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could")
-    return BACKENDS[name]
+        raise UnsupportedError(
+            f"backend={backend.name!r} can not serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could"
+        )
+    return backend
+
+
+def _find(name: str | Backend | AttentionCallable) -> Backend:
+    if isinstance(name, Backend):
+        return name
+    if isinstance(name, str):
+        if name in BACKENDS:
+            return BACKENDS[name]
+    elif callable(name):
+        return custom_backend(name)
+    known = ", ".join(map(repr, ["auto", *BACKENDS]))
+    raise UnknownNameError(f"backend={name!r} is unknown; choose one of {known}, or pass a function (q, k, v, rows, **options)")
 
 
 def explain_choice(call: Call) -> dict[str, str]:
     """For each backend ``"chosen"``, ``"able"``, or the reason why it can not serve the call; in the order of ``"auto"``,
     and after those the ones that are not for such a device."""
     order = [backend.name for backend in auto_order(call)]
-    reasons = {name: BACKENDS[name].why_not(call) or "able" for name in order + [name for name in BACKENDS if name not in order]}
-    return reasons | {choose_backend("auto", call).name: "chosen"}
+    names = order + [name for name in BACKENDS if name not in order]
+    reasons = {name: BACKENDS[name].why_not(call) or f"able{_how(BACKENDS[name], call)}" for name in names}
+    chosen = choose_backend("auto", call)
+    return reasons | {chosen.name: f"chosen{_how(chosen, call)}"}
+
+
+def _how(backend: Backend, call: Call) -> str:
+    """What it does with pages, where there are any."""
+    if call.page_size is None:
+        return ""
+    return ", reads the pages" if backend.reads_pages(call) else f", reads a packed copy of the pages of {call.page_size}"

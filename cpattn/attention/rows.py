@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import to_device
+from cpattn.metadata.device_tables import DeviceTables
 
 # How the rows lie to their diagonal; a kernel that knows only some of these is kept away from the others.
 #   bottom_right: the last query of every row sees the range's last key and no further: what "causal" means in varlen kernels
@@ -150,7 +150,7 @@ class RaggedRows:
             packed[f"cu_seqlens_q {i}"] = np.append(host.q_start, host.q_len.sum())
             packed[f"k_start_padded {i}"] = np.append(host.k_start, 0)
             packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal", "request")}
-        on_device = to_device(packed, torch.device(device))
+        on_device = DeviceTables(packed, torch.device(device))
         return [
             cls(
                 cu_seqlens_q=on_device[f"cu_seqlens_q {i}"],

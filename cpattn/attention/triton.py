@@ -75,6 +75,7 @@ BACKEND = Backend(
     native_sinks=True,
     v_head_dim=True,
     fp32_out=True,
+    reads_pages=lambda call: True,
     accumulate=triton_accumulate,
     unavailable=_unavailable,
     refuses=_refuses,

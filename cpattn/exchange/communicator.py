@@ -55,16 +55,26 @@ class Communicator(ABC):
         self.bytes_sent += (self.size - 1) * x.nbytes
         return self._all_gather(_as_bytes(out), _as_bytes(x))
 
-    def shift(self, out: Tensor, x: Tensor) -> Work:
-        """Starts to send ``x`` to the next rank, and to receive the previous rank's into ``out``, around the ring."""
+    def shift(self, out: Tensor, x: Tensor, by: int = 1) -> Work:
+        """Starts to send ``x`` to the rank that comes ``by`` ranks later around the ring, the next one by default, and to
+        receive into ``out`` from the one that comes as many before. ``by`` is no multiple of the size."""
         self.bytes_sent += x.nbytes
-        return self._shift(_as_bytes(out), _as_bytes(x))
+        return self._shift(_as_bytes(out), _as_bytes(x), by % self.size)
+
+    def all_to_all(self, out: Tensor, x: Tensor) -> Work:
+        """Starts to send part r of ``x`` to rank r and to receive rank r's part for this rank as part r of ``out``; both
+        are ``[size, ...]``."""
+        self.bytes_sent += x.nbytes // self.size * (self.size - 1)
+        return self._all_to_all(_as_bytes(out).view(self.size, -1), _as_bytes(x).view(self.size, -1))
 
     @abstractmethod
     def _all_gather(self, out: Tensor, x: Tensor) -> Work: ...
 
     @abstractmethod
-    def _shift(self, out: Tensor, x: Tensor) -> Work: ...
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work: ...
+
+    @abstractmethod
+    def _all_to_all(self, out: Tensor, x: Tensor) -> Work: ...
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.
@@ -90,8 +100,7 @@ class ProcessGroupCommunicator(Communicator):
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         # Weak, so that the communicators kept for groups below end with their groups.
         self._weak_group = ref(group)
-        self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
-        self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+        self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -105,10 +114,20 @@ class ProcessGroupCommunicator(Communicator):
         work = _all_gather_single(out, x, group=self.group, async_op=True)
         return Work(work.wait)
 
-    def _shift(self, out: Tensor, x: Tensor) -> Work:
-        send = dist.P2POp(dist.isend, x, self._next, self.group)
-        receive = dist.P2POp(dist.irecv, out, self._previous, self.group)
-        works = dist.batch_isend_irecv([send, receive])
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
+        return self._send_and_receive({(self.rank + by) % self.size: x}, {(self.rank - by) % self.size: out})
+
+    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
+        # As point-to-point transfers, which every transport has; it is what NCCL makes of an all-to-all as well.
+        out[self.rank].copy_(x[self.rank])
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return self._send_and_receive({rank: x[rank] for rank in others}, {rank: out[rank] for rank in others})
+
+    def _send_and_receive(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> Work:
+        group = self.group
+        operations = [dist.P2POp(dist.isend, x, self._global_ranks[rank], group) for rank, x in send.items()]
+        operations += [dist.P2POp(dist.irecv, out, self._global_ranks[rank], group) for rank, out in receive.items()]
+        works = dist.batch_isend_irecv(operations) if operations else []
 
         def wait() -> None:
             for work in works:
@@ -156,15 +175,16 @@ class LoopbackGroup:
             self._posted[call, rank] = (x, readers)
             self._changed.notify_all()
 
-    def read(self, call: int, rank: int, out: Tensor) -> None:
-        """Waits for a rank's message and copies it."""
+    def read(self, call: int, rank: int, out: Tensor, part: int | None = None) -> None:
+        """Waits for a rank's message and copies it, or one part of it."""
         with self._changed:
             self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
-            x, readers = self._posted[call, rank]
+            posted, readers = self._posted[call, rank]
+            x = posted if part is None else posted[part]
             if x.shape != out.shape:
                 raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
             out.copy_(x)
-            self._posted[call, rank] = (x, readers - 1)
+            self._posted[call, rank] = (posted, readers - 1)
             self._changed.notify_all()
 
     def retire(self, call: int, rank: int) -> None:
@@ -191,10 +211,13 @@ class _LoopbackCommunicator(Communicator):
         parts = out.view(self.size, -1)
         return self._start(x, {rank: parts[rank] for rank in range(self.size)})
 
-    def _shift(self, out: Tensor, x: Tensor) -> Work:
-        return self._start(x, {(self.rank - 1) % self.size: out})
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
+        return self._start(x, {(self.rank - by) % self.size: out})
 
-    def _start(self, x: Tensor, receive: dict[int, Tensor]) -> Work:
+    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
+        return self._start(x, dict(enumerate(out)), part=self.rank)
+
+    def _start(self, x: Tensor, receive: dict[int, Tensor], part: int | None = None) -> Work:
         call = self._calls
         self._calls += 1
         # Each message is read as often as it is received here: the collectives are symmetric.
@@ -202,7 +225,7 @@ class _LoopbackCommunicator(Communicator):
 
         def wait() -> None:
             for rank, out in receive.items():
-                self._group.read(call, rank, out)
+                self._group.read(call, rank, out, part)
             self._group.retire(call, self.rank)
 
         return Work(wait)

@@ -2,71 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.merge import apply_sinks_, merge_
-from cpattn.exchange.strategy import Step
+from cpattn.attention.merge import apply_sinks_, merge_, merge_all_
+from cpattn.exchange.strategy import Partials, Step, Steps
 
 
-def run_steps(
-    q: Tensor, num_tokens: int, v_head_dim: int, steps: Iterable[Step], merges: bool, backend: Backend, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    """Attends step by step. Asking for the next step is what waits for its transfer, so each is computed in its shadow.
+class Driver:
+    """One call's steps through one backend.
+
+    Asking for the next step is what waits for its transfer, so each is computed in its shadow.
 
     Args:
-        q: ``[rows, Hq, D]``, of which the first ``num_tokens`` rows are tokens.
-        merges: whether there is more than one step; partial results then stay fp32 until the last.
-
-    Returns:
-        ``out [rows, Hq, Dv]`` in q's dtype, ``lse [rows, Hq]`` in fp32; 0 and -inf on padding.
+        q: ``[rows, Hq, D]`` of this rank.
+        merges: whether there is more than one result for a query; results then stay fp32 until all are merged.
     """
-    sinks = options.sinks
-    # Sinks count once a query: natively where there is but one step, else on the merged result.
-    sinks_after = sinks is not None and (merges or not backend.native_sinks)
-    if sinks_after:
-        options = replace(options, sinks=None)
-    precise = torch.promote_types(q.dtype, torch.float32)
-    step_dtype = precise if (merges or sinks_after) and backend.fp32_out else q.dtype
 
-    out: Tensor | None = None
-    lse: Tensor | None = None
-    for step in steps:
-        if step.rows.max_seqlen_k == 0:
-            continue
-        if step.heads is not None:
-            if out is None or lse is None:
-                out, lse = q.new_empty(*q.shape[:2], v_head_dim, dtype=step_dtype), q.new_empty(q.shape[:2], dtype=precise)
-            out[:, step.heads], lse[:, step.heads] = _run_heads(q, step, step.heads, backend, options, step_dtype)
-        elif out is None or lse is None:
-            out, lse = backend.run(q, step.k, step.v, step.rows, options, step_dtype)
-            out = out.to(precise) if merges else out
-        elif backend.accumulate is not None:
-            backend.accumulate(q, step.k, step.v, step.rows, options, out, lse)
+    def __init__(self, q: Tensor, v_head_dim: int, merges: bool, backend: Backend, options: AttentionOptions) -> None:
+        self._q = q
+        self._v_head_dim = v_head_dim
+        self._merges = merges
+        self._backend = backend
+        # Sinks count once a query: natively where there is but one result, else on the merged one.
+        self._sinks_after = options.sinks if merges or not backend.native_sinks else None
+        self._options = options if self._sinks_after is None else replace(options, sinks=None)
+        self._precise = torch.promote_types(q.dtype, torch.float32)
+        self._step_dtype = self._precise if (merges or self._sinks_after is not None) and backend.fp32_out else q.dtype
+
+    def run(self, steps: Steps) -> tuple[Tensor, Tensor]:
+        """Returns ``out [rows, Hq, Dv]`` in q's dtype and ``lse [rows, Hq]`` in fp32; 0 and -inf on padding."""
+        result: tuple[Tensor, Tensor] | None = None
+        answer: tuple[Tensor, Tensor] | None = None
+        try:
+            while True:
+                step = steps.send(answer)
+                answer = None
+                if isinstance(step, Partials):
+                    result = result or self._nothing_seen()
+                    merge_all_(*result, step.out, step.lse)
+                elif step.q is not None:
+                    answer = self._attend(step.q, step, None) or self._nothing_seen(step.q)
+                elif step.heads is not None:
+                    result = result or self._uninitialised()
+                    self._attend_heads(result, step, step.heads)
+                else:
+                    result = self._attend(self._q, step, result)
+        except StopIteration:
+            pass
+        out, lse = result or self._nothing_seen()
+        if self._sinks_after is not None:
+            apply_sinks_(out, lse, self._sinks_after)
+        return out.to(self._q.dtype), lse.to(torch.float32)
+
+    def _attend(self, q: Tensor, step: Step, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The result of q after a step, one launch after another; None if there is none so far."""
+        for rows in step.rows:
+            if rows.max_seqlen_k == 0:
+                continue
+            if result is None:
+                out, lse = self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype)
+                result = (out.to(self._precise) if self._merges else out), lse
+            elif self._backend.accumulate is not None:
+                self._backend.accumulate(q, step.k, step.v, rows, self._options, *result)
+            else:
+                merge_(*result, *self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype))
+        return result
+
+    def _attend_heads(self, result: tuple[Tensor, Tensor], step: Step, heads: slice) -> None:
+        """A step that is about some of the query heads, which are the ones its KV heads belong to."""
+        options = self._options
+        if options.sinks is not None:
+            options = replace(options, sinks=options.sinks[heads])
+        (rows,) = step.rows
+        out, lse = result
+        if rows.max_seqlen_k:
+            out[:, heads], lse[:, heads] = self._backend.run(self._q[:, heads], step.k, step.v, rows, options, self._step_dtype)
         else:
-            merge_(out, lse, *backend.run(q, step.k, step.v, step.rows, options, step_dtype))
+            out[:, heads], lse[:, heads] = 0, -torch.inf
 
-    if out is None or lse is None:
-        out = q.new_zeros(*q.shape[:2], v_head_dim)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=precise)
-    if sinks_after and sinks is not None:
-        apply_sinks_(out, lse, sinks)
-    out = out.to(q.dtype)
-    lse = lse.to(torch.float32)
-    if q.shape[0] > num_tokens:
-        out[num_tokens:] = 0
-        lse[num_tokens:] = -torch.inf
-    return out, lse
+    def _uninitialised(self) -> tuple[Tensor, Tensor]:
+        rows, heads, _ = self._q.shape
+        out = self._q.new_empty(rows, heads, self._v_head_dim, dtype=self._step_dtype)
+        return out, self._q.new_empty(rows, heads, dtype=self._precise)
 
-
-def _run_heads(
-    q: Tensor, step: Step, heads: slice, backend: Backend, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A step that is about some of the query heads, which are the ones its KV heads belong to."""
-    if options.sinks is not None:
-        options = replace(options, sinks=options.sinks[heads])
-    return backend.run(q[:, heads], step.k, step.v, step.rows, options, out_dtype)
+    def _nothing_seen(self, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, heads, _ = (self._q if q is None else q).shape
+        out = self._q.new_zeros(rows, heads, self._v_head_dim, dtype=self._precise)
+        return out, self._q.new_full((rows, heads), -torch.inf, dtype=self._precise)

@@ -1,6 +1,11 @@
-"""K and V as one message: ``[rows, Hkv, D + Dv]``, K in the first D columns, so that one transfer carries both."""
+"""K and V as one message: ``[rows, Hkv, D + Dv]``, K in the first D columns, so that one transfer carries both.
+
+Where V is a part of K, the message is K alone.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +15,41 @@ from cpattn.exchange.put_rows import put_rows_
 from cpattn.kernels.available import has_kernels
 
 
-def message_buffer(communicator: Communicator, name: str, k: Tensor, v: Tensor, rows: int) -> Tensor:
+class KVFormat(NamedTuple):
+    """K and V of a call: KV heads, head dims, dtype and device, and whether V is the first columns of K (MLA).
+
+    >>> KVFormat(1, 576, 512, True, torch.bfloat16, torch.device("cpu")).width
+    576
+    """
+
+    heads: int
+    head_dim: int
+    v_head_dim: int
+    v_in_k: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Numbers that a token's K and V take up in a message, for each head."""
+        return self.head_dim if self.v_in_k else self.head_dim + self.v_head_dim
+
+    def split(self, message: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V as views of a message."""
+        return self.pair(message[..., : self.head_dim], None if self.v_in_k else message[..., self.head_dim :])
+
+    def parts(self, message: Tensor) -> tuple[Tensor, Tensor | None]:
+        """K and V as views of a message, V only where it is not in K: what has to be copied."""
+        return message[..., : self.head_dim], None if self.v_in_k else message[..., self.head_dim :]
+
+    def pair(self, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """K and V to attend to."""
+        return k, k[..., : self.v_head_dim] if v is None else v
+
+
+def message_buffer(communicator: Communicator, name: str, kv: KVFormat, rows: int) -> Tensor:
     """Reused memory for a message of that many rows."""
-    return communicator.buffer(name, (rows, k.shape[1], k.shape[2] + v.shape[2]), k.dtype, k.device)
+    return communicator.buffer(name, (rows, kv.heads, kv.width), kv.dtype, kv.device)
 
 
 def pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
@@ -35,7 +72,7 @@ def pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor
 
 def torch_pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
     """:func:`pack_` in plain torch, which defines it."""
-    for part, source in zip(unpack(message, k.shape[2]), (k, v), strict=True):
+    for part, source in ((message[..., : k.shape[2]], k), (message[..., k.shape[2] :], v)):
         if source is not None:
             _torch_pack_part_(part, source, num_tokens, slots)
 
@@ -99,8 +136,3 @@ def _zero_rows_(x: Tensor, is_zero: Tensor) -> Tensor:
         x[is_zero] = 0
         return x
     return x.masked_fill_(is_zero.view(-1, *[1] * (x.ndim - 1)), 0)
-
-
-def unpack(message: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """K and V as views of the message."""
-    return message[..., :head_dim], message[..., head_dim:]

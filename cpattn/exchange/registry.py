@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
-from cpattn.errors import UnknownNameError
+from torch import Tensor
+
+from cpattn.errors import UnknownNameError, UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.message import KVFormat
+from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING)}
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING)}
 
 # All-gather is one launch and needs no merging, but holds all keys twice (gathered and in order). Beyond this many
 # bytes of keys and values, "auto" takes the ring, which holds two messages.
 AUTO_GATHER_LIMIT = 8 * 2**30
+# Gathered queries and their results are held for all ranks at once; beyond this many bytes "auto" sends them around.
+AUTO_GATHER_QUERIES_LIMIT = 256 * 2**20
 
 
-def candidate_strategies(name: str, gathered_bytes: int) -> list[Strategy]:
-    """The strategy of that name; for ``"auto"`` all, the preferred first. Raises UnknownNameError."""
-    if name == "auto":
-        return [ALL_GATHER, RING] if gathered_bytes <= AUTO_GATHER_LIMIT else [RING, ALL_GATHER]
-    if not isinstance(name, str) or name not in STRATEGIES:
+def candidate_strategies(
+    name: str, q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None
+) -> list[Strategy]:
+    """The strategy of that name; for ``"auto"`` those that can serve the plan, the preferred first.
+
+    Raises UnknownNameError, or UnsupportedError where the one that is named, or any, can not serve the plan.
+    """
+    if name != "auto" and (not isinstance(name, str) or name not in STRATEGIES):
         raise UnknownNameError(f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, ['auto', *STRATEGIES]))}")
-    return [STRATEGIES[name]]
+    reasons = {strategy.name: strategy.why_not(meta, cache, window) for strategy in STRATEGIES.values()}
+    able = [other for other in STRATEGIES if reasons[other] is None]
+    if name != "auto":
+        if reasons[name] is not None:
+            others = ", ".join(map(repr, able)) or "none"
+            raise UnsupportedError(f"strategy={name!r} can not serve this call: {reasons[name]}; {others} could")
+        return [STRATEGIES[name]]
+    if not able:
+        raise UnsupportedError("no strategy can serve this call: " + "; ".join(f"{other}: {reason}" for other, reason in reasons.items()))
+    return [STRATEGIES[other] for other in _preferred(q, kv, meta) if other in able]
+
+
+def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata) -> list[str]:
+    rows, heads, head_dim = q.shape
+    token_bytes = kv.heads * kv.width * kv.dtype.itemsize
+    if not meta.plan.sharded:
+        gathered = gathered_bytes(kv, meta)
+        return ["all_gather", "ring"] if gathered <= AUTO_GATHER_LIMIT else ["ring", "all_gather"]
+    # What one rank sends to another: queries and fp32 results, or a shard of keys.
+    query_bytes = rows * heads * (head_dim * kv.dtype.itemsize + 4 * (kv.v_head_dim + 1))
+    pass_q = ["pass_q", "pass_q_ring"] if meta.plan.cp_size * query_bytes <= AUTO_GATHER_QUERIES_LIMIT else ["pass_q_ring", "pass_q"]
+    return [*pass_q, "ring"] if query_bytes <= meta.plan.largest_shard * token_bytes else ["ring", *pass_q]
+
+
+def gathered_bytes(kv: KVFormat, meta: CPMetadata) -> int:
+    """The keys and values that an all-gather holds in one place on each rank: everyone's new ones, and the prefix."""
+    keys = meta.plan.cp_size * meta.rows + meta.plan.num_prefix_tokens
+    return keys * kv.heads * kv.width * kv.dtype.itemsize
 
 
 # An all-gather of at least this many bytes is split into groups of KV heads unless the caller says otherwise: about
@@ -29,8 +67,8 @@ OVERLAP_FROM = 32 * 2**20
 _OVERLAP_GROUPS = 4
 
 
-def default_overlap(kv_heads: int, gathered_bytes: int, device_type: str) -> int:
+def default_overlap(kv: KVFormat, meta: CPMetadata) -> int:
     """Into how many groups of KV heads an all-gather is split if the caller does not say: at most 4, of equal size."""
-    if device_type != "cuda" or gathered_bytes < OVERLAP_FROM:
+    if kv.device.type != "cuda" or gathered_bytes(kv, meta) < OVERLAP_FROM:
         return 1
-    return max(groups for groups in range(1, _OVERLAP_GROUPS + 1) if kv_heads % groups == 0)
+    return max(groups for groups in range(1, _OVERLAP_GROUPS + 1) if kv.heads % groups == 0)

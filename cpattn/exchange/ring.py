@@ -1,107 +1,81 @@
 """Strategy ``ring``: K and V travel from rank to rank; each hop is computed while the next is in flight (pass-KV).
 
 Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889. Memory for keys stays at two messages.
-A rank's shard holds, for each request, its chunks in sequence order; so what a chunk of queries sees of a foreign
-shard is a beginning of the request's rows there, one key range, whether it is none, one chunk or all. A sliding window
-breaks this, since the shard's rows then have gaps in position: with a window, a hop is one launch for each chunk that
-a rank owns of a request.
+Prefixes that every rank has are a step of their own. Of a sharded cache each rank's shard travels with its new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
-
-import numpy as np
-
-from cpattn.attention.rows import Alignment, RaggedRows, RowTable, find_alignment
+from cpattn.attention.rows import Alignment
 from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.message import message_buffer, pack_, unpack
-from cpattn.exchange.strategy import ExchangeInputs, Step, Strategy
-from cpattn.metadata.batch import IntArray
+from cpattn.exchange.message import message_buffer, pack_
+from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
+from cpattn.exchange.pages import write_pages_
+from cpattn.exchange.step_rows import launches_per_shard, shard_rows
+from cpattn.exchange.strategy import ExchangeInputs, Step, Steps, Strategy
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import exclusive_cumsum
 from cpattn.metadata.plan import Plan
 
-Columns: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 
-
-def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Iterator[Step]:
-    k, v, prefix = inputs.k, inputs.v, inputs.prefix
-    prefix_rows, hop_rows = meta.derive(("ring rows", inputs.window), lambda: _rows(meta, inputs.window))
-    cp_size = meta.plan.cp_size
-    travelling_rows = meta.rows if cp_size > 1 else 0
-    here = message_buffer(communicator, "ring 0", k, v, travelling_rows)
-    there = message_buffer(communicator, "ring 1", k, v, travelling_rows)
-    if cp_size > 1:
-        pack_(here, k, v, meta.num_tokens)
-    hop_k, hop_v = k[: meta.num_tokens], v[: meta.num_tokens]
+def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
+    kv, cp_size, rank = inputs.format, meta.plan.cp_size, meta.cp_rank
+    pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
+    sharded = pages if meta.plan.sharded else None
+    rows = shard_rows(meta, inputs.window)
+    message_rows = meta.plan.largest_shard if sharded else meta.rows if cp_size > 1 else 0
+    here = message_buffer(communicator, "ring 0", kv, message_rows)
+    there = message_buffer(communicator, "ring 1", kv, message_rows)
+    if sharded:
+        write_own(sharded, inputs, meta)
+        read_shard_(here, sharded, inputs, meta)
+        hop_keys = kv.split(here)
+    else:
+        if cp_size > 1:
+            pack_(here, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
+        hop_keys = own_rows(inputs, meta, communicator)
     for hop in range(cp_size):
+        owner = (rank - hop) % cp_size
         shift = communicator.shift(there, here) if hop + 1 < cp_size else None
-        if hop == 0 and prefix is not None:
-            yield Step(prefix.k, prefix.v, prefix_rows)
-        for rows in hop_rows[hop]:
-            yield Step(hop_k, hop_v, rows)
+        if hop == 0:
+            prefix = prefix_step(inputs, meta, communicator)
+            if prefix is not None:
+                yield prefix
+        if pages is not None and not sharded:
+            # Every rank holds every token: what passes by is written, too.
+            request, position = (place[owner * meta.rows :][: meta.rows] for place in meta.gathered_places)
+            k, v = (inputs.k, inputs.v) if hop == 0 else kv.parts(here)
+            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, request, position, k, v)
+        yield Step(*hop_keys, rows[owner])
         if shift is not None:
             shift.wait()
         here, there = there, here
-        hop_k, hop_v = unpack(here, k.shape[2])
+        hop_keys = kv.split(here)
 
 
-def _rows(meta: CPMetadata, window: int | None) -> tuple[RaggedRows, list[list[RaggedRows]]]:
-    """The rows of the prefix step, and of each launch of each hop."""
-    launches = [_hop_tables(meta, (meta.cp_rank - hop) % meta.plan.cp_size, window) for hop in range(meta.plan.cp_size)]
-    request = meta.chunk_host.request
-    all_columns = [_prefix_table(meta, window), *(columns for hop in launches for columns in hop)]
-    tables = [RowTable(*columns, request, find_alignment(*columns)) for columns in all_columns]
-    prefix, *rows = RaggedRows.build_all(tables, meta.device)
-    taken = iter(rows)
-    return prefix, [[next(taken) for _ in hop] for hop in launches]
+def num_merges(plan: Plan, window: int | None) -> int:
+    """Results that are merged for a query where each shard gives one (with a window several), and whole prefixes another."""
+    return plan.cp_size * launches_per_shard(plan, window) + (not plan.sharded and bool(plan.prefix_lens.any()))
 
 
-def _prefix_table(meta: CPMetadata, window: int | None) -> Columns:
-    chunks, prefix_lens = meta.chunk_host, meta.plan.prefix_lens
-    k_start = exclusive_cumsum(prefix_lens)[chunks.request]
-    k_len = prefix_lens[chunks.request]
-    if window is None:
-        return chunks.q_len, k_start, k_len, k_len
-    return _within_window(chunks.q_len, k_start, k_len, k_len + chunks.start + 1, window)
-
-
-def _hop_tables(meta: CPMetadata, owner: int, window: int | None) -> list[Columns]:
-    """This rank's queries against the shard of ``owner``: one launch, or with a window one for each chunk."""
-    chunks, plan = meta.chunk_host, meta.plan
-    columns = plan.rank_columns[owner]
-    lengths = plan.lengths[chunks.request[:, None], columns]
-    # A request's chunks follow each other in the shard, in sequence order.
-    begins = plan.local_starts[chunks.request[:, None], columns]
-    if window is None:
-        before = np.where(columns < chunks.column[:, None], lengths, 0).sum(axis=1)
-        if owner == meta.cp_rank:
-            return [(chunks.q_len, begins[:, 0], before + chunks.q_len, before + 1)]
-        return [(chunks.q_len, begins[:, 0], before, before)]
-    tables = []
-    for nth, column in enumerate(columns):
-        k_len = np.where(column <= chunks.column, lengths[:, nth], 0)
-        diagonal = chunks.start - plan.starts[chunks.request, column] + 1
-        tables.append(_within_window(chunks.q_len, begins[:, nth], k_len, diagonal, window))
-    return tables
-
-
-def _within_window(q_len: IntArray, k_start: IntArray, k_len: IntArray, diagonal: IntArray, window: int) -> Columns:
-    """Empties the ranges that lie before the first query's window, and so before every query's."""
-    return q_len, k_start, np.where(diagonal - window >= k_len, 0, k_len), diagonal
-
-
-def _num_steps(plan: Plan, window: int | None) -> int:
-    launches_a_hop = 1 if window is None else plan.rank_columns.shape[1]
-    return plan.cp_size * launches_a_hop + bool(plan.prefix_lens.any())
-
-
-def _alignments(plan: Plan, window: int | None) -> frozenset[Alignment]:
+def shard_alignments(plan: Plan, window: int | None) -> frozenset[Alignment]:
+    """Of the rows over all shards and whole prefixes."""
     if window is not None:
         return frozenset({"any"})
-    return frozenset({"bottom_right"} if _num_steps(plan, window) == 1 else {"bottom_right", "full"})
+    return frozenset({"bottom_right"} if num_merges(plan, window) == 1 else {"bottom_right", "full"})
 
 
-RING = Strategy(name="ring", steps=_steps, num_steps=_num_steps, alignments=_alignments)
+def why_not_shards(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
+    """What no strategy can serve that takes one rank's shard at a time."""
+    if meta.plan.sharded and window is not None:
+        return "a sharded cache does not know its tokens' positions, which a window needs"
+    return None
+
+
+def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
+    if meta.plan.sharded and meta.bucket is not None:
+        return "the shards that travel change in size from batch to batch, and a bucket's graph can not"
+    return why_not_shards(meta, cache, window)
+
+
+RING = Strategy(name="ring", steps=_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment, RaggedRows
 from cpattn.exchange.communicator import Communicator
-from cpattn.kv_cache import PackedKV
+from cpattn.exchange.message import KVFormat
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One attention launch: this rank's queries against the keys at hand, ``k [S, Hkv, D]`` and ``v [S, Hkv, Dv]``.
+    """Attention over the keys at hand, one launch for each of ``rows``: k ``[S, Hkv, D]`` and v ``[S, Hkv, Dv]``, or pages.
 
-    ``heads`` are the query heads that it is about, where the step is for some KV heads only; k and v then hold just those.
+    Without ``q`` this rank's own queries attend, and the result is merged with what they have seen before. ``heads``
+    are then the query heads that the step is about, where it is for some KV heads only; k and v hold just those.
+    With ``q``, other ranks' queries attend, and their result ``(out, lse)`` goes back to the strategy: fp32 as far as
+    the backend gives it.
     """
 
     k: Tensor
     v: Tensor
-    rows: RaggedRows
+    rows: list[RaggedRows]
     heads: slice | None = None
+    q: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Partials:
+    """What this rank's queries have seen elsewhere, to be merged: out ``[n, rows, Hq, Dv]``, lse ``[n, rows, Hq]``."""
+
+    out: Tensor
+    lse: Tensor
+
+
+# What a strategy yields; a Step with q is answered with its result.
+Steps: TypeAlias = Generator[Step | Partials, "tuple[Tensor, Tensor] | None", None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +50,20 @@ class ExchangeInputs:
     """What a rank brings to the exchange, and how the exchange is to be made.
 
     Attributes:
-        k, v: its physical rows.
-        prefix: that of the whole batch, if the batch has one.
-        num_heads: query heads.
+        q, k, v: its physical rows; v is None where V is the first columns of K.
+        format: of K and V.
+        cache: of the whole batch, or, where prefixes are sharded, of what this rank holds; None if there is none.
+        reads_pages: whether the backend can attend to the cache's pages as they are.
         window: of the attention, or None.
         overlap: groups of KV heads into which an all-gather is split.
     """
 
+    q: Tensor
     k: Tensor
-    v: Tensor
-    prefix: PackedKV | None
-    num_heads: int
+    v: Tensor | None
+    format: KVFormat
+    cache: PackedKV | PagedKV | None
+    reads_pages: bool
     window: int | None
     overlap: int
 
@@ -56,11 +77,14 @@ class Strategy:
         steps: yields the steps of one call, given what the rank brings, its metadata and the communicator.
             Before it yields a step it starts the transfer that the next one needs; whoever takes the steps computes
             each before asking for the next.
-        num_steps: how many of them a query takes part in, for a plan and a window; the same on every rank.
+        num_steps: how many results are merged for a query, for a plan and a window; the same on every rank.
         alignments: of the rows in these steps, for a plan and a window; the same on every rank.
+        why_not: the reason why it can not serve a plan with such a cache, window and bucket, or None if it can; the same
+            on every rank.
     """
 
     name: str
-    steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Iterator[Step]]
+    steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps]
     num_steps: Callable[[Plan, int | None], int]
     alignments: Callable[[Plan, int | None], frozenset[Alignment]]
+    why_not: Callable[[CPMetadata, PackedKV | PagedKV | None, int | None], str | None]

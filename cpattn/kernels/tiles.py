@@ -12,7 +12,7 @@ from torch import Tensor
 from cpattn.attention.rows import HostRows, RaggedRows
 from cpattn.kernels.tile_shapes import TileShape
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import exclusive_cumsum, to_device
+from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum
 
 # Columns of a tile in the table that the kernel reads; see Tiles.
 TILE_FIELDS = 6
@@ -142,4 +142,4 @@ def launch_for(
 def _on_device(tiles: Tiles, num_tiles: int, device: torch.device) -> Tensor:
     table = np.zeros((num_tiles, TILE_FIELDS), dtype=np.int64)
     table[: len(tiles.q_begin)] = np.stack(tiles, axis=1)
-    return to_device({"tiles": table.reshape(-1)}, device)["tiles"]
+    return DeviceTables({"tiles": table.reshape(-1)}, device)["tiles"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpattn.errors import BatchError
+from cpattn.errors import BatchError, PlanError
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -50,6 +50,24 @@ def parse_batch(batch: Sequence[Any] | npt.NDArray[Any]) -> IntArray:
     if total > MAX_TOKENS:
         raise BatchError(f"the batch has {total} tokens, prefixes included; the limit is {MAX_TOKENS} (row numbers are int32); split it")
     return pairs
+
+
+def parse_prefix_shards(shards: Any, prefix_lens: IntArray, cp_size: int) -> IntArray:
+    """Returns which share of each prefix each rank holds, as int64 ``[num_requests, cp_size]``.
+
+    Raises PlanError for anything but integers >= 0 whose sum is the request's prefix_len.
+    """
+    rule = f"pass {cp_size} integers >= 0 for each request, the prefix tokens that each rank holds, whose sum is its prefix_len"
+    try:
+        table = [list(shares) for shares in (shards.tolist() if hasattr(shards, "tolist") else shards)]
+    except TypeError:
+        raise PlanError(f"prefix_shards is {shards!r}; {rule}") from None
+    if len(table) != len(prefix_lens):
+        raise PlanError(f"prefix_shards has {len(table)} entries, the batch has {len(prefix_lens)} requests; {rule}")
+    for i, (shares, prefix_len) in enumerate(zip(table, prefix_lens.tolist(), strict=True)):
+        if len(shares) != cp_size or not all(is_integer(share) and share >= 0 for share in shares) or sum(shares) != prefix_len:
+            raise PlanError(f"prefix_shards of request {i} is {shares}, its prefix_len is {prefix_len}; {rule}")
+    return np.array(table, dtype=np.int64).reshape(-1, cp_size)
 
 
 _RULE = "a batch is a sequence of (prefix_len, extend_len) pairs of integers >= 0, such as [(0, 512), (1024, 1)]"

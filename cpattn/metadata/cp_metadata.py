@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.errors import PlanError
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import exclusive_cumsum, expand_runs_on_device, expand_runs_on_host, to_device
+from cpattn.metadata.bucket import Bucket
+from cpattn.metadata.chunk_tables import chunk_tables
+from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
 
 if TYPE_CHECKING:
     from cpattn.metadata.plan import Plan
@@ -24,10 +26,11 @@ class CPMetadata:
 
     Made by :meth:`Plan.metadata` or :func:`cpattn.build_metadata`. Local rows are ordered request by request, each
     request's chunks in sequence order (``[r0.front, r0.back, r1.front, ...]`` for zigzag), then padding.
-    Integer tensors are int32 on ``device`` unless said otherwise.
+    Integer tensors are int32 on ``device`` unless said otherwise. With a bucket they have the bucket's sizes: chunks
+    that are not there are empty and at the end, tokens that are not there are -1.
 
     Attributes:
-        plan, cp_rank, device: what it was made from.
+        plan, cp_rank, device, bucket: what it was made from.
         num_tokens: logical rows of this rank: its tokens.
         rows: physical rows, padding included; the same on every rank.
         max_seqlen_q: the longest chunk here, in tokens (0 if there is none).
@@ -37,57 +40,99 @@ class CPMetadata:
         k_len ``[c]``: the keys that the chunk's last query sees: prefix_len + the chunk's end.
         k_start ``[c]``: where the request's keys begin when all requests' prefixes and extends lie one after another,
             ``[prefix 0, extend 0, prefix 1, extend 1, ...]``.
+        token_count ``[1]``: num_tokens, on the device.
     """
 
-    chunk_request: Tensor
-    cu_seqlens_q: Tensor
-    k_len: Tensor
-    k_start: Tensor
-
-    def __init__(self, plan: Plan, cp_rank: int, device: torch.device) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, cp_rank: int, device: torch.device, bucket: Bucket | None = None) -> None:
         self.cp_rank = cp_rank
-        self.rows = plan.rows
-        self._derived: dict[Hashable, Any] = {}
+        self.bucket = bucket
+        # Tables on the device that are made when first asked for, each with what makes it.
+        self._derived: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self._work_out(plan)
+        self._tables = DeviceTables(self._host, device)
+        self.chunk_request = self._tables["chunk_request"]
+        self.cu_seqlens_q = self._tables["cu_seqlens_q"]
+        self.k_len = self._tables["k_len"]
+        self.k_start = self._tables["k_start"]
+        self.token_count = self._tables["token_count"]
+        # "cuda" has become the device with its number, which is what tensors are compared with.
+        self.device = self.cu_seqlens_q.device
 
-        columns = plan.rank_columns[cp_rank]
-        lengths = plan.lengths[:, columns]
-        request, nth = lengths.nonzero()
-        column = columns[nth]
-        chunk_start = plan.starts[request, column]
-        q_len = lengths[request, nth]
-        k_len = plan.prefix_lens[request] + chunk_start + q_len
+    def _work_out(self, plan: Plan) -> None:
+        """All that follows from the plan, on the host."""
+        self.plan = plan
+        self.rows = plan.rows if self.bucket is None else self.bucket.max_rows
+        # What a call worked out for this batch, on the host.
+        self.memo: dict[Hashable, Any] = {}
+        request, _, chunk_start, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
         cu_seqlens_q = np.zeros(len(q_len) + 1, dtype=np.int64)
         q_len.cumsum(out=cu_seqlens_q[1:])
 
-        self.chunk_host = ChunkTables(request, column, chunk_start, q_len, k_len)
         self.num_tokens = int(cu_seqlens_q[-1])
         self.max_seqlen_q = int(q_len.max(initial=0))
         self.max_seqlen_k = int(k_len.max(initial=0))
-        self._host = {
+        # What a window is compared with: the longest request, prefix included, that this metadata may come to hold.
+        self.longest_request = int(plan.total_lens.max(initial=0)) if self.bucket is None else self.bucket.max_seqlen
+        # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones.
+        held = plan.shard_lens[request, self.cp_rank] + cu_seqlens_q[:-1] - plan.local_starts[request, plan.rank_columns[self.cp_rank, 0]]
+        of_chunks = {
             "chunk_request": request,
-            "cu_seqlens_q": cu_seqlens_q,
             "q_len": q_len,
             "k_len": k_len,
             "k_start": self.k_starts[request],
             "token_start": exclusive_cumsum(plan.extend_lens)[request] + chunk_start,
             "position_start": k_len - q_len,
-            # Runs over the whole batch: where its chunks lie in the gathered buffer, and where each request's extend and
-            # prefix lie among the keys in order.
-            "gathered_start": (plan.chunk_rank * plan.rows + plan.local_starts).ravel(),
+            "held_start": held,
+        }
+        # Runs over the whole batch: where its chunks lie in the gathered buffer, and where each request's extend and
+        # prefix lie among the keys in order.
+        of_gathered = {
+            "gathered_start": (plan.chunk_rank * self.rows + plan.local_starts).ravel(),
             "chunk_length": plan.lengths.ravel(),
+        }
+        of_requests = {
+            "request": np.arange(len(plan.batch)),
             "extend_key": self.k_starts + plan.prefix_lens,
             "extend_len": plan.extend_lens,
             "prefix_key": self.k_starts,
             "prefix_len": plan.prefix_lens,
+            "total_len": plan.total_lens,
+            "shard_len": plan.shard_lens[:, self.cp_rank] + plan.rank_extends[:, self.cp_rank],
+            "zero": np.zeros(len(plan.batch), dtype=np.int64),
         }
-        self._tables = to_device(self._host, device)
-        self.chunk_request = self._tables["chunk_request"]
-        self.cu_seqlens_q = self._tables["cu_seqlens_q"]
-        self.k_len = self._tables["k_len"]
-        self.k_start = self._tables["k_start"]
-        # "cuda" has become the device with its number, which is what tensors are compared with.
-        self.device = self.cu_seqlens_q.device
+        if self.bucket is not None:
+            of_chunks = _padded(of_chunks, self.bucket.max_chunks)
+            of_gathered = _padded(of_gathered, self.bucket.max_requests * plan.lengths.shape[1])
+            of_requests = _padded(of_requests, self.bucket.max_requests)
+            cu_seqlens_q = np.pad(cu_seqlens_q, (0, self.bucket.max_chunks + 1 - len(cu_seqlens_q)), mode="edge")
+        token_count = np.array([self.num_tokens])
+        self._host = {"cu_seqlens_q": cu_seqlens_q, "token_count": token_count, **of_chunks, **of_gathered, **of_requests}
+
+    def copy_(self, other: Plan | CPMetadata) -> None:
+        """Puts another batch into this bucket: the same addresses, what the last batch left is cleared.
+
+        Ordered with the current stream and without waiting for it, so that a graph captured with this metadata, replayed
+        after it, computes the other batch.
+
+        Args:
+            other: the plan of the batch, or any rank's metadata of it.
+
+        Raises:
+            PlanError: this metadata has no bucket, the plan does not fit it, or it is laid out for other ranks; the same
+                on every rank.
+        """
+        plan = other.plan if isinstance(other, CPMetadata) else other
+        if self.bucket is None:
+            raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
+        for name in ("cp_size", "partition", "sharded"):
+            mine, theirs = getattr(self.plan, name), getattr(plan, name)
+            if mine != theirs:
+                raise PlanError(f"the plan has {name}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
+        self.bucket.check(plan)
+        self._work_out(plan)
+        self._tables.copy_(self._host)
+        for build, derived in self._derived.values():
+            _refill(derived, build())
 
     def __repr__(self) -> str:
         return (
@@ -95,30 +140,78 @@ class CPMetadata:
             f"{len(self.chunk_host.request)} chunks, on {self.device})"
         )
 
-    @cached_property
+    @property
     def token_index(self) -> Tensor:
         """``[rows]`` the row of each local token in the original ``[plan.num_tokens]`` order; -1 on padding."""
-        return self._pad(self._expand("token_start", "q_len", self.num_tokens), -1)
+        return self.derive("token_index", lambda: self._expand("token_start", "q_len", self.num_tokens, self.rows))
 
-    @cached_property
+    @property
     def position_ids(self) -> Tensor:
         """int64 ``[rows]``: the absolute position ``prefix_len + i`` of each local token, for RoPE; 0 on padding."""
-        return self._pad(self._expand("position_start", "q_len", self.num_tokens), 0).to(torch.int64)
+        return self.derive(
+            "position_ids",
+            lambda: self._expand("position_start", "q_len", self.num_tokens, self.rows, fill=0).to(torch.int64),
+        )
 
-    @cached_property
+    @property
     def restore_index(self) -> Tensor:
         """``[plan.num_tokens]`` where each original token lies in the rank-major gathered buffer ``[cp_size * rows]``."""
-        return self._expand("gathered_start", "chunk_length", self.plan.num_tokens)
+        return self.derive("restore_index", lambda: self._expand("gathered_start", "chunk_length", self.plan.num_tokens, self._capacity))
 
-    @cached_property
+    @property
     def extend_key_rows(self) -> Tensor:
         """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
-        return self._expand("extend_key", "extend_len", self.plan.num_tokens)
+        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.plan.num_tokens, self._capacity))
 
-    @cached_property
+    @property
     def prefix_key_rows(self) -> Tensor:
         """``[plan.num_prefix_tokens]`` the row of each prefix token's key in the order that ``k_start`` speaks of."""
-        return self._expand("prefix_key", "prefix_len", self.plan.num_prefix_tokens)
+        total = self.plan.num_prefix_tokens
+        return self.derive("prefix_key_rows", lambda: self._expand("prefix_key", "prefix_len", total, total))
+
+    @property
+    def gathered_places(self) -> tuple[Tensor, Tensor]:
+        """The request and the absolute position of each row of the gathered buffer, ``[cp_size * rows]`` each; -1 on padding."""
+
+        def build() -> tuple[Tensor, Tensor]:
+            total = self.plan.num_tokens
+            rows = self.restore_index[:total].to(torch.int64)
+            places = torch.full((2, self.plan.cp_size * self.rows), -1, dtype=torch.int32, device=self.device)
+            places[0].index_copy_(0, rows, self._expand("request", "extend_len", total, total, step=0))
+            places[1].index_copy_(0, rows, self._expand("prefix_len", "extend_len", total, total))
+            return places[0], places[1]
+
+        return self.derive("gathered_places", build)
+
+    @property
+    def held_places(self) -> tuple[Tensor, Tensor]:
+        """The request of each local row, and its number among the request's tokens that this rank holds, ``[rows]`` each;
+        -1 on padding. What is cached comes first, then the new tokens in local order."""
+
+        def build() -> tuple[Tensor, Tensor]:
+            request = self._expand("chunk_request", "q_len", self.num_tokens, self.rows, step=0)
+            return request, self._expand("held_start", "q_len", self.num_tokens, self.rows)
+
+        return self.derive("held_places", build)
+
+    @property
+    def key_places(self) -> tuple[Tensor, Tensor]:
+        """The request and the absolute position of all keys, prefixes and extends, in the order that ``k_start`` speaks of."""
+        total = self.plan.num_prefix_tokens + self.plan.num_tokens
+        return self.derive("key_places", lambda: self._runs_of_requests("total_len", total, total))
+
+    @property
+    def prefix_places(self) -> tuple[Tensor, Tensor]:
+        """The request and the absolute position of all prefix tokens, request after request."""
+        total = self.plan.num_prefix_tokens
+        return self.derive("prefix_places", lambda: self._runs_of_requests("prefix_len", total, total))
+
+    @property
+    def shard_places(self) -> tuple[Tensor, Tensor]:
+        """The request of each token that this rank holds, cached and new, request after request, and its number among
+        them; -1 up to the number of the rank that holds the most."""
+        total = int(self.plan.shard_totals[self.cp_rank])
+        return self.derive("shard_places", lambda: self._runs_of_requests("shard_len", total, self.plan.largest_shard))
 
     @property
     def k_starts(self) -> IntArray:
@@ -127,31 +220,40 @@ class CPMetadata:
 
     def derive(self, key: Hashable, build: Callable[[], T]) -> T:
         """``build()`` at the first call with this key, the same object ever after: tables that a layer above needs
-        once a batch."""
+        once a batch. A tensor, something with ``copy_``, or a tuple or list of them: :meth:`copy_` refills it."""
         if key not in self._derived:
-            self._derived[key] = build()
-        value: T = self._derived[key]
+            # Tensors made under inference_mode could not be refilled outside of it.
+            with torch.inference_mode(False):
+                self._derived[key] = build, build()
+        value: T = self._derived[key][1]
         return value
 
-    def _pad(self, per_token: Tensor, fill: int) -> Tensor:
-        padding = self.rows - self.num_tokens
-        return torch.cat([per_token, per_token.new_full((padding,), fill)]) if padding else per_token
+    @property
+    def _capacity(self) -> int:
+        """Of tables with an entry for each token of the batch."""
+        return self.plan.num_tokens if self.bucket is None else self.plan.cp_size * self.rows
 
-    def _expand(self, first: str, lengths: str, total: int) -> Tensor:
-        """Token-level indices from two of the small tables."""
+    def _expand(self, first: str, lengths: str, total: int, capacity: int, *, step: int = 1, fill: int = -1) -> Tensor:
+        """Token-level numbers from two of the small tables: runs, in steps of 1 or 0, filled up to ``capacity``."""
         if self.device.type == "cpu":
-            return expand_runs_on_host(self._host[first], self._host[lengths], total)
-        return expand_runs_on_device(self._tables[first], self._tables[lengths], total)
+            expanded = expand_runs_on_host(self._host[first], self._host[lengths], total, step)
+        else:
+            expanded = expand_runs_on_device(self._tables[first], self._tables[lengths], total, step)
+        missing = capacity - total
+        return torch.cat([expanded, expanded.new_full((missing,), fill)]) if missing else expanded
+
+    def _runs_of_requests(self, lengths: str, total: int, capacity: int) -> tuple[Tensor, Tensor]:
+        request = self._expand("request", lengths, total, capacity, step=0)
+        return request, self._expand("zero", lengths, total, capacity)
 
 
-class ChunkTables:
-    """The chunks with a token on one rank, as int64 host arrays ``[c]``: what step tables are worked out from."""
+def _padded(tables: dict[str, IntArray], size: int) -> dict[str, IntArray]:
+    return {name: np.pad(table, (0, size - len(table))) for name, table in tables.items()}
 
-    __slots__ = ("column", "k_len", "q_len", "request", "start")
 
-    def __init__(self, request: IntArray, column: IntArray, start: IntArray, q_len: IntArray, k_len: IntArray) -> None:
-        self.request = request  # of the batch
-        self.column = column  # which of its request's chunks it is
-        self.start = start  # its first token within the request's extend
-        self.q_len = q_len
-        self.k_len = k_len
+def _refill(old: Any, new: Any) -> None:
+    if isinstance(old, (tuple, list)):
+        for one, other in zip(old, new, strict=True):
+            _refill(one, other)
+    else:
+        old.copy_(new)

@@ -12,51 +12,66 @@ from cpattn.metadata.batch import IntArray
 _ALIGN = 4
 
 
-# Tables made under inference_mode could not be used outside of it later.
-@torch.inference_mode(False)
-def to_device(tables: dict[str, IntArray], device: torch.device) -> dict[str, Tensor]:
-    """Returns each 1-D table as int32 on ``device``: views of one buffer, filled by one copy.
+class DeviceTables:
+    """Named 1-D tables as int32 on a device: views of one buffer, filled by one copy.
 
     On CUDA the copy goes through pinned memory and is ordered with the current stream, so nothing waits for it.
     """
-    sizes = []
-    for table in tables.values():
-        sizes += [len(table), -len(table) % _ALIGN]
-    on_host = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-    packed = on_host.numpy()
-    offset = 0
-    for table in tables.values():
-        packed[offset : offset + len(table)] = table
-        offset += len(table) + -len(table) % _ALIGN
-    on_device = on_host if device.type == "cpu" else on_host.to(device, non_blocking=True)
-    # Every other piece is what fills a table up to its boundary.
-    return dict(zip(tables, torch.split(on_device, sizes)[::2], strict=True))
+
+    # Tables made under inference_mode could not be used outside of it later.
+    @torch.inference_mode(False)
+    def __init__(self, tables: dict[str, IntArray], device: torch.device) -> None:
+        self._sizes = []
+        for table in tables.values():
+            self._sizes += [len(table), -len(table) % _ALIGN]
+        on_host = self._packed(tables, device)
+        self._buffer = on_host if device.type == "cpu" else on_host.to(device, non_blocking=True)
+        # Every other piece is what fills a table up to its boundary.
+        self._views = dict(zip(tables, torch.split(self._buffer, self._sizes)[::2], strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def copy_(self, tables: dict[str, IntArray]) -> None:
+        """Puts tables of the same sizes in the place of these."""
+        self._buffer.copy_(self._packed(tables, self._buffer.device), non_blocking=True)
+
+    def _packed(self, tables: dict[str, IntArray], device: torch.device) -> Tensor:
+        on_host = torch.empty(sum(self._sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        packed = on_host.numpy()
+        offset = 0
+        for table, size, filling in zip(tables.values(), self._sizes[::2], self._sizes[1::2], strict=True):
+            packed[offset : offset + size] = table
+            offset += size + filling
+        return on_host
 
 
-@torch.inference_mode(False)
-def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int) -> Tensor:
-    """Concatenates the runs first[i], first[i] + 1, ... of lengths[i]: int32 ``[total]`` on the CPU; total = lengths.sum().
+def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int, step: int = 1) -> Tensor:
+    """Concatenates the runs first[i], first[i] + step, ... of lengths[i]: int32 ``[total]`` on the CPU; total = lengths.sum().
 
     In numpy, which works on the calling thread: torch would wake its thread pool for it, which costs milliseconds
     where cores are busy.
 
     >>> expand_runs_on_host(np.array([7, 0]), np.array([2, 3]), 5)
     tensor([7, 8, 0, 1, 2], dtype=torch.int32)
+
+    Args:
+        step: 1 or 0.
     """
     # Where a run begins in the result is subtracted, so that one arange serves all runs.
-    shift = first + lengths - lengths.cumsum()
+    shift = first + lengths - lengths.cumsum() if step else first
     expanded = shift.astype(np.int32).repeat(lengths)
-    expanded += np.arange(total, dtype=np.int32)
+    if step:
+        expanded += np.arange(total, dtype=np.int32)
     return torch.from_numpy(expanded)
 
 
-@torch.inference_mode(False)
-def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int) -> Tensor:
+def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int, step: int = 1) -> Tensor:
     """The same where the tables lie, without waiting for the device."""
-    shift = first + lengths - lengths.cumsum(0)
+    shift = first + lengths - lengths.cumsum(0) if step else first
     # output_size spares the synchronisation that reading the total back would be.
     expanded = torch.repeat_interleave(shift.to(torch.int32), lengths, output_size=total)
-    return expanded.add_(torch.arange(total, dtype=torch.int32, device=first.device))
+    return expanded.add_(torch.arange(total, dtype=torch.int32, device=first.device)) if step else expanded
 
 
 def exclusive_cumsum(lengths: IntArray) -> IntArray:

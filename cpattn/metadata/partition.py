@@ -29,7 +29,7 @@ PARTITIONS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag, "contiguou
 REMAINDERS = ("balanced", "first")
 
 
-def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, remainder: str) -> IntArray:
+def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, remainder: str, dealer: int = 0) -> IntArray:
     """Cuts every request into ``len(chunk_rank)`` chunks whose lengths differ by at most one token.
 
     Args:
@@ -38,6 +38,7 @@ def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, rem
         remainder: ``"first"`` gives the tokens left over to the first chunks of each request. ``"balanced"`` deals
             them to ranks in turn and goes on with the next request where the last one stopped, as one deals cards;
             so any two ranks differ by at most one token over the whole batch.
+        dealer: the rank that is dealt the first of them.
 
     Returns:
         ``[num_requests, num_chunks]`` int64.
@@ -49,7 +50,7 @@ def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, rem
     else:
         everyone, some = np.divmod(left_over, cp_size)
         # base * num_chunks + everyone * cp_size deals whole rounds, so the deal's position is the token count mod cp_size.
-        first_rank = (extend_lens.cumsum() - extend_lens) % cp_size
+        first_rank = (dealer + extend_lens.cumsum() - extend_lens) % cp_size
         turn = np.arange(cp_size) - first_rank[:, None]
         turn += cp_size * (turn < 0)
         rank_extra = everyone[:, None] + (turn < some[:, None])

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from cpattn.errors import PlanError, RankError
-from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch
+from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch, parse_prefix_shards
+from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.draw import draw_plan, summarize_plan
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS, chunk_lengths
@@ -40,6 +41,7 @@ class Plan:
     partition: str = "zigzag"
     remainder: str = "balanced"
     pad_to: int = 1
+    prefix_shards: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         pairs = parse_batch(self.batch)
@@ -59,6 +61,10 @@ class Plan:
         object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
         # Seeds the cached property, which would make the same array from the tuple again.
         self.__dict__["_pairs"] = _frozen(pairs)
+        if self.prefix_shards is not None:
+            shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
+            object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
+            self.__dict__["shard_lens"] = _frozen(shards)
         if self.cp_size * self.rows > MAX_TOKENS:
             raise PlanError(
                 f"{self.cp_size} ranks of {self.rows} rows are {self.cp_size * self.rows} rows; the limit is {MAX_TOKENS} "
@@ -68,7 +74,8 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"Plan({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
-            f"partition={self.partition!r}, remainder={self.remainder!r}, pad_to={self.pad_to}, rows={self.rows})"
+            f"partition={self.partition!r}, remainder={self.remainder!r}, pad_to={self.pad_to}, rows={self.rows}"
+            f"{', sharded prefixes' if self.sharded else ''})"
         )
 
     # What a reader asks of a plan.
@@ -94,6 +101,27 @@ class Plan:
     def rows(self) -> int:
         """Physical rows: the tokens of the fullest rank, rounded up to a multiple of ``pad_to``. The same on every rank."""
         return -(-max(self.rank_tokens) // self.pad_to) * self.pad_to
+
+    @cached_property
+    def rank_chunks(self) -> tuple[int, ...]:
+        """The chunks with a token on each rank."""
+        per_rank = np.zeros(self.cp_size, dtype=np.int64)
+        np.add.at(per_rank, self.chunk_rank, (self.lengths > 0).sum(axis=0))
+        return tuple(per_rank.tolist())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the prefixes only (``prefix_shards``), rather than all of them."""
+        return self.prefix_shards is not None
+
+    def fits(self, bucket: Bucket) -> bool:
+        """Whether the metadata of every rank fit into a bucket; the answer is the same on every rank.
+
+        >>> import cpattn
+        >>> cpattn.plan([(0, 10)], cp_size=2).fits(cpattn.Bucket(max_requests=4, max_rows=8, max_chunks=8))
+        True
+        """
+        return bucket.why_not(self) is None
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -126,22 +154,28 @@ class Plan:
         """32 hex digits, the same on every machine; equal exactly when the plans are equal (BLAKE2b, 128 bits)."""
         digest = hashlib.blake2b(digest_size=16)
         # A change to the rules of the layout must change this number: ranks of two versions then find out.
-        digest.update(b"layout 1")
-        digest.update(repr((self.cp_size, self.partition, self.remainder, self.pad_to)).encode())
+        digest.update(b"layout 2")
+        digest.update(repr((self.cp_size, self.partition, self.remainder, self.pad_to, self.sharded)).encode())
         digest.update(self._pairs.astype("<i8").tobytes())
+        if self.sharded:
+            digest.update(self.shard_lens.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def metadata(self, cp_rank: int, device: torch.device | str = "cpu") -> CPMetadata:
+    def metadata(self, cp_rank: int, device: torch.device | str = "cpu", bucket: Bucket | None = None) -> CPMetadata:
         """One rank's view of this plan, as tensors on ``device``, brought there in one copy.
 
-        Raises RankError for a rank outside 0 .. cp_size - 1.
+        With a ``bucket`` the tensors have the bucket's sizes, whatever the batch, and :meth:`CPMetadata.copy_` can put
+        another batch in their place. Raises RankError for a rank outside 0 .. cp_size - 1, PlanError for a plan that
+        does not fit the bucket.
         """
         given: Any = cp_rank
         if not is_integer(given) or not 0 <= given < self.cp_size:
             raise RankError(
                 f"cp_rank={cp_rank!r}; it must be an integer from 0 to {self.cp_size - 1} (the plan's cp_size is {self.cp_size})"
             )
-        return CPMetadata(self, int(cp_rank), torch.device(device))
+        if bucket is not None:
+            bucket.check(self)
+        return CPMetadata(self, int(cp_rank), torch.device(device), bucket)
 
     def summary(self) -> str:
         """A table to read: for each rank its tokens, padding and query-key pairs; then the imbalance."""
@@ -174,6 +208,26 @@ class Plan:
         return total
 
     @cached_property
+    def shard_lens(self) -> IntArray:
+        """``[num_requests, cp_size]`` the prefix tokens of each request that each rank holds; 0 where prefixes are not sharded."""
+        return _frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
+
+    @cached_property
+    def rank_extends(self) -> IntArray:
+        """``[num_requests, cp_size]`` the new tokens of each request that each rank owns."""
+        return _frozen(self.lengths[:, self.rank_columns].sum(axis=2))
+
+    @cached_property
+    def shard_totals(self) -> IntArray:
+        """``[cp_size]`` the tokens that each rank holds once it has its new ones: its shard of the prefixes and of the extends."""
+        return _frozen((self.shard_lens + self.rank_extends).sum(axis=0))
+
+    @property
+    def largest_shard(self) -> int:
+        """The tokens of the rank that holds the most."""
+        return int(self.shard_totals.max())
+
+    @cached_property
     def chunk_rank(self) -> IntArray:
         """``[num_chunks]`` the rank that owns each chunk; the same for every request."""
         return _frozen(PARTITIONS[self.partition](self.cp_size))
@@ -181,7 +235,9 @@ class Plan:
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        return _frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder))
+        # Left-over tokens are dealt from the rank that holds the fewest cached ones, so that decoding fills all ranks alike.
+        dealer = int(self.shard_lens.sum(axis=0).argmin())
+        return _frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, dealer))
 
     @cached_property
     def starts(self) -> IntArray:
@@ -215,6 +271,7 @@ def plan(
     partition: str = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
+    prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
 ) -> Plan:
     """Lays a ragged batch out over ``cp_size`` ranks. Pure and deterministic: call it on every rank alike.
 
@@ -235,12 +292,38 @@ def plan(
         remainder: where the tokens go that a division into equal chunks leaves over. ``"balanced"``: any two ranks
             differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request.
         pad_to: physical rows are a multiple of this.
+        prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
+            rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens are then dealt
+            from the rank that holds the fewest.
 
     Raises:
         BatchError: not integer pairs, or a negative length.
         PlanError: an option out of its range.
     """
-    return Plan(batch, cp_size, partition, remainder, pad_to)  # type: ignore[arg-type]
+    return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards)  # type: ignore[arg-type]
+
+
+def required_rows(
+    batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
+    cp_size: int,
+    *,
+    partition: str = "zigzag",
+    remainder: str = "balanced",
+    pad_to: int = 1,
+) -> int:
+    """The physical rows that each rank would have, for an engine that sizes its buffers or picks a bucket.
+
+    With the balanced remainder it is the batch's new tokens divided by ``cp_size``, rounded up, and nothing else is
+    worked out. Arguments and errors as in :func:`plan`.
+
+    >>> import cpattn
+    >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)
+    8
+    """
+    if remainder == "balanced" and partition in PARTITIONS and is_integer(cp_size) and is_integer(pad_to) and min(cp_size, pad_to) > 0:
+        fullest = -(-int(parse_batch(batch)[:, 1].sum()) // cp_size)
+        return -(-fullest // pad_to) * pad_to
+    return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
 
 
 def build_metadata(
@@ -252,6 +335,8 @@ def build_metadata(
     partition: str = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
+    prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
+    bucket: Bucket | None = None,
 ) -> CPMetadata:
     """:func:`plan` and :meth:`Plan.metadata` in one call; the arguments and errors are theirs.
 
@@ -259,7 +344,8 @@ def build_metadata(
     >>> cpattn.build_metadata([(0, 8)], cp_size=2, cp_rank=1).position_ids
     tensor([2, 3, 4, 5])
     """
-    return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).metadata(cp_rank, device)
+    planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards)
+    return planned.metadata(cp_rank, device, bucket)
 
 
 def _frozen(table: IntArray) -> IntArray:

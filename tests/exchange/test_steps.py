@@ -8,31 +8,48 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches
+from strategies import Batch, non_empty_batches
 
 import cpattn
-from cpattn.exchange.message import torch_pack_
+from cpattn.attention.rows import find_alignment
+from cpattn.exchange.message import KVFormat, torch_pack_
 from cpattn.exchange.registry import AUTO_GATHER_LIMIT, candidate_strategies, default_overlap
 from cpattn.exchange.strategy import ExchangeInputs, Step
 from cpattn.testing import SoloCommunicator
 
 # What each alignment can pass for.
+FORMAT = KVFormat(heads=2, head_dim=4, v_head_dim=4, v_in_k=False, dtype=torch.float32, device=torch.device("cpu"))
 FITS = {"bottom_right": {"bottom_right", "any"}, "full": {"full", "any"}, "any": {"any"}}
 
 
 def steps_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None, overlap: int = 1) -> list[Step]:
-    k = torch.zeros(plan.rows, 2, 4)
+    q, k = torch.zeros(plan.rows, 4, 4), torch.zeros(plan.rows, 2, 4)
     cached = torch.zeros(plan.num_prefix_tokens, 2, 4)
     prefix = cpattn.PackedKV(cached, cached) if plan.num_prefix_tokens else None
-    inputs = ExchangeInputs(k, k, prefix, 4, window, overlap)
-    return list(cpattn.STRATEGIES[strategy].steps(inputs, plan.metadata(rank), SoloCommunicator(rank, plan.cp_size)))
+    inputs = ExchangeInputs(q, k, k, FORMAT, prefix, False, window, overlap)
+    steps = cpattn.STRATEGIES[strategy].steps(inputs, plan.metadata(rank), SoloCommunicator(rank, plan.cp_size))
+    taken: list[Step] = []
+    answer = None
+    try:
+        while True:
+            step = steps.send(answer)
+            answer = None
+            if isinstance(step, Step):
+                taken.append(step)
+                if step.q is not None:
+                    answer = torch.zeros(len(step.q), 4, 4), torch.zeros(len(step.q), 4)
+    except StopIteration:
+        return taken
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
 @given(
-    batch=batches(), cp_size=st.integers(1, 6), partition=st.sampled_from(["zigzag", "contiguous"]), window=st.none() | st.integers(1, 90)
+    batch=non_empty_batches(),
+    cp_size=st.integers(1, 6),
+    partition=st.sampled_from(["zigzag", "contiguous"]),
+    window=st.none() | st.integers(1, 90),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_steps_are_as_many_and_of_the_alignment_that_the_strategy_says(
     strategy: str, batch: Batch, cp_size: int, partition: str, window: int | None
 ) -> None:
@@ -40,12 +57,16 @@ def test_steps_are_as_many_and_of_the_alignment_that_the_strategy_says(
     promised = cpattn.STRATEGIES[strategy].alignments(plan, window)
     for rank in range(cp_size):
         steps = steps_of(strategy, plan, rank, window)
-        assert len(steps) == cpattn.STRATEGIES[strategy].num_steps(plan, window)
+        launches = sum(len(step.rows) * (cp_size - 1 if strategy == "pass_q" and step.q is not None else 1) for step in steps)
+        assert launches == cpattn.STRATEGIES[strategy].num_steps(plan, window)
         for step in steps:
-            assert FITS[step.rows.alignment] & promised
-            assert step.rows.num_queries == plan.rank_tokens[rank]
-            # All ranges lie within the keys at hand.
-            assert ((step.rows.host.k_start + step.rows.host.k_len) <= step.k.shape[0]).all()
+            for rows in step.rows:
+                assert rows.alignment in promised
+                host = rows.host
+                assert FITS[find_alignment(host.q_len, host.k_start, host.k_len, host.diagonal)] & {rows.alignment, "any"}
+                # All of q is covered, padding by queries without keys, and all ranges lie within the keys at hand.
+                assert rows.num_queries == (plan.rows if step.q is None else len(step.q))
+                assert (((host.k_start + host.k_len) <= step.k.shape[0]) | (host.k_len == 0)).all()
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])
@@ -54,7 +75,7 @@ def test_a_ring_leaves_out_ranges_before_every_window(cp_size: int) -> None:
     prefix_step, *_ = steps_of("ring", plan, cp_size - 1, window=20)
     # Only the chunks that begin within 20 tokens of the prefix see any of it.
     starts = plan.metadata(cp_size - 1).chunk_host.start
-    assert (prefix_step.rows.host.k_len == (1000 * (starts < 20 - 1))).all()
+    assert (prefix_step.rows[0].host.k_len == (1000 * (starts < 20 - 1))).all()
 
 
 def test_groups_of_heads_cover_each_query_head_once() -> None:
@@ -73,20 +94,38 @@ def test_padding_is_zeroed_before_it_travels() -> None:
     assert (message[4:] == 0).all()
 
 
+def candidates(meta: cpattn.CPMetadata, kv: KVFormat, name: Any = "auto", heads: int = 4) -> list[str]:
+    q = torch.zeros(meta.rows, heads, kv.head_dim, device="meta")
+    return [strategy.name for strategy in candidate_strategies(name, q, kv, meta, None, None)]
+
+
 def test_auto_takes_the_ring_where_gathered_keys_would_not_fit() -> None:
-    assert [strategy.name for strategy in candidate_strategies("auto", AUTO_GATHER_LIMIT)] == ["all_gather", "ring"]
-    assert [strategy.name for strategy in candidate_strategies("auto", AUTO_GATHER_LIMIT + 1)] == ["ring", "all_gather"]
+    token = FORMAT.heads * FORMAT.width * FORMAT.dtype.itemsize
+    most = AUTO_GATHER_LIMIT // token
+    assert candidates(cpattn.build_metadata([(most - 8, 8)], 1, 0), FORMAT)[:2] == ["all_gather", "ring"]
+    assert candidates(cpattn.build_metadata([(most - 7, 8)], 1, 0), FORMAT)[:2] == ["ring", "all_gather"]
+
+
+def test_auto_sends_what_is_smaller_where_the_cache_is_sharded() -> None:
+    """Queries for decoding and for a short extend over a long prefix, keys for a long extend over a short one."""
+    decode = cpattn.build_metadata([(8192, 1)] * 4, 4, 0, prefix_shards=[[2048] * 4] * 4)
+    assert candidates(decode, FORMAT)[0] == "pass_q"
+    prefill = cpattn.build_metadata([(64, 8192)], 4, 0, prefix_shards=[[16] * 4])
+    assert candidates(prefill, FORMAT)[0] == "ring"
+    wide = FORMAT._replace(head_dim=4096, v_head_dim=4096)
+    assert candidates(cpattn.build_metadata([(2**20, 8192)], 4, 0, prefix_shards=[[2**18] * 4]), wide)[0] == "pass_q_ring"
+    assert "all_gather" not in candidates(decode, FORMAT)
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "gathered_bytes", "device", "groups"),
-    [(8, 2**30, "cuda", 4), (6, 2**30, "cuda", 3), (1, 2**30, "cuda", 1), (8, 2**20, "cuda", 1), (8, 2**30, "cpu", 1)],
+    ("kv_heads", "tokens", "device", "groups"),
+    [(8, 2**20, "cuda", 4), (6, 2**20, "cuda", 3), (1, 2**24, "cuda", 1), (8, 2**10, "cuda", 1), (8, 2**20, "cpu", 1)],
 )
-def test_default_overlap(kv_heads: int, gathered_bytes: int, device: str, groups: int) -> None:
-    assert default_overlap(kv_heads, gathered_bytes, device) == groups
+def test_default_overlap(kv_heads: int, tokens: int, device: str, groups: int) -> None:
+    meta = cpattn.build_metadata([(0, tokens)], 1, 0)
+    assert default_overlap(FORMAT._replace(heads=kv_heads, device=torch.device(device)), meta) == groups
 
 
 def test_an_unknown_strategy_of_any_type_is_refused() -> None:
-    bad: Any = ["ring"]
     with pytest.raises(cpattn.UnknownNameError, match=r"strategy=\['ring'\] is unknown"):
-        candidate_strategies(bad, 0)
+        candidates(cpattn.build_metadata([(0, 4)], 1, 0), FORMAT, ["ring"])

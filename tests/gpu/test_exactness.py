@@ -110,7 +110,7 @@ def test_triton_gives_a_token_the_same_bits_wherever_it_is_computed() -> None:
         tokens, prefix = slice(token, token + extend_len), slice(cached, cached + prefix_len)
         token, cached = tokens.stop, prefix.stop
         alone.q, alone.k, alone.v, alone.options = case.q[tokens], case.k[tokens], case.v[tokens], case.options
-        alone.prefix = cpattn.PackedKV(case.prefix.k[prefix], case.prefix.v[prefix])
+        alone.prefix_k, alone.prefix_v = case.prefix_k[prefix], case.prefix_v[prefix]
         out, lse = triton_output(alone, cpattn.plan(alone.batch, 3))
         assert torch.equal(out, outputs[0][0][tokens])
         assert torch.equal(lse, outputs[0][1][tokens])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn import CPError, CPMetadata, Plan, RowCountError
-from cpattn.metadata.device_tables import expand_runs_on_device, expand_runs_on_host, to_device
+from cpattn.metadata.device_tables import DeviceTables, expand_runs_on_device, expand_runs_on_host
 
 CHUNK_TENSORS = ("chunk_request", "cu_seqlens_q", "k_len", "k_start")
 TOKEN_TENSORS = ("token_index", "position_ids", "restore_index", "extend_key_rows", "prefix_key_rows")
@@ -255,9 +255,9 @@ class TestTables:
     def test_token_tables_are_made_when_asked_for(self) -> None:
         meta = cpattn.build_metadata([(5, 6)], cp_size=2, cp_rank=0)
         for name in TOKEN_TENSORS:
-            assert name not in meta.__dict__, name
+            assert name not in meta._derived, name
             assert getattr(meta, name) is getattr(meta, name), name
-            assert name in meta.__dict__, name
+            assert name in meta._derived, name
 
     def test_derive_builds_once(self) -> None:
         meta = cpattn.build_metadata([(0, 6)], cp_size=2, cp_rank=0)
@@ -290,13 +290,13 @@ class TestTables:
             assert tensor.data_ptr() % 16 == 0
 
     @given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=9), max_size=6))
-    def test_to_device(self, columns: list[list[int]]) -> None:
+    def test_tables_on_a_device(self, columns: list[list[int]]) -> None:
         tables = {f"table {n}": np.array(column, dtype=np.int64) for n, column in enumerate(columns)}
-        tensors = to_device(tables, torch.device("cpu"))
-        assert list(tensors) == list(tables)
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) <= 1
+        tensors = DeviceTables(tables, torch.device("cpu"))
+        views = [tensors[name] for name in tables]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in views}) <= 1
         taken: set[int] = set()
-        for tensor, column in zip(tensors.values(), columns, strict=True):
+        for tensor, column in zip(views, columns, strict=True):
             assert tensor.dtype == torch.int32
             assert tensor.tolist() == column
             assert tensor.data_ptr() % 16 == 0
@@ -345,7 +345,7 @@ class TestTables:
         except CPError:
             return
         for meta in metas:
-            assert all((table >= 0).all() for table in meta._tables.values())
+            assert all((table >= 0).all() for table in [meta._tables[name] for name in meta._host])
             assert (meta.k_len.long() <= torch.tensor(plan.total_lens)[meta.chunk_request.long()]).all()
             # Of the gathered rows, and of the keys in order.
             assert max(plan.cp_size * plan.rows, int(plan.total_lens.sum())) <= 2**31

@@ -1,0 +1,53 @@
+"""The keys that a rank has at hand before anything travels: its new tokens, its shard of a sharded cache, the prefixes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cpattn.attention.rows import RaggedRows
+from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.message import message_buffer, pack_
+from cpattn.exchange.pages import read_pages_, write_pages_
+from cpattn.exchange.step_rows import prefix_rows
+from cpattn.exchange.strategy import ExchangeInputs, Step
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+
+
+def own_rows(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> tuple[Tensor, Tensor]:
+    """K and V of this rank's new tokens, in local order, without a number in them that is not a token's.
+
+    Kernels that load whole tiles would multiply what comes after the tokens by a weight of 0, which is NaN for NaN.
+    """
+    if meta.bucket is None:
+        v = inputs.v if inputs.v is None else inputs.v[: meta.num_tokens]
+        return inputs.format.pair(inputs.k[: meta.num_tokens], v)
+    # How many tokens there are changes under a captured graph; zeros after them do as well.
+    message = message_buffer(communicator, "own rows", inputs.format, meta.rows)
+    pack_(message, inputs.k, inputs.v, meta.token_count)
+    return inputs.format.split(message)
+
+
+def write_own(cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
+    """Appends this rank's new tokens to what its pages hold of each request."""
+    write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.held_places, inputs.k, inputs.v)
+
+
+def read_shard_(message: Tensor, cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
+    """Reads all that this rank holds of the batch from its pages, request after request, and zeros after it."""
+    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *inputs.format.parts(message))
+
+
+def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Step | None:
+    """This rank's queries over prefixes that it has whole, where there are any."""
+    cache = inputs.cache
+    if cache is None or meta.plan.sharded or (meta.bucket is None and not meta.plan.num_prefix_tokens):
+        return None
+    if isinstance(cache, PackedKV):
+        return Step(*inputs.format.pair(cache.k, cache.v), [prefix_rows(meta, inputs.window, paged=False)])
+    if inputs.reads_pages:
+        rows: RaggedRows = prefix_rows(meta, inputs.window, paged=True)
+        return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table)])
+    packed = message_buffer(communicator, "prefix", inputs.format, meta.plan.num_prefix_tokens)
+    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *inputs.format.parts(packed))
+    return Step(*inputs.format.split(packed), [prefix_rows(meta, inputs.window, paged=False)])

@@ -1,0 +1,175 @@
+"""The rows of a strategy's steps: which of a rank's queries see which keys of those at hand.
+
+Keys lie in one of three orders: all of a batch (each request's prefix and extend in one piece), the prefixes alone, or
+one rank's shard: for each request what this rank holds of the prefix, then the chunks that it owns, in sequence order.
+What a chunk of queries sees of a shard is a beginning of its request's piece, one key range, whether it is none, one
+chunk or all. A sliding window breaks this, since a shard has gaps in position: with a window a shard is as many
+launches as a rank owns chunks of a request.
+In pages each request has a line of its own, so that all key ranges begin at 0.
+
+The last row of every table is the padding of q: queries without keys, for which every backend gives 0 and LSE -inf.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.attention.rows import Alignment, RaggedRows, RowTable
+from cpattn.metadata.batch import IntArray
+from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.device_tables import exclusive_cumsum
+from cpattn.metadata.plan import Plan
+
+
+class KeyRanges(NamedTuple):
+    """The key range of each chunk of a rank's queries, int64 ``[c]`` each; see :class:`cpattn.attention.rows.RaggedRows`."""
+
+    k_start: IntArray
+    k_len: IntArray
+    diagonal: IntArray
+    alignment: Alignment
+
+
+def causal_rows(meta: CPMetadata, paged: bool) -> RaggedRows:
+    """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key."""
+
+    def build() -> RaggedRows:
+        chunks = meta.chunk_host
+        k_start = meta.k_starts[chunks.request]
+        ranges = KeyRanges(k_start, chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
+        return _build(meta, [_own_table(meta, ranges)], paged)[0]
+
+    return meta.derive(("causal rows", paged), build)
+
+
+def prefix_rows(meta: CPMetadata, window: int | None, paged: bool) -> RaggedRows:
+    """This rank's queries over the prefixes."""
+
+    def build() -> RaggedRows:
+        chunks, prefix_lens = meta.chunk_host, meta.plan.prefix_lens
+        k_start = exclusive_cumsum(prefix_lens)[chunks.request]
+        k_len = prefix_lens[chunks.request]
+        ranges = KeyRanges(k_start, k_len, k_len, "full")
+        if window is not None:
+            ranges = _within_window(k_start, k_len, k_len + chunks.start + 1, window)
+        return _build(meta, [_own_table(meta, ranges)], paged)[0]
+
+    return meta.derive(("prefix rows", window, paged), build)
+
+
+def shard_rows(meta: CPMetadata, window: int | None) -> list[list[RaggedRows]]:
+    """This rank's queries over the shard of each rank, ``[owner][launch]``."""
+
+    def build() -> list[list[RaggedRows]]:
+        tables = [
+            _own_table(meta, ranges)
+            for owner in range(meta.plan.cp_size)
+            for ranges in _shard_ranges(meta.plan, meta.cp_rank, owner, window)
+        ]
+        return _by_launch(_build(meta, tables, paged=False), launches_per_shard(meta.plan, window))
+
+    return meta.derive(("shard rows", window), build)
+
+
+def source_rows(meta: CPMetadata, window: int | None, paged: bool) -> list[list[RaggedRows]]:
+    """The queries of each rank over this rank's shard, ``[source][launch]``."""
+
+    def build() -> list[list[RaggedRows]]:
+        tables = [
+            _table(meta, source, ranges)
+            for source in range(meta.plan.cp_size)
+            for ranges in _shard_ranges(meta.plan, source, meta.cp_rank, window)
+        ]
+        return _by_launch(_build(meta, tables, paged), launches_per_shard(meta.plan, window))
+
+    return meta.derive(("source rows", window, paged), build)
+
+
+def gathered_source_rows(meta: CPMetadata, window: int | None, paged: bool) -> list[RaggedRows]:
+    """The queries of all other ranks over this rank's shard, ``[launch]``: q is rank-major, and of this rank's own
+    queries none sees anything here."""
+
+    def build() -> list[RaggedRows]:
+        tables = []
+        for launch in range(launches_per_shard(meta.plan, window)):
+            parts = []
+            for source in range(meta.plan.cp_size):
+                ranges = _shard_ranges(meta.plan, source, meta.cp_rank, window)[launch]
+                if source == meta.cp_rank:
+                    ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+                parts.append(_table(meta, source, ranges))
+            q_len, k_start, k_len, diagonal, request = (
+                np.concatenate(columns) for columns in zip(*(part[:5] for part in parts), strict=True)
+            )
+            tables.append(RowTable(q_len, k_start, k_len, diagonal, request, "full" if window is None else "any"))
+        return _build(meta, tables, paged)
+
+    return meta.derive(("gathered source rows", window, paged), build)
+
+
+def launches_per_shard(plan: Plan, window: int | None) -> int:
+    """How many launches one shard takes."""
+    return 1 if window is None else plan.rank_columns.shape[1]
+
+
+def _shard_ranges(plan: Plan, source: int, owner: int, window: int | None) -> list[KeyRanges]:
+    """The queries of ``source`` over the shard of ``owner``, for each launch."""
+    chunks = chunk_tables(plan, source)
+    columns = plan.rank_columns[owner]
+    lengths = plan.lengths[chunks.request[:, None], columns]
+    cached = plan.shard_lens[:, owner]
+    begins = exclusive_cumsum(cached + plan.rank_extends[:, owner])[chunks.request]
+    cached = cached[chunks.request]
+    if window is None:
+        before = cached + np.where(columns < chunks.column[:, None], lengths, 0).sum(axis=1)
+        if owner == source:
+            return [KeyRanges(begins, before + chunks.q_len, before + 1, "bottom_right")]
+        return [KeyRanges(begins, before, before, "full")]
+    # Cached tokens of a shard may be from anywhere in the sequence; a strategy refuses them with a window.
+    launches = []
+    for nth, column in enumerate(columns):
+        k_start = begins + lengths[:, :nth].sum(axis=1)
+        k_len = np.where(column <= chunks.column, lengths[:, nth], 0)
+        diagonal = chunks.start - plan.starts[chunks.request, column] + 1
+        launches.append(_within_window(k_start, k_len, diagonal, window))
+    return launches
+
+
+def _within_window(k_start: IntArray, k_len: IntArray, diagonal: IntArray, window: int) -> KeyRanges:
+    """Empties the ranges that lie before the first query's window, and so before every query's."""
+    return KeyRanges(k_start, np.where(diagonal - window >= k_len, 0, k_len), diagonal, "any")
+
+
+def _own_table(meta: CPMetadata, ranges: KeyRanges) -> RowTable:
+    return _with_padding(meta, meta.chunk_host, ranges)
+
+
+def _table(meta: CPMetadata, source: int, ranges: KeyRanges) -> RowTable:
+    return _with_padding(meta, chunk_tables(meta.plan, source), ranges)
+
+
+def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> RowTable:
+    """With the padding of q as the last row; in a bucket, after as many empty rows as there may be chunks."""
+    missing = 0 if meta.bucket is None else meta.bucket.max_chunks - len(chunks.q_len)
+    padding = meta.rows - int(chunks.q_len.sum())
+    more = missing + (1 if padding or meta.bucket is not None else 0)
+    q_len, k_start, k_len, diagonal, request = (
+        np.pad(column, (0, more)) for column in (chunks.q_len, ranges.k_start, ranges.k_len, ranges.diagonal, chunks.request)
+    )
+    if padding:
+        q_len[-1] = padding
+    return RowTable(q_len, k_start, k_len, diagonal, request, ranges.alignment)
+
+
+def _build(meta: CPMetadata, tables: list[RowTable], paged: bool) -> list[RaggedRows]:
+    if paged:
+        tables = [table._replace(k_start=np.zeros_like(table.k_start)) for table in tables]
+    fixed_lengths = None if meta.bucket is None else (meta.bucket.max_rows, meta.bucket.max_seqlen)
+    return RaggedRows.build_all(tables, meta.device, fixed_lengths)
+
+
+def _by_launch(rows: list[RaggedRows], launches: int) -> list[list[RaggedRows]]:
+    return [rows[first : first + launches] for first in range(0, len(rows), launches)]

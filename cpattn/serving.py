@@ -1,0 +1,198 @@
+"""The pieces of ``cp_attention`` over pages, for engines that write their cache or attend themselves.
+
+``cp_attention(q, k, v, meta, kv_cache=PagedKV(...))`` is ``gather_kv``, ``write_kv`` and ``attend`` one after another; an
+engine can put its own code in the place of any of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from cpattn import checks
+from cpattn.call import Arguments, BackendChoice, Group, decide, run
+from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.exchange.all_gather import over_pages, start_gather
+from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.message import KVFormat, message_buffer
+from cpattn.exchange.pages import write_pages_
+from cpattn.exchange.strategy import Steps
+from cpattn.kv_cache import PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+
+
+def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = None) -> tuple[Tensor, Tensor | None]:
+    """Every rank's new keys and values, in rank-major order, on every rank. A collective call.
+
+    >>> import cpattn, torch
+    >>> meta = cpattn.build_metadata([(0, 3)], cp_size=1, cp_rank=0)
+    >>> k, v = cpattn.gather_kv(torch.randn(3, 2, 8), torch.randn(3, 2, 8), meta)
+    >>> k.shape
+    torch.Size([3, 2, 8])
+
+    Args:
+        k: ``[meta.rows, Hkv, D]``; v ``[meta.rows, Hkv, Dv]``, or None where V is a part of K.
+        meta: this rank's metadata.
+        group: as in :func:`cp_attention`.
+
+    Returns:
+        ``[cp_size * rows, Hkv, D]`` and ``[cp_size * rows, Hkv, Dv]`` (or None), zeros on padding: views of memory that
+        the next call over this group uses again. Row ``meta.restore_index[t]`` is token t; :func:`slot_mapping` says where
+        each row belongs.
+
+    Raises:
+        CPError: in its subclasses, before anything is sent.
+    """
+    checks.check_metadata(meta)
+    communicator = as_communicator(group, meta.plan.cp_size)
+    checks.check_group(meta, communicator)
+    checks.check_qkv(k, k, v, k.shape[-1] if v is None and isinstance(k, Tensor) and k.ndim else None, meta)
+    v_head_dim = k.shape[2] if v is None else v.shape[2]
+    kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
+    gathered = message_buffer(communicator, "gathered", kv, meta.plan.cp_size * meta.rows)
+    if meta.rows:
+        start_gather(gathered, k, v, meta, communicator).wait()
+    return kv.parts(gathered)
+
+
+def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor:
+    """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
+
+    For a cache that every rank holds whole. Made on the device, without waiting for it.
+
+    >>> import cpattn, torch
+    >>> meta = cpattn.build_metadata([(3, 2)], cp_size=2, cp_rank=0, pad_to=2)
+    >>> cpattn.slot_mapping(meta, torch.tensor([[7, 5]], dtype=torch.int32), page_size=4)
+    tensor([31, -1, 20, -1])
+
+    Args:
+        page_table: int32 or int64 ``[num_requests, max_pages]``.
+
+    Returns:
+        int64 ``[cp_size * rows]``.
+    """
+    checks.check_metadata(meta)
+    checks.check_page_table(page_table, page_size, meta)
+    request, position = (place.long() for place in meta.gathered_places)
+    is_token = position >= 0
+    if not page_table.numel():
+        return torch.full_like(position, -1)
+    page = page_table[request.clamp(min=0), position.clamp(min=0) // page_size].long()
+    return torch.where(is_token, page * page_size + position % page_size, -1)
+
+
+def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor) -> None:
+    """Writes row i of k and v into slot ``slots[i]`` of the pages; rows of a negative slot are skipped.
+
+    >>> import cpattn, torch
+    >>> cache = cpattn.PagedKV(torch.zeros(4, 2, 1, 8), torch.zeros(4, 2, 1, 8), torch.tensor([[3]], dtype=torch.int32))
+    >>> cpattn.write_kv(torch.ones(2, 1, 8), torch.ones(2, 1, 8), cache, torch.tensor([7, -1]))
+    >>> cache.k_pages.sum(dim=(2, 3)).tolist()
+    [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 8.0]]
+
+    Args:
+        k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages.
+        kv_cache: its pages are written; its page table is not looked at.
+        slots: int32 or int64 ``[n]``, no slot twice.
+
+    Raises:
+        TensorMismatchError: k, v, pages and slots do not go together.
+    """
+    for name, x, pages in (("k", k, kv_cache.k_pages), ("v", v, kv_cache.v_pages)):
+        if (x is None) != (pages is None):
+            raise TensorMismatchError(f"of {name} and kv_cache.{name}_pages one is None and the other is not")
+        if x is None or pages is None:
+            continue
+        if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype or x.device != pages.device:
+            raise TensorMismatchError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, the pages are {tuple(pages.shape)} {pages.dtype} on {pages.device}; "
+                "heads, head_dim, dtype and device must be the same"
+            )
+        if len(x) != len(slots):
+            raise TensorMismatchError(
+                f"{name} has {len(x)} rows, but there are {len(slots)} slots; pass a slot for each row, -1 to skip it"
+            )
+    if slots.dtype not in (torch.int32, torch.int64) or slots.ndim != 1 or slots.device != k.device:
+        raise TensorMismatchError(
+            f"slots is {tuple(slots.shape)} {slots.dtype} on {slots.device}; pass int32 or int64 [rows] on {k.device}"
+        )
+    write_pages_(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
+
+
+@overload
+def attend(
+    q: Tensor,
+    kv_cache: PagedKV,
+    meta: CPMetadata,
+    *,
+    v_dim: int | None = ...,
+    backend: BackendChoice = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    kv_cache: PagedKV,
+    meta: CPMetadata,
+    *,
+    v_dim: int | None = ...,
+    backend: BackendChoice = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q: Tensor,
+    kv_cache: PagedKV,
+    meta: CPMetadata,
+    *,
+    v_dim: int | None = None,
+    backend: BackendChoice = "auto",
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """This rank's queries over pages that hold everything already, this call's tokens included. Sends nothing.
+
+    >>> import cpattn, torch
+    >>> meta = cpattn.build_metadata([(2, 1)], cp_size=1, cp_rank=0)
+    >>> pages = torch.randn(4, 16, 2, 8)
+    >>> cache = cpattn.PagedKV(pages, pages, torch.tensor([[2]], dtype=torch.int32))
+    >>> cpattn.attend(torch.randn(1, 4, 8), cache, meta).shape
+    torch.Size([1, 4, 8])
+
+    Args:
+        q: ``[meta.rows, Hq, D]``.
+        kv_cache: replicated pages; the rest as in :func:`cp_attention`.
+
+    Returns:
+        As :func:`cp_attention`.
+    """
+    checks.check_metadata(meta)
+    if meta.plan.sharded:
+        raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")
+    k, v = checks.check_attend(q, kv_cache, meta)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, "all_gather", backend, 1, scale, window, softcap, sinks)
+    # Any one rank can do this alone: it is told of no group.
+    decision = decide(arguments, meta, None)
+
+    def steps(inputs: object, meta: CPMetadata, communicator: object) -> Steps:
+        yield over_pages(kv_cache, decision.format, decision.backend.reads_pages(decision.call), meta, alone)
+
+    alone = as_communicator(None, 1)
+    out, lse = run(arguments, decision, meta, alone, steps, merges=False)
+    return (out, lse) if return_lse else out
