@@ -1,15 +1,46 @@
-"""A batch as a JSON file: a list of requests, each ``{"prefix_len": 4096, "extend_len": 128}`` or ``[4096, 128]``."""
+"""A batch as it is given on the command line: a JSON file, or the requests themselves as text.
+
+A file holds a list of requests, each ``{"prefix_len": 4096, "extend_len": 128}`` or ``[4096, 128]``; the text of the same is
+``4096+128``, with commas between requests.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from cpattn.errors import BatchError
 
+_REQUEST = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*")
+_EXAMPLE = '"0+512, 4096+128"'
 
-def read_batch(path: Path) -> list[tuple[int, int]]:
+
+def read_batch(given: str) -> list[tuple[int, int]]:
+    """The (prefix_len, extend_len) pairs of a batch, from a file of that name or from the text itself.
+
+    >>> read_batch("0+3670, 77+1")
+    [(0, 3670), (77, 1)]
+
+    Raises BatchError if it is neither.
+    """
+    path = Path(given)
+    if "+" in given and not path.is_file():
+        return [_parse_request(request, number) for number, request in enumerate(given.split(","))]
+    if not given.strip():
+        raise BatchError(f"the batch is empty; write requests as prefix+new tokens, such as {_EXAMPLE}, or name a JSON file")
+    return read_batch_file(path)
+
+
+def _parse_request(request: str, number: int) -> tuple[int, int]:
+    match = _REQUEST.fullmatch(request)
+    if match is None:
+        raise BatchError(f"request {number} of the batch is {request.strip()!r}; write it as prefix+new tokens, such as {_EXAMPLE}")
+    return int(match[1]), int(match[2])
+
+
+def read_batch_file(path: Path) -> list[tuple[int, int]]:
     """The (prefix_len, extend_len) pairs of a batch file. Other keys of a request, such as a note, are passed over.
 
     Raises BatchError if the file can not be read or is of another form.
@@ -17,9 +48,13 @@ def read_batch(path: Path) -> list[tuple[int, int]]:
     try:
         requests = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BatchError(f"can not read the batch file {path}: {error.strerror}") from None
+        raise BatchError(
+            f"can not read the batch file {path}: {error.strerror}; name a JSON file, or write the requests as {_EXAMPLE}"
+        ) from None
     except ValueError as error:
-        raise BatchError(f"{path} is not a JSON file: {error}") from None
+        raise BatchError(
+            f'{path} is not a JSON file: {error}; a batch file is a list such as [{{"prefix_len": 0, "extend_len": 512}}]'
+        ) from None
     if not isinstance(requests, list):
         raise BatchError(
             f'{path} holds a JSON {type(requests).__name__}; a batch file is a list such as [{{"prefix_len": 0, "extend_len": 512}}]'
@@ -31,7 +66,10 @@ def _pair(request: Any, number: int, path: Path) -> tuple[int, int]:
     if isinstance(request, dict):
         missing = {"prefix_len", "extend_len"} - request.keys()
         if missing:
-            raise BatchError(f"{path}: request {number} has no {' and no '.join(sorted(missing))}")
+            raise BatchError(
+                f"{path}: request {number} has no {' and no '.join(sorted(missing))}; "
+                'write {"prefix_len": 0, "extend_len": 512} or [0, 512]'
+            )
         return request["prefix_len"], request["extend_len"]
     if isinstance(request, list) and len(request) == 2:
         return request[0], request[1]

@@ -3,22 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from cpattn.cli import demo
+from cpattn.cli import bench, demo, env, picture, plan
 from cpattn.errors import CPError
+from cpattn.version import __version__
+
+_DESCRIPTION = """\
+Exact causal attention over a context that is split across ranks (GPUs or processes).
+
+A batch is a list of requests, each with a number of tokens that are in the KV cache
+already (its prefix) and a number of new ones. Write it as prefix+new, request after
+request, or give a JSON file:
+
+  cpattn plan --batch "0+3670, 4096+128, 77+1" --cp 8
+  cpattn plan --batch examples/batches/mixed.json --cp 8
+
+New here? Start with `cpattn demo`: it needs no GPU, and takes a few seconds.
+"""
+_EXIT_CODES = """\
+exit codes: 0 fine, 1 a check failed, 2 the input was refused, 130 interrupted
+`cpattn COMMAND --help` explains a command.
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which names the way to the fix."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; `{self.prog} --help` explains", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0 fine, 1 a check failed, 2 the input was refused."""
-    parser = argparse.ArgumentParser(prog="cpattn", description="Exact causal attention over a context that is split across ranks.")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    demo.add_command(commands)
-    options = parser.parse_args(arguments)
+    """Runs one command. Returns the exit code: 0 fine, 1 a check failed, 2 the input was refused, 130 interrupted."""
+    options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
     except CPError as error:
-        print(f"cpattn {options.command}: {error}", file=sys.stderr)
+        print(f"cpattn {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"cpattn {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; what is left in the buffer must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = OneLineParser(prog="cpattn", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"cpattn {__version__}")
+    commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in (plan, picture, demo, env, bench):
+        command.add_command(commands)
+    return top

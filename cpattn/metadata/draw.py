@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,38 +14,54 @@ if TYPE_CHECKING:
 
 _RANK_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PREFIX = "."
+_LEGEND = f"{_PREFIX} cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark"
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: the first column to the left, all others to the right, a rule under the header."""
+def rank_mark(rank: int) -> str:
+    """The letter or digit that stands for a rank."""
+    return _RANK_MARKS[rank % len(_RANK_MARKS)]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A plain table: the columns numbered in ``left`` to the left, all others to the right, a rule under the header."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def form(line: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        return "  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip()
+        cells = [line[i].ljust(width) if i in left else line[i].rjust(width) for i, width in enumerate(widths)]
+        return "  ".join(cells).rstrip()
 
     return "\n".join([form(header), "  ".join("-" * width for width in widths), *map(form, rows)])
 
 
 def summarize_plan(plan: Plan) -> str:
     """See :meth:`cpattn.Plan.summary`."""
-    prefix_tokens = plan.num_prefix_tokens
-    lines = [
-        f"{len(plan.batch)} requests: {plan.num_tokens:,} new tokens over {prefix_tokens:,} cached ones",
+    return "\n".join([describe_plan(plan), "", text_table(*share_table(plan)), "", describe_imbalance(plan)])
+
+
+def describe_plan(plan: Plan) -> str:
+    """Two lines: the batch, and the layout."""
+    return (
+        f"{len(plan.batch)} requests: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones\n"
         f"{plan.cp_size} ranks, {plan.partition} partition, {plan.remainder} remainder, "
-        f"{plan.rows:,} rows a rank (a multiple of {plan.pad_to})",
-        "",
-    ]
+        f"{plan.rows:,} rows a rank (a multiple of {plan.pad_to})"
+    )
+
+
+def share_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """A header and a line a rank: its tokens, padding and query-key pairs; then one for all."""
     all_pairs = sum(plan.rank_pairs)
     table = [
         [str(rank), f"{tokens:,}", f"{plan.rows - tokens:,}", f"{pairs:,}", f"{pairs / all_pairs:.2%}" if all_pairs else "-"]
         for rank, (tokens, pairs) in enumerate(zip(plan.rank_tokens, plan.rank_pairs, strict=True))
     ]
     table.append(["all", f"{plan.num_tokens:,}", f"{plan.cp_size * plan.rows - plan.num_tokens:,}", f"{all_pairs:,}", ""])
-    lines.append(text_table(["rank", "tokens", "padding", "query-key pairs", "share"], table))
-    lines += ["", f"imbalance (fullest rank over the mean): tokens {plan.token_imbalance:.4f}, pairs {plan.pair_imbalance:.4f}"]
-    return "\n".join(lines)
+    return ["rank", "tokens", "padding", "query-key pairs", "share"], table
+
+
+def describe_imbalance(plan: Plan) -> str:
+    """One line: how far the fullest rank is from the mean."""
+    return f"imbalance (fullest rank over the mean): tokens {plan.token_imbalance:.4f}, pairs {plan.pair_imbalance:.4f}"
 
 
 def draw_plan(plan: Plan, width: int) -> str:
@@ -57,7 +73,7 @@ def draw_plan(plan: Plan, width: int) -> str:
         for i, (prefix_len, extend_len) in enumerate(plan.batch)
     ]
     label_width = max(map(len, labels))
-    lines = [f"{_PREFIX} cached prefix   0 1 2 ... 9 a b ... the rank that has a new token   xN one mark for N tokens"]
+    lines = [_LEGEND]
     for i, (prefix_len, extend_len) in enumerate(plan.batch):
         tokens_a_mark = max(1, -(-(prefix_len + extend_len) // max(1, width)))
         ends = np.cumsum(np.concatenate([[prefix_len], plan.lengths[i]]))
@@ -75,4 +91,4 @@ def _mark(begin: int, end: int, ends: IntArray, chunk_rank: IntArray) -> str:
     covered = np.diff(np.clip(ends, begin, end), prepend=begin)[1:]
     if not covered.any():
         return _PREFIX
-    return _RANK_MARKS[int(np.bincount(chunk_rank, covered).argmax()) % len(_RANK_MARKS)]
+    return rank_mark(int(np.bincount(chunk_rank, covered).argmax()))

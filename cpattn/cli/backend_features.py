@@ -1,0 +1,72 @@
+"""What each backend can do on this machine: each is asked about one call a feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from cpattn.attention.backend import Backend, Call
+from cpattn.attention.registry import BACKENDS
+
+# What else a call may ask for, beside the flags that Call has.
+_OTHER_FEATURES: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "Dv!=D": {"v_head_dim": 64},
+    "ring": {"alignments": frozenset({"bottom_right", "full"}), "merges": True},
+    "ring+window": {"alignments": frozenset({"any"}), "merges": True, "window": True},
+}
+
+
+def backend_features(guarded: Callable[[Callable[[], Any], Callable[[str], Any]], Any]) -> dict[str, Any]:
+    """For each backend on the device that it is for, or the machine's best: ``device``, ``usable``, ``why_not``, and for
+    each feature None or why not.
+
+    Args:
+        guarded: calls its first argument, or the second with what that raised; a broken package must not spoil the rest.
+    """
+    has_gpu = guarded(torch.cuda.is_available, lambda failure: False)
+    return {name: guarded(partial(_features, backend, has_gpu), _broken) for name, backend in BACKENDS.items()}
+
+
+def _features(backend: Backend, has_gpu: bool) -> dict[str, Any]:
+    on_gpu = has_gpu if backend.device_types is None else "cuda" in backend.device_types
+    device = "cuda" if on_gpu else "cpu"
+    call = _plain_call(torch.device(device))
+    why_not = backend.why_not(call)
+    if why_not is None and on_gpu and not has_gpu:
+        why_not = "there is no CUDA device"
+    features = {} if why_not else {name: _ask(backend, replace(call, **asked)) for name, asked in _asked().items()}
+    return {"device": device, "usable": why_not is None, "why_not": why_not, "features": features}
+
+
+def _ask(backend: Backend, call: Call) -> str | None:
+    return backend.why_not(call)
+
+
+def _broken(failure: str) -> dict[str, Any]:
+    return {"device": None, "usable": False, "why_not": failure, "features": {}}
+
+
+def _plain_call(device: torch.device) -> Call:
+    """bf16 heads of 128, one step, and nothing else asked for; flags that are new here are off."""
+    plain: dict[str, Any] = {
+        "device": device,
+        "dtype": torch.bfloat16,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "alignments": frozenset({"bottom_right"}),
+    }
+    plain |= {field.name: False for field in fields(Call) if field.name not in plain and field.default is MISSING}
+    return Call(**plain)
+
+
+def _asked() -> dict[str, dict[str, Any]]:
+    """The fields of a call that differ from the plain one, by feature."""
+    flags: dict[str, dict[str, Any]] = {
+        field.name: {field.name: True} for field in fields(Call) if field.type in ("bool", bool) and field.name != "merges"
+    }
+    return flags | _OTHER_FEATURES

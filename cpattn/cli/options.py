@@ -1,0 +1,59 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import cpattn
+from cpattn.cli.batch_file import read_batch
+from cpattn.cli.traffic import Shape
+from cpattn.errors import CPError, HeadCountError
+from cpattn.metadata.partition import PARTITIONS, REMAINDERS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: bool = False) -> None:
+    """--batch, --cp and what else a plan is made of; with ``several_partitions``, --partition takes a list of them."""
+    parser.add_argument(
+        "--batch", required=True, metavar="BATCH", help='a JSON file, or requests as prefix+new tokens: "0+3670, 4096+128, 77+1"'
+    )
+    parser.add_argument("--cp", type=int, required=True, metavar="N", help="number of ranks")
+    if several_partitions:
+        parser.add_argument("--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all)")
+    else:
+        parser.add_argument("--partition", choices=list(PARTITIONS), default="zigzag", help="who owns which tokens (default: zigzag)")
+    parser.add_argument(
+        "--remainder", choices=REMAINDERS, default="balanced", help="where tokens go that a division leaves over (default: balanced)"
+    )
+    parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="rows of a rank are a multiple of this (default: 1)")
+
+
+def plan_from(options: argparse.Namespace) -> cpattn.Plan:
+    """The plan that those options ask for. Raises BatchError or PlanError."""
+    batch = read_batch(options.batch)
+    return cpattn.plan(batch, options.cp, partition=options.partition, remainder=options.remainder, pad_to=options.pad_to)
+
+
+def add_shape_options(parser: argparse._ActionsContainer, *, heads: int, head_dim: int, dtype: str = "bfloat16") -> None:
+    """--heads, --kv-heads, --head-dim, --v-head-dim and --dtype."""
+    parser.add_argument("--heads", type=int, default=heads, metavar="N", help=f"query heads (default: {heads})")
+    parser.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: a quarter of the query heads, at least 1)")
+    parser.add_argument("--head-dim", type=int, default=head_dim, metavar="N", help=f"size of a head (default: {head_dim})")
+    parser.add_argument("--v-head-dim", type=int, metavar="N", help="size of a head of v (default: as --head-dim)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v (default: {dtype})")
+
+
+def shape_from(options: argparse.Namespace) -> Shape:
+    """The sizes that those options ask for. Raises HeadCountError or CPError."""
+    heads = options.heads
+    kv_heads = options.kv_heads if options.kv_heads is not None else (heads // 4 if heads % 4 == 0 else 1)
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise HeadCountError(f"--heads {heads} --kv-heads {kv_heads}: query heads must be a multiple of key/value heads, both at least 1")
+    v_head_dim = options.head_dim if options.v_head_dim is None else options.v_head_dim
+    for name, value in (("--head-dim", options.head_dim), ("--v-head-dim", v_head_dim)):
+        if value < 1:
+            raise CPError(f"{name} {value}: it must be at least 1")
+    return Shape(heads, kv_heads, options.head_dim, v_head_dim, options.dtype, DTYPES[options.dtype].itemsize)

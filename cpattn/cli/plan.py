@@ -1,0 +1,162 @@
+"""``cpattn plan``: how a batch is laid out over the ranks, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cpattn
+from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title
+from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
+from cpattn.cli.traffic import TRAFFIC, Shape, in_words, strategy_bytes
+from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
+from cpattn.metadata.partition import PARTITIONS, REMAINDERS
+from cpattn.metadata.plan import Plan
+from cpattn.viz.palette import rank_color
+
+_DESCRIPTION = """\
+Prints how a batch is laid out over the ranks: each rank's tokens and query-key pairs,
+how far the busiest is from the mean, what each strategy sends in one attention call,
+and who owns which token. Nothing is computed, and no GPU is needed.
+"""
+_EXAMPLES = """\
+examples:
+  cpattn plan --batch "0+3670, 4096+128, 77+1" --cp 8
+  cpattn plan --batch examples/batches/mixed.json --cp 4 --compare
+  cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png
+  cpattn plan --batch "0+3670" --cp 8 --json | jq .pair_imbalance
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Registers the command with the parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="print how a batch is laid out over the ranks, and what each strategy sends",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_plan_options(parser)
+    sizes = parser.add_argument_group("sizes of the attention, for the bytes that are sent")
+    add_shape_options(sizes, heads=32, head_dim=128)
+    output = parser.add_argument_group("output")
+    output.add_argument("--compare", action="store_true", help="put all partitions and remainders side by side")
+    output.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    output.add_argument("--draw", type=Path, metavar="FILE", help="also draw the plan: FILE is a .png, .svg or .pdf (needs cpattn[viz])")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan. Returns 0."""
+    plan, shape = plan_from(options), shape_from(options)
+    if options.draw is not None:
+        from cpattn.viz import draw_plan_picture
+
+        draw_plan_picture(plan, options.draw)
+    if options.compare:
+        plans = [
+            cpattn.plan(plan.batch, plan.cp_size, partition=partition, remainder=remainder, pad_to=plan.pad_to)
+            for partition, remainder in product(PARTITIONS, REMAINDERS)
+        ]
+        if options.json:
+            print(json.dumps({"plans": [as_json(other, shape) for other in plans]}, indent=2))
+        else:
+            _print_comparison(plans, shape)
+    elif options.json:
+        print(json.dumps(as_json(plan, shape), indent=2))
+    else:
+        _print_plan(plan, shape)
+    if options.draw is not None and not options.json:
+        print(f"\ndrawn to {options.draw}")
+    return 0
+
+
+def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
+    """The plan as JSON's own types. Tokens and pairs are counts, sizes are bytes."""
+    return {
+        "cpattn": cpattn.__version__,
+        "batch": [request._asdict() for request in plan.batch],
+        "cp_size": plan.cp_size,
+        "partition": plan.partition,
+        "remainder": plan.remainder,
+        "pad_to": plan.pad_to,
+        "num_tokens": plan.num_tokens,
+        "num_prefix_tokens": plan.num_prefix_tokens,
+        "rows": plan.rows,
+        "ranks": [
+            {"rank": rank, "tokens": tokens, "padding": plan.rows - tokens, "pairs": pairs}
+            for rank, (tokens, pairs) in enumerate(zip(plan.rank_tokens, plan.rank_pairs, strict=True))
+        ],
+        "token_imbalance": plan.token_imbalance,
+        "pair_imbalance": plan.pair_imbalance,
+        "fingerprint": plan.fingerprint,
+        "chunks": [chunk._asdict() for chunk in plan.chunks],
+        "attention": shape._asdict(),
+        "strategies": {name: {"bytes_sent_per_rank": sent} for name, sent in strategy_bytes(plan, shape).items()},
+    }
+
+
+def _print_plan(plan: Plan, shape: Shape) -> None:
+    print(describe_plan(plan))
+    print_title("each rank's share")
+    header, lines = share_table(plan)
+    busiest, bar_columns = max([*plan.rank_pairs, 1]), min(60, max(10, columns() - 56))
+    table: list[list[Cell]] = []
+    for rank, line in enumerate(lines[:-1]):
+        bar = "#" * round(plan.rank_pairs[rank] / busiest * bar_columns)
+        table.append([Styled(line[0], f"bold {rank_color(rank)}"), *line[1:], Styled(bar, rank_color(rank))])
+    table.append([*lines[-1], ""])
+    print_table([*header, "work"], table, left=(0, 5))
+    print(f"\n{describe_imbalance(plan)}")
+
+    print_title("what each rank sends in one attention call")
+    print(f"{shape}\n")
+    sent = strategy_bytes(plan, shape)
+    print_table(
+        ["strategy", "what travels", "bytes", "that is"],
+        [[name, TRAFFIC[name].travels, f"{size:,}", in_words(size)] for name, size in sent.items()],
+        left=(0, 1),
+    )
+
+    print_title("who owns which token")
+    print_layout(plan)
+
+
+def print_layout(plan: Plan) -> None:
+    """The plan as a text picture that fits the terminal."""
+    width = 60 if columns() <= 120 else 150
+    while max(map(len, plan.draw(width).splitlines())) > columns() and width > 10:
+        width -= 1
+    print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_color(rank) for rank in range(plan.cp_size)})
+
+
+def _print_comparison(plans: list[Plan], shape: Shape) -> None:
+    """Metrics down, plans across."""
+    first = plans[0]
+    print(
+        f"{len(first.batch)} requests: {first.num_tokens:,} new tokens over {first.num_prefix_tokens:,} cached ones, {first.cp_size} ranks"
+    )
+    names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
+    names += [f"{name}: sent" for name in strategy_bytes(first, shape)] + [f"pairs of rank {rank}" for rank in range(first.cp_size)]
+    best = min(plan.pair_imbalance for plan in plans)
+    print_title("query-key pairs, and what each rank sends")
+    cells = [_comparison_column(plan, shape, best) for plan in plans]
+    print_table(["partition", *(plan.partition for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
+    print(f"\nbytes are those of one attention call, {shape}")
+
+
+def _comparison_column(plan: Plan, shape: Shape, best: float) -> list[Cell]:
+    imbalance = f"{plan.pair_imbalance:.4f}"
+    return [
+        plan.remainder,
+        f"{plan.rows:,}",
+        f"{plan.cp_size * plan.rows - plan.num_tokens:,}",
+        f"{plan.token_imbalance:.4f}",
+        Styled(imbalance, "bold green") if plan.pair_imbalance == best else imbalance,
+        *(in_words(sent) for sent in strategy_bytes(plan, shape).values()),
+        *(f"{pairs:,}" for pairs in plan.rank_pairs),
+    ]

@@ -1,0 +1,98 @@
+"""When a ring's ranks compute and send, by a simple model: a schedule to draw, not a forecast.
+
+Computing takes time in proportion to query-key pairs, the same on every rank. A transfer begins when both its ends are
+ready and takes the same time at every hop, since messages are of one size. A rank goes on to the next hop when it has
+computed this one, has sent its message on and has received the next: what :mod:`cpattn.exchange.ring` does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.errors import PlanError
+from cpattn.metadata.batch import IntArray
+from cpattn.metadata.plan import Plan
+
+
+class Stretch(NamedTuple):
+    """From ``begin`` to ``end`` a rank is busy at its ``hop`` with the keys that are those of rank ``owner``."""
+
+    rank: int
+    hop: int
+    owner: int
+    begin: float
+    end: float
+
+
+class RingSchedule(NamedTuple):
+    """Times in query-key pairs.
+
+    Attributes:
+        computing: for each rank and hop, its attention over the keys at hand (in hop 0 also over the cached prefix).
+        sending: for each rank and hop but the last, its message to the next rank.
+        end: when the last rank is done.
+        transfer: what a transfer was taken to last, in hops of attention.
+    """
+
+    plan: Plan
+    computing: tuple[Stretch, ...]
+    sending: tuple[Stretch, ...]
+    end: float
+    transfer: float
+
+    @property
+    def busy(self) -> float:
+        """The share of the time in which a rank computes, on average; 1.0 if there is nothing to do."""
+        return sum(self.plan.rank_pairs) / (self.plan.cp_size * self.end) if self.end else 1.0
+
+
+def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
+    """The schedule of a ring over this plan.
+
+    Args:
+        transfer: how long a transfer takes, where 1 is what a hop's attention takes on average.
+
+    Raises PlanError if ``transfer`` is negative.
+    """
+    if not transfer >= 0:
+        raise PlanError(f"transfer={transfer}; it must be at least 0: the time of a transfer, in hops of attention")
+    cp_size = plan.cp_size
+    pairs, prefix_pairs = pairs_by_owner(plan)
+    transfer_time = transfer * sum(plan.rank_pairs) / cp_size**2 if plan.rows else 0.0
+    computing: list[Stretch] = []
+    sending: list[Stretch] = []
+    begins = [0.0] * cp_size
+    for hop in range(cp_size):
+        ready = []
+        for rank in range(cp_size):
+            owner = (rank - hop) % cp_size
+            work = float(pairs[rank, owner]) + (float(prefix_pairs[rank]) if hop == 0 else 0.0)
+            computing.append(Stretch(rank, hop, owner, begins[rank], begins[rank] + work))
+            ready.append(begins[rank] + work)
+        if hop + 1 == cp_size:
+            return RingSchedule(plan, tuple(computing), tuple(sending), max(ready), transfer)
+        for rank in range(cp_size):
+            receiver = (rank + 1) % cp_size
+            begin = max(begins[rank], begins[receiver])
+            sending.append(Stretch(rank, hop, (rank - hop) % cp_size, begin, begin + transfer_time))
+            for end in (rank, receiver):
+                ready[end] = max(ready[end], begin + transfer_time)
+        begins = ready
+    raise AssertionError("a plan has at least one rank")
+
+
+def pairs_by_owner(plan: Plan) -> tuple[IntArray, IntArray]:
+    """``[cp_size, cp_size]`` the query-key pairs of each rank's queries and each rank's new keys, and ``[cp_size]`` those
+    of its queries and the cached prefix."""
+    pairs = np.zeros((plan.cp_size, plan.cp_size), dtype=np.int64)
+    prefix_pairs = np.zeros(plan.cp_size, dtype=np.int64)
+    np.add.at(prefix_pairs, plan.chunk_rank, (plan.lengths * plan.prefix_lens[:, None]).sum(axis=0))
+    for q_column, q_rank in enumerate(plan.chunk_rank):
+        lengths = plan.lengths[:, q_column]
+        pairs[q_rank, q_rank] += int((lengths * (lengths + 1) // 2).sum())
+        # All of each earlier chunk is seen by all of this one.
+        seen = (lengths[:, None] * plan.lengths[:, :q_column]).sum(axis=0)
+        np.add.at(pairs[q_rank], plan.chunk_rank[:q_column], seen)
+    return pairs, prefix_pairs

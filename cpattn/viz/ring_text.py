@@ -1,0 +1,47 @@
+"""A ring's hops over time, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cpattn.metadata.draw import rank_mark
+from cpattn.viz.ring_schedule import RingSchedule, Stretch
+
+RING_LEGEND = (
+    "computes: 0 1 .. 9 a b ..: attention over the keys of that rank, in the first hop also over cached ones\n"
+    "sends: the same marks, keys of that rank on their way to the next   . nothing"
+)
+
+
+def ring_as_text(schedule: RingSchedule, width: int = 60) -> str:
+    """Two lines a rank, what it computes and what it sends, over ``width`` marks of time.
+
+    >>> import cpattn
+    >>> from cpattn.viz import ring_schedule
+    >>> print(ring_as_text(ring_schedule(cpattn.plan([(0, 8)], 2), transfer=0.5), width=20).split("nothing")[1])
+    <BLANKLINE>
+    rank 0 computes |0000000000011111111.|
+           sends    |00000...............|
+    rank 1 computes |1111111111100000000.|
+           sends    |11111...............|
+    """
+    lines = [RING_LEGEND]
+    label_width = len(f"rank {schedule.plan.cp_size - 1}")
+    for rank in range(schedule.plan.cp_size):
+        for label, name, stretches in (
+            (f"rank {rank}", "computes", schedule.computing),
+            ("", "sends", schedule.sending),
+        ):
+            mine = [stretch for stretch in stretches if stretch.rank == rank]
+            lines.append(f"{label:<{label_width}} {name:<8} |{_marks(mine, schedule.end, width)}|")
+    return "\n".join(lines)
+
+
+def _marks(stretches: Sequence[Stretch], end: float, width: int) -> str:
+    """The mark of each slice of time: what goes on in its middle."""
+    line = []
+    for at in range(width):
+        middle = (at + 0.5) * end / width
+        owner = next((stretch.owner for stretch in stretches if stretch.begin <= middle < stretch.end), None)
+        line.append("." if owner is None else rank_mark(owner))
+    return "".join(line)
