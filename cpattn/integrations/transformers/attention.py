@@ -1,0 +1,135 @@
+"""What transformers calls: the attention function and the mask function, under the name ``"cpattn"``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from cpattn.errors import UnsupportedError
+from cpattn.integrations.transformers.context import ContextError, active_context
+from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask
+
+NAME = "cpattn"
+
+# Keyword arguments that reach the attention of some models and mean nothing to it: positions have been rotated into q and k,
+# and the others are about outputs elsewhere. All others are refused unless they are None.
+_MEANINGLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+    }
+)
+# These mean nothing only when they are off.
+_MEANINGLESS_IF_FALSE = {
+    "output_attentions": "attention weights never exist; leave output_attentions off",
+    "use_cache": "a KV cache would hold this rank's rows alone; pass use_cache=False, as cp.inputs does",
+}
+
+
+def register() -> None:
+    """Makes ``attn_implementation="cpattn"`` known to transformers. Can be called again; changes no model.
+
+    Such a model runs within :func:`context_parallel` only.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    # A name without a mask function would silently get no mask, whatever the model asks for.
+    AttentionMaskInterface.register(NAME, mask_forward)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention over the whole context, as transformers calls it.
+
+    Args:
+        query: ``[1, Hq, rows, D]``, rotated; key and value ``[1, Hkv, rows, D]``, heads not repeated.
+        attention_mask: what :func:`mask_forward` returned.
+        scaling, sliding_window, softcap, s_aux: scale, window, softcap and sinks of :func:`cpattn.cp_attention`.
+
+    Returns:
+        ``[1, rows, Hq, Dv]``, and None for the weights.
+    """
+    context = active_context()
+    if not isinstance(attention_mask, CausalMask):
+        what = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else repr(attention_mask)
+        raise UnsupportedError(
+            f"{type(module).__name__} got an attention_mask ({what}) that cpattn's mask function did not make; call the model with "
+            "cp.inputs(input_ids): masks of one's own, padding and bidirectional layers are not supported"
+        )
+    if dropout:
+        raise UnsupportedError(f"dropout={dropout}, but cpattn is for inference; call model.eval()")
+    if is_causal is False or (is_causal is None and getattr(module, "is_causal", True) is False):
+        raise UnsupportedError(f"{type(module).__name__} has is_causal=False; cpattn computes causal attention only")
+    if sliding_window is not None and sliding_window != attention_mask.window:
+        raise UnsupportedError(
+            f"{type(module).__name__} asks for sliding_window={sliding_window}, but its mask for {attention_mask.window}; "
+            "which of the two is meant depends on the attention implementation"
+        )
+    _refuse_unknown(module, kwargs)
+    out = context.attend(query, key, value, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux)
+    return out, None
+
+
+def mask_forward(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **_: Any,
+) -> CausalMask:
+    """What layers get as their attention_mask: the window of the mask that the model asks for.
+
+    The model is given an attention_mask of ours, so that transformers does not look for packed sequences in our rows, whose
+    positions jump: ``mask_function`` is then about one sequence, and ``allow_is_causal_skip`` is off only where the model
+    overlays it.
+    """
+    context = active_context()
+    if not context.is_token_mask(attention_mask):
+        what = "no attention_mask" if attention_mask is None else f"an attention_mask of shape {tuple(attention_mask.shape)}"
+        raise ContextError(
+            f"the model was called with {what}, not with that of cp.inputs(input_ids); call model(**cp.inputs(input_ids)), and instead "
+            "of padding give the requests in one packed row, whose lengths the batch of the plan says (generate() is not supported)"
+        )
+    if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
+        raise UnsupportedError(
+            f"the model was called with past_key_values ({kv_length} keys for {q_length} new tokens); "
+            "a KV cache over a sharded sequence is not supported: pass none, and use_cache=False"
+        )
+    return describe_mask(mask_function, local_size, overlaid=use_vmap or not allow_is_causal_skip)
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if value is None or name in _MEANINGLESS:
+            continue
+        if name not in _MEANINGLESS_IF_FALSE:
+            what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise UnsupportedError(f"{type(module).__name__} passes {name} ({what}) to its attention, which cpattn does not know how to honour")
+        if value:
+            raise UnsupportedError(f"{name}={value!r}: {_MEANINGLESS_IF_FALSE[name]}")

@@ -1,0 +1,232 @@
+"""The context within which a model runs on one rank's rows: what it shards, attends over and gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpattn import checks
+from cpattn.api import Group, cp_attention, shard, unshard
+from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
+from cpattn.exchange.communicator import as_communicator
+from cpattn.integrations.transformers.last_rows import last_rows
+from cpattn.integrations.transformers.models import check_model
+from cpattn.metadata.cp_metadata import CPMetadata
+
+# Of the thread (or task) that runs the model, so that several ranks may be threads of one process.
+_active: ContextVar[ContextParallel | None] = ContextVar("cpattn context_parallel", default=None)
+
+
+class ContextError(CPError):
+    """A model ran, or was gathered from, outside of the context that it needs."""
+
+
+@contextmanager
+def context_parallel(
+    model: Any,
+    meta: CPMetadata,
+    *,
+    group: Group = None,
+    strategy: str = "auto",
+    backend: str = "auto",
+    check: bool = False,
+) -> Iterator[ContextParallel]:
+    """Within it, the attention of a model with ``attn_implementation="cpattn"`` spans the ranks of ``group``.
+
+    ::
+
+        with torch.no_grad(), context_parallel(model, meta, group=group) as cp:
+            logits = cp.gather(model(**cp.inputs(input_ids)).logits)
+
+    Args:
+        model: a causal decoder model of transformers, in evaluation mode, the same on every rank.
+        meta: this rank's metadata of a batch without prefixes, on the model's device.
+        group, strategy, backend, check: as in :func:`cpattn.cp_attention`, of every layer.
+
+    Yields:
+        What shards the model's inputs and gathers its logits.
+
+    Raises:
+        ContextError: it is nested in another one, or the model did not attend through cpattn.
+        PrefixError: a request has a prefix.
+        CPError: in other subclasses: the model or the group does not fit.
+    """
+    if _active.get() is not None:
+        raise ContextError("context_parallel within another context_parallel; leave the first before a model runs on another batch")
+    cp = ContextParallel(model, meta, group, strategy, backend, check)
+    token = _active.set(cp)
+    try:
+        yield cp
+    finally:
+        _active.reset(token)
+    cp.check_attended()
+
+
+def active_context() -> ContextParallel:
+    """The context that the model runs in. Raises ContextError where there is none."""
+    cp = _active.get()
+    if cp is None:
+        raise ContextError(
+            'a model with attn_implementation="cpattn" was called outside of a context, so that its batch is unknown; call it as '
+            "`with context_parallel(model, meta) as cp: model(**cp.inputs(input_ids))`, or give it another attention: "
+            'model.set_attn_implementation("sdpa")'
+        )
+    return cp
+
+
+class ContextParallel:
+    """Shards a model's inputs and gathers its logits, for one batch. Made by :func:`context_parallel`."""
+
+    def __init__(self, model: Any, meta: CPMetadata, group: Group, strategy: str, backend: str, check: bool) -> None:
+        checks.check_metadata(meta)
+        if meta.plan.num_prefix_tokens:
+            raise PrefixError(
+                f"the batch has {meta.plan.num_prefix_tokens} prefix tokens, but a model of transformers has no KV cache here that could "
+                "hold them; give every request from its first token on: (0, prefix_len + extend_len)"
+            )
+        if not meta.plan.num_tokens:
+            raise CPError("the batch has no new token; there is nothing to run a model on: skip it on every rank")
+        self._communicator = as_communicator(group, meta.plan.cp_size)
+        checks.check_group(meta, self._communicator)
+        self._num_layers = check_model(model)
+        self.meta = meta
+        self._options: dict[str, Any] = {"group": self._communicator, "strategy": strategy, "backend": backend, "check": check}
+        # Which of the rows are tokens. That it is this tensor proves to the mask function that the inputs are ours.
+        self._token_mask = (torch.arange(meta.rows, device=meta.device) < meta.num_tokens)[None]
+        self._last_only = False
+        self._inputs_made = False
+        self._attended = 0
+
+    def inputs(self, input_ids: Tensor, *, last_only: bool = False) -> dict[str, Any]:
+        """The arguments of the model for this rank: ``model(**cp.inputs(input_ids))``.
+
+        Args:
+            input_ids: integers ``[num_tokens]`` or ``[1, num_tokens]``: all requests one after another, without padding, the
+                same on every rank.
+            last_only: let the model compute logits for the last token of each request alone.
+
+        Returns:
+            input_ids, position_ids and attention_mask ``[1, meta.rows]``, use_cache, and with last_only logits_to_keep.
+            Padding rows hold token 0 at position 0, and no one sees them.
+
+        Raises:
+            TensorMismatchError, RowCountError.
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            what = f"{input_ids.dtype}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+            raise TensorMismatchError(f"input_ids is {what}; pass an int64 or int32 tensor")
+        if input_ids.ndim == 2 and len(input_ids) == 1:
+            input_ids = input_ids[0]
+        if input_ids.ndim != 1:
+            raise RowCountError(
+                f"input_ids has shape {tuple(input_ids.shape)}; pass [num_tokens] or [1, num_tokens]: the tokens of all requests one "
+                "after another, without padding, whose lengths the batch of the plan gives"
+            )
+        arguments: dict[str, Any] = {
+            "input_ids": shard(input_ids, self.meta)[None],
+            "position_ids": self.meta.position_ids[None],
+            "attention_mask": self._token_mask,
+            "use_cache": False,
+        }
+        if last_only:
+            arguments["logits_to_keep"] = last_rows(self.meta).keep
+        self._last_only = last_only
+        self._inputs_made = True
+        self._attended = 0
+        return arguments
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """The logits of all tokens, in the original order, on every rank. A collective call.
+
+        Args:
+            logits: ``[1, meta.rows, vocab]``, as the model returned them (or any other values per row).
+
+        Returns:
+            ``[num_tokens, vocab]``.
+
+        Raises:
+            ContextError: inputs were made with last_only. RowCountError: another number of rows.
+        """
+        if self._last_only:
+            raise ContextError("the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do")
+        rows = self._rows(logits, self.meta.rows)
+        return unshard(rows, self.meta, group=self._communicator, check=self._options["check"])
+
+    def gather_last(self, logits: Tensor) -> Tensor:
+        """The logits of each request's last token, on every rank. A collective call that sends no other rows.
+
+        Args:
+            logits: as the model returned them, from inputs with last_only or without.
+
+        Returns:
+            ``[num_requests, vocab]`` in the order of the batch; NaN for a request without tokens.
+
+        Raises:
+            RowCountError: another number of rows than the inputs had.
+        """
+        last = last_rows(self.meta)
+        if self._last_only:
+            rows = self._rows(logits, len(last.keep))
+        else:
+            rows = self._rows(logits, self.meta.rows).index_select(0, last.keep)
+        checks.check_no_grad(logits=rows)
+        size = self._communicator.size
+        gathered = self._communicator.buffer("last logits", (size * len(rows), *rows.shape[1:]), rows.dtype, rows.device)
+        self._communicator.all_gather(gathered, rows.contiguous()).wait()
+        out = rows.new_full((len(self.meta.plan.batch), *rows.shape[1:]), float("nan"))
+        return out.index_copy_(0, last.request, gathered.index_select(0, last.place))
+
+    def is_token_mask(self, mask: Any) -> bool:
+        """Whether it is the attention_mask of :meth:`inputs`, or a view of all of it."""
+        ours = self._token_mask
+        return isinstance(mask, Tensor) and (mask.data_ptr(), mask.shape, mask.dtype) == (ours.data_ptr(), ours.shape, ours.dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """cp_attention in the layout of transformers: ``[1, heads, rows, D]`` in, ``[1, rows, Hq, Dv]`` out."""
+        batch_size, _, num_queries, _ = query.shape
+        if key.shape[2] != num_queries:
+            raise UnsupportedError(
+                f"a layer has {key.shape[2]} keys for {num_queries} queries, so it attends to a KV cache or to another sequence; "
+                "cpattn runs a whole forward pass of a decoder without a cache: use_cache=False, no past_key_values"
+            )
+        if (batch_size, num_queries) != (1, self.meta.rows):
+            raise RowCountError(
+                f"a layer has {batch_size} x {num_queries} rows, but this rank's metadata has 1 x {self.meta.rows} (rank "
+                f"{self.meta.cp_rank} of {self.meta.plan.cp_size}); call the model with cp.inputs(input_ids)"
+            )
+        self._attended += 1
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out: Tensor = cp_attention(q, k, v, self.meta, **self._options, **options)
+        return out[None]
+
+    def check_attended(self) -> None:
+        """Raises if a model got the inputs but did not attend through cpattn, in every layer."""
+        if self._inputs_made and self._attended == 0:
+            raise ContextError(
+                "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another "
+                'attention, which saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call '
+                'model.set_attn_implementation("cpattn")'
+            )
+        if self._attended % self._num_layers:
+            raise UnsupportedError(
+                f"the model has {self._num_layers} layers, but called cpattn's attention {self._attended} times: some of its layers work "
+                "by other means, which saw this rank's rows alone"
+            )
+
+    def _rows(self, logits: Any, expected: int) -> Tensor:
+        """``[expected, ...]`` from what the model returned."""
+        self.check_attended()
+        checks.check_tensor("logits", logits)
+        if logits.ndim < 2 or logits.shape[:2] != (1, expected):
+            raise RowCountError(
+                f"logits has shape {tuple(logits.shape)}, but this rank's model returns [1, {expected}, ...] for these inputs; "
+                "pass model(**cp.inputs(input_ids)).logits"
+            )
+        checks.check_device("logits", logits, self.meta)
+        rows: Tensor = logits[0]
+        return rows

@@ -1,0 +1,100 @@
+"""Small random-weight models of transformers, and what the ranks of tests/integrations run with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+
+import cpattn
+from cpattn.integrations import transformers as cpattn_hf
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    # Large enough that scores differ, and that a window, a cap and a sink change the result.
+    "initializer_range": 0.25,
+}
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "gemma2": (transformers.Gemma2Config, {**_LAYERS, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 9.0}),
+    "gemma3": (transformers.Gemma3TextConfig, _LAYERS),
+    "gpt_oss": (transformers.GptOssConfig, {**_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def new_model(family: str, **changes: Any) -> Any:
+    """A small model in float32 with random weights, the same in every process; all but its sizes as the family has it."""
+    kind, features = CONFIGS[family]
+    config = kind(**{**_SIZES, **features, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    return model.eval()
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The family's model. Its attention is set by whoever runs it."""
+    model = new_model(family)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # The grouped one has no float64.
+    return model.to(dtype)
+
+
+def token_ids(batch: Sequence[tuple[int, int]], seed: int = 1) -> Tensor:
+    return torch.randint(128, (sum(extend for _, extend in batch),), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_logits(model: Any, input_ids: Tensor, batch: Sequence[tuple[int, int]]) -> Tensor:
+    """``[num_tokens, vocab]`` of the model as transformers runs it, one request at a time."""
+    model.set_attn_implementation("eager")
+    requests = [ids for ids in input_ids.split([extend for _, extend in batch]) if len(ids)]
+    with torch.no_grad():
+        return torch.cat([model(ids[None], use_cache=False).logits[0] for ids in requests])
+
+
+def sharded_logits(
+    family: str, dtype: torch.dtype, plan: cpattn.Plan, strategy: str, group: Any, cp_rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All logits, and those of the last tokens by both ways, of this rank in a group that runs the model together."""
+    model = model_of(family, dtype)
+    model.set_attn_implementation("cpattn")
+    input_ids = token_ids(plan.batch)
+    meta = plan.metadata(cp_rank)
+    with torch.no_grad(), cpattn_hf.context_parallel(model, meta, group=group, strategy=strategy) as cp:
+        local = model(**cp.inputs(input_ids)).logits
+        everything, last = cp.gather(local), cp.gather_last(local)
+        few = model(**cp.inputs(input_ids, last_only=True)).logits
+        return everything, last, cp.gather_last(few)
+
+
+@cache
+def first_ranks(size: int) -> Any:
+    """The group of the first ranks; every process has to ask for it."""
+    return dist.new_group(list(range(size)))
+
+
+def run_in_processes(family: str, dtype: torch.dtype, plan: cpattn.Plan, strategy: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """sharded_logits on the first ``plan.cp_size`` processes; None on the others."""
+    cpattn_hf.register()
+    group = first_ranks(plan.cp_size)
+    if dist.get_rank() >= plan.cp_size:
+        return None
+    return sharded_logits(family, dtype, plan, strategy, group, dist.get_rank())

@@ -1,0 +1,80 @@
+"""Models of transformers with their sequence over real processes: the logits are those of the plain model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import hf_cases
+import pytest
+import torch
+from torch import Tensor
+
+import cpattn
+from cpattn.integrations import transformers as cpattn_hf
+from cpattn.testing import ProcessRanks, relative_rmse, run_loopback
+
+# Prime lengths, a single token, none at all, and fewer tokens than ranks.
+BATCH = [(0, 29), (0, 1), (0, 0), (0, 3), (0, 13), (0, 2)]
+LAST = [28, 29, 32, 45, 47]  # the last token of each request that has one
+WITH_TOKENS = [0, 1, 3, 4, 5]
+
+
+@cache
+def truth_of(family: str) -> Tensor:
+    return hf_cases.plain_logits(hf_cases.model_of(family, torch.float64), hf_cases.token_ids(BATCH), BATCH)
+
+
+@cache
+def bound_of(family: str, dtype: torch.dtype) -> float:
+    """Twice the plain model's own error against float64: sums in another order are another draw of an error of one size."""
+    plain = hf_cases.plain_logits(hf_cases.model_of(family, dtype), hf_cases.token_ids(BATCH), BATCH)
+    return 2 * relative_rmse(plain, truth_of(family))
+
+
+def check_logits(results: list[tuple[Tensor, Tensor, Tensor]], family: str, dtype: torch.dtype = torch.float32) -> None:
+    truth, bound = truth_of(family), bound_of(family, dtype)
+    for everything, *lasts in results:
+        assert relative_rmse(everything, truth) <= bound
+        for last in lasts:
+            assert last.shape == (len(BATCH), truth.shape[1])
+            assert relative_rmse(last[WITH_TOKENS], truth[LAST]) <= bound
+            assert last[2].isnan().all()
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("family", hf_cases.CONFIGS)
+def test_logits_are_the_plain_models(four_processes: ProcessRanks, family: str, cp_size: int, strategy: str) -> None:
+    # Many padding rows with one of the strategies: of 4 ranks, each has 12 tokens or so in 32 rows.
+    plan = cpattn.plan(BATCH, cp_size, pad_to=32 if strategy == "all_gather" else 1)
+    results = four_processes.run(hf_cases.run_in_processes, family, torch.float32, plan, strategy)
+    check_logits([result for result in results if result is not None], family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_half_precision(family: str) -> None:
+    cpattn_hf.register()
+    plan = cpattn.plan(BATCH, 2, partition="contiguous")
+    results = run_loopback(lambda group: hf_cases.sharded_logits(family, torch.bfloat16, plan, "auto", group, group.rank), 2)
+    check_logits(results, family, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"sliding_window": 1000}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma3", {"sliding_window": 1000}),
+        ("gpt_oss", {"sliding_window": 1000}),
+        ("gpt_oss", {"sinks": None}),
+    ],
+    ids=str,
+)
+def test_a_dropped_feature_would_be_seen(family: str, changes: dict[str, object]) -> None:
+    other = hf_cases.new_model(family, **{name: value for name, value in changes.items() if name != "sinks"})
+    other.load_state_dict(hf_cases.model_of(family).state_dict())
+    if "sinks" in changes:
+        for layer in other.model.layers:
+            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)
+    without = hf_cases.plain_logits(other, hf_cases.token_ids(BATCH), BATCH)
+    assert relative_rmse(without, truth_of(family)) > 1000 * bound_of(family, torch.float32)
