@@ -65,7 +65,7 @@ def token_ids(batch: Sequence[tuple[int, int]], seed: int = 1) -> Tensor:
 def plain_logits(model: Any, input_ids: Tensor, batch: Sequence[tuple[int, int]]) -> Tensor:
     """``[num_tokens, vocab]`` of the model as transformers runs it, one request at a time."""
     model.set_attn_implementation("eager")
-    requests = [ids for ids in input_ids.split([extend for _, extend in batch]) if len(ids)]
+    requests = [ids for ids in torch.split(input_ids, [extend for _, extend in batch]) if len(ids)]
     with torch.no_grad():
         return torch.cat([model(ids[None], use_cache=False).logits[0] for ids in requests])
 

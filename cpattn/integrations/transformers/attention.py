@@ -130,6 +130,8 @@ def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
             continue
         if name not in _MEANINGLESS_IF_FALSE:
             what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise UnsupportedError(f"{type(module).__name__} passes {name} ({what}) to its attention, which cpattn does not know how to honour")
+            raise UnsupportedError(
+                f"{type(module).__name__} passes {name} ({what}) to its attention, which cpattn does not know how to honour"
+            )
         if value:
             raise UnsupportedError(f"{name}={value!r}: {_MEANINGLESS_IF_FALSE[name]}")

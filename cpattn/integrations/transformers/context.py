@@ -21,6 +21,11 @@ from cpattn.metadata.cp_metadata import CPMetadata
 # Of the thread (or task) that runs the model, so that several ranks may be threads of one process.
 _active: ContextVar[ContextParallel | None] = ContextVar("cpattn context_parallel", default=None)
 
+_NOT_REACHED = (
+    "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another attention, which "
+    'saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call model.set_attn_implementation("cpattn")'
+)
+
 
 class ContextError(CPError):
     """A model ran, or was gathered from, outside of the context that it needs."""
@@ -64,7 +69,7 @@ def context_parallel(
         yield cp
     finally:
         _active.reset(token)
-    cp.check_attended()
+    cp.check_reached()
 
 
 def active_context() -> ContextParallel:
@@ -76,6 +81,7 @@ def active_context() -> ContextParallel:
             "`with context_parallel(model, meta) as cp: model(**cp.inputs(input_ids))`, or give it another attention: "
             'model.set_attn_implementation("sdpa")'
         )
+    cp.reached = True
     return cp
 
 
@@ -100,6 +106,8 @@ class ContextParallel:
         self._token_mask = (torch.arange(meta.rows, device=meta.device) < meta.num_tokens)[None]
         self._last_only = False
         self._inputs_made = False
+        # Whether the model asked for cpattn's attention or mask, and how many layers have attended since the inputs were made.
+        self.reached = False
         self._attended = 0
 
     def inputs(self, input_ids: Tensor, *, last_only: bool = False) -> dict[str, Any]:
@@ -153,7 +161,9 @@ class ContextParallel:
             ContextError: inputs were made with last_only. RowCountError: another number of rows.
         """
         if self._last_only:
-            raise ContextError("the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do")
+            raise ContextError(
+                "the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do"
+            )
         rows = self._rows(logits, self.meta.rows)
         return unshard(rows, self.meta, group=self._communicator, check=self._options["check"])
 
@@ -170,10 +180,9 @@ class ContextParallel:
             RowCountError: another number of rows than the inputs had.
         """
         last = last_rows(self.meta)
-        if self._last_only:
-            rows = self._rows(logits, len(last.keep))
-        else:
-            rows = self._rows(logits, self.meta.rows).index_select(0, last.keep)
+        rows = self._rows(logits, len(last.keep) if self._last_only else self.meta.rows)
+        if not self._last_only:
+            rows = rows.index_select(0, last.keep)
         checks.check_no_grad(logits=rows)
         size = self._communicator.size
         gathered = self._communicator.buffer("last logits", (size * len(rows), *rows.shape[1:]), rows.dtype, rows.device)
@@ -199,28 +208,25 @@ class ContextParallel:
                 f"a layer has {batch_size} x {num_queries} rows, but this rank's metadata has 1 x {self.meta.rows} (rank "
                 f"{self.meta.cp_rank} of {self.meta.plan.cp_size}); call the model with cp.inputs(input_ids)"
             )
-        self._attended += 1
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out: Tensor = cp_attention(q, k, v, self.meta, **self._options, **options)
+        self._attended += 1
         return out[None]
 
-    def check_attended(self) -> None:
-        """Raises if a model got the inputs but did not attend through cpattn, in every layer."""
-        if self._inputs_made and self._attended == 0:
-            raise ContextError(
-                "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another "
-                'attention, which saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call '
-                'model.set_attn_implementation("cpattn")'
-            )
+    def check_reached(self) -> None:
+        """Raises ContextError if inputs were made, but no model has come to cpattn for its attention."""
+        if self._inputs_made and not self.reached:
+            raise ContextError(_NOT_REACHED)
+
+    def _rows(self, logits: Any, expected: int) -> Tensor:
+        """``[expected, ...]`` from what the model returned."""
+        if not self._attended:
+            raise ContextError(_NOT_REACHED)
         if self._attended % self._num_layers:
             raise UnsupportedError(
                 f"the model has {self._num_layers} layers, but called cpattn's attention {self._attended} times: some of its layers work "
                 "by other means, which saw this rank's rows alone"
             )
-
-    def _rows(self, logits: Any, expected: int) -> Tensor:
-        """``[expected, ...]`` from what the model returned."""
-        self.check_attended()
         checks.check_tensor("logits", logits)
         if logits.ndim < 2 or logits.shape[:2] != (1, expected):
             raise RowCountError(

@@ -25,6 +25,15 @@ class CausalMask:
 
     window: int | None
 
+    def __getitem__(self, index: Any) -> CausalMask:
+        """The same mask, for a model that slices it ``[:, :, rows, :]`` and takes all rows. Fewer are refused."""
+        if all(part in (slice(None), slice(0, None)) for part in index):
+            return self
+        raise UnsupportedError(
+            f"the model cuts queries off in the middle of its layers (its mask is sliced by {index}); use cp.inputs(input_ids, "
+            "last_only=True) where only the last tokens are wanted, and no logits_to_keep of your own"
+        )
+
 
 def describe_mask(mask_function: MaskFunction, local_size: int | None, overlaid: bool) -> CausalMask:
     """The causal mask that ``mask_function`` is.

@@ -1,0 +1,83 @@
+"""The pure parts of the adapter: which masks it takes, and where last tokens lie."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import masking_utils
+
+import cpattn
+from cpattn.integrations.transformers.last_rows import last_rows
+from cpattn.integrations.transformers.masks import CausalMask, describe_mask
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 4096])
+def test_causal_masks_are_taken(window: int | None) -> None:
+    function = masking_utils.causal_mask_function if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    assert describe_mask(function, window, overlaid=False) == CausalMask(window)
+    with pytest.raises(cpattn.UnsupportedError, match="that is not causal"):
+        describe_mask(function, window, overlaid=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [
+        (masking_utils.bidirectional_mask_function, None),
+        (masking_utils.sliding_window_bidirectional_mask_function(7), 7),
+        (masking_utils.chunked_causal_mask_function(7, torch.zeros(1, dtype=torch.int64)), 7),
+        (masking_utils.sliding_window_causal_mask_function(7), 8),
+        (masking_utils.sliding_window_causal_mask_function(7), None),
+        (masking_utils.causal_mask_function, 7),
+        (
+            masking_utils.packed_sequence_compatibility_function(
+                masking_utils.causal_mask_function, torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64)
+            ),
+            None,
+        ),
+    ],
+    ids=["bidirectional", "bidirectional window", "chunked", "longer window", "forgotten window", "no window", "packed"],
+)
+def test_other_masks_are_refused(function: masking_utils.Callable, size: int | None) -> None:
+    with pytest.raises(cpattn.UnsupportedError, match="that is not causal with or without a sliding window"):
+        describe_mask(function, size, overlaid=False)
+
+
+def test_a_mask_can_be_sliced_to_all_of_its_rows() -> None:
+    mask = CausalMask(7)
+    assert mask[:, :, 0:, :] is mask
+    with pytest.raises(cpattn.UnsupportedError, match=r"cuts queries off.*last_only=True"):
+        mask[:, :, -1:, :]
+
+
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("lengths", [[1], [0, 1, 0], [23, 1, 0, 2, 5, 16, 3], [1] * 11], ids=str)
+def test_last_rows(lengths: list[int], cp_size: int, partition: str) -> None:
+    plan = cpattn.plan([(0, length) for length in lengths], cp_size, partition=partition, pad_to=4)
+    tokens = torch.arange(plan.num_tokens)
+    gathered = []
+    for rank in range(cp_size):
+        meta = plan.metadata(rank)
+        last = last_rows(meta)
+        assert last_rows(meta) is last
+        gathered.append(cpattn.shard(tokens, meta)[last.keep])
+    assert len({len(kept) for kept in gathered}) == 1
+    with_tokens = np.flatnonzero(lengths)
+    assert last.request.tolist() == with_tokens.tolist()
+    assert torch.cat(gathered)[last.place].tolist() == (np.cumsum(lengths) - 1)[with_tokens].tolist()
+
+
+def test_importing_the_package_of_adapters_imports_no_other_library() -> None:
+    program = "import cpattn, cpattn.integrations, sys; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_without_transformers_the_error_says_what_to_install() -> None:
+    program = "import sys; sys.modules['transformers'] = None; import cpattn.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "needs Hugging Face transformers: pip install 'cpattn[transformers]'" in done.stderr
