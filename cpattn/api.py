@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cpattn import checks
 from cpattn.attention.registry import explain_choice
-from cpattn.call import Arguments, BackendChoice, Decision, Group, decide, describe, run, validated
+from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, run, validated
 from cpattn.errors import RowCountError
-from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.communicator import Group, as_communicator
 from cpattn.exchange.message import gather_rows_
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata

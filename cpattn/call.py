@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn import checks
 from cpattn.attention.backend import AttentionOptions, Backend, Call
@@ -26,7 +24,6 @@ from cpattn.exchange.strategy import ExchangeInputs, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
-Group: TypeAlias = dist.ProcessGroup | DeviceMesh | Communicator | None
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cpattn import checks
-from cpattn.call import Arguments, BackendChoice, Group, decide, run
+from cpattn.call import Arguments, BackendChoice, decide, run
 from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.exchange.all_gather import over_pages, start_gather
-from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.communicator import Group, as_communicator
 from cpattn.exchange.message import KVFormat, message_buffer
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -19,6 +20,10 @@ from cpattn.errors import GroupError
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# What a ``group`` argument takes.
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
 
 
 class Work:
@@ -237,7 +242,7 @@ _alone = threading.local()
 _communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
 
 
-def as_communicator(group: dist.ProcessGroup | DeviceMesh | Communicator | None, cp_size: int) -> Communicator:
+def as_communicator(group: Group, cp_size: int) -> Communicator:
     """What a ``group`` argument stands for: a process group, one axis of a device mesh, a communicator, or the default group.
 
     A plan for one rank needs none of them. Raises GroupError where no group can be had.

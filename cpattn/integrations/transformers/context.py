@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cpattn import checks
-from cpattn.api import Group, cp_attention, shard, unshard
+from cpattn.api import cp_attention, shard, unshard
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
-from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.communicator import Group, as_communicator
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
 from cpattn.metadata.cp_metadata import CPMetadata

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import to_device
+from cpattn.metadata.device_tables import DeviceTables
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class LastRows:
 
 def last_rows(meta: CPMetadata) -> LastRows:
     """The last rows of a batch; worked out at the first call with these metadata."""
-    rows: LastRows = meta.derive("rows of last tokens", lambda: _build(meta))
+    if "rows of last tokens" not in meta.memo:
+        meta.memo["rows of last tokens"] = _build(meta)
+    rows: LastRows = meta.memo["rows of last tokens"]
     return rows
 
 
@@ -49,7 +51,7 @@ def _build(meta: CPMetadata) -> LastRows:
     nth_on_rank = np.zeros(len(request), dtype=np.int64)
     for r in range(plan.cp_size):
         nth_on_rank[rank == r] = np.arange(held[r])
-    tables = to_device({"keep": keep, "request": request, "place": rank * count + nth_on_rank}, meta.device)
+    tables = DeviceTables({"keep": keep, "request": request, "place": rank * count + nth_on_rank}, meta.device)
     # Models index with what they are told to keep, and not every one takes int32.
     with torch.inference_mode(False):
         return LastRows(tables["keep"].long(), tables["request"].long(), tables["place"])
