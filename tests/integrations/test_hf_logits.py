@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import hf_cases
 import pytest
@@ -59,9 +60,38 @@ def test_half_precision(family: str) -> None:
     check_logits(results, family, torch.bfloat16)
 
 
+def test_a_compiled_model() -> None:
+    cpattn_hf.register()
+    model = hf_cases.new_model("gemma2")
+    model.set_attn_implementation("cpattn")
+    compiled: Any = torch.compile(model, backend="eager")
+    input_ids, meta = hf_cases.token_ids(BATCH), cpattn.build_metadata(BATCH, 1, 0)
+    with torch.inference_mode(), cpattn_hf.context_parallel(compiled, meta) as cp:
+        logits = cp.gather(compiled(**cp.inputs(input_ids)).logits)
+    assert relative_rmse(logits, truth_of("gemma2")) <= bound_of("gemma2", torch.float32)
+
+
+def test_check_finds_ranks_that_disagree() -> None:
+    cpattn_hf.register()
+    model = hf_cases.model_of("llama")
+    model.set_attn_implementation("cpattn")
+
+    def run(group: cpattn.Communicator) -> str:
+        batch = [(0, 9), (0, 7)] if group.rank else [(0, 16)]
+        meta = cpattn.build_metadata(batch, 2, group.rank)
+        with torch.no_grad(), cpattn_hf.context_parallel(model, meta, group=group, check=True) as cp:
+            arguments = cp.inputs(hf_cases.token_ids(batch))
+            with pytest.raises(cpattn.DisagreementError) as raised:
+                model(**arguments)
+        return str(raised.value)
+
+    assert all("the ranks disagree on the plan" in message for message in run_loopback(run, 2))
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("qwen3_window", {"sliding_window": 1000}),
         ("gemma2", {"sliding_window": 1000}),
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma3", {"sliding_window": 1000}),

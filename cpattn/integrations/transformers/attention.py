@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -39,9 +40,10 @@ def register() -> None:
 
     Such a model runs within :func:`context_parallel` only.
     """
-    AttentionInterface.register(NAME, attention_forward)
+    # Collectives and the context are no part of a graph: a compiled model leaves it for each layer's attention.
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))  # type: ignore[no-untyped-call]
     # A name without a mask function would silently get no mask, whatever the model asks for.
-    AttentionMaskInterface.register(NAME, mask_forward)
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(mask_forward))  # type: ignore[no-untyped-call]
 
 
 def attention_forward(
