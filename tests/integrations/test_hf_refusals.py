@@ -141,10 +141,6 @@ def test_a_layer_without_attention(model: Any) -> None:
         local = model(**cp.inputs(IDS)).logits
         with pytest.raises(cpattn.UnsupportedError, match="the model has 2 layers, but called cpattn's attention 1 times"):
             cp.gather(local)
-        cp.inputs(IDS)
-        model.set_attn_implementation("cpattn")
-        model.model.layers[1].self_attn = model.model.layers[0].self_attn
-        model(**cp.inputs(IDS))
 
 
 def test_what_is_no_model() -> None:
@@ -272,6 +268,17 @@ def test_what_a_layer_may_ask_for(model: Any, options: dict[str, Any], message: 
         with pytest.raises(cpattn.CPError, match=message):
             attention_forward(torch.nn.Identity(), query, key, key, **{**arguments, **options})
         attention_forward(torch.nn.Identity(), query, key, key, **arguments)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("sinks", "s_aux"), ("attn_logit_softcapping", "softcap")])
+def test_what_a_layer_has_but_does_not_pass(model: Any, name: str, argument: str) -> None:
+    layer, query = torch.nn.Identity(), torch.zeros(1, 2, 16, 8)
+    setattr(layer, name, torch.ones(2))
+    with (
+        context(model),
+        pytest.raises(cpattn.UnsupportedError, match=f"Identity has {name}, but does not pass it to its attention as {argument}"),
+    ):
+        attention_forward(layer, query, query, query, CausalMask(None))
 
 
 def test_rows_of_another_batch(model: Any) -> None:

@@ -87,6 +87,7 @@ def attention_forward(
             f"{type(module).__name__} asks for sliding_window={sliding_window}, but its mask for {attention_mask.window}; "
             "which of the two is meant depends on the attention implementation"
         )
+    _refuse_forgotten(module, softcap=softcap, s_aux=s_aux)
     _refuse_unknown(module, kwargs)
     out = context.attend(query, key, value, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux)
     return out, None
@@ -124,6 +125,19 @@ def mask_forward(
             "a KV cache over a sharded sequence is not supported: pass none, and use_cache=False"
         )
     return describe_mask(mask_function, local_size, overlaid=use_vmap or not allow_is_causal_skip)
+
+
+# Where layers keep what they should pass.
+_KEPT_AS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}
+
+
+def _refuse_forgotten(module: nn.Module, **passed: Any) -> None:
+    for name, value in passed.items():
+        if value is None and getattr(module, _KEPT_AS[name], None) is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} has {_KEPT_AS[name]}, but does not pass it to its attention as {name}; transformers itself may "
+                "ignore it: set it to None if that is meant"
+            )
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
