@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.flash_varlen import even_out, flash_backend, missing, same_head_dim, varlen_call
+from cpattn.attention.flash_varlen import flash_backend, missing, same_head_dim, varlen_call
 from cpattn.attention.rows import RaggedRows
 
 
@@ -32,7 +32,7 @@ def flash_attn3_attention(
         softcap=call.softcap,
         return_attn_probs=True,
     )
-    return even_out(out, lse_HT, rows)
+    return out, lse_HT.transpose(0, 1)
 
 
 def _unavailable() -> str | None:

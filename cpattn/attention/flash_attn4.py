@@ -7,13 +7,14 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.flash_varlen import NO_WINDOW, even_out, flash_backend, missing, varlen_call
+from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.flash_varlen import NO_WINDOW, capability, flash_backend, missing, varlen_call
 from cpattn.attention.rows import RaggedRows
 
 # The package compiles kernels in the calling thread at their first use, which is not safe in two threads at once.
 _ONE_AT_A_TIME = Lock()
 _TILE = 128  # query rows of a tile, for most head dims
+_KEY_TILES = (64, 80, 96, 112, 128, 144)  # keys of a tile, by head dims and mask
 # What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% on an H200, for
 # chunks of 128 to 8,192 tokens and groups of 4 (benchmarks/results/tune_attention.md).
 _PACKING_COST = 1.05
@@ -42,7 +43,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: Attention
             k,
             v,
             cu_seqlens_q=call.cu_seqlens_q,
-            cu_seqlens_k=call.cu_seqlens_k,
+            cu_seqlens_k=call.cu_seqlens_k if rows.page_table is None else None,
+            page_table=None if rows.page_table is None else rows.row_pages.to(torch.int32),
             max_seqlen_q=call.max_seqlen_q,
             max_seqlen_k=call.max_seqlen_k,
             seqused_k=call.seqused_k,
@@ -54,15 +56,20 @@ def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: Attention
             pack_gqa=pack_gqa,
             return_lse=True,
         )
-    return even_out(out, lse_HT, rows)
+    return out, lse_HT.transpose(0, 1)
+
+
+def _reads_pages(call: Call) -> bool:
+    """Pages as long as its key tiles it loads whole, and what lies after a sequence in its last page must then be finite,
+    which no one promises; others it loads row by row. SM80 and SM120 have no pages."""
+    return capability(call.device)[0] in (9, 10, 11) and call.page_size not in _KEY_TILES
 
 
 def _unavailable() -> str | None:
     return missing("flash_attn.cute", "pip install 'cpattn[fa4]'")
 
 
-def _refuses_head_dims(head_dim: int, v_head_dim: int) -> str | None:
-    major = torch.cuda.get_device_capability()[0]
+def _refuses_head_dims(head_dim: int, v_head_dim: int, major: int) -> str | None:
     if head_dim % 8 or v_head_dim % 8:
         return f"it takes head dims that are multiples of 8, not {head_dim} and {v_head_dim}"
     most = 256 if major == 9 else 128
@@ -80,4 +87,5 @@ BACKEND = flash_backend(
     softcap=True,
     native_sinks=True,
     refuses_head_dims=_refuses_head_dims,
+    reads_pages=_reads_pages,
 )

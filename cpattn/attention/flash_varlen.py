@@ -59,7 +59,7 @@ def varlen_call(rows: RaggedRows, options: AttentionOptions) -> VarlenCall:
 
 
 def even_out(out: Tensor, lse_HT: Tensor, rows: RaggedRows) -> tuple[Tensor, Tensor]:
-    """(out, lse ``[T, H]``): these kernels give LSE as ``[H, T]``, and FlashAttention 2 says +inf where there is no key."""
+    """(out, lse ``[T, H]``) of FlashAttention 2, which gives LSE as ``[H, T]``, and says +inf where there is no key."""
     if rows.has_empty_range:
         lse_HT = torch.where(lse_HT == torch.inf, -torch.inf, lse_HT)
     return out, lse_HT.transpose(0, 1)
@@ -73,7 +73,8 @@ def flash_backend(
     least_capability: tuple[int, int],
     softcap: bool,
     native_sinks: bool = False,
-    refuses_head_dims: Callable[[int, int], str | None],
+    refuses_head_dims: Callable[[int, int, int], str | None],
+    reads_pages: Callable[[Call], bool] = lambda call: False,
 ) -> Backend:
     """A backend over a FlashAttention kernel: half precision in and out, aligned to the bottom right or not masked."""
 
@@ -82,7 +83,7 @@ def flash_backend(
         if have < least_capability:
             needs = f"{least_capability[0]}.{least_capability[1]}"
             return f"it needs a GPU of compute capability {needs} or newer, this one has {have[0]}.{have[1]}"
-        return refuses_head_dims(call.head_dim, call.v_head_dim)
+        return refuses_head_dims(call.head_dim, call.v_head_dim, have[0])
 
     return Backend(
         name=name,
@@ -95,12 +96,13 @@ def flash_backend(
         native_sinks=native_sinks,
         v_head_dim=True,  # as far as refuses_head_dims lets it
         fp32_out=False,
+        reads_pages=reads_pages,
         unavailable=unavailable,
         refuses=refuses,
     )
 
 
-def same_head_dim(head_dim: int, v_head_dim: int, most: int = 256) -> str | None:
+def same_head_dim(head_dim: int, v_head_dim: int, major: int, most: int = 256) -> str | None:
     """The rule of FlashAttention 2: one head_dim, a multiple of 8, of at most 256."""
     if head_dim != v_head_dim:
         return f"it needs v's head_dim to be that of q and k ({v_head_dim} is not {head_dim})"

@@ -38,11 +38,13 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
         UnsupportedError: the named one can not serve the call; an explicit choice never falls back.
     """
     if name == "auto":
-        able = next((backend for backend in auto_order(call) if backend.why_not(call) is None), None)
-        if able is None:
+        able = [backend for backend in auto_order(call) if backend.why_not(call) is None]
+        if not able:
             reasons = "; ".join(f"{backend.name}: {backend.why_not(call)}" for backend in auto_order(call))
             raise UnsupportedError(f"no backend can serve this call: {reasons}")
-        return able
+        # A copy of all pages costs more than any of the faster kernels would gain, where there are few queries.
+        readers = [backend for backend in able if call.page_size is not None and backend.reads_pages(call) and not backend.loops_on_host]
+        return (readers or able)[0]
     backend = _find(name)
     reason = backend.why_not(call)
     if reason:

@@ -56,6 +56,8 @@ def test_logits_are_the_plain_models(four_processes: ProcessRanks, family: str, 
 def test_half_precision(family: str) -> None:
     cpattn_hf.register()
     plan = cpattn.plan(BATCH, 2, partition="contiguous")
+    # Made before the threads are: both would seed the one generator that there is.
+    hf_cases.model_of(family, torch.bfloat16)
     results = run_loopback(lambda group: hf_cases.sharded_logits(family, torch.bfloat16, plan, "auto", group, group.rank), 2)
     check_logits(results, family, torch.bfloat16)
 
