@@ -14,6 +14,8 @@ from cpattn.attention.rows import RaggedRows
 
 # A tile's accumulator of this head dim takes half of the register file.
 _MAX_HEAD_DIM = 256
+# D and Dv of multi-head latent attention, in tiles of half as many rows; larger ones do not fit shared memory.
+_MAX_LATENT_DIMS = (576, 512)
 
 
 def triton_attention(
@@ -61,7 +63,15 @@ def _refuses(call: Call) -> str | None:
     if capability(call.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     widest = max(call.head_dim, call.v_head_dim)
-    return f"it has head dims up to {_MAX_HEAD_DIM}, not {widest}" if widest > _MAX_HEAD_DIM else None
+    if widest <= _MAX_HEAD_DIM:
+        return None
+    if capability(call.device) != (9, 0) or call.dtype == torch.float32:
+        return f"it has head dims up to {_MAX_HEAD_DIM}, not {widest}, but for half precision on compute capability 9.0"
+    if call.head_dim > _MAX_LATENT_DIMS[0] or call.v_head_dim > _MAX_LATENT_DIMS[1]:
+        return (
+            f"it has head dims up to {_MAX_LATENT_DIMS[0]}, and of v up to {_MAX_LATENT_DIMS[1]}, not {call.head_dim} and {call.v_head_dim}"
+        )
+    return None
 
 
 BACKEND = Backend(

@@ -57,27 +57,73 @@ def _load_tile(tiles, window, HEADS: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW
 
 
 @gluon.jit
+def _reinterpret(smem, COUNT: gl.constexpr, KEYS: gl.constexpr, LEADING: gl.constexpr):
+    """Buffers of key blocks as ``COUNT`` parts ``[KEYS, _COPY_DIMS]``, with two unit axes before them if LEADING.
+
+    In shared memory a block lies as columns of _COPY_DIMS, each of all its keys.
+    """
+    if LEADING:
+        paged_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, KEYS, _COPY_DIMS], smem.dtype)
+        if _CAN_REINTERPRET:
+            parts = smem.reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, _COPY_DIMS], paged_layout)
+        else:
+            parts = smem._reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, _COPY_DIMS], paged_layout)
+    else:
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, _COPY_DIMS], smem.dtype)
+        if _CAN_REINTERPRET:
+            parts = smem.reinterpret(smem.dtype, [COUNT, KEYS, _COPY_DIMS], layout)
+        else:
+            parts = smem._reinterpret(smem.dtype, [COUNT, KEYS, _COPY_DIMS], layout)
+    return parts
+
+
+@gluon.jit
+def _find(page_line, page_line_stride, key, key_from, key_to, KEYS: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The page of the keys ``key .. key + KEYS - 1`` and where in it they begin; instead of keys outside of the range, whose
+    entries may be anything, those of the nearest inside."""
+    key = gl.maximum(gl.minimum(key, key_to - 1), key_from) // KEYS * KEYS
+    page = gl.load(page_line + (key // PAGE_SIZE).to(gl.int64) * page_line_stride)
+    return page, key % PAGE_SIZE
+
+
+@gluon.jit
+def _load_pages(
+    source, page_line, page_line_stride, kv_head, block, key_from, key_to, full, smem, stage,
+    PADDED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PAGE_SIZE: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """Brings a key block in parts of KEYS keys, which lie in one page each."""
+    DOWN: gl.constexpr = BLOCK_N // KEYS
+    ACROSS: gl.constexpr = PADDED // _COPY_DIMS
+    parts = _reinterpret(smem, STAGES * DOWN * ACROSS, KEYS, True)
+    for down in range(DOWN):
+        page, in_page = _find(page_line, page_line_stride, block + down * KEYS, key_from, key_to, KEYS, PAGE_SIZE)
+        for across in gl.static_range(ACROSS):
+            part = parts.index((stage * ACROSS + across) * DOWN + down)
+            _tma_load(source, [page.to(gl.int32), kv_head, in_page, across * _COPY_DIMS], full, part)
+
+
+@gluon.jit
 def _produce(
-    k, v, v_pointer, v_stride_row8, v_stride_head8, tiles, window, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    k, v, v_pointer, v_page_stride8, v_stride_row8, v_stride_head8, tiles, page_table, page_table_stride_request, page_table_stride_page,
+    window, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, DV: gl.constexpr, D_PADDED: gl.constexpr,
-    DV_PADDED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
+    DV_PADDED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    PAGE_KEYS: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings key blocks. Stage ``i % STAGES`` of the buffers holds the tile's block ``i``."""
     HEADS: gl.constexpr = NUM_HEADS // PACK
     K_BYTES: gl.constexpr = BLOCK_N * D_PADDED * k_smem.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BLOCK_N * DV_PADDED * v_smem.dtype.primitive_bitwidth // 8
-    # In shared memory a block lies as columns of _COPY_DIMS, each of all its keys.
     copies_down: gl.constexpr = BLOCK_N // _COPY_KEYS
     copies: gl.constexpr = copies_down * (DV_PADDED // _COPY_DIMS)
     copy_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_COPY_KEYS, _COPY_DIMS], v_smem.dtype)
-    if _CAN_REINTERPRET:
-        v_parts = v_smem.reinterpret(v_smem.dtype, [STAGES * copies, _COPY_KEYS, _COPY_DIMS], part_layout)
-    else:
-        v_parts = v_smem._reinterpret(v_smem.dtype, [STAGES * copies, _COPY_KEYS, _COPY_DIMS], part_layout)
+    v_parts = _reinterpret(v_smem, STAGES * copies, _COPY_KEYS, False)
 
     _, _, k_start, _, _, key_from, key_to, begin = _load_tile(tiles, window, HEADS, BLOCK_N, WINDOW)
     kv_head = (gl.program_id(0) % HEADS) * PACK // GROUP
+    page_line = page_table
+    if PAGE_SIZE:
+        page_line += gl.load(tiles + (gl.program_id(0) // HEADS) * _FIELDS + 5).to(gl.int64) * page_table_stride_request
     for i in range((key_to - begin + BLOCK_N - 1) // BLOCK_N):
         block = begin + i * BLOCK_N
         stage = i % STAGES
@@ -85,21 +131,38 @@ def _produce(
         mbarrier.wait(k_empty.index(stage), was_emptied)
         mbarrier.expect(k_full.index(stage), K_BYTES)
         # K may hold anything outside of the range: its scores are masked.
-        _tma_load(k, [kv_head, k_start + block, 0], k_full.index(stage), k_smem.index(stage))
+        if PAGE_SIZE:
+            _load_pages(k, page_line, page_table_stride_page, kv_head, block, key_from, key_to, k_full.index(stage), k_smem, stage,
+                        D_PADDED, BLOCK_N, STAGES, PAGE_SIZE, PAGE_KEYS)  # fmt: skip
+        else:
+            _tma_load(k, [kv_head, k_start + block, 0], k_full.index(stage), k_smem.index(stage))
         mbarrier.wait(v_empty.index(stage), was_emptied)
         if block >= key_from and block + BLOCK_N <= key_to:
             mbarrier.expect(v_full.index(stage), V_BYTES)
-            _tma_load(v, [kv_head, k_start + block, 0], v_full.index(stage), v_smem.index(stage))
+            if PAGE_SIZE:
+                _load_pages(v, page_line, page_table_stride_page, kv_head, block, key_from, key_to, v_full.index(stage), v_smem, stage,
+                            DV_PADDED, BLOCK_N, STAGES, PAGE_SIZE, PAGE_KEYS)  # fmt: skip
+            else:
+                _tma_load(v, [kv_head, k_start + block, 0], v_full.index(stage), v_smem.index(stage))
         else:
             # A weight of 0 times NaN is NaN: values outside of the range become 0.
             # In units of 8, so that the compiler sees that 16 bytes can be copied at a time.
             v_stride_row = v_stride_row8 * 8
-            first = v_pointer + (k_start + block).to(gl.int64) * v_stride_row + kv_head.to(gl.int64) * (v_stride_head8 * 8)
+            first = v_pointer + kv_head.to(gl.int64) * (v_stride_head8 * 8)
+            if not PAGE_SIZE:
+                first += (k_start + block).to(gl.int64) * v_stride_row
             for copy in range(copies):
                 row = copy % copies_down * _COPY_KEYS + gl.arange(0, _COPY_KEYS, gl.SliceLayout(1, copy_layout))
                 dim = copy // copies_down * _COPY_DIMS + gl.arange(0, _COPY_DIMS, gl.SliceLayout(0, copy_layout))
                 valid = ((block + row >= key_from) & (block + row < key_to))[:, None] & (dim < DV)[None, :]
                 pointers = first + row[:, None] * v_stride_row + dim[None, :]
+                if PAGE_SIZE:
+                    # All keys of a copy lie in one page.
+                    page, in_page = _find(
+                        page_line, page_table_stride_page, block + copy % copies_down * _COPY_KEYS, key_from, key_to, _COPY_KEYS, PAGE_SIZE
+                    )
+                    in_page_row = in_page - copy % copies_down * _COPY_KEYS
+                    pointers += page.to(gl.int64) * (v_page_stride8 * 8) + in_page_row.to(gl.int64) * v_stride_row
                 _copy(v_parts.index(stage * copies + copy), pointers, valid)
             async_copy.commit_group()
             async_copy.wait_group(0)
@@ -301,19 +364,23 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    q, k, v, v_pointer, out, lse, sinks, tiles,
-    q_stride_row, q_stride_head, v_stride_row8, v_stride_head8, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
+    q, k, v, v_pointer, out, lse, sinks, tiles, page_table, page_table_stride_request, page_table_stride_page,
+    q_stride_row, q_stride_head, v_page_stride8, v_stride_row8, v_stride_head8,
+    out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, D_PADDED: gl.constexpr, DV_PADDED: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_SIGN: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, INTO: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, INTO: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    PAGE_KEYS: gl.constexpr,
 ):  # fmt: skip
     """Program ``tile * heads + head``, as in the other kernel."""
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D_PADDED], k.dtype)
     q_smem = gl.allocate_shared_memory(k.dtype, [2, _ROWS, D_PADDED], q_layout)
-    k_smem = gl.allocate_shared_memory(k.dtype, [STAGES, 1, BLOCK_N, D_PADDED], k.layout)
-    v_smem = gl.allocate_shared_memory(v.dtype, [STAGES, 1, BLOCK_N, DV_PADDED], v.layout)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, D_PADDED], k.dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, DV_PADDED], v.dtype)
+    k_smem = gl.allocate_shared_memory(k.dtype, [STAGES, 1, BLOCK_N, D_PADDED], k_layout)
+    v_smem = gl.allocate_shared_memory(v.dtype, [STAGES, 1, BLOCK_N, DV_PADDED], v_layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -325,44 +392,53 @@ def _attention_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
 
-    # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 240, and 24 for the producer.
-    gl.warp_specialize(
-        [
-            (_consume, (
-                q, out, lse, sinks, tiles, q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
-                tanh_scale, exponent_scale, window, q_smem.index(0), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                0, NUM_HEADS, PACK, D, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_SIGN, WINDOW, SOFTCAP, SINKS, INTO,
-            )),
-            (_consume, (
-                q, out, lse, sinks, tiles, q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
-                tanh_scale, exponent_scale, window, q_smem.index(1), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                1, NUM_HEADS, PACK, D, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_SIGN, WINDOW, SOFTCAP, SINKS, INTO,
-            )),
-            (_produce, (
-                k, v, v_pointer, v_stride_row8, v_stride_head8, tiles, window, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                NUM_HEADS, GROUP, PACK, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, WINDOW,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    # Fixed rows have tiles to spare.
+    if gl.load(tiles + (gl.program_id(0) // (NUM_HEADS // PACK)) * _FIELDS + 1) > 0:
+        # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 240, and 24 for the producer.
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    q, out, lse, sinks, tiles, q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row,
+                    lse_stride_head, tanh_scale, exponent_scale, window, q_smem.index(0), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                    0, NUM_HEADS, PACK, D, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_SIGN, WINDOW, SOFTCAP, SINKS, INTO,
+                )),
+                (_consume, (
+                    q, out, lse, sinks, tiles, q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row,
+                    lse_stride_head, tanh_scale, exponent_scale, window, q_smem.index(1), k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                    1, NUM_HEADS, PACK, D, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_SIGN, WINDOW, SOFTCAP, SINKS, INTO,
+                )),
+                (_produce, (
+                    k, v, v_pointer, v_page_stride8, v_stride_row8, v_stride_head8, tiles, page_table, page_table_stride_request,
+                    page_table_stride_page, window, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                    NUM_HEADS, GROUP, PACK, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, WINDOW, PAGE_SIZE, PAGE_KEYS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 def launch(grid: int, k: Tensor, v: Tensor, *, arguments: dict[str, Any], block_n: int, num_stages: int) -> None:
     """Launches ``grid`` programs; ``arguments`` are those that the other kernel has as well.
 
-    k and v must suit a tensor descriptor, and their head dims be multiples of 8.
+    k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
+    :data:`cpattn.kernels.ragged_attention.PAGE_UNIT`.
     """
     k_padded, v_padded = arguments["D_PADDED"], arguments["DV_PADDED"]
+    # As many keys of a block as lie in one page for certain.
+    page_size = arguments["PAGE_SIZE"]
+    page_keys = min(block_n, page_size & -page_size)
     _attention_kernel[(grid,)](
-        k=_descriptor(k, block_n, k_padded), v=_descriptor(v, block_n, v_padded), v_pointer=v,
-        v_stride_row8=v.stride(0) // 8, v_stride_head8=v.stride(1) // 8, BLOCK_N=block_n, STAGES=num_stages, num_warps=4, **arguments,
+        k=_descriptor(k, block_n, k_padded, page_keys), v=_descriptor(v, block_n, v_padded, page_keys), v_pointer=v,
+        v_page_stride8=v.stride(0) // 8, v_stride_row8=v.stride(-3) // 8, v_stride_head8=v.stride(-2) // 8,
+        BLOCK_N=block_n, STAGES=num_stages, PAGE_KEYS=page_keys, num_warps=4, **arguments,
     )  # fmt: skip
 
 
-def _descriptor(x_SHD: Tensor, block_n: int, padded: int) -> Any:
-    """As in the other kernel."""
-    tokens, heads, dim = x_SHD.shape
-    block = [1, block_n, padded]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x_SHD.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(x_SHD, [heads, tokens, dim], [x_SHD.stride(1), x_SHD.stride(0), 1], block, layout)
+def _descriptor(x: Tensor, block_n: int, padded: int, page_keys: int) -> Any:
+    """As in the other kernel; or of pages, with blocks ``[1 page, 1 head, page_keys, _COPY_DIMS]``."""
+    *pages, tokens, heads, dim = x.shape
+    *page_stride, stride_row, stride_head, _ = x.stride()
+    block = [1, 1, page_keys, _COPY_DIMS.value] if pages else [1, block_n, padded]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    return TensorDescriptor(x, [*pages, heads, tokens, dim], [*page_stride, stride_head, stride_row, 1], block, layout)

@@ -25,9 +25,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.kernels.tile_shapes import TileShape, padded_head_dim, tile_shapes
+from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, tile_shapes
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
+# What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
+PAGE_UNIT = 16
 # Releases of Triton with which tests/kernels has passed on a Hopper GPU.
 _GLUON_TESTED_ON = {(3, 6)}
 _LOG2_E = math.log2(math.e)
@@ -49,12 +51,14 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _load_block(
-    source, stride_row, stride_head, head, k_start, begin, key_from, key_to,
+    source, page_stride, stride_row, stride_head, head, k_start, page_line, page_line_stride, begin, key_from, key_to,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Keys (or values) ``begin .. begin + BLOCK_N - 1`` of a range, ``[N, DIM_PADDED]``: the one place that knows where keys lie.
 
-    With BOUNDED, keys outside ``key_from .. key_to - 1`` are 0; without it all of the block must be in the range.
+    With BOUNDED, keys outside ``key_from .. key_to - 1`` are 0; without it all of the block must be in the range. With
+    pages (PAGE_SIZE is not 0), ``page_line`` is the request's line of the table; no entry outside of the range is looked at.
     """
     key_N = begin + tl.arange(0, BLOCK_N)
     valid_N1 = ((key_N >= key_from) & (key_N < key_to))[:, None]
@@ -64,9 +68,20 @@ def _load_block(
             block = tl.where(valid_N1, block, tl.zeros_like(block))
     else:
         dim_1D = tl.arange(0, DIM_PADDED)[None, :]
-        # One tile's offsets fit 32 bits; a whole range's need not.
-        first = source + (k_start + begin).to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
-        pointers = first + tl.arange(0, BLOCK_N)[:, None] * stride_row + dim_1D
+        first = source + head.to(tl.int64) * stride_head
+        if PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0:
+            # One tile's offsets fit 32 bits; a whole range's need not.
+            if PAGE_SIZE == 0:
+                first += (k_start + begin).to(tl.int64) * stride_row
+            else:
+                # The whole block lies in one page.
+                page = tl.load(page_line + (begin // PAGE_SIZE).to(tl.int64) * page_line_stride)
+                first += page.to(tl.int64) * page_stride + (begin % PAGE_SIZE).to(tl.int64) * stride_row
+            pointers = first + tl.arange(0, BLOCK_N)[:, None] * stride_row + dim_1D
+        else:
+            entry_N = page_line + (key_N // PAGE_SIZE).to(tl.int64) * page_line_stride
+            page_N = tl.load(entry_N, mask=(key_N >= key_from) & (key_N < key_to), other=0) if BOUNDED else tl.load(entry_N)
+            pointers = first + (page_N.to(tl.int64) * page_stride + (key_N % PAGE_SIZE).to(tl.int64) * stride_row)[:, None] + dim_1D
         if BOUNDED:
             block = tl.load(pointers, mask=valid_N1 & (dim_1D < DIM), other=0.0)
         elif DIM < DIM_PADDED:
@@ -91,20 +106,29 @@ def tanh(x):
 
 @triton.jit
 def _attend(
-    acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
-    key_from, key_to, begin, end, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
-    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    acc_MV, sum_M, max_M, q_MD, q_tail_MD, k, v, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row, v_stride_head,
+    kv_head, k_start, page_line, page_line_stride, key_from, key_to, begin, end, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, D_TAIL: tl.constexpr, D_TAIL_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, V_IN_K: tl.constexpr,
 ):  # fmt: skip
     """The state ``(acc, sum, max)`` after the key blocks from ``begin`` to ``end``; max is in units of log2."""
+    D_MAIN: tl.constexpr = D - D_TAIL
     for block in tl.range(begin, end, BLOCK_N):
         block = tl.multiple_of(block, BLOCK_N)
         k_ND = _load_block(
-            k, k_stride_row, k_stride_head, kv_head, k_start, block, key_from, key_to, D, D_PADDED, BLOCK_N,
+            k, k_page_stride, k_stride_row, k_stride_head, kv_head, k_start, page_line, page_line_stride, block, key_from, key_to,
+            D_MAIN, D_PADDED, BLOCK_N,
             # A descriptor's K may hold anything outside of the range: its scores are masked below.
-            MASKED and not TMA, TMA,
+            MASKED and not TMA, TMA, PAGE_SIZE,
         )  # fmt: skip
         score_MN = _dot(q_MD, tl.trans(k_ND), None)
+        if D_TAIL:
+            k_tail_ND = _load_block(
+                k + D_MAIN, k_page_stride, k_stride_row, k_stride_head, kv_head, k_start, page_line, page_line_stride, block,
+                key_from, key_to, D_TAIL, D_TAIL_PADDED, BLOCK_N, MASKED, False, PAGE_SIZE,
+            )  # fmt: skip
+            score_MN = _dot(q_tail_MD, tl.trans(k_tail_ND), score_MN)
         if SOFTCAP:
             score_MN = tanh(score_MN * tanh_scale)
         if MASKED:
@@ -120,7 +144,14 @@ def _attend(
         decay_M = tl.exp2(max_M - base_M)
         weight_MN = tl.exp2(tl.fma(score_MN, exponent_scale, -base_M[:, None]))
         sum_M = tl.fma(sum_M, decay_M, tl.sum(weight_MN, 1))
-        v_NV = _load_block(v, v_stride_row, v_stride_head, kv_head, k_start, block, key_from, key_to, DV, DV_PADDED, BLOCK_N, MASKED, TMA)
+        if V_IN_K:
+            # Values of other keys are 0 here, too, and K's columns after V's make columns of the result that are not stored.
+            v_NV = k_ND
+        else:
+            v_NV = _load_block(
+                v, v_page_stride, v_stride_row, v_stride_head, kv_head, k_start, page_line, page_line_stride, block, key_from, key_to,
+                DV, DV_PADDED, BLOCK_N, MASKED, TMA, PAGE_SIZE,
+            )  # fmt: skip
         acc_MV = _dot(weight_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None])
         max_M = new_max_M
     return acc_MV, sum_M, max_M
@@ -128,14 +159,15 @@ def _attend(
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, out, lse, sinks, tiles,
-    q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
-    out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
+    q, k, v, out, lse, sinks, tiles, page_table,
+    q_stride_row, q_stride_head, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row, v_stride_head,
+    page_table_stride_request, page_table_stride_page, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, D_TAIL: tl.constexpr, D_TAIL_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_SIGN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, INTO: tl.constexpr, TMA: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, V_IN_K: tl.constexpr,
 ):  # fmt: skip
     """Program ``tile * heads + head``: the heads of a tile run side by side and share its keys in the L2 cache."""
     HEADS: tl.constexpr = NUM_HEADS // PACK
@@ -147,6 +179,12 @@ def _attention_kernel(
     k_start = tl.load(tile + 2)
     k_len = tl.load(tile + 3)
     sees = tl.load(tile + 4)
+    # Fixed rows have tiles to spare.
+    if q_count == 0:
+        return
+    page_line = page_table
+    if PAGE_SIZE:
+        page_line += tl.load(tile + 5).to(tl.int64) * page_table_stride_request
 
     # Row r of the tile is query head r % PACK of token r // PACK.
     token_M = tl.arange(0, BLOCK_M) // PACK
@@ -181,25 +219,37 @@ def _attention_kernel(
     )  # fmt: skip
     if Q_SIGN != 1:
         q_MD = (q_MD.to(tl.float32) * Q_SIGN).to(q_MD.dtype)
+    q_tail_MD = q_MD
+    if D_TAIL:
+        tail_1D = D - D_TAIL + tl.arange(0, D_TAIL_PADDED)[None, :]
+        q_tail_MD = tl.load(
+            q_tile + token_M[:, None] * q_stride_row + head_M[:, None] * q_stride_head + tail_1D,
+            mask=is_token_M[:, None] & (tail_1D < D), other=0.0,
+        )  # fmt: skip
+        if Q_SIGN != 1:
+            q_tail_MD = (q_tail_MD.to(tl.float32) * Q_SIGN).to(q_tail_MD.dtype)
 
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MV = tl.zeros([BLOCK_M, DV_PADDED], tl.float32)
     if WINDOW:
         acc_MV, sum_M, max_M = _attend(
-            acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+            acc_MV, sum_M, max_M, q_MD, q_tail_MD, k, v, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row,
+            v_stride_head, kv_head, k_start, page_line, page_table_stride_page,
             key_from, key_to, begin, tl.minimum(all_from, key_to), sees_from_M, sees_to_M, tanh_scale, exponent_scale,
-            D, DV, D_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA,
+            D, DV, D_PADDED, D_TAIL, D_TAIL_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA, PAGE_SIZE, V_IN_K,
         )  # fmt: skip
     acc_MV, sum_M, max_M = _attend(
-        acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+        acc_MV, sum_M, max_M, q_MD, q_tail_MD, k, v, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row,
+        v_stride_head, kv_head, k_start, page_line, page_table_stride_page,
         key_from, key_to, all_from, all_to, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
-        D, DV, D_PADDED, DV_PADDED, BLOCK_N, False, WINDOW, SOFTCAP, TMA,
+        D, DV, D_PADDED, D_TAIL, D_TAIL_PADDED, DV_PADDED, BLOCK_N, False, WINDOW, SOFTCAP, TMA, PAGE_SIZE, V_IN_K,
     )  # fmt: skip
     acc_MV, sum_M, max_M = _attend(
-        acc_MV, sum_M, max_M, q_MD, k, v, k_stride_row, k_stride_head, v_stride_row, v_stride_head, kv_head, k_start,
+        acc_MV, sum_M, max_M, q_MD, q_tail_MD, k, v, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row,
+        v_stride_head, kv_head, k_start, page_line, page_table_stride_page,
         key_from, key_to, all_to, key_to, sees_from_M, sees_to_M, tanh_scale, exponent_scale,
-        D, DV, D_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA,
+        D, DV, D_PADDED, D_TAIL, D_TAIL_PADDED, DV_PADDED, BLOCK_N, True, WINDOW, SOFTCAP, TMA, PAGE_SIZE, V_IN_K,
     )  # fmt: skip
 
     if SINKS:
@@ -244,37 +294,48 @@ def ragged_attention(
     """Attends all rows in one launch; the meaning is that of :class:`cpattn.attention.backend.AttentionFunction`.
 
     Args:
-        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``: fp32, bf16 or fp16, the last axis contiguous.
+        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``: fp32, bf16 or fp16, the last axis contiguous. Where rows
+            have a page table, k is ``[num_pages, page_size, Hkv, D]`` and v ``[num_pages, page_size, Hkv, Dv]``. Where v is
+            a view of k's first columns (multi-head latent attention: D = 576, Dv = 512), these are loaded once.
         rows: the work, on the same device.
         scale, window, softcap, sinks: see :class:`cpattn.attention.backend.AttentionOptions`.
         out_dtype: of the result; q's by default.
         into: an earlier result ``(acc fp32 [T, Hq, Dv], lse fp32 [T, Hq])`` over other keys, into which this one is
             merged in place, in fp32; what has no keys here is left as it is. ``out_dtype`` then does not apply.
         shapes: tile shapes to choose from; by default those for this head dim, dtype and GPU.
-        packs: query heads of one KV head that may share a tile, to choose from; by default 1 and the whole group.
+        packs: query heads of one KV head that may share a tile, to choose from; by default 1 and as many as fit.
 
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
-    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    num_heads, num_kv_heads = q.shape[1], k.shape[-2]
+    head_dim, v_head_dim = q.shape[2], v.shape[-1]
     if into is None:
-        out = q.new_empty(len(q), num_heads, v.shape[2], dtype=out_dtype)
+        out = q.new_empty(len(q), num_heads, v_head_dim, dtype=out_dtype)
         lse = q.new_empty(len(q), num_heads, dtype=torch.float32)
     else:
         out, lse = into
     group = num_heads // num_kv_heads
     processors, capability = _device(q.device)
+    dims = padded_dims(head_dim, v_head_dim)
+    # V as K's first columns, where the two blocks in shared memory are of one size.
+    v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
     if shapes is None:
-        shapes = tile_shapes(q.shape[2], v.shape[2], q.dtype, capability, _specialized() is not None)
+        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, _specialized() is not None, v_in_k)
     if packs is None:
-        packs = (1,) if group == 1 else (1, group)
+        packs = packs_for(group, shapes[0].block_m)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
     if launch.num_tiles == 0:
         return out, lse
 
     shape = launch.shape
-    d_padded, dv_padded = padded_head_dim(q.shape[2]), padded_head_dim(v.shape[2])
+    page_table = rows.page_table
+    page_size = 0 if page_table is None else k.shape[1]
+    specialized = None
     tma = shape.tma and _fits_descriptor(k) and _fits_descriptor(v)
+    if shape.specialized and tma and page_size % PAGE_UNIT == 0:
+        specialized = _specialized()
+    tma = tma and page_table is None
     # The running maximum is taken before scaling, which needs a positive scale: its sign goes into q. With a scale of
     # 0 all scores are 0, as they are with a q of 0.
     sign = (scale > 0) - (scale < 0)
@@ -282,26 +343,30 @@ def ragged_attention(
     grid = launch.num_tiles * (num_heads // launch.pack)
     arguments: dict[str, Any] = {
         "q": q, "out": out, "lse": lse, "sinks": lse if sinks is None else sinks, "tiles": launch.table,
+        "page_table": launch.table if page_table is None else page_table,
         "q_stride_row": q.stride(0), "q_stride_head": q.stride(1),
+        "page_table_stride_request": 0 if page_table is None else page_table.stride(0),
+        "page_table_stride_page": 0 if page_table is None else page_table.stride(1),
         "out_stride_row": out.stride(0), "out_stride_head": out.stride(1),
         "lse_stride_row": lse.stride(0), "lse_stride_head": lse.stride(1),
         "tanh_scale": 1.0 if softcap is None else magnitude / softcap,
         "exponent_scale": _LOG2_E * (magnitude if softcap is None else softcap),
         "window": 0 if window is None else window,
         "NUM_HEADS": num_heads, "GROUP": group, "PACK": launch.pack,
-        "D": q.shape[2], "DV": v.shape[2], "D_PADDED": d_padded, "DV_PADDED": dv_padded, "Q_SIGN": sign,
+        "D": head_dim, "DV": v_head_dim, "D_PADDED": dims.d, "DV_PADDED": dims.dv, "Q_SIGN": sign,
         "WINDOW": window is not None, "SOFTCAP": softcap is not None, "SINKS": sinks is not None, "INTO": into is not None,
+        "PAGE_SIZE": page_size,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        specialized = _specialized() if shape.specialized and tma else None
         if specialized is not None:
             specialized.launch(grid, k, v, arguments=arguments, block_n=shape.block_n, num_stages=shape.num_stages)
         else:
             _attention_kernel[(grid,)](
-                k=_descriptor(k, shape.block_n, d_padded) if tma else k, v=_descriptor(v, shape.block_n, dv_padded) if tma else v,
-                k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=v.stride(0), v_stride_head=v.stride(1),
-                BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
-                num_warps=shape.num_warps, num_stages=shape.num_stages, **arguments,
+                k=_descriptor(k, shape.block_n, dims.d) if tma else k, v=_descriptor(v, shape.block_n, dims.dv) if tma else v,
+                k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
+                v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
+                D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
+                V_IN_K=v_in_k and not tma, num_warps=shape.num_warps, num_stages=shape.num_stages, **arguments,
             )  # fmt: skip
     return out, lse
 
@@ -328,7 +393,7 @@ def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
 
 def _fits_descriptor(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
-    return x.numel() > 0 and all(n * x.element_size() % 16 == 0 for n in (x.stride(0), x.stride(1))) and x.data_ptr() % 16 == 0
+    return x.numel() > 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0
 
 
 def _descriptor(x_SHD: Tensor, block_n: int, padded: int) -> Any:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+# Head dims beyond this one are those of multi-head latent attention.
+WIDE = 256
+
 
 class TileShape(NamedTuple):
     """One compiled form of the kernel.
@@ -32,11 +35,43 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+class PaddedDims(NamedTuple):
+    """The head dims that blocks are computed in. Up to 256 a head dim is padded to the next power of two; beyond that
+    q and k are cut in two, as the padding would be too much: 576 is 512 + 64.
+
+    Attributes:
+        d: of q and k, without the tail; dv: of v.
+        d_tail, d_tail_padded: dims of the tail, and what they are padded to; 0 if there is none.
+    """
+
+    d: int
+    dv: int
+    d_tail: int
+    d_tail_padded: int
+
+
+@lru_cache
+def padded_dims(head_dim: int, v_head_dim: int) -> PaddedDims:
+    dv = padded_head_dim(v_head_dim)
+    main = 1 << (head_dim.bit_length() - 1)
+    if head_dim <= WIDE or head_dim == main:
+        return PaddedDims(padded_head_dim(head_dim), dv, 0, 0)
+    return PaddedDims(main, dv, head_dim - main, padded_head_dim(head_dim - main))
+
+
+@lru_cache
+def packs_for(group: int, block_m: int) -> tuple[int, ...]:
+    """How many query heads of a group may share a tile of ``block_m`` rows: 1, or as many as divide the group and fit."""
+    most = max(pack for pack in range(1, min(group, block_m) + 1) if group % pack == 0)
+    return (1,) if most == 1 else (1, most)
+
+
 @lru_cache
 def tile_shapes(
-    head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], specialized: bool = False
+    head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], specialized: bool = False, v_in_k: bool = False
 ) -> tuple[TileShape, ...]:
-    """The shapes to choose from, largest ``block_m`` first; ``specialized`` if this Triton has what that kernel needs.
+    """The shapes to choose from, largest ``block_m`` first; ``specialized`` if this Triton has what that kernel needs,
+    ``v_in_k`` if V is read from K's blocks.
 
     All have one ``block_n``, which depends on these arguments alone and never on the batch: the order in which a
     query's keys are summed, and so the bits of its result, are the same in every batch. For the same reason no shape
@@ -44,6 +79,10 @@ def tile_shapes(
     A single query still costs little in so large a tile, as reading its keys takes longer than the products.
     """
     widest = max(padded_head_dim(head_dim), padded_head_dim(v_head_dim))
+    if widest > WIDE:
+        # The accumulator takes half of the registers of 8 warps. A block of K takes 72 KiB of shared memory beside q's 72,
+        # and one of V 64: two of K fit, but only one of both. On an H200 280 TFLOP/s with V in K, and 175 without.
+        return (TileShape(64, 64, 8, 2 if v_in_k else 1),)
     if dtype == torch.float32:
         # Full fp32 products run outside the tensor cores, with operands in registers: larger tiles of wide heads spill.
         return (TileShape(64 if widest <= 64 else 32, 32 if widest <= 128 else 16, 8, 2),)

@@ -1,0 +1,74 @@
+"""The head dims of multi-head latent attention, absorbed (V is a view of K's first columns) and up-projected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ragged_inputs import check, make_qkv, make_rows
+
+from cpattn.attention.backend import AttentionOptions
+
+pytest.importorskip("triton")
+from cpattn.kernels.ragged_attention import ragged_attention
+from cpattn.kernels.tile_shapes import packs_for, padded_dims
+
+
+@pytest.mark.parametrize("options", [AttentionOptions(0.04), AttentionOptions(-0.04, window=50, softcap=20.0)], ids=["plain", "options"])
+@pytest.mark.parametrize("dims", [(576, 512), (300, 256)], ids=str)
+@pytest.mark.parametrize("v_in_k", [True, False], ids=["v in k", "v apart"])
+def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptions, device: str) -> None:
+    heads = (16, 1)
+    rows = make_rows([5, 1, 2], [0, 3, 30], [90, 80, 60], [86, 80, 20], device)
+    q, k, v = make_qkv(rows, 100, heads, dims, torch.bfloat16, device, 0)
+    if v_in_k:
+        k = k.contiguous()
+        v = k[..., : dims[1]]
+    out, lse = ragged_attention(q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap)
+    check(q, k, v, rows, options, out, lse)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_absorbed_over_pages(page_size: int, device: str) -> None:
+    """The same bits as with keys side by side; heads packed as many as fit a tile, though the group is wider."""
+    rows = make_rows([3, 1], [0, 0], [100, 90], [98, 90], device)
+    q, k, _ = make_qkv(rows, 100, (128, 1), (576, 8), torch.bfloat16, device, 1, padding=0)
+    k = k.contiguous()
+    num_pages = -(-100 // page_size)
+    order = torch.randperm(num_pages)
+    pages = torch.full((num_pages, page_size, 1, 576), torch.nan, dtype=k.dtype, device=device)
+    for s in range(100):
+        pages[order[s // page_size], s % page_size] = k[s]
+    paged = rows.with_pages(order[None].int().to(device))
+    want, want_lse = ragged_attention(q, k, k[..., :512], rows, scale=0.04)
+    out, lse = ragged_attention(q, pages, pages[..., :512], paged, scale=0.04)
+    check(q, k, k[..., :512], rows, AttentionOptions(0.04), want, want_lse)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
+def test_up_projected(device: str) -> None:
+    rows = make_rows([150], [0], [200], [51], device)
+    q, k, v = make_qkv(rows, 200, (4, 4), (192, 128), torch.bfloat16, device, 2)
+    out, lse = ragged_attention(q, k, v, rows, scale=192**-0.5)
+    check(q, k, v, rows, AttentionOptions(192**-0.5), out, lse)
+
+
+def test_padded_dims() -> None:
+    assert padded_dims(576, 512) == (512, 512, 64, 64)
+    assert padded_dims(192, 128) == (256, 128, 0, 0)
+    assert padded_dims(512, 512) == (512, 512, 0, 0)
+    assert padded_dims(300, 256) == (256, 256, 44, 64)
+    for d in range(1, 577):
+        main, _, tail, tail_padded = padded_dims(d, 8)
+        assert main + tail >= d
+        assert tail_padded == 0 or tail_padded >= max(16, tail)
+
+
+def test_packs() -> None:
+    assert packs_for(128, 64) == (1, 64)
+    assert packs_for(4, 128) == (1, 4)
+    assert packs_for(1, 64) == (1,)
+    assert packs_for(67, 64) == (1,)
+    assert all(group % pack == 0 for group in range(1, 200) for pack in packs_for(group, 64))
+    assert np.all([max(packs_for(group, 64)) <= 64 for group in range(1, 200)])
