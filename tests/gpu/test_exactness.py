@@ -8,6 +8,7 @@ from cases import AttentionCase
 from torch import Tensor
 
 import cpattn
+from cpattn.attention.backend import AttentionOptions
 from cpattn.testing import run_loopback
 
 GPU_BACKENDS = ["flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "triton", "reference"]
@@ -84,6 +85,57 @@ def test_ugly_batches(backend: str, strategy: str, batch: list[tuple[int, int]])
     for cp_size in (3, 8):
         plan = cpattn.plan(case.batch, cp_size, pad_to=8)
         case.check_loopback(plan, strategy, backend, rounded_partials=half_only and strategy == "ring")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [
+        ("all_gather", "paged"),
+        ("ring", "paged"),
+        ("ring", "sharded"),
+        ("pass_q", "packed"),
+        ("pass_q", "sharded"),
+        ("pass_q_ring", "packed"),
+        ("pass_q_ring", "sharded"),
+    ],
+)
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+@pytest.mark.parametrize("backend", ["flash_attn4", "torch_flash", "triton"])
+def test_caches(backend: str, page_size: int, strategy: str, cache: str) -> None:
+    """Pages in any order, NaN in all that is not a token's, garbage in the rest of the table."""
+    case = AttentionCase(
+        MIXED,
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        device="cuda",
+        cache=cache,
+        page_size=page_size,
+        sinks=page_size == 16,
+    )
+    half_only = serving(backend, case, "all_gather")
+    for cp_size in (1, 3, 4):
+        case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy != "all_gather")
+
+
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("pass_q", "sharded"), ("ring", "packed")])
+def test_latent_attention(strategy: str, cache: str) -> None:
+    """One KV head of 576, of which the first 512 columns are V."""
+    batch = [(640, 300), (0, 3), (997, 1), (131, 89)]
+    case = AttentionCase(batch, 16, 1, 576, 512, torch.bfloat16, scale=192**-0.5, device="cuda", cache=cache, page_size=64, v_in_k=True)
+    case.check_loopback(case.plan(3, pad_to=8), strategy, "triton")
+
+
+def test_an_engines_own_kernel() -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, **options: object) -> tuple[Tensor, Tensor]:
+        given = AttentionOptions(options["scale"], options["window"], options["softcap"], options["sinks"])  # type: ignore[arg-type]
+        return cpattn.BACKENDS["triton"].run(q, k, v, rows, given, options["out_dtype"])  # type: ignore[arg-type]
+
+    case = AttentionCase(MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    plan = case.plan(3, pad_to=16)
+    mine = run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", kernel), 3)  # type: ignore[arg-type]
+    case.check(mine, plan, "ring", "triton")
 
 
 def triton_output(case: AttentionCase, plan: cpattn.Plan) -> tuple[Tensor, Tensor]:

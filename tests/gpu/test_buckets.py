@@ -1,0 +1,138 @@
+"""One captured graph replays any batch of its bucket: the bits are those of an eager call with that batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import AttentionCase
+from paged_caches import RankPages, random_shards
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import SoloCommunicator
+
+BUCKET = cpattn.Bucket(max_requests=12, max_rows=192, max_chunks=24, max_seqlen=2048)
+CP_SIZE, CP_RANK, PAGE_SIZE, NUM_PAGES = 4, 1, 16, 2048
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
+
+
+def random_batch(rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Any mix, idle requests and none at all included, of at most the bucket's rows."""
+    batch = []
+    left = CP_SIZE * BUCKET.max_rows
+    for _ in range(rng.integers(0, BUCKET.max_requests + 1)):
+        extend = [0, 1, 1, int(rng.integers(0, 20)), int(rng.integers(0, 400))][rng.integers(5)]
+        extend = min(extend, left)
+        left -= extend
+        batch.append((int(rng.integers(0, 1600)) * int(rng.integers(2)), extend))
+    return batch
+
+
+def random_table(rng: np.random.Generator) -> Tensor:
+    width = -(-BUCKET.max_seqlen // PAGE_SIZE)
+    pages = rng.permutation(NUM_PAGES)[: BUCKET.max_requests * width]
+    return torch.from_numpy(pages.astype(np.int32)).view(BUCKET.max_requests, width).cuda()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded", "options"),
+    [
+        pytest.param("all_gather", False, {}, id="all_gather"),
+        pytest.param("all_gather", False, {"window": 100, "sinks": True}, id="all_gather window sinks"),
+        pytest.param("ring", False, {}, id="ring"),
+        pytest.param("pass_q", True, {"softcap": 20.0}, id="pass_q"),
+        pytest.param("pass_q_ring", True, {}, id="pass_q_ring"),
+    ],
+)
+def test_a_graph_replays_a_hundred_batches(strategy: str, sharded: bool, options: dict[str, object]) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    communicator, eager_communicator = SoloCommunicator(CP_RANK, CP_SIZE), SoloCommunicator(CP_RANK, CP_SIZE)
+    options = options | ({"sinks": torch.randn(HEADS, device="cuda")} if options.get("sinks") else {})
+
+    def make_plan() -> cpattn.Plan:
+        while True:
+            batch = random_batch(rng)
+            shards = random_shards(batch, CP_SIZE, int(rng.integers(1000))) if sharded else None
+            plan = cpattn.plan(batch, CP_SIZE, prefix_shards=shards)
+            if plan.fits(BUCKET):
+                return plan
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").to(torch.bfloat16)
+
+    q, k, v = (normal(BUCKET.max_rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    pages = normal(2, NUM_PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM)
+    table = random_table(rng)
+    meta = make_plan().metadata(CP_RANK, "cuda", bucket=BUCKET)
+
+    def attend(meta: cpattn.CPMetadata, pages: Tensor, group: cpattn.Communicator) -> Any:
+        cache = cpattn.PagedKV(pages[0], pages[1], table)
+        return cpattn.cp_attention(
+            q, k, v, meta, group=group, kv_cache=cache, strategy=strategy, backend="triton", return_lse=True, **options
+        )  # type: ignore[call-overload]
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        attend(meta, pages, communicator)
+        attend(meta, pages, communicator)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(meta, pages, communicator)
+
+    for _ in range(100):
+        plan = make_plan()
+        for x in (q, k, v, pages):
+            x.copy_(torch.randn_like(x))
+        table.copy_(random_table(rng))
+        held = plan.rank_tokens[CP_RANK]
+        for x in (q, k, v):
+            x[held:] = torch.nan
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            meta.copy_(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected_pages = pages.clone()
+        graph.replay()
+        # Afresh, without a bucket: other sizes, other launches, the same bits.
+        fresh = plan.metadata(CP_RANK, "cuda")
+        rows = fresh.rows
+        cache = cpattn.PagedKV(expected_pages[0], expected_pages[1], table)
+        if rows:
+            expected, expected_lse = cpattn.cp_attention(
+                q[:rows], k[:rows], v[:rows], fresh, group=eager_communicator, kv_cache=cache, strategy=strategy, backend="triton",
+                return_lse=True, **options,
+            )  # type: ignore[call-overload]  # fmt: skip
+            assert torch.equal(out[:held], expected[:held])
+            assert torch.equal(lse[:held], expected_lse[:held])
+        assert (out[held:] == 0).all()
+        assert (lse[held:] == -torch.inf).all()
+        assert torch.equal(pages, expected_pages)
+
+
+def test_an_eager_call_in_a_bucket_is_exact() -> None:
+    """Every backend that reads pages, in metadata of fixed sizes, against the oracle."""
+    batch = [(640, 300), (0, 3), (997, 1), (131, 89), (5, 0)]
+    bucket = cpattn.Bucket(max_requests=9, max_rows=512, max_chunks=18, max_seqlen=2048)
+    for backend in ("flash_attn4", "triton"):
+        if cpattn.BACKENDS[backend].unavailable():
+            continue
+        case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", page_size=16)
+        plan = cpattn.plan(batch, 1)
+        meta = cpattn.build_metadata([], 1, 0, "cuda", bucket=bucket)
+        meta.copy_(plan)
+        pages = RankPages(plan, 0, case.prefix_k, case.prefix_v, case.k, case.v, 16, 0, max_requests=9)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        for x in (q, k, v):
+            x[meta.num_tokens :] = torch.nan
+        out, lse = cpattn.cp_attention(q, k, v, meta, kv_cache=pages.cache, backend=backend, return_lse=True)
+        pages.check_written()
+        case.check([(out[: meta.num_tokens], lse[: meta.num_tokens])], plan, "all_gather", backend)
+        assert (out[meta.num_tokens :] == 0).all()
+        assert (lse[meta.num_tokens :] == -torch.inf).all()
