@@ -345,7 +345,8 @@ def _consume(
             larger_M = gl.maximum(old_lse_M, lse_M)
             base_M = gl.where(larger_M == float("-inf"), 0.0, larger_M)
             old_weight_M = gl.where(lse_M == float("-inf"), 1.0, gl.exp(old_lse_M - base_M))
-            weight_M = gl.exp(lse_M - base_M)
+            is_first_M = (old_lse_M == float("-inf")) & (lse_M > float("-inf"))
+            weight_M = gl.where(is_first_M, 1.0, gl.exp(lse_M - base_M))
             total_M = old_weight_M + weight_M
             old_MV = gl.load(out_MV, mask=is_token_M[:, None] & (dim_1V < DV), other=0.0)
             result_MV = old_MV * (old_weight_M / total_M)[:, None] + result_MV * (weight_M / total_M)[:, None]

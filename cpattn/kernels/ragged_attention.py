@@ -277,7 +277,9 @@ def _attention_kernel(
         base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
         # A query without keys here keeps its old result to the bit, also where that is the result of no keys.
         old_weight_M = tl.where(lse_M == float("-inf"), 1.0, tl.exp(old_lse_M - base_M))
-        weight_M = tl.exp(lse_M - base_M)
+        # A first result comes through to the bit as well; a contracted lse - base need not be 0.
+        is_first_M = (old_lse_M == float("-inf")) & (lse_M > float("-inf"))
+        weight_M = tl.where(is_first_M, 1.0, tl.exp(lse_M - base_M))
         total_M = old_weight_M + weight_M
         old_MV = tl.load(out_MV, mask=is_out_MV, other=0.0)
         result_MV = old_MV * (old_weight_M / total_M)[:, None] + result_MV * (weight_M / total_M)[:, None]
