@@ -1,5 +1,10 @@
 """cpattn: exact causal attention over a context that is split across GPUs."""
 
+from cpattn.cli.env import report_if_torch_is_broken
+
+# `cpattn env` has to say what is broken, even if it is what all below needs.
+report_if_torch_is_broken()
+
 from cpattn.api import cp_attention, explain, shard, unshard
 from cpattn.attention.custom import custom_backend
 from cpattn.attention.registry import BACKENDS

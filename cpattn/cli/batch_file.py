@@ -26,11 +26,18 @@ def read_batch(given: str) -> list[tuple[int, int]]:
     Raises BatchError if it is neither.
     """
     path = Path(given)
-    if "+" in given and not path.is_file():
+    if "+" in given and not _is_file(path):
         return [_parse_request(request, number) for number, request in enumerate(given.split(","))]
     if not given.strip():
         raise BatchError(f"the batch is empty; write requests as prefix+new tokens, such as {_EXAMPLE}, or name a JSON file")
     return read_batch_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a batch may be longer than a file's name can be
+        return False
 
 
 def _parse_request(request: str, number: int) -> tuple[int, int]:

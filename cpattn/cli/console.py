@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Collection, Sequence
+from textwrap import wrap
 from typing import Any, NamedTuple, TypeAlias
 
 from cpattn.metadata.draw import text_table
@@ -38,6 +39,13 @@ def rich_console() -> Any:
 def columns() -> int:
     """How wide the output may be."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_COLUMNS
+
+
+def say(text: str) -> None:
+    """Prints lines of text, broken between words where they are wider than a terminal."""
+    width = columns() if sys.stdout.isatty() else None
+    for line in text.splitlines():
+        print("\n".join(wrap(line, width, break_on_hyphens=False)) if width and line.strip() else line, flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], left: Collection[int] = (0,)) -> None:

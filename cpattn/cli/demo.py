@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.cli.batch_file import read_batch
-from cpattn.cli.console import Cell, Styled, print_table, print_title
+from cpattn.cli.console import Cell, Styled, print_table, print_title, say
 from cpattn.cli.options import DTYPES, add_shape_options, shape_from
 from cpattn.cli.plan import print_layout
 from cpattn.cli.progress import Progress
@@ -88,9 +88,11 @@ def run(options: argparse.Namespace) -> int:
     """Runs the demo. Returns 0 if every output is as exact as on one device, else 1."""
     setting = _setting(options)
     plan = setting.plan
-    print(plan.summary(), end="\n\n")
+    say(plan.summary())
+    print()
     print_layout(plan)
-    print(f"\n{setting.shape}, seed {setting.seed}; {plan.cp_size} processes over gloo", flush=True)
+    print()
+    say(f"{setting.shape}, seed {setting.seed}; {plan.cp_size} processes over gloo")
     table, all_fine = _measure(setting)
     header = ["strategy", "max error", "relative RMSE", "allowed", "exact", "ms", "bytes sent"]
     print_title(f"against float64, over all {plan.num_tokens:,} tokens")

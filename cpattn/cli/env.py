@@ -29,9 +29,9 @@ _PACKAGES = {
     "transformers": (None, "the Hugging Face adapter"),
 }
 _DESCRIPTION = """\
-Reports versions, devices, transports, and which backends can be used for what, and
-why the others can not. Paste it into a bug report. It never fails: what is broken
-is part of the report, and the exit code is 0.
+Reports versions, devices, transports, and which backends can be used for
+what, and why the others can not. Paste it into a bug report. It never fails:
+what is broken is part of the report, and the exit code is 0.
 """
 
 
@@ -204,14 +204,29 @@ def _print_plainly(name: str, section: Any, failure: str) -> None:
 
 
 def report_if_torch_is_broken() -> None:
-    """Where cpattn can not be imported since torch can not, and the command is ``cpattn env``: prints the report, and exits.
-
-    For the package's ``__init__``, which runs before any command does.
+    """Where the command is ``cpattn env`` and cpattn can not be imported, since torch or numpy can not: prints the report,
+    and exits with 0. For the package's ``__init__``, which runs before any command does.
     """
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
     if sys.argv[1:2] != ["env"] or program not in ("-m", "cpattn", "cpattn.exe"):
         return
-    failure = guarded(lambda: _import("torch"), lambda failure: failure) or guarded(lambda: _import("numpy"), lambda failure: failure)
-    if failure is not None:
-        print(json.dumps(report(), indent=2, default=str))
-        sys.exit(0)
+    broken = [module for module in ("numpy", "torch", "einops") if guarded(partial(_import, module), str)]
+    if broken:
+        sys.exit(_print_without_cpattn())
+
+
+def _print_without_cpattn() -> int:
+    found = report()
+    if "--json" in sys.argv:
+        print(json.dumps(found, indent=2, default=str))
+        return 0
+    for name, section in found.items():
+        print(f"{name}\n")
+        for entry in section if isinstance(section, list) else [{"": key} | _as_dict(value) for key, value in section.items()]:
+            print("  " + ", ".join(str(value) for value in entry.values() if value is not None))
+        print()
+    return 0
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"value": value}

@@ -15,9 +15,9 @@ from cpattn.version import __version__
 _DESCRIPTION = """\
 Exact causal attention over a context that is split across ranks (GPUs or processes).
 
-A batch is a list of requests, each with a number of tokens that are in the KV cache
-already (its prefix) and a number of new ones. Write it as prefix+new, request after
-request, or give a JSON file:
+A batch is a list of requests, each with a number of tokens that are in the
+KV cache already (its prefix) and a number of new ones. Write it as
+prefix+new, request after request, or name a JSON file:
 
   cpattn plan --batch "0+3670, 4096+128, 77+1" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 8

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cpattn
-from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title
+from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title, say
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
 from cpattn.cli.traffic import TRAFFIC, Shape, in_words, strategy_bytes
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
@@ -18,9 +18,10 @@ from cpattn.metadata.plan import Plan
 from cpattn.viz.palette import rank_color
 
 _DESCRIPTION = """\
-Prints how a batch is laid out over the ranks: each rank's tokens and query-key pairs,
-how far the busiest is from the mean, what each strategy sends in one attention call,
-and who owns which token. Nothing is computed, and no GPU is needed.
+Prints how a batch is laid out over the ranks: each rank's tokens and
+query-key pairs, how far the busiest is from the mean, what each strategy
+sends in one attention call, and who owns which token. Nothing is computed,
+and no GPU is needed.
 """
 _EXAMPLES = """\
 examples:
@@ -101,7 +102,7 @@ def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
 
 
 def _print_plan(plan: Plan, shape: Shape) -> None:
-    print(describe_plan(plan))
+    say(describe_plan(plan))
     print_title("each rank's share")
     header, lines = share_table(plan)
     busiest, bar_columns = max([*plan.rank_pairs, 1]), min(60, max(10, columns() - 56))
@@ -111,7 +112,8 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
         table.append([Styled(line[0], f"bold {rank_color(rank)}"), *line[1:], Styled(bar, rank_color(rank))])
     table.append([*lines[-1], ""])
     print_table([*header, "work"], table, left=(0, 5))
-    print(f"\n{describe_imbalance(plan)}")
+    print()
+    say(describe_imbalance(plan))
 
     print_title("what each rank sends in one attention call")
     print(f"{shape}\n")
@@ -137,16 +139,15 @@ def print_layout(plan: Plan) -> None:
 def _print_comparison(plans: list[Plan], shape: Shape) -> None:
     """Metrics down, plans across."""
     first = plans[0]
-    print(
-        f"{len(first.batch)} requests: {first.num_tokens:,} new tokens over {first.num_prefix_tokens:,} cached ones, {first.cp_size} ranks"
-    )
+    say(f"{len(first.batch)} requests: {first.num_tokens:,} new tokens over {first.num_prefix_tokens:,} cached ones, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
     names += [f"{name}: sent" for name in strategy_bytes(first, shape)] + [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)
     print_title("query-key pairs, and what each rank sends")
     cells = [_comparison_column(plan, shape, best) for plan in plans]
     print_table(["partition", *(plan.partition for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
-    print(f"\nbytes are those of one attention call, {shape}")
+    print()
+    say(f"bytes are those of one attention call, {shape}")
 
 
 def _comparison_column(plan: Plan, shape: Shape, best: float) -> list[Cell]:

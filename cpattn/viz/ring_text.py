@@ -8,8 +8,9 @@ from cpattn.metadata.draw import rank_mark
 from cpattn.viz.ring_schedule import RingSchedule, Stretch
 
 RING_LEGEND = (
-    "computes: 0 1 .. 9 a b ..: attention over the keys of that rank, in the first hop also over cached ones\n"
-    "sends: the same marks, keys of that rank on their way to the next   . nothing"
+    "0 1 .. 9 a b ..: the rank whose keys they are   .: nothing\n"
+    "computes: attention over those keys, in the first hop over cached ones as well\n"
+    "sends: those keys, to the next rank, meanwhile"
 )
 
 
@@ -18,11 +19,11 @@ def ring_as_text(schedule: RingSchedule, width: int = 60) -> str:
 
     >>> import cpattn
     >>> from cpattn.viz import ring_schedule
-    >>> print(ring_as_text(ring_schedule(cpattn.plan([(0, 8)], 2), transfer=0.5), width=20).split("nothing")[1])
+    >>> print(ring_as_text(ring_schedule(cpattn.plan([(0, 8)], 2), transfer=0.5), width=20).split("meanwhile")[1])
     <BLANKLINE>
-    rank 0 computes |0000000000011111111.|
+    rank 0 computes |00000000000111111111|
            sends    |00000...............|
-    rank 1 computes |1111111111100000000.|
+    rank 1 computes |11111111111000000000|
            sends    |11111...............|
     """
     lines = [RING_LEGEND]

@@ -41,6 +41,7 @@ def draw_work_picture(plans: Sequence[Plan], path: str | Path) -> None:
             )  # fmt: skip
             axis.set_ylim(plan.cp_size - 0.4, -0.6)
             axis.set_xlim(0, 1.18 * widest)
+            axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 1.18 * widest])
             step = 1 if plan.cp_size <= _MOST_LABELS else plan.cp_size // 16
             ranks = range(0, plan.cp_size, step)
             axis.set_yticks(ranks, [f"rank {rank}" for rank in ranks])

@@ -36,7 +36,8 @@ def owners_of(plan: Plan) -> list[str]:
 class TestDraw:
     def test_a_small_plan(self) -> None:
         legend, *requests = PLAN.draw().splitlines()
-        assert ". cached prefix" in legend
+        assert ". cached token" in legend
+        assert len(legend) <= 80
         assert "rank" in legend
         assert requests == [
             "request 0: 0 + 10 |0001111100|",
@@ -146,3 +147,7 @@ def test_text_table() -> None:
         "a           1",
         "longer  1,000",
     ]
+
+
+def test_text_table_with_more_columns_to_the_left() -> None:
+    assert text_table(["n", "name"], [["1", "a"], ["10", "b"]], left=(1,)).splitlines() == [" n  name", "--  ----", " 1  a", "10  b"]

@@ -7,13 +7,14 @@ from typing import Any
 
 from cpattn.cli.bench import attention, layer, metadata
 from cpattn.cli.bench.device import machine
-from cpattn.cli.console import print_table, print_title
+from cpattn.cli.console import print_table, print_title, say
 from cpattn.errors import CPError
 
 _DESCRIPTION = """\
-Runs a benchmark in small and prints a table: a first look at this machine, in seconds.
-The results in full, with their devices, versions and commands, are in benchmarks/results/
-of the repository; so are the programs that made them, in benchmarks/.
+Runs a benchmark in small and prints a table: a first look at this machine,
+in seconds. The results in full, with their devices, versions and commands,
+are in benchmarks/results/ of the repository, and the programs that made them
+in benchmarks/.
 """
 _KINDS = {"attention": attention, "layer": layer, "metadata": metadata}
 
@@ -41,9 +42,10 @@ def run(options: argparse.Namespace) -> int:
     if options.tokens < 1 or not 0 < options.seconds < float("inf"):
         raise CPError(f"--tokens {options.tokens} --seconds {options.seconds}: both must be above 0")
     module = _KINDS[options.kind]
-    print(machine())
+    say(machine())
     print_title(module.TITLE)
     header, rows, note = module.measure(options.tokens, options.seconds)
     print_table(header, rows, left=module.LEFT)
-    print(f"\n{note}\nin full: {module.RESULTS} of the repository")
+    print()
+    say(f"{note}\nin full: {module.RESULTS} of the repository")
     return 0

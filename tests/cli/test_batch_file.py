@@ -1,0 +1,45 @@
+"""A batch as text: what is understood, and what is refused with the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cpattn
+from cpattn.cli.batch_file import read_batch
+
+
+@pytest.mark.parametrize(
+    ("text", "batch"),
+    [
+        ("0+3670, 4096+128, 77+1", [(0, 3670), (4096, 128), (77, 1)]),
+        ("0+1", [(0, 1)]),
+        (" 3 + 0 ,4+5", [(3, 0), (4, 5)]),
+    ],
+)
+def test_text(text: str, batch: list[tuple[int, int]]) -> None:
+    assert read_batch(text) == batch
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0+12, 5", "request 1 of the batch is '5'; write it as prefix\\+new tokens"),
+        ("0+12,", "request 1 of the batch is ''"),
+        ("1+2+3", "request 0 of the batch is '1\\+2\\+3'"),
+        ("-1+5", "request 0 of the batch is '-1\\+5'"),
+        ("12", 'can not read the batch file 12: No such file or directory; name a JSON file, or write the requests as "0\\+512'),
+        (" ", "the batch is empty"),
+        (".", "can not read the batch file"),
+    ],
+)
+def test_what_is_no_batch_is_refused(text: str, message: str) -> None:
+    with pytest.raises(cpattn.BatchError, match=message):
+        read_batch(text)
+
+
+def test_a_file_may_have_a_plus_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a+b.json"
+    path.write_text('[[1, 2], {"prefix_len": 3, "extend_len": 4, "note": "x"}]')
+    assert read_batch(str(path)) == [(1, 2), (3, 4)]

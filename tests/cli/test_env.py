@@ -1,0 +1,124 @@
+"""``cpattn env`` never fails, whatever is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+import cpattn
+from cpattn.cli import env
+from cpattn.cli.main import main
+
+
+def raising(failure: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise failure
+
+    return fail
+
+
+def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The report; printing it as tables works as well."""
+    assert main(["env"]) == 0
+    assert "versions" in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_what_it_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    report = found(capsys)
+    assert report["versions"]["torch"] == {"version": torch.__version__, "problem": None, "purpose": "needed"}
+    assert report["versions"]["cpattn"]["version"] == cpattn.__version__
+    assert report["devices"][0]["device"] == "cpu"
+    assert set(report["transports"]) == {"gloo", "nccl"}
+    assert list(report["backends"]) == list(cpattn.BACKENDS)
+    assert report["backends"]["cpu"]["features"]["window"] == "it has no sliding window"
+    assert report["backends"]["cpu"]["features"]["Dv!=D"] is None
+    assert set(report["backends"]["reference"]["features"].values()) == {None}
+    assert report["strategies"] == list(cpattn.STRATEGIES)
+    for backend in report["backends"].values():
+        assert backend["usable"] == (backend["why_not"] is None)
+
+
+FAILURES = [RuntimeError("two\nlines"), SystemExit(1), ImportError("undefined symbol: x"), OSError(), AssertionError("")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+@pytest.mark.parametrize("target", ["torch.cuda.is_available", "torch.distributed.is_available", "platform.python_version", "os.cpu_count"])
+def test_a_broken_probe_spoils_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, failure: BaseException
+) -> None:
+    monkeypatch.setattr(target, raising(failure))
+    report = found(capsys)
+    assert set(report) == {"versions", "devices", "transports", "backends", "strategies"}
+    assert report["strategies"] == list(cpattn.STRATEGIES)
+    assert type(failure).__name__ in json.dumps(report) or target == "torch.cuda.is_available"
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_a_broken_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, failure: BaseException
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text(f"raise {failure!r}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    entry = found(capsys)["versions"]["flash-attn-3"]
+    assert entry["version"] == "unknown"
+    assert entry["problem"].startswith(f"can not be imported: {type(failure).__name__}")
+    assert "\n" not in entry["problem"]
+
+
+def test_a_broken_backend_spoils_itself_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("cpattn.attention.backend.Backend.why_not", raising(SystemExit("gone")))
+    assert {entry["why_not"] for entry in found(capsys)["backends"].values()} == {"SystemExit: gone"}
+
+
+def test_tables_that_can_not_be_printed_are_printed_plainly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("cpattn.cli.env_tables.print_table", raising(ValueError("no tables")))
+    assert main(["env"]) == 0
+    assert "ValueError: no tables" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_not_swallowed() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        env.guarded(raising(KeyboardInterrupt()), str)
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy"])
+@pytest.mark.parametrize("failure", ["OSError('libcudart.so.12: cannot open shared object file')", "SystemExit(3)"])
+def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) -> None:
+    """cpattn itself can not be imported then."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(f"raise {failure}")
+    path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
+    for extra in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "cpattn", "env", *extra],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"can not be imported: {failure.split('(')[0]}" in done.stdout
+        assert done.stderr == ""
+    assert json.loads(done.stdout)["versions"]["rich"]
+
+
+def test_other_commands_do_not_hide_a_broken_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('broken')")
+    path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", "import cpattn", "env"], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 1
+    assert "OSError: broken" in done.stderr

@@ -1,0 +1,134 @@
+"""The command line as a whole: help, exit codes, and what a terminal and a file get."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpattn.cli.main import main
+
+COMMANDS = ["plan", "picture", "demo", "env", "bench"]
+PLAN = ["plan", "--batch", "0+3670, 4096+128, 77+1", "--cp", "8"]
+
+
+def run_in_terminal(arguments: list[str], columns: int, **environment: str) -> str:
+    """What the command writes to a pseudo-terminal of that width."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpattn", *arguments], stdout=theirs, stdin=theirs, env=kept | {"TERM": "xterm-256color"} | environment
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while piece := os.read(ours, 65536):
+            written += piece
+    except OSError:  # the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode().replace("\r\n", "\n")
+
+
+def without_colors(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("arguments", [PLAN, [*PLAN, "--compare"], ["picture", "ring", *PLAN[1:]], ["env"]], ids=" ".join)
+def test_a_terminal_gets_colours_and_no_line_is_too_wide(arguments: list[str], columns: int) -> None:
+    pytest.importorskip("rich")
+    text = run_in_terminal(arguments, columns)
+    assert "\x1b[" in text
+    plain = without_colors(text)
+    assert "\x1b" not in plain
+    assert max(map(len, plain.splitlines())) <= columns
+
+
+def test_no_color_is_respected() -> None:
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", run_in_terminal(PLAN, 80, NO_COLOR="1"))
+
+
+@pytest.mark.parametrize("arguments", [PLAN, [*PLAN, "--compare"], ["env"], ["picture", "work", *PLAN[1:]]], ids=" ".join)
+def test_a_file_gets_plain_text(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cpattn", *arguments], capture_output=True, check=True, env=os.environ | {"FORCE_COLOR": "1"}
+    )
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
+    assert done.stderr == b""
+    assert done.stdout.isascii()
+
+
+def test_without_rich_a_terminal_gets_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('no rich here')")
+    text = run_in_terminal(PLAN, 80, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert "\x1b" not in text
+    assert "query-key pairs" in text
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    many = ",".join(["9+9"] * 3000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpattn", "plan", "--batch", many, "--cp", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_help_names_each_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for word in [*COMMANDS, "exit codes", "prefix+new", "cpattn demo"]:
+        assert word in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "cpattn: the following arguments are required: COMMAND; `cpattn --help` explains"),
+        (["plam"], "invalid choice: 'plam'"),
+        (["plan", "--cp", "2"], "cpattn plan: the following arguments are required: --batch; `cpattn plan --help` explains"),
+        (["plan", "--batch", "0+1", "--cp", "two"], "invalid int value: 'two'"),
+        (["plan", "--batch", "0+1", "--cp", "2", "--partition", "zig"], "invalid choice: 'zig'"),
+        (["bench"], "cpattn bench: the following arguments are required: BENCHMARK"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpattn.cli.plan.plan_from", interrupted)
+    assert main(PLAN) == 130
+    assert capsys.readouterr().err == "cpattn plan: interrupted\n"

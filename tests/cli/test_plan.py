@@ -1,0 +1,127 @@
+"""``cpattn plan``: its numbers are those of the plan, and its bytes those that a rank really sends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import cpattn
+from cpattn import Communicator
+from cpattn.cli.main import main
+from cpattn.cli.traffic import TRAFFIC, Shape, in_words, pass_q, strategy_bytes
+from cpattn.testing import run_loopback
+
+BATCH = [(0, 60), (33, 5), (4, 0)]
+TEXT = "0+60, 33+5, 4+0"
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", cpattn.STRATEGIES)
+@pytest.mark.parametrize("v_head_dim", [8, 4])
+def test_bytes_are_those_that_are_sent(strategy: str, v_head_dim: int) -> None:
+    plan = cpattn.plan(BATCH, 3, pad_to=4)
+    shape = Shape(heads=4, kv_heads=2, head_dim=8, v_head_dim=v_head_dim, dtype="bfloat16", itemsize=2)
+
+    def program(communicator: Communicator) -> int:
+        meta = plan.metadata(communicator.rank)
+        q, k, v = (torch.zeros(plan.rows, heads, dim, dtype=torch.bfloat16) for heads, dim in ((4, 8), (2, 8), (2, v_head_dim)))
+        prefix = (torch.zeros(plan.num_prefix_tokens, 2, dim, dtype=torch.bfloat16) for dim in (8, v_head_dim))
+        cpattn.cp_attention(q, k, v, meta, group=communicator, kv_cache=cpattn.PackedKV(*prefix), strategy=strategy)
+        return communicator.bytes_sent
+
+    assert run_loopback(program, 3) == [strategy_bytes(plan, shape)[strategy]] * 3
+
+
+def test_every_strategy_has_its_bytes() -> None:
+    assert set(cpattn.STRATEGIES) <= set(TRAFFIC)
+
+
+def test_bytes_of_pass_q() -> None:
+    """Queries of 10 rows to 2 ranks, and for each of those rows an fp32 output and an LSE a head back."""
+    shape = Shape(heads=4, kv_heads=1, head_dim=8, v_head_dim=16, dtype="bfloat16", itemsize=2)
+    assert pass_q(cpattn.plan([(0, 30)], 3), shape) == 2 * 10 * 4 * (8 * 2 + (16 + 1) * 4)
+
+
+def test_nothing_is_sent_by_one_rank_or_without_rows() -> None:
+    shape = Shape(4, 1, 8, 8, "float32", 4)
+    for plan in (cpattn.plan([(0, 30)], 1), cpattn.plan([(30, 0)], 4)):
+        assert set(strategy_bytes(plan, shape).values()) == {0}
+
+
+def test_sizes_in_words() -> None:
+    assert [in_words(size) for size in (0, 1023, 1024, 2**20 - 1, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "1024.0 KiB", "5.0 TiB"]
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = cpattn.plan(BATCH, 4, pad_to=8)
+    text = output(capsys, "--batch", TEXT, "--cp", "4", "--pad-to", "8", "--heads", "8", "--kv-heads", "1", "--dtype", "float32")
+    for line in [*plan.draw().splitlines(), f"imbalance (fullest rank over the mean): tokens {plan.token_imbalance:.4f}"]:
+        assert line in text
+    for rank in range(4):
+        row = next(line for line in text.splitlines() if line.startswith(f"{rank} "))
+        assert row.split()[1:4] == [f"{plan.rank_tokens[rank]:,}", f"{plan.rows - plan.rank_tokens[rank]}", f"{plan.rank_pairs[rank]:,}"]
+    assert "8 query and 1 key/value heads of 128, float32" in text
+    assert f"{3 * 24 * 1 * 256 * 4:,}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = cpattn.plan(BATCH, 4, partition="contiguous", remainder="first")
+    found = json.loads(output(capsys, "--batch", TEXT, "--cp", "4", "--partition", "contiguous", "--remainder", "first", "--json"))
+    assert [(request["prefix_len"], request["extend_len"]) for request in found["batch"]] == BATCH
+    assert [rank["pairs"] for rank in found["ranks"]] == list(plan.rank_pairs)
+    assert [rank["tokens"] + rank["padding"] for rank in found["ranks"]] == [plan.rows] * 4
+    assert [tuple(chunk.values()) for chunk in found["chunks"]] == list(plan.chunks)
+    assert found["pair_imbalance"] == plan.pair_imbalance
+    assert found["fingerprint"] == plan.fingerprint
+    assert found["strategies"]["ring"] == {"bytes_sent_per_rank": 3 * plan.rows * 8 * 256 * 2}
+
+
+def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "--batch", TEXT, "--cp", "2", "--compare")
+    lines = {line[:20].strip(): line.split()[-4:] for line in text.splitlines()}
+    plans = [cpattn.plan(BATCH, 2, partition=p, remainder=r) for p in ("zigzag", "contiguous") for r in ("balanced", "first")]
+    assert lines["partition"] == [plan.partition for plan in plans]
+    assert lines["remainder"] == [plan.remainder for plan in plans]
+    assert lines["pairs, max / mean"] == [f"{plan.pair_imbalance:.4f}" for plan in plans]
+    assert lines["pairs of rank 1"] == [f"{plan.rank_pairs[1]:,}" for plan in plans]
+    found = json.loads(output(capsys, "--batch", TEXT, "--cp", "2", "--compare", "--json"))
+    assert [other["fingerprint"] for other in found["plans"]] == [plan.fingerprint for plan in plans]
+
+
+@pytest.mark.parametrize("batch", ["0+0", "5+0, 0+1", ",".join(["9+9"] * 40)])
+def test_ugly_batches(capsys: pytest.CaptureFixture[str], batch: str) -> None:
+    for extra in ([], ["--compare"], ["--json"]):
+        assert output(capsys, "--batch", batch, "--cp", "5", *extra)
+
+
+def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    assert f"drawn to {picture}" in output(capsys, "--batch", TEXT, "--cp", "2", "--draw", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0+1", "--cp", "0"], "cp_size=0; it must be an integer of at least 1"),
+        (["--batch", "0+1", "--cp", "2", "--heads", "6", "--kv-heads", "4"], "query heads must be a multiple"),
+        (["--batch", "0+1", "--cp", "2", "--v-head-dim", "0"], "--v-head-dim 0: it must be at least 1"),
+        (["--batch", "0+99999999999", "--cp", "2"], "the limit is"),
+        (["--batch", "0+1", "--cp", "2", "--draw", "plan.bmp"], "can not draw to plan.bmp: a picture's name ends in .png, .svg or .pdf"),
+        (["--batch", "0+1", "--cp", "2", "--draw", "/no/such/folder/plan.png"], "can not write /no/such/folder/plan.png"),
+    ],
+)
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cpattn plan: ")
+    assert message in error
+    assert error.count("\n") == 1

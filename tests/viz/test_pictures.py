@@ -1,0 +1,179 @@
+"""Pictures: any plan can be drawn, alike each time; all that a reader needs is in them, and nothing overlaps."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strategies import Batch, named_batches
+
+import cpattn
+from cpattn.viz import draw_plan_picture, draw_ring_picture, draw_work_picture, ring_schedule
+from cpattn.viz.canvas import PictureError, canvas
+from cpattn.viz.palette import INK, ink_on, rank_color, rank_hatch, tint
+from cpattn.viz.plan_picture import is_small
+
+pytest.importorskip("matplotlib")
+SMALL = cpattn.plan([(4, 11), (0, 5), (6, 1)], 2, pad_to=2)
+
+
+def texts(svg: Path) -> list[str]:
+    """matplotlib writes each text as outlines, with the text itself in a comment."""
+    return [text.strip() for text in re.findall(r"<!--(.*?)-->", svg.read_text(), re.DOTALL)]
+
+
+def fills(svg: Path) -> Counter[str]:
+    return Counter(color.upper() for color in re.findall(r"fill: (#[0-9a-f]{6})", svg.read_text()))
+
+
+def test_a_small_plan_is_drawn_token_by_token(tmp_path: Path) -> None:
+    draw_plan_picture(SMALL, tmp_path / "plan.svg")
+    written = Counter(texts(tmp_path / "plan.svg"))
+    assert is_small(SMALL)
+    assert written["request 0: 4 cached + 11 new"] == 1
+    assert written["prefix"] == 2
+    assert written["padding"] == 2  # one row on rank 0, two on rank 1
+    # A name a chunk, and one for the rows that the rank holds.
+    chunks = Counter(chunk.rank for chunk in SMALL.chunks)
+    assert (written["rank 0"], written["rank 1"]) == (chunks[0] + 1, chunks[1] + 1)
+    # Each token's position: over its column, beside its row, and in its rank's rows.
+    assert written["14"] == 3
+    # A cell for each pair of a query and a new key; and for each new token one over, one beside and one in the rows.
+    colors = fills(tmp_path / "plan.svg")
+    for rank in range(2):
+        new_pairs = sum(chunk.start + token + 1 for chunk in SMALL.chunks if chunk.rank == rank for token in range(chunk.length))
+        prefix_pairs = sum(chunk.length * SMALL.batch[chunk.request].prefix_len for chunk in SMALL.chunks if chunk.rank == rank)
+        assert colors[rank_color(rank)] == new_pairs + 3 * SMALL.rank_tokens[rank]
+        assert colors[tint(rank_color(rank))] == prefix_pairs
+
+
+def test_a_large_plan_is_drawn_chunk_by_chunk(tmp_path: Path) -> None:
+    plan = cpattn.plan([(0, 1531), (2048, 700), (512, 0)], 4, pad_to=128)
+    draw_plan_picture(plan, tmp_path / "plan.svg")
+    written = texts(tmp_path / "plan.svg")
+    assert not is_small(plan)
+    for text in ("request 0", "0 cached + 1,531 new", "2,048 cached + 700 new", "nothing new", f"{plan.rows} rows", "rank 3"):
+        assert text in written
+    assert Counter(written)[f"padding {plan.rows - plan.rank_tokens[1]}"] >= 1
+    assert Counter(written)["2"] == 4  # the chunks of rank 2
+
+
+def test_of_many_requests_those_with_the_most_work_are_drawn(tmp_path: Path) -> None:
+    draw_plan_picture(cpattn.plan([(0, 10)] * 30 + [(0, 999)], 2), tmp_path / "plan.svg")
+    written = texts(tmp_path / "plan.svg")
+    assert "0 cached + 999 new" in written
+    assert any("12 of 31 requests, those with the most work" in text for text in written)
+
+
+@pytest.mark.parametrize("batch", named_batches())
+@pytest.mark.parametrize("cp_size", [1, 3, 70])
+def test_any_plan_can_be_drawn(tmp_path: Path, batch: Batch, cp_size: int) -> None:
+    plan = cpattn.plan(batch, cp_size)
+    if cp_size < 70 or len(batch) < 4:
+        draw_plan_picture(plan, tmp_path / "plan.svg")
+        draw_work_picture([plan], tmp_path / "work.svg")
+    if cp_size < 70:
+        draw_ring_picture(ring_schedule(plan), tmp_path / "ring.svg")
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
+def test_a_picture_is_the_same_each_time(tmp_path: Path, suffix: str) -> None:
+    made = []
+    for name in ("a", "b"):
+        draw_plan_picture(SMALL, tmp_path / f"{name}{suffix}")
+        made.append((tmp_path / f"{name}{suffix}").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_the_readers_own_settings_change_nothing(tmp_path: Path) -> None:
+    import matplotlib
+
+    draw_work_picture([SMALL], tmp_path / "a.svg")
+    with matplotlib.rc_context({"font.size": 30.0, "axes.facecolor": "red", "lines.linewidth": 9.0}):
+        draw_work_picture([SMALL], tmp_path / "b.svg")
+        assert matplotlib.rcParams["font.size"] == 30.0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+PLANS = {
+    "small": SMALL,
+    "many small": cpattn.plan([(3, 9), (0, 12), (30, 1), (2, 7), (5, 0), (0, 1)], 3, pad_to=8),
+    "mixed": cpattn.plan([(0, 1531), (2048, 700), (0, 7), (997, 1), (512, 0), (0, 1), (333, 89), (0, 240)], 4, pad_to=128),
+    "16 ranks": cpattn.plan([(0, 3670)], 16),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", ["plan", "ring", "work"])
+def test_texts_do_not_overlap_and_are_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    plan, boxes = PLANS[name], []
+
+    def keep(figure: Any, *arguments: Any, **options: Any) -> None:
+        agg = FigureCanvasAgg(figure)
+        agg.draw()
+        for text in figure.findobj(Text):
+            # An axis that is off still has tick labels, which are not drawn.
+            drawn = text.axes is None or text.axes.axison or text in text.axes.texts
+            if text.get_text().strip() and text.get_visible() and drawn:
+                assert text.get_fontsize() >= 7
+                box = text.get_window_extent(agg.get_renderer())
+                assert -1 <= box.x0 <= box.x1 <= figure.bbox.width + 1, text.get_text()
+                assert -1 <= box.y0 <= box.y1 <= figure.bbox.height + 1, text.get_text()
+                boxes.append((text.get_text(), box))
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    path = tmp_path / "picture.png"
+    if kind == "plan":
+        draw_plan_picture(plan, path)
+    elif kind == "ring":
+        draw_ring_picture(ring_schedule(plan), path)
+    else:
+        draw_work_picture([cpattn.plan(plan.batch, plan.cp_size, partition="contiguous"), plan], path)
+    assert len(boxes) > 5
+    boxes.sort(key=lambda entry: entry[1].x0)
+    for number, (text, box) in enumerate(boxes):
+        for other_text, other in boxes[number + 1 :]:
+            if other.x0 >= box.x1 - 1:
+                break
+            assert min(box.y1, other.y1) - max(box.y0, other.y0) <= 2, f"{text!r} overlaps {other_text!r}"
+
+
+def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PictureError, match=r"a picture's name ends in \.png, \.svg or \.pdf"):
+        draw_plan_picture(SMALL, tmp_path / "plan.jpeg")
+    with pytest.raises(PictureError, match="choose a folder that exists"):
+        draw_plan_picture(SMALL, tmp_path / "nowhere" / "plan.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(PictureError, match=r"pip install 'cpattn\[viz\]'"), canvas(tmp_path / "plan.svg", 1, 1):
+        pass
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2: from 1 to 21."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted([luminance(one), luminance(other)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_what_is_written_on_a_colour_can_be_read(rank: int) -> None:
+    for color in (rank_color(rank), tint(rank_color(rank))):
+        assert contrast(ink_on(color), color) >= 4.5
+    assert contrast(INK, "#FFFFFF") >= 7
+
+
+def test_ranks_differ_in_colour_or_hatch() -> None:
+    assert len({(rank_color(rank), rank_hatch(rank)) for rank in range(64)}) == 64
