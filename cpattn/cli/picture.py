@@ -14,7 +14,7 @@ from cpattn.cli.plan import print_layout
 from cpattn.metadata.draw import rank_mark
 from cpattn.metadata.partition import PARTITIONS
 from cpattn.viz import draw_plan_picture, draw_ring_picture, draw_work_picture, ring_as_text, ring_schedule, work_as_text
-from cpattn.viz.palette import rank_color
+from cpattn.viz.palette import rank_text_color
 
 _EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ def _ring(options: argparse.Namespace) -> None:
     schedule = ring_schedule(plan_from(options), options.transfer)
     if options.output is None:
         width = max(20, min(160, columns() - len(f"rank {options.cp - 1} computes ||")))
-        styles = {rank_mark(rank): rank_color(rank) for rank in range(options.cp)}
+        styles = {rank_mark(rank): rank_text_color(rank) for rank in range(options.cp)}
         print_marks(ring_as_text(schedule, width).splitlines(), styles)
         print(f"ranks compute {schedule.busy:.0%} of the time, if a transfer lasts {schedule.transfer:g} of a mean hop")
     else:
@@ -84,6 +84,6 @@ def _work(options: argparse.Namespace) -> None:
         for name in options.partition or PARTITIONS
     ]
     if options.output is None:
-        print_marks(work_as_text(plans, max(10, min(100, columns() - 45))).splitlines(), {"#": rank_color(4)})
+        print_marks(work_as_text(plans, max(10, min(100, columns() - 45))).splitlines(), {"#": rank_text_color(4)})
     else:
         draw_work_picture(plans, options.output)

@@ -15,7 +15,7 @@ from cpattn.cli.traffic import TRAFFIC, Shape, in_words, strategy_bytes
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 from cpattn.metadata.plan import Plan
-from cpattn.viz.palette import rank_color
+from cpattn.viz.palette import rank_text_color
 
 _DESCRIPTION = """\
 Prints how a batch is laid out over the ranks: each rank's tokens and
@@ -109,7 +109,7 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
     table: list[list[Cell]] = []
     for rank, line in enumerate(lines[:-1]):
         bar = "#" * round(plan.rank_pairs[rank] / busiest * bar_columns)
-        table.append([Styled(line[0], f"bold {rank_color(rank)}"), *line[1:], Styled(bar, rank_color(rank))])
+        table.append([Styled(line[0], f"bold {rank_text_color(rank)}"), *line[1:], Styled(bar, rank_text_color(rank))])
     table.append([*lines[-1], ""])
     print_table([*header, "work"], table, left=(0, 5))
     print()
@@ -133,7 +133,7 @@ def print_layout(plan: Plan) -> None:
     width = 60 if columns() <= 120 else 150
     while max(map(len, plan.draw(width).splitlines())) > columns() and width > 10:
         width -= 1
-    print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_color(rank) for rank in range(plan.cp_size)})
+    print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_text_color(rank) for rank in range(plan.cp_size)})
 
 
 def _print_comparison(plans: list[Plan], shape: Shape) -> None:

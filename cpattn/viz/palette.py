@@ -5,8 +5,10 @@ Nothing is said by colour alone: ranks are named as well, and beyond eight, wher
 
 from __future__ import annotations
 
-# In this order neighbours differ in lightness too, which a black-and-white print keeps.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
+# In this order neighbours differ in lightness too, which a black-and-white print keeps. Grey stands for their black.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#56B4E9", "#D55E00", "#CC79A7", "#595959")
+# As text, on a background that may be white or black: a darker yellow, a lighter grey.
+_TEXT_COLORS = {"#F0E442": "#B8A800", "#595959": "#8A8A8A"}
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo", "----")
 
 # What is not a rank: cached tokens, rows that hold nothing, and ink.
@@ -16,6 +18,11 @@ PREFIX, PADDING, MASKED, INK, FAINT = "#DDDDDD", "#FFFFFF", "#FFFFFF", "#222222"
 def rank_color(rank: int) -> str:
     """The rank's colour, as ``#rrggbb``; every eighth rank has the same."""
     return _COLORS[rank % len(_COLORS)]
+
+
+def rank_text_color(rank: int) -> str:
+    """The rank's colour for letters in a terminal."""
+    return _TEXT_COLORS.get(rank_color(rank), rank_color(rank))
 
 
 def rank_hatch(rank: int) -> str:

@@ -81,9 +81,9 @@ def _draw_request(axis: Any, plan: Plan, place: _Place) -> None:
         color = PREFIX if position < prefix_len else rank_color(owner[position - prefix_len])
         _cell(axis, x + position, y - 1.15, color, str(position))
     if prefix_len:
-        _bracket(axis, x, x + prefix_len, y - 1.35, "prefix" if prefix_len > 2 else "")
+        _bracket(axis, x, x + prefix_len, y - 1.35, "prefix" if prefix_len > 1 else "")
     if extend_len:
-        _bracket(axis, x + prefix_len, x + prefix_len + extend_len, y - 1.35, "new" if extend_len > 1 else "")
+        _bracket(axis, x + prefix_len, x + prefix_len + extend_len, y - 1.35, "new")
     for token in range(extend_len):
         rank = owner[token]
         _cell(axis, x - 1.15, y + token, rank_color(rank), str(prefix_len + token))

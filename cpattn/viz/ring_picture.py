@@ -73,4 +73,6 @@ def _bar(axis: Any, stretch: Stretch, top: float, height: float, end: float, tex
     )
     inches = length / end * (_WIDTH - _LEFT - _RIGHT)
     text = next((text for text in texts if _INCHES_A_POINT * size * len(text) + 0.05 < inches), "")
-    axis.text(stretch.begin + length / 2, top + height * 0.52, text, ha="center", va="center", fontsize=size, color=ink_on(color))
+    behind = {"color": color, "pad": 0.8} if hatch and text else None
+    place = (stretch.begin + length / 2, top + height * 0.52)
+    axis.text(*place, text, ha="center", va="center", fontsize=size, color=ink_on(color), bbox=behind)

@@ -35,7 +35,7 @@ def test_a_small_plan_is_drawn_token_by_token(tmp_path: Path) -> None:
     written = Counter(texts(tmp_path / "plan.svg"))
     assert is_small(SMALL)
     assert written["request 0: 4 cached + 11 new"] == 1
-    assert written["prefix"] == 2
+    assert (written["prefix"], written["new"]) == (2, 3)
     assert written["padding"] == 2  # one row on rank 0, two on rank 1
     # A name a chunk, and one for the rows that the rank holds.
     chunks = Counter(chunk.rank for chunk in SMALL.chunks)
@@ -177,3 +177,8 @@ def test_what_is_written_on_a_colour_can_be_read(rank: int) -> None:
 
 def test_ranks_differ_in_colour_or_hatch() -> None:
     assert len({(rank_color(rank), rank_hatch(rank)) for rank in range(64)}) == 64
+
+
+def test_neighbours_differ_in_print() -> None:
+    for rank in range(7):
+        assert contrast(rank_color(rank), rank_color(rank + 1)) > 1.25
