@@ -12,6 +12,9 @@ import torch
 from cpattn.attention.backend import Backend, Call
 from cpattn.attention.registry import BACKENDS
 
+_PAGE_SIZE = 16
+# What a flag of a call is known as, if not by its own name.
+_NAMES = {"fixed": "buckets"}
 # What else a call may ask for, beside the flags that Call has.
 _OTHER_FEATURES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
@@ -39,12 +42,14 @@ def _features(backend: Backend, has_gpu: bool) -> dict[str, Any]:
     why_not = backend.why_not(call)
     if why_not is None and on_gpu and not has_gpu:
         why_not = "there is no CUDA device"
-    features = {} if why_not else {name: _ask(backend, replace(call, **asked)) for name, asked in _asked().items()}
+    features = {} if why_not else {name: backend.why_not(replace(call, **asked)) for name, asked in _asked().items()}
+    # Not every version of cpattn has pages.
+    reads_pages = getattr(backend, "reads_pages", None)
+    if features and reads_pages is not None:
+        paged: dict[str, Any] = {"page_size": _PAGE_SIZE}
+        reads = reads_pages(replace(call, **paged))
+        features["pages"] = None if reads else f"it does not read pages of {_PAGE_SIZE} tokens as they are; it is given a packed copy"
     return {"device": device, "usable": why_not is None, "why_not": why_not, "features": features}
-
-
-def _ask(backend: Backend, call: Call) -> str | None:
-    return backend.why_not(call)
 
 
 def _broken(failure: str) -> dict[str, Any]:
@@ -67,6 +72,8 @@ def _plain_call(device: torch.device) -> Call:
 def _asked() -> dict[str, dict[str, Any]]:
     """The fields of a call that differ from the plain one, by feature."""
     flags: dict[str, dict[str, Any]] = {
-        field.name: {field.name: True} for field in fields(Call) if field.type in ("bool", bool) and field.name != "merges"
+        _NAMES.get(field.name, field.name): {field.name: True}
+        for field in fields(Call)
+        if field.type in ("bool", bool) and field.name != "merges"
     }
     return flags | _OTHER_FEATURES

@@ -1,7 +1,8 @@
 """What one rank sends in one attention call, in bytes: a function for each strategy.
 
 The rows that travel are physical ones, ``plan.rows`` of every rank whatever its share, so each rank sends as much as any other.
-A cached prefix never travels.
+A cached prefix is taken to
+lie on every rank, and then does not travel.
 """
 
 from __future__ import annotations

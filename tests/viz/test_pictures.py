@@ -118,13 +118,13 @@ def test_texts_do_not_overlap_and_are_large_enough(tmp_path: Path, monkeypatch: 
 
     def keep(figure: Any, *arguments: Any, **options: Any) -> None:
         agg = FigureCanvasAgg(figure)
-        agg.draw()
+        agg.draw()  # type: ignore[no-untyped-call]
         for text in figure.findobj(Text):
             # An axis that is off still has tick labels, which are not drawn.
             drawn = text.axes is None or text.axes.axison or text in text.axes.texts
             if text.get_text().strip() and text.get_visible() and drawn:
                 assert text.get_fontsize() >= 7
-                box = text.get_window_extent(agg.get_renderer())
+                box = text.get_window_extent(agg.get_renderer())  # type: ignore[no-untyped-call]
                 assert -1 <= box.x0 <= box.x1 <= figure.bbox.width + 1, text.get_text()
                 assert -1 <= box.y0 <= box.y1 <= figure.bbox.height + 1, text.get_text()
                 boxes.append((text.get_text(), box))
