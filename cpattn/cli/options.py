@@ -9,10 +9,11 @@ import torch
 import cpattn
 from cpattn.cli.batch_file import read_batch
 from cpattn.cli.traffic import Shape
-from cpattn.errors import CPError, HeadCountError
+from cpattn.errors import CPError, HeadCountError, PlanError
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST_RANKS = 4096
 
 
 def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: bool = False) -> None:
@@ -34,7 +35,14 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
 def plan_from(options: argparse.Namespace) -> cpattn.Plan:
     """The plan that those options ask for. Raises BatchError or PlanError."""
     batch = read_batch(options.batch)
+    check_cp_size(options.cp)
     return cpattn.plan(batch, options.cp, partition=options.partition, remainder=options.remainder, pad_to=options.pad_to)
+
+
+def check_cp_size(cp_size: int) -> None:
+    """Raises PlanError for more ranks than can be printed, a line each."""
+    if cp_size > _MOST_RANKS:
+        raise PlanError(f"--cp {cp_size}: it can be {_MOST_RANKS:,} at most on the command line; cpattn.plan in Python takes more")
 
 
 def add_shape_options(parser: argparse._ActionsContainer, *, heads: int, head_dim: int, dtype: str = "bfloat16") -> None:

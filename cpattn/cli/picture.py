@@ -9,7 +9,7 @@ from typing import Any
 import cpattn
 from cpattn.cli.batch_file import read_batch
 from cpattn.cli.console import columns, print_marks
-from cpattn.cli.options import add_plan_options, plan_from
+from cpattn.cli.options import add_plan_options, check_cp_size, plan_from
 from cpattn.cli.plan import print_layout
 from cpattn.metadata.draw import rank_mark
 from cpattn.metadata.partition import PARTITIONS
@@ -79,6 +79,7 @@ def _ring(options: argparse.Namespace) -> None:
 
 def _work(options: argparse.Namespace) -> None:
     batch = read_batch(options.batch)
+    check_cp_size(options.cp)
     plans = [
         cpattn.plan(batch, options.cp, partition=name, remainder=options.remainder, pad_to=options.pad_to)
         for name in options.partition or PARTITIONS

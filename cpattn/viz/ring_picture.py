@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpattn.viz.canvas import canvas
+from cpattn.viz.canvas import PictureError, canvas
 from cpattn.viz.palette import INK, ink_on, rank_color, rank_hatch, tint
 from cpattn.viz.ring_schedule import RingSchedule, Stretch
 
 _COMPUTE_HEIGHT, _SEND_HEIGHT = 0.48, 0.24
 _INCHES_A_RANK, _WIDTH = 0.62, 8.4
 _LEFT, _RIGHT, _ABOVE, _BELOW = 1.25, 0.15, 0.6, 0.42
+_MOST_RANKS = 64
 _INCHES_A_POINT = 0.0083  # the width of a letter, on average
 
 
@@ -26,6 +27,8 @@ def draw_ring_picture(schedule: RingSchedule, path: str | Path) -> None:
     Raises PictureError.
     """
     plan = schedule.plan
+    if plan.cp_size > _MOST_RANKS:
+        raise PictureError(f"a ring over {plan.cp_size} ranks is too large to draw; {_MOST_RANKS} ranks at most, or as text")
     lanes = _INCHES_A_RANK * plan.cp_size
     height = _ABOVE + lanes + _BELOW
     with canvas(path, _WIDTH, height) as figure:

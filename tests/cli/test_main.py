@@ -46,7 +46,11 @@ def without_colors(text: str) -> str:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-@pytest.mark.parametrize("arguments", [PLAN, [*PLAN, "--compare"], ["picture", "ring", *PLAN[1:]], ["env"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [PLAN, [*PLAN, "--compare", "--pad-to", "128"], ["picture", "ring", *PLAN[1:]], ["env"], ["bench", "metadata", "--seconds", "0.1"]],
+    ids=" ".join,
+)
 def test_a_terminal_gets_colours_and_no_line_is_too_wide(arguments: list[str], columns: int) -> None:
     pytest.importorskip("rich")
     text = run_in_terminal(arguments, columns)

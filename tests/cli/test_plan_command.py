@@ -112,6 +112,7 @@ def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--batch", "0+1", "--cp", "5000"], "--cp 5000: it can be 4,096 at most"),
         (["--batch", "0+1", "--cp", "0"], "cp_size=0; it must be an integer of at least 1"),
         (["--batch", "0+1", "--cp", "2", "--heads", "6", "--kv-heads", "4"], "query heads must be a multiple"),
         (["--batch", "0+1", "--cp", "2", "--v-head-dim", "0"], "--v-head-dim 0: it must be at least 1"),

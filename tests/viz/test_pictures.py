@@ -151,6 +151,8 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         draw_plan_picture(SMALL, tmp_path / "plan.jpeg")
     with pytest.raises(PictureError, match="choose a folder that exists"):
         draw_plan_picture(SMALL, tmp_path / "nowhere" / "plan.svg")
+    with pytest.raises(PictureError, match="a ring over 65 ranks is too large to draw; 64 ranks at most"):
+        draw_ring_picture(ring_schedule(cpattn.plan([(0, 9)], 65)), tmp_path / "ring.svg")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PictureError, match=r"pip install 'cpattn\[viz\]'"), canvas(tmp_path / "plan.svg", 1, 1):
         pass

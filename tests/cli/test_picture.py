@@ -1,0 +1,56 @@
+"""``cpattn picture``: text in the terminal, a file with -o."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import cpattn
+from cpattn.cli.main import main
+from cpattn.viz import ring_schedule
+
+BATCH = ["--batch", "0+60, 33+5", "--cp", "3"]
+
+
+@pytest.mark.parametrize("kind", ["plan", "ring", "work"])
+def test_to_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.svg"
+    assert main(["picture", kind, *BATCH, "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"drawn to {path}\n"
+    assert "</svg>" in path.read_text()
+
+
+def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = cpattn.plan([(0, 60), (33, 5)], 3)
+    assert main(["picture", "plan", *BATCH]) == 0
+    assert capsys.readouterr().out == plan.draw() + "\n"
+    assert main(["picture", "ring", *BATCH, "--transfer", "2"]) == 0
+    ring = capsys.readouterr().out
+    assert ring.count("computes |") == ring.count("sends    |") == 3
+    assert f"ranks compute {ring_schedule(plan, 2).busy:.0%} of the time, if a transfer lasts 2 of a mean hop" in ring
+    assert main(["picture", "work", *BATCH, "--partition", "contiguous"]) == 0
+    work = capsys.readouterr().out
+    assert "contiguous partition" in work
+    assert "zigzag" not in work
+    assert main(["picture", "work", *BATCH]) == 0
+    both = capsys.readouterr().out
+    assert "zigzag partition" in both
+    assert "contiguous partition" in both
+
+
+def test_very_many_requests_are_not_drawn_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["picture", "plan", "--batch", ",".join(["0+3"] * 101), "--cp", "2"]) == 0
+    assert "101 requests are too many to draw here; `cpattn picture plan -o FILE`" in capsys.readouterr().out
+
+
+def test_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["picture", "work", *BATCH, "-o", str(tmp_path / "work.png")]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'cpattn[viz]'" in error
+    assert error.count("\n") == 1
+    assert main(["plan", *BATCH, "--draw", str(tmp_path / "plan.png")]) == 2
+    assert "pip install 'cpattn[viz]'" in capsys.readouterr().err
