@@ -16,7 +16,7 @@ import cpattn
 from cpattn.cli.batch_file import read_batch
 from cpattn.cli.console import Cell, Styled, print_table, print_title, say
 from cpattn.cli.options import DTYPES, add_shape_options, shape_from
-from cpattn.cli.plan import print_layout
+from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
 from cpattn.cli.traffic import Shape
 from cpattn.errors import PlanError
@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the demo. Returns 0 if every output is as exact as on one device, else 1."""
     setting = _setting(options)
     plan = setting.plan
-    say(plan.summary())
-    print()
+    print_shares(plan)
+    print_title("who owns which token")
     print_layout(plan)
     print()
     say(f"{setting.shape}, seed {setting.seed}; {plan.cp_size} processes over gloo")

@@ -102,7 +102,8 @@ def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
     }
 
 
-def _print_plan(plan: Plan, shape: Shape) -> None:
+def print_shares(plan: Plan) -> None:
+    """The layout in words, a table with a line a rank, and the imbalance."""
     say(describe_plan(plan))
     print_title("each rank's share")
     header, lines = share_table(plan)
@@ -116,6 +117,9 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
     print()
     say(describe_imbalance(plan))
 
+
+def _print_plan(plan: Plan, shape: Shape) -> None:
+    print_shares(plan)
     print_title("what each rank sends in one attention call")
     print(f"{shape}\n")
     sent = strategy_bytes(plan, shape)
