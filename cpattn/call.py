@@ -112,7 +112,7 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
     overlap = arguments.overlap or default_overlap(kv, meta)
-    return Decision(strategy, backend, call, options, kv, overlap, strategy.num_steps(meta.plan, options.window) > 1)
+    return Decision(strategy, backend, call, options, kv, overlap, call.merges)
 
 
 def _choose(arguments: Arguments, kv: KVFormat, meta: CPMetadata, options: AttentionOptions) -> tuple[Strategy, Backend, Call]:
@@ -130,6 +130,7 @@ def _choose(arguments: Arguments, kv: KVFormat, meta: CPMetadata, options: Atten
 
 
 def _call(arguments: Arguments, kv: KVFormat, meta: CPMetadata, strategy: Strategy, options: AttentionOptions) -> Call:
+    fixed = meta.bucket is not None
     return Call(
         device=kv.device,
         dtype=kv.dtype,
@@ -138,10 +139,10 @@ def _call(arguments: Arguments, kv: KVFormat, meta: CPMetadata, strategy: Strate
         window=options.window is not None,
         softcap=options.softcap is not None,
         sinks=options.sinks is not None,
-        alignments=strategy.alignments(meta.plan, options.window),
-        merges=strategy.num_steps(meta.plan, options.window) > 1,
+        alignments=strategy.alignments(meta.plan, options.window, fixed),
+        merges=strategy.num_steps(meta.plan, options.window, fixed) > 1,
         page_size=arguments.kv_cache.page_size if isinstance(arguments.kv_cache, PagedKV) else None,
-        fixed=meta.bucket is not None,
+        fixed=fixed,
     )
 
 

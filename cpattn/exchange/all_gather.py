@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cpattn.attention.rows import Alignment
 from cpattn.exchange.communicator import Communicator, Work
 from cpattn.exchange.message import KVFormat, gather_rows_, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows
@@ -17,6 +18,7 @@ from cpattn.exchange.step_rows import causal_rows
 from cpattn.exchange.strategy import ExchangeInputs, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.plan import Plan
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
@@ -80,10 +82,14 @@ def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | N
     return None
 
 
+def _alignments(plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]:
+    return frozenset({"bottom_right"})
+
+
 ALL_GATHER = Strategy(
     name="all_gather",
     steps=_steps,
-    num_steps=lambda plan, window: 1,
-    alignments=lambda plan, window: frozenset({"bottom_right"}),
+    num_steps=lambda plan, window, fixed=False: 1,
+    alignments=_alignments,
     why_not=_why_not,
 )

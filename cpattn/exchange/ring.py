@@ -53,16 +53,18 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
         hop_keys = kv.split(here)
 
 
-def num_merges(plan: Plan, window: int | None) -> int:
-    """Results that are merged for a query where each shard gives one (with a window several), and whole prefixes another."""
-    return plan.cp_size * launches_per_shard(plan, window) + (not plan.sharded and bool(plan.prefix_lens.any()))
+def num_merges(plan: Plan, window: int | None, fixed: bool = False) -> int:
+    """Results that are merged for a query where each shard gives one (with a window several), and whole prefixes another.
+    Where the batch is to change under a captured graph, one without a prefix may be followed by one that has some."""
+    whole_prefixes = not plan.sharded and (fixed or bool(plan.prefix_lens.any()))
+    return plan.cp_size * launches_per_shard(plan, window) + whole_prefixes
 
 
-def shard_alignments(plan: Plan, window: int | None) -> frozenset[Alignment]:
+def shard_alignments(plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]:
     """Of the rows over all shards and whole prefixes."""
     if window is not None:
         return frozenset({"any"})
-    return frozenset({"bottom_right"} if num_merges(plan, window) == 1 else {"bottom_right", "full"})
+    return frozenset({"bottom_right"} if num_merges(plan, window, fixed) == 1 else {"bottom_right", "full"})
 
 
 def why_not_shards(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -68,6 +68,18 @@ class ExchangeInputs:
     overlap: int
 
 
+class CountSteps(Protocol):
+    """How many results are merged for a query."""
+
+    def __call__(self, plan: Plan, window: int | None, fixed: bool = False) -> int: ...
+
+
+class FindAlignments(Protocol):
+    """The alignments of the rows in a strategy's steps."""
+
+    def __call__(self, plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]: ...
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A way of bringing queries and keys together.
@@ -77,14 +89,16 @@ class Strategy:
         steps: yields the steps of one call, given what the rank brings, its metadata and the communicator.
             Before it yields a step it starts the transfer that the next one needs; whoever takes the steps computes
             each before asking for the next.
-        num_steps: how many results are merged for a query, for a plan and a window; the same on every rank.
-        alignments: of the rows in these steps, for a plan and a window; the same on every rank.
+        num_steps: how many results are merged for a query, for a plan and a window; the same on every rank. ``fixed`` says
+            that it is to be as many as for any plan that a bucket's graph may replay.
+        alignments: of the rows in these steps, for a plan and a window, or any plan that may be replayed; the same on every
+            rank.
         why_not: the reason why it can not serve a plan with such a cache, window and bucket, or None if it can; the same
             on every rank.
     """
 
     name: str
     steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps]
-    num_steps: Callable[[Plan, int | None], int]
-    alignments: Callable[[Plan, int | None], frozenset[Alignment]]
+    num_steps: CountSteps
+    alignments: FindAlignments
     why_not: Callable[[CPMetadata, PackedKV | PagedKV | None, int | None], str | None]
