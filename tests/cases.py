@@ -69,10 +69,10 @@ class AttentionCase:
             options["prefix_shards"] = random_shards(self.batch, cp_size, self.seed)
         return cpattn.plan(self.batch, cp_size, **options)
 
-    def pages(self, plan: cpattn.Plan, rank: int) -> RankPages:
+    def pages(self, plan: cpattn.Plan, rank: int, **options: Any) -> RankPages:
         """A rank's pages, with the prefix in them."""
         new_v, prefix_v = (None, None) if self.v_in_k else (self.v, self.prefix_v)
-        return RankPages(plan, rank, self.prefix_k, prefix_v, self.k, new_v, self.page_size, self.seed)
+        return RankPages(plan, rank, self.prefix_k, prefix_v, self.k, new_v, self.page_size, self.seed, **options)
 
     def on_rank(
         self,
@@ -82,14 +82,19 @@ class AttentionCase:
         strategy: str,
         backend: str,
         check: bool = False,
+        meta: cpattn.CPMetadata | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """This rank's call, its padding full of NaN; what it returns for padding is checked and cut off."""
-        meta = plan.metadata(rank, self.device)
+        """This rank's call, its padding full of NaN; what it returns for padding is checked and cut off.
+
+        The metadata are made anew, unless there are some to reuse.
+        """
+        meta = plan.metadata(rank, self.device) if meta is None else meta
         q, k, v = (cpattn.shard(x, meta) for x in (self.q, self.k, self.v))
         for x in (q, k, v):
             x[meta.num_tokens :] = torch.nan
         before = [x.clone() for x in (q, k, v)]
-        pages = None if self.cache == "packed" else self.pages(plan, rank)
+        max_requests = meta.bucket.max_requests if meta.bucket else None
+        pages = None if self.cache == "packed" else self.pages(plan, rank, max_requests=max_requests)
         out, lse = cpattn.cp_attention(
             q,
             k,

@@ -130,9 +130,10 @@ def test_requests_are_admitted_and_forked_under_new_names() -> None:
     pool = pool_of(num_pages=2)
     pool.admit("a")
     pool.plan([("a", 7)])
-    for wrong in (lambda: pool.admit("a"), lambda: pool.fork("a", "a", 1)):
+    again: list[Callable[[], None]] = [lambda: pool.admit("a"), lambda: pool.fork("a", "a", 1)]
+    for use_name in again:
         with pytest.raises(cpattn.CPError, match="request 'a' is in the pool already; release it first"):
-            wrong()
+            use_name()
     for length in (8, -1):
         with pytest.raises(cpattn.CPError, match=f"request 'a' has 7 tokens in the cache, {length} can not be taken from it"):
             pool.fork("a", "b", length)
