@@ -1,0 +1,1 @@
+"""The parts of ``examples/mini_engine.py``, each of which a serving engine has in some form."""

@@ -1,0 +1,168 @@
+"""What each process runs: the engine's loop, and the model's own ``generate`` to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+import cpattn
+from engine.model import ModelShape, PoolStep, build_model, use_pool
+from engine.scheduler import Scheduler, Step
+from engine.workload import Request
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Attributes:
+    shape, seed: of the model.
+    budget: new tokens of a step.
+    page_size, num_pages: of each rank's pool.
+    sharded: whether each rank keeps its own tokens only, or all.
+    """
+
+    shape: ModelShape
+    seed: int
+    budget: int
+    page_size: int
+    num_pages: int
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request's way through the engine.
+
+    Attributes:
+        prompt, answer: token ids.
+        top: the two largest logits of each token of the answer, ``(largest, next)``.
+        reused: whose cached tokens its prompt began with, and how many; None if there were none.
+        chunks: the steps that computed its prompt.
+        preempted: how often it was begun again.
+    """
+
+    name: str
+    prompt: list[int]
+    answer: list[int]
+    top: list[tuple[float, float]]
+    reused: tuple[str, int] | None
+    chunks: int
+    preempted: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank returns, the same on every rank: the requests, and what happened on the way.
+
+    Attributes:
+        steps, mixed_steps: forward passes, and those of them with decodes and prefills together.
+        evictions: of finished requests whose pages were needed.
+        waits: steps in which work waited for pages.
+        cache_bytes: of this rank's pages.
+    """
+
+    served: list[Served]
+    steps: int
+    mixed_steps: int
+    evictions: int
+    waits: int
+    cache_bytes: int
+
+
+@torch.inference_mode()
+def serve(options: EngineOptions, requests: list[Request]) -> Report:
+    """Serves the requests together with the other ranks of the default group, each of which makes this call alike."""
+    rank, cp_size = dist.get_rank(), dist.get_world_size()
+    shape = options.shape
+    model = build_model(shape, options.seed)
+    use_pool(model)
+    pool = cpattn.KVPool(
+        options.num_pages,
+        options.page_size,
+        shape.num_hidden_layers,
+        shape.num_key_value_heads,
+        shape.head_dim,
+        cp_size=cp_size,
+        cp_rank=rank,
+        sharded=options.sharded,
+    )
+    scheduler = Scheduler(pool, requests, options.budget)
+    top: dict[str, list[tuple[float, float]]] = {request.name: [] for request in requests}
+    steps = mixed_steps = 0
+    for step in scheduler.steps():
+        tokens, pairs = run_step(model, pool, step, rank)
+        scheduler.append(step, tokens)
+        for (state, _), pair in zip(step.work, pairs, strict=True):
+            if pair is not None:
+                top[state.name].append(pair)
+        steps += 1
+        mixed_steps += len({count > 1 for _, count in step.work}) == 2
+    scheduler.release_all()
+    if pool.free_pages != options.num_pages:
+        raise RuntimeError(f"{options.num_pages - pool.free_pages} pages were not given back")
+    served = [
+        Served(state.name, state.tokens[: state.prompt_len], state.answer, top[state.name], state.reused, state.chunks, state.preempted)
+        for state in scheduler.states.values()
+    ]
+    assert pool.v_pages is not None
+    return Report(served, steps, mixed_steps, scheduler.evictions, scheduler.waits, pool.k_pages.nbytes + pool.v_pages.nbytes)
+
+
+def run_step(
+    model: PreTrainedModel, pool: cpattn.KVPool, step: Step, rank: int
+) -> tuple[list[int | None], list[tuple[float, float] | None]]:
+    """One forward pass over this rank's share of the step's tokens.
+
+    Returns, for each request of the step, its next token and its two largest logits; None where its prompt goes on.
+    """
+    meta = step.plan.metadata(rank)
+    page_table = pool.page_table([state.name for state, _ in step.work])
+    input_ids = cpattn.shard(torch.tensor(step.token_ids), meta)
+    hidden = model.model(
+        input_ids=input_ids[None],
+        position_ids=meta.position_ids[None],
+        use_cache=False,
+        pool_step=PoolStep(pool, meta, page_table),
+    ).last_hidden_state[0]
+    # Logits only where a request's last token lies; what travels is two numbers a row, and every rank reads the same.
+    is_last = torch.isin(meta.token_index, torch.tensor([row for row in step.last_rows if row is not None]))
+    top = model.lm_head(hidden[is_last]).topk(2)
+    local_tokens = torch.zeros(meta.rows, dtype=torch.int64)
+    local_tokens[is_last] = top.indices[:, 0]
+    local_top = torch.zeros(meta.rows, 2)
+    local_top[is_last] = top.values
+    tokens, pairs = cpattn.unshard(local_tokens, meta).tolist(), cpattn.unshard(local_top, meta).tolist()
+    return (
+        [None if row is None else tokens[row] for row in step.last_rows],
+        [None if row is None else tuple(pairs[row]) for row in step.last_rows],
+    )
+
+
+@torch.inference_mode()
+def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> dict[int, tuple[list[int], list[tuple[float, float]]]]:
+    """The model's own greedy answers, one request at a time, without anything of cpattn; each rank does its share alone.
+
+    Args:
+        prompts: token ids, and how many tokens to generate.
+
+    Returns:
+        By number: the answer, and the two largest logits of each of its tokens.
+    """
+    model = build_model(options.shape, options.seed)
+    answers = {}
+    for number in range(dist.get_rank(), len(prompts), dist.get_world_size()):
+        prompt, new_tokens = prompts[number]
+        ids = torch.tensor([prompt])
+        result = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        top = torch.cat(result.logits).topk(2).values
+        answers[number] = result.sequences[0, len(prompt) :].tolist(), [tuple(pair) for pair in top.tolist()]
+    return answers

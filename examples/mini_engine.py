@@ -1,0 +1,97 @@
+"""A small serving engine on cpattn: continuous batching, chunked prefill, prefix reuse and decode over several processes.
+
+python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen3]
+
+It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
+cache in pages, and compares every generated token with the model's own single-process ``generate``. The exit code is 1
+if any differs. Needs ``pip install transformers``; no GPU, and no download.
+
+What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
+``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from engine.model import ModelShape
+from engine.rank import EngineOptions, Report, Served, generate, serve
+from engine.workload import make_requests
+
+from cpattn.testing import ProcessRanks
+
+PAGE_SIZE = 16
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cp", type=int, default=4, help="processes")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument("--replicated", action="store_true", help="only with the whole cache on every rank")
+    cache.add_argument("--sharded", action="store_true", help="only with each rank's own tokens on it")
+    parser.add_argument("--model", choices=["qwen3", "llama"], default="qwen3")
+    parser.add_argument("--new-tokens", type=int, default=24, help="of the longest answers")
+    parser.add_argument("--budget", type=int, default=128, help="new tokens of a step, at most")
+    parser.add_argument("--pool-tokens", type=int, default=800, help="that the pages hold, over all ranks where they are sharded")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    shape = ModelShape(kind=arguments.model)
+    requests = make_requests(arguments.seed, shape.vocab_size, arguments.new_tokens)
+    good = True
+    with ProcessRanks(arguments.cp, timeout=300) as ranks:
+        for sharded in (False, True):
+            if (arguments.replicated and sharded) or (arguments.sharded and not sharded):
+                continue
+            pages = arguments.pool_tokens // PAGE_SIZE
+            if sharded:
+                # Each rank has its part, and of every request a part-filled page of its own.
+                pages = pages // arguments.cp + len(requests) // 2
+            options = EngineOptions(shape, arguments.seed, arguments.budget, PAGE_SIZE, pages, sharded)
+            start = time.perf_counter()
+            reports: list[Report] = ranks.run(serve, options, requests)
+            seconds = time.perf_counter() - start
+            served = reports[0].served
+            answers = ranks.run(generate, options, [(one.prompt, len(one.answer)) for one in served])
+            expected = [answers[number % arguments.cp][number] for number in range(len(served))]
+            print(f"\n{'sharded' if sharded else 'replicated'} cache, {describe(reports[0], options, arguments.cp)}, {seconds:.1f} s\n")
+            good &= print_table(served, expected)
+            if any(report.served != served for report in reports):
+                print("the ranks disagree")
+                good = False
+    return 0 if good else 1
+
+
+def describe(report: Report, options: EngineOptions, cp_size: int) -> str:
+    return (
+        f"{cp_size} processes: {report.steps} steps of up to {options.budget} tokens, {report.mixed_steps} of them mixed; "
+        f"{options.num_pages} pages of {options.page_size} tokens a rank ({report.cache_bytes / 1e6:.1f} MB): {report.evictions} finished "
+        f"requests evicted, work waiting for pages in {report.waits} steps, {sum(one.preempted for one in report.served)} preempted"
+    )
+
+
+def print_table(served: list[Served], expected: list[tuple[list[int], list[tuple[float, float]]]]) -> bool:
+    """Prints a line for each request; whether all tokens are those of ``generate``."""
+    widths = (15, 6, 20, 6, 9, 6)
+    header = ("request", "prompt", "prefix reused", "chunks", "preempted", "tokens")
+    print("  ".join(f"{text:<{width}}" for text, width in zip(header, widths, strict=True)), " equal")
+    wrong = total = 0
+    error, gap = 0.0, float("inf")
+    for one, (answer, top) in zip(served, expected, strict=True):
+        equal = one.answer == answer
+        wrong += sum(a != b for a, b in zip(one.answer, answer, strict=True))
+        total += len(answer)
+        for (mine, mine_next), (theirs, theirs_next) in zip(one.top, top, strict=True):
+            error = max(error, abs(mine - theirs), abs(mine_next - theirs_next))
+            gap = min(gap, theirs - theirs_next)
+        reused = f"{one.reused[1]} of {one.reused[0]}" if one.reused else "-"
+        cells = (one.name, len(one.prompt), reused, one.chunks, one.preempted or "-", len(one.answer))
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)), " yes" if equal else " NO")
+    print(f"\n{total - wrong} of {total} tokens equal those of generate; logits differ by {error:.1e} at most, and the closest two")
+    print(f"largest ones of any token are {gap:.1e} apart, {gap / error if error else float('inf'):.0f} times as much.")
+    return wrong == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
