@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS, AttentionBatch, all_gather_rows, tensors
-from gpu_report import RESULTS, write_gpu_report
+from gpu_report import RESULTS, draw_bars, write_gpu_report
 from gpu_timing import gpu_seconds
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
 from cpattn.testing import SoloCommunicator
+
+# In which the cache is whole on every rank; benchmarks/bench_serving.py has the others.
+STRATEGIES = ("all_gather", "ring")
 
 
 def main() -> None:
@@ -48,6 +51,12 @@ def main() -> None:
         "are not waited for.",
         options.results,
     )  # fmt: skip
+    groups: dict[str, dict[str, float]] = {}
+    for tokens_text, prefix_text, cp_text, strategy, backend, *_, ratio, _eager, _host, _over in table:
+        if prefix_text != "0" and cp_text == "8":
+            groups.setdefault(f"{tokens_text} new tokens", {})[f"{strategy}, {backend}"] = float(ratio)
+    title = "A layer as a graph over its attention launch alone (8,192 cached tokens, cp 8; 1 is free)"
+    draw_bars(options.results / "layer_gpu.png", title, "times the launch alone", groups, digits=2)
 
 
 def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[str]]:
@@ -65,7 +74,7 @@ def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[st
         (strategy, name): partial(
             cpattn.cp_attention, q, local_k, local_v, meta, group=communicator, kv_cache=cache, strategy=strategy, backend=name, overlap=1
         )
-        for strategy in cpattn.STRATEGIES
+        for strategy in STRATEGIES
         for name in names
     }
     variants = {f"alone {name}": run for name, run in alone.items()} | {" ".join(key): run for key, run in layers.items()}

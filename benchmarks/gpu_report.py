@@ -23,7 +23,7 @@ def write_gpu_report(name: str, title: str, header: list[str], rows: list[list[s
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def draw_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, float]]) -> None:
+def draw_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, float]], digits: int = 0) -> None:
     """Bars, a group for each key, a colour for each inner key; needs matplotlib, and is left out without it."""
     try:
         import matplotlib.pyplot as plt
@@ -41,7 +41,7 @@ def draw_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, flo
         drawn = axes.bar(
             positions, heights, width, label=label, color=colours[i % len(colours)], hatch="//" if i % 2 else None, edgecolor="white"
         )
-        axes.bar_label(drawn, [f"{height:.0f}" if height else "" for height in heights], fontsize=7, rotation=90, padding=2)
+        axes.bar_label(drawn, [f"{height:.{digits}f}" if height else "" for height in heights], fontsize=7, rotation=90, padding=2)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(unit)
     axes.set_title(title)

@@ -53,6 +53,8 @@ class Communicator(ABC):
         self.size = size
         self.bytes_sent = 0
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        # Of each buffer as it was last asked for, which all layers of a batch do alike.
+        self._views: dict[tuple[str, torch.device], Tensor] = {}
         self._captured: list[Tensor] = []
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
@@ -86,6 +88,10 @@ class Communicator(ABC):
 
         What a CUDA graph has captured is never freed, even where a larger batch has since needed more.
         """
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        last = self._views.get((name, device))
+        if last is not None and last.shape == shape and last.dtype == dtype and not capturing:
+            return last
         size = dtype.itemsize
         for length in shape:
             size *= length
@@ -93,9 +99,10 @@ class Communicator(ABC):
         if kept is None or len(kept) < size:
             # A little more than asked for, so that slowly growing batches do not allocate at every step.
             kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not any(kept is x for x in self._captured):
+        if capturing and not any(kept is x for x in self._captured):
             self._captured.append(kept)
-        return kept[:size].view(dtype).view(shape)
+        view = self._views[name, device] = kept[:size].view(dtype).view(shape)
+        return view
 
 
 class ProcessGroupCommunicator(Communicator):
