@@ -26,20 +26,22 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
     tensor([0, 1, 5])
 
     Args:
-        x: ``[plan.num_tokens, ...]`` of any dtype, request after request; the same on every rank.
+        x: ``[plan.num_tokens, ...]`` of any dtype, request after request; the same on every rank. An engine's own padding
+            after the last token is ignored, up to ``cp_size * meta.rows`` rows in all.
         meta: this rank's metadata.
 
     Returns:
         ``[meta.rows, ...]`` in local order, zeros on padding. A copy.
 
     Raises:
-        RowCountError: x has another number of rows than the batch has new tokens.
+        RowCountError: x has fewer rows than the batch has new tokens, or more than padding can explain.
         TensorMismatchError: x is on another device than the metadata.
     """
     checks.check_metadata(meta)
     plan = meta.plan
     checks.check_tensor("x", x)
-    if len(x) != plan.num_tokens:
+    # Engines round their token count up; what all ranks' rows can hold is as far as that can go without being a mistake.
+    if not plan.num_tokens <= len(x) <= max(plan.num_tokens, plan.cp_size * meta.rows):
         raise RowCountError(
             f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
             "shard takes the rows of the whole batch, once"

@@ -234,6 +234,18 @@ class TestThereAndBack:
             cpattn.shard(torch.zeros(shape), meta)
         assert f"x has shape {shape}" in str(refusal.value)
 
+    @pytest.mark.parametrize("padding", [0, 1, 2])
+    def test_shard_ignores_what_an_engine_pads_its_tokens_with(self, padding: int) -> None:
+        meta = cpattn.build_metadata([(5, 6), (0, 4)], cp_size=4, cp_rank=1)
+        tokens = torch.arange(10.0)
+        padded = torch.cat([tokens, torch.full((padding,), torch.nan)])
+        assert torch.equal(cpattn.shard(padded, meta), cpattn.shard(tokens, meta))
+
+    def test_shard_refuses_more_rows_than_padding_explains(self) -> None:
+        meta = cpattn.build_metadata([(5, 6), (0, 4)], cp_size=4, cp_rank=1)
+        with pytest.raises(RowCountError, match="10 new tokens"):
+            cpattn.shard(torch.zeros(13), meta)
+
     def test_shard_refuses_a_shard(self) -> None:
         meta = cpattn.build_metadata([(0, 8)], cp_size=2, cp_rank=0)
         rows = cpattn.shard(torch.zeros(8), meta)
