@@ -85,10 +85,16 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
 
 def pairs_by_owner(plan: Plan) -> tuple[IntArray, IntArray]:
     """``[cp_size, cp_size]`` the query-key pairs of each rank's queries and each rank's new keys, and ``[cp_size]`` those
-    of its queries and the cached prefix."""
+    of its queries and prefixes that lie on every rank; of a sharded cache, each rank's shard counts among its keys."""
     pairs = np.zeros((plan.cp_size, plan.cp_size), dtype=np.int64)
     prefix_pairs = np.zeros(plan.cp_size, dtype=np.int64)
-    np.add.at(prefix_pairs, plan.chunk_rank, (plan.lengths * plan.prefix_lens[:, None]).sum(axis=0))
+    if is_sharded(plan):
+        queries = np.zeros((plan.cp_size, len(plan.batch)), dtype=np.int64)
+        np.add.at(queries, plan.chunk_rank, plan.lengths.T)
+        shards: IntArray = getattr(plan, "shard_lens", np.zeros((len(plan.batch), plan.cp_size), dtype=np.int64))
+        pairs += queries @ shards
+    else:
+        np.add.at(prefix_pairs, plan.chunk_rank, (plan.lengths * plan.prefix_lens[:, None]).sum(axis=0))
     for q_column, q_rank in enumerate(plan.chunk_rank):
         lengths = plan.lengths[:, q_column]
         pairs[q_rank, q_rank] += int((lengths * (lengths + 1) // 2).sum())
@@ -96,3 +102,8 @@ def pairs_by_owner(plan: Plan) -> tuple[IntArray, IntArray]:
         seen = (lengths[:, None] * plan.lengths[:, :q_column]).sum(axis=0)
         np.add.at(pairs[q_rank], plan.chunk_rank[:q_column], seen)
     return pairs, prefix_pairs
+
+
+def is_sharded(plan: Plan) -> bool:
+    """Whether each rank holds a part of the cached prefixes only; plans that can not say so have them on every rank."""
+    return bool(getattr(plan, "sharded", False))
