@@ -81,7 +81,8 @@ def versions() -> dict[str, dict[str, str | None]]:
         problem = None
         if module is not None and (version is not None or guarded(partial(_exists, module), lambda failure: False)):
             problem = guarded(partial(_import, module), lambda failure: f"can not be imported: {failure}")
-            version = version or "unknown"
+            # What runs says more than what was installed: torch 2.13.0+cpu is not any 2.13.0.
+            version = guarded(partial(_running_version, module), lambda failure: None) or version or "unknown"
         elif purpose == "needed":
             problem = f"is not installed: pip install {package}"
         found[package] = {"version": version, "problem": problem, "purpose": purpose}
@@ -101,6 +102,11 @@ def _installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _running_version(module: str) -> str | None:
+    version = getattr(sys.modules.get(module), "__version__", None)
+    return None if version is None else str(version)
 
 
 def _exists(module: str) -> bool:

@@ -147,7 +147,7 @@ def print_layout(plan: Plan) -> None:
 def _print_comparison(plans: list[Plan], shape: Shape) -> None:
     """Metrics down, plans across."""
     first = plans[0]
-    say(f"{len(first.batch)} requests: {first.num_tokens:,} new tokens over {first.num_prefix_tokens:,} cached ones, {first.cp_size} ranks")
+    say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
     names += [f"{name}: sent" for name in strategy_bytes(first, shape)] + [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)

@@ -41,8 +41,9 @@ def summarize_plan(plan: Plan) -> str:
 
 def describe_plan(plan: Plan) -> str:
     """Two lines: the batch, and the layout."""
+    requests = "1 request" if len(plan.batch) == 1 else f"{len(plan.batch):,} requests"
     return (
-        f"{len(plan.batch)} requests: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones\n"
+        f"{requests}: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones\n"
         f"{plan.cp_size} ranks, {plan.partition} partition, {plan.remainder} remainder, "
         f"{plan.rows:,} rows a rank (a multiple of {plan.pad_to})"
     )
