@@ -1,0 +1,245 @@
+"""cp_attention over pages: what it computes, what it writes, and what it refuses before anything is sent or written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import AttentionCase
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import run_loopback
+
+# Prefill from nothing, a prefix-cache hit with a remainder, idle, decode, idle from nothing, a hit at a page's end.
+MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("cp_size", [1, 3])
+def test_paged_equals_packed(page_size: int, strategy: str, backend: str, cp_size: int) -> None:
+    """To the bit: the same keys in the same order, whether a backend reads the pages or a packed copy of them."""
+    packed, paged = (AttentionCase(MIXED, cache=cache, page_size=page_size, sinks=True) for cache in ("packed", "paged"))
+    plan = packed.plan(cp_size, pad_to=4)
+    expected = run_loopback(lambda c: packed.on_rank(plan, c.rank, c, strategy, backend), cp_size)
+    outputs = run_loopback(lambda c: paged.on_rank(plan, c.rank, c, strategy, backend), cp_size)
+    paged.check(outputs, plan, strategy, backend)
+    for (out, lse), (expected_out, expected_lse) in zip(outputs, expected, strict=True):
+        assert torch.equal(out, expected_out)
+        assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("strategy", ["pass_q", "pass_q_ring", "ring"])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_sharded_equals_replicated(strategy: str, page_size: int) -> None:
+    for cp_size, seed in ((1, 0), (2, 1), (3, 2), (5, 3)):
+        case = AttentionCase(MIXED, cache="sharded", page_size=page_size, sinks=True, seed=seed)
+        case.check_loopback(case.plan(cp_size, pad_to=4), strategy, "reference")
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        pytest.param([[35, 0, 0], [0, 0, 1]], id="all on one rank"),
+        pytest.param([[0, 35, 0], [0, 1, 0]], id="all on another"),
+        pytest.param([[0, 0, 35], [1, 0, 0]], id="each on its own"),
+        pytest.param([[12, 12, 11], [0, 0, 1]], id="evenly"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["pass_q", "pass_q_ring", "ring"])
+def test_prefixes_on_some_ranks_only(strategy: str, shards: list[list[int]]) -> None:
+    case = AttentionCase([(35, 2), (1, 1)], cache="sharded", page_size=4)
+    case.check_loopback(cpattn.plan(case.batch, 3, prefix_shards=shards), strategy, "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
+def test_a_small_batch_after_a_large_one_sees_nothing_of_it(strategy: str) -> None:
+    """Reused buffers hold the large batch, and then NaN."""
+    cache = "sharded" if strategy.startswith("pass_q") else "paged"
+    cases = [AttentionCase(batch, cache=cache, seed=i) for i, batch in enumerate(([(70, 60), (0, 31)], [(5, 3)], [(9, 1), (0, 2)]))]
+    plans = [case.plan(3, pad_to=pad_to) for case, pad_to in zip(cases, (1, 16, 1), strict=True)]
+
+    def program(communicator: cpattn.Communicator) -> list[tuple[Tensor, Tensor]]:
+        outputs = []
+        for case, plan in zip(cases, plans, strict=True):
+            outputs.append(case.on_rank(plan, communicator.rank, communicator, strategy, "cpu"))
+            for buffer in communicator._buffers.values():
+                buffer.fill_(255)
+        return outputs
+
+    for case, plan, *outputs in zip(cases, plans, *run_loopback(program, 3), strict=True):
+        case.check(outputs, plan, strategy, "cpu")
+
+
+def on_ranks(case: AttentionCase, plan: cpattn.Plan, **changes: Any) -> list[tuple[Tensor | str, int, bool]]:
+    """Each rank's output or the error it raised, the bytes it sent, and whether its pages are as they were.
+
+    ``changes`` are arguments of the call: a value, or a function of this rank's cache.
+    """
+
+    def program(communicator: cpattn.Communicator) -> tuple[Tensor | str, int, bool]:
+        meta = plan.metadata(communicator.rank)
+        cache = case.pages(plan, communicator.rank).cache
+        before = cache.k_pages.clone()
+        arguments: dict[str, Any] = {name: cpattn.shard(getattr(case, name), meta) for name in "qkv"}
+        arguments["kv_cache"] = cache
+        arguments |= {name: change(cache) if callable(change) else change for name, change in changes.items()}
+        result: Tensor | str
+        try:
+            result = cpattn.cp_attention(**arguments, meta=meta, group=communicator)
+        except cpattn.CPError as error:
+            result = f"{type(error).__name__}: {error}"
+        unchanged = torch.equal(cache.k_pages.nan_to_num(7.0), before.nan_to_num(7.0))
+        return result, communicator.bytes_sent, unchanged
+
+    return run_loopback(program, plan.cp_size)
+
+
+def outputs_of(case: AttentionCase, plan: cpattn.Plan, **changes: Any) -> list[Tensor]:
+    outputs = [result for result, _, _ in on_ranks(case, plan, **changes)]
+    assert all(isinstance(out, Tensor) for out in outputs), outputs
+    return [out for out in outputs if isinstance(out, Tensor)]
+
+
+def wider(cache: cpattn.PagedKV) -> cpattn.PagedKV:
+    """With lines and entries that an engine has put on top: nobody is to look at them."""
+    table = torch.full((len(cache.page_table) + 3, cache.page_table.shape[1] + 5), 2**30, dtype=cache.page_table.dtype)
+    table[:-3, :-5] = cache.page_table
+    return cpattn.PagedKV(cache.k_pages, cache.v_pages, table)
+
+
+def strided(cache: cpattn.PagedKV) -> cpattn.PagedKV:
+    """Pages as one layer's part of all layers', and a page table that is part of a larger one, transposed."""
+    assert cache.v_pages is not None
+    both = torch.stack([cache.k_pages, cache.v_pages], dim=2)
+    return cpattn.PagedKV(both[:, :, 0], both[:, :, 1], cache.page_table.t().contiguous().t())
+
+
+def int64(cache: cpattn.PagedKV) -> cpattn.PagedKV:
+    """Entries beyond a request's pages hold what int32 would take for a page."""
+    table = cache.page_table.long()
+    return cpattn.PagedKV(cache.k_pages, cache.v_pages, torch.where((table < 0) | (table > 1000), 2**32, table))
+
+
+@pytest.mark.parametrize("change", [wider, strided, int64])
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("ring", "paged"), ("pass_q", "sharded"), ("ring", "sharded")])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_form_of_pages_and_table_changes_nothing(change: Any, strategy: str, cache: str, backend: str) -> None:
+    case = AttentionCase(MIXED, cache=cache, page_size=3)
+    plan = case.plan(2)
+    expected = outputs_of(case, plan, strategy=strategy, backend=backend)
+    for out, same in zip(outputs_of(case, plan, strategy=strategy, backend=backend, kv_cache=change), expected, strict=True):
+        assert torch.equal(out, same)
+
+
+def test_idle_requests_and_padding_on_top_change_nothing() -> None:
+    """An engine pads its batch and its rows; neither moves a causal horizon or a page."""
+    case = AttentionCase(MIXED, cache="paged")
+    padded = AttentionCase([*MIXED, (0, 0), (0, 0)], cache="paged")
+    plain, rounded = case.plan(2), padded.plan(2, pad_to=32)
+    assert (plain.rows, rounded.rows) == (23, 32)
+    for out, padded_out in zip(outputs_of(case, plain), outputs_of(padded, rounded), strict=True):
+        assert torch.equal(out[:22], padded_out[:22])
+        assert not padded_out[23:].any()
+
+
+def change_cache(**changes: Any) -> Any:
+    def change(cache: cpattn.PagedKV) -> cpattn.PagedKV:
+        fields = vars(cache)
+        return cpattn.PagedKV(**fields | {name: value(fields[name]) for name, value in changes.items()})
+
+    return change
+
+
+def with_page(page: int) -> Any:
+    def change(table: Tensor) -> Tensor:
+        table = table.clone()
+        table[1, 2] = page
+        return table
+
+    return change
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "table too narrow": (
+        change_cache(page_table=lambda x: x[:, :3]),
+        "PageTableError: kv_cache.page_table has 3 pages of 16 tokens for each request, 48 in all, but request 1 has 55 with its new ones; "
+        "widen the table",
+    ),
+    "too few lines": (change_cache(page_table=lambda x: x[:5]), "has 5 lines, one a request, but the batch has 6 requests"),
+    "table of int16": (change_cache(page_table=lambda x: x.to(torch.int16)), "torch.int16; pass an int32 or int64 tensor"),
+    "table of one axis": (change_cache(page_table=lambda x: x[0]), r"kv_cache.page_table is (5,) torch.int32; pass an int32"),
+    "table is a list": (change_cache(page_table=lambda x: x.tolist()), "kv_cache.page_table is a list; pass an int32 or int64 tensor"),
+    "table elsewhere": (change_cache(page_table=lambda x: x.to("meta")), "kv_cache.page_table is on meta, but the metadata is on cpu"),
+    "page that is not there": (
+        change_cache(page_table=with_page(99)),
+        "page_table[1, 2] is 99, but there are pages 0 to 15; request 1 needs 4 ",
+    ),
+    "negative page": (change_cache(page_table=with_page(-1)), "page_table[1, 2] is -1, but there are pages 0 to 15"),
+    "pages of three axes": (change_cache(k_pages=lambda x: x[0]), "kv_cache.k_pages has shape (16, 2, 16); pass a tensor [num_pages,"),
+    "other page size": (change_cache(v_pages=lambda x: x[:, :8]), "k_pages has (16, 16) pages of tokens, v_pages (16, 8); they must agree"),
+    "last axis strided": (change_cache(k_pages=lambda x: x[..., ::2]), "the last must be 1, as rows are written in place"),
+    "other heads": (change_cache(k_pages=lambda x: x[:, :, :1]), "kv_cache.k_pages is (16, 16, 1, 16) torch.float32 on cpu, but k is"),
+    "other dtype": (change_cache(v_pages=lambda x: x.bfloat16()), "torch.bfloat16 on cpu, but v is (23, 2, 16)"),
+    "no v_pages": (change_cache(v_pages=lambda x: None), "of v and kv_cache.v_pages one is None and the other is not"),
+    "gradient": (change_cache(k_pages=lambda x: x.requires_grad_()), "kv_cache.k_pages requires a gradient"),
+    "no cache": (lambda cache: None, "PrefixError: the batch has 130 prefix tokens, but kv_cache is None"),
+    "tuple": (
+        lambda cache: (cache.k_pages, cache.v_pages),
+        "kv_cache is a tuple; pass a PackedKV(k, v) with the batch's 130 prefix tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_mistakes_raise_on_every_rank_before_anything_is_sent_or_written(change: Any, message: str, strategy: str) -> None:
+    case = AttentionCase(MIXED, cache="paged")
+    for error, sent, unchanged in on_ranks(case, case.plan(2), kv_cache=change, strategy=strategy):
+        assert isinstance(error, str)
+        assert message in error
+        assert sent == 0
+        assert unchanged
+
+
+def test_a_table_that_is_too_narrow_for_one_rank_raises_on_all() -> None:
+    """Each rank's table is wide enough for what it holds itself, but all must raise, or the others would wait."""
+    case = AttentionCase([(40, 4), (3, 1)], cache="sharded")
+    plan = cpattn.plan(case.batch, 2, prefix_shards=[[35, 5], [0, 3]])
+    narrow = change_cache(page_table=lambda x: x[:, :2])
+    for error, sent, unchanged in on_ranks(case, plan, kv_cache=narrow):
+        assert isinstance(error, str)
+        assert "2 pages of 16 tokens for each request, 32 in all, but request 0 has 37 with its new ones, on the rank that holds" in error
+        assert sent == 0
+        assert unchanged
+
+
+@pytest.mark.parametrize(
+    ("cache", "changes", "message"),
+    [
+        ("sharded", {"kv_cache": lambda cache: None}, "the plan has prefix_shards, but kv_cache is None; pass this rank's pages"),
+        (
+            "sharded",
+            {"kv_cache": lambda cache: cpattn.PackedKV(cache.k_pages[0], None)},
+            "kv_cache is a PackedKV, which every rank has whole",
+        ),
+        ("sharded", {"window": 5}, "a sharded cache does not know its tokens' positions, which a window needs"),
+        (
+            "sharded",
+            {"strategy": "all_gather"},
+            "it would bring the whole of a sharded cache to every rank; 'ring', 'pass_q', 'pass_q_ring'",
+        ),
+        ("paged", {"strategy": "pass_q"}, "it moves no keys, and pages that every rank holds whole want all of them; shard the cache"),
+    ],
+    ids=["no cache", "packed", "window", "all_gather", "pass_q"],
+)
+def test_what_a_kind_of_cache_can_not_do(cache: str, changes: dict[str, Any], message: str) -> None:
+    case = AttentionCase([(0, 9), (0, 4)] if "kv_cache" in changes else MIXED, cache=cache)
+    for error, sent, unchanged in on_ranks(case, case.plan(2), **changes):
+        assert isinstance(error, str)
+        assert message in error
+        assert sent == 0
+        assert unchanged
