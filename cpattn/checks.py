@@ -78,15 +78,27 @@ def check_no_grad(**tensors: Tensor) -> None:
         )
 
 
+def check_kv(k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
+    """Checks new keys and values by themselves."""
+    for name, x in (("k", k), ("v", v)):
+        if x is not None or name != "v":
+            _check_heads(name, x, meta)
+    check_no_grad(**{name: x for name, x in (("k", k), ("v", v)) if x is not None})
+    check_qkv(k, k, v, k.shape[2] if v is None else None, meta)
+
+
+def _check_heads(name: str, x: Any, meta: CPMetadata) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
+    check_rows(name, x, meta)
+    check_device(name, x, meta)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x is None and name == "v":
-            continue
-        if not isinstance(x, Tensor) or x.ndim != 3:
-            what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-            raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
-        check_rows(name, x, meta)
-        check_device(name, x, meta)
+        if x is not None or name != "v":
+            _check_heads(name, x, meta)
     check_no_grad(**{name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None})
     if not q.dtype.is_floating_point or q.dtype != k.dtype or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")

@@ -48,7 +48,7 @@ def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = N
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
     checks.check_group(meta, communicator)
-    checks.check_qkv(k, k, v, k.shape[-1] if v is None and isinstance(k, Tensor) and k.ndim else None, meta)
+    checks.check_kv(k, v, meta)
     v_head_dim = k.shape[2] if v is None else v.shape[2]
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     gathered = message_buffer(communicator, "gathered", kv, meta.plan.cp_size * meta.rows)
