@@ -80,7 +80,7 @@ class AttentionCase:
         rank: int,
         communicator: cpattn.Communicator | None,
         strategy: str,
-        backend: str,
+        backend: Any,
         check: bool = False,
         meta: cpattn.CPMetadata | None = None,
     ) -> tuple[Tensor, Tensor]:

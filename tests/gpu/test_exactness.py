@@ -134,7 +134,7 @@ def test_an_engines_own_kernel() -> None:
 
     case = AttentionCase(MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
     plan = case.plan(3, pad_to=16)
-    mine = run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", kernel), 3)  # type: ignore[arg-type]
+    mine = run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", kernel), 3)
     case.check(mine, plan, "ring", "triton")
 
 

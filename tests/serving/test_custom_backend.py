@@ -1,0 +1,141 @@
+"""An engine's own kernel as the backend of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import AttentionCase
+from torch import Tensor
+
+import cpattn
+from cpattn.attention.backend import AttentionOptions
+from cpattn.testing import run_loopback
+
+MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
+
+
+def kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: cpattn.RaggedRows,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The reference, as an engine would call it."""
+    return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(scale, window, softcap, sinks), out_dtype)
+
+
+def odd_where_nothing_is_seen(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """As FlashAttention 2 does: LSE +inf for a query without keys; and whatever was in memory as its output."""
+    out, lse = kernel(*arguments, **options)
+    nothing = lse == -torch.inf
+    return torch.where(nothing[..., None], torch.nan, out), torch.where(nothing, torch.inf, lse)
+
+
+class Recorded:
+    """Calls a kernel and keeps what it was called with."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.function = function
+        self.rows: list[cpattn.RaggedRows] = []
+        self.options: list[dict[str, Any]] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, **options: Any) -> tuple[Tensor, Tensor]:
+        self.rows.append(rows)
+        self.options.append(options)
+        return self.function(q, k, v, rows, **options)
+
+
+@pytest.mark.parametrize("function", [kernel, odd_where_nothing_is_seen])
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [
+        ("all_gather", "packed"),
+        ("all_gather", "paged"),
+        ("ring", "packed"),
+        ("ring", "sharded"),
+        ("pass_q", "sharded"),
+        ("pass_q_ring", "packed"),
+    ],
+)
+def test_a_function_computes_what_the_reference_does(function: Any, strategy: str, cache: str) -> None:
+    case = AttentionCase(MIXED, cache=cache, sinks=True, softcap=5.0, dtype=torch.bfloat16)
+    plan = case.plan(3, pad_to=8)
+    expected = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, "reference"), 3)
+    outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, function), 3)
+    for output, same in zip(outputs, expected, strict=True):
+        assert torch.equal(output[0], same[0])
+        assert torch.equal(output[1], same[1])
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["packed copy", "pages"])
+def test_pages_are_given_to_a_kernel_that_reads_their_size(paged: bool) -> None:
+    case = AttentionCase(MIXED, cache="paged", page_size=16)
+    recorded = Recorded(kernel)
+    backend = cpattn.custom_backend(recorded, name="mine", page_sizes=lambda size: size == (16 if paged else 256))
+    plan = case.plan(1)
+    case.check([case.on_rank(plan, 0, None, "all_gather", backend)], plan, "all_gather", "reference")
+    assert [rows.page_table is not None for rows in recorded.rows] == [paged]
+
+
+def test_what_a_kernel_is_told() -> None:
+    case = AttentionCase(MIXED, window=9, softcap=3.0, scale=0.25, sinks=True)
+    recorded = Recorded(kernel)
+    plan = case.plan(1)
+    case.on_rank(plan, 0, None, "all_gather", recorded)
+    (options,) = recorded.options
+    assert (options["scale"], options["window"], options["softcap"], options["out_dtype"]) == (0.25, 9, 3.0, torch.float32)
+    assert options["sinks"] is case.options["sinks"]
+    assert recorded.rows[0].alignment == "bottom_right"
+
+
+def test_partial_results_are_asked_for_in_fp32_and_without_sinks() -> None:
+    case = AttentionCase(MIXED, dtype=torch.bfloat16, sinks=True)
+    recorded = Recorded(kernel)
+    plan = case.plan(2)
+    case.check(run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", recorded), 2), plan, "ring", "reference")
+    assert {options["out_dtype"] for options in recorded.options} == {torch.float32}
+    assert {options["sinks"] for options in recorded.options} == {None}
+
+
+def test_a_kernel_that_knows_one_alignment_is_kept_from_the_others() -> None:
+    case = AttentionCase(MIXED)
+    plan = case.plan(2)
+    backend = cpattn.custom_backend(kernel, name="causal only", alignments=frozenset({"bottom_right"}))
+    case.check(run_loopback(lambda c: case.on_rank(plan, c.rank, c, "all_gather", backend), 2), plan, "all_gather", "reference")
+
+    def program(communicator: cpattn.Communicator) -> int:
+        message = "backend='causal only' can not serve this call: the strategy has rows of alignment 'full', which it can not express"
+        with pytest.raises(cpattn.UnsupportedError, match=message):
+            case.on_rank(plan, communicator.rank, communicator, "ring", backend)
+        return communicator.bytes_sent
+
+    assert run_loopback(program, 2) == [0, 0]
+
+
+def test_what_a_kernel_raises_reaches_the_caller() -> None:
+    def lacks_softcap(*arguments: Any, softcap: float | None, **options: Any) -> tuple[Tensor, Tensor]:
+        if softcap is not None:
+            raise NotImplementedError("no softcap here")
+        return kernel(*arguments, softcap=softcap, **options)
+
+    case = AttentionCase(MIXED, softcap=3.0)
+    with pytest.raises(NotImplementedError, match="no softcap here"):
+        case.on_rank(case.plan(1), 0, None, "all_gather", lacks_softcap)
+
+
+def test_what_is_no_backend_is_refused() -> None:
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    q = torch.zeros(4, 1, 8)
+    with pytest.raises(
+        cpattn.UnknownNameError, match=r"backend=3 is unknown; choose one of 'auto', .*, or pass a function \(q, k, v, rows"
+    ):
+        cpattn.cp_attention(q, q, q, meta, backend=3)  # type: ignore[call-overload]

@@ -1,0 +1,174 @@
+"""gather_kv, slot_mapping, write_kv and attend: one after another they are cp_attention, and each stands on its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import AttentionCase
+from hypothesis import given, settings
+from strategies import Batch, batches, plan_options
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import SoloCommunicator, run_loopback
+
+MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
+BUCKET = cpattn.Bucket(max_requests=8, max_rows=64, max_chunks=16)
+
+
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bucket", [None, BUCKET], ids=["", "bucket"])
+@pytest.mark.parametrize("v_in_k", [False, True], ids=["k and v", "v in k"])
+@pytest.mark.parametrize("cp_size", [1, 3])
+def test_the_pieces_are_cp_attention(cp_size: int, v_in_k: bool, bucket: cpattn.Bucket | None, slot_dtype: torch.dtype) -> None:
+    case = AttentionCase(MIXED, cache="paged", page_size=3, v_in_k=v_in_k, sinks=True, dtype=torch.bfloat16)
+    plan = case.plan(cp_size, pad_to=4)
+    max_requests = bucket and bucket.max_requests
+
+    def program(communicator: cpattn.Communicator) -> int:
+        meta = plan.metadata(communicator.rank, bucket=bucket)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        for x in (q, k, v):
+            x[meta.num_tokens :] = torch.nan
+        new_v, v_dim = (None, v.shape[2]) if v_in_k else (v, None)
+        whole, pieces = (case.pages(plan, communicator.rank, max_requests=max_requests) for _ in range(2))
+        options: dict[str, Any] = {"v_dim": v_dim, "backend": "reference", "return_lse": True, "sinks": case.options["sinks"]}
+        expected = cpattn.cp_attention(q, k, new_v, meta, group=communicator, kv_cache=whole.cache, strategy="all_gather", **options)
+        sent = communicator.bytes_sent
+
+        gathered_k, gathered_v = cpattn.gather_kv(k, new_v, meta, group=communicator)
+        assert communicator.bytes_sent == 2 * sent
+        slots = cpattn.slot_mapping(meta, pieces.cache.page_table, pieces.page_size)
+        cpattn.write_kv(gathered_k, gathered_v, pieces.cache, slots.to(slot_dtype))
+        pieces.check_written()
+        out, lse = cpattn.attend(q, pieces.cache, meta, **options)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+        assert communicator.bytes_sent == 2 * sent
+        return sent
+
+    width = case.k.shape[2] + (0 if v_in_k else case.v.shape[2])
+    rows = plan.rows if bucket is None else bucket.max_rows
+    assert set(run_loopback(program, cp_size)) == {(cp_size - 1) * rows * case.k.shape[1] * width * 2}
+
+
+@given(batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=plan_options())
+@settings(max_examples=100, deadline=None)
+def test_slots_are_in_the_order_of_the_gathered_buffer(batch: Batch, options: dict[str, Any]) -> None:
+    plan = cpattn.plan(batch, **options)
+    page_size = 1 + len(batch) % 5
+    width = -(-max(map(sum, batch), default=0) // page_size) + 1
+    table = torch.randperm(len(batch) * width).view(len(batch), width)
+    expected = [-1] * (plan.cp_size * plan.rows)
+    taken = [0] * plan.cp_size
+    for chunk in plan.chunks:
+        for token in range(chunk.start, chunk.start + chunk.length):
+            position = plan.batch[chunk.request].prefix_len + token
+            slot = int(table[chunk.request, position // page_size]) * page_size + position % page_size
+            expected[chunk.rank * plan.rows + taken[chunk.rank]] = slot
+            taken[chunk.rank] += 1
+    for cp_rank in range(plan.cp_size):
+        slots = cpattn.slot_mapping(plan.metadata(cp_rank), table.int(), page_size)
+        assert slots.dtype == torch.int64
+        assert slots.tolist() == expected
+
+
+def test_gathered_rows_are_zeros_on_padding_and_found_by_restore_index() -> None:
+    case = AttentionCase(MIXED)
+    plan = cpattn.plan(case.batch, 3, pad_to=8)
+
+    def program(communicator: cpattn.Communicator) -> None:
+        meta = plan.metadata(communicator.rank)
+        k, v = (cpattn.shard(x, meta) for x in (case.k, case.v))
+        k[meta.num_tokens :] = v[meta.num_tokens :] = torch.nan
+        for gathered, whole in zip(cpattn.gather_kv(k, v, meta, group=communicator), (case.k, case.v), strict=True):
+            assert gathered is not None
+            assert torch.equal(gathered[meta.restore_index.long()], whole)
+            is_padding = torch.ones(len(gathered), dtype=torch.bool).index_fill(0, meta.restore_index.long(), False)
+            assert is_padding.sum() == 3 * plan.rows - plan.num_tokens
+            assert not gathered[is_padding].any()
+
+    run_loopback(program, 3)
+
+
+def test_nothing_new_sends_nothing() -> None:
+    meta = cpattn.build_metadata([(5, 0)], 2, 0)
+    communicator = SoloCommunicator(0, 2)
+    k = torch.zeros(0, 2, 8)
+    gathered, _ = cpattn.gather_kv(k, k, meta, group=communicator)
+    assert gathered.shape == (0, 2, 8)
+    pages = torch.zeros(3, 4, 2, 8)
+    table = torch.tensor([[0, 2]], dtype=torch.int32)
+    slots = cpattn.slot_mapping(meta, table, 4)
+    assert slots.shape == (0,)
+    cache = cpattn.PagedKV(pages, pages.clone(), table)
+    cpattn.write_kv(gathered, gathered, cache, slots)
+    assert cpattn.attend(torch.zeros(0, 4, 8), cache, meta).shape == (0, 4, 8)
+    assert communicator.bytes_sent == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_rows_of_a_negative_slot_are_skipped_whatever_they_hold(dtype: torch.dtype) -> None:
+    cache = cpattn.PagedKV(torch.zeros(5, 2, 1, 4), torch.zeros(5, 2, 1, 4), torch.zeros(1, 1, dtype=torch.int32))
+    k = torch.full((5, 1, 4), torch.nan)
+    k[[1, 3]] = torch.tensor([1.0, 3.0])[:, None, None]
+    cpattn.write_kv(k, 2 * k, cache, torch.tensor([-1, 9, -(2**31), 0, -7], dtype=dtype))
+    assert cache.k_pages[..., 0, 0].flatten().tolist() == [3.0, *[0.0] * 8, 1.0]
+    assert cache.v_pages is not None
+    assert cache.v_pages[..., 0, 3].flatten().tolist() == [6.0, *[0.0] * 8, 2.0]
+
+
+SLOTS = torch.tensor([0, 1, -1])
+WRITE_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no v": ({"v": None}, "of v and kv_cache.v_pages one is None and the other is not"),
+    "heads": ({"k": torch.zeros(3, 2, 4)}, r"k is \(3, 2, 4\) torch.float32 on cpu, the pages are \(5, 2, 1, 4\)"),
+    "dtype": ({"v": torch.zeros(3, 1, 4).half()}, r"v is \(3, 1, 4\) torch.float16 on cpu, the pages are"),
+    "rows": ({"slots": SLOTS[:2]}, "k has 3 rows, but there are 2 slots; pass a slot for each row, -1 to skip it"),
+    "slots of float": ({"slots": SLOTS.float()}, r"slots is \(3,\) torch.float32 on cpu; pass int32 or int64 \[rows\] on cpu"),
+    "slots of two axes": ({"slots": SLOTS[:, None]}, r"slots is \(3, 1\) torch.int64 on cpu; pass"),
+    "slots elsewhere": ({"slots": SLOTS.to("meta")}, r"slots is \(3,\) torch.int64 on meta; pass int32 or int64 \[rows\] on cpu"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRITE_MISTAKES.values(), ids=WRITE_MISTAKES)
+def test_write_kv_refuses_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
+    cache = cpattn.PagedKV(torch.zeros(5, 2, 1, 4), torch.zeros(5, 2, 1, 4), torch.zeros(1, 1, dtype=torch.int32))
+    arguments = {"k": torch.ones(3, 1, 4), "v": torch.ones(3, 1, 4), "slots": SLOTS} | changes
+    with pytest.raises(cpattn.TensorMismatchError, match=message):
+        cpattn.write_kv(kv_cache=cache, **arguments)
+    assert not cache.k_pages.any()
+
+
+def pieces_of(meta: cpattn.CPMetadata) -> tuple[Tensor, Tensor, cpattn.PagedKV]:
+    pages = torch.zeros(9, 4, 2, 8)
+    return torch.zeros(meta.rows, 4, 8), torch.zeros(meta.rows, 2, 8), cpattn.PagedKV(pages, pages.clone(), torch.tensor([[0, 1]]))
+
+
+def test_what_the_pieces_refuse() -> None:
+    meta = cpattn.build_metadata([(3, 5)], 2, 1)
+    q, k, cache = pieces_of(meta)
+    group = SoloCommunicator(1, 2)
+    with pytest.raises(cpattn.GroupError, match="this process is rank 0 of the group, but the metadata is that of cp_rank 1"):
+        cpattn.gather_kv(k, k, meta, group=SoloCommunicator(0, 2))
+    with pytest.raises(cpattn.RowCountError, match=r"k has \d rows, but this rank's metadata has"):
+        cpattn.gather_kv(k[1:], k, meta, group=group)
+    with pytest.raises(cpattn.TensorMismatchError, match=r"k has shape \(\d, 16\); pass a tensor \[rows, heads, head_dim\]"):
+        cpattn.gather_kv(k.flatten(1), k, meta, group=group)
+    with pytest.raises(cpattn.HeadCountError, match="k has 2 heads, v has 1"):
+        cpattn.gather_kv(k, k[:, :1], meta, group=group)
+    with pytest.raises(cpattn.PageTableError, match="page_table has 1 pages of 4 tokens for each request, 4 in all, but request 0 has 8"):
+        cpattn.slot_mapping(meta, cache.page_table[:, :1], 4)
+    with pytest.raises(cpattn.PrefixError, match=r"kv_cache is a PackedKV; pass a PagedKV\(k_pages, v_pages, page_table\)"):
+        cpattn.attend(q, cpattn.PackedKV(k, k), meta)  # type: ignore[call-overload]
+    with pytest.raises(cpattn.TensorMismatchError, match="q has head_dim 4, k has 8"):
+        cpattn.attend(q[..., :4], cache, meta)
+    with pytest.raises(cpattn.TensorMismatchError, match=r"q has shape \(\d, 32\); pass a tensor \[rows, heads, head_dim\]"):
+        cpattn.attend(q.flatten(1), cache, meta)
+    sharded = cpattn.build_metadata([(3, 5)], 2, 1, prefix_shards=[[1, 2]])
+    with pytest.raises(
+        cpattn.UnsupportedError, match="attend computes over a cache that this rank holds whole, but the plan has prefix_shards"
+    ):
+        cpattn.attend(q, cache, sharded)
+    assert group.bytes_sent == 0
