@@ -21,9 +21,7 @@ def attend(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) 
 
 def attend_many(cases: list[AttentionCase], strategy: str) -> list[tuple[Tensor, Tensor]]:
     """Batches of different sizes through the same group and its buffers, with a check of agreement before each."""
-    return [
-        case.on_rank(cpattn.plan(case.batch, dist.get_world_size()), dist.get_rank(), None, strategy, "auto", check=True) for case in cases
-    ]
+    return [case.on_rank(case.plan(dist.get_world_size()), dist.get_rank(), None, strategy, "auto", check=True) for case in cases]
 
 
 def attend_by_device_mesh(case: AttentionCase) -> tuple[Tensor, Tensor]:
@@ -46,6 +44,35 @@ def attend_in_subgroup(case: AttentionCase) -> tuple[Tensor, Tensor] | None:
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
     out, lse = cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.prefix, strategy="ring", return_lse=True)
     return cpattn.unshard(out, meta, group=group), cpattn.unshard(lse, meta, group=group)
+
+
+def prefill_and_decode(sharded: bool) -> tuple[Tensor, Tensor]:
+    """Two requests in a pool: prefill in two chunks, then decode. Returns all outputs, and the oracle's for one long prefill."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    pool = cpattn.KVPool(8, 8, 1, kv_heads=2, head_dim=16, cp_size=size, cp_rank=rank, sharded=sharded)
+    whole = AttentionCase([(0, 25), (0, 19)])
+    first = {"a": 0, "b": 25}
+    for name in first:
+        pool.admit(name)
+    out = torch.full_like(whole.q, torch.nan)
+    for step in ({"a": 14}, {"a": 7, "b": 15}, *[{"b": 1, "a": 1}] * 4):
+        rows = torch.cat([first[name] + pool.length(name) + torch.arange(extend) for name, extend in step.items()])
+        meta = pool.plan(list(step.items()), pad_to=2).metadata(rank)
+        q, k, v = (cpattn.shard(x[rows], meta) for x in (whole.q, whole.k, whole.v))
+        out[rows] = cpattn.unshard(cpattn.cp_attention(q, k, v, meta, kv_cache=pool.layer(0, pool.page_table(list(step)))), meta)
+    return out, whole.expected[0].to(out.dtype)
+
+
+def _paged(c: AttentionCase, **changes: Any) -> cpattn.PagedKV:
+    """The case's pages, changed."""
+    fields = vars(c.pages(cpattn.plan(c.batch, dist.get_world_size()), dist.get_rank()).cache)
+    return cpattn.PagedKV(**fields | {name: change(fields[name]) for name, change in changes.items()})
+
+
+def _sharded_metadata(c: AttentionCase, holder: int) -> cpattn.CPMetadata:
+    """Of a plan in which one rank holds the whole prefix of the first request."""
+    shards = [[5 * (rank == holder) for rank in range(dist.get_world_size())], [0] * dist.get_world_size()]
+    return cpattn.plan(c.batch, dist.get_world_size(), prefix_shards=shards).metadata(dist.get_rank())
 
 
 # What each mistake changes of a correct call. The batch is [(5, 40), (0, 23)] with 4 query and 2 key/value heads of 16.
@@ -71,6 +98,13 @@ _MISTAKES: dict[str, Any] = {
     "sinks": lambda c, t: t.update(sinks=torch.zeros(3)),
     "overlap": lambda c, t: t.update(overlap=3),
     "gradient": lambda c, t: t.update(q=t["q"].clone().requires_grad_()),
+    "table too narrow": lambda c, t: t.update(kv_cache=_paged(c, page_table=lambda x: x[:, :2])),
+    "too few lines": lambda c, t: t.update(kv_cache=_paged(c, page_table=lambda x: x[:1])),
+    "page that is not there": lambda c, t: t.update(kv_cache=_paged(c, page_table=lambda x: x.index_fill(1, torch.tensor([1]), 1000))),
+    "page size": lambda c, t: t.update(kv_cache=_paged(c, v_pages=lambda x: x[:, :8])),
+    "pass_q over whole pages": lambda c, t: t.update(kv_cache=_paged(c), strategy="pass_q"),
+    "whole prefix of a sharded plan": lambda c, t: t.update(meta=_sharded_metadata(c, 0)),
+    "v_dim": lambda c, t: t.update(v=None, v_dim=17),
     "group size": lambda c, t: t.update(meta=cpattn.plan(c.batch, dist.get_world_size() + 1).metadata(dist.get_rank())),
     "group rank": lambda c, t: t.update(
         meta=cpattn.plan(c.batch, dist.get_world_size()).metadata((dist.get_rank() + 1) % dist.get_world_size())
@@ -79,6 +113,8 @@ _MISTAKES: dict[str, Any] = {
     "foreign error": lambda c, t: t.update(sinks=_Broken()),
     "other scale": lambda c, t: t.update(scale=0.125),
     "other strategy": lambda c, t: t.update(strategy="ring"),
+    "other shards": lambda c, t: t.update(meta=_sharded_metadata(c, 1), kv_cache=_paged(c), strategy="ring"),
+    "other cache": lambda c, t: t.update(kv_cache=_paged(c)),
     "other heads": lambda c, t: t.update(k=t["k"][:, :1], v=t["v"][:, :1], kv_cache=cpattn.PackedKV(c.prefix_k[:, :1], c.prefix_v[:, :1])),
 }
 

@@ -10,31 +10,50 @@ from cases import AttentionCase
 import cpattn
 from cpattn.testing import ProcessRanks
 
+EXCHANGES = [
+    ("all_gather", "packed"),
+    ("all_gather", "paged"),
+    ("ring", "packed"),
+    ("ring", "paged"),
+    ("ring", "sharded"),
+    ("pass_q", "packed"),
+    ("pass_q", "sharded"),
+    ("pass_q_ring", "packed"),
+    ("pass_q_ring", "sharded"),
+]
+
 MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_attention_is_exact(ranks: ProcessRanks, strategy: str, dtype: torch.dtype) -> None:
-    case = AttentionCase(MIXED, dtype=dtype, sinks=True)
+def test_attention_is_exact(ranks: ProcessRanks, strategy: str, cache: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(MIXED, dtype=dtype, sinks=True, cache=cache)
     for partition in ("zigzag", "contiguous"):
-        plan = cpattn.plan(case.batch, ranks.size, partition=partition, pad_to=16)
+        plan = case.plan(ranks.size, partition=partition, pad_to=16)
         case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("strategy", cpattn.STRATEGIES)
 def test_window_and_softcap(ranks: ProcessRanks, strategy: str) -> None:
     case = AttentionCase(MIXED, window=37, softcap=10.0, v_head_dim=8)
     plan = cpattn.plan(case.batch, ranks.size)
     case.check(ranks.run(programs.attend, case, plan, strategy, "reference"), plan, strategy, "reference")
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
-def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: str) -> None:
-    cases = [AttentionCase(batch) for batch in ([(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3)]
-    for i, outputs in enumerate(zip(*ranks.run(programs.attend_many, cases, strategy), strict=True)):
-        plan = cpattn.plan(cases[i].batch, ranks.size)
-        cases[i].check(list(outputs), plan, strategy, "cpu")
+@pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
+def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: str, cache: str) -> None:
+    batches = ([(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3)
+    cases = [AttentionCase(batch, cache=cache) for batch in batches]
+    for case, *outputs in zip(cases, *ranks.run(programs.attend_many, cases, strategy), strict=True):
+        case.check(outputs, case.plan(ranks.size), strategy, "cpu")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_a_pool_from_prefill_to_decode(ranks: ProcessRanks, sharded: bool) -> None:
+    """What each call writes is read by the next ones, on every rank."""
+    for attended, expected in ranks.run(programs.prefill_and_decode, sharded):
+        torch.testing.assert_close(attended, expected)
 
 
 def test_an_all_gather_in_groups_of_heads(ranks: ProcessRanks) -> None:
@@ -83,6 +102,21 @@ MISTAKES = [
     ("sinks", "HeadCountError", r"sinks has shape \(3,\), q has 4 heads"),
     ("overlap", "OptionError", "overlap=3; pass a divisor of the 2 KV heads"),
     ("gradient", "UnsupportedError", "q requires a gradient, but cpattn computes the forward pass only"),
+    ("table too narrow", "PageTableError", r"kv_cache.page_table has 2 pages of 16 tokens.*but request 0 has 45 with its new ones; widen"),
+    ("too few lines", "PageTableError", "kv_cache.page_table has 1 lines, one a request, but the batch has 2 requests"),
+    (
+        "page that is not there",
+        "PageTableError",
+        r"kv_cache.page_table\[0, 1\] is 1000, but there are pages 0 to \d+; request 0 needs 3 pages",
+    ),
+    ("page size", "PageTableError", r"k_pages has \(\d+, 16\) pages of tokens, v_pages \(\d+, 8\); they must agree"),
+    ("pass_q over whole pages", "UnsupportedError", "strategy='pass_q' can not serve this call: it moves no keys.*shard the cache"),
+    ("whole prefix of a sharded plan", "PrefixError", "the plan has prefix_shards, but kv_cache is a PackedKV"),
+    (
+        "v_dim",
+        "TensorMismatchError",
+        r"v is None and v_dim=17; where V is the first columns of K \(MLA\), v_dim says how many: from 1 to 16",
+    ),
     ("group size", "GroupError", r"the group has \d ranks, but the plan has cp_size=\d"),
     ("group rank", "GroupError", r"this process is rank \d of the group, but the metadata is that of cp_rank \d"),
 ]
@@ -111,6 +145,8 @@ def test_mistake_on_one_rank_raises_on_all_with_check(ranks: ProcessRanks, mista
         ("other batch", r"the ranks disagree on the plan \(by fingerprint\): ranks? 0.*: [0-9a-f]{32}; rank 1: [0-9a-f]{32}; build the"),
         ("other scale", r"the ranks disagree on the arguments: ranks? 0.*scale=0.25.*; rank 1: .*scale=0.125"),
         ("other strategy", r"the ranks disagree on the arguments: .*strategy=all_gather.*rank 1: strategy=ring"),
+        ("other shards", r"the ranks disagree on the plan \(by fingerprint\): "),
+        ("other cache", r"the ranks disagree on the arguments: .*cache=PackedKV; rank 1: .*cache=PagedKV"),
         ("other heads", r"the ranks disagree on the arguments: .*4/2 heads of 16/16.*rank 1: .*4/1 heads"),
     ],
 )
