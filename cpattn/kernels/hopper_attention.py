@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from cpattn.kernels.launch import Blocks, Launcher
 from cpattn.kernels.ragged_attention import tanh
 from cpattn.kernels.tiles import TILE_FIELDS, WARPGROUP_ROWS
 
@@ -419,6 +420,9 @@ def _attention_kernel(
         )  # fmt: skip
 
 
+_attention = Launcher(_attention_kernel)
+
+
 def launch(grid: int, k: Tensor, v: Tensor, *, arguments: dict[str, Any], block_n: int, num_stages: int) -> None:
     """Launches ``grid`` programs; ``arguments`` are those that the other kernel has as well.
 
@@ -429,17 +433,21 @@ def launch(grid: int, k: Tensor, v: Tensor, *, arguments: dict[str, Any], block_
     # As many keys of a block as lie in one page for certain.
     page_size = arguments["PAGE_SIZE"]
     page_keys = min(block_n, page_size & -page_size)
-    _attention_kernel[(grid,)](
-        k=_descriptor(k, block_n, k_padded, page_keys), v=_descriptor(v, block_n, v_padded, page_keys), v_pointer=v,
+    _attention(
+        (grid, 1), {"num_warps": 4}, k=_blocks(k, block_n, k_padded, page_keys), v=_blocks(v, block_n, v_padded, page_keys), v_pointer=v,
         v_page_stride8=v.stride(0) // 8, v_stride_row8=v.stride(-3) // 8, v_stride_head8=v.stride(-2) // 8,
-        BLOCK_N=block_n, STAGES=num_stages, PAGE_KEYS=page_keys, num_warps=4, **arguments,
+        BLOCK_N=block_n, STAGES=num_stages, PAGE_KEYS=page_keys, **arguments,
     )  # fmt: skip
 
 
-def _descriptor(x: Tensor, block_n: int, padded: int, page_keys: int) -> Any:
+def _blocks(x: Tensor, block_n: int, padded: int, page_keys: int) -> Blocks:
     """As in the other kernel; or of pages, with blocks ``[1 page, 1 head, page_keys, _COPY_DIMS]``."""
     *pages, tokens, heads, dim = x.shape
     *page_stride, stride_row, stride_head, _ = x.stride()
-    block = [1, 1, page_keys, _COPY_DIMS.value] if pages else [1, block_n, padded]
+    block = (1, 1, page_keys, _COPY_DIMS.value) if pages else (1, block_n, padded)
+    return Blocks(x, [*pages, heads, tokens, dim], [*page_stride, stride_head, stride_row, 1], block, _descriptor)
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    return TensorDescriptor(x, [*pages, heads, tokens, dim], [*page_stride, stride_head, stride_row, 1], block, layout)
+    return TensorDescriptor(x, shape, strides, block, layout)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpattn.kernels.launch import Launcher
+
 # Values of one program: 16 for each of its 128 threads, so that several parts are in flight.
 _VALUES_PER_PROGRAM = 2048
 
@@ -68,13 +70,21 @@ def _merge_kernel(
     tl.store(acc_lse_R, largest_R + tl.log(total_R), mask=is_row_R)
 
 
+_merge = Launcher(_merge_kernel)
+
+
 def merge_all(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     """The twin of :func:`cpattn.attention.merge.torch_merge_all_`; arguments as for :func:`cpattn.attention.merge.merge_all_`."""
     num_rows, heads, dim = acc.shape
     padded = triton.next_power_of_2(dim)
     block = max(1, _VALUES_PER_PROGRAM // padded)
     if acc.numel():
-        _merge_kernel[(triton.cdiv(num_rows * heads, block),)](
-            acc, acc_lse, out, lse, num_rows, len(out), *acc.stride()[:2], *acc_lse.stride(), *out.stride()[:3], *lse.stride(),
+        _merge(
+            (triton.cdiv(num_rows * heads, block), 1), {}, acc=acc, acc_lse=acc_lse, out=out, lse=lse,
+            num_rows=num_rows, num_parts=len(out),
+            acc_stride_row=acc.stride(0), acc_stride_head=acc.stride(1),
+            acc_lse_stride_row=acc_lse.stride(0), acc_lse_stride_head=acc_lse.stride(1),
+            out_stride_part=out.stride(0), out_stride_row=out.stride(1), out_stride_head=out.stride(2),
+            lse_stride_part=lse.stride(0), lse_stride_row=lse.stride(1), lse_stride_head=lse.stride(2),
             HEADS=heads, DV=dim, DV_PADDED=padded, BLOCK_R=block,
         )  # fmt: skip

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, dtype, int8, int16, int32
 
+from cpattn.kernels.launch import Launcher
+
 # Bytes that a thread moves at a time, where rows are aligned to it.
 _ACCESS = 16
 # 32-bit words that one program moves: 128 bytes for each of its 128 threads.
@@ -58,6 +60,9 @@ def _pack_kernel(
         )  # fmt: skip
 
 
+_pack = Launcher(_pack_kernel)
+
+
 def pack_kv(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
     """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them; or, with ``slots``, row i
     into row slots[i] of the message, where that is not negative, and nothing else.
@@ -78,9 +83,10 @@ def pack_kv(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tens
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(values.shape[2])
     block = max(1, _WORDS_PER_PROGRAM * 4 // (message.element_size() * max(d_padded, dv_padded)))
     if rows:
-        _pack_kernel[(triton.cdiv(rows * heads, block),)](
-            message, k, values, message if slots is None else slots, rows, num_tokens, message.stride(0), message.stride(1),
-            k.stride(0), k.stride(1), values.stride(0), values.stride(1),
+        _pack(
+            (triton.cdiv(rows * heads, block), 1), {}, message=message, k=k, v=values, slots=message if slots is None else slots,
+            num_rows=rows, num_tokens=num_tokens, message_stride_row=message.stride(0), message_stride_head=message.stride(1),
+            k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
             HEADS=heads, D=k.shape[2], DV=values.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
             SLOTS=slots is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
         )  # fmt: skip
@@ -107,6 +113,9 @@ def _gather_kernel(
     tl.store(out + (to_R * out_stride)[:, None] * UNIT + word_1W, values_RW, mask=to_inside_RW)
 
 
+_gather = Launcher(_gather_kernel)
+
+
 def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
     """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``: rows of any width, moved as
     words of memory whatever their dtype.
@@ -128,9 +137,10 @@ def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None
     unit = per_access if aligned else 1
     block_w = min(1024, triton.next_power_of_2(width))
     block_r = _WORDS_PER_PROGRAM // block_w
-    _gather_kernel[(triton.cdiv(rows, block_r), triton.cdiv(width, block_w))](
-        out_words, source_words, index, index if slots is None else slots, rows,
-        out_words.stride(0) // unit, source_words.stride(0) // unit,
+    _gather(
+        (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)), {}, out=out_words, source=source_words, index=index,
+        slots=index if slots is None else slots, num_rows=rows,
+        out_stride=out_words.stride(0) // unit, source_stride=source_words.stride(0) // unit,
         WIDTH=width, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w, SLOTS=slots is not None,
     )  # fmt: skip
 

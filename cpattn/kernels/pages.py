@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
+from cpattn.kernels.launch import Launcher
+
 # Bytes that one program moves of the wider of K and V: 128 for each of its 128 threads.
 _BYTES_PER_PROGRAM = 16384
 
@@ -62,6 +64,9 @@ def _pages_kernel(
         )  # fmt: skip
 
 
+_pages = Launcher(_pages_kernel)
+
+
 def write_pages(
     k_pages: Tensor,
     v_pages: Tensor | None,
@@ -101,10 +106,15 @@ def _move(
     k_pages, k, v_pages, v = tensors if has_v else tensors * 2
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
     block = max(1, _BYTES_PER_PROGRAM // (k.element_size() * max(d_padded, dv_padded)))
-    _pages_kernel[(triton.cdiv(rows * heads, block),)](
-        k_pages, v_pages, position if page_table is None else page_table, position if request is None else request, position, k, v,
-        position if out_rows is None else out_rows, rows, k_pages.shape[1], *((0, 0) if page_table is None else page_table.stride()),
-        *k_pages.stride()[:3], *v_pages.stride()[:3], *k.stride()[:2], *v.stride()[:2],
+    table_stride = (0, 0) if page_table is None else page_table.stride()
+    _pages(
+        (triton.cdiv(rows * heads, block), 1), {}, k_pages=k_pages, v_pages=v_pages,
+        page_table=position if page_table is None else page_table, request=position if request is None else request, position=position,
+        k=k, v=v, out_rows=position if out_rows is None else out_rows,
+        num_rows=rows, page_size=k_pages.shape[1], table_stride_request=table_stride[0], table_stride_page=table_stride[1],
+        k_page_stride=k_pages.stride(0), k_page_stride_token=k_pages.stride(1), k_page_stride_head=k_pages.stride(2),
+        v_page_stride=v_pages.stride(0), v_page_stride_token=v_pages.stride(1), v_page_stride_head=v_pages.stride(2),
+        k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=v.stride(0), v_stride_head=v.stride(1),
         HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
         WRITE=write, TABLE=page_table is not None, OUT_ROWS=out_rows is not None, HAS_V=has_v,
     )  # fmt: skip

@@ -15,6 +15,7 @@ and without a mask can not be contracted differently.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
+from cpattn.kernels.launch import Blocks, Launcher
 from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, tile_shapes
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
@@ -288,6 +290,9 @@ def _attention_kernel(
     tl.store(lse_tile, lse_M, mask=is_token_M)
 
 
+_attention = Launcher(_attention_kernel)
+
+
 def ragged_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None, out_dtype: torch.dtype | None = None, into: tuple[Tensor, Tensor] | None = None,
@@ -359,16 +364,20 @@ def ragged_attention(
         "WINDOW": window is not None, "SOFTCAP": softcap is not None, "SINKS": sinks is not None, "INTO": into is not None,
         "PAGE_SIZE": page_size,
     }  # fmt: skip
-    with torch.cuda.device_of(q):
+    # Changing the device costs microseconds even if it is the current one.
+    on_current = q.device.type != "cuda" or q.device.index == torch.cuda.current_device()
+    with nullcontext() if on_current else torch.cuda.device_of(q):
         if specialized is not None:
             specialized.launch(grid, k, v, arguments=arguments, block_n=shape.block_n, num_stages=shape.num_stages)
         else:
-            _attention_kernel[(grid,)](
-                k=_descriptor(k, shape.block_n, dims.d) if tma else k, v=_descriptor(v, shape.block_n, dims.dv) if tma else v,
+            _attention(
+                (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+                k=_blocks(k, shape.block_n, dims.d) if tma else k,
+                v=_blocks(v, shape.block_n, dims.dv) if tma else v,
                 k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
                 v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
                 D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
-                V_IN_K=v_in_k and not tma, num_warps=shape.num_warps, num_stages=shape.num_stages, **arguments,
+                V_IN_K=v_in_k and not tma, **arguments,
             )  # fmt: skip
     return out, lse
 
@@ -395,10 +404,12 @@ def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
 
 def _fits_descriptor(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
-    return x.numel() > 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    *strides, _ = x.stride()
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides) and x.numel() > 0
 
 
-def _descriptor(x_SHD: Tensor, block_n: int, padded: int) -> Any:
+def _blocks(x_SHD: Tensor, block_n: int, padded: int) -> Blocks:
     """Blocks ``[1 head, block_n keys, padded]``; the unit axis leads, so that the compiler can drop it."""
     tokens, heads, dim = x_SHD.shape
-    return TensorDescriptor(x_SHD, [heads, tokens, dim], [x_SHD.stride(1), x_SHD.stride(0), 1], [1, block_n, padded])
+    return Blocks(x_SHD, [heads, tokens, dim], [x_SHD.stride(1), x_SHD.stride(0), 1], (1, block_n, padded), TensorDescriptor)
