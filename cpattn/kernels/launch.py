@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,9 @@ class Launcher:
         version = tuple(int(n) for n in triton.__version__.split(".")[:2])
         self._may_skip_binder = version in _TESTED_ON and not knobs.runtime.interpret
         if self._may_skip_binder:
-            self._params = [(param.name, bool(param.do_not_specialize)) for param in kernel.params]
+            self._free = [bool(param.do_not_specialize) for param in kernel.params]
+            self._in_order = itemgetter(*(param.name for param in kernel.params))
+            self._sort: dict[tuple[type, ...], Callable[..., Any]] = {}
 
     def __call__(self, grid: tuple[int, int], options: dict[str, int], **arguments: Any) -> None:
         """Launches ``grid`` programs on the current device and stream.
@@ -62,29 +65,11 @@ class Launcher:
             self._ordinary(grid, options, arguments)
             return
         device = torch.cuda.current_device()
-        kind: list[Any] = [device, *options.values()]
-        values: list[Any] = []
-        for name, is_free in self._params:
-            value = arguments[name]
-            cls = type(value)
-            if cls is float:
-                # All are fp32.
-                values.append(value)
-                kind.append(cls)
-            elif cls is Blocks:
-                values.append(value)
-                kind.append(value.source.dtype)
-                kind.append(value.block)
-            elif cls is Tensor or isinstance(value, Tensor):
-                pointer = value.data_ptr()
-                values.append(pointer)
-                kind.append(value.dtype)
-                kind.append(pointer % _ALIGNMENT == 0)
-            else:
-                values.append(value)
-                # Of integers that the kernel does not specialize on, the width matters.
-                kind.append(-(2**31) <= value < 2**31 if is_free else value)
-        key = tuple(kind)
+        ordered = self._in_order(arguments)
+        types = tuple(map(type, ordered))
+        sort = self._sort.get(types) or self._sort.setdefault(types, _sorter(types, self._free))
+        kind, values = sort(*ordered)
+        key = (device, *options.values(), kind)
         again = self._again.get(key, _launch_again)
         if again is None:
             self._ordinary(grid, options, arguments)
@@ -105,6 +90,36 @@ def _is_hooked() -> bool:
     """Whether somebody, such as a profiler, wants to be called at launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _sorter(types: tuple[type, ...], free: list[bool]) -> Callable[..., Any]:
+    """A function of arguments of these types that returns what Triton specializes on, and what is passed to the kernel.
+
+    Its code is written out, as Triton does for its binder: a loop over forty arguments takes longer than the launch.
+
+    Args:
+        free: for each parameter whether the kernel does not specialize on its value.
+    """
+    kind, values = [], []
+    for i, (cls, is_free) in enumerate(zip(types, free, strict=True)):
+        values.append(f"a{i}")
+        if cls is Blocks:
+            kind.append(f"a{i}.source.dtype, a{i}.block")
+        elif issubclass(cls, Tensor):
+            kind.append(f"a{i}.dtype, (p{i} := a{i}.data_ptr()) % {_ALIGNMENT} == 0")
+            values[-1] = f"p{i}"
+        elif cls is float:
+            # All are fp32.
+            kind.append("float")
+        elif is_free:
+            kind.append(f"-{2**31} <= a{i} < {2**31}")
+        else:
+            kind.append(f"a{i}")
+    arguments = ", ".join(f"a{i}" for i in range(len(types)))
+    namespace: dict[str, Any] = {}
+    exec(f"def sort({arguments}):\n    return ({', '.join(kind)},), ({', '.join(values)},)", namespace)
+    sort: Callable[..., Any] = namespace["sort"]
+    return sort
 
 
 def _launch_again(compiled: Any) -> Callable[..., None] | None:
@@ -133,21 +148,19 @@ def _launch_again(compiled: Any) -> Callable[..., None] | None:
     except (AttributeError, ImportError, KeyError, TypeError):
         return None
 
-    def again(grid: tuple[int, int], stream: int, values: list[Any]) -> None:
-        if not encodings:
-            launch(grid[0], grid[1], 1, stream, function, *fixed, *values)
-            return
-        expanded: list[Any] = []
-        remaining = iter(encodings)
-        for value in values:
-            if type(value) is Blocks:
-                source, shape, strides, _, _ = value
-                # Values outside of the tensor are 0.
-                expanded.append(encode(source.data_ptr(), *next(remaining), shape, strides, 0))
-                expanded += shape
-                expanded += strides
-            else:
-                expanded.append(value)
-        launch(grid[0], grid[1], 1, stream, function, *fixed, *expanded)
+    def again(grid: tuple[int, int], stream: int, values: tuple[Any, ...]) -> None:
+        if encodings:
+            expanded: list[Any] = []
+            remaining = iter(encodings)
+            done = 0
+            for i, value in enumerate(values):
+                if type(value) is Blocks:
+                    # Values outside of the tensor are 0.
+                    encoded = encode(value.source.data_ptr(), *next(remaining), value.shape, value.strides, 0)
+                    expanded += values[done:i]
+                    expanded += [encoded, *value.shape, *value.strides]
+                    done = i + 1
+            values = (*expanded, *values[done:])
+        launch(grid[0], grid[1], 1, stream, function, *fixed, *values)
 
     return again

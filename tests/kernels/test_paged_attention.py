@@ -91,7 +91,7 @@ def test_merging_into_an_earlier_result(device: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("page_size", [1, 16, 48, 64, 128, 256])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 48, 64, 128, 256])
 def test_default_shapes(page_size: int, window: int | None, device: str) -> None:
     """On Hopper, of the kernel for it."""
     lens = [300, 140]
