@@ -1,7 +1,7 @@
 """Launching a compiled Triton kernel again without Triton's binder, which takes tens of microseconds on the host.
 
 The first launch of each kind goes through Triton, which compiles. Its arguments' kind is what Triton specializes on:
-dtypes, whether pointers are aligned, the values of integers and constants. Later launches of that kind call the C function that
+dtypes, whether pointers and integers are multiples of 16, constants. Later launches of that kind call the C function that
 Triton has generated. That is an internal of Triton: it is used on releases where it has been tested, and if it is as expected.
 """
 
@@ -49,7 +49,7 @@ class Launcher:
         version = tuple(int(n) for n in triton.__version__.split(".")[:2])
         self._may_skip_binder = version in _TESTED_ON and not knobs.runtime.interpret
         if self._may_skip_binder:
-            self._free = [bool(param.do_not_specialize) for param in kernel.params]
+            self._roles = ["constant" if p.is_constexpr else "free" if p.do_not_specialize else "number" for p in kernel.params]
             self._in_order = itemgetter(*(param.name for param in kernel.params))
             self._sort: dict[tuple[type, ...], Callable[..., Any]] = {}
 
@@ -58,8 +58,7 @@ class Launcher:
 
         Args:
             options: of the compiler, such as ``num_warps``.
-            arguments: all of the kernel's parameters. Integers that it specializes on are strides and the like: every
-                value of theirs is a kind of its own here.
+            arguments: all of the kernel's parameters.
         """
         if not self._may_skip_binder or _is_hooked():
             self._ordinary(grid, options, arguments)
@@ -67,7 +66,7 @@ class Launcher:
         device = torch.cuda.current_device()
         ordered = self._in_order(arguments)
         types = tuple(map(type, ordered))
-        sort = self._sort.get(types) or self._sort.setdefault(types, _sorter(types, self._free))
+        sort = self._sort.get(types) or self._sort.setdefault(types, _sorter(types, self._roles))
         kind, values = sort(*ordered)
         key = (device, *options.values(), kind)
         again = self._again.get(key, _launch_again)
@@ -92,16 +91,17 @@ def _is_hooked() -> bool:
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-def _sorter(types: tuple[type, ...], free: list[bool]) -> Callable[..., Any]:
+def _sorter(types: tuple[type, ...], roles: list[str]) -> Callable[..., Any]:
     """A function of arguments of these types that returns what Triton specializes on, and what is passed to the kernel.
 
     Its code is written out, as Triton does for its binder: a loop over forty arguments takes longer than the launch.
 
     Args:
-        free: for each parameter whether the kernel does not specialize on its value.
+        roles: of each parameter: "constant", "number" (what Triton specializes on where it is an integer: whether it is 1,
+            a multiple of 16, and how wide), or "free" (its width alone).
     """
     kind, values = [], []
-    for i, (cls, is_free) in enumerate(zip(types, free, strict=True)):
+    for i, (cls, role) in enumerate(zip(types, roles, strict=True)):
         values.append(f"a{i}")
         if cls is Blocks:
             kind.append(f"a{i}.source.dtype, a{i}.block")
@@ -111,10 +111,12 @@ def _sorter(types: tuple[type, ...], free: list[bool]) -> Callable[..., Any]:
         elif cls is float:
             # All are fp32.
             kind.append("float")
-        elif is_free:
+        elif role == "constant":
+            kind.append(f"a{i}")
+        elif role == "free":
             kind.append(f"-{2**31} <= a{i} < {2**31}")
         else:
-            kind.append(f"a{i}")
+            kind.append(f"1 if a{i} == 1 else 2 + (a{i} % {_ALIGNMENT} == 0) + 2 * (-{2**31} <= a{i} < {2**31})")
     arguments = ", ".join(f"a{i}" for i in range(len(types)))
     namespace: dict[str, Any] = {}
     exec(f"def sort({arguments}):\n    return ({', '.join(kind)},), ({', '.join(values)},)", namespace)

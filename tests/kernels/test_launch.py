@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from cpattn.kernels.launch import Launcher, _launch_again
+from cpattn.kernels.launch import Blocks, Launcher, _launch_again, _sorter
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -76,3 +76,33 @@ def test_the_binder_is_skipped_where_it_was_tested(device: str, monkeypatch: pyt
 @pytest.mark.parametrize("compiled", [SimpleNamespace(), SimpleNamespace(run=None), None], ids=str)
 def test_unexpected_internals_are_left_alone(compiled: Any) -> None:
     assert _launch_again(compiled) is None
+
+
+def test_kinds_are_what_triton_specializes_on() -> None:
+    x = torch.zeros(64)
+    blocks = Blocks(x, [64], [1], (16,), lambda *_: None)
+    types = (Tensor, Blocks, int, int, int, float)
+    sort = _sorter(types, ["number", "number", "constant", "number", "free", "number"])
+
+    def kind(tensor: Tensor = x, described: Blocks = blocks, constant: int = 5, number: int = 3, free: int = 3, real: float = 0.5) -> Any:
+        kind, values = sort(tensor, described, constant, number, free, real)
+        assert values == (tensor.data_ptr(), described, constant, number, free, real)
+        return kind
+
+    assert kind(x[4:]) == kind()
+    assert kind(number=2) == kind(number=2**31 - 1) == kind(free=1) == kind(free=16) == kind(real=1.0) == kind()
+    assert kind(number=16) == kind(number=0) == kind(number=2**30)
+    different = [
+        kind(),
+        kind(x[1:]),
+        kind(x.half()),
+        kind(described=blocks._replace(block=(32,))),
+        kind(described=blocks._replace(source=x.half())),
+        kind(constant=6),
+        kind(number=1),
+        kind(number=16),
+        kind(number=2**31),
+        kind(number=2**31 + 1),
+        kind(free=2**31),
+    ]
+    assert len(set(different)) == len(different)
