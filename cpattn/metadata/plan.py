@@ -320,9 +320,13 @@ def required_rows(
     >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)
     8
     """
-    if remainder == "balanced" and partition in PARTITIONS and is_integer(cp_size) and is_integer(pad_to) and min(cp_size, pad_to) > 0:
+    known = partition in tuple(PARTITIONS) and all(is_integer(n) and 1 <= n <= MAX_TOKENS for n in (cp_size, pad_to))
+    if remainder == "balanced" and known:
         fullest = -(-int(parse_batch(batch)[:, 1].sum()) // cp_size)
-        return -(-fullest // pad_to) * pad_to
+        rows = -(-fullest // pad_to) * pad_to
+        if cp_size * rows <= MAX_TOKENS:
+            return rows
+    # The plan does what is left, and says what is wrong.
     return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
 
 

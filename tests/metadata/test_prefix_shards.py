@@ -1,0 +1,113 @@
+"""Plans of a sharded cache, the row count that an engine asks for without a plan, and whose turn it is for the next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_caches import random_shards
+from strategies import Batch, batches, plan_options
+
+import cpattn
+from cpattn import Plan, PlanError
+
+
+def sharded_plan(batch: Batch, options: dict[str, Any], seed: int) -> Plan:
+    return cpattn.plan(batch, **options, prefix_shards=random_shards(batch, options["cp_size"], seed))
+
+
+class TestRequiredRows:
+    @given(batches(), plan_options())
+    @settings(max_examples=300)
+    def test_it_is_what_the_plan_has(self, batch: Batch, options: dict[str, Any]) -> None:
+        assert cpattn.required_rows(batch, **options) == cpattn.plan(batch, **options).rows
+
+    @given(batches(), plan_options(), st.integers(0, 1000))
+    def test_shards_do_not_change_it(self, batch: Batch, options: dict[str, Any], seed: int) -> None:
+        options["remainder"] = "balanced"
+        assert sharded_plan(batch, options, seed).rows == cpattn.required_rows(batch, **options)
+
+    @pytest.mark.parametrize(
+        ("batch", "options", "error"),
+        [
+            ([(0, -1)], {}, cpattn.BatchError),
+            ([(0, 1.5)], {}, cpattn.BatchError),
+            ([(0, 1)], {"cp_size": 0}, PlanError),
+            ([(0, 1)], {"cp_size": "2"}, PlanError),
+            ([(0, 1)], {"pad_to": 0}, PlanError),
+            ([(0, 1)], {"partition": "spiral"}, PlanError),
+            ([(0, 1)], {"partition": ["zigzag"]}, PlanError),
+            ([(0, 1)], {"remainder": "last"}, PlanError),
+            ([(0, 0)], {"cp_size": 2**31}, PlanError),
+            ([(0, 1)], {"pad_to": 2**30}, PlanError),
+        ],
+    )
+    def test_it_refuses_what_a_plan_refuses(self, batch: Batch, options: dict[str, Any], error: type[Exception]) -> None:
+        for function in (cpattn.required_rows, cpattn.plan):
+            with pytest.raises(error):
+                function(batch, **{"cp_size": 2} | options)
+
+
+class TestShards:
+    @given(batches(max_requests=8), plan_options(), st.integers(0, 1000))
+    @settings(max_examples=200)
+    def test_what_each_rank_holds(self, batch: Batch, options: dict[str, Any], seed: int) -> None:
+        shards = random_shards(batch, options["cp_size"], seed)
+        plan = sharded_plan(batch, options, seed)
+        held = [sum(shares[rank] for shares in shards) + plan.rank_tokens[rank] for rank in range(plan.cp_size)]
+        assert plan.sharded
+        assert plan.shard_totals.tolist() == held
+        assert plan.largest_shard == max(held)
+        for request, extends in enumerate(plan.rank_extends.tolist()):
+            assert extends == [sum(c.length for c in plan.chunks if (c.request, c.rank) == (request, rank)) for rank in range(plan.cp_size)]
+        assert plan.rank_chunks == tuple(sum(c.rank == rank for c in plan.chunks) for rank in range(plan.cp_size))
+
+    @given(batches(), plan_options(), st.integers(0, 1000))
+    def test_left_over_tokens_are_dealt_from_the_rank_that_holds_the_fewest(self, batch: Batch, options: dict[str, Any], seed: int) -> None:
+        options["remainder"] = "balanced"
+        plan = sharded_plan(batch, options, seed)
+        held = plan.shard_lens.sum(axis=0)
+        turns = [(int(held.argmin()) + turn) % plan.cp_size for turn in range(plan.num_tokens % plan.cp_size)]
+        fewest = plan.num_tokens // plan.cp_size
+        assert plan.rank_tokens == tuple(fewest + (rank in turns) for rank in range(plan.cp_size))
+
+    @pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
+    def test_decoding_goes_round(self, cp_size: int) -> None:
+        held = np.zeros(cp_size, dtype=int)
+        for token in range(3 * cp_size):
+            plan = cpattn.plan([(token, 1)], cp_size, prefix_shards=[held.tolist()])
+            held += plan.rank_tokens
+            assert held.max() - held.min() <= 1
+
+    @given(batches(), plan_options())
+    def test_they_are_a_part_of_what_a_plan_is(self, batch: Batch, options: dict[str, Any]) -> None:
+        plain, one, other = cpattn.plan(batch, **options), sharded_plan(batch, options, 1), sharded_plan(batch, options, 2)
+        assert plain != one
+        assert plain.fingerprint != one.fingerprint
+        assert (one == other) == (one.fingerprint == other.fingerprint) == (one.prefix_shards == other.prefix_shards)
+        again = cpattn.plan(batch, **options, prefix_shards=np.array(one.prefix_shards).reshape(-1, plain.cp_size))
+        assert again == one
+        assert hash(again) == hash(one)
+        assert "sharded prefixes" in repr(one)
+
+    @pytest.mark.parametrize(
+        ("shards", "message"),
+        [
+            (3, "prefix_shards is 3; pass 2 integers >= 0 for each request"),
+            ([3, 4], r"prefix_shards is \[3, 4\]; pass 2 integers"),
+            ([[3, 4]], "prefix_shards has 1 entries, the batch has 2 requests"),
+            ([[3, 4], [0, 0], [0, 0]], "prefix_shards has 3 entries, the batch has 2 requests"),
+            ([[3, 3], [0, 0]], r"prefix_shards of request 0 is \[3, 3\], its prefix_len is 7; pass 2 integers"),
+            ([[3, 4], [1, -1]], r"prefix_shards of request 1 is \[1, -1\], its prefix_len is 0"),
+            ([[7], [0]], r"prefix_shards of request 0 is \[7\], its prefix_len is 7"),
+            ([[3, 4, 0], [0, 0, 0]], r"prefix_shards of request 0 is \[3, 4, 0\]"),
+            ([[3.5, 3.5], [0, 0]], r"prefix_shards of request 0 is \[3.5, 3.5\]"),
+            ([[True, 6], [0, 0]], r"prefix_shards of request 0 is \[True, 6\]"),
+        ],
+    )
+    def test_what_is_refused(self, shards: Any, message: str) -> None:
+        with pytest.raises(PlanError, match=message):
+            cpattn.plan([(7, 2), (0, 5)], 2, prefix_shards=shards)
