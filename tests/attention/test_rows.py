@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cpattn.attention.flash_attn4 import _packs
-from cpattn.attention.rows import RaggedRows
+from cpattn.attention.rows import HostRows, RaggedRows, RowTable
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,47 @@ def test_tensors_and_lengths() -> None:
     assert rows.diagonal.tolist() == [7, 1, 4]
     assert {x.dtype for x in (rows.cu_seqlens_q, rows.k_start, rows.k_len, rows.diagonal)} == {torch.int32}
     assert (rows.max_seqlen_q, rows.max_seqlen_k, rows.num_queries, len(rows)) == (4, 20, 6, 3)
+
+
+class Counted:
+    """What a backend might keep with rows."""
+
+    seen: HostRows | None = None
+
+    def refresh(self, host: HostRows) -> None:
+        self.seen = host
+
+
+def table(*rows: tuple[int, int, int, int, int]) -> RowTable:
+    q_len, k_start, k_len, diagonal, request = np.array(rows, dtype=np.int64).T
+    return RowTable(q_len, k_start, k_len, diagonal, request, "any")
+
+
+def test_fixed_rows_take_over_others_at_their_addresses() -> None:
+    first, second = table((4, 7, 10, 7, 0), (2, 3, 20, 1, 1)), table((1, 0, 5, 5, 2), (0, 0, 0, 0, 0))
+    names = ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request")
+    (rows,), (other,) = (RaggedRows.build_all([x], "cpu", fixed_lengths=(16, 64)) for x in (first, second))
+    assert (rows.fixed, rows.max_seqlen_q, rows.max_seqlen_k, rows.has_empty_range) == (True, 16, 64, True)
+    paged = rows.with_pages(torch.tensor([[0], [1], [2]]))
+    rows.prepared["kept"] = kept = Counted()
+    before = {name: getattr(rows, name).data_ptr() for name in names}
+    assert paged.row_pages.tolist() == [[0], [1]]
+
+    rows.copy_(other)
+    assert {name: getattr(rows, name).data_ptr() for name in names} == before
+    for name in names:
+        assert torch.equal(getattr(rows, name), getattr(other, name)), name
+    assert kept.seen is rows.host is other.host
+    assert (rows.max_seqlen_q, rows.max_seqlen_k) == (16, 64)
+    # What was made of them before a copy sees it, too: the tensors are the same.
+    assert paged.row_pages.tolist() == [[2], [0]]
+    assert rows.page_table is None
+
+
+def test_rows_that_are_not_fixed_know_whether_one_is_empty() -> None:
+    one_empty, none_empty = RaggedRows.build_all([table((1, 0, 5, 5, 2), (3, 0, 0, 0, 0)), table((1, 0, 5, 5, 2))], "cpu")
+    assert (one_empty.has_empty_range, none_empty.has_empty_range) == (True, False)
+    assert not one_empty.fixed
 
 
 def test_tiled_pairs_count_the_padding_of_tiles() -> None:

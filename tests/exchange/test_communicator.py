@@ -37,6 +37,54 @@ def test_shifts_go_round_the_ring(size: int) -> None:
         assert seen == [(rank - hop) % size for hop in range(size + 1)]
 
 
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_shifts_by_any_number_of_ranks(size: int) -> None:
+    def program(communicator: cpattn.Communicator) -> list[int]:
+        came_from = []
+        for by in [*range(1, size), *range(-size + 1, 0), size + 1]:
+            out = torch.empty(1, dtype=torch.int64)
+            communicator.shift(out, torch.tensor([communicator.rank]), by=by).wait()
+            came_from.append((communicator.rank - int(out)) % size)
+        assert communicator.bytes_sent == 8 * (2 * size - 1)
+        return came_from
+
+    assert run_loopback(program, size) == [[*range(1, size), *range(1, size), 1]] * size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_all_to_all_brings_each_rank_its_part(size: int) -> None:
+    def program(communicator: cpattn.Communicator) -> list[list[int]]:
+        rank = communicator.rank
+        out = torch.empty(size, 2, dtype=torch.int64)
+        communicator.all_to_all(out, torch.tensor([[rank, to] for to in range(size)])).wait()
+        assert communicator.bytes_sent == 16 * (size - 1)
+        return [list(row) for row in out.tolist()]
+
+    for rank, out in enumerate(run_loopback(program, size)):
+        assert out == [[sender, rank] for sender in range(size)]
+
+
+def test_transfers_in_flight_at_once_do_not_meet() -> None:
+    """As pass_q_ring has them: queries go one way while results come back another."""
+
+    def program(communicator: cpattn.Communicator) -> tuple[int, int, list[int]]:
+        rank = communicator.rank
+        there, back, everyone = torch.empty(1), torch.empty(1), torch.empty(4)
+        works = [
+            communicator.shift(there, torch.tensor([10.0 + rank])),
+            communicator.shift(back, torch.tensor([20.0 + rank]), by=-2),
+            communicator.all_to_all(everyone, 100.0 * rank + torch.arange(4.0)),
+        ]
+        for work in works:
+            work.wait()
+        return int(there), int(back), [int(x) for x in everyone]
+
+    for rank, (there, back, everyone) in enumerate(run_loopback(program, 4)):
+        assert there == 10 + (rank - 1) % 4
+        assert back == 20 + (rank + 2) % 4
+        assert everyone == [100 * sender + rank for sender in range(4)]
+
+
 def test_the_sender_may_write_again_once_its_transfer_is_waited_for() -> None:
     def program(communicator: cpattn.Communicator) -> list[float]:
         message, out = torch.empty(1), torch.empty(1)

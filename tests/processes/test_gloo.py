@@ -6,6 +6,7 @@ import pytest
 import rank_programs as programs
 import torch
 from cases import AttentionCase
+from strategies import Batch
 
 import cpattn
 from cpattn.testing import ProcessRanks
@@ -43,7 +44,7 @@ def test_window_and_softcap(ranks: ProcessRanks, strategy: str) -> None:
 
 @pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
 def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: str, cache: str) -> None:
-    batches = ([(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3)
+    batches: list[Batch] = [[(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3]
     cases = [AttentionCase(batch, cache=cache) for batch in batches]
     for case, *outputs in zip(cases, *ranks.run(programs.attend_many, cases, strategy), strict=True):
         case.check(outputs, case.plan(ranks.size), strategy, "cpu")
