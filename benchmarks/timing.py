@@ -35,14 +35,14 @@ def percentiles(times: np.ndarray, unit: float = 1e-6) -> str:
     return f"{p50:,.4g} ({p20:,.4g} to {p80:,.4g})"
 
 
-def write_report(name: str, title: str, header: list[str], rows: list[list[str]], notes: str) -> None:
-    """Prints a Markdown report and writes it to ``results/name.md``, with the machine, the versions and the command."""
+def write_report(name: str, title: str, header: list[str], rows: list[list[str]], notes: str, results: Path = RESULTS) -> None:
+    """Prints a Markdown report and writes it to ``name.md`` in that folder, with the machine, the versions and the command."""
     lines = [f"# {title}", "", f"`{' '.join(['python', *sys.argv])}`", "", machine(), "", notes, ""]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows), ""]
     text = "\n".join(lines)
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.md").write_text(text)
 
 
 def machine() -> str:
