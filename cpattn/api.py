@@ -42,9 +42,10 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
     checks.check_tensor("x", x)
     # Engines round their token count up; what all ranks' rows can hold is as far as that can go without being a mistake.
     if not plan.num_tokens <= len(x) <= max(plan.num_tokens, plan.cp_size * meta.rows):
+        here = " (it has as many rows as this rank: sharded already, or an output that cpattn.unshard has yet to make whole?)"
         raise RowCountError(
             f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
-            "shard takes the rows of the whole batch, once"
+            f"shard takes the rows of the whole batch, once{here * (len(x) == meta.rows)}"
         )
     checks.check_device("x", x, meta)
     if x.requires_grad and torch.is_grad_enabled():
@@ -83,7 +84,10 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
     def validate() -> str:
         checks.check_group(meta, communicator)
         checks.check_tensor("x", x)
-        checks.check_rows("x", x, meta)
+        whole = " (x has all tokens of the batch already)" * (len(x) == meta.plan.num_tokens)
+        checks.check_rows(
+            "x", x, meta, f"unshard takes this rank's rows, as cp_attention returns them, with the metadata of that call{whole}"
+        )
         checks.check_device("x", x, meta)
         checks.check_no_grad(x=x)
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}"

@@ -53,11 +53,12 @@ def check_tensor(name: str, x: Any) -> None:
         raise TensorMismatchError(f"{name} is {what}; pass a torch tensor [rows, ...]")
 
 
-def check_rows(name: str, x: Tensor, meta: CPMetadata) -> None:
+def check_rows(
+    name: str, x: Tensor, meta: CPMetadata, fix: str = "shard the input with cpattn.shard(x, meta), and let meta be that of this batch"
+) -> None:
     if x.shape[0] != meta.rows:
         raise RowCountError(
-            f"{name} has {x.shape[0]} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); "
-            "shard the input with cpattn.shard(x, meta)"
+            f"{name} has {x.shape[0]} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); {fix}"
         )
 
 
