@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpattn import checks
 from cpattn.attention.registry import explain_choice
-from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, run, validated
+from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, on_device_of, run, validated
 from cpattn.errors import RowCountError
 from cpattn.exchange.communicator import Group, as_communicator
 from cpattn.exchange.message import gather_rows_
@@ -27,7 +27,8 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
 
     Args:
         x: ``[plan.num_tokens, ...]`` of any dtype, request after request; the same on every rank. An engine's own padding
-            after the last token is ignored, up to ``cp_size * meta.rows`` rows in all.
+            after the last token is ignored, up to ``cp_size * meta.rows`` rows in all: one that rounds its token count up
+            to a multiple of n plans with ``pad_to=n``.
         meta: this rank's metadata.
 
     Returns:
@@ -52,9 +53,9 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
         tokens = x.index_select(0, meta.token_index[: meta.num_tokens])
         return torch.cat([tokens, x.new_zeros(meta.rows - meta.num_tokens, *x.shape[1:])])
     local = x.new_empty(meta.rows, *x.shape[1:])
-    gather_rows_(local[: meta.num_tokens], x.contiguous(), meta.token_index[: meta.num_tokens])
-    if meta.rows > meta.num_tokens:
-        local[meta.num_tokens :] = 0
+    with on_device_of(x):
+        # Padding has index -1, which stands for zeros.
+        gather_rows_(local, x.contiguous(), meta.token_index)
     return local
 
 
@@ -73,7 +74,8 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         check: as in :func:`cp_attention`.
 
     Returns:
-        ``[plan.num_tokens, ...]``.
+        ``[plan.num_tokens, ...]``; with a bucket, whose sizes do not change, ``[cp_size * rows, ...]``, zeros after the
+        tokens.
 
     Raises:
         RowCountError, TensorMismatchError, GroupError, UnsupportedError (a gradient is required), DisagreementError.
@@ -90,16 +92,17 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         )
         checks.check_device("x", x, meta)
         checks.check_no_grad(x=x)
-        return f"unshard, {tuple(x.shape[1:])} {x.dtype}"
+        return f"unshard, {tuple(x.shape[1:])} {x.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
     validated(validate, str, meta, communicator, check)
-    if meta.plan.cp_size == 1:
+    if meta.plan.cp_size == 1 and meta.bucket is None:
         return x[: meta.num_tokens].clone()
     gathered = communicator.buffer("unshard", (communicator.size * meta.rows, *x.shape[1:]), x.dtype, x.device)
     if gathered.numel():
         communicator.all_gather(gathered, x.contiguous()).wait()
-    out = x.new_empty(meta.plan.num_tokens, *x.shape[1:])
-    gather_rows_(out, gathered, meta.restore_index[: meta.plan.num_tokens])
+    out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
+    with on_device_of(x):
+        gather_rows_(out, gathered, meta.restore_index)
     return out
 
 
@@ -184,7 +187,8 @@ def cp_attention(
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512): the latent then travels once.
         meta: this rank's metadata, on the tensors' device.
         group: a ProcessGroup, one axis of a DeviceMesh, a Communicator, or None for the default group. With
-            cp_size 1 none is needed.
+            cp_size 1 none is needed. Calls over one group reuse its buffers, so they must follow each other on one stream;
+            for several at once give each its own ``ProcessGroupCommunicator(group)``.
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
@@ -216,9 +220,9 @@ def cp_attention(
     communicator = as_communicator(group, meta.plan.cp_size)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
     decision: Decision = validated(
-        lambda: decide(arguments, meta, communicator), lambda decision: describe(arguments, decision), meta, communicator, check
+        lambda: decide(arguments, meta, communicator), lambda decision: describe(arguments, decision, meta), meta, communicator, check
     )
-    out, lse = run(arguments, decision, meta, communicator, decision.strategy.steps, decision.merges)
+    out, lse = run(arguments, decision, meta, communicator, decision.strategy.steps)
     return (out, lse) if return_lse else out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cpattn.attention.registry import choose_backend
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.agreement import agree
 from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.driver import Driver
+from cpattn.exchange.driver import Driver, Precision
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, default_overlap
 from cpattn.exchange.strategy import ExchangeInputs, Steps, Strategy
@@ -28,8 +28,7 @@ BackendChoice: TypeAlias = str | Backend | AttentionCallable
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(NamedTuple):
     """The arguments of a call that say what to compute, as the caller gave them."""
 
     q: Tensor
@@ -72,6 +71,7 @@ class Decision:
     format: KVFormat
     overlap: int
     merges: bool
+    precision: Precision
 
 
 def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None) -> Decision:
@@ -81,7 +81,8 @@ def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | 
     Raises CPError in its subclasses.
     """
     try:
-        signature = None if communicator is None else (communicator.rank, communicator.size, arguments.signature())
+        group = None if communicator is None else (communicator.rank, communicator.size)
+        signature = group, arguments.signature()
     except (TypeError, AttributeError):  # not what a caller should pass: the checks say so
         signature = None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(arguments))
@@ -112,7 +113,10 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
     overlap = arguments.overlap or default_overlap(kv, meta)
-    return Decision(strategy, backend, call, options, kv, overlap, call.merges)
+    if meta.bucket is not None:
+        meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
+    precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
+    return Decision(strategy, backend, call, options, kv, overlap, call.merges, precision)
 
 
 def _choose(arguments: Arguments, kv: KVFormat, meta: CPMetadata, options: AttentionOptions) -> tuple[Strategy, Backend, Call]:
@@ -146,14 +150,14 @@ def _call(arguments: Arguments, kv: KVFormat, meta: CPMetadata, strategy: Strate
     )
 
 
-def describe(arguments: Arguments, decision: Decision) -> str:
+def describe(arguments: Arguments, decision: Decision, meta: CPMetadata) -> str:
     """What must be the same on every rank for the results to fit together. The backend is each rank's own affair."""
     kv, options = decision.format, decision.options
     return (
         f"strategy={decision.strategy.name}, {arguments.q.shape[1]}/{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, "
         f"scale={options.scale}, window={options.window}, softcap={options.softcap}, "
-        f"sinks={'no' if options.sinks is None else 'yes'}, overlap={arguments.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
-        f"cache={type(arguments.kv_cache).__name__}"
+        f"sinks={'no' if options.sinks is None else 'yes'}, overlap={decision.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
+        f"cache={type(arguments.kv_cache).__name__}, rows={meta.rows}, bucket={meta.bucket}"
     )
 
 
@@ -163,7 +167,6 @@ def run(
     meta: CPMetadata,
     communicator: Communicator,
     steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps],
-    merges: bool,
 ) -> tuple[Tensor, Tensor]:
     """Runs steps for decided arguments: ``out [rows, Hq, Dv]`` and ``lse [rows, Hq]``."""
     q, k, v, cache = _last_axis_contiguous(arguments.q), _last_axis_contiguous(arguments.k), arguments.v, arguments.kv_cache
@@ -173,9 +176,9 @@ def run(
         cache = _packed(cache) if meta.plan.num_prefix_tokens else None
     reads_pages = isinstance(cache, PagedKV) and decision.backend.reads_pages(decision.call)
     inputs = ExchangeInputs(q, k, v, decision.format, cache, reads_pages, decision.options.window, decision.overlap)
-    driver = Driver(q, decision.format.v_head_dim, merges, decision.backend, decision.options)
+    driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, decision.options, decision.precision)
     # A plan without any row has nothing to send, on no rank.
-    with _no_autocast(q.device.type):
+    with _no_autocast(q.device.type), on_device_of(q):
         out, lse = driver.run(steps(inputs, meta, communicator) if meta.rows else _nothing())
     if decision.options.sinks is not None:
         _pad_lse_(lse, meta)
@@ -211,6 +214,13 @@ def _packed(cache: PackedKV) -> PackedKV:
 
 def _last_axis_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

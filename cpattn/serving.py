@@ -60,7 +60,8 @@ def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = N
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
-    For a cache that every rank holds whole. Made on the device, without waiting for it.
+    Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. Made on
+    the device, without waiting for it.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(3, 2)], cp_size=2, cp_rank=0, pad_to=2)
@@ -71,11 +72,11 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor
         page_table: int32 or int64 ``[num_requests, max_pages]``.
 
     Returns:
-        int64 ``[cp_size * rows]``.
+        int64 ``[cp_size * rows]``; ``[rows]`` for a sharded cache.
     """
     checks.check_metadata(meta)
     checks.check_page_table(page_table, page_size, meta)
-    request, position = (place.long() for place in meta.gathered_places)
+    request, position = (place.long() for place in (meta.held_places if meta.plan.sharded else meta.gathered_places))
     is_token = position >= 0
     if not page_table.numel():
         return torch.full_like(position, -1)
@@ -194,5 +195,5 @@ def attend(
         yield over_pages(kv_cache, decision.format, decision.backend.reads_pages(decision.call), meta, alone)
 
     alone = as_communicator(None, 1)
-    out, lse = run(arguments, decision, meta, alone, steps, merges=False)
+    out, lse = run(arguments, decision, meta, alone, steps)
     return (out, lse) if return_lse else out

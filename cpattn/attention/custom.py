@@ -54,10 +54,9 @@ def custom_backend(
         out, lse = function(
             q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype
         )
-        if rows.has_empty_range:
-            lse = torch.where(lse == torch.inf, -torch.inf, lse)
-            out = torch.where((lse == -torch.inf)[..., None], 0, out)
-        return out.to(out_dtype), lse
+        # New tensors in any case: the function may return memory of its own, and the result is merged into.
+        lse = torch.where(lse == torch.inf, -torch.inf, lse)
+        return torch.where((lse == -torch.inf)[..., None], 0, out).to(out_dtype), lse
 
     return Backend(
         name=name or str(getattr(function, "__name__", "custom")),

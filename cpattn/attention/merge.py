@@ -66,5 +66,7 @@ def _unless(x_THD: Tensor, empty_TH: Tensor) -> Tensor:
 
 def apply_sinks_(out_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> None:
     """Adds each head's sink, a logit without a value, to finished rows in place: a merge with a result of 0."""
-    out_THD.mul_(torch.sigmoid(lse_TH - sinks_H)[..., None])
+    # A sink of -inf is none, and beside no keys at all their difference is NaN.
+    weight_TH = torch.where(lse_TH == -torch.inf, 0, torch.sigmoid(lse_TH - sinks_H))
+    out_THD.mul_(weight_TH[..., None])
     lse_TH.copy_(torch.logaddexp(lse_TH, sinks_H.expand_as(lse_TH)))

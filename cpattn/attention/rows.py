@@ -123,9 +123,9 @@ class RaggedRows:
         """Whether some row has, or may come to have, no keys at all."""
         return self.fixed or bool((self.host.k_len == 0).any())
 
-    def with_pages(self, page_table: Tensor) -> RaggedRows:
+    def with_pages(self, page_table: Tensor, page_size: int) -> RaggedRows:
         """The same rows over pages."""
-        return replace(self, page_table=page_table)
+        return replace(self, page_table=page_table, max_seqlen_k=min(self.max_seqlen_k, page_table.shape[1] * page_size))
 
     def copy_(self, other: RaggedRows) -> None:
         """Takes over the other's work at the addresses of this; both are fixed, for the same sizes."""

@@ -7,6 +7,8 @@ at once, and the attention of the first group runs while the next is in flight.
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment
@@ -26,41 +28,60 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     if meta.plan.cp_size == 1 and cache is None:
         yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
         return
+    if meta.plan.cp_size == 1 and isinstance(cache, PagedKV):
+        write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
+        yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
+        return
     groups = inputs.overlap
-    kv = inputs.format._replace(heads=inputs.format.heads // groups)
-    group_heads = [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
+    kv = inputs.format if groups == 1 else inputs.format._replace(heads=inputs.format.heads // groups)
+    # None for all heads, which spares the slicing.
+    group_heads = [None] if groups == 1 else [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
     # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
-    shape = (groups, meta.plan.cp_size * meta.rows, kv.heads, kv.width)
-    all_gathered = communicator.buffer("gathered", shape, kv.dtype, kv.device).unbind(0)
+    all_rows = meta.plan.cp_size * meta.rows
+    all_gathered = message_buffer(communicator, "gathered", kv, groups * all_rows).view(groups, all_rows, kv.heads, kv.width).unbind(0)
     gathers = [
-        start_gather(gathered, inputs.k[:, heads], None if inputs.v is None else inputs.v[:, heads], meta, communicator)
+        start_gather(gathered, _heads_of(inputs.k, heads), _heads_of(inputs.v, heads), meta, communicator)
         for gathered, heads in zip(all_gathered, group_heads, strict=True)
     ]
-    for group, (gathered, heads, gather) in enumerate(zip(all_gathered, group_heads, gathers, strict=True)):
+    for gathered, heads, gather in zip(all_gathered, group_heads, gathers, strict=True):
         if isinstance(cache, PackedKV):
             # One group's keys in order at a time: its attention has read them before the next group's take their place.
             ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-            prefix_v = None if cache.v is None else cache.v[:, heads]
-            pack_(ordered, cache.k[:, heads], prefix_v, cache.k.shape[0], meta.prefix_key_rows)
+            pack_(ordered, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
         gather.wait()
-        query_heads = inputs.q.shape[1] // groups
-        step_heads = None if groups == 1 else slice(group * query_heads, (group + 1) * query_heads)
+        queries_a_key = inputs.q.shape[1] // inputs.format.heads
+        query_heads = None if heads is None else slice(heads.start * queries_a_key, heads.stop * queries_a_key)
         if isinstance(cache, PagedKV):
-            pages = PagedKV(cache.k_pages[:, :, heads], None if cache.v_pages is None else cache.v_pages[:, :, heads], cache.page_table)
+            pages = cache
+            if heads is not None:
+                v_pages = None if cache.v_pages is None else cache.v_pages[:, :, heads]
+                pages = PagedKV(cache.k_pages[:, :, heads], v_pages, cache.page_table)
             write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *kv.parts(gathered))
-            yield over_pages(pages, kv, inputs.reads_pages, meta, communicator, step_heads)
+            yield over_pages(pages, kv, inputs.reads_pages, meta, communicator, query_heads)
             continue
         if cache is None:
-            ordered = message_buffer(communicator, "ordered", kv, len(meta.restore_index))
+            ordered = message_buffer(communicator, "ordered", kv, meta.restore_index.shape[0])
         # From rank-major order to each request's prefix and extend in one piece, K and V at once.
         gather_rows_(ordered, gathered, meta.restore_index, None if cache is None else meta.extend_key_rows)
-        yield Step(*kv.split(ordered), [causal_rows(meta, paged=False)], step_heads)
+        yield Step(*kv.split(ordered), [causal_rows(meta, paged=False)], query_heads)
+
+
+@overload
+def _heads_of(x: Tensor, heads: slice | None) -> Tensor: ...
+
+
+@overload
+def _heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None: ...
+
+
+def _heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None:
+    return x if x is None or heads is None else x[:, heads]
 
 
 def start_gather(gathered: Tensor, k: Tensor, v: Tensor | None, meta: CPMetadata, communicator: Communicator) -> Work:
     """Starts to bring every rank's K and V into ``gathered`` ``[cp_size * rows, Hkv, width]``, rank after rank."""
     # The message is packed where the gather would put it, which spares a copy of it.
-    message = gathered[meta.cp_rank * meta.rows :][: meta.rows]
+    message = gathered.narrow(0, meta.cp_rank * meta.rows, meta.rows)
     pack_(message, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
     return communicator.all_gather(gathered, message)
 
@@ -70,7 +91,8 @@ def over_pages(
 ) -> Step:
     """All keys where they lie in the pages, or a copy of them in order for a backend that can not read those."""
     if reads_pages:
-        return Step(*kv.pair(pages.k_pages, pages.v_pages), [causal_rows(meta, paged=True).with_pages(pages.page_table)], heads)
+        rows = causal_rows(meta, paged=True).with_pages(pages.page_table, pages.page_size)
+        return Step(*kv.pair(pages.k_pages, pages.v_pages), [rows], heads)
     ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
     read_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *kv.parts(ordered))
     return Step(*kv.split(ordered), [causal_rows(meta, paged=False)], heads)

@@ -96,13 +96,22 @@ class Communicator(ABC):
         for length in shape:
             size *= length
         kept = self._buffers.get((name, device))
-        if kept is None or len(kept) < size:
-            # A little more than asked for, so that slowly growing batches do not allocate at every step.
-            kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if kept is None or len(kept) < size:
+                # A little more than asked for, so that slowly growing batches do not allocate at every step.
+                kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+            view = self._views[name, device] = kept[:size].view(dtype).view(shape)
         if capturing and not any(kept is x for x in self._captured):
             self._captured.append(kept)
-        view = self._views[name, device] = kept[:size].view(dtype).view(shape)
+            # A graph may outlive whoever captured it.
+            _with_captured.add(self)
         return view
+
+    def release(self) -> None:
+        """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
+        self._buffers.clear()
+        self._views.clear()
 
 
 class ProcessGroupCommunicator(Communicator):
@@ -243,6 +252,7 @@ class _LoopbackCommunicator(Communicator):
         return Work(wait)
 
 
+_with_captured: set[Communicator] = set()
 # One for each thread that works without a group, so that its buffers serve all layers and batches.
 _alone = threading.local()
 # One communicator a group, so that its buffers serve all layers and batches.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,27 @@ from torch import Tensor
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import apply_sinks_, merge_, merge_all_
 from cpattn.exchange.strategy import Partials, Step, Steps
+
+
+class Precision(NamedTuple):
+    """In which dtypes a call is computed, which its kinds decide.
+
+    Attributes:
+        merged: that results are merged in: fp32, or fp64 for fp64 inputs.
+        step: that the backend is asked for.
+        native_sinks: whether the backend counts the sinks; else they are put on the finished result.
+    """
+
+    merged: torch.dtype
+    step: torch.dtype
+    native_sinks: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, merges: bool, backend: Backend, sinks: bool) -> Precision:
+        """Sinks count once a query: natively where there is but one result, else on the merged one."""
+        native_sinks = backend.native_sinks and not merges
+        merged = torch.promote_types(dtype, torch.float32)
+        return cls(merged, merged if (merges or (sinks and not native_sinks)) and backend.fp32_out else dtype, native_sinks)
 
 
 class Driver:
@@ -22,16 +44,14 @@ class Driver:
         merges: whether there is more than one result for a query; results then stay fp32 until all are merged.
     """
 
-    def __init__(self, q: Tensor, v_head_dim: int, merges: bool, backend: Backend, options: AttentionOptions) -> None:
+    def __init__(self, q: Tensor, v_head_dim: int, merges: bool, backend: Backend, options: AttentionOptions, precision: Precision) -> None:
         self._q = q
         self._v_head_dim = v_head_dim
         self._merges = merges
         self._backend = backend
-        # Sinks count once a query: natively where there is but one result, else on the merged one.
-        self._sinks_after = options.sinks if merges or not backend.native_sinks else None
+        self._sinks_after = None if precision.native_sinks else options.sinks
         self._options = options if self._sinks_after is None else replace(options, sinks=None)
-        self._precise = torch.promote_types(q.dtype, torch.float32)
-        self._step_dtype = self._precise if (merges or self._sinks_after is not None) and backend.fp32_out else q.dtype
+        self._precise, self._step_dtype = precision.merged, precision.step
 
     def run(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Returns ``out [rows, Hq, Dv]`` in q's dtype and ``lse [rows, Hq]`` in fp32; 0 and -inf on padding."""

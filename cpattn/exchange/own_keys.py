@@ -47,7 +47,7 @@ def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communic
         return Step(*inputs.format.pair(cache.k, cache.v), [prefix_rows(meta, inputs.window, paged=False)])
     if inputs.reads_pages:
         rows: RaggedRows = prefix_rows(meta, inputs.window, paged=True)
-        return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table)])
+        return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table, cache.page_size)])
     packed = message_buffer(communicator, "prefix", inputs.format, meta.plan.num_prefix_tokens)
     read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *inputs.format.parts(packed))
     return Step(*inputs.format.split(packed), [prefix_rows(meta, inputs.window, paged=False)])

@@ -100,7 +100,7 @@ def _over(inputs: ExchangeInputs, rows: list[RaggedRows], paged: bool) -> list[R
     if not paged:
         return rows
     assert isinstance(inputs.cache, PagedKV)
-    return [launch.with_pages(inputs.cache.page_table) for launch in rows]
+    return [launch.with_pages(inputs.cache.page_table, inputs.cache.page_size) for launch in rows]
 
 
 def _result_buffer(

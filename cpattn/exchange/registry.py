@@ -40,14 +40,16 @@ def candidate_strategies(
         return [STRATEGIES[name]]
     if not able:
         raise UnsupportedError("no strategy can serve this call: " + "; ".join(f"{other}: {reason}" for other, reason in reasons.items()))
-    return [STRATEGIES[other] for other in _preferred(q, kv, meta) if other in able]
+    return [STRATEGIES[other] for other in _preferred(q, kv, meta, cache) if other in able]
 
 
-def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata) -> list[str]:
+def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | PagedKV | None) -> list[str]:
     rows, heads, head_dim = q.shape
     token_bytes = kv.heads * kv.width * kv.dtype.itemsize
     if not meta.plan.sharded:
-        gathered = gathered_bytes(kv, meta)
+        # Pages are not copied, at least where a backend reads them.
+        copied = 0 if isinstance(cache, PagedKV) else meta.plan.num_prefix_tokens
+        gathered = (meta.plan.cp_size * meta.rows + copied) * token_bytes
         return ["all_gather", "ring"] if gathered <= AUTO_GATHER_LIMIT else ["ring", "all_gather"]
     # What one rank sends to another: queries and fp32 results, or a shard of keys.
     query_bytes = rows * heads * (head_dim * kv.dtype.itemsize + 4 * (kv.v_head_dim + 1))
@@ -55,13 +57,7 @@ def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata) -> list[str]:
     return [*pass_q, "ring"] if query_bytes <= meta.plan.largest_shard * token_bytes else ["ring", *pass_q]
 
 
-def gathered_bytes(kv: KVFormat, meta: CPMetadata) -> int:
-    """The keys and values that an all-gather holds in one place on each rank: everyone's new ones, and the prefix."""
-    keys = meta.plan.cp_size * meta.rows + meta.plan.num_prefix_tokens
-    return keys * kv.heads * kv.width * kv.dtype.itemsize
-
-
-# An all-gather of at least this many bytes is split into groups of KV heads unless the caller says otherwise: about
+# An all-gather that brings a rank at least this many bytes is split into groups of KV heads unless the caller says otherwise: about
 # 0.1 ms of NVLink, several times what further launches cost. An estimate; benchmarks/bench_nccl.py is what would measure it.
 OVERLAP_FROM = 32 * 2**20
 _OVERLAP_GROUPS = 4
@@ -69,6 +65,7 @@ _OVERLAP_GROUPS = 4
 
 def default_overlap(kv: KVFormat, meta: CPMetadata) -> int:
     """Into how many groups of KV heads an all-gather is split if the caller does not say: at most 4, of equal size."""
-    if kv.device.type != "cuda" or gathered_bytes(kv, meta) < OVERLAP_FROM:
+    received = (meta.plan.cp_size - 1) * meta.rows * kv.heads * kv.width * kv.dtype.itemsize
+    if kv.device.type != "cuda" or received < OVERLAP_FROM:
         return 1
     return max(groups for groups in range(1, _OVERLAP_GROUPS + 1) if kv.heads % groups == 0)

@@ -167,7 +167,11 @@ def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> R
 def _build(meta: CPMetadata, tables: list[RowTable], paged: bool) -> list[RaggedRows]:
     if paged:
         tables = [table._replace(k_start=np.zeros_like(table.k_start)) for table in tables]
-    fixed_lengths = None if meta.bucket is None else (meta.bucket.max_rows, meta.bucket.max_seqlen)
+    fixed_lengths = None
+    if meta.bucket is not None:
+        # Without pages a bucket has no prefixes, and all ranks' rows are the most that there can be.
+        longest = meta.bucket.max_seqlen if paged else min(meta.bucket.max_seqlen, meta.plan.cp_size * meta.rows)
+        fixed_lengths = meta.bucket.max_rows, longest
     return RaggedRows.build_all(tables, meta.device, fixed_lengths)
 
 

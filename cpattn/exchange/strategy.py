@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
+# Named tuples, as they are made anew in every call.
+class Step(NamedTuple):
     """Attention over the keys at hand, one launch for each of ``rows``: k ``[S, Hkv, D]`` and v ``[S, Hkv, Dv]``, or pages.
 
     Without ``q`` this rank's own queries attend, and the result is merged with what they have seen before. ``heads``
@@ -33,8 +33,7 @@ class Step:
     q: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Partials:
+class Partials(NamedTuple):
     """What this rank's queries have seen elsewhere, to be merged: out ``[n, rows, Hq, Dv]``, lse ``[n, rows, Hq]``."""
 
     out: Tensor
@@ -45,8 +44,7 @@ class Partials:
 Steps: TypeAlias = Generator[Step | Partials, "tuple[Tensor, Tensor] | None", None]
 
 
-@dataclass(frozen=True, eq=False)
-class ExchangeInputs:
+class ExchangeInputs(NamedTuple):
     """What a rank brings to the exchange, and how the exchange is to be made.
 
     Attributes:

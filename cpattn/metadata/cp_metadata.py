@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.errors import PlanError
+from cpattn.errors import CPError, PlanError
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
@@ -48,6 +48,8 @@ class CPMetadata:
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
         self._derived: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self._has_no_cache = False
+        self._page_table_fits: int | None = None
         self._work_out(plan)
         self._tables = DeviceTables(self._host, device)
         self.chunk_request = self._tables["chunk_request"]
@@ -129,10 +131,28 @@ class CPMetadata:
             if mine != theirs:
                 raise PlanError(f"the plan has {name}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
         self.bucket.check(plan)
+        held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
+        if self._has_no_cache and plan.num_prefix_tokens:
+            raise PlanError(
+                f"the plan has {plan.num_prefix_tokens} prefix tokens, but this metadata was used without a kv_cache; capture with one"
+            )
+        if self._page_table_fits is not None and int(held.max(initial=0)) > self._page_table_fits:
+            raise PlanError(
+                f"the plan has a request of {int(held.max())} tokens, but this metadata was used with a page table for "
+                f"{self._page_table_fits}; capture with a wider one"
+            )
         self._work_out(plan)
         self._tables.copy_(self._host)
         for build, derived in self._derived.values():
             _refill(derived, build())
+
+    def remember_cache(self, fits: int | None) -> None:
+        """A call has used this metadata with a page table for so many tokens of a request, or without any cache. A graph
+        that has captured it can not look again, so that :meth:`copy_` refuses what does not go with it."""
+        if fits is None:
+            self._has_no_cache = True
+        else:
+            self._page_table_fits = fits if self._page_table_fits is None else min(fits, self._page_table_fits)
 
     def __repr__(self) -> str:
         return (
@@ -163,9 +183,14 @@ class CPMetadata:
         """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
         return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.plan.num_tokens, self._capacity))
 
+    def _require_no_bucket(self) -> None:
+        if self.bucket is not None:
+            raise PlanError("tables of all cached tokens change in size from batch to batch, and those of a bucket can not")
+
     @property
     def prefix_key_rows(self) -> Tensor:
         """``[plan.num_prefix_tokens]`` the row of each prefix token's key in the order that ``k_start`` speaks of."""
+        self._require_no_bucket()
         total = self.plan.num_prefix_tokens
         return self.derive("prefix_key_rows", lambda: self._expand("prefix_key", "prefix_len", total, total))
 
@@ -197,12 +222,14 @@ class CPMetadata:
     @property
     def key_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all keys, prefixes and extends, in the order that ``k_start`` speaks of."""
+        self._require_no_bucket()
         total = self.plan.num_prefix_tokens + self.plan.num_tokens
         return self.derive("key_places", lambda: self._runs_of_requests("total_len", total, total))
 
     @property
     def prefix_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all prefix tokens, request after request."""
+        self._require_no_bucket()
         total = self.plan.num_prefix_tokens
         return self.derive("prefix_places", lambda: self._runs_of_requests("prefix_len", total, total))
 
@@ -210,6 +237,7 @@ class CPMetadata:
     def shard_places(self) -> tuple[Tensor, Tensor]:
         """The request of each token that this rank holds, cached and new, request after request, and its number among
         them; -1 up to the number of the rank that holds the most."""
+        self._require_no_bucket()
         total = int(self.plan.shard_totals[self.cp_rank])
         return self.derive("shard_places", lambda: self._runs_of_requests("shard_len", total, self.plan.largest_shard))
 
@@ -222,6 +250,11 @@ class CPMetadata:
         """``build()`` at the first call with this key, the same object ever after: tables that a layer above needs
         once a batch. A tensor, something with ``copy_``, or a tuple or list of them: :meth:`copy_` refills it."""
         if key not in self._derived:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise CPError(
+                    f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
+                    "make the same call once with the same metadata before capturing it"
+                )
             # Tensors made under inference_mode could not be refilled outside of it.
             with torch.inference_mode(False):
                 self._derived[key] = build, build()

@@ -29,6 +29,17 @@ PARTITIONS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag, "contiguou
 REMAINDERS = ("balanced", "first")
 
 
+def first_dealt(extend_lens: IntArray, shard_lens: IntArray) -> int:
+    """The rank to deal the first left-over token to where caches are sharded (``shard_lens [num_requests, cp_size]``): that
+    from which the tokens go to ranks that hold the fewest of their requests, so that decoding spreads each request."""
+    cp_size = shard_lens.shape[1]
+    deals = extend_lens % cp_size > 0
+    turns = (extend_lens.cumsum() - extend_lens)[deals] % cp_size
+    held = shard_lens[deals]
+    costs = [int(held[np.arange(len(held)), (dealer + turns) % cp_size].sum()) for dealer in range(cp_size)]
+    return int(np.argmin(costs))
+
+
 def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, remainder: str, dealer: int = 0) -> IntArray:
     """Cuts every request into ``len(chunk_rank)`` chunks whose lengths differ by at most one token.
 

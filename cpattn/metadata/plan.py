@@ -17,7 +17,7 @@ from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, par
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.draw import draw_plan, summarize_plan
-from cpattn.metadata.partition import PARTITIONS, REMAINDERS, chunk_lengths
+from cpattn.metadata.partition import PARTITIONS, REMAINDERS, chunk_lengths, first_dealt
 
 
 class Chunk(NamedTuple):
@@ -235,8 +235,7 @@ class Plan:
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        # Left-over tokens are dealt from the rank that holds the fewest cached ones, so that decoding fills all ranks alike.
-        dealer = int(self.shard_lens.sum(axis=0).argmin())
+        dealer = first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
         return _frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, dealer))
 
     @cached_property
@@ -293,8 +292,8 @@ def plan(
             differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request.
         pad_to: physical rows are a multiple of this.
         prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
-            rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens are then dealt
-            from the rank that holds the fewest.
+            rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens are then dealt so
+            that they go to ranks which hold few of their requests.
 
     Raises:
         BatchError: not integer pairs, or a negative length.

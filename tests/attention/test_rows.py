@@ -53,7 +53,7 @@ def test_fixed_rows_take_over_others_at_their_addresses() -> None:
     names = ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request")
     (rows,), (other,) = (RaggedRows.build_all([x], "cpu", fixed_lengths=(16, 64)) for x in (first, second))
     assert (rows.fixed, rows.max_seqlen_q, rows.max_seqlen_k, rows.has_empty_range) == (True, 16, 64, True)
-    paged = rows.with_pages(torch.tensor([[0], [1], [2]]))
+    paged = rows.with_pages(torch.tensor([[0], [1], [2]]), 64)
     rows.prepared["kept"] = kept = Counted()
     before = {name: getattr(rows, name).data_ptr() for name in names}
     assert paged.row_pages.tolist() == [[0], [1]]

@@ -106,6 +106,15 @@ def test_auto_takes_the_ring_where_gathered_keys_would_not_fit() -> None:
     assert candidates(cpattn.build_metadata([(most - 7, 8)], 1, 0), FORMAT)[:2] == ["ring", "all_gather"]
 
 
+def test_auto_does_not_count_pages_that_stay_where_they_are() -> None:
+    meta = cpattn.build_metadata([(2**17, 1)] * 64, 4, 0)
+    wide = FORMAT._replace(heads=8, head_dim=128, v_head_dim=128)
+    pages = torch.empty(1, 1, 8, 128)
+    cache = cpattn.PagedKV(pages, pages, torch.zeros(64, 2**17 + 1, dtype=torch.int32))
+    q = torch.zeros(meta.rows, 32, 128, device="meta")
+    assert candidate_strategies("auto", q, wide, meta, cache, None)[0].name == "all_gather"
+
+
 def test_auto_sends_what_is_smaller_where_the_cache_is_sharded() -> None:
     """Queries for decoding and for a short extend over a long prefix, keys for a long extend over a short one."""
     decode = cpattn.build_metadata([(8192, 1)] * 4, 4, 0, prefix_shards=[[2048] * 4] * 4)
@@ -118,11 +127,19 @@ def test_auto_sends_what_is_smaller_where_the_cache_is_sharded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "tokens", "device", "groups"),
-    [(8, 2**20, "cuda", 4), (6, 2**20, "cuda", 3), (1, 2**24, "cuda", 1), (8, 2**10, "cuda", 1), (8, 2**20, "cpu", 1)],
+    ("kv_heads", "batch", "cp_size", "device", "groups"),
+    [
+        pytest.param(8, [(0, 2**20)], 4, "cuda", 4, id="much is sent"),
+        pytest.param(6, [(0, 2**20)], 4, "cuda", 3, id="6 KV heads"),
+        pytest.param(1, [(0, 2**24)], 4, "cuda", 1, id="one KV head"),
+        pytest.param(8, [(0, 2**10)], 4, "cuda", 1, id="little is sent"),
+        pytest.param(8, [(2**24, 1)] * 4, 4, "cuda", 1, id="what is cached is not sent"),
+        pytest.param(8, [(0, 2**24)], 1, "cuda", 1, id="nobody to send to"),
+        pytest.param(8, [(0, 2**20)], 4, "cpu", 1, id="a CPU computes one at a time"),
+    ],
 )
-def test_default_overlap(kv_heads: int, tokens: int, device: str, groups: int) -> None:
-    meta = cpattn.build_metadata([(0, tokens)], 1, 0)
+def test_default_overlap(kv_heads: int, batch: Batch, cp_size: int, device: str, groups: int) -> None:
+    meta = cpattn.build_metadata(batch, cp_size, 0)
     assert default_overlap(FORMAT._replace(heads=kv_heads, device=torch.device(device)), meta) == groups
 
 

@@ -39,7 +39,7 @@ def test_absorbed_over_pages(page_size: int, device: str) -> None:
     pages = torch.full((num_pages, page_size, 1, 576), torch.nan, dtype=k.dtype, device=device)
     for s in range(100):
         pages[order[s // page_size], s % page_size] = k[s]
-    paged = rows.with_pages(order[None].int().to(device))
+    paged = rows.with_pages(order[None].int().to(device), page_size)
     want, want_lse = ragged_attention(q, k, k[..., :512], rows, scale=0.04)
     out, lse = ragged_attention(q, pages, pages[..., :512], paged, scale=0.04)
     check(q, k, k[..., :512], rows, AttentionOptions(0.04), want, want_lse)

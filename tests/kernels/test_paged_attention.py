@@ -51,7 +51,7 @@ def in_pages(
         begin += length
     host = rows.host
     at_zero = RaggedRows.build(host.q_len, np.zeros_like(host.k_start), host.k_len, host.diagonal, k.device, host.request)
-    return k_pages, v_pages, at_zero.with_pages(torch.from_numpy(table).to(k.device, dtype))
+    return k_pages, v_pages, at_zero.with_pages(torch.from_numpy(table).to(k.device, dtype), k_pages.shape[1])
 
 
 def make_case(lens: list[int], q_len: list[int], request: list[int], see: list[int], device: str) -> RaggedRows:
