@@ -182,6 +182,11 @@ def check_pages(cache: PagedKV, meta: CPMetadata) -> None:
             raise PageTableError(f"kv_cache.{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]")
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise PageTableError(f"kv_cache.{name} has strides {x.stride()}; the last must be 1, as rows are written in place")
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise PageTableError(
+                f"kv_cache.{name} was made under torch.inference_mode(), and can not be written outside of it; make the pages before "
+                "entering that mode, or call cp_attention within it"
+            )
         if x.shape[:2] != cache.k_pages.shape[:2]:
             raise PageTableError(
                 f"k_pages has {tuple(cache.k_pages.shape[:2])} pages of tokens, v_pages {tuple(x.shape[:2])}; they must agree"
