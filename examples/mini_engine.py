@@ -3,8 +3,8 @@
 python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen3]
 
 It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
-cache in pages, and compares every generated token with the model's own single-process ``generate``. The exit code is 1
-if any differs. Needs ``pip install transformers``; no GPU, and no download.
+cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
+exit code is 1 if any differs. Needs ``pip install transformers``; no GPU, and no download.
 
 What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
 ``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
@@ -17,12 +17,15 @@ import sys
 import time
 
 from engine.model import ModelShape
-from engine.rank import EngineOptions, Report, Served, generate, serve
+from engine.rank import EngineOptions, Expected, Report, Served, generate, serve
 from engine.workload import make_requests
 
 from cpattn.testing import ProcessRanks
 
 PAGE_SIZE = 16
+# A lost key in a long context seldom changes a token, but it does change logits, by far more than rounding would: the
+# engine's may differ from generate's by so many times what the model's own do between two ways of computing them.
+ALLOWED_ERROR = 4
 
 
 def main() -> int:
@@ -54,7 +57,7 @@ def main() -> int:
             seconds = time.perf_counter() - start
             served = reports[0].served
             answers = ranks.run(generate, options, [(one.prompt, len(one.answer)) for one in served])
-            expected = [answers[number % arguments.cp][number] for number in range(len(served))]
+            expected: list[Expected] = [answers[number % arguments.cp][number] for number in range(len(served))]
             print(f"\n{'sharded' if sharded else 'replicated'} cache, {describe(reports[0], options, arguments.cp)}, {seconds:.1f} s\n")
             good &= print_table(served, expected)
             if any(report.served != served for report in reports):
@@ -71,26 +74,29 @@ def describe(report: Report, options: EngineOptions, cp_size: int) -> str:
     )
 
 
-def print_table(served: list[Served], expected: list[tuple[list[int], list[tuple[float, float]]]]) -> bool:
-    """Prints a line for each request; whether all tokens are those of ``generate``."""
+def print_table(served: list[Served], expected: list[Expected]) -> bool:
+    """Prints a line for each request, and how far logits are apart; whether all is as it should be."""
     widths = (15, 6, 20, 6, 9, 6)
     header = ("request", "prompt", "prefix reused", "chunks", "preempted", "tokens")
     print("  ".join(f"{text:<{width}}" for text, width in zip(header, widths, strict=True)), " equal")
-    wrong = total = 0
-    error, gap = 0.0, float("inf")
-    for one, (answer, top) in zip(served, expected, strict=True):
-        equal = one.answer == answer
-        wrong += sum(a != b for a, b in zip(one.answer, answer, strict=True))
-        total += len(answer)
-        for (mine, mine_next), (theirs, theirs_next) in zip(one.top, top, strict=True):
-            error = max(error, abs(mine - theirs), abs(mine_next - theirs_next))
-            gap = min(gap, theirs - theirs_next)
+    for one, theirs in zip(served, expected, strict=True):
         reused = f"{one.reused[1]} of {one.reused[0]}" if one.reused else "-"
         cells = (one.name, len(one.prompt), reused, one.chunks, one.preempted or "-", len(one.answer))
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)), " yes" if equal else " NO")
-    print(f"\n{total - wrong} of {total} tokens equal those of generate; logits differ by {error:.1e} at most, and the closest two")
-    print(f"largest ones of any token are {gap:.1e} apart, {gap / error if error else float('inf'):.0f} times as much.")
-    return wrong == 0
+        equal = "yes" if one.answer == theirs.answer else "NO"
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)), f" {equal}")
+    pairs = [pair for one, theirs in zip(served, expected, strict=True) for pair in zip(one.answer, theirs.answer, strict=True)]
+    right = sum(mine == theirs for mine, theirs in pairs)
+    error = max(distance(one.top, theirs.top) for one, theirs in zip(served, expected, strict=True))
+    own = max(distance(theirs.top_in_one_pass, theirs.top) for theirs in expected)
+    gap = min(first - second for theirs in expected for first, second in theirs.top)
+    print(f"\n{right} of {len(pairs)} tokens equal those of generate. Its logits and the engine's differ by {error:.1e} at most, as the")
+    print(f"model's own do by {own:.1e} when computed in one pass; the closest two largest of any token are {gap:.1e} apart.")
+    return right == len(pairs) and error <= ALLOWED_ERROR * own
+
+
+def distance(mine: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> float:
+    """The largest difference of two lists of logits."""
+    return max(abs(a - b) for pair, other in zip(mine, theirs, strict=True) for a, b in zip(pair, other, strict=True))
 
 
 if __name__ == "__main__":

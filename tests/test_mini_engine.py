@@ -118,16 +118,20 @@ def test_every_token_equals_that_of_generate() -> None:
     assert " NO" not in done.stdout
 
 
-def test_a_token_that_differs_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_and_logits_that_differ_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    from engine.rank import Served
+    from engine.rank import Expected, Served
     from mini_engine import print_table
 
-    served = [Served("a", [5], [1, 2], [(3.0, 1.0), (4.0, 1.0)], None, 1, 0), Served("b", [5], [3], [(3.0, 2.5)], ("a", 1), 1, 0)]
-    expected = [([1, 7], [(3.0, 1.0), (3.5, 1.0)]), ([3], [(3.0, 2.0)])]
-    assert print_table(served, [([1, 2], [(3.0, 1.0), (4.0, 1.0)]), expected[1]])
-    assert not print_table(served, expected)
+    top = [(3.0, 1.0), (4.0, 1.0)]
+    served = [Served("a", [5], [1, 2], top, None, 1, 0), Served("b", [5], [3], top[:1], ("a", 1), 1, 0)]
+    near, far = [(3.0, 1.0), (4.0, 1.0 + 2**-20)], [(3.0, 1.0), (4.0, 1.5)]
+    last = Expected([3], top[:1], top[:1])
+    assert print_table(served, [Expected([1, 2], near, top), last])
+    assert not print_table(served, [Expected([1, 7], near, top), last])
+    assert not print_table(served, [Expected([1, 2], far, far), last])
     out = capsys.readouterr().out
-    assert "3 of 3 tokens equal" in out
-    assert "2 of 3 tokens equal" in out
-    assert [line.split()[-1] for line in out.splitlines() if line.startswith(("a ", "b "))] == ["yes", "yes", "NO", "yes"]
+    assert out.count("3 of 3 tokens equal") == 2
+    assert out.count("2 of 3 tokens equal") == 1
+    lines = [line.split()[-1] for line in out.splitlines() if line.startswith(("a ", "b "))]
+    assert lines == ["yes", "yes", "NO", "yes", "yes", "yes"]

@@ -140,18 +140,34 @@ def run_step(
     )
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the model itself makes of a prompt.
+
+    Attributes:
+        answer: token ids.
+        top: the two largest logits of each token of the answer.
+        top_in_one_pass: the same logits from one forward pass over prompt and answer, which rounds otherwise: how far
+            apart two right results may be.
+    """
+
+    answer: list[int]
+    top: list[tuple[float, float]]
+    top_in_one_pass: list[tuple[float, float]]
+
+
 @torch.inference_mode()
-def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> dict[int, tuple[list[int], list[tuple[float, float]]]]:
+def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> dict[int, Expected]:
     """The model's own greedy answers, one request at a time, without anything of cpattn; each rank does its share alone.
 
     Args:
         prompts: token ids, and how many tokens to generate.
 
     Returns:
-        By number: the answer, and the two largest logits of each of its tokens.
+        By number of the prompt.
     """
     model = build_model(options.shape, options.seed)
-    answers = {}
+    expected = {}
     for number in range(dist.get_rank(), len(prompts), dist.get_world_size()):
         prompt, new_tokens = prompts[number]
         ids = torch.tensor([prompt])
@@ -163,6 +179,10 @@ def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> di
             return_dict_in_generate=True,
             output_logits=True,
         )
-        top = torch.cat(result.logits).topk(2).values
-        answers[number] = result.sequences[0, len(prompt) :].tolist(), [tuple(pair) for pair in top.tolist()]
-    return answers
+        in_one_pass = model(result.sequences[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+        expected[number] = Expected(result.sequences[0, len(prompt) :].tolist(), _top(torch.cat(result.logits)), _top(in_one_pass))
+    return expected
+
+
+def _top(logits: torch.Tensor) -> list[tuple[float, float]]:
+    return [(first, second) for first, second in logits.topk(2).values.tolist()]
