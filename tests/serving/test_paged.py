@@ -146,6 +146,18 @@ def test_idle_requests_and_padding_on_top_change_nothing() -> None:
         assert not padded_out[23:].any()
 
 
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_tokens_that_an_engine_rounds_up_change_nothing(strategy: str) -> None:
+    """It pads q, k and v of the whole batch at their end, with whatever is there: NaN."""
+    case, rounded = (AttentionCase(MIXED, cache="paged") for _ in range(2))
+    plan = case.plan(2, pad_to=32)
+    for name in "qkv":
+        setattr(rounded, name, torch.nn.functional.pad(getattr(case, name), (0, 0, 0, 0, 0, 64 - plan.num_tokens), value=torch.nan))
+    expected = outputs_of(case, plan, strategy=strategy)
+    for out, same in zip(outputs_of(rounded, plan, strategy=strategy), expected, strict=True):
+        assert torch.equal(out, same)
+
+
 def change_cache(**changes: Any) -> Any:
     def change(cache: cpattn.PagedKV) -> cpattn.PagedKV:
         fields = vars(cache)
