@@ -87,9 +87,8 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         checks.check_group(meta, communicator)
         checks.check_tensor("x", x)
         whole = " (x has all tokens of the batch already)" * (len(x) == meta.plan.num_tokens)
-        checks.check_rows(
-            "x", x, meta, f"unshard takes this rank's rows, as cp_attention returns them, with the metadata of that call{whole}"
-        )
+        fix = f"unshard takes this rank's rows, as cp_attention returns them, with the metadata of that call{whole}"
+        checks.check_rows("x", x, meta, fix)
         checks.check_device("x", x, meta)
         checks.check_no_grad(x=x)
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}, rows={meta.rows}, bucket={meta.bucket}"

@@ -278,9 +278,8 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
         group = group.get_group()
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
-            launch = (
-                "" if dist.is_available() and dist.is_torchelastic_launched() else f"launch with torchrun --nproc-per-node {cp_size} and "
-            )
+            launched = dist.is_available() and dist.is_torchelastic_launched()
+            launch = "" if launched else f"launch with torchrun --nproc-per-node {cp_size} and "
             raise GroupError(
                 f"the plan has {cp_size} ranks, but there is no process group: {launch}call torch.distributed.init_process_group(), "
                 "or pass group="
