@@ -11,6 +11,8 @@ from cpattn.errors import UnknownNameError, UnsupportedError
 BACKENDS: dict[str, Backend] = {
     module.BACKEND.name: module.BACKEND for module in (flash_attn4, flash_attn3, flash_attn2, torch_flash, triton, cpu, reference)
 }
+"""What ``backend=`` takes by name: each :class:`Backend`, with what it can do as attributes. ``"auto"`` is the fastest of
+them that can serve a call; :func:`cpattn.explain` says which that is, and why not the others."""
 
 # In which order "auto" tries them on a GPU, by the major number of its compute capability: the fastest first.
 # 9 is measured (benchmarks/results/); 8 and 10 follow what the kernels' authors report, until someone measures them here.

@@ -14,6 +14,8 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
 STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING)}
+"""What ``strategy=`` takes by name: ``all_gather`` and ``ring`` (keys travel), ``pass_q`` and ``pass_q_ring`` (queries do).
+``"auto"`` chooses by sizes alone, and so alike on every rank."""
 
 # All-gather is one launch and needs no merging, but holds all keys twice (gathered and in order). Beyond this many
 # bytes of keys and values, "auto" takes the ring, which holds two messages.

@@ -13,6 +13,7 @@ from cpattn.integrations.transformers.context import ContextError, active_contex
 from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask
 
 NAME = "cpattn"
+"""What ``attn_implementation=`` takes, once :func:`register` was called."""
 
 # Keyword arguments that reach the attention of some models and mean nothing to it: positions have been rotated into q and k,
 # and the others are about outputs elsewhere. All others are refused unless they are None.
