@@ -179,6 +179,16 @@ def test_a_batch_that_can_not_be_copied_in_changes_nothing(other: cpattn.Plan, m
         assert_same_tables(meta, fresh)
 
 
+def test_a_copied_batch_is_checked_anew() -> None:
+    """What a call found out about the batch before says nothing about this one."""
+    meta = cpattn.plan([(0, 9)], 1).metadata(0, bucket=BUCKET)
+    x = torch.zeros(BUCKET.max_rows, 1, 8)
+    cpattn.cp_attention(x, x, x, meta)
+    meta.copy_(cpattn.plan([(4, 9)], 1))
+    with pytest.raises(cpattn.PrefixError, match="the batch has 4 prefix tokens, but kv_cache is None"):
+        cpattn.cp_attention(x, x, x, meta)
+
+
 def test_metadata_without_a_bucket_are_not_copied_into() -> None:
     meta = cpattn.build_metadata([(0, 4)], 2, 0)
     with pytest.raises(cpattn.PlanError, match="this metadata has no bucket, so its sizes are those of its batch"):

@@ -75,19 +75,21 @@ def test_slots_are_in_the_order_of_the_gathered_buffer(batch: Batch, options: di
         assert slots.tolist() == expected
 
 
-def test_gathered_rows_are_zeros_on_padding_and_found_by_restore_index() -> None:
+@pytest.mark.parametrize("bucket", [None, BUCKET], ids=["", "bucket"])
+def test_gathered_rows_are_zeros_on_padding_and_found_by_restore_index(bucket: cpattn.Bucket | None) -> None:
     case = AttentionCase(MIXED)
     plan = cpattn.plan(case.batch, 3, pad_to=8)
 
     def program(communicator: cpattn.Communicator) -> None:
-        meta = plan.metadata(communicator.rank)
+        meta = plan.metadata(communicator.rank, bucket=bucket)
+        restore_index = meta.restore_index[: plan.num_tokens].long()
         k, v = (cpattn.shard(x, meta) for x in (case.k, case.v))
         k[meta.num_tokens :] = v[meta.num_tokens :] = torch.nan
         for gathered, whole in zip(cpattn.gather_kv(k, v, meta, group=communicator), (case.k, case.v), strict=True):
             assert gathered is not None
-            assert torch.equal(gathered[meta.restore_index.long()], whole)
-            is_padding = torch.ones(len(gathered), dtype=torch.bool).index_fill(0, meta.restore_index.long(), False)
-            assert is_padding.sum() == 3 * plan.rows - plan.num_tokens
+            assert torch.equal(gathered[restore_index], whole)
+            is_padding = torch.ones(len(gathered), dtype=torch.bool).index_fill(0, restore_index, False)
+            assert is_padding.sum() == 3 * meta.rows - plan.num_tokens
             assert not gathered[is_padding].any()
 
     run_loopback(program, 3)
