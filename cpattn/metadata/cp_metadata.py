@@ -250,7 +250,7 @@ class CPMetadata:
         """``build()`` at the first call with this key, the same object ever after: tables that a layer above needs
         once a batch. A tensor, something with ``copy_``, or a tuple or list of them: :meth:`copy_` refills it."""
         if key not in self._derived:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.token_count.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise CPError(
                     f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
                     "make the same call once with the same metadata before capturing it"
