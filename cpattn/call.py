@@ -113,8 +113,6 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
     overlap = arguments.overlap or default_overlap(kv, meta)
-    if meta.bucket is not None:
-        meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
     return Decision(strategy, backend, call, options, kv, overlap, call.merges, precision)
 
@@ -157,7 +155,7 @@ def describe(arguments: Arguments, decision: Decision, meta: CPMetadata) -> str:
         f"strategy={decision.strategy.name}, {arguments.q.shape[1]}/{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, "
         f"scale={options.scale}, window={options.window}, softcap={options.softcap}, "
         f"sinks={'no' if options.sinks is None else 'yes'}, overlap={decision.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
-        f"cache={type(arguments.kv_cache).__name__}, rows={meta.rows}, bucket={meta.bucket}"
+        f"rows={meta.rows}, bucket={meta.bucket}, cache={type(arguments.kv_cache).__name__}"
     )
 
 
@@ -172,6 +170,8 @@ def run(
     q, k, v, cache = _last_axis_contiguous(arguments.q), _last_axis_contiguous(arguments.k), arguments.v, arguments.kv_cache
     if v is not None:
         v = _last_axis_contiguous(v)
+    if meta.bucket is not None and _is_capturing(q.device):
+        meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
     if isinstance(cache, PackedKV):
         cache = _packed(cache) if meta.plan.num_prefix_tokens else None
     reads_pages = isinstance(cache, PagedKV) and decision.backend.reads_pages(decision.call)
@@ -221,6 +221,10 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

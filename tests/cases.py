@@ -119,7 +119,9 @@ class AttentionCase:
         assert lse.shape == (meta.rows, self.heads)
         assert (out[meta.num_tokens :] == 0).all()
         assert (lse[meta.num_tokens :] == -torch.inf).all()
-        return cpattn.unshard(out, meta, group=communicator), cpattn.unshard(lse, meta, group=communicator)
+        # In a bucket rows of zeros follow the tokens.
+        whole, whole_lse = (cpattn.unshard(x, meta, group=communicator) for x in (out, lse))
+        return whole[: plan.num_tokens], whole_lse[: plan.num_tokens]
 
     def single_device_rmse(self, backend: str) -> tuple[float, float]:
         """The backend's own error with all tokens on one device: of the output, and of the LSE."""

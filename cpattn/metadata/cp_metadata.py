@@ -134,11 +134,11 @@ class CPMetadata:
         held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
         if self._has_no_cache and plan.num_prefix_tokens:
             raise PlanError(
-                f"the plan has {plan.num_prefix_tokens} prefix tokens, but this metadata was used without a kv_cache; capture with one"
+                f"the plan has {plan.num_prefix_tokens} prefix tokens, but a graph was captured without a kv_cache; capture with one"
             )
         if self._page_table_fits is not None and int(held.max(initial=0)) > self._page_table_fits:
             raise PlanError(
-                f"the plan has a request of {int(held.max())} tokens, but this metadata was used with a page table for "
+                f"the plan has a request of {int(held.max())} tokens, but a graph was captured with a page table for "
                 f"{self._page_table_fits}; capture with a wider one"
             )
         self._work_out(plan)
@@ -147,8 +147,8 @@ class CPMetadata:
             _refill(derived, build())
 
     def remember_cache(self, fits: int | None) -> None:
-        """A call has used this metadata with a page table for so many tokens of a request, or without any cache. A graph
-        that has captured it can not look again, so that :meth:`copy_` refuses what does not go with it."""
+        """A graph has captured a call with a page table for so many tokens of a request, or without any cache. It can not
+        look again, so that :meth:`copy_` refuses what does not go with it."""
         if fits is None:
             self._has_no_cache = True
         else:
