@@ -42,7 +42,9 @@ class KVPool:
     >>> pool.fork("a", "b", 5)  # another request begins with the same 5 tokens
     >>> pool.plan([("a", 1), ("b", 3)]).batch  # one decodes, one prefills its rest
     (Request(prefix_len=6, extend_len=1), Request(prefix_len=5, extend_len=3))
-    >>> pool.release("a"); pool.release("b"); pool.free_pages
+    >>> pool.release("a")
+    >>> pool.release("b")
+    >>> pool.free_pages
     8
 
     Args:
