@@ -1,26 +1,134 @@
-"""The README's code, and the examples, do what they say."""
+"""The pages and the examples do what they say: their code runs, their commands and links exist, their tables are the library's."""
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import cpattn
+from cpattn.attention.backend import Call
+from cpattn.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# A fenced block: its language, and what is in it.
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_code_runs(code: str) -> None:
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert names["everything"].shape == (134, 8, 64)  # type: ignore[attr-defined]
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+# Code.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_every_block_says_its_language(page: Path) -> None:
+    # Without one a block would be run by no test. The API page's examples are doctests of the library.
+    more = {"pycon"} if page.name == "api.md" else set()
+    assert {language for language, _ in blocks(page)} <= {"python", "sh", "text", "bibtex"} | more
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_code_runs(page: Path) -> None:
+    """All Python blocks of a page, one after another, as a reader would type them."""
+    names: dict[str, Any] = {"__name__": "__docs__"}
+    for number, code in enumerate(code for language, code in blocks(page) if language == "python"):
+        exec(compile(code, f"{page.name}, Python block {number}", "exec"), names)
+    if page.name == "README.md":
+        assert names["everything"].shape == (134, 8, 64)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_commands_exist(page: Path) -> None:
+    """Of each command line what can be found out without running it; ``cpattn`` commands that print are run."""
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in "\n".join(code for language, code in blocks(page) if language == "sh").replace("\\\n", " ").splitlines():
+        words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        if not words:
+            continue
+        program, *arguments = words
+        for argument in arguments:
+            if argument.startswith(("examples/", "benchmarks/", "docs/", "tests/")) and arguments[arguments.index(argument) - 1] != "-o":
+                assert (ROOT / argument).exists(), line
+        if program == "make":
+            assert {argument for argument in arguments if "=" not in argument} <= set(targets), line
+        elif program in ("cpattn", ".venv/bin/cpattn"):
+            assert {"demo", "bench", "env"} & set(arguments) or _run(arguments)[0] == 0, line
+        elif program == "pip":
+            assert all(extra in extras for extra in re.findall(r"cpattn\[(.*?)\]", line)), line
+        else:
+            assert program in ("git", "python", "cd", ".ci/run", ".venv/bin/torchrun", ".venv/bin/python", "torchrun"), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_printed_output_is_what_the_command_above_it_prints(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for (language, command), (after, printed) in zip(blocks(page), blocks(page)[1:], strict=False):
+        if (language, after) == ("sh", "text") and command.startswith("cpattn "):
+            assert main(shlex.split(command)[1:]) == 0
+            assert capsys.readouterr().out.strip() == printed.strip()
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    environment = os.environ | {"COLUMNS": "120"}
+    # Pictures are made again by tests/viz; here they would be written over.
+    arguments = arguments[: arguments.index("-o")] if "-o" in arguments else arguments
+    done = subprocess.run(
+        [sys.executable, "-m", "cpattn", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout
+
+
+# Links.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", linked.read_text()), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in [slug + (f"-{slugs[:i].count(slug)}" if slugs[:i].count(slug) else "") for i, slug in enumerate(slugs)], target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen, to_visit = set(), [ROOT / "README.md"]
+    while to_visit:
+        page = to_visit.pop()
+        seen.add(page)
+        links = [(page.parent / target).resolve() for target in re.findall(r"\]\(([^)\s#]+\.md)", page.read_text())]
+        to_visit += [link for link in links if link.exists() and link not in seen]
+    # The one page that is there for a forge to show leads to another.
+    assert set(PAGES) - {ROOT / "CONTRIBUTING.md"} <= seen
+
+
+# Tables and pictures.
+
+
+def table(text: str, first_header: str) -> dict[str, dict[str, str]]:
+    """A Markdown table whose first column has that header: each line's cells by their column, by its first cell's code."""
+    begin = text.index(f"| {first_header} |")
+    lines = text[begin:].split("\n\n")[0].splitlines()
+    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not set(line) <= set("|- ")]
+    return {row[0].split("`")[1] if "`" in row[0] else row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 def test_readme_picture_is_the_plan_of_the_example() -> None:
@@ -31,19 +139,127 @@ def test_readme_picture_is_the_plan_of_the_example() -> None:
     assert f"{plan.pair_imbalance:.4f}" in README
 
 
-def test_readme_tables_name_all_that_there_is() -> None:
-    for name in [*cpattn.BACKENDS, *cpattn.STRATEGIES]:
-        assert f"`{name}`" in README
+def test_readme_backend_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    one_step = frozenset[Any]({"bottom_right"})
+    two_head_dims = Call(torch.device("cuda"), torch.bfloat16, 128, 64, False, False, False, one_step, merges=False)
+    rows = table(README, "backend")
+    assert list(rows) == list(cpattn.BACKENDS)
+    short = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    for name, backend in cpattn.BACKENDS.items():
+        row = rows[name]
+        assert row["devices"].split(",")[0] == {None: "any", "cuda": "CUDA", "cpu": "CPU"}[next(iter(backend.device_types or []), None)]
+        assert set(row["dtypes"].split(", ")) == {short[str(dtype).removeprefix("torch.")] for dtype in backend.dtypes}
+        # The rule for head dims may depend on the GPU; these kernels say so by refusing.
+        refuses = backend.refuses(two_head_dims) if "flash" in name else None
+        for column, able in (("window", backend.window), ("softcap", backend.softcap), ("Dv != D", backend.v_head_dim and not refuses)):
+            assert (row[column] == "yes") == able, (name, column)
+        assert row["sinks"] == ("yes" if backend.native_sinks else "yes*"), name
+        assert row["partial results"].startswith("fp32" if backend.fp32_out else "half"), name
 
 
-def test_quickstart_checks_itself() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "examples/quickstart.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_readme_strategy_table_names_all() -> None:
+    assert list(table(README, "strategy")) == list(cpattn.STRATEGIES)
+
+
+def test_readme_figures_are_in_the_results() -> None:
+    """The numbers of the README's two tables of figures stand in the result files that it names."""
+    results = (ROOT / "benchmarks" / "results" / "attention_gpu.md").read_text()
+    chosen = {"flash_attn4": "flash_attn4, one launch", "triton": "triton, one launch", "torch_flash": "torch_flash, one launch"}
+    cases = {"1 request of 128k, cp 8": "1 x 128k, cp 8", "8 requests of 8k over 8k cached, cp 4": "8 x (8k + 8k), cp 4"}
+    cases |= {"64 ragged requests (about 0.9k over 4k cached), cp 4": "64 ragged, cp 4"}
+    cases |= {"1 request of 32k over 96k cached, cp 8": "1 x (96k + 32k), cp 8"}
+    for case, row in table(README, "batch").items():
+        for backend, variant in chosen.items():
+            line = next(line for line in results.splitlines() if line.startswith(f"| {cases[case]} | {variant} |"))
+            assert row[f"`{backend}`"] == line.strip("| ").split(" | ")[-1], (case, backend)
+
+
+def test_readme_serving_figures_are_in_the_results() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "serving_gpu.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    measured = {tuple(line[:3]): line for line in cells}
+    for step, row in table(README, "step").items():
+        replicated, sharded = measured[step, "replicated", "all_gather"], measured[step, "sharded", "pass_q"]
+        assert row["one rank alone"] == measured[step, "-", "one rank"][4]
+        assert row["replicated, `all_gather`"] == replicated[4]
+        assert row["sharded, `pass_q`"] == sharded[4]
+        assert row["MB of pages: replicated, sharded"] == f"{replicated[-1]}, {sharded[-1]}"
+
+
+def test_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f'version: "{cpattn.__version__}"' in citation
+    assert f"version = {{{cpattn.__version__}}}" in README
+
+
+# The API page.
+
+
+def test_the_api_page_is_made_from_the_docstrings() -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", "import runpy; print(runpy.run_path('docs/make_api.py')['make_page'](), end='')"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout == (ROOT / "docs" / "api.md").read_text(), "docs/api.md is out of date: python docs/make_api.py"
+
+
+# Troubleshooting quotes messages; these must be the library's.
+
+
+def messages() -> list[str]:
+    """All strings of the library, with NUL where a value stands."""
+    found = []
+    for path in (ROOT / "cpattn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_the_librarys() -> None:
+    quoted = re.findall(r"^> `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 10
+    known = messages()
+    for message in quoted:
+        pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL)
+        assert any(pattern.search(one) for one in known), message
+
+
+# Examples.
+
+
+def torchrun(example: str, processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), f"examples/{example}.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def alone(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"examples/{example}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("example", "processes"), [("quickstart", 3), ("custom_model", 2), ("custom_model", 3)])
+def test_an_example_checks_itself(example: str, processes: int) -> None:
+    done = torchrun(example, processes)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("relative RMSE") == 3
+    assert done.stdout.count("relative RMSE") == processes
 
 
-def test_quickstart_says_how_to_start_it() -> None:
-    done = subprocess.run([sys.executable, "examples/quickstart.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_the_custom_model_runs_alone() -> None:
+    done = alone("custom_model")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rank 0 of 1: 128 of 128 prompt tokens here")
+
+
+@pytest.mark.parametrize(("example", "arguments"), [("quickstart", []), ("custom_model", ["--cp", "3"])])
+def test_an_example_says_how_to_start_it(example: str, arguments: list[str]) -> None:
+    done = alone(example, *arguments)
     assert done.returncode == 1
-    assert done.stderr.strip() == "start this with: torchrun --nproc-per-node 4 examples/quickstart.py"
+    assert done.stderr.strip().endswith(f"start this with: torchrun --nproc-per-node 4 examples/{example}.py")
