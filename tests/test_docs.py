@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import cpattn
+from cpattn.attention import registry
 from cpattn.attention.backend import Call
 from cpattn.cli.main import main
 
@@ -128,7 +129,7 @@ def table(text: str, first_header: str) -> dict[str, dict[str, str]]:
     begin = text.index(f"| {first_header} |")
     lines = text[begin:].split("\n\n")[0].splitlines()
     header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not set(line) <= set("|- ")]
-    return {row[0].split("`")[1] if "`" in row[0] else row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    return {row[0].split("`")[1] if row[0].startswith("`") else row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 def test_readme_picture_is_the_plan_of_the_example() -> None:
@@ -160,6 +161,13 @@ def test_readme_backend_table_is_what_the_backends_say(monkeypatch: pytest.Monke
 
 def test_readme_strategy_table_names_all() -> None:
     assert list(table(README, "strategy")) == list(cpattn.STRATEGIES)
+
+
+def test_readme_has_the_order_in_which_auto_tries_backends() -> None:
+    rows = table(README, "compute capability")
+    column = next(name for name in next(iter(rows.values())) if name.startswith("backends"))
+    listed = {capability.split()[0]: re.findall(r"`(\w+)`", row[column]) for capability, row in rows.items()}
+    assert listed == {str(major): order for major, order in registry._GPU_ORDERS.items()} | {"none:": registry._CPU_ORDER}
 
 
 def test_readme_figures_are_in_the_results() -> None:
