@@ -11,8 +11,15 @@ from torch import Tensor
 class PackedKV:
     """The prefix of every request, request after request, without padding; the same on every rank. It is only read.
 
+    >>> import cpattn, torch
+    >>> cache = cpattn.PackedKV(torch.randn(64, 2, 8), torch.randn(64, 2, 8))  # the 64 cached tokens of one request, say
+    >>> meta = cpattn.build_metadata([(64, 3), (0, 2)], cp_size=1, cp_rank=0)
+    >>> q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    >>> cpattn.cp_attention(q, k, k, meta, kv_cache=cache).shape
+    torch.Size([5, 4, 8])
+
     Attributes:
-        k: ``[sum of prefix_len, Hkv, D]``, already rotated, as all keys.
+        k: ``[sum of prefix_len, Hkv, D]``, already rotated, as all keys; of the new keys' dtype and device.
         v: ``[sum of prefix_len, Hkv, Dv]``, or None where V is the first columns of K.
     """
 
@@ -36,7 +43,8 @@ class PagedKV:
     16
 
     Attributes:
-        k_pages: ``[num_pages, page_size, Hkv, D]``, any page_size from 1, any strides but a contiguous last axis.
+        k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
+            contiguous last axis.
         v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA).
         page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
     """
@@ -47,4 +55,5 @@ class PagedKV:
 
     @property
     def page_size(self) -> int:
+        """Tokens of a page."""
         return self.k_pages.shape[1]

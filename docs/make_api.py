@@ -143,7 +143,7 @@ def _class_entry(name: str, value: type) -> str:
     for member_name, member in vars(value).items():
         function = inspect.unwrap(member.__func__) if isinstance(member, classmethod) else getattr(member, "func", member)
         function = member.fget if isinstance(member, property) else function
-        if member_name.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+        if member_name.startswith("_") or not inspect.isfunction(function):
             continue
         heading = f"#### `{name}.{member_name}`\n"
         shown = "" if function is not member and not isinstance(member, classmethod) else _signature(member_name, function)

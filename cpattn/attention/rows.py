@@ -100,6 +100,7 @@ class RaggedRows:
 
     @property
     def k_start(self) -> Tensor:
+        """int32 ``[n]``: where each row's key range begins."""
         return self.k_start_padded[:-1]
 
     @property

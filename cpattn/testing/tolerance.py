@@ -35,6 +35,13 @@ def single_device_bound(dtype: torch.dtype, lse: Tensor, score_size: float = 0.0
 
     A half-precision kernel rounds its weights and its result, each to one unit roundoff u of the dtype: 2 * u. What is
     summed in fp32 adds what :func:`rmse_bound` allows for one step.
+
+    >>> 7.8e-3 < single_device_bound(torch.bfloat16, torch.tensor([4.0])) < 7.9e-3
+    True
+
+    Args:
+        dtype: of q, k and v.
+        lse, score_size: as in :func:`rmse_bound`.
     """
     rounding = torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
     return rounding + rmse_bound(0.0, dtype, 1, lse, score_size)
