@@ -183,6 +183,22 @@ def test_readme_figures_are_in_the_results() -> None:
             assert row[f"`{backend}`"] == line.strip("| ").split(" | ")[-1], (case, backend)
 
 
+def test_readme_layer_figures_are_in_the_results() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "layer_gpu.md").read_text().splitlines()
+    measured = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| [\d,]+ \|", line)]
+
+    def span(tokens: str, strategy: str, backends: str, column: int, digits: int) -> str:
+        values = [float(line[column]) for line in measured if line[0] == tokens and line[3] == strategy and line[4] in backends]
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    text = " ".join(README.split())
+    both = "flash_attn4 triton"
+    assert f"takes {span('131,072', 'all_gather', both, 8, 2)} times the launch alone with all-gather" in text
+    assert f"and {span('131,072', 'ring', 'triton', 8, 2)} times with a ring on `triton`" in text
+    assert f"a ring on `flash_attn4` takes {span('131,072', 'ring', 'flash_attn4', 8, 2)} times" in text
+    assert f"adds {span('1,024', 'all_gather', both, 7, 0)} us to the launch as a CUDA graph with all-gather" in text
+
+
 def test_readme_serving_figures_are_in_the_results() -> None:
     lines = (ROOT / "benchmarks" / "results" / "serving_gpu.md").read_text().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
