@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m cpattn demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
 test-gpu:

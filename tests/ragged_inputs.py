@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.reference import reference_attention
 from cpattn.attention.rows import RaggedRows
+
+# For more of a kind of which the interpreter, which is slow, runs some.
+compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs others of this kind")
 
 
 def make_rows(q_len: list[int], k_start: list[int], k_len: list[int], diagonal: list[int], device: str) -> RaggedRows:

@@ -70,7 +70,7 @@ plans = st.fixed_dictionaries(
 
 @all_exchanges
 @given(case=cases(features=True), options=plans)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_reference_backend_with_every_feature(case: AttentionCase, options: dict[str, Any], strategy: str, cache: str) -> None:
     case.cache = cache
     if cache == "sharded":
@@ -80,7 +80,7 @@ def test_reference_backend_with_every_feature(case: AttentionCase, options: dict
 
 @all_exchanges
 @given(case=cases(features=False), options=plans)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_cpu_backend(case: AttentionCase, options: dict[str, Any], strategy: str, cache: str) -> None:
     """It reads no pages, and so is given a packed copy of them."""
     case.cache = cache
@@ -88,7 +88,7 @@ def test_cpu_backend(case: AttentionCase, options: dict[str, Any], strategy: str
 
 
 @all_exchanges
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("cp_size", [1, 3, 7])
 @pytest.mark.parametrize(
     "batch",
     [

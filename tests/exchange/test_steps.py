@@ -49,7 +49,7 @@ def steps_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None, ov
     partition=st.sampled_from(["zigzag", "contiguous"]),
     window=st.none() | st.integers(1, 90),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_steps_are_as_many_and_of_the_alignment_that_the_strategy_says(
     strategy: str, batch: Batch, cp_size: int, partition: str, window: int | None
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, make_qkv, make_rows
+from ragged_inputs import check, compiled_only, make_qkv, make_rows
 
 from cpattn.attention.backend import AttentionOptions
 
@@ -15,8 +15,8 @@ from cpattn.kernels.tile_shapes import packs_for, padded_dims
 
 
 @pytest.mark.parametrize("options", [AttentionOptions(0.04), AttentionOptions(-0.04, window=50, softcap=20.0)], ids=["plain", "options"])
-@pytest.mark.parametrize("dims", [(576, 512), (300, 256)], ids=str)
-@pytest.mark.parametrize("v_in_k", [True, False], ids=["v in k", "v apart"])
+@pytest.mark.parametrize("dims", [(576, 512), pytest.param((300, 256), marks=compiled_only)], ids=str)
+@pytest.mark.parametrize("v_in_k", [True, pytest.param(False, marks=compiled_only)], ids=["v in k", "v apart"])
 def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptions, device: str) -> None:
     heads = (16, 1)
     rows = make_rows([5, 1, 2], [0, 3, 30], [90, 80, 60], [86, 80, 20], device)
@@ -28,7 +28,7 @@ def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptio
     check(q, k, v, rows, options, out, lse)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=compiled_only), 16, 64])
 def test_absorbed_over_pages(page_size: int, device: str) -> None:
     """The same bits as with keys side by side; heads packed as many as fit a tile, though the group is wider."""
     rows = make_rows([3, 1], [0, 0], [100, 90], [98, 90], device)

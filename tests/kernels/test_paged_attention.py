@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, make_qkv
+from ragged_inputs import check, compiled_only, make_qkv
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
@@ -61,8 +61,25 @@ def make_case(lens: list[int], q_len: list[int], request: list[int], see: list[i
     return RaggedRows.build(np.array(q_len), starts[request], k_len, k_len - np.array(q_len) + 1, device, np.array(request))
 
 
+PAGES = [
+    pytest.param(1, torch.int32, marks=compiled_only),
+    (3, torch.int64),
+    (16, torch.int32),
+    pytest.param(48, torch.int64, marks=compiled_only),
+]
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize(("page_size", "dtype"), [(1, torch.int32), (3, torch.int64), (16, torch.int32), (48, torch.int64)], ids=str)
+@pytest.mark.parametrize(
+    ("page_size", "dtype"),
+    [
+        pytest.param(1, torch.int32, marks=compiled_only),
+        (3, torch.int64),
+        (16, torch.int32),
+        pytest.param(48, torch.int64, marks=compiled_only),
+    ],
+    ids=str,
+)
 def test_bits_of_keys_side_by_side(page_size: int, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     lens = [50, 0, 37, 70]
     rows = make_case(lens, [20, 3, 1, 10], [0, 2, 2, 3], [50, 20, 37, 70], device)
@@ -90,8 +107,10 @@ def test_merging_into_an_earlier_result(device: str) -> None:
     assert torch.equal(got_lse, acc_lse)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("page_size", [1, 3, 16, 48, 64, 128, 256])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=compiled_only), 100])
+@pytest.mark.parametrize(
+    "page_size", [1, *(pytest.param(n, marks=compiled_only) for n in (3, 16, 48)), 64, pytest.param(128, marks=compiled_only), 256]
+)
 def test_default_shapes(page_size: int, window: int | None, device: str) -> None:
     """On Hopper, of the kernel for it."""
     lens = [300, 140]
