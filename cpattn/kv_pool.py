@@ -104,7 +104,8 @@ class KVPool:
         self._requests[request] = _Request(np.empty(0, dtype=np.int64), [[] for _ in range(self._holders)])
 
     def fork(self, parent: Hashable, child: Hashable, length: int) -> None:
-        """A new request whose first ``length`` tokens are the parent's: whole pages are shared, the rest is copied.
+        """A new request whose first ``length`` tokens are the parent's: whole pages are shared, the rest is copied. Tokens
+        that :meth:`plan` has counted but no layer has written yet are not there to be copied: fork between steps.
 
         Raises PoolFullError if there is no page for the rest, CPError if the parent has fewer tokens; nothing has changed.
         """
@@ -166,11 +167,21 @@ class KVPool:
                     del self._uses[holder][page]
                     self._free[holder].append(page)
 
-    def page_table(self, requests: Sequence[Hashable]) -> Tensor:
-        """int32 ``[len(requests), max_pages]`` on the pages' device: this rank's pages of each; as wide on every rank."""
+    def page_table(self, requests: Sequence[Hashable], shape: tuple[int, int] | None = None) -> Tensor:
+        """int32 ``[len(requests), max_pages]`` on the pages' device: this rank's pages of each; as wide on every rank.
+
+        Args:
+            requests: in the order of the plan.
+            shape: of the table, where it has to be that of a bucket; lines and pages that are not there are 0. Raises
+                CPError if it is too small.
+        """
         width = max((len(pages) for name in requests for pages in self._of(name).pages), default=0)
-        table = np.zeros((len(requests), max(width, 1)), dtype=np.int32)
-        for line, name in zip(table, requests, strict=True):
+        if shape is not None and (shape[0] < len(requests) or shape[1] < width):
+            raise CPError(
+                f"a page table of {shape} is too small for {len(requests)} requests of up to {width} pages; choose a larger bucket"
+            )
+        table = np.zeros(shape or (len(requests), max(width, 1)), dtype=np.int32)
+        for line, name in zip(table, requests, strict=False):
             pages = self._of(name).pages[self._here]
             line[: len(pages)] = pages
         return torch.from_numpy(table).to(self.k_pages.device)

@@ -146,3 +146,20 @@ def test_requests_are_admitted_and_forked_under_new_names() -> None:
     pool.release("a")
     pool.admit("a")
     assert (pool.length("a"), pool.free_pages) == (0, 2)
+
+
+def test_a_page_table_of_a_buckets_shape() -> None:
+    pool = cpattn.KVPool(num_pages=8, page_size=4, num_layers=1, kv_heads=1, head_dim=8)
+    for name, tokens in (("a", 9), ("b", 2)):
+        pool.admit(name)
+        pool.plan([(name, tokens)])
+    plain = pool.page_table(["a", "b"])
+    table = pool.page_table(["a", "b"], shape=(5, 7))
+    assert table.shape == (5, 7)
+    assert torch.equal(table[:2, :3], plain)
+    assert (table[2:] == 0).all()
+    assert (table[:, 3:] == 0).all()
+    with pytest.raises(cpattn.CPError, match=r"a page table of \(5, 2\) is too small for 2 requests of up to 3 pages"):
+        pool.page_table(["a", "b"], shape=(5, 2))
+    with pytest.raises(cpattn.CPError, match="too small"):
+        pool.page_table(["a", "b"], shape=(1, 7))
