@@ -1,7 +1,9 @@
-"""Timing on a GPU: variants as CUDA graphs, interleaved, each replay timed by events."""
+"""Timing on a GPU: variants as CUDA graphs, interleaved in random order, each replay timed by events."""
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,29 +13,38 @@ import triton
 
 from cpattn.attention.flash_varlen import missing
 
+# How long the card rests before a replay, in times of what the last one took. At full load an H200 reaches its power limit
+# within milliseconds and lowers its clock: without a rest a variant is as fast as the one before it was economical, and the
+# same launch of 25 ms takes 28 (632 or 752 TFLOP/s). Long rests are no better: short launches then meet a card asleep.
+_REST = 2.0
+
 
 def gpu_seconds(variants: Mapping[str, Callable[[], Any]], rounds: int = 15, graph: bool = True) -> dict[str, np.ndarray]:
     """The GPU time of each variant, in seconds, ``rounds`` times each.
 
-    A graph leaves out what the host needs to launch. Every round runs each variant once, after a flush of the L2 cache.
+    A graph leaves out what the host needs to launch. Every round runs each variant once, in an order of its own, each after
+    a rest and a flush of the L2 cache.
     """
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    replays: dict[str, Callable[[], Any]] = {}
-    for name, run in variants.items():
-        replays[name] = _captured(run) if graph else run
-    events = {name: [(_event(), _event()) for _ in range(rounds)] for name in variants}
-    for _ in range(2):
-        for replay in replays.values():
-            replay()
-    for round_ in range(rounds):
-        for name, replay in replays.items():
+    replays = {name: _captured(run) if graph else run for name, run in variants.items()}
+    shuffled = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    last = 0.0
+    for round_ in range(-2, rounds):
+        for name in shuffled.sample(list(replays), len(replays)):
+            # A sleep of less would take longer than it says.
+            if last * _REST > 1e-3:
+                time.sleep(last * _REST)
             flush.zero_()
-            start, end = events[name][round_]
+            start, end = _event(), _event()
             start.record()
-            replay()
+            replays[name]()
             end.record()
-    torch.cuda.synchronize()
-    return {name: np.array([start.elapsed_time(end) * 1e-3 for start, end in pairs]) for name, pairs in events.items()}
+            end.synchronize()
+            last = start.elapsed_time(end) * 1e-3
+            if round_ >= 0:
+                seconds[name].append(last)
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def _event() -> torch.cuda.Event:

@@ -171,19 +171,24 @@ def _attention_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, INTO: tl.constexpr, TMA: tl.constexpr,
     PAGE_SIZE: tl.constexpr, V_IN_K: tl.constexpr,
 ):  # fmt: skip
-    """Program ``tile * heads + head``: the heads of a tile run side by side and share its keys in the L2 cache."""
+    """One program for each tile and head: of a run of tiles, which have the same keys, all for one head after another, so
+    that they run side by side and share those keys in the L2 cache."""
     HEADS: tl.constexpr = NUM_HEADS // PACK
-    tile = tiles + (tl.program_id(0) // HEADS) * _FIELDS
-    first_head = (tl.program_id(0) % HEADS) * PACK
+    run = tiles + (tl.program_id(0) // HEADS) * _FIELDS
+    run_begin = tl.load(run + 6)
+    run_tiles = tl.load(run + 7)
+    # Fixed rows have tiles to spare.
+    if run_tiles == 0:
+        return
+    in_run = tl.program_id(0) - run_begin * HEADS
+    tile = tiles + (run_begin + in_run % run_tiles) * _FIELDS
+    first_head = in_run // run_tiles * PACK
     kv_head = first_head // GROUP
     q_begin = tl.load(tile)
     q_count = tl.load(tile + 1)
     k_start = tl.load(tile + 2)
     k_len = tl.load(tile + 3)
     sees = tl.load(tile + 4)
-    # Fixed rows have tiles to spare.
-    if q_count == 0:
-        return
     page_line = page_table
     if PAGE_SIZE:
         page_line += tl.load(tile + 5).to(tl.int64) * page_table_stride_request
@@ -323,7 +328,7 @@ def ragged_attention(
     else:
         out, lse = into
     group = num_heads // num_kv_heads
-    processors, capability = _device(q.device)
+    processors, capability = device_properties(q.device)
     dims = padded_dims(head_dim, v_head_dim)
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
@@ -339,7 +344,7 @@ def ragged_attention(
     page_table = rows.page_table
     page_size = 0 if page_table is None else k.shape[1]
     specialized = None
-    tma = shape.tma and _fits_descriptor(k) and _fits_descriptor(v)
+    tma = shape.tma and fits_descriptor(k) and fits_descriptor(v)
     if shape.specialized and tma and page_size % PAGE_UNIT == 0:
         specialized = _specialized()
     tma = tma and page_table is None
@@ -349,7 +354,7 @@ def ragged_attention(
     magnitude = abs(scale) or 1.0
     grid = launch.num_tiles * (num_heads // launch.pack)
     arguments: dict[str, Any] = {
-        "q": q, "out": out, "lse": lse, "sinks": lse if sinks is None else sinks, "tiles": launch.table,
+        "out": out, "lse": lse, "sinks": lse if sinks is None else sinks, "tiles": launch.table,
         "page_table": launch.table if page_table is None else page_table,
         "q_stride_row": q.stride(0), "q_stride_head": q.stride(1),
         "page_table_stride_request": 0 if page_table is None else page_table.stride(0),
@@ -368,10 +373,10 @@ def ragged_attention(
     on_current = q.device.type != "cuda" or q.device.index == torch.cuda.current_device()
     with nullcontext() if on_current else torch.cuda.device_of(q):
         if specialized is not None:
-            specialized.launch(grid, k, v, arguments=arguments, block_n=shape.block_n, num_stages=shape.num_stages)
+            specialized.launch(launch, q, k, v, grid=grid, arguments=arguments)
         else:
             _attention(
-                (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+                (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages}, q=q,
                 k=_blocks(k, shape.block_n, dims.d) if tma else k,
                 v=_blocks(v, shape.block_n, dims.dv) if tma else v,
                 k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
@@ -394,7 +399,7 @@ def _specialized() -> Any:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
+def device_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
     """Multiprocessors and compute capability; the interpreter stands in for an SM90."""
     if device.type != "cuda":
         return 132, (9, 0)
@@ -402,7 +407,7 @@ def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
-def _fits_descriptor(x: Tensor) -> bool:
+def fits_descriptor(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
     *strides, _ = x.stride()
     unit = 16 // x.element_size()

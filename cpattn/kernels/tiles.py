@@ -1,4 +1,9 @@
-"""Cutting ragged rows into tiles of queries on the host: one tile is one program of the attention kernel a head."""
+"""Cutting ragged rows into tiles of queries on the host.
+
+An *item* of work is a tile and a query head, or the heads that share the tile: item ``tile * heads + head``. Tiles of one
+row that are about as long follow each other and make a *run*; for the cache's sake a run's items are computed head after
+head, all of its tiles for each.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from cpattn.metadata.batch import IntArray
 from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum
 
 # Columns of a tile in the table that the kernel reads; see Tiles.
-TILE_FIELDS = 6
+TILE_FIELDS = 8
 
 # Rows of a tile that one warpgroup of the specialized kernel owns; a warpgroup without rows rests.
 WARPGROUP_ROWS = 64
@@ -43,6 +48,7 @@ class Tiles(NamedTuple):
         k_start, k_len: the key range of the tile's row.
         sees: how many keys of a range without end the tile's first token would see (below 1: none).
         request: the line of the page table, where there is one.
+        run_begin, run_tiles: the first tile of the tile's run, and how many it has.
     """
 
     q_begin: IntArray
@@ -51,6 +57,8 @@ class Tiles(NamedTuple):
     k_len: IntArray
     sees: IntArray
     request: IntArray
+    run_begin: IntArray
+    run_tiles: IntArray
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Launch:
         pack: query heads of one KV head that share a tile: the whole group, or 1.
         num_tiles: a head; for fixed rows as many as they may ever need, and those without work at the end have no tokens.
         table: int32 ``[num_tiles * TILE_FIELDS]`` on the device, tile after tile.
+        count: int32 ``[1]`` on the device: the tiles that have tokens.
         window: of the attention, or None.
     """
 
@@ -69,12 +78,15 @@ class Launch:
     pack: int
     num_tiles: int
     table: Tensor
+    count: Tensor
     window: int | None
 
     def refresh(self, host: HostRows) -> None:
         """See :class:`cpattn.attention.rows.Prepared`."""
         tiles, _ = cut(host, self.shape.block_m // self.pack, self.shape.block_n, self.window)
-        self.table.copy_(_on_device(tiles, self.num_tiles, self.table.device))
+        tables = _on_device(tiles, self.num_tiles, self.table.device)
+        self.table.copy_(tables["tiles"])
+        self.count.copy_(tables["count"])
 
 
 def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
@@ -89,9 +101,23 @@ def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) 
     begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
     blocks = np.maximum(0, -(-(end - begin) // block_n))
     # Tiles of one row and length class stay side by side and share its keys in the cache.
-    order = np.lexsort((-blocks, row, -(blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0))))))
-    tiles = Tiles(host.q_start[row] + first, q_count, host.k_start[row], k_len, sees, host.request[row])
-    return Tiles(*(column[order] for column in tiles)), blocks[order]
+    length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
+    order = np.lexsort((-blocks, row, -length_class))
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (np.diff(row[order]) != 0) | (np.diff(length_class[order]) != 0)
+    run_begin = np.flatnonzero(is_first)
+    run_tiles = np.diff(run_begin, append=len(order))
+    tiles = Tiles(
+        q_begin=(host.q_start[row] + first)[order],
+        q_count=q_count[order],
+        k_start=host.k_start[row][order],
+        k_len=k_len[order],
+        sees=sees[order],
+        request=host.request[row][order],
+        run_begin=run_begin.repeat(run_tiles),
+        run_tiles=run_tiles.repeat(run_tiles),
+    )
+    return tiles, blocks[order]
 
 
 def choose(
@@ -136,13 +162,13 @@ def launch_for(
         if rows.fixed:
             # Each row may leave one tile partly empty; the number of queries in all rows is fixed.
             num_tiles = int(rows.host.q_len.sum()) // (shape.block_m // pack) + len(rows)
-        table = _on_device(tiles, num_tiles, rows.cu_seqlens_q.device)
-        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, table, window)
+        tables = _on_device(tiles, num_tiles, rows.cu_seqlens_q.device)
+        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, tables["tiles"], tables["count"], window)
     assert isinstance(launch, Launch)
     return launch
 
 
-def _on_device(tiles: Tiles, num_tiles: int, device: torch.device) -> Tensor:
+def _on_device(tiles: Tiles, num_tiles: int, device: torch.device) -> DeviceTables:
     table = np.zeros((num_tiles, TILE_FIELDS), dtype=np.int64)
     table[: len(tiles.q_begin)] = np.stack(tiles, axis=1)
-    return DeviceTables({"tiles": table.reshape(-1)}, device)["tiles"]
+    return DeviceTables({"tiles": table.reshape(-1), "count": np.array([len(tiles.q_begin)])}, device)
