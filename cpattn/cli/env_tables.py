@@ -6,7 +6,7 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import Any
 
-from cpattn.cli.console import Cell, Styled, columns, print_table, print_title
+from cpattn.cli.console import Cell, Styled, columns, print_table, print_title, say
 
 _GOOD, _BAD = "green", "bold red"
 
@@ -64,6 +64,13 @@ def _strategies(section: list[str]) -> None:
     print(", ".join(section))
 
 
+def _tiles(section: dict[str, Any]) -> None:
+    if section["why_not"]:
+        say(f"the default shapes: {section['why_not']}")
+    else:
+        say(f"{section['path']}, for a GPU, Triton and cpattn as here: {section['in_use']} of its {section['entries']} entries")
+
+
 def _yes_no(yes: bool) -> Cell:
     return Styled("yes", _GOOD) if yes else Styled("no", _BAD)
 
@@ -79,5 +86,6 @@ _SECTIONS: dict[str, Callable[[Any], None]] = {
     "devices": _devices,
     "transports": _transports,
     "backends": _backends,
+    "tiles": _tiles,
     "strategies": _strategies,
 }

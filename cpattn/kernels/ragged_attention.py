@@ -27,7 +27,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.launch import Blocks, Launcher
-from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, tile_shapes
+from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims
+from cpattn.kernels.tile_table import shapes_for
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
 # What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
@@ -333,7 +334,7 @@ def ragged_attention(
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
     if shapes is None:
-        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, _specialized() is not None, v_in_k)
+        shapes = shapes_for(head_dim, v_head_dim, q.dtype, capability, specialized_kernel() is not None, v_in_k)
     if packs is None:
         packs = packs_for(group, shapes[0].block_m)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
@@ -346,7 +347,7 @@ def ragged_attention(
     specialized = None
     tma = shape.tma and fits_descriptor(k) and fits_descriptor(v)
     if shape.specialized and tma and page_size % PAGE_UNIT == 0:
-        specialized = _specialized()
+        specialized = specialized_kernel()
     tma = tma and page_table is None
     # The running maximum is taken before scaling, which needs a positive scale: its sign goes into q. With a scale of
     # 0 all scores are 0, as they are with a q of 0.
@@ -388,7 +389,7 @@ def ragged_attention(
 
 
 @lru_cache
-def _specialized() -> Any:
+def specialized_kernel() -> Any:
     """The module of the kernel for Hopper, or None where it has not been tested: Gluon is experimental, and changes from
     release to release."""
     if _INTERPRETED or tuple(int(n) for n in triton.__version__.split(".")[:2]) not in _GLUON_TESTED_ON:
