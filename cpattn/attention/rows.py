@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.device_tables import DeviceTables
 
@@ -19,6 +20,10 @@ from cpattn.metadata.device_tables import DeviceTables
 #   full:         every query of every row sees its whole range: no mask at all
 #   any:          anything else
 Alignment: TypeAlias = Literal["bottom_right", "full", "any"]
+
+
+# Launches of one RaggedRows: a layout of the tensors each, of which a model has few.
+_MOST_REMEMBERED = 64
 
 
 class HostRows(NamedTuple):
@@ -78,7 +83,8 @@ class RaggedRows:
         alignment: what holds for all rows; see :data:`Alignment`.
         fixed: their number and the sizes above stay, but :meth:`copy_` may change what they are, under a CUDA graph.
         host: the same numbers on the host.
-        prepared: what backends keep with the rows, by a key of their own.
+        prepared: what backends keep with the rows, by a key of their own; a CUDA graph may have captured its addresses.
+        memo: what else they have worked out, by a key of their own, and can make anew.
         page_table: int32 or int64 ``[num_requests, max_pages]``, or None.
     """
 
@@ -93,7 +99,9 @@ class RaggedRows:
     host: HostRows
     fixed: bool = False
     prepared: dict[Hashable, Prepared] = field(default_factory=dict)
+    memo: Memo[Hashable, Any] = field(default_factory=lambda: Memo(_MOST_REMEMBERED))
     page_table: Tensor | None = None
+    _paged: RaggedRows | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.host.q_len)
@@ -125,14 +133,20 @@ class RaggedRows:
         return self.fixed or bool((self.host.k_len == 0).any())
 
     def with_pages(self, page_table: Tensor, page_size: int) -> RaggedRows:
-        """The same rows over pages."""
-        return replace(self, page_table=page_table, max_seqlen_k=min(self.max_seqlen_k, page_table.shape[1] * page_size))
+        """The same rows over pages: one object for all layers of a batch that come with the same table."""
+        max_seqlen_k = min(self.max_seqlen_k, page_table.shape[1] * page_size)
+        paged = self._paged
+        if paged is None or paged.page_table is not page_table or paged.max_seqlen_k != max_seqlen_k:
+            paged = self._paged = replace(self, page_table=page_table, max_seqlen_k=max_seqlen_k)
+        return paged
 
     def copy_(self, other: RaggedRows) -> None:
         """Takes over the other's work at the addresses of this; both are fixed, for the same sizes."""
         for name in ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request"):
             getattr(self, name).copy_(getattr(other, name))
         self.host = other.host
+        self.memo.clear()
+        self._paged = None
         for prepared in self.prepared.values():
             prepared.refresh(self.host)
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cpattn.kernels.launch import Blocks, Launcher
+from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction
 from cpattn.kernels.ragged_attention import device_properties, fits_descriptor, tanh
 from cpattn.kernels.tiles import TILE_FIELDS, WARPGROUP_ROWS, Launch
 from cpattn.kernels.work_queue import counter_for_launch
@@ -628,8 +628,11 @@ def _attention_kernel(
 _attention = Launcher(_attention_kernel)
 
 
-def launch(work: Launch, q: Tensor, k: Tensor, v: Tensor, *, grid: int, arguments: dict[str, Any]) -> None:
-    """Launches at most ``grid`` programs for ``work``; ``arguments`` are those that the other kernel has as well.
+def launch(
+    work: Launch, q: Tensor, k: Tensor, v: Tensor, *, grid: int, tensors: dict[str, int], arguments: dict[str, Any]
+) -> LaunchFunction:
+    """What launches at most ``grid`` programs for ``work``; ``arguments`` are those that the other kernel has as well, and
+    ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
 
     k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
     :data:`cpattn.kernels.ragged_attention.PAGE_UNIT`.
@@ -641,13 +644,15 @@ def launch(work: Launch, q: Tensor, k: Tensor, v: Tensor, *, grid: int, argument
     # Rows of whole tokens, and a plain copy.
     q_tma = fits_descriptor(q) and WARPGROUP_ROWS % work.pack == 0 and arguments["Q_SIGN"] == 1
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
-    _attention(
-        (min(grid, device_properties(q.device)[0]), 1), {"num_warps": 4},
+    device = q.device
+    launch = _attention.prepare(
+        (min(grid, device_properties(device)[0]), 1), {"num_warps": 4}, tensors | {"counter": max(tensors.values()) + 1},
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=_blocks(k, block_n, d_padded, page_keys), v=_blocks(v, block_n, dv_padded, page_keys),
-        count=work.count, counter=counter_for_launch(q.device), BLOCK_N=block_n, STAGES=work.shape.num_stages, Q_TMA=q_tma,
-        PAGE_KEYS=page_keys, **arguments,
+        count=work.count, counter=work.count, BLOCK_N=block_n, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys,
+        **arguments,
     )  # fmt: skip
+    return lambda *given: launch(*given, counter_for_launch(device))
 
 
 def _blocks(x: Tensor, block_n: int, padded: int, page_keys: int) -> Blocks:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpattn.kernels.launch import Launcher
+from cpattn.kernels.launch import Launcher, LaunchFunction
 
 # Values of one program: 16 for each of its 128 threads, so that several parts are in flight.
 _VALUES_PER_PROGRAM = 2048
@@ -74,17 +74,29 @@ _merge = Launcher(_merge_kernel)
 
 
 def merge_all(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """The twin of :func:`cpattn.attention.merge.torch_merge_all_`; arguments as for :func:`cpattn.attention.merge.merge_all_`."""
+    """The twin of :func:`cpattn.attention.merge.torch_merge_all_`; arguments as for :func:`cpattn.attention.merge.merge_all_`, or
+    one partial result, ``out [T, H, Dv]`` and ``lse [T, H]``."""
+    key = (
+        acc.shape, acc.stride(), acc_lse.stride(), out.shape, out.stride(), lse.shape, lse.stride(), acc.dtype, acc_lse.dtype, out.dtype,
+        lse.dtype,
+    )  # fmt: skip
+    launch = _merge.prepared.get(key) or _merge.prepared.keep(key, _prepare(acc, acc_lse, out, lse))
+    launch(acc, acc_lse, out, lse)
+
+
+def _prepare(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> LaunchFunction:
     num_rows, heads, dim = acc.shape
     padded = triton.next_power_of_2(dim)
     block = max(1, _VALUES_PER_PROGRAM // padded)
-    if acc.numel():
-        _merge(
-            (triton.cdiv(num_rows * heads, block), 1), {}, acc=acc, acc_lse=acc_lse, out=out, lse=lse,
-            num_rows=num_rows, num_parts=len(out),
-            acc_stride_row=acc.stride(0), acc_stride_head=acc.stride(1),
-            acc_lse_stride_row=acc_lse.stride(0), acc_lse_stride_head=acc_lse.stride(1),
-            out_stride_part=out.stride(0), out_stride_row=out.stride(1), out_stride_head=out.stride(2),
-            lse_stride_part=lse.stride(0), lse_stride_row=lse.stride(1), lse_stride_head=lse.stride(2),
-            HEADS=heads, DV=dim, DV_PADDED=padded, BLOCK_R=block,
-        )  # fmt: skip
+    # One partial result may come without an axis of parts.
+    if out.ndim == 3:
+        out, lse = out[None], lse[None]
+    return _merge.prepare(
+        (triton.cdiv(num_rows * heads, block) if dim else 0, 1), {}, {"acc": 0, "acc_lse": 1, "out": 2, "lse": 3},
+        acc=acc, acc_lse=acc_lse, out=out, lse=lse, num_rows=num_rows, num_parts=len(out),
+        acc_stride_row=acc.stride(0), acc_stride_head=acc.stride(1),
+        acc_lse_stride_row=acc_lse.stride(0), acc_lse_stride_head=acc_lse.stride(1),
+        out_stride_part=out.stride(0), out_stride_row=out.stride(1), out_stride_head=out.stride(2),
+        lse_stride_part=lse.stride(0), lse_stride_row=lse.stride(1), lse_stride_head=lse.stride(2),
+        HEADS=heads, DV=dim, DV_PADDED=padded, BLOCK_R=block,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, dtype, int8, int16, int32
 
-from cpattn.kernels.launch import Launcher
+from cpattn.kernels.launch import Launcher, LaunchFunction, Words, launch_nothing
 
 # Bytes that a thread moves at a time, where rows are aligned to it.
 _ACCESS = 16
@@ -76,20 +76,32 @@ def pack_kv(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tens
         num_tokens: or an int32 tensor of one element on the device.
         slots: int32 or int64 ``[>= num_tokens]``, those that are not negative all different.
     """
+    values = k if v is None else v
+    key = (
+        message.shape, message.stride(), message.dtype, k.shape, k.stride(), k.dtype,
+        values.shape, values.stride(), values.dtype, v is None,
+        num_tokens.dtype if isinstance(num_tokens, Tensor) else num_tokens, None if slots is None else (slots.shape, slots.dtype),
+    )  # fmt: skip
+    launch = _pack.prepared.get(key) or _pack.prepared.keep(key, _prepare_pack(message, k, v, num_tokens, slots))
+    launch(message, k, values, message if slots is None else slots, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
+
+
+def _prepare_pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None) -> LaunchFunction:
     heads = message.shape[1]
     most = message.shape[0] if slots is None else min(slots.shape[0], k.shape[0])
     rows = most if slots is None or isinstance(num_tokens, Tensor) else num_tokens
     values = k if v is None else v
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(values.shape[2])
     block = max(1, _WORDS_PER_PROGRAM * 4 // (message.element_size() * max(d_padded, dv_padded)))
-    if rows:
-        _pack(
-            (triton.cdiv(rows * heads, block), 1), {}, message=message, k=k, v=values, slots=message if slots is None else slots,
-            num_rows=rows, num_tokens=num_tokens, message_stride_row=message.stride(0), message_stride_head=message.stride(1),
-            k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
-            HEADS=heads, D=k.shape[2], DV=values.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
-            SLOTS=slots is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
-        )  # fmt: skip
+    tensors = {"message": 0, "k": 1, "v": 2, "slots": 3}
+    return _pack.prepare(
+        (triton.cdiv(rows * heads, block), 1), {}, tensors | ({"num_tokens": 4} if isinstance(num_tokens, Tensor) else {}),
+        message=message, k=k, v=values, slots=message if slots is None else slots,
+        num_rows=rows, num_tokens=num_tokens, message_stride_row=message.stride(0), message_stride_head=message.stride(1),
+        k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
+        HEADS=heads, D=k.shape[2], DV=values.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
+        SLOTS=slots is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -128,34 +140,47 @@ def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None
         index: int32 or int64 ``[n]``, each below m; a negative one stands for a row of zeros.
         slots: int32 or int64 ``[n]``, all different rows of out; where it is negative nothing is written.
     """
-    out_words, source_words = _as_words(out, source)
+    # Of an offset in elements the last two bits say which words of up to 4 bytes fit.
+    key = (
+        out.shape, out.stride(), out.dtype, out.storage_offset() & 3,
+        source.shape, source.stride(), source.dtype, source.storage_offset() & 3,
+        (out.data_ptr() | source.data_ptr()) % _ACCESS == 0, index.shape, index.dtype, None if slots is None else slots.dtype,
+    )  # fmt: skip
+    launch = _gather.prepared.get(key) or _gather.prepared.keep(key, _prepare_gather(out, source, index, slots))
+    launch(out, source, index, index if slots is None else slots)
+
+
+def _prepare_gather(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None) -> LaunchFunction:
+    flat = [_flat(x) for x in (out, source)]
+    if not len(index) * flat[0].shape[1]:
+        return launch_nothing
+    word = _word(flat)
+    out_words, source_words = (x.view(word) for x in flat)
     rows, width = index.shape[0], out_words.shape[1]
-    if rows == 0 or width == 0:
-        return
-    per_access = _ACCESS // out_words.element_size()
+    per_access = _ACCESS // word.itemsize
     aligned = all(x.stride(0) % per_access == 0 and x.data_ptr() % _ACCESS == 0 for x in (out_words, source_words))
     unit = per_access if aligned else 1
     block_w = min(1024, triton.next_power_of_2(width))
     block_r = _WORDS_PER_PROGRAM // block_w
-    _gather(
-        (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)), {}, out=out_words, source=source_words, index=index,
+    return _gather.prepare(
+        (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)), {}, {"out": 0, "source": 1, "index": 2, "slots": 3},
+        out=Words(out, word), source=Words(source, word), index=index,
         slots=index if slots is None else slots, num_rows=rows,
         out_stride=out_words.stride(0) // unit, source_stride=source_words.stride(0) // unit,
         WIDTH=width, UNIT=unit, BLOCK_R=block_r, BLOCK_W=block_w, SLOTS=slots is not None,
     )  # fmt: skip
 
 
-def _as_words(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor as ``[rows, words]``, views in the widest word up to 4 bytes that all of them are made of."""
-    flat = [x.reshape(len(x), 1) if x.ndim == 1 else x.flatten(1) for x in tensors]
-    if any(x.data_ptr() != tensor.data_ptr() for x, tensor in zip(flat, tensors, strict=True)):
+def _flat(x: Tensor) -> Tensor:
+    """A view ``[rows, elements]``."""
+    flat = x.reshape(len(x), 1) if x.ndim == 1 else x.flatten(1)
+    if flat.data_ptr() != x.data_ptr():
         raise ValueError("rows are not contiguous; gather_rows moves whole rows")
-    if not flat[0].shape[1]:
-        return flat
-    return [x.view(_word(flat)) for x in flat]
+    return flat
 
 
 def _word(flat: list[Tensor]) -> dtype:
+    """The widest word up to 4 bytes that all of them are made of."""
     size = flat[0].element_size()
     for word in (int32, int16, int8):
         # A view in another word needs widths, strides and offsets that are whole numbers of it.

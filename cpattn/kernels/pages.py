@@ -3,11 +3,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
-from cpattn.kernels.launch import Launcher
+from cpattn.kernels.launch import Launcher, LaunchFunction, Words
 
 # Bytes that one program moves of the wider of K and V: 128 for each of its 128 threads.
 _BYTES_PER_PROGRAM = 16384
@@ -65,6 +67,7 @@ def _pages_kernel(
 
 
 _pages = Launcher(_pages_kernel)
+_TENSORS = {name: i for i, name in enumerate(("k_pages", "v_pages", "page_table", "request", "position", "k", "v", "out_rows"))}
 
 
 def write_pages(
@@ -94,27 +97,45 @@ def _move(
     k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor, k: Tensor,
     v: Tensor | None, out_rows: Tensor | None, *, write: bool,
 ) -> None:  # fmt: skip
-    rows, heads = position.shape[0], k.shape[1]
-    if not rows * heads:
-        return
-    has_v = v_pages is not None and v is not None
     # Without V, K stands in for a pointer that is not looked at.
-    tensors = [k_pages, k] if v_pages is None or v is None else [k_pages, k, v_pages, v]
-    if k.element_size() == 1:
-        # fp8 is moved as bytes, which every GPU and the interpreter have.
-        tensors = [x.view(uint8) for x in tensors]
-    k_pages, k, v_pages, v = tensors if has_v else tensors * 2
+    has_v = v_pages is not None and v is not None
+    if v_pages is None or v is None:
+        v_pages, v = k_pages, k
+    key = (
+        k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages.stride(), k.shape, k.stride(), v.shape, v.stride(), has_v, write,
+        position.shape, position.dtype, None if page_table is None else (page_table.stride(), page_table.dtype),
+        None if request is None else request.dtype, None if out_rows is None else out_rows.dtype,
+    )  # fmt: skip
+    tensors = (
+        k_pages, v_pages, position if page_table is None else page_table, position if request is None else request, position, k, v,
+        position if out_rows is None else out_rows,
+    )  # fmt: skip
+    launch = _pages.prepared.get(key)
+    if launch is None:
+        table_stride = None if page_table is None else page_table.stride()
+        launch = _pages.prepared.keep(key, _prepare(*tensors, table_stride, out_rows is not None, has_v, write))
+    launch(*tensors)
+
+
+def _prepare(
+    k_pages: Tensor, v_pages: Tensor, page_table: Tensor, request: Tensor, position: Tensor, k: Tensor, v: Tensor, out_rows: Tensor,
+    table_stride: tuple[int, ...] | None, has_out_rows: bool, has_v: bool, write: bool,
+) -> LaunchFunction:  # fmt: skip
+    rows, heads = position.shape[0], k.shape[1]
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(v.shape[2])
     block = max(1, _BYTES_PER_PROGRAM // (k.element_size() * max(d_padded, dv_padded)))
-    table_stride = (0, 0) if page_table is None else page_table.stride()
-    _pages(
-        (triton.cdiv(rows * heads, block), 1), {}, k_pages=k_pages, v_pages=v_pages,
-        page_table=position if page_table is None else page_table, request=position if request is None else request, position=position,
-        k=k, v=v, out_rows=position if out_rows is None else out_rows,
-        num_rows=rows, page_size=k_pages.shape[1], table_stride_request=table_stride[0], table_stride_page=table_stride[1],
+    table_stride_request, table_stride_page = table_stride or (0, 0)
+    moved: dict[str, Any] = {"k_pages": k_pages, "v_pages": v_pages, "k": k, "v": v}
+    if k.element_size() == 1:
+        # fp8 is moved as bytes, which every GPU and the interpreter have.
+        moved = {name: Words(x, uint8) for name, x in moved.items()}
+    return _pages.prepare(
+        (triton.cdiv(rows * heads, block), 1), {}, _TENSORS, **moved,
+        page_table=page_table, request=request, position=position, out_rows=out_rows,
+        num_rows=rows, page_size=k_pages.shape[1], table_stride_request=table_stride_request, table_stride_page=table_stride_page,
         k_page_stride=k_pages.stride(0), k_page_stride_token=k_pages.stride(1), k_page_stride_head=k_pages.stride(2),
         v_page_stride=v_pages.stride(0), v_page_stride_token=v_pages.stride(1), v_page_stride_head=v_pages.stride(2),
         k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=v.stride(0), v_stride_head=v.stride(1),
         HEADS=heads, D=k.shape[2], DV=v.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
-        WRITE=write, TABLE=page_table is not None, OUT_ROWS=out_rows is not None, HAS_V=has_v,
+        WRITE=write, TABLE=table_stride is not None, OUT_ROWS=has_out_rows, HAS_V=has_v,
     )  # fmt: skip

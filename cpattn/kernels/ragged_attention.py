@@ -15,7 +15,6 @@ and without a mask can not be contracted differently.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.kernels.launch import Blocks, Launcher
+from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims
 from cpattn.kernels.tile_table import shapes_for
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
@@ -321,13 +320,46 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
-    num_heads, num_kv_heads = q.shape[1], k.shape[-2]
-    head_dim, v_head_dim = q.shape[2], v.shape[-1]
     if into is None:
-        out = q.new_empty(len(q), num_heads, v_head_dim, dtype=out_dtype)
-        lse = q.new_empty(len(q), num_heads, dtype=torch.float32)
+        num_queries, num_heads, _ = q.shape
+        out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
+        lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
     else:
         out, lse = into
+    page_table = rows.page_table
+    # All that decides the launch, beside the rows and the tensors' addresses; of these, whether a descriptor can take K and
+    # V, and whether V is K's first columns.
+    k_address, v_address = k.data_ptr(), v.data_ptr()
+    key = (
+        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
+        (k_address | v_address) % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None, scale, window, softcap,
+        None if sinks is None else sinks.dtype, None if page_table is None else (page_table.stride(), page_table.dtype), shapes, packs,
+    )  # fmt: skip
+    launch = rows.memo.get(key)
+    if launch is None:
+        launch = rows.memo.keep(key, _prepare(q, k, v, rows, out, lse, scale, window, softcap, sinks, into is not None, shapes, packs))
+    tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *(() if page_table is None else (page_table,)))
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        # Changing the device costs microseconds even if it is the current one.
+        with torch.cuda.device_of(q):
+            launch(*tensors)
+    else:
+        launch(*tensors)
+    return out, lse
+
+
+# Which of the tensors above the kernels' parameters are.
+_TENSORS = {"q": 0, "q_pointer": 0, "k": 1, "v": 2, "out": 3, "lse": 4, "sinks": 5}
+_PAGED_TENSORS = _TENSORS | {"page_table": 6}
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, out: Tensor, lse: Tensor, scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, into: bool, shapes: tuple[TileShape, ...] | None, packs: tuple[int, ...] | None,
+) -> LaunchFunction:  # fmt: skip
+    """What launches the kernel over these rows, given the tensors alone."""
+    num_heads, num_kv_heads = q.shape[1], k.shape[-2]
+    head_dim, v_head_dim = q.shape[2], v.shape[-1]
     group = num_heads // num_kv_heads
     processors, capability = device_properties(q.device)
     dims = padded_dims(head_dim, v_head_dim)
@@ -339,7 +371,7 @@ def ragged_attention(
         packs = packs_for(group, shapes[0].block_m)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
     if launch.num_tiles == 0:
-        return out, lse
+        return launch_nothing
 
     shape = launch.shape
     page_table = rows.page_table
@@ -367,25 +399,22 @@ def ragged_attention(
         "window": 0 if window is None else window,
         "NUM_HEADS": num_heads, "GROUP": group, "PACK": launch.pack,
         "D": head_dim, "DV": v_head_dim, "D_PADDED": dims.d, "DV_PADDED": dims.dv, "Q_SIGN": sign,
-        "WINDOW": window is not None, "SOFTCAP": softcap is not None, "SINKS": sinks is not None, "INTO": into is not None,
+        "WINDOW": window is not None, "SOFTCAP": softcap is not None, "SINKS": sinks is not None, "INTO": into,
         "PAGE_SIZE": page_size,
     }  # fmt: skip
-    # Changing the device costs microseconds even if it is the current one.
-    on_current = q.device.type != "cuda" or q.device.index == torch.cuda.current_device()
-    with nullcontext() if on_current else torch.cuda.device_of(q):
-        if specialized is not None:
-            specialized.launch(launch, q, k, v, grid=grid, arguments=arguments)
-        else:
-            _attention(
-                (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages}, q=q,
-                k=_blocks(k, shape.block_n, dims.d) if tma else k,
-                v=_blocks(v, shape.block_n, dims.dv) if tma else v,
-                k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
-                v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
-                D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
-                V_IN_K=v_in_k and not tma, **arguments,
-            )  # fmt: skip
-    return out, lse
+    tensors = _TENSORS if page_table is None else _PAGED_TENSORS
+    if specialized is not None:
+        launch_function: LaunchFunction = specialized.launch(launch, q, k, v, grid=grid, tensors=tensors, arguments=arguments)
+        return launch_function
+    return _attention.prepare(
+        (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages}, tensors, q=q,
+        k=_blocks(k, shape.block_n, dims.d) if tma else k,
+        v=_blocks(v, shape.block_n, dims.dv) if tma else v,
+        k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
+        v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
+        D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, TMA=tma,
+        V_IN_K=v_in_k and not tma, **arguments,
+    )  # fmt: skip
 
 
 @lru_cache

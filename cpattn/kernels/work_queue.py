@@ -12,8 +12,9 @@ import threading
 import torch
 from torch import Tensor
 
-# Counters that are made at once.
+# Counters that are made at once, each at a multiple of 16 bytes, for which kernels are compiled.
 _POOL = 16384
+_APART = 4
 
 _lock = threading.Lock()
 _pools: dict[torch.device, _Pool] = {}
@@ -25,7 +26,7 @@ class _Pool:
     """The counters of one device, made outside of any capture."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counters = torch.zeros(_POOL, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(_POOL * _APART, dtype=torch.int32, device=device)
         self._zeroed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._zeroed.record(torch.cuda.current_stream(device))
         self._taken = 0
@@ -36,7 +37,7 @@ class _Pool:
         if self._taken == _POOL:
             return None
         self._taken += 1
-        return self._counters[self._taken - 1 : self._taken]
+        return self._counters[self._taken * _APART - _APART :][:1]
 
     def take_for_stream(self, device: torch.device, stream: int) -> Tensor:
         """The current stream's, at its first launch."""

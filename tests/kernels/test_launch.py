@@ -3,7 +3,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from cpattn.kernels.launch import Blocks, Launcher, _launch_again, _sorter
+from cpattn.kernels.launch import Blocks, Launcher, Words, _compiled_form, _kind
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -25,9 +29,17 @@ def _scale_kernel(out, x, n, stride, factor, BLOCK: tl.constexpr, NEGATE: tl.con
 
 
 def scale(launcher: Launcher, x: Tensor, factor: float, negate: bool = False, block: int = 64) -> Tensor:
+    """As the wrapper of a kernel does it."""
     out = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(len(x), block), 1)
-    launcher(grid, {"num_warps": 4}, out=out, x=x, n=len(x), stride=x.stride(0), factor=factor, BLOCK=block, NEGATE=negate)
+    key = x.shape, x.stride(), x.dtype, factor, negate, block
+    launch = launcher.prepared.get(key)
+    if launch is None:
+        launch = launcher.prepare(
+            (triton.cdiv(len(x), block), 1), {"num_warps": 4}, {"out": 0, "x": 1},
+            out=out, x=x, n=len(x), stride=x.stride(0), factor=factor, BLOCK=block, NEGATE=negate,
+        )  # fmt: skip
+        launcher.prepared.keep(key, launch)
+    launch(out, x)
     return out
 
 
@@ -35,11 +47,50 @@ def test_every_change_of_arguments(device: str) -> None:
     launcher = Launcher(_scale_kernel)
     wide = torch.randn(4000, device=device)
     for _ in range(3):
-        for x in (wide[:1000], wide[1:1001], wide[:3000:3], wide[:3200:16], wide[1:2], wide.half()[:700], wide[:997]):
+        for x in (wide[:1000], wide[1:1001], wide[:3000:3], wide[:3200:16], wide[1:2], wide.half()[:700], wide[:997], wide[:0]):
             for factor in (1.0, 2.5):
                 torch.testing.assert_close(scale(launcher, x, factor), x * factor)
                 torch.testing.assert_close(scale(launcher, x, factor, negate=True), x * -factor)
                 torch.testing.assert_close(scale(launcher, x, factor, block=128), x * factor)
+
+
+def test_what_is_remembered_is_bounded(device: str) -> None:
+    launcher = Launcher(_scale_kernel)
+    x = torch.randn(2000, device=device)
+    most = 0
+    for n in range(1, 600):
+        scale(launcher, x[:n], 2.0)
+        most = max(most, len(launcher.prepared))
+    assert 1 < most <= 256
+    assert torch.equal(scale(launcher, x[:5], 2.0), x[:5] * 2.0)
+
+
+def test_tensors_are_not_kept_but_those_that_stay_are(device: str) -> None:
+    launcher = Launcher(_scale_kernel)
+    x, out, fixed = torch.randn(64, device=device), torch.empty(64, device=device), torch.randn(64, device=device)
+    arguments: dict[str, Any] = {"n": 64, "stride": 1, "factor": 2.0, "BLOCK": 64, "NEGATE": False}
+    both = launcher.prepare((1, 1), {"num_warps": 4}, {"out": 0, "x": 1}, out=out, x=x, **arguments)
+    references = sys.getrefcount(x), sys.getrefcount(fixed)
+    one = launcher.prepare((1, 1), {"num_warps": 4}, {"out": 0}, out=out, x=fixed, **arguments)
+    both(out, x)
+    assert torch.equal(out, x * 2)
+    one(out)
+    assert torch.equal(out, fixed * 2)
+    assert sys.getrefcount(x) == references[0]
+    assert sys.getrefcount(fixed) > references[1]
+
+
+def test_a_tensor_may_be_given_as_words(device: str) -> None:
+    launcher = Launcher(_scale_kernel)
+    x = torch.arange(64, dtype=torch.int32, device=device).view(torch.int16).view(16, 4, 2)
+    out = torch.empty_like(x)
+    launch = launcher.prepare(
+        (1, 1), {"num_warps": 4}, {"out": 0, "x": 1}, out=Words(out, torch.int32), x=Words(x, torch.int32),
+        n=64, stride=1, factor=3, BLOCK=64, NEGATE=False,
+    )  # fmt: skip
+    for source in (x, x.flip(0), x[:]):
+        launch(out, source)
+        assert torch.equal(out.view(torch.int32), source.contiguous().view(torch.int32) * 3)
 
 
 def test_launches_on_the_current_stream_and_in_graphs(device: str) -> None:
@@ -59,7 +110,7 @@ def test_launches_on_the_current_stream_and_in_graphs(device: str) -> None:
 
 def test_the_binder_is_skipped_where_it_was_tested(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Launcher(_scale_kernel)
-    if not launcher._may_skip_binder:
+    if not launcher.may_skip_binder:
         pytest.skip("this Triton's launches go through its binder")
     x = torch.randn(100, device=device)
     scale(launcher, x, 2.0)
@@ -75,34 +126,203 @@ def test_the_binder_is_skipped_where_it_was_tested(device: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("compiled", [SimpleNamespace(), SimpleNamespace(run=None), None], ids=str)
 def test_unexpected_internals_are_left_alone(compiled: Any) -> None:
-    assert _launch_again(compiled) is None
+    assert _compiled_form(compiled) is None
+
+
+class CompiledKernel(SimpleNamespace):
+    """What Triton 3.6 returns of a launch, as far as the launcher looks at it; its C function records its arguments."""
+
+    def __init__(self, launched: list[Any], descriptors: list[dict[str, Any]]) -> None:
+        def c_function(*arguments: Any) -> None:
+            launched.append(arguments)
+
+        launch: Callable[..., None] = c_function
+        if descriptors:
+
+            def with_descriptors(*arguments: Any) -> None:
+                launcher(*arguments)
+
+            launcher = c_function
+            launch = with_descriptors
+        run = SimpleNamespace(
+            global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False, launch=launch
+        )  # fmt: skip
+        super().__init__(
+            run=run, function="function", packed_metadata="metadata", metadata=SimpleNamespace(tensordesc_meta=descriptors or None)
+        )
+
+
+class Recorder:
+    """A launcher whose kernel is not there: what Triton would compile, and what its C function would be given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, descriptors: int = 0) -> None:
+        self.device, self.stream = 0, 7
+        self.compiled: list[dict[str, Any]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self.encoded: list[int] = []
+        meta = [{"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [64], "fp4_padded": False}] * descriptors
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: self.stream + device, raising=False)
+
+        def run(grid: tuple[int, int]) -> Callable[..., Any]:
+            def compile(**arguments: Any) -> CompiledKernel:
+                self.compiled.append(arguments)
+                return CompiledKernel(self.launched, meta)
+
+            return compile
+
+        class Kernel:
+            __getitem__ = staticmethod(run)
+
+        self.launcher = Launcher(_scale_kernel)
+        self.launcher.may_skip_binder = True
+        self.launcher.roles = {"out": "number", "x": "number", "n": "free", "stride": "number", "BLOCK": "constant"}
+        self.launcher.kernel = Kernel()
+
+    def prepare(self, out: Any, x: Any, n: int = 5, stride: int = 1, block: int = 64, grid: int = 3) -> Callable[..., None]:
+        return self.launcher.prepare((grid, 1), {"num_warps": 4}, {"out": 0, "x": 1}, out=out, x=x, n=n, stride=stride, BLOCK=block)
+
+    def values(self) -> tuple[Any, ...]:
+        """What the last launch gave the kernel."""
+        grid_x, grid_y, grid_z, self.last_stream, function, *_ = self.launched[-1]
+        assert (grid_x, grid_y, grid_z, function) == (3, 1, 1, "function")
+        assert self.launched[-1][5:12] == (False, False, None, None, "metadata", None, None)
+        return self.launched[-1][13:]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def test_the_c_function_is_given_each_launch_s_own_tensors(recorder: Recorder) -> None:
+    memory = torch.zeros(4096)
+    launch = recorder.prepare(memory, memory[64:])
+    launch(memory, memory[64:])
+    assert (len(recorder.compiled), len(recorder.launched)) == (1, 0)
+    for out, x in ((memory, memory[64:]), (memory[128:], memory), (memory, memory)):
+        launch(out, x)
+        assert recorder.values() == (out.data_ptr(), x.data_ptr(), 5, 1, 64)
+    assert len(recorder.compiled) == 1
+    # Other numbers of the same kind are not compiled anew.
+    recorder.prepare(memory, memory, n=6, stride=3)(memory, memory)
+    recorder.prepare(memory, memory, n=1, stride=5)(memory, memory)
+    assert recorder.values() == (memory.data_ptr(), memory.data_ptr(), 1, 5, 64)
+    assert len(recorder.compiled) == 2
+
+
+def test_another_alignment_is_another_kind(recorder: Recorder) -> None:
+    memory = torch.zeros(4096)
+    launch = recorder.prepare(memory, memory)
+    patterns = [(memory, memory), (memory[1:], memory), (memory, memory[1:]), (memory[1:], memory[3:])]
+    for _ in range(2):
+        for out, x in patterns:
+            launch(out, x)
+    assert [tuple(arguments[name].data_ptr() % 16 for name in ("out", "x")) for arguments in recorder.compiled] == [
+        (0, 0), (4, 0), (0, 4), (4, 12),
+    ]  # fmt: skip
+    assert [values[13:15] for values in recorder.launched] == [(out.data_ptr(), x.data_ptr()) for out, x in patterns]
+
+
+def test_another_device_is_another_kind_and_each_launch_has_its_stream(recorder: Recorder) -> None:
+    memory = torch.zeros(64)
+    launch = recorder.prepare(memory, memory)
+    for _ in range(2):
+        for recorder.device in (0, 1):
+            launch(memory, memory)
+    assert len(recorder.compiled) == 2
+    recorder.stream = 100
+    for recorder.device in (0, 1):
+        launch(memory, memory)
+        recorder.values()
+        assert recorder.last_stream == 100 + recorder.device
+
+
+def test_what_triton_alone_can_launch_goes_through_it(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.zeros(64)
+    launch = recorder.prepare(memory, memory)
+    monkeypatch.setattr("cpattn.kernels.launch._compiled_form", lambda compiled: None)
+    for _ in range(3):
+        launch(memory, memory)
+    assert (len(recorder.compiled), len(recorder.launched)) == (3, 0)
+
+
+def test_hooks_are_called(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.zeros(64)
+    launch = recorder.prepare(memory, memory)
+    for _ in range(2):
+        launch(memory, memory)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.knobs.runtime, name, lambda metadata: None)
+            launch(memory, memory)
+    assert (len(recorder.compiled), len(recorder.launched)) == (3, 1)
+
+
+def test_a_grid_without_programs_launches_nothing(recorder: Recorder) -> None:
+    memory = torch.zeros(64)
+    recorder.prepare(memory, memory, grid=0)(memory, memory)
+    assert (recorder.compiled, recorder.launched) == ([], [])
+
+
+def test_a_descriptor_is_encoded_once_for_each_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch, descriptors=1)
+    encoded: list[int] = []
+
+    def encode(address: int, *rest: Any) -> tuple[Any, ...]:
+        assert rest == (3, 2, "fp16", [64], [32], [1], 0)
+        encoded.append(address)
+        return "descriptor", address
+
+    utils = SimpleNamespace(fill_tma_descriptor=encode)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=utils), raising=False)
+    monkeypatch.setattr(triton.runtime.driver.__class__, "active", SimpleNamespace(utils=utils), raising=False)
+    driver = ModuleType("triton.backends.nvidia.driver")
+    driver.TMA_DTYPE_DEVICE_TO_HOST = {1: "fp16"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.driver", driver)
+    memory = torch.zeros(4096)
+    blocks = Blocks(memory, [32], [1], (64,), lambda *_: "passed")
+    launch = recorder.prepare(memory, blocks)
+    buffers = [memory, memory[64:], memory[128:]]
+    launch(memory, memory)
+    assert recorder.compiled[0]["x"] == "passed"
+    for _ in range(3):
+        for x in buffers:
+            launch(memory, x)
+            assert recorder.values() == (memory.data_ptr(), ("descriptor", x.data_ptr()), 32, 1, 5, 1, 64)
+    assert encoded == [x.data_ptr() for x in buffers]
+
+
+def test_threads_share_a_launch(recorder: Recorder) -> None:
+    memory = torch.zeros(4096)
+    launch = recorder.prepare(memory, memory)
+    launch(memory, memory)
+
+    def run(out: Tensor) -> None:
+        for _ in range(200):
+            launch(out, memory)
+
+    outs = [memory[16 * i :] for i in range(4)]
+    threads = [threading.Thread(target=run, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = Counter(values[13] for values in recorder.launched)
+    assert counts == {out.data_ptr(): 200 for out in outs}
 
 
 def test_kinds_are_what_triton_specializes_on() -> None:
     x = torch.zeros(64)
     blocks = Blocks(x, [64], [1], (16,), lambda *_: None)
-    types = (Tensor, Blocks, int, int, int, float)
-    sort = _sorter(types, ["number", "number", "constant", "number", "free", "number"])
-
-    def kind(tensor: Tensor = x, described: Blocks = blocks, constant: int = 5, number: int = 3, free: int = 3, real: float = 0.5) -> Any:
-        kind, values = sort(tensor, described, constant, number, free, real)
-        assert values == (tensor.data_ptr(), described, constant, number, free, real)
-        return kind
-
-    assert kind(x[4:]) == kind()
-    assert kind(number=2) == kind(number=2**31 - 1) == kind(free=1) == kind(free=16) == kind(real=1.0) == kind()
-    assert kind(number=16) == kind(number=0) == kind(number=2**30)
-    different = [
-        kind(),
-        kind(x[1:]),
-        kind(x.half()),
-        kind(described=blocks._replace(block=(32,))),
-        kind(described=blocks._replace(source=x.half())),
-        kind(constant=6),
-        kind(number=1),
-        kind(number=16),
-        kind(number=2**31),
-        kind(number=2**31 + 1),
-        kind(free=2**31),
-    ]
-    assert len(set(different)) == len(different)
+    assert _kind(x, "number") == _kind(x[4:], "number")
+    assert len({_kind(each, "number") for each in (x, x[1:], x.half(), Words(x, torch.int8), Words(x[1:], torch.int8))}) == 5
+    assert _kind(Words(x, torch.int32), "number") == _kind(x.int(), "number")
+    described = [blocks, blocks._replace(block=(32,)), blocks._replace(source=x.half())]
+    assert len({_kind(each, "number") for each in described}) == 3
+    assert _kind(2, "number") == _kind(2**31 - 1, "number")
+    assert _kind(16, "number") == _kind(0, "number") == _kind(2**30, "number")
+    assert len({_kind(n, "number") for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
+    assert _kind(1, "free") == _kind(16, "free") == _kind(3, "free") != _kind(2**31, "free")
+    assert _kind(0.5, "number") == _kind(1.0, "number")
+    assert _kind(5, "constant") != _kind(6, "constant")
