@@ -14,9 +14,9 @@ from torch import Tensor
 from cpattn import checks
 from cpattn.call import Arguments, BackendChoice, decide, run
 from cpattn.errors import TensorMismatchError, UnsupportedError
-from cpattn.exchange.all_gather import over_pages, start_gather
+from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
 from cpattn.exchange.communicator import Group, as_communicator
-from cpattn.exchange.message import KVFormat, message_buffer
+from cpattn.exchange.message import KVFormat
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
 from cpattn.kv_cache import PagedKV
@@ -51,10 +51,10 @@ def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = N
     checks.check_kv(k, v, meta)
     v_head_dim = k.shape[2] if v is None else v.shape[2]
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
-    gathered = message_buffer(communicator, "gathered", kv, meta.plan.cp_size * meta.rows)
+    (gathered,) = gathered_buffers(communicator, kv, meta)
     if meta.rows:
         start_gather(gathered, k, v, meta, communicator).wait()
-    return kv.parts(gathered)
+    return gathered.all.parts
 
 
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor:

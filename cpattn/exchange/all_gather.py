@@ -7,13 +7,13 @@ at once, and the attention of the first group runs while the next is in flight.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.communicator import Communicator, Work
-from cpattn.exchange.message import KVFormat, gather_rows_, message_buffer, pack_
+from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.exchange.message import KVFormat, Message, gather_rows_, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows
 from cpattn.exchange.pages import read_pages_, write_pages_
 from cpattn.exchange.step_rows import causal_rows
@@ -36,9 +36,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     kv = inputs.format if groups == 1 else inputs.format._replace(heads=inputs.format.heads // groups)
     # None for all heads, which spares the slicing.
     group_heads = [None] if groups == 1 else [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
-    # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
-    all_rows = meta.plan.cp_size * meta.rows
-    all_gathered = message_buffer(communicator, "gathered", kv, groups * all_rows).view(groups, all_rows, kv.heads, kv.width).unbind(0)
+    all_gathered = gathered_buffers(communicator, kv, meta, groups)
     gathers = [
         start_gather(gathered, _heads_of(inputs.k, heads), _heads_of(inputs.v, heads), meta, communicator)
         for gathered, heads in zip(all_gathered, group_heads, strict=True)
@@ -47,23 +45,26 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
         if isinstance(cache, PackedKV):
             # One group's keys in order at a time: its attention has read them before the next group's take their place.
             ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-            pack_(ordered, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
+            pack_(ordered.whole, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
         gather.wait()
-        queries_a_key = inputs.q.shape[1] // inputs.format.heads
-        query_heads = None if heads is None else slice(heads.start * queries_a_key, heads.stop * queries_a_key)
+        query_heads = None
+        if heads is not None:
+            queries_a_key = inputs.q.shape[1] // inputs.format.heads
+            query_heads = slice(heads.start * queries_a_key, heads.stop * queries_a_key)
         if isinstance(cache, PagedKV):
             pages = cache
             if heads is not None:
                 v_pages = None if cache.v_pages is None else cache.v_pages[:, :, heads]
                 pages = PagedKV(cache.k_pages[:, :, heads], v_pages, cache.page_table)
-            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *kv.parts(gathered))
+            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *gathered.all.parts)
             yield over_pages(pages, kv, inputs.reads_pages, meta, communicator, query_heads)
             continue
+        restore_index = meta.restore_index
         if cache is None:
-            ordered = message_buffer(communicator, "ordered", kv, meta.restore_index.shape[0])
+            ordered = message_buffer(communicator, "ordered", kv, restore_index.shape[0])
         # From rank-major order to each request's prefix and extend in one piece, K and V at once.
-        gather_rows_(ordered, gathered, meta.restore_index, None if cache is None else meta.extend_key_rows)
-        yield Step(*kv.split(ordered), [causal_rows(meta, paged=False)], query_heads)
+        gather_rows_(ordered.whole, gathered.all.whole, restore_index, None if cache is None else meta.extend_key_rows)
+        yield Step(*ordered.pair, [causal_rows(meta, paged=False)], query_heads)
 
 
 @overload
@@ -78,12 +79,35 @@ def _heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None:
     return x if x is None or heads is None else x[:, heads]
 
 
-def start_gather(gathered: Tensor, k: Tensor, v: Tensor | None, meta: CPMetadata, communicator: Communicator) -> Work:
-    """Starts to bring every rank's K and V into ``gathered`` ``[cp_size * rows, Hkv, width]``, rank after rank."""
+class Gathered(NamedTuple):
+    """Memory for the K and V of all ranks, rank after rank, this rank's part of it, and the transfer that brings the others'."""
+
+    all: Message
+    own: Tensor
+    transfer: Transfer
+
+
+def gathered_buffers(communicator: Communicator, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
+    """Reused memory for ``groups`` groups of KV heads; ``kv`` is of one of them."""
+    all_rows = communicator.size * meta.rows
+
+    def make() -> list[Gathered]:
+        # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
+        buffer = communicator.buffer("gathered", (groups, all_rows, kv.heads, kv.width), kv.dtype, kv.device)
+        owns = [gathered.narrow(0, communicator.rank * meta.rows, meta.rows) for gathered in buffer]
+        return [
+            Gathered(Message.of(gathered, kv), own, communicator.prepare_all_gather(gathered, own))
+            for gathered, own in zip(buffer, owns, strict=True)
+        ]
+
+    return communicator.reuse("gathered", (kv, all_rows, groups), kv.device, make)
+
+
+def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetadata, communicator: Communicator) -> Work:
+    """Starts to bring every rank's K and V together."""
     # The message is packed where the gather would put it, which spares a copy of it.
-    message = gathered.narrow(0, meta.cp_rank * meta.rows, meta.rows)
-    pack_(message, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
-    return communicator.all_gather(gathered, message)
+    pack_(gathered.own, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
+    return communicator.start(gathered.transfer)
 
 
 def over_pages(
@@ -94,8 +118,8 @@ def over_pages(
         rows = causal_rows(meta, paged=True).with_pages(pages.page_table, pages.page_size)
         return Step(*kv.pair(pages.k_pages, pages.v_pages), [rows], heads)
     ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-    read_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *kv.parts(ordered))
-    return Step(*kv.split(ordered), [causal_rows(meta, paged=False)], heads)
+    read_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *ordered.parts)
+    return Step(*ordered.pair, [causal_rows(meta, paged=False)], heads)
 
 
 def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:

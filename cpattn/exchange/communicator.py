@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -21,6 +21,7 @@ from cpattn.errors import GroupError
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+T = TypeVar("T")
 
 # What a ``group`` argument takes.
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
@@ -35,6 +36,19 @@ class Work:
     def wait(self) -> None:
         """Returns when the transfer is done; on CUDA, when all later work of the current stream will come after it."""
         self._wait()
+
+
+class Transfer(NamedTuple):
+    """A transfer between two messages that stay where they are; :meth:`Communicator.start` starts it, again and again.
+
+    Attributes:
+        begin: ``begin(communicator, *arguments)``. It is kept with the communicator's buffers, and so has no reference to it.
+        nbytes: that are sent.
+    """
+
+    begin: Callable[..., Work]
+    nbytes: int
+    arguments: tuple[Any, ...]
 
 
 class Communicator(ABC):
@@ -53,26 +67,42 @@ class Communicator(ABC):
         self.size = size
         self.bytes_sent = 0
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
-        # Of each buffer as it was last asked for, which all layers of a batch do alike.
-        self._views: dict[tuple[str, torch.device], Tensor] = {}
+        # What was last made of them under each name, for which sizes; see reuse.
+        self._made: dict[str, tuple[Hashable, Any]] = {}
         self._captured: list[Tensor] = []
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
-        self.bytes_sent += (self.size - 1) * x.nbytes
-        return self._all_gather(_as_bytes(out), _as_bytes(x))
+        return self.start(self.prepare_all_gather(out, x))
 
     def shift(self, out: Tensor, x: Tensor, by: int = 1) -> Work:
         """Starts to send ``x`` to the rank that comes ``by`` ranks later around the ring, the next one by default, and to
         receive into ``out`` from the one that comes as many before. ``by`` is no multiple of the size."""
-        self.bytes_sent += x.nbytes
-        return self._shift(_as_bytes(out), _as_bytes(x), by % self.size)
+        return self.start(self.prepare_shift(out, x, by))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> Work:
         """Starts to send part r of ``x`` to rank r and to receive rank r's part for this rank as part r of ``out``; both
         are ``[size, ...]``."""
-        self.bytes_sent += x.nbytes // self.size * (self.size - 1)
-        return self._all_to_all(_as_bytes(out).view(self.size, -1), _as_bytes(x).view(self.size, -1))
+        return self.start(self.prepare_all_to_all(out, x))
+
+    def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
+        """An :meth:`all_gather` of these two, to be started any number of times: to view a message as bytes takes the host
+        several microseconds, and all layers of a batch send from and to the same memory."""
+        return Transfer(type(self)._all_gather, (self.size - 1) * x.nbytes, (_as_bytes(out), _as_bytes(x)))
+
+    def prepare_shift(self, out: Tensor, x: Tensor, by: int = 1) -> Transfer:
+        """A :meth:`shift` of these two, to be started any number of times."""
+        return Transfer(type(self)._shift, x.nbytes, (_as_bytes(out), _as_bytes(x), by % self.size))
+
+    def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
+        """An :meth:`all_to_all` of these two, to be started any number of times."""
+        parts = _as_bytes(out).view(self.size, -1), _as_bytes(x).view(self.size, -1)
+        return Transfer(type(self)._all_to_all, x.nbytes // self.size * (self.size - 1), parts)
+
+    def start(self, transfer: Transfer) -> Work:
+        """Starts what this communicator has prepared."""
+        self.bytes_sent += transfer.nbytes
+        return transfer.begin(self, *transfer.arguments)
 
     @abstractmethod
     def _all_gather(self, out: Tensor, x: Tensor) -> Work: ...
@@ -88,30 +118,53 @@ class Communicator(ABC):
 
         What a CUDA graph has captured is never freed, even where a larger batch has since needed more.
         """
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        last = self._views.get((name, device))
-        if last is not None and last.shape == shape and last.dtype == dtype and not capturing:
-            return last
+        key = shape, dtype, device
+        return self.reuse(f"buffer {name}", key, device, lambda: self._view_of_buffer(name, shape, dtype, device))
+
+    def _view_of_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = dtype.itemsize
         for length in shape:
             size *= length
         kept = self._buffers.get((name, device))
-        # Memory made under inference_mode could not be written outside of it.
-        with torch.inference_mode(False):
-            if kept is None or len(kept) < size:
-                # A little more than asked for, so that slowly growing batches do not allocate at every step.
-                kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
-            view = self._views[name, device] = kept[:size].view(dtype).view(shape)
-        if capturing and not any(kept is x for x in self._captured):
+        if kept is None or len(kept) < size:
+            # A little more than asked for, so that slowly growing batches do not allocate at every step.
+            kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
+            # Views of what it replaces would keep that alive.
+            self._made.clear()
+        if _is_capturing(device) and not any(kept is x for x in self._captured):
             self._captured.append(kept)
             # A graph may outlive whoever captured it.
             _with_captured.add(self)
-        return view
+        return kept[:size].view(dtype).view(shape)
+
+    def reuse(self, name: str, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """``make()``, or what it returned when it was last called under that name, if that was for an equal key.
+
+        For views of :meth:`buffer` and transfers between them, which are the same in all layers of a batch: each view takes
+        the host a microsecond or two. What a CUDA graph captures is made anew, so that its buffers are known.
+
+        Args:
+            key: all that the result depends on.
+            make: asks for buffers and makes views of them; nothing else.
+        """
+        last = self._made.get(name)
+        if last is not None and last[0] == key and not _is_capturing(device):
+            made: T = last[1]
+            return made
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            made = make()
+        self._made[name] = key, made
+        return made
 
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
         self._buffers.clear()
-        self._views.clear()
+        self._made.clear()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class ProcessGroupCommunicator(Communicator):

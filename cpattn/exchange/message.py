@@ -5,7 +5,8 @@ Where V is a part of K, the message is K alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +48,30 @@ class KVFormat(NamedTuple):
         return k, k[..., : self.v_head_dim] if v is None else v
 
 
-def message_buffer(communicator: Communicator, name: str, kv: KVFormat, rows: int) -> Tensor:
+class Message(NamedTuple):
+    """Memory of a message, and its K and V.
+
+    Attributes:
+        whole: ``[rows, Hkv, width]``.
+        pair: K and V to attend to; parts: what has to be copied, without a V that is in K.
+    """
+
+    whole: Tensor
+    pair: tuple[Tensor, Tensor]
+    parts: tuple[Tensor, Tensor | None]
+
+    @classmethod
+    def of(cls, whole: Tensor, kv: KVFormat) -> Message:
+        return cls(whole, kv.split(whole), kv.parts(whole))
+
+
+def message_buffer(communicator: Communicator, name: str, kv: KVFormat, rows: int) -> Message:
     """Reused memory for a message of that many rows."""
-    return communicator.buffer(name, (rows, kv.heads, kv.width), kv.dtype, kv.device)
+
+    def make() -> Message:
+        return Message.of(communicator.buffer(name, (rows, kv.heads, kv.width), kv.dtype, kv.device), kv)
+
+    return communicator.reuse(name, (kv, rows), kv.device, make)
 
 
 def pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
@@ -63,11 +85,17 @@ def pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor
         num_tokens: or an int32 tensor of one element on the device, which a replayed CUDA graph reads anew.
     """
     if has_kernels(k.device):
-        from cpattn.kernels.move_rows import pack_kv
-
-        pack_kv(message, k, v, num_tokens, slots)
+        _kernels().pack_kv(message, k, v, num_tokens, slots)
     else:
         torch_pack_(message, k, v, num_tokens, slots)
+
+
+@cache
+def _kernels() -> Any:
+    """Imported when they are first used; an import statement alone takes half a microsecond each time."""
+    from cpattn.kernels import move_rows
+
+    return move_rows
 
 
 def torch_pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
@@ -100,9 +128,7 @@ def gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | Non
     """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``; contiguous rows of any shape
     and dtype. A negative index stands for a row of zeros; where the slot is negative nothing is written."""
     if has_kernels(out.device):
-        from cpattn.kernels.move_rows import gather_rows
-
-        gather_rows(out, source, index, slots)
+        _kernels().gather_rows(out, source, index, slots)
     else:
         torch_gather_rows_(out, source, index, slots)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.message import message_buffer, pack_
+from cpattn.exchange.message import Message, message_buffer, pack_
 from cpattn.exchange.pages import read_pages_, write_pages_
 from cpattn.exchange.step_rows import prefix_rows
 from cpattn.exchange.strategy import ExchangeInputs, Step
@@ -20,12 +20,14 @@ def own_rows(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicato
     Kernels that load whole tiles would multiply what comes after the tokens by a weight of 0, which is NaN for NaN.
     """
     if meta.bucket is None:
+        if meta.num_tokens == meta.rows:
+            return inputs.format.pair(inputs.k, inputs.v)
         v = inputs.v if inputs.v is None else inputs.v[: meta.num_tokens]
         return inputs.format.pair(inputs.k[: meta.num_tokens], v)
     # How many tokens there are changes under a captured graph; zeros after them do as well.
     message = message_buffer(communicator, "own rows", inputs.format, meta.rows)
-    pack_(message, inputs.k, inputs.v, meta.token_count)
-    return inputs.format.split(message)
+    pack_(message.whole, inputs.k, inputs.v, meta.token_count)
+    return message.pair
 
 
 def write_own(cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
@@ -33,9 +35,9 @@ def write_own(cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
     write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.held_places, inputs.k, inputs.v)
 
 
-def read_shard_(message: Tensor, cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
+def read_shard_(message: Message, cache: PagedKV, meta: CPMetadata) -> None:
     """Reads all that this rank holds of the batch from its pages, request after request, and zeros after it."""
-    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *inputs.format.parts(message))
+    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *message.parts)
 
 
 def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Step | None:
@@ -49,5 +51,5 @@ def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communic
         rows: RaggedRows = prefix_rows(meta, inputs.window, paged=True)
         return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table, cache.page_size)])
     packed = message_buffer(communicator, "prefix", inputs.format, meta.plan.num_prefix_tokens)
-    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *inputs.format.parts(packed))
-    return Step(*inputs.format.split(packed), [prefix_rows(meta, inputs.window, paged=False)])
+    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *packed.parts)
+    return Step(*packed.pair, [prefix_rows(meta, inputs.window, paged=False)])

@@ -11,11 +11,13 @@ queries and the last one's results are in flight. It holds two ranks' queries an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.message import message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.ring import num_merges, shard_alignments, why_not_shards
@@ -28,38 +30,38 @@ from cpattn.metadata.cp_metadata import CPMetadata
 def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
     q, cp_size = inputs.q, meta.plan.cp_size
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
-    queries = communicator.buffer("queries", (cp_size, *q.shape), q.dtype, q.device)
-    gather = None
+    gathering = _gathered_queries(inputs, communicator)
+    work = None
     if cp_size > 1:
-        queries[meta.cp_rank].copy_(q)
-        gather = communicator.all_gather(queries, queries[meta.cp_rank])
+        gathering.own.copy_(q)
+        work = communicator.start(gathering.transfer)
     prefix = prefix_step(inputs, meta, communicator)
     if prefix is not None:
         yield prefix
     yield Step(k, v, _over(inputs, source_rows(meta, inputs.window, paged)[meta.cp_rank], paged))
-    if gather is None:
+    if work is None:
         return
-    gather.wait()
+    work.wait()
     rows = gathered_source_rows(meta, inputs.window, paged)
-    result = yield Step(k, v, _over(inputs, rows, paged), q=queries.flatten(0, 1))
+    result = yield Step(k, v, _over(inputs, rows, paged), q=gathering.all)
     assert result is not None  # a step with q is answered
-    send = _result_buffer("results sent", cp_size, inputs, communicator, *result)
-    received = _result_buffer("results received", cp_size, inputs, communicator)
-    communicator.all_to_all(received, send).wait()
-    yield _partials(received)
+    send, received, transfer = _results("results", cp_size, inputs, communicator)
+    send.put(*result)
+    communicator.start(transfer).wait()
+    yield received.partials
 
 
 def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
     q, cp_size = inputs.q, meta.plan.cp_size
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
     rows = source_rows(meta, inputs.window, paged)
-    queries = [communicator.buffer(f"queries {n}", q.shape, q.dtype, q.device) for n in range(2)] if cp_size > 1 else []
+    queries, shifts = _hop_queries(inputs, communicator) if cp_size > 1 else ([], [])
     if queries:
         queries[0].copy_(q)
     returning = None
     for hop in range(cp_size):
         source = (meta.cp_rank - hop) % cp_size
-        shift = communicator.shift(queries[(hop + 1) % 2], queries[hop % 2]) if hop + 1 < cp_size else None
+        shift = communicator.start(shifts[hop % 2]) if hop + 1 < cp_size else None
         if hop == 0:
             prefix = prefix_step(inputs, meta, communicator)
             if prefix is not None:
@@ -71,16 +73,16 @@ def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communic
             if returning is not None:
                 work, received = returning
                 work.wait()
-                yield _partials(received)
-            send = _result_buffer(f"results sent {hop % 2}", 1, inputs, communicator, *result)
-            received = _result_buffer(f"results received {hop % 2}", 1, inputs, communicator)
-            returning = communicator.shift(received, send, by=-hop), received
+                yield received.partials
+            send, received, transfer = _results(f"results {hop % 2}", 1, inputs, communicator, -hop)
+            send.put(*result)
+            returning = communicator.start(transfer), received
         if shift is not None:
             shift.wait()
     if returning is not None:
         work, received = returning
         work.wait()
-        yield _partials(received)
+        yield received.partials
 
 
 def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> tuple[Tensor, Tensor, bool]:
@@ -92,8 +94,8 @@ def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Commun
     if inputs.reads_pages:
         return *kv.pair(cache.k_pages, cache.v_pages), True
     shard = message_buffer(communicator, "shard", kv, meta.plan.largest_shard)
-    read_shard_(shard, cache, inputs, meta)
-    return *kv.split(shard), False
+    read_shard_(shard, cache, meta)
+    return *shard.pair, False
 
 
 def _over(inputs: ExchangeInputs, rows: list[RaggedRows], paged: bool) -> list[RaggedRows]:
@@ -103,23 +105,74 @@ def _over(inputs: ExchangeInputs, rows: list[RaggedRows], paged: bool) -> list[R
     return [launch.with_pages(inputs.cache.page_table, inputs.cache.page_size) for launch in rows]
 
 
-def _result_buffer(
-    name: str, ranks: int, inputs: ExchangeInputs, communicator: Communicator, out: Tensor | None = None, lse: Tensor | None = None
-) -> Tensor:
-    """A message of results, ``[ranks, rows, Hq, Dv + 1]``: out, and LSE in the last column; with those given in it."""
-    rows, heads = inputs.q.shape[:2]
+class _Queries(NamedTuple):
+    """Memory for all ranks' queries ``[cp_size * rows, Hq, D]``, this rank's part of it, and the transfer of the others'."""
+
+    all: Tensor
+    own: Tensor
+    transfer: Transfer
+
+
+def _gathered_queries(inputs: ExchangeInputs, communicator: Communicator) -> _Queries:
+    q, size = inputs.q, communicator.size
+
+    def make() -> _Queries:
+        queries = communicator.buffer("queries", (size, *q.shape), q.dtype, q.device)
+        own = queries[communicator.rank]
+        return _Queries(queries.flatten(0, 1), own, communicator.prepare_all_gather(queries, own))
+
+    return communicator.reuse("queries", (q.shape, q.dtype, q.device), q.device, make)
+
+
+def _hop_queries(inputs: ExchangeInputs, communicator: Communicator) -> tuple[list[Tensor], list[Transfer]]:
+    """The two buffers that take turns: what is there, and what is on its way; and the transfers from each to the other."""
+    q = inputs.q
+
+    def make() -> tuple[list[Tensor], list[Transfer]]:
+        queries = [communicator.buffer(f"queries {n}", q.shape, q.dtype, q.device) for n in range(2)]
+        return queries, [communicator.prepare_shift(queries[1 - n], queries[n]) for n in range(2)]
+
+    return communicator.reuse("hop queries", (q.shape, q.dtype, q.device), q.device, make)
+
+
+class _Results(NamedTuple):
+    """A message of results ``[ranks, rows, Hq, Dv + 1]``: out, and LSE in the last column.
+
+    Attributes:
+        out, lse: its parts with the rows of all ranks on one axis; partials: with an axis of ranks.
+    """
+
+    message: Tensor
+    out: Tensor
+    lse: Tensor
+    partials: Partials
+
+    def put(self, out: Tensor, lse: Tensor) -> None:
+        self.out.copy_(out)
+        self.lse.copy_(lse)
+
+
+def _results(
+    name: str, ranks: int, inputs: ExchangeInputs, communicator: Communicator, shift: int | None = None
+) -> tuple[_Results, _Results, Transfer]:
+    """Memory for results that are sent, for those that are received, and the transfer: a shift by so many ranks, or an
+    exchange between all."""
     # Results stay fp32 until all are merged.
-    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    message = communicator.buffer(name, (ranks, rows, heads, inputs.format.v_head_dim + 1), dtype, inputs.q.device)
-    if out is not None and lse is not None:
-        flat = message.flatten(0, 1)
-        flat[..., :-1] = out
-        flat[..., -1] = lse
-    return message
+    dtype, device = torch.promote_types(inputs.q.dtype, torch.float32), inputs.q.device
+    shape = ranks, *inputs.q.shape[:2], inputs.format.v_head_dim + 1
 
+    def make() -> tuple[_Results, _Results, Transfer]:
+        both = []
+        for end in ("sent", "received"):
+            message = communicator.buffer(f"{name} {end}", shape, dtype, device)
+            flat = message.flatten(0, 1)
+            both.append(_Results(message, flat[..., :-1], flat[..., -1], Partials(message[..., :-1], message[..., -1])))
+        send, received = both
+        if shift is None:
+            return send, received, communicator.prepare_all_to_all(received.message, send.message)
+        return send, received, communicator.prepare_shift(received.message, send.message, by=shift)
 
-def _partials(message: Tensor) -> Partials:
-    return Partials(message[..., :-1], message[..., -1])
+    return communicator.reuse(name if shift is None else f"{name} by {shift}", (shape, dtype, device), device, make)
 
 
 def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:

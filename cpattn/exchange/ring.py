@@ -7,8 +7,8 @@ Prefixes that every rank has are a step of their own. Of a sharded cache each ra
 from __future__ import annotations
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.message import message_buffer, pack_
+from cpattn.exchange.communicator import Communicator, Transfer
+from cpattn.exchange.message import KVFormat, Message, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.step_rows import launches_per_shard, shard_rows
@@ -24,33 +24,41 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     sharded = pages if meta.plan.sharded else None
     rows = shard_rows(meta, inputs.window)
     message_rows = meta.plan.largest_shard if sharded else meta.rows if cp_size > 1 else 0
-    here = message_buffer(communicator, "ring 0", kv, message_rows)
-    there = message_buffer(communicator, "ring 1", kv, message_rows)
+    messages, shifts = _hop_buffers(communicator, kv, message_rows)
     if sharded:
         write_own(sharded, inputs, meta)
-        read_shard_(here, sharded, inputs, meta)
-        hop_keys = kv.split(here)
+        read_shard_(messages[0], sharded, meta)
+        hop_keys = messages[0].pair
     else:
         if cp_size > 1:
-            pack_(here, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
+            pack_(messages[0].whole, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
         hop_keys = own_rows(inputs, meta, communicator)
+    places = [] if pages is None or sharded else meta.gathered_places_by_rank
     for hop in range(cp_size):
         owner = (rank - hop) % cp_size
-        shift = communicator.shift(there, here) if hop + 1 < cp_size else None
+        shift = communicator.start(shifts[hop % 2]) if hop + 1 < cp_size else None
         if hop == 0:
             prefix = prefix_step(inputs, meta, communicator)
             if prefix is not None:
                 yield prefix
         if pages is not None and not sharded:
             # Every rank holds every token: what passes by is written, too.
-            request, position = (place[owner * meta.rows :][: meta.rows] for place in meta.gathered_places)
-            k, v = (inputs.k, inputs.v) if hop == 0 else kv.parts(here)
-            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, request, position, k, v)
+            k, v = (inputs.k, inputs.v) if hop == 0 else messages[hop % 2].parts
+            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *places[owner], k, v)
         yield Step(*hop_keys, rows[owner])
         if shift is not None:
             shift.wait()
-        here, there = there, here
-        hop_keys = kv.split(here)
+        hop_keys = messages[(hop + 1) % 2].pair
+
+
+def _hop_buffers(communicator: Communicator, kv: KVFormat, rows: int) -> tuple[list[Message], list[Transfer]]:
+    """The two messages that take turns: what is there, and what is on its way; and the transfers from each to the other."""
+
+    def make() -> tuple[list[Message], list[Transfer]]:
+        messages = [message_buffer(communicator, f"ring {n}", kv, rows) for n in range(2)]
+        return messages, [communicator.prepare_shift(messages[1 - n].whole, messages[n].whole) for n in range(2)]
+
+    return communicator.reuse("ring", (kv, rows), kv.device, make)
 
 
 def num_merges(plan: Plan, window: int | None, fixed: bool = False) -> int:

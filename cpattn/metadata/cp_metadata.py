@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import CPError, PlanError
+from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from cpattn.metadata.plan import Plan
 
 T = TypeVar("T")
+
+# Kinds of calls over one batch: a model has few.
+_MOST_REMEMBERED = 64
 
 
 class CPMetadata:
@@ -65,7 +69,7 @@ class CPMetadata:
         self.plan = plan
         self.rows = plan.rows if self.bucket is None else self.bucket.max_rows
         # What a call worked out for this batch, on the host.
-        self.memo: dict[Hashable, Any] = {}
+        self.memo: Memo[Hashable, Any] = Memo(_MOST_REMEMBERED)
         request, _, chunk_start, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
         cu_seqlens_q = np.zeros(len(q_len) + 1, dtype=np.int64)
         q_len.cumsum(out=cu_seqlens_q[1:])
@@ -207,6 +211,16 @@ class CPMetadata:
             return places[0], places[1]
 
         return self.derive("gathered_places", build)
+
+    @property
+    def gathered_places_by_rank(self) -> list[tuple[Tensor, Tensor]]:
+        """The same for each rank's rows, ``[rows]`` each."""
+        by_rank: list[tuple[Tensor, Tensor]] | None = self.memo.get("gathered places by rank")
+        if by_rank is None:
+            request, position = self.gathered_places
+            by_rank = list(zip(torch.split(request, self.rows), torch.split(position, self.rows), strict=True))
+            self.memo.keep("gathered places by rank", by_rank)
+        return by_rank
 
     @property
     def held_places(self) -> tuple[Tensor, Tensor]:

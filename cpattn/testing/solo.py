@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from cpattn.exchange.communicator import Communicator, Work
+from cpattn.exchange.communicator import Communicator, Transfer, Work
+
+_DONE = Work(lambda: None)
 
 
 class SoloCommunicator(Communicator):
@@ -19,18 +22,28 @@ class SoloCommunicator(Communicator):
     torch.Size([16, 2, 8])
     """
 
+    def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
+        # One copy to all parts. x may be this rank's own, which is then copied onto itself; torch lets an expanded source.
+        transfer = super().prepare_all_gather(out, x)
+        to, message = _as_words(*transfer.arguments)
+        return transfer._replace(arguments=(to.view(self.size, len(message)), message.expand(self.size, -1)))
+
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        parts = out.view(self.size, -1)
-        parts[: self.rank] = x
-        parts[self.rank + 1 :] = x
-        if parts[self.rank].data_ptr() != x.data_ptr():
-            parts[self.rank] = x
-        return Work(lambda: None)
+        out.copy_(x)
+        return _DONE
 
     def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
         out.copy_(x)
-        return Work(lambda: None)
+        return _DONE
 
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
         out.copy_(x)
-        return Work(lambda: None)
+        return _DONE
+
+
+def _as_words(*messages: Tensor) -> tuple[Tensor, ...]:
+    """Bytes as words of 8 bytes, if they are. A copy to several places goes element by element: 256 us instead of 976 for
+    537 MB on an H200."""
+    if any(n % 8 for x in messages for n in (len(x), x.storage_offset())):
+        return messages
+    return tuple(x.view(torch.int64) for x in messages)
