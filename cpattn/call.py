@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -45,24 +45,44 @@ class Arguments(NamedTuple):
     sinks: Tensor | None
 
     def signature(self) -> tuple[Any, ...]:
-        """All that a decision depends on. Raises TypeError if an argument can not be hashed."""
-        cache = self.kv_cache
-        tensors = [self.q, self.k, self.v, self.sinks]
+        """All that a decision depends on, layouts included. Raises TypeError or AttributeError where an argument is not what
+        it should be."""
+        q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks = self
+        layouts: tuple[Any, ...] = ()
         if isinstance(cache, PackedKV):
-            tensors += [cache.k, cache.v]
+            layouts = _layout(cache.k), _layout(cache.v)
         elif isinstance(cache, PagedKV):
-            tensors += [cache.k_pages, cache.v_pages, cache.page_table]
-        described = tuple(None if x is None else (x.shape, x.dtype, x.device, x.stride(-1) if x.ndim else 0) for x in tensors)
-        options = (self.v_dim, self.strategy, self.backend, self.overlap, self.scale, self.window, self.softcap)
-        # True == 1, but only one of them is a number of groups.
-        signature = described, type(cache), options, tuple(map(type, options))
-        hash(signature)
-        return signature
+            layouts = _layout(cache.k_pages), _layout(cache.v_pages), _layout(cache.page_table)
+        return (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, _layout(v), _layout(sinks),
+            cache.__class__, layouts, v_dim, strategy, backend, overlap, scale, window, softcap,
+            # True == 1, but only one of them is a number of groups.
+            v_dim.__class__, overlap.__class__, scale.__class__, window.__class__, softcap.__class__,
+        )  # fmt: skip
+
+    def requires_grad(self) -> bool:
+        """Whether any tensor does."""
+        q, k, v, cache, sinks = self.q, self.k, self.v, self.kv_cache, self.sinks
+        if q.requires_grad or k.requires_grad or (v is not None and v.requires_grad) or (sinks is not None and sinks.requires_grad):
+            return True
+        if isinstance(cache, PackedKV):
+            return cache.k.requires_grad or (cache.v is not None and cache.v.requires_grad)
+        return isinstance(cache, PagedKV) and (cache.k_pages.requires_grad or (cache.v_pages is not None and cache.v_pages.requires_grad))
+
+
+def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What follows from the kinds and sizes of a call's arguments."""
+    """What follows from the kinds and sizes of a call's arguments.
+
+    Attributes:
+        options: without the sinks themselves.
+        reads_pages: whether the backend attends to pages of the cache as they are.
+        copies: whether the last axis of some tensor is not contiguous, which backends need.
+    """
 
     strategy: Strategy
     backend: Backend
@@ -72,6 +92,8 @@ class Decision:
     overlap: int
     merges: bool
     precision: Precision
+    reads_pages: bool
+    copies: bool
 
 
 def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None) -> Decision:
@@ -80,25 +102,24 @@ def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | 
     Without a communicator nothing is to be computed: the group is not looked at, and a cache may be missing.
     Raises CPError in its subclasses.
     """
+    signature: Hashable = None
+    decision = None
     try:
         group = None if communicator is None else (communicator.rank, communicator.size)
         signature = group, arguments.signature()
-    except (TypeError, AttributeError):  # not what a caller should pass: the checks say so
+        if not (torch.is_grad_enabled() and arguments.requires_grad()):
+            decision = meta.memo.get(signature)
+    except (TypeError, AttributeError):  # not what a caller should pass, or it can not be hashed: the checks say so
         signature = None
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(arguments))
-    on_cpu = isinstance(arguments.kv_cache, PagedKV) and meta.device.type == "cpu"
-    decision = None if signature is None or needs_grad or on_cpu else meta.memo.get(signature)
     if decision is None:
         if communicator is not None:
             checks.check_group(meta, communicator)
         decision = _decide(arguments, meta, check_cache=communicator is not None or arguments.kv_cache is not None)
-        if signature is not None:
-            meta.memo[signature] = decision
+        # On the CPU the numbers in a page table are looked at in every call.
+        if signature is not None and not (isinstance(arguments.kv_cache, PagedKV) and meta.device.type == "cpu"):
+            meta.memo.keep(signature, decision)
     assert isinstance(decision, Decision)
-    if arguments.sinks is None:
-        return decision
-    sinks = arguments.sinks.to(torch.promote_types(arguments.q.dtype, torch.float32))
-    return replace(decision, options=replace(decision.options, sinks=sinks))
+    return decision
 
 
 def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decision:
@@ -114,7 +135,20 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
     strategy, backend, call = _choose(arguments, kv, meta, options)
     overlap = arguments.overlap or default_overlap(kv, meta)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
-    return Decision(strategy, backend, call, options, kv, overlap, call.merges, precision)
+    attended = [q, k, v, cache.k, cache.v] if isinstance(cache, PackedKV) else [q, k, v]
+    return Decision(
+        strategy=strategy,
+        backend=backend,
+        call=call,
+        # Further layers come with sinks of their own.
+        options=replace(options, sinks=None),
+        format=kv,
+        overlap=overlap,
+        merges=call.merges,
+        precision=precision,
+        reads_pages=isinstance(cache, PagedKV) and backend.reads_pages(call),
+        copies=any(x is not None and x.stride(-1) != 1 for x in attended),
+    )
 
 
 def _choose(arguments: Arguments, kv: KVFormat, meta: CPMetadata, options: AttentionOptions) -> tuple[Strategy, Backend, Call]:
@@ -154,7 +188,7 @@ def describe(arguments: Arguments, decision: Decision, meta: CPMetadata) -> str:
     return (
         f"strategy={decision.strategy.name}, {arguments.q.shape[1]}/{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, "
         f"scale={options.scale}, window={options.window}, softcap={options.softcap}, "
-        f"sinks={'no' if options.sinks is None else 'yes'}, overlap={decision.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
+        f"sinks={'yes' if decision.call.sinks else 'no'}, overlap={decision.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
         f"rows={meta.rows}, bucket={meta.bucket}, cache={type(arguments.kv_cache).__name__}"
     )
 
@@ -167,20 +201,28 @@ def run(
     steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps],
 ) -> tuple[Tensor, Tensor]:
     """Runs steps for decided arguments: ``out [rows, Hq, Dv]`` and ``lse [rows, Hq]``."""
-    q, k, v, cache = _last_axis_contiguous(arguments.q), _last_axis_contiguous(arguments.k), arguments.v, arguments.kv_cache
-    if v is not None:
-        v = _last_axis_contiguous(v)
+    q, k, v, cache, sinks = arguments.q, arguments.k, arguments.v, arguments.kv_cache, arguments.sinks
+    if decision.copies:
+        q, k, v = _last_axis_contiguous(q), _last_axis_contiguous(k), None if v is None else _last_axis_contiguous(v)
+        cache = _packed(cache) if isinstance(cache, PackedKV) else cache
     if meta.bucket is not None and _is_capturing(q.device):
         meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
-    if isinstance(cache, PackedKV):
-        cache = _packed(cache) if meta.plan.num_prefix_tokens else None
-    reads_pages = isinstance(cache, PagedKV) and decision.backend.reads_pages(decision.call)
-    inputs = ExchangeInputs(q, k, v, decision.format, cache, reads_pages, decision.options.window, decision.overlap)
-    driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, decision.options, decision.precision)
+    if isinstance(cache, PackedKV) and not meta.plan.num_prefix_tokens:
+        cache = None
+    options = decision.options
+    if sinks is not None:
+        options = AttentionOptions(options.scale, options.window, options.softcap, sinks.to(decision.precision.merged))
+    inputs = ExchangeInputs(q, k, v, decision.format, cache, decision.reads_pages, options.window, decision.overlap)
+    driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, options, decision.precision)
     # A plan without any row has nothing to send, on no rank.
-    with _no_autocast(q.device.type), on_device_of(q):
-        out, lse = driver.run(steps(inputs, meta, communicator) if meta.rows else _nothing())
-    if decision.options.sinks is not None:
+    taken = steps(inputs, meta, communicator) if meta.rows else _nothing()
+    if _is_current_device(q) and not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
+        # As a rule; entering two contexts that do nothing takes a microsecond.
+        out, lse = driver.run(taken)
+    else:
+        with _no_autocast(q.device.type), on_device_of(q):
+            out, lse = driver.run(taken)
+    if sinks is not None:
         _pad_lse_(lse, meta)
     return out, lse
 
@@ -198,16 +240,6 @@ def validated(validate: Callable[[], T], describe: Callable[[T], str], meta: CPM
     return value
 
 
-def _tensors(arguments: Arguments) -> list[Tensor]:
-    cache = arguments.kv_cache
-    tensors = [arguments.q, arguments.k, arguments.v, arguments.sinks]
-    if isinstance(cache, PackedKV):
-        tensors += [cache.k, cache.v]
-    elif isinstance(cache, PagedKV):
-        tensors += [cache.k_pages, cache.v_pages]
-    return [x for x in tensors if type(x) is not type(None) and isinstance(x, Tensor)]
-
-
 def _packed(cache: PackedKV) -> PackedKV:
     return PackedKV(_last_axis_contiguous(cache.k), None if cache.v is None else _last_axis_contiguous(cache.v))
 
@@ -218,9 +250,11 @@ def _last_axis_contiguous(x: Tensor) -> Tensor:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be the tensors'."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    return nullcontext() if _is_current_device(x) else torch.cuda.device(x.device)
+
+
+def _is_current_device(x: Tensor) -> bool:
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -192,7 +192,7 @@ def attend(
     decision = decide(arguments, meta, None)
 
     def steps(inputs: object, meta: CPMetadata, communicator: object) -> Steps:
-        yield over_pages(kv_cache, decision.format, decision.backend.reads_pages(decision.call), meta, alone)
+        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, alone)
 
     alone = as_communicator(None, 1)
     out, lse = run(arguments, decision, meta, alone, steps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from cases import AttentionCase
@@ -53,6 +56,43 @@ def test_strided_inputs_are_taken() -> None:
     meta = cpattn.plan(case.batch, 1).metadata(0)
     out = cpattn.cp_attention(transposed, qkv[:, 1], qkv[:, 2], meta)
     assert torch.equal(out, cpattn.cp_attention(case.q, case.k, case.v, meta))
+
+
+def test_layers_of_other_layouts_and_options_share_metadata() -> None:
+    """What is kept of one call serves no other kind of call."""
+    plan = cpattn.plan([(3, 9), (0, 5)], 1)
+    shared = plan.metadata(0)
+    wide = torch.randn(16, 8, 32)
+    variants: list[dict[str, Any]] = [{}, {"window": 4}, {"softcap": 2.0}, {"scale": 1}, {"scale": 1.5}, {"sinks": torch.randn(4)}]
+
+    def inputs(layer: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(layer)
+        return [torch.randn(14, heads, 16, generator=generator) for heads in (4, 2, 2)]
+
+    def calls() -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
+        for layer in range(2):
+            q, k, v = inputs(layer)
+            transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+            for new in ([q, k, v], [wide[:14, :4, :16], k, v], transposed, [q, k, v[..., :8]], [x.double() for x in (q, k, v)]):
+                cached = [torch.randn(3, *x.shape[1:], dtype=x.dtype) for x in new[1:]]
+                for options in (*variants, {"sinks": torch.randn(4)}):
+                    yield new, {"kv_cache": cpattn.PackedKV(*cached), **options}
+            yield [q, k, v], {"kv_cache": cpattn.PackedKV(torch.randn(2, 3, 16).transpose(0, 1), torch.randn(16, 2, 3).permute(2, 1, 0))}
+
+    for (q, k, v), options in calls():
+        for strategy in ("all_gather", "ring"):
+            got, got_lse = cpattn.cp_attention(q, k, v, shared, strategy=strategy, return_lse=True, **options)
+            want, want_lse = cpattn.cp_attention(q, k, v, plan.metadata(0), strategy=strategy, return_lse=True, **options)
+            assert torch.equal(got, want)
+            assert torch.equal(got_lse, want_lse)
+    q, k, v = inputs(0)
+    cache = options["kv_cache"]
+    mistakes: list[dict[str, Any]] = [{"scale": True}, {"overlap": True}, {"window": 0}]
+    for wrong in mistakes:
+        with pytest.raises(cpattn.CPError, match="{}=".format(*wrong)):
+            cpattn.cp_attention(q, k, v, shared, kv_cache=cache, **wrong)
+    with pytest.raises(cpattn.CPError, match="requires a gradient"):
+        cpattn.cp_attention(q.requires_grad_(), k, v, shared, kv_cache=cache)
 
 
 def test_gradients_are_refused_only_where_they_are_recorded() -> None:

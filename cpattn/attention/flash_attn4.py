@@ -29,7 +29,13 @@ def flash_attn4_attention(
 
 def _packs(rows: RaggedRows, group: int) -> bool:
     """Whether packing is faster: short chunks leave more of an unpacked tile empty than packing costs."""
-    return group > 1 and rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group)
+    if group == 1:
+        return False
+    # Worked out once a batch: it takes numpy longer than a launch.
+    packs: bool | None = rows.memo.get(("packs", group))
+    if packs is None:
+        packs = rows.memo.keep(("packs", group), rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group))
+    return packs
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, pack_gqa: bool) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,9 @@ class Driver:
         out, lse = result or self._nothing_seen()
         if self._sinks_after is not None:
             apply_sinks_(out, lse, self._sinks_after)
-        return out.to(self._q.dtype), lse.to(torch.float32)
+        # A conversion to the same dtype takes more than a microsecond.
+        dtype = self._q.dtype
+        return out if out.dtype == dtype else out.to(dtype), lse if lse.dtype == torch.float32 else lse.to(torch.float32)
 
     def _attend(self, q: Tensor, step: Step, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """The result of q after a step, one launch after another; None if there is none so far."""

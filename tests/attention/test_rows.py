@@ -69,6 +69,22 @@ def test_fixed_rows_take_over_others_at_their_addresses() -> None:
     assert rows.page_table is None
 
 
+def test_layers_with_one_page_table_share_one_object_until_the_rows_change() -> None:
+    (rows,), (other,) = (RaggedRows.build_all([table((4, 0, 10, 7, 0))], "cpu", fixed_lengths=(16, 64)) for _ in range(2))
+    page_table = torch.tensor([[0, 1]])
+    paged = rows.with_pages(page_table, 16)
+    assert rows.with_pages(page_table, 16) is paged
+    assert (rows.with_pages(page_table, 8).max_seqlen_k, paged.max_seqlen_k) == (16, 32)
+    assert rows.with_pages(page_table.clone(), 16) is not paged
+    rows.memo.keep("found out", 1)
+    paged = rows.with_pages(page_table, 16)
+    assert paged.memo is rows.memo
+    rows.copy_(other)
+    assert not rows.memo
+    assert rows.with_pages(page_table, 16) is not paged
+    assert rows.with_pages(page_table, 16).host is other.host
+
+
 def test_rows_that_are_not_fixed_know_whether_one_is_empty() -> None:
     one_empty, none_empty = RaggedRows.build_all([table((1, 0, 5, 5, 2), (3, 0, 0, 0, 0)), table((1, 0, 5, 5, 2))], "cpu")
     assert (one_empty.has_empty_range, none_empty.has_empty_range) == (True, False)

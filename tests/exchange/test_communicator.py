@@ -5,7 +5,7 @@ import torch
 
 import cpattn
 from cpattn.exchange.communicator import as_communicator
-from cpattn.testing import run_loopback
+from cpattn.testing import SoloCommunicator, run_loopback
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -135,6 +135,71 @@ def test_buffers_are_reused_and_grow() -> None:
     large = communicator.buffer("a", (1000, 2), torch.float32, device)
     assert large.shape == (1000, 2)
     assert communicator.buffer("a", (10, 2), torch.float32, device).data_ptr() == large.data_ptr()
+
+
+def test_what_is_made_of_buffers_is_reused_until_they_are_replaced() -> None:
+    communicator = cpattn.LoopbackGroup(1).communicator(0)
+    device = torch.device("cpu")
+    made = 0
+
+    def half(length: int) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            nonlocal made
+            made += 1
+            return communicator.buffer("a", (length,), torch.float32, device)[: length // 2]
+
+        return communicator.reuse("half", length, device, make)
+
+    with torch.inference_mode():
+        view = half(10)
+    assert not view.is_inference()
+    assert half(10) is view
+    assert half(8) is not view
+    assert half(10).data_ptr() == view.data_ptr()
+    assert made == 3
+    # Another buffer's growth is no harm; its own moves the views along.
+    large = communicator.buffer("a", (1000,), torch.float32, device)
+    assert half(10).data_ptr() == large.data_ptr() != view.data_ptr()
+    view = half(10)
+    communicator.release()
+    assert half(10) is not view
+
+
+def test_transfers_can_be_started_again_and_count_each_time() -> None:
+    def program(communicator: cpattn.Communicator) -> list[list[float]]:
+        x, gathered, shifted = torch.zeros(1), torch.zeros(3), torch.zeros(1)
+        transfers = communicator.prepare_all_gather(gathered, x), communicator.prepare_shift(shifted, x, by=-1)
+        results = []
+        for layer in range(3):
+            x.fill_(10 * layer + communicator.rank)
+            for transfer in transfers:
+                communicator.start(transfer).wait()
+            results.append([*gathered.tolist(), *shifted.tolist()])
+        assert communicator.bytes_sent == 3 * (2 * 4 + 4)
+        return results
+
+    for rank, results in enumerate(run_loopback(program, 3)):
+        for layer, result in enumerate(results):
+            assert result == [10 * layer, 10 * layer + 1, 10 * layer + 2, 10 * layer + (rank + 1) % 3]
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 8, 32])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_rank_alone_gathers_its_own_message(size: int, offset: int, length: int) -> None:
+    communicator = SoloCommunicator(size - 1, size)
+    memory = torch.zeros(offset + size * length, dtype=torch.uint8)
+    out = memory[offset:]
+    own = out.view(size, length)[size - 1]
+    own.copy_(torch.arange(length))
+    communicator.all_gather(out, own).wait()
+    assert out.tolist() == list(range(length)) * size
+    other = torch.arange(length, dtype=torch.uint8) + 7
+    communicator.all_gather(out, other).wait()
+    assert out.tolist() == other.tolist() * size
+    communicator.shift(out[:length], torch.full((length,), 5, dtype=torch.uint8)).wait()
+    communicator.all_to_all(torch.empty_like(out), out).wait()
+    assert out[:length].tolist() == [5] * length
 
 
 def test_one_rank_needs_no_group_and_many_do() -> None:
