@@ -327,13 +327,14 @@ def ragged_attention(
     else:
         out, lse = into
     page_table = rows.page_table
-    # All that decides the launch, beside the rows and the tensors' addresses; of these, whether a descriptor can take K and
-    # V, and whether V is K's first columns.
+    # All that decides the launch, beside the rows and the tensors' addresses; of these, what a descriptor can take, and
+    # whether V is K's first columns.
     k_address, v_address = k.data_ptr(), v.data_ptr()
     key = (
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
-        (k_address | v_address) % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None, scale, window, softcap,
-        None if sinks is None else sinks.dtype, None if page_table is None else (page_table.stride(), page_table.dtype), shapes, packs,
+        (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
+        scale, window, softcap, None if sinks is None else sinks.dtype,
+        None if page_table is None else (page_table.stride(), page_table.dtype), shapes, packs,
     )  # fmt: skip
     launch = rows.memo.get(key)
     if launch is None:
