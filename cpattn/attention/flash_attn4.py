@@ -24,7 +24,7 @@ def flash_attn4_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    return launch(q, k, v, rows, options, _packs(rows, q.shape[1] // k.shape[1]))
+    return launch(q, k, v, rows, options, _packs(rows, q.shape[1] // k.shape[-2]))
 
 
 def _packs(rows: RaggedRows, group: int) -> bool:

@@ -129,6 +129,21 @@ def test_the_package_is_called_as_its_signature_says(
     assert lse[1, 0] == 1.0
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["keys side by side", "pages"])
+def test_flash_attn4_packs_the_heads_of_short_chunks(monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
+    packed = []
+    monkeypatch.setattr(flash_attn4, "launch", lambda q, k, v, rows, options, pack_gqa: packed.append(pack_gqa))
+    for length, heads in ((1, 4), (512, 4), (1, 2)):
+        rows = RaggedRows.build(*(np.array([value]) for value in (length, 0, 512, 513 - length)))
+        q = torch.randn(length, heads, 16)
+        k = torch.randn(*((32, 16) if paged else (512,)), 2, 16)
+        if paged:
+            rows = rows.with_pages(torch.arange(32, dtype=torch.int32)[None], 16)
+        flash_attn4.flash_attn4_attention(q, k, k, rows, AttentionOptions(scale=1.0), torch.bfloat16)
+    # One token for a group of 2; a long chunk; no group.
+    assert packed == [True, False, False]
+
+
 def test_rows_that_these_kernels_can_not_express_never_reach_one() -> None:
     for rows, window in ((MIXED, None), (FULL, 4)):
         with pytest.raises(ValueError, match="are not for a FlashAttention kernel"):
