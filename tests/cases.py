@@ -147,13 +147,17 @@ class AttentionCase:
         lse = self.expected[1]
         # q and k are normal, so that q . k is of size sqrt(D), and seldom more than three times that.
         score_size = 3 * (1.0 if self.scale is None else self.scale * self.q.shape[2] ** 0.5)
-        assert own <= single_device_bound(self.dtype, lse, score_size), own
+        # Beside a large sink an output may be so small that fp16 holds it to a multiple of 6e-8 only.
+        smallest = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        size = rmse(self.expected[0], torch.zeros_like(self.expected[0]))
+        grain = smallest / size if size else 0.0
+        assert own <= single_device_bound(self.dtype, lse, score_size) + grain, own
         # A score is a sum of head_dim products.
         unit_roundoff = torch.finfo(torch.float32).eps / 2
         assert own_lse <= single_device_bound(torch.float32, lse, score_size) + self.q.shape[2] * unit_roundoff, own_lse
         own *= 2**0.5 if rounded_partials else 1.0
         error, error_lse = self._rmse(outputs[0])
-        assert error <= rmse_bound(own, self.dtype, steps, lse, score_size), (error, own)
+        assert error <= rmse_bound(own, self.dtype, steps, lse, score_size) + grain, (error, own)
         assert error_lse <= rmse_bound(own_lse, torch.float32, steps, lse, score_size), (error_lse, own_lse)
 
     def check_loopback(self, plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False) -> None:
