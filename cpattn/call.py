@@ -58,6 +58,8 @@ class Arguments(NamedTuple):
             cache.__class__, layouts, v_dim, strategy, backend, overlap, scale, window, softcap,
             # True == 1, but only one of them is a number of groups.
             v_dim.__class__, overlap.__class__, scale.__class__, window.__class__, softcap.__class__,
+            # Pages that were made in that mode may be written in that mode only.
+            torch.is_inference_mode_enabled(),
         )  # fmt: skip
 
     def requires_grad(self) -> bool:
@@ -211,7 +213,7 @@ def run(
         cache = None
     options = decision.options
     if sinks is not None:
-        options = AttentionOptions(options.scale, options.window, options.softcap, sinks.to(decision.precision.merged))
+        options = AttentionOptions(options.scale, options.window, options.softcap, sinks.to(decision.precision.merged).contiguous())
     inputs = ExchangeInputs(q, k, v, decision.format, cache, decision.reads_pages, options.window, decision.overlap)
     driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, options, decision.precision)
     # A plan without any row has nothing to send, on no rank.
@@ -254,7 +256,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _is_current_device(x: Tensor) -> bool:
-    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    return not x.is_cuda or x.get_device() == torch._C._cuda_getDevice()
 
 
 def _is_capturing(device: torch.device) -> bool:

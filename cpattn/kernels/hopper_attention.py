@@ -3,9 +3,10 @@
 The arithmetic and its order are those of that kernel, and so are the bits of the result; what differs is who waits for
 what. One warp brings queries and key blocks into shared memory; two warpgroups own 64 rows of the tile each, so that one's
 products run during the other's softmax. Within a warpgroup the scores of a block are computed beside the product of the
-weights and values of the block before (FlashAttention-3, arXiv:2407.08608). There is one program for each multiprocessor;
-it computes one item after another, so that the next one's keys are on their way while a result is written, and draws them
-from a queue, so that all are busy to the end and items that share keys run side by side.
+weights and values of the block before (FlashAttention-3, arXiv:2407.08608). A program has a multiprocessor to itself. It
+computes one item after another, so that the next one's keys are on their way while a result is written, and draws them
+from a queue, so that all are busy to the end and items that share keys run side by side. In long launches it ends after a
+while and gives way.
 
 Suffixes: M rows of a warpgroup, N keys of a block, D and V the padded head dims.
 """
@@ -24,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction
-from cpattn.kernels.ragged_attention import device_properties, fits_descriptor, tanh
+from cpattn.kernels.ragged_attention import fits_descriptor, tanh
 from cpattn.kernels.tiles import TILE_FIELDS, WARPGROUP_ROWS, Launch
 from cpattn.kernels.work_queue import counter_for_launch
 
@@ -71,6 +72,8 @@ def _keys_of(q_count, k_len, sees, window, BLOCK_N: gl.constexpr, WINDOW: gl.con
     if WINDOW:
         key_from = gl.maximum(sees - window, 0)
         begin = key_from // BLOCK_N * BLOCK_N
+        # Without a key no block is visited, as a page table need not have an entry for it.
+        key_to = gl.where(key_to > key_from, key_to, begin)
     return key_from, key_to, begin
 
 
@@ -121,17 +124,18 @@ def _load_pages(
 
 
 @gluon.jit
-def _draw(counter):
+def _draw(counter, draws):
     """The number of the next item in the queue, in the first of 32 places: so that no thread waits for it until
     :func:`_drawn` asks for it."""
     place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.atomic_add(counter + place * 0, place * 0 + 1, mask=place == 0, sem="relaxed")
+    return gl.atomic_add(counter + place * 0, place * 0 + 1, mask=(place == 0) & draws, sem="relaxed")
 
 
 @gluon.jit
-def _drawn(places):
+def _drawn(places, draws, num_items):
+    """The number that was drawn; ``num_items``, of which there is no item, if none was."""
     place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.max(gl.where(place == 0, places, 0), 0)
+    return gl.where(draws, gl.max(gl.where(place == 0, places, 0), 0), num_items)
 
 
 @gluon.jit
@@ -239,7 +243,7 @@ def _bring(
 
 @gluon.jit
 def _produce(
-    q, k, v, tiles, page_table, page_table_stride_request, page_table_stride_page, window, counter, num_items,
+    q, k, v, tiles, page_table, page_table_stride_request, page_table_stride_page, window, limits, counter,
     item_smem, item_full, item_empty, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_edge,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D_PADDED: gl.constexpr,
     DV_PADDED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_TMA: gl.constexpr, WINDOW: gl.constexpr,
@@ -250,6 +254,9 @@ def _produce(
 
     An item is drawn when the one before has three blocks to go: late, so that no program keeps one from another that would
     be sooner, but early enough for three reads of memory that follow from each other: the number, the run, the tile.
+    Where there is a program for each item there is no queue: those reads would come before the first keys.
+    So the last blocks are written out: draw, the last but one, find the run, the last, load the tile, and only then clear
+    the last block's values, which takes as long as that load.
     """
     HEADS: gl.constexpr = NUM_HEADS // PACK
     # What has been put into the buffers: items, blocks, queries of both warpgroups, blocks with values to clear.
@@ -258,10 +265,18 @@ def _produce(
     q_loads0 = 0
     q_loads1 = 0
     edges = 0
-    number = _drawn(_draw(counter))
-    run_begin, run_tiles = _load_run(tiles, gl.minimum(number, num_items - 1), HEADS)
-    item = _find_item(gl.minimum(number, num_items - 1), run_begin, run_tiles, HEADS)
+    # Fixed rows have tiles to spare.
+    num_items = gl.load(limits) * HEADS
+    quota = gl.load(limits + 1)
+    has_queue = num_items > gl.num_programs(0)
+    number = gl.program_id(0)
+    item = number
     q_begin, q_count, k_start, k_len, sees = _load_tile(tiles, item, HEADS)
+    if has_queue:
+        number = _drawn(_draw(counter, True), True, num_items)
+        run_begin, run_tiles = _load_run(tiles, gl.minimum(number, num_items - 1), HEADS)
+        item = _find_item(gl.minimum(number, num_items - 1), run_begin, run_tiles, HEADS)
+        q_begin, q_count, k_start, k_len, sees = _load_tile(tiles, item, HEADS)
     while number < num_items:
         _put_item(item_smem, item_full, item_empty, n, item)
         n += 1
@@ -278,14 +293,15 @@ def _produce(
                 page_table_stride_page, key_from, key_to, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 v_edge, PACK, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_TMA, WINDOW, PAGE_SIZE, PAGE_KEYS,
             )  # fmt: skip
-        places = _draw(counter)
+        draws = has_queue & (n < quota)
+        places = _draw(counter, draws)
         for block in range(gl.maximum(begin, last - BLOCK_N), last, BLOCK_N):
             i, q_loads0, q_loads1, edges = _bring(
                 block, begin, i, q_loads0, q_loads1, edges, q, k, v, q_begin, q_count, k_start, first_head, kv_head, page_line,
                 page_table_stride_page, key_from, key_to, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 v_edge, PACK, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_TMA, WINDOW, PAGE_SIZE, PAGE_KEYS,
             )  # fmt: skip
-        number = _drawn(places)
+        number = _drawn(places, draws, num_items)
         run_begin, run_tiles = _load_run(tiles, gl.minimum(number, num_items - 1), HEADS)
         for block in range(last, key_to, BLOCK_N):
             i, q_loads0, q_loads1, edges = _bring(
@@ -299,9 +315,11 @@ def _produce(
             _clear(v_smem, (i - 1) % STAGES, last, key_from, key_to, v_edge, edges, v_full, DV_PADDED, BLOCK_N, STAGES)
             edges += 1
     _put_item(item_smem, item_full, item_empty, n, -1)
-    # Each program has drawn one number more than it got: whoever has the last leaves the counter as it was.
-    if number == num_items + gl.num_programs(0) - 1:
-        gl.store(counter, 0)
+    # The last program to end leaves the counters as they were.
+    if has_queue:  # noqa: SIM102, as the other must not be asked without it
+        if gl.atomic_add(counter + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:
+            gl.store(counter, 0)
+            gl.store(counter + 1, 0)
 
 
 @gluon.jit
@@ -556,7 +574,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    q, q_pointer, k, v, out, lse, sinks, tiles, count, counter, page_table, page_table_stride_request, page_table_stride_page,
+    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, page_table, page_table_stride_request, page_table_stride_page,
     q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr,
@@ -565,7 +583,8 @@ def _attention_kernel(
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, INTO: gl.constexpr, PAGE_SIZE: gl.constexpr,
     PAGE_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """One of the programs that share all items, ``tile * heads + head`` each. ``counter`` is 0 before and after a launch."""
+    """One of the programs that share all items, ``tile * heads + head`` each. ``counter``, numbers drawn and
+    programs that have ended, is 0 before and after a launch."""
     TOKENS: gl.constexpr = _ROWS // PACK if Q_TMA else _ROWS
     HEADS: gl.constexpr = PACK if Q_TMA else 1
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEADS, D_PADDED], k.dtype)
@@ -597,8 +616,6 @@ def _attention_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
 
-    # Fixed rows have tiles to spare.
-    num_items = gl.load(count) * (NUM_HEADS // PACK)
     # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 240, and 24 for the producer.
     gl.warp_specialize(
         [
@@ -615,7 +632,7 @@ def _attention_kernel(
                 1, NUM_HEADS, PACK, D, DV, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_SIGN, Q_TMA, WINDOW, SOFTCAP, SINKS, INTO,
             )),
             (_produce, (
-                q, k, v, tiles, page_table, page_table_stride_request, page_table_stride_page, window, counter, num_items,
+                q, k, v, tiles, page_table, page_table_stride_request, page_table_stride_page, window, limits, counter,
                 item_smem, item_full, item_empty, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 v_edge.index(0), NUM_HEADS, GROUP, PACK, D_PADDED, DV_PADDED, BLOCK_N, STAGES, Q_TMA, WINDOW, PAGE_SIZE, PAGE_KEYS,
             )),
@@ -628,10 +645,8 @@ def _attention_kernel(
 _attention = Launcher(_attention_kernel)
 
 
-def launch(
-    work: Launch, q: Tensor, k: Tensor, v: Tensor, *, grid: int, tensors: dict[str, int], arguments: dict[str, Any]
-) -> LaunchFunction:
-    """What launches at most ``grid`` programs for ``work``; ``arguments`` are those that the other kernel has as well, and
+def launch(work: Launch, q: Tensor, k: Tensor, v: Tensor, *, tensors: dict[str, int], arguments: dict[str, Any]) -> LaunchFunction:
+    """What launches the programs of ``work``; ``arguments`` are those that the other kernel has as well, and
     ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
 
     k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
@@ -646,10 +661,10 @@ def launch(
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
     device = q.device
     launch = _attention.prepare(
-        (min(grid, device_properties(device)[0]), 1), {"num_warps": 4}, tensors | {"counter": max(tensors.values()) + 1},
+        (work.num_programs, 1), {"num_warps": 4}, tensors | {"counter": max(tensors.values()) + 1},
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=_blocks(k, block_n, d_padded, page_keys), v=_blocks(v, block_n, dv_padded, page_keys),
-        count=work.count, counter=work.count, BLOCK_N=block_n, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys,
+        limits=work.limits, counter=work.limits, BLOCK_N=block_n, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys,
         **arguments,
     )  # fmt: skip
     return lambda *given: launch(*given, counter_for_launch(device))

@@ -24,10 +24,10 @@ from cpattn.memo import Memo
 # Releases of Triton with which tests/kernels has passed on a GPU.
 _TESTED_ON = {(3, 6)}
 _ALIGNMENT = 16
-# Launches that a kernel's wrapper remembers, and buffers whose descriptors a launch remembers: a few batches' worth, and
-# a page of each of as many layers.
+# Launches that a kernel's wrapper remembers: a few batches' worth. Buffers whose descriptors a launch remembers: the pages of
+# as many layers.
 _MOST_PREPARED = 256
-_MOST_ENCODED = 128
+_MOST_ENCODED = 1024
 
 # What launches a kernel, given its tensors.
 LaunchFunction: TypeAlias = "Callable[..., None]"
@@ -141,7 +141,8 @@ class _Prepared:
         any_address = 0
         for address in addresses:
             any_address |= address
-        device = torch.cuda.current_device()
+        # What torch.cuda.current_device() returns, without asking whether CUDA has been initialised.
+        device = torch._C._cuda_getDevice()
         # Mostly all are aligned.
         key = (device, *(address % _ALIGNMENT == 0 for address in addresses)) if any_address % _ALIGNMENT else device
         again = self._again.get(key)

@@ -340,7 +340,7 @@ def ragged_attention(
     if launch is None:
         launch = rows.memo.keep(key, _prepare(q, k, v, rows, out, lse, scale, window, softcap, sinks, into is not None, shapes, packs))
     tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *(() if page_table is None else (page_table,)))
-    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+    if q.is_cuda and q.get_device() != torch._C._cuda_getDevice():
         # Changing the device costs microseconds even if it is the current one.
         with torch.cuda.device_of(q):
             launch(*tensors)
@@ -405,7 +405,7 @@ def _prepare(
     }  # fmt: skip
     tensors = _TENSORS if page_table is None else _PAGED_TENSORS
     if specialized is not None:
-        launch_function: LaunchFunction = specialized.launch(launch, q, k, v, grid=grid, tensors=tensors, arguments=arguments)
+        launch_function: LaunchFunction = specialized.launch(launch, q, k, v, tensors=tensors, arguments=arguments)
         return launch_function
     return _attention.prepare(
         (grid, 1), {"num_warps": shape.num_warps, "num_stages": shape.num_stages}, tensors, q=q,

@@ -7,6 +7,7 @@ head, all of its tiles for each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,11 @@ _BLOCK_OVERHEAD = 24
 _SPECIALIZED_BLOCK_OVERHEAD = 90
 # What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
 _TILE_OVERHEAD = 2
+
+# After so many key blocks a program of the specialized kernel ends, about 3 ms on an H200. A new one takes its place, or a
+# transfer's kernel, which else would have to wait for all of the attention; one that starts costs the time of two to four blocks.
+_PROGRAM_BLOCKS = 2048
+_NO_QUOTA = 2**30
 
 # By how much an estimate must be better than that of what stands before it.
 _MARGIN = 0.02
@@ -70,7 +76,8 @@ class Launch:
         pack: query heads of one KV head that share a tile: the whole group, or 1.
         num_tiles: a head; for fixed rows as many as they may ever need, and those without work at the end have no tokens.
         table: int32 ``[num_tiles * TILE_FIELDS]`` on the device, tile after tile.
-        count: int32 ``[1]`` on the device: the tiles that have tokens.
+        num_programs: of the specialized kernel, which share the tiles' items.
+        limits: int32 ``[2]`` on the device: the tiles that have tokens, and how many items a program may compute.
         window: of the attention, or None.
     """
 
@@ -78,15 +85,16 @@ class Launch:
     pack: int
     num_tiles: int
     table: Tensor
-    count: Tensor
+    num_programs: int
+    limits: Tensor
     window: int | None
 
     def refresh(self, host: HostRows) -> None:
         """See :class:`cpattn.attention.rows.Prepared`."""
         tiles, _ = cut(host, self.shape.block_m // self.pack, self.shape.block_n, self.window)
-        tables = _on_device(tiles, self.num_tiles, self.table.device)
+        tables = _on_device(tiles, self.num_tiles, _NO_QUOTA, self.table.device)
         self.table.copy_(tables["tiles"])
-        self.count.copy_(tables["count"])
+        self.limits.copy_(tables["limits"])
 
 
 def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
@@ -122,14 +130,14 @@ def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) 
 
 def choose(
     host: HostRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
-) -> tuple[TileShape, int, Tiles]:
-    """The shape and packing that finish first by estimate, and their tiles.
+) -> tuple[TileShape, int, Tiles, IntArray]:
+    """The shape and packing that finish first by estimate, and their tiles with the key blocks that each visits.
 
     The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
     the tensor cores best; small ones waste less on short query ranges and spread few queries over more processors;
     packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
     """
-    best: tuple[float, TileShape, int, Tiles] | None = None
+    best: tuple[float, TileShape, int, Tiles, IntArray] | None = None
     for pack in packs:
         for shape in shapes:
             if shape.block_m < pack:
@@ -143,9 +151,19 @@ def choose(
             load = cost.sum() * (num_heads // pack) / num_processors
             time = float(max(load, cost.max(initial=0)))
             if best is None or time < best[0] * (1 - _MARGIN):
-                best = time, shape, pack, tiles
+                best = time, shape, pack, tiles, blocks
     assert best is not None  # an unpacked tile fits any shape
     return best[1:]
+
+
+def _share(num_items: int, blocks: float, num_processors: int, fixed: bool) -> tuple[int, int]:
+    """How many items a program of the specialized kernel may compute, and how many programs there are, given the mean key
+    blocks of an item. Fixed rows change under a graph: they have no quota."""
+    quota = max(2, math.ceil(_PROGRAM_BLOCKS / blocks))
+    if fixed or num_items <= num_processors * quota:
+        return _NO_QUOTA, min(num_items, num_processors)
+    # Enough to compute all, and for one to begin on every processor until the queue is empty.
+    return quota, -(-num_items // quota) + num_processors
 
 
 def launch_for(
@@ -157,18 +175,19 @@ def launch_for(
     if launch is None:
         if rows.cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise CPError("the first launch over these rows would be captured with its tables; make the same call once before capturing it")
-        shape, pack, tiles = choose(rows.host, shapes, packs, num_heads, window, num_processors)
-        num_tiles = len(tiles.q_begin)
+        shape, pack, tiles, blocks = choose(rows.host, shapes, packs, num_heads, window, num_processors)
+        num_tiles, heads = len(tiles.q_begin), num_heads // pack
         if rows.fixed:
             # Each row may leave one tile partly empty; the number of queries in all rows is fixed.
             num_tiles = int(rows.host.q_len.sum()) // (shape.block_m // pack) + len(rows)
-        tables = _on_device(tiles, num_tiles, rows.cu_seqlens_q.device)
-        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, tables["tiles"], tables["count"], window)
+        quota, num_programs = _share(num_tiles * heads, _TILE_OVERHEAD + blocks.sum() / max(1, len(blocks)), num_processors, rows.fixed)
+        tables = _on_device(tiles, num_tiles, quota, rows.cu_seqlens_q.device)
+        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, tables["tiles"], num_programs, tables["limits"], window)
     assert isinstance(launch, Launch)
     return launch
 
 
-def _on_device(tiles: Tiles, num_tiles: int, device: torch.device) -> DeviceTables:
+def _on_device(tiles: Tiles, num_tiles: int, quota: int, device: torch.device) -> DeviceTables:
     table = np.zeros((num_tiles, TILE_FIELDS), dtype=np.int64)
     table[: len(tiles.q_begin)] = np.stack(tiles, axis=1)
-    return DeviceTables({"tiles": table.reshape(-1), "count": np.array([len(tiles.q_begin)])}, device)
+    return DeviceTables({"tiles": table.reshape(-1), "limits": np.array([len(tiles.q_begin), quota])}, device)

@@ -134,7 +134,8 @@ def test_flash_attn4_packs_the_heads_of_short_chunks(monkeypatch: pytest.MonkeyP
     packed = []
     monkeypatch.setattr(flash_attn4, "launch", lambda q, k, v, rows, options, pack_gqa: packed.append(pack_gqa))
     for length, heads in ((1, 4), (512, 4), (1, 2)):
-        rows = RaggedRows.build(*(np.array([value]) for value in (length, 0, 512, 513 - length)))
+        q_len, k_start, k_len, diagonal = (np.array([value]) for value in (length, 0, 512, 513 - length))
+        rows = RaggedRows.build(q_len, k_start, k_len, diagonal)
         q = torch.randn(length, heads, 16)
         k = torch.randn(*((32, 16) if paged else (512,)), 2, 16)
         if paged:

@@ -161,7 +161,7 @@ class Recorder:
         self.launched: list[tuple[Any, ...]] = []
         self.encoded: list[int] = []
         meta = [{"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [64], "fp4_padded": False}] * descriptors
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.device)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: self.stream + device, raising=False)
 
         def run(grid: tuple[int, int]) -> Callable[..., Any]:

@@ -275,12 +275,12 @@ def test_tiles_cover_every_query_once_and_come_about_longest_first() -> None:
 def test_choice_packs_short_ranges_only(specialized: bool) -> None:
     shapes = tile_shapes(128, 128, torch.bfloat16, (9, 0), specialized)
     decode = make_rows([1] * 64, list(range(0, 64 * 1000, 1000)), [1000] * 64, [1000] * 64, "cpu")
-    shape, pack, _ = choose(decode.host, shapes, (1, 4), 32, None, 132)
+    shape, pack, *_ = choose(decode.host, shapes, (1, 4), 32, None, 132)
     assert pack == 4
     # A specialized tile of 128 rows with work for one warpgroup is one of 64.
     assert specialized or shape.block_m == 64
     long = make_rows([8192, 8192], [0, 0], [8192, 65536], [1, 57345], "cpu")
-    shape, pack, _ = choose(long.host, shapes, (1, 4), 32, None, 132)
+    shape, pack, *_ = choose(long.host, shapes, (1, 4), 32, None, 132)
     assert pack == 1
     assert shape.block_m == 128
 
