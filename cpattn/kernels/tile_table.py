@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -99,25 +101,41 @@ def read_table(path: Path) -> dict[TileKey, TileEntry]:
 def store(path: Path, key: TileKey, entry: TileEntry | None) -> None:
     """Puts the entry in the place of what the file has for the key, or with None takes that out.
 
-    Readers see the file before or after. Raises CPError if it can not be read or written.
+    Readers see the file before or after; of several that store at once each waits for the one before. Raises CPError if it
+    can not be read or written.
     """
     # Where it is a link, what that leads to is replaced.
     path = path.resolve()
-    entries = read_table(path)
-    entries.pop(key, None)
-    if entry is not None:
-        entries[key] = entry
-    content = {"version": _FORMAT, "entries": [entry_to_json(key, entry) for key, entry in entries.items()]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _alone(path):
+            entries = read_table(path)
+            entries.pop(key, None)
+            if entry is not None:
+                entries[key] = entry
+            content = {"version": _FORMAT, "entries": [entry_to_json(key, entry) for key, entry in entries.items()]}
+            with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False) as file:
+                try:
+                    file.write(json.dumps(content, indent=2) + "\n")
+                    file.close()
+                    os.replace(file.name, path)
+                finally:
+                    Path(file.name).unlink(missing_ok=True)
     except OSError as error:
         raise CPError(f"the tile table {path} can not be written: {error.strerror or error}; set {VARIABLE} to another place") from error
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds the lock of a table, where the system has such locks. The file for it stays, as to remove it would be a race."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _parse(content: Any) -> dict[TileKey, TileEntry]:

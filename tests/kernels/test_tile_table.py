@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_round_trip(tmp_path: Path) -> None:
     store(path, KEY, None)
     store(path, KEY, None)
     assert read_table(path) == {OTHER: OTHER_ENTRY}
-    assert os.listdir(path.parent) == ["tiles.json"]
+    assert sorted(os.listdir(path.parent)) == [".tiles.json.lock", "tiles.json"]
 
 
 def test_the_file_can_be_read_by_people(tmp_path: Path) -> None:
@@ -94,7 +95,18 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
     with pytest.raises(CPError, match=r"can not be written: No space left on device; set CPATTN_TILES to another place"):
         store(path, OTHER, OTHER_ENTRY)
     assert read_table(path) == {KEY: ENTRY}
-    assert os.listdir(tmp_path) == ["tiles.json"]
+    assert sorted(os.listdir(tmp_path)) == [".tiles.json.lock", "tiles.json"]
+
+
+def test_several_store_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    keys = [KEY._replace(head_dim=8 * n) for n in range(1, 17)]
+    threads = [threading.Thread(target=store, args=(path, key, ENTRY)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read_table(path)) == set(keys)
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
