@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.device_tables import DeviceTables
 
 
-@dataclass(frozen=True)
-class LastRows:
+class LastRows(NamedTuple):
     """The last tokens of all requests, of which each rank holds some.
 
     Attributes:
@@ -28,11 +26,9 @@ class LastRows:
 
 
 def last_rows(meta: CPMetadata) -> LastRows:
-    """The last rows of a batch; worked out at the first call with these metadata."""
-    if "rows of last tokens" not in meta.memo:
-        meta.memo["rows of last tokens"] = _build(meta)
-    rows: LastRows = meta.memo["rows of last tokens"]
-    return rows
+    """The last rows of a batch; worked out at the first call with these metadata, but for those of a bucket, whose batches
+    have other numbers of last rows."""
+    return _build(meta) if meta.bucket is not None else meta.derive("rows of last tokens", lambda: _build(meta))
 
 
 def _build(meta: CPMetadata) -> LastRows:
@@ -53,5 +49,4 @@ def _build(meta: CPMetadata) -> LastRows:
         nth_on_rank[rank == r] = np.arange(held[r])
     tables = DeviceTables({"keep": keep, "request": request, "place": rank * count + nth_on_rank}, meta.device)
     # Models index with what they are told to keep, and not every one takes int32.
-    with torch.inference_mode(False):
-        return LastRows(tables["keep"].long(), tables["request"].long(), tables["place"])
+    return LastRows(tables["keep"].long(), tables["request"].long(), tables["place"])
