@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from attention_cases import BATCHES, HEAD_DIM, HEADS, KV_HEADS, all_gather_rows, tensors
 from gpu_report import RESULTS, draw_bars, write_gpu_report
-from gpu_timing import gpu_seconds
+from gpu_timing import gpu_seconds, sustained_seconds
 from torch import Tensor
 
 import cpattn
@@ -51,33 +51,36 @@ def measure(results: Path, rounds: int) -> None:
                 halves = ["both"] if launches == 1 else ["front", "back"]
                 calls = [(q[index] if launches == 2 else q, k, v, rows) for index, rows in (all_gather_rows(meta, half) for half in halves)]
                 variants[f"{backend.name}, {'one launch' if launches == 1 else 'two launches'}"] = partial(run_all, backend, calls)
-        times = gpu_seconds(variants, rounds)
+        times, sustained = gpu_seconds(variants, rounds), sustained_seconds(variants)
         tflops = {variant: batch.flops() / seconds / 1e12 for variant, seconds in times.items()}
         for variant, seconds in times.items():
             low, median, high = np.percentile(seconds * 1e3, [20, 50, 80])
             rate = f"{np.median(tflops[variant]):.0f}"
             mark = "auto" if variant == f"{chosen}, one launch" else ""
-            table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate])
+            held = f"{batch.flops() / sustained[variant] / 1e12:.0f}"
+            table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate, held])
         print(name, {variant: round(float(np.median(values))) for variant, values in tflops.items()}, flush=True)
         torch.cuda.empty_cache()
     write_gpu_report(
         "attention_gpu",
         "One rank's attention launch",
-        ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s"],
+        ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s", "sustained TFLOP/s"],
         table,
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}; the rank in the middle, after an all-gather, without the "
-        "transfer. Only causal work counts. Each variant is a CUDA graph; variants ran interleaved, the L2 cache flushed before each. "
+        "transfer. Only causal work counts. Each variant is a CUDA graph; variants ran interleaved in random order, the L2 cache flushed "
+        "before each, after a rest of twice what the last one took: a card at its power limit slows down whatever comes next. "
+        "Sustained: each by itself, again and again for a quarter of a second without a rest. "
         "Two launches attend the front and the back chunks separately, from queries that lie ready in two tensors.",
         results,
     )
 
 
 def draw(results: Path) -> None:
-    """The picture of the table's last column."""
+    """The picture of the table's rates."""
     with (results / "attention_gpu.csv").open() as file:
         _, *lines = csv.reader(file)
     groups: dict[str, dict[str, float]] = {}
-    for batch, variant, *_, rate in lines:
+    for batch, variant, _mark, _low, _median, _high, rate, _sustained in lines:
         groups.setdefault(batch, {})[variant] = float(rate)
     draw_bars(
         results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128, H200", "TFLOP/s of causal work", groups

@@ -47,6 +47,30 @@ def gpu_seconds(variants: Mapping[str, Callable[[], Any]], rounds: int = 15, gra
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def sustained_seconds(variants: Mapping[str, Callable[[], Any]], seconds: float = 0.25) -> dict[str, float]:
+    """The mean GPU time of each variant where nothing else runs, replayed as a graph for about so long without a rest: at
+    the clock that the card can hold."""
+    means = {}
+    for name, run in variants.items():
+        replay = _captured(run)
+        start, middle, end = _event(), _event(), _event()
+        start.record()
+        replay()
+        middle.record()
+        middle.synchronize()
+        replays = max(3, round(seconds / (start.elapsed_time(middle) * 1e-3)))
+        # The first half heats the card.
+        for i in range(2 * (replays // 2)):
+            if i == replays // 2:
+                middle.record()
+            replay()
+        end.record()
+        end.synchronize()
+        means[name] = middle.elapsed_time(end) * 1e-3 / (replays // 2)
+        time.sleep(seconds)
+    return means
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
