@@ -102,7 +102,8 @@ def _move(
     if v_pages is None or v is None:
         v_pages, v = k_pages, k
     key = (
-        k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages.stride(), k.shape, k.stride(), v.shape, v.stride(), has_v, write,
+        k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages.stride(), k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+        has_v, write,
         position.shape, position.dtype, None if page_table is None else (page_table.stride(), page_table.dtype),
         None if request is None else request.dtype, None if out_rows is None else out_rows.dtype,
     )  # fmt: skip

@@ -1,0 +1,177 @@
+"""What is decided about a call serves further layers of the same layouts and options, and no others."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+import cpattn
+from cpattn import call
+from cpattn.attention.backend import AttentionOptions
+from cpattn.call import Arguments
+from cpattn.testing import SoloCommunicator
+
+Changes: TypeAlias = "dict[str, Any]"
+
+
+def strided(x: Tensor) -> Tensor:
+    """Of the same shape, with other strides but that of the last axis."""
+    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 8)
+    return wide[..., : x.shape[-1]].copy_(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Of the same shape, its last axis not contiguous."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def packed(*shape: int) -> cpattn.PackedKV:
+    return cpattn.PackedKV(torch.randn(shape), torch.randn(shape))
+
+
+def arguments(**changes: Any) -> Arguments:
+    """New tensors each time."""
+    given = {
+        "q": torch.randn(14, 4, 16), "k": torch.randn(14, 2, 16), "v": torch.randn(14, 2, 16), "v_dim": None, "kv_cache": packed(3, 2, 16),
+        "strategy": "ring", "backend": "auto", "overlap": None, "scale": None, "window": None, "softcap": None, "sinks": None,
+    }  # fmt: skip
+    return Arguments(**given | changes)
+
+
+def paged(k: Tensor | None = None, v: Tensor | None = None, table: Tensor | None = None) -> cpattn.PagedKV:
+    pages = torch.randn(2, 4, 4, 2, 16)
+    whole = torch.zeros(2, 5, dtype=torch.int32) if table is None else table
+    return cpattn.PagedKV(pages[0] if k is None else k, pages[1] if v is None else v, whole)
+
+
+PAGES, TABLE = torch.randn(4, 4, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
+NEW, SINKS, CACHED = torch.randn(14, 2, 16), torch.randn(4), torch.randn(3, 2, 16)
+# What a call differs in from another that is as given on the left.
+SIGNATURES: dict[str, tuple[Changes, Changes]] = {
+    "q shape": ({}, {"q": torch.randn(14, 4, 16)[:, :2]}),
+    "q strides": ({}, {"q": strided(torch.randn(14, 4, 16))}),
+    "q dtype": ({}, {"q": torch.randn(14, 4, 16).half()}),
+    "q device": ({}, {"q": torch.empty(14, 4, 16, device="meta")}),
+    "k shape": ({}, {"k": NEW[:, :1]}),
+    "k strides": ({}, {"k": strided(NEW)}),
+    "k dtype": ({}, {"k": NEW.half()}),
+    "k device": ({}, {"k": NEW.to("meta")}),
+    "no v": ({"v_dim": 16}, {"v": None}),
+    "v shape": ({}, {"v": NEW[..., :8]}),
+    "v strides": ({}, {"v": strided(NEW)}),
+    "v dtype": ({}, {"v": NEW.half()}),
+    "v device": ({}, {"v": NEW.to("meta")}),
+    "sinks": ({}, {"sinks": SINKS}),
+    "sinks shape": ({"sinks": SINKS}, {"sinks": SINKS[:2]}),
+    "sinks strides": ({"sinks": SINKS}, {"sinks": torch.randn(8)[::2]}),
+    "sinks dtype": ({"sinks": SINKS}, {"sinks": SINKS.half()}),
+    "sinks device": ({"sinks": SINKS}, {"sinks": SINKS.to("meta")}),
+    "no cache": ({}, {"kv_cache": None}),
+    "what is no cache": ({"kv_cache": None}, {"kv_cache": CACHED}),
+    "kind of cache": ({}, {"kv_cache": paged()}),
+    "cached k shape": ({}, {"kv_cache": cpattn.PackedKV(CACHED[:2], CACHED)}),
+    "cached k strides": ({}, {"kv_cache": cpattn.PackedKV(strided(CACHED), CACHED)}),
+    "no cached v": ({}, {"kv_cache": cpattn.PackedKV(CACHED, None)}),
+    "cached v strides": ({}, {"kv_cache": cpattn.PackedKV(CACHED, strided(CACHED))}),
+    "page size": ({"kv_cache": paged()}, {"kv_cache": paged(k=PAGES[:, :2])}),
+    "k page strides": ({"kv_cache": paged()}, {"kv_cache": paged(k=strided(PAGES))}),
+    "v page strides": ({"kv_cache": paged()}, {"kv_cache": paged(v=strided(PAGES))}),
+    "page table shape": ({"kv_cache": paged()}, {"kv_cache": paged(table=TABLE[:1])}),
+    "page table strides": ({"kv_cache": paged()}, {"kv_cache": paged(table=transposed(TABLE))}),
+    "page table dtype": ({"kv_cache": paged()}, {"kv_cache": paged(table=TABLE.long())}),
+    "v_dim": ({"v": None, "v_dim": 8}, {"v_dim": 16}),
+    "strategy": ({}, {"strategy": "all_gather"}),
+    "backend": ({}, {"backend": "reference"}),
+    "overlap": ({"overlap": 1}, {"overlap": 2}),
+    "scale": ({"scale": 0.5}, {"scale": 0.25}),
+    "window": ({"window": 3}, {"window": 4}),
+    "softcap": ({"softcap": 3.0}, {"softcap": 4.0}),
+    "type of v_dim": ({"v": None, "v_dim": 1}, {"v_dim": True}),
+    "type of overlap": ({"overlap": 1}, {"overlap": True}),
+    "type of scale": ({"scale": 1}, {"scale": True}),
+    "type of window": ({"window": 1}, {"window": True}),
+    "type of softcap": ({"softcap": 1}, {"softcap": True}),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), list(SIGNATURES.values()), ids=list(SIGNATURES))
+def test_a_signature_says_all_that_a_decision_depends_on(first: Changes, second: Changes) -> None:
+    assert arguments(**first).signature() == arguments(**first).signature()
+    assert arguments(**first).signature() != arguments(**first | second).signature()
+
+
+@pytest.fixture
+def decided(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
+    """The calls that were decided anew."""
+    found: list[Arguments] = []
+    decide = call._decide
+
+    def recorded(arguments: Arguments, *rest: Any, **options: Any) -> call.Decision:
+        found.append(arguments)
+        return decide(arguments, *rest, **options)
+
+    monkeypatch.setattr(call, "_decide", recorded)
+    return found
+
+
+PLAN = cpattn.plan([(3, 19), (0, 8)], 2, pad_to=14)
+LAYERS: dict[str, Changes] = {
+    "q strides": {"q": strided},
+    "q transposed": {"q": transposed},
+    "k transposed": {"k": transposed},
+    "v transposed": {"v": transposed},
+    "cache transposed": {"kv_cache": lambda cache: cpattn.PackedKV(transposed(cache.k), transposed(cache.v))},
+    "narrower v": {"v": lambda v: v[..., :8], "kv_cache": lambda cache: cpattn.PackedKV(cache.k, cache.v[..., :8])},
+    "scale": {"scale": lambda _: 0.5},
+    "window": {"window": lambda _: 4},
+    "softcap": {"softcap": lambda _: 2.0},
+    "sinks": {"sinks": lambda _: torch.tensor([0.5, -1.0, 3.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("changes", list(LAYERS.values()), ids=list(LAYERS))
+def test_a_layer_of_another_layout_is_decided_anew(changes: Changes, strategy: str, decided: list[Arguments]) -> None:
+    last_strides: set[int] = set()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, out_dtype: torch.dtype, **options: Any) -> Any:
+        last_strides.update(x.stride(-1) for x in (q, k, v))
+        return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(**options), out_dtype)
+
+    def run(given: Arguments, meta: cpattn.CPMetadata, group: SoloCommunicator) -> tuple[Tensor, Tensor]:
+        return cpattn.cp_attention(meta=meta, group=group, return_lse=True, **given._asdict())
+
+    shared, group = PLAN.metadata(0), SoloCommunicator(0, 2)
+    for layer, (changed, number) in enumerate([(False, 1), (False, 1), (True, 2), (False, 2), (True, 2)]):
+        torch.manual_seed(layer)
+        given = arguments(strategy=strategy, backend=kernel)
+        if changed:
+            given = given._replace(**{name: change(getattr(given, name)) for name, change in changes.items()})
+        got = run(given, shared, group)
+        assert len(decided) == number
+        want = run(given, PLAN.metadata(0), SoloCommunicator(0, 2))
+        assert decided.pop() is not None
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert last_strides == {1}
+
+
+def test_a_decision_of_one_rank_is_not_another_s(decided: list[Arguments]) -> None:
+    meta = PLAN.metadata(0)
+    call.decide(arguments(), meta, SoloCommunicator(0, 2))
+    call.decide(arguments(), meta, SoloCommunicator(0, 2))
+    assert len(decided) == 1
+    with pytest.raises(cpattn.GroupError, match="this process is rank 1 of the group"):
+        call.decide(arguments(), meta, SoloCommunicator(1, 2))
+    with pytest.raises(cpattn.GroupError, match="the group has 3 ranks"):
+        call.decide(arguments(), meta, SoloCommunicator(0, 3))
+
+
+def test_pages_on_the_cpu_are_looked_at_in_every_layer(decided: list[Arguments]) -> None:
+    """Their table's numbers are checked there."""
+    meta = PLAN.metadata(0)
+    for _ in range(2):
+        call.decide(arguments(kv_cache=paged(table=torch.zeros(2, 6, dtype=torch.int32))), meta, SoloCommunicator(0, 2))
+    assert len(decided) == 2
