@@ -47,6 +47,7 @@ class PagedKV:
             contiguous last axis.
         v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA).
         page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
+            One tensor for all layers of a batch spares the host a little work in each.
     """
 
     k_pages: Tensor
