@@ -48,6 +48,7 @@ def main() -> None:
         [
             "new tokens", "prefix", "cp", "strategy", "backend", "attention alone, us", "layer as a graph, us", "over it, us", "ratio",
             "layer eager, us", "host a call, us", "cpattn's own, us", "without the copies, us",
+            "graph p20, us", "graph p80, us",
         ],
         table,
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}, one request, the rank in the middle. Transfers are local "
@@ -59,7 +60,7 @@ def main() -> None:
         options.results,
     )  # fmt: skip
     groups: dict[str, dict[str, float]] = {}
-    for tokens_text, prefix_text, cp_text, strategy, backend, *_, ratio, _eager, _host, _own, _silent in table:
+    for tokens_text, prefix_text, cp_text, strategy, backend, _alone, _graph, _over, ratio, *_ in table:
         if prefix_text != "0" and cp_text == "8":
             groups.setdefault(f"{tokens_text} new tokens", {})[f"{strategy}, {backend}"] = float(ratio)
     title = "A layer as a graph over its attention launch alone (8,192 cached tokens, cp 8; 1 is free)"
@@ -110,6 +111,7 @@ def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[st
                 f"{host[layer] * 1e6:.0f}",
                 f"{host_own[layer] * 1e6:.0f}",
                 f"{host_own[f'{layer}, silent'] * 1e6:.0f}",
+                *(f"{value * 1e6:,.1f}" for value in np.percentile(graphs[layer], [20, 80])),
             ]
         )
         print(lines[-1], flush=True)

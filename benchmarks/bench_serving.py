@@ -92,7 +92,10 @@ def main() -> None:
     if setting.device == "cuda":
         from gpu_report import write_gpu_report
 
-        notes += "Times are of CUDA graphs, the eager ones of calls; variants ran interleaved, the L2 cache flushed before each."
+        notes += (
+            "Times are of CUDA graphs, the eager ones of calls; variants ran interleaved in random order, each after a rest and a flush of "
+            "the L2 cache."
+        )
         write_gpu_report("serving_gpu", title, HEADER, table, notes, options.results)
     else:
         notes += (
