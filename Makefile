@@ -26,10 +26,10 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
-# Most of the time goes into compiling kernels, so processes share the work, and the GPU; without pytest-xdist: JOBS=
-JOBS ?= -n auto --dist worksteal
+# Most of the time goes into compiling kernels, so processes share the work, and the GPU; without pytest-xdist: PYTEST_JOBS=
+PYTEST_JOBS ?= -n auto --dist worksteal
 test-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(JOBS) tests/gpu tests/kernels
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(PYTEST_JOBS) tests/gpu tests/kernels
 
 # The Triton kernels at small sizes under NVIDIA's memory and race checkers. The race checker does not follow what the warps of
 # the specialized kernel say to each other through mbarriers, nor Triton's own start of such warps, and takes both for races.

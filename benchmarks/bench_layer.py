@@ -56,7 +56,7 @@ def main() -> None:
         "same backend. GPU times are medians of runs interleaved in random order, the L2 cache flushed before each, after a rest of "
         "twice what the last one took; eager ones are of single calls to a device that waits for them. Host times are medians of "
         "means over calls one after another that are not waited for; cpattn's own is that of calls in which the backend gives back "
-        "what it is asked for without a launch, and of these the last column leaves out the copies that stand for transfers.",
+        "what it is asked for without a launch, and of these \"without the copies\" leaves out those that stand for transfers.",
         options.results,
     )  # fmt: skip
     groups: dict[str, dict[str, float]] = {}

@@ -198,7 +198,8 @@ def test_readme_layer_figures_are_in_the_results() -> None:
     assert f"and {span('131,072', 'ring', 'triton', 8, 2)} times with a ring on `triton`" in text
     assert f"a ring on `flash_attn4` takes {span('131,072', 'ring', 'flash_attn4', 8, 2)} times" in text
     assert f"adds {span('1,024', 'all_gather', both, 7, 0)} us to the launch as a CUDA graph with all-gather" in text
-    assert f"the host adds {span('1,024', 'all_gather', 'triton', 11, 0)} us" in text
+    assert f"cpattn's own Python takes {span('1,024', 'all_gather', 'triton', 11, 0)} us a call with all-gather" in text
+    assert f"and {span('1,024', 'ring', 'triton', 11, 0)} us with a ring" in text
 
 
 def test_readme_serving_figures_are_in_the_results() -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -106,6 +105,8 @@ def store(path: Path, key: TileKey, entry: TileEntry | None) -> None:
     """
     # Where it is a link, what that leads to is replaced.
     path = path.resolve()
+    # What can not be read is refused before anything is written.
+    read_table(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
@@ -114,13 +115,12 @@ def store(path: Path, key: TileKey, entry: TileEntry | None) -> None:
             if entry is not None:
                 entries[key] = entry
             content = {"version": _FORMAT, "entries": [entry_to_json(key, entry) for key, entry in entries.items()]}
-            with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False) as file:
-                try:
-                    file.write(json.dumps(content, indent=2) + "\n")
-                    file.close()
-                    os.replace(file.name, path)
-                finally:
-                    Path(file.name).unlink(missing_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise CPError(f"the tile table {path} can not be written: {error.strerror or error}; set {VARIABLE} to another place") from error
 

@@ -37,8 +37,9 @@ _SPECIALIZED_BLOCK_OVERHEAD = 90
 # What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
 _TILE_OVERHEAD = 2
 
-# After so many key blocks a program of the specialized kernel ends, about 3 ms on an H200. A new one takes its place, or a
-# transfer's kernel, which else would have to wait for all of the attention; one that starts costs the time of two to four blocks.
+# After so many key blocks, about 3 ms on an H200, a program of the specialized kernel ends, where tiles are alike: a quota of
+# items is what it has. A new one takes its place, or a transfer's kernel, which else would have to wait for all of the
+# attention; one that starts costs the time of two to four blocks.
 _PROGRAM_BLOCKS = 2048
 _NO_QUOTA = 2**30
 

@@ -14,7 +14,7 @@ class SoloCommunicator(Communicator):
     """Poses as one rank of ``size``; what the others would send is a copy of its own message.
 
     Results are meaningless as attention over a context, but the work, the memory and the sizes are those of a real rank.
-    A subclass's ``_all_gather`` is given both messages as ``[size, n]``, words of 8 bytes where they are made of those.
+    A subclass's ``_all_gather`` gets out and x as ``[size, n]``, viewed as int64 where their bytes allow.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 64)], cp_size=4, cp_rank=2)

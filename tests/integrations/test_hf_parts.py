@@ -71,6 +71,15 @@ def test_last_rows(lengths: list[int], cp_size: int, partition: str) -> None:
     assert torch.cat(gathered)[last.place].tolist() == (np.cumsum(lengths) - 1)[with_tokens].tolist()
 
 
+def test_last_rows_of_a_bucket_are_those_of_the_batch_in_it() -> None:
+    plans = [cpattn.plan([(0, length) for length in lengths], 2) for lengths in ([3, 9], [1, 1, 7])]
+    meta = plans[0].metadata(1, bucket=cpattn.Bucket(max_requests=4, max_rows=16, max_chunks=8))
+    for plan in plans:
+        meta.copy_(plan)
+        for given, expected in zip(last_rows(meta), last_rows(plan.metadata(1)), strict=True):
+            assert torch.equal(given, expected)
+
+
 def test_importing_the_package_of_adapters_imports_no_other_library() -> None:
     program = "import cpattn, cpattn.integrations, sys; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -98,6 +98,16 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
     assert sorted(os.listdir(tmp_path)) == [".tiles.json.lock", "tiles.json"]
 
 
+def test_others_may_read_what_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    before = os.umask(0o022)
+    try:
+        store(path, KEY, ENTRY)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_several_store_at_once(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     keys = [KEY._replace(head_dim=8 * n) for n in range(1, 17)]
