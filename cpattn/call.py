@@ -21,6 +21,7 @@ from cpattn.exchange.driver import Driver, Precision
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, default_overlap
 from cpattn.exchange.strategy import ExchangeInputs, Steps, Strategy
+from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
@@ -207,7 +208,7 @@ def run(
     if decision.copies:
         q, k, v = _last_axis_contiguous(q), _last_axis_contiguous(k), None if v is None else _last_axis_contiguous(v)
         cache = _packed(cache) if isinstance(cache, PackedKV) else cache
-    if meta.bucket is not None and _is_capturing(q.device):
+    if meta.bucket is not None and is_capturing(q.device):
         meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
     if isinstance(cache, PackedKV) and not meta.plan.num_prefix_tokens:
         cache = None
@@ -218,7 +219,7 @@ def run(
     driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, options, decision.precision)
     # A plan without any row has nothing to send, on no rank.
     taken = steps(inputs, meta, communicator) if meta.rows else _nothing()
-    if _is_current_device(q) and not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
+    if is_on_current_device(q) and not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
         # As a rule; entering two contexts that do nothing takes a microsecond.
         out, lse = driver.run(taken)
     else:
@@ -252,15 +253,7 @@ def _last_axis_contiguous(x: Tensor) -> Tensor:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device, which need not be the tensors'."""
-    return nullcontext() if _is_current_device(x) else torch.cuda.device(x.device)
-
-
-def _is_current_device(x: Tensor) -> bool:
-    return not x.is_cuda or x.get_device() == torch._C._cuda_getDevice()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return nullcontext() if is_on_current_device(x) else torch.cuda.device(x.device)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

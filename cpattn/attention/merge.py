@@ -6,19 +6,16 @@ arXiv:2112.05682; Liu et al., Ring Attention, arXiv:2310.01889). Shapes: N parts
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from cpattn.kernels.available import has_kernels
+from cpattn.kernels.available import has_kernels, kernel_module
 
 
 def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
     """Adds the partial result ``(out, lse)`` to ``(acc, acc_lse)`` in place; see :func:`merge_all_`."""
     if has_kernels(acc_THD.device) and acc_THD.dtype == torch.float32:
-        _kernel()(acc_THD, acc_lse_TH, out_THD, lse_TH)
+        kernel_module("merge").merge_all(acc_THD, acc_lse_TH, out_THD, lse_TH)
     else:
         torch_merge_all_(acc_THD, acc_lse_TH, out_THD[None], lse_TH[None])
 
@@ -35,17 +32,9 @@ def merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: T
         lse_NTH: any strides.
     """
     if has_kernels(acc_THD.device) and acc_THD.dtype == torch.float32:
-        _kernel()(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+        kernel_module("merge").merge_all(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
     else:
         torch_merge_all_(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
-
-
-@cache
-def _kernel() -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """Imported when it is first used; an import statement alone would take half a microsecond at every merge."""
-    from cpattn.kernels.merge import merge_all
-
-    return merge_all
 
 
 def torch_merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:

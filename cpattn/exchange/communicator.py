@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.errors import GroupError
+from cpattn.kernels.current import is_capturing
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -131,7 +132,7 @@ class Communicator(ABC):
             kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
             # Views of what it replaces would keep that alive.
             self._made.clear()
-        if _is_capturing(device) and not any(kept is x for x in self._captured):
+        if is_capturing(device) and not any(kept is x for x in self._captured):
             self._captured.append(kept)
             # A graph may outlive whoever captured it.
             _with_captured.add(self)
@@ -148,7 +149,7 @@ class Communicator(ABC):
             make: asks for buffers and makes views of them; nothing else.
         """
         last = self._made.get(name)
-        if last is not None and last[0] == key and not _is_capturing(device):
+        if last is not None and last[0] == key and not is_capturing(device):
             made: T = last[1]
             return made
         # Memory made under inference_mode could not be written outside of it.
@@ -161,10 +162,6 @@ class Communicator(ABC):
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
         self._buffers.clear()
         self._made.clear()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class ProcessGroupCommunicator(Communicator):

@@ -5,15 +5,14 @@ Where V is a part of K, the message is K alone.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpattn.exchange.communicator import Communicator
 from cpattn.exchange.put_rows import put_rows_
-from cpattn.kernels.available import has_kernels
+from cpattn.kernels.available import has_kernels, kernel_module
 
 
 class KVFormat(NamedTuple):
@@ -85,17 +84,9 @@ def pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor
         num_tokens: or an int32 tensor of one element on the device, which a replayed CUDA graph reads anew.
     """
     if has_kernels(k.device):
-        _kernels().pack_kv(message, k, v, num_tokens, slots)
+        kernel_module("move_rows").pack_kv(message, k, v, num_tokens, slots)
     else:
         torch_pack_(message, k, v, num_tokens, slots)
-
-
-@cache
-def _kernels() -> Any:
-    """Imported when they are first used; an import statement alone takes half a microsecond each time."""
-    from cpattn.kernels import move_rows
-
-    return move_rows
 
 
 def torch_pack_(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
@@ -128,7 +119,7 @@ def gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | Non
     """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``; contiguous rows of any shape
     and dtype. A negative index stands for a row of zeros; where the slot is negative nothing is written."""
     if has_kernels(out.device):
-        _kernels().gather_rows(out, source, index, slots)
+        kernel_module("move_rows").gather_rows(out, source, index, slots)
     else:
         torch_gather_rows_(out, source, index, slots)
 

@@ -7,14 +7,11 @@ Shapes: P pages, n rows to move, R requests. Row ``i`` is token ``position[i]`` 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cpattn.exchange.put_rows import put_rows_
-from cpattn.kernels.available import has_kernels
+from cpattn.kernels.available import has_kernels, kernel_module
 
 
 def write_pages_(
@@ -37,17 +34,9 @@ def write_pages_(
         k, v: ``[>= n, Hkv, D]`` and ``[>= n, Hkv, Dv]`` of the pages' dtype, such as the halves of a message.
     """
     if has_kernels(k_pages.device):
-        _kernels().write_pages(k_pages, v_pages, page_table, request, position, k, v)
+        kernel_module("pages").write_pages(k_pages, v_pages, page_table, request, position, k, v)
     else:
         torch_write_pages(k_pages, v_pages, page_table, request, position, k, v)
-
-
-@cache
-def _kernels() -> Any:
-    """Imported when they are first used; an import statement alone takes half a microsecond each time."""
-    from cpattn.kernels import pages
-
-    return pages
 
 
 def torch_write_pages(
@@ -84,7 +73,7 @@ def read_pages_(
         out_rows: int32 or int64 ``[n]``, all different; the rest as for :func:`write_pages_`.
     """
     if has_kernels(k_pages.device):
-        _kernels().read_pages(k_pages, v_pages, page_table, request, position, k, v, out_rows)
+        kernel_module("pages").read_pages(k_pages, v_pages, page_table, request, position, k, v, out_rows)
     else:
         torch_read_pages(k_pages, v_pages, page_table, request, position, k, v, out_rows)
 

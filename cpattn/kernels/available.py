@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -12,3 +14,10 @@ import torch
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels run on tensors of this device."""
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+@cache
+def kernel_module(name: str) -> Any:
+    """A module of this package, imported when it is first used, as Triton need not be there; an import statement takes half a
+    microsecond at every call."""
+    return import_module(f"cpattn.kernels.{name}")

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
+from cpattn.kernels.current import is_on_current_device
 from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims
 from cpattn.kernels.tile_table import shapes_for
@@ -340,12 +341,12 @@ def ragged_attention(
     if launch is None:
         launch = rows.memo.keep(key, _prepare(q, k, v, rows, out, lse, scale, window, softcap, sinks, into is not None, shapes, packs))
     tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *(() if page_table is None else (page_table,)))
-    if q.is_cuda and q.get_device() != torch._C._cuda_getDevice():
+    if is_on_current_device(q):
+        launch(*tensors)
+    else:
         # Changing the device costs microseconds even if it is the current one.
         with torch.cuda.device_of(q):
             launch(*tensors)
-    else:
-        launch(*tensors)
     return out, lse
 
 

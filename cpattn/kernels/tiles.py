@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpattn.attention.rows import HostRows, RaggedRows
 from cpattn.errors import CPError
+from cpattn.kernels.current import is_capturing
 from cpattn.kernels.tile_shapes import TileShape
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum
@@ -174,7 +175,7 @@ def launch_for(
     key = shapes, packs, num_heads, window
     launch = rows.prepared.get(key)
     if launch is None:
-        if rows.cu_seqlens_q.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(rows.cu_seqlens_q.device):
             raise CPError("the first launch over these rows would be captured with its tables; make the same call once before capturing it")
         shape, pack, tiles, blocks = choose(rows.host, shapes, packs, num_heads, window, num_processors)
         num_tiles, heads = len(tiles.q_begin), num_heads // pack

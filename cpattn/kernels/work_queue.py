@@ -14,6 +14,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from cpattn.kernels.current import is_capturing
+
 # Counters that are made at once, each at a multiple of 16 bytes, for which kernels are compiled; and how few may be left
 # before more are made. That is done by launches that no graph captures, as it would capture that as well: what is left
 # has to do for one graph.
@@ -65,7 +67,7 @@ class _Pool:
 def counter_for_launch(device: torch.device) -> Tensor:
     """A counter, int32 ``[2]``, for one launch on the device's current stream."""
     pool = _pools.get(device)
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         with _lock:
             counter = None if pool is None else pool.take()
             if counter is None:
