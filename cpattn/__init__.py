@@ -26,7 +26,10 @@ from cpattn.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from cpattn.exchange.communicator import Communicator, LoopbackGroup, ProcessGroupCommunicator
+from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.groups import release
+from cpattn.exchange.loopback import LoopbackGroup
+from cpattn.exchange.process_group import ProcessGroupCommunicator
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.kv_pool import KVPool
@@ -75,6 +78,7 @@ __all__ = [
     "explain",
     "gather_kv",
     "plan",
+    "release",
     "required_rows",
     "shard",
     "slot_mapping",

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from cpattn import checks
+from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
-from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, on_device_of, run, validated
+from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, run, validated
 from cpattn.errors import RowCountError
-from cpattn.exchange.communicator import Group, as_communicator
+from cpattn.exchange.agreement import share_verdicts
+from cpattn.exchange.gather import gather_whole
+from cpattn.exchange.groups import Group, as_communicator
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import gather_rows_
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -59,7 +63,7 @@ def shard(x: Tensor, meta: CPMetadata) -> Tensor:
     return local
 
 
-def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False) -> Tensor:
+def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None) -> Tensor:
     """Brings the rows of all ranks together, in the original order, on every rank. A collective call.
 
     >>> import cpattn, torch
@@ -71,7 +75,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         x: ``[meta.rows, ...]`` of any dtype, in local order; what padding rows hold does not matter.
         meta: this rank's metadata.
         group: as in :func:`cp_attention`.
-        check: as in :func:`cp_attention`.
+        check, label: as in :func:`cp_attention`.
 
     Returns:
         ``[plan.num_tokens, ...]``; with a bucket, whose sizes do not change, ``[cp_size * rows, ...]``, zeros after the
@@ -93,16 +97,15 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         checks.check_no_grad(x=x)
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
-    validated(validate, str, meta, communicator, check)
-    if meta.plan.cp_size == 1 and meta.bucket is None:
-        return x[: meta.num_tokens].clone()
-    gathered = communicator.buffer("unshard", (communicator.size * meta.rows, *x.shape[1:]), x.dtype, x.device)
-    if gathered.numel():
-        communicator.all_gather(gathered, x.contiguous()).wait()
-    out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
-    with on_device_of(x):
-        gather_rows_(out, gathered, meta.restore_index)
-    return out
+    with InFlight(communicator, meta.device) as in_flight:
+        validated(validate, str, meta, in_flight, check, label)
+        if meta.plan.cp_size == 1 and meta.bucket is None:
+            return x[: meta.num_tokens].clone()
+        gathered = gather_whole(in_flight, "unshard", x)
+        out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
+        with on_device_of(x):
+            gather_rows_(out, gathered, meta.restore_index)
+        return out
 
 
 @overload
@@ -124,6 +127,7 @@ def cp_attention(
     sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     check: bool = ...,
+    label: str | None = ...,
 ) -> Tensor: ...
 
 
@@ -146,6 +150,7 @@ def cp_attention(
     sinks: Tensor | None = ...,
     return_lse: Literal[True],
     check: bool = ...,
+    label: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -167,6 +172,7 @@ def cp_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     check: bool = False,
+    label: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention of this rank's queries over the whole context. A collective call: every rank makes it alike.
 
@@ -186,8 +192,8 @@ def cp_attention(
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512): the latent then travels once.
         meta: this rank's metadata, on the tensors' device.
         group: a ProcessGroup, one axis of a DeviceMesh, a Communicator, or None for the default group. With
-            cp_size 1 none is needed. Calls over one group reuse its buffers, so they must follow each other on one stream;
-            for several at once give each its own ``ProcessGroupCommunicator(group)``.
+            cp_size 1 none is needed. Calls over one group follow each other, in the same order on every rank; for several at
+            once give each thread a process group of its own (``torch.distributed.new_group``).
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
@@ -205,8 +211,10 @@ def cp_attention(
         sinks: floating ``[Hq]``, one more logit without a value in each query's softmax, as in gpt-oss; none if None.
         return_lse: also return the log-sum-exp of the scaled (and capped) scores, sinks included.
         check: compare plan and arguments of all ranks first, in one small collective that waits for the device, so that
-            a mistake on one rank raises on all instead of hanging the others. For tests and bring-up. (A rank that passes
-            another group than the others can not tell them.)
+            a mistake on one rank raises on all instead of hanging the others; and a few rows of what a caller's own kernel
+            returns with the reference. For tests and bring-up. (A rank that passes another group cannot tell the others.)
+        label: a name of this call, such as ``"layer 3"``, which ``check`` compares as well. With it, and a running number of
+            the calls over the group, a layer that one rank has skipped or swapped is found.
 
     Returns:
         ``out [meta.rows, Hq, Dv]`` in q's dtype, zeros on padding; with ``return_lse`` also ``lse [meta.rows, Hq]``,
@@ -214,15 +222,31 @@ def cp_attention(
 
     Raises:
         CPError: in its subclasses (see :mod:`cpattn.errors`), before anything is sent.
+        GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
+
+    What else is raised in the middle of a call (by a caller's kernel, or for want of memory) leaves only after this rank
+    has carried out its part of the call's transfers, with NaN for what it could not compute. So the other ranks return:
+    NaN, and LSE NaN, where they depend on it. After that all ranks can go on with the group.
     """
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
-    decision: Decision = validated(
-        lambda: decide(arguments, meta, communicator), lambda decision: describe(arguments, decision, meta), meta, communicator, check
-    )
-    out, lse = run(arguments, decision, meta, communicator, decision.strategy.steps)
-    return (out, lse) if return_lse else out
+    with InFlight(communicator, meta.device) as in_flight:
+        decision: Decision = validated(
+            lambda: decide(arguments, meta, communicator),
+            lambda decision: describe(arguments, decision, meta),
+            meta,
+            in_flight,
+            check,
+            label,
+        )
+        expect(decision, meta, in_flight, check)
+        out, lse = run(arguments, decision, meta, in_flight, decision.strategy.steps)
+        if check:
+            share_verdicts(in_flight, meta.device, None)
+    if not return_lse:
+        return out
+    return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse
 
 
 def explain(

@@ -15,12 +15,13 @@ from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.registry import choose_backend
 from cpattn.errors import UnsupportedError
-from cpattn.exchange.agreement import agree
-from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.agreement import Account, agree, expect_verdicts
+from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.driver import Driver, Precision
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, default_overlap
-from cpattn.exchange.strategy import ExchangeInputs, Steps, Strategy
+from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
 from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -85,6 +86,9 @@ class Decision:
         options: without the sinks themselves.
         reads_pages: whether the backend attends to pages of the cache as they are.
         copies: whether the last axis of some tensor is not contiguous, which backends need.
+        nan_in_out_alone: whether a NaN in the result may be missing in its LSE: the kernel's, or since a value of NaN is a
+            part of a key that some of the queries in its tile do not see.
+        sizes: what the messages of the call follow from.
     """
 
     strategy: Strategy
@@ -92,11 +96,12 @@ class Decision:
     call: Call
     options: AttentionOptions
     format: KVFormat
-    overlap: int
     merges: bool
     precision: Precision
     reads_pages: bool
     copies: bool
+    nan_in_out_alone: bool
+    sizes: ExchangeSizes
 
 
 def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None) -> Decision:
@@ -139,6 +144,8 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
     overlap = arguments.overlap or default_overlap(kv, meta)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
     attended = [q, k, v, cache.k, cache.v] if isinstance(cache, PackedKV) else [q, k, v]
+    is_paged = isinstance(cache, PagedKV)
+    has_cache = is_paged or (cache is not None and meta.plan.num_prefix_tokens > 0)
     return Decision(
         strategy=strategy,
         backend=backend,
@@ -146,11 +153,12 @@ def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decisi
         # Further layers come with sinks of their own.
         options=replace(options, sinks=None),
         format=kv,
-        overlap=overlap,
         merges=call.merges,
         precision=precision,
-        reads_pages=isinstance(cache, PagedKV) and backend.reads_pages(call),
+        reads_pages=is_paged and backend.reads_pages(call),
         copies=any(x is not None and x.stride(-1) != 1 for x in attended),
+        nan_in_out_alone=not backend.propagates_nan or (kv.v_in_k and kv.v_head_dim == kv.head_dim),
+        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, overlap),
     )
 
 
@@ -191,17 +199,28 @@ def describe(arguments: Arguments, decision: Decision, meta: CPMetadata) -> str:
     return (
         f"strategy={decision.strategy.name}, {arguments.q.shape[1]}/{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, "
         f"scale={options.scale}, window={options.window}, softcap={options.softcap}, "
-        f"sinks={'yes' if decision.call.sinks else 'no'}, overlap={decision.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
+        f"sinks={'yes' if decision.call.sinks else 'no'}, overlap={decision.sizes.overlap}, v={'in k' if kv.v_in_k else 'given'}, "
         f"rows={meta.rows}, bucket={meta.bucket}, cache={type(arguments.kv_cache).__name__}"
     )
+
+
+def expect(decision: Decision, meta: CPMetadata, in_flight: InFlight, check: bool) -> None:
+    """Says which transfers a decided call will make, that of its verdict after a check included."""
+
+    def make() -> list[Transfer]:
+        # A plan without any row has nothing to send, on no rank.
+        transfers = decision.strategy.transfers(decision.sizes, meta, in_flight.communicator) if meta.rows else []
+        return [*transfers, *expect_verdicts(in_flight.communicator, meta.device)] if check else transfers
+
+    in_flight.expect(make)
 
 
 def run(
     arguments: Arguments,
     decision: Decision,
     meta: CPMetadata,
-    communicator: Communicator,
-    steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps],
+    in_flight: InFlight,
+    steps: Callable[[ExchangeInputs, CPMetadata, InFlight], Steps],
 ) -> tuple[Tensor, Tensor]:
     """Runs steps for decided arguments: ``out [rows, Hq, Dv]`` and ``lse [rows, Hq]``."""
     q, k, v, cache, sinks = arguments.q, arguments.k, arguments.v, arguments.kv_cache, arguments.sinks
@@ -210,15 +229,14 @@ def run(
         cache = _packed(cache) if isinstance(cache, PackedKV) else cache
     if meta.bucket is not None and is_capturing(q.device):
         meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
-    if isinstance(cache, PackedKV) and not meta.plan.num_prefix_tokens:
+    if not decision.sizes.has_cache:
         cache = None
     options = decision.options
     if sinks is not None:
         options = AttentionOptions(options.scale, options.window, options.softcap, sinks.to(decision.precision.merged).contiguous())
-    inputs = ExchangeInputs(q, k, v, decision.format, cache, decision.reads_pages, options.window, decision.overlap)
+    inputs = ExchangeInputs(q, k, v, decision.format, cache, decision.reads_pages, options.window, decision.sizes)
     driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, options, decision.precision)
-    # A plan without any row has nothing to send, on no rank.
-    taken = steps(inputs, meta, communicator) if meta.rows else _nothing()
+    taken = steps(inputs, meta, in_flight) if meta.rows else _no_steps()
     if is_on_current_device(q) and not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
         # As a rule; entering two contexts that do nothing takes a microsecond.
         out, lse = driver.run(taken)
@@ -230,16 +248,20 @@ def run(
     return out, lse
 
 
-def validated(validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, communicator: Communicator, check: bool) -> T:
+def validated(
+    validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, in_flight: InFlight, check: bool, label: str | None
+) -> T:
     """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
+    checks.check_label(label)
     if not check:
         return validate()
+    account = Account(label or "", meta.plan.fingerprint, "")
     try:
         value = validate()
     except Exception as refusal:
-        agree(communicator, meta.device, meta.plan.fingerprint, "", refusal)
+        agree(in_flight, meta.device, account._replace(refusal=refusal))
         raise
-    agree(communicator, meta.device, meta.plan.fingerprint, describe(value), None)
+    agree(in_flight, meta.device, account._replace(arguments=describe(value)))
     return value
 
 
@@ -269,5 +291,5 @@ def _pad_lse_(lse: Tensor, meta: CPMetadata) -> None:
         lse.masked_fill_((meta.token_index < 0)[:, None], -torch.inf)
 
 
-def _nothing() -> Steps:
+def _no_steps() -> Steps:
     yield from ()

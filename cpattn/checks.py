@@ -27,6 +27,9 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.batch import IntArray, is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
 
+# All that ranks tell each other of a call has to fit into a small message.
+_LONGEST_LABEL = 100
+
 
 def check_metadata(meta: Any) -> None:
     if not isinstance(meta, CPMetadata):
@@ -259,6 +262,14 @@ def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
             f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
         )
     check_no_grad(**{name: cached})
+
+
+def check_label(label: Any) -> None:
+    if label is not None and (not isinstance(label, str) or len(label) > _LONGEST_LABEL or "\0" in label):
+        raise OptionError(
+            f"label={label!r}; pass a name of this call that is the same on every rank, such as 'layer 3': a str of at most "
+            f"{_LONGEST_LABEL} characters, or None"
+        )
 
 
 def check_overlap(overlap: Any, k: Tensor) -> None:

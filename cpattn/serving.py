@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from cpattn import checks
-from cpattn.call import Arguments, BackendChoice, decide, run
+from cpattn.attention.merge import lse_with_nan
+from cpattn.call import Arguments, BackendChoice, decide, run, validated
 from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
-from cpattn.exchange.communicator import Group, as_communicator
+from cpattn.exchange.communicator import Transfer
+from cpattn.exchange.groups import Group, as_communicator
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
@@ -23,7 +26,9 @@ from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
 
-def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = None) -> tuple[Tensor, Tensor | None]:
+def gather_kv(
+    k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Every rank's new keys and values, in rank-major order, on every rank. A collective call.
 
     >>> import cpattn, torch
@@ -35,7 +40,7 @@ def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = N
     Args:
         k: ``[meta.rows, Hkv, D]``; v ``[meta.rows, Hkv, Dv]``, or None where V is a part of K.
         meta: this rank's metadata.
-        group: as in :func:`cp_attention`.
+        group, check, label: as in :func:`cp_attention`.
 
     Returns:
         ``[cp_size * rows, Hkv, D]`` and ``[cp_size * rows, Hkv, Dv]`` (or None), zeros on padding: views of memory that
@@ -47,14 +52,27 @@ def gather_kv(k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = N
     """
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
-    checks.check_group(meta, communicator)
-    checks.check_kv(k, v, meta)
-    v_head_dim = k.shape[2] if v is None else v.shape[2]
-    kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
-    (gathered,) = gathered_buffers(communicator, kv, meta)
-    if meta.rows:
-        start_gather(gathered, k, v, meta, communicator).wait()
-    return gathered.all.parts
+
+    def validate() -> KVFormat:
+        checks.check_group(meta, communicator)
+        checks.check_kv(k, v, meta)
+        v_head_dim = k.shape[2] if v is None else v.shape[2]
+        return KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
+
+    def describe(kv: KVFormat) -> str:
+        return f"gather_kv, {kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, rows={meta.rows}, bucket={meta.bucket}"
+
+    with InFlight(communicator, meta.device) as in_flight:
+        kv = validated(validate, describe, meta, in_flight, check, label)
+
+        def make() -> list[Transfer]:
+            return [gathered.transfer for gathered in gathered_buffers(communicator, kv, meta)] if meta.rows else []
+
+        in_flight.expect(make)
+        (gathered,) = gathered_buffers(communicator, kv, meta)
+        if meta.rows:
+            start_gather(gathered, k, v, meta, in_flight).wait()
+        return gathered.all.parts
 
 
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor:
@@ -191,9 +209,11 @@ def attend(
     # Any one rank can do this alone: it is told of no group.
     decision = decide(arguments, meta, None)
 
-    def steps(inputs: object, meta: CPMetadata, communicator: object) -> Steps:
-        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, alone)
+    def steps(inputs: object, meta: CPMetadata, in_flight: InFlight) -> Steps:
+        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.communicator)
 
-    alone = as_communicator(None, 1)
-    out, lse = run(arguments, decision, meta, alone, steps)
-    return (out, lse) if return_lse else out
+    with InFlight(as_communicator(None, 1), meta.device) as in_flight:
+        out, lse = run(arguments, decision, meta, in_flight, steps)
+    if not return_lse:
+        return out
+    return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse

@@ -97,6 +97,8 @@ class Backend:
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
         loops_on_host: whether its launches follow from the rows' lengths, which a CUDA graph would freeze.
+        propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
+            say for a query without keys.
         accumulate: the kernel's way of merging into earlier results, if it has one.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
@@ -114,6 +116,7 @@ class Backend:
     fp32_out: bool
     reads_pages: Callable[[Call], bool] = lambda call: False
     loops_on_host: bool = False
+    propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None

@@ -49,7 +49,13 @@ def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: sli
         return
     q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q[queries], k[keys], v[keys]))
     part_1htd, part_lse_1ht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1htd, k_1hsd, v_1hsd, 0.0, causal, scale=scale)
-    merge_(out[queries], lse[queries], part_1htd[0].transpose(0, 1), part_lse_1ht[0].transpose(0, 1))
+    part, part_lse = part_1htd[0].transpose(0, 1), part_lse_1ht[0].transpose(0, 1)
+    # The kernel takes a query all of whose scores are NaN for one without keys: it gives 0 for both, and for the LSE.
+    unseen = part_lse == 0
+    if unseen.any() and (k_1hsd.isnan().any() or q_1htd.isnan().any()):
+        unseen &= (part == 0).all(dim=-1)
+        part, part_lse = part.masked_fill(unseen[..., None], torch.nan), part_lse.masked_fill(unseen, torch.nan)
+    merge_(out[queries], lse[queries], part, part_lse)
 
 
 BACKEND = Backend(

@@ -97,6 +97,7 @@ def flash_backend(
         v_head_dim=True,  # as far as refuses_head_dims lets it
         fp32_out=False,
         reads_pages=reads_pages,
+        propagates_nan=False,
         unavailable=unavailable,
         refuses=refuses,
     )

@@ -65,6 +65,11 @@ def _unless(x_THD: Tensor, empty_TH: Tensor) -> Tensor:
     return x_THD.masked_fill(empty_TH[..., None], -0.0)
 
 
+def lse_with_nan(out_THD: Tensor, lse_TH: Tensor) -> Tensor:
+    """The LSE, NaN where the result is: for kernels that say -inf or +inf there, as for a query without keys."""
+    return torch.where(out_THD[..., 0].isnan(), torch.nan, lse_TH)
+
+
 def apply_sinks_(out_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> None:
     """Adds each head's sink, a logit without a value, to finished rows in place: a merge with a result of 0."""
     # A sink of -inf is none, and beside no keys at all their difference is NaN.

@@ -20,7 +20,7 @@ from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
 from cpattn.cli.traffic import Shape
 from cpattn.errors import PlanError
-from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.groups import as_communicator
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
 
 _DEFAULT_BATCH = Path(__file__).parents[2] / "examples" / "batches" / "mixed.json"

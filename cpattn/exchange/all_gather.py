@@ -7,38 +7,56 @@ at once, and the attention of the first group runs while the next is in flight.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, overload
 
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment
 from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, Message, gather_rows_, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows
 from cpattn.exchange.pages import read_pages_, write_pages_
 from cpattn.exchange.step_rows import causal_rows
-from cpattn.exchange.strategy import ExchangeInputs, Step, Steps, Strategy
+from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 
 
-def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
-    cache = inputs.cache
-    if meta.plan.cp_size == 1 and cache is None:
-        yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
+def _is_alone(sizes: ExchangeSizes, meta: CPMetadata) -> bool:
+    """Whether a rank's new keys are all that is missing, and no others have to be put in order with them."""
+    return meta.plan.cp_size == 1 and (sizes.is_paged or not sizes.has_cache)
+
+
+def _group_format(sizes: ExchangeSizes) -> KVFormat:
+    """K and V of one of the groups of heads."""
+    kv = sizes.format
+    return kv if sizes.overlap == 1 else kv._replace(heads=kv.heads // sizes.overlap)
+
+
+def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+    if _is_alone(sizes, meta):
+        return []
+    return [gathered.transfer for gathered in gathered_buffers(communicator, _group_format(sizes), meta, sizes.overlap)]
+
+
+def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
+    cache, communicator = inputs.cache, in_flight.communicator
+    if _is_alone(inputs.sizes, meta):
+        if isinstance(cache, PagedKV):
+            write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
+            yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
+        else:
+            yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
         return
-    if meta.plan.cp_size == 1 and isinstance(cache, PagedKV):
-        write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
-        yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
-        return
-    groups = inputs.overlap
-    kv = inputs.format if groups == 1 else inputs.format._replace(heads=inputs.format.heads // groups)
+    groups, kv = inputs.sizes.overlap, _group_format(inputs.sizes)
     # None for all heads, which spares the slicing.
     group_heads = [None] if groups == 1 else [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
     all_gathered = gathered_buffers(communicator, kv, meta, groups)
     gathers = [
-        start_gather(gathered, _heads_of(inputs.k, heads), _heads_of(inputs.v, heads), meta, communicator)
+        start_gather(gathered, _heads_of(inputs.k, heads), _heads_of(inputs.v, heads), meta, in_flight)
         for gathered, heads in zip(all_gathered, group_heads, strict=True)
     ]
     for gathered, heads, gather in zip(all_gathered, group_heads, gathers, strict=True):
@@ -95,19 +113,20 @@ def gathered_buffers(communicator: Communicator, kv: KVFormat, meta: CPMetadata,
         # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
         buffer = communicator.buffer("gathered", (groups, all_rows, kv.heads, kv.width), kv.dtype, kv.device)
         owns = [gathered.narrow(0, communicator.rank * meta.rows, meta.rows) for gathered in buffer]
+        transfers = [communicator.prepare_all_gather(gathered, own) for gathered, own in zip(buffer, owns, strict=True)]
         return [
-            Gathered(Message.of(gathered, kv), own, communicator.prepare_all_gather(gathered, own))
-            for gathered, own in zip(buffer, owns, strict=True)
+            Gathered(Message.of(gathered, kv), own, transfer._replace(fill_missing=partial(kv.fill_missing_, own)))
+            for gathered, own, transfer in zip(buffer, owns, transfers, strict=True)
         ]
 
     return communicator.reuse("gathered", (kv, all_rows, groups), kv.device, make)
 
 
-def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetadata, communicator: Communicator) -> Work:
-    """Starts to bring every rank's K and V together."""
+def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetadata, in_flight: InFlight) -> Work:
+    """Starts to bring every rank's K and V together, which is the transfer that comes next."""
     # The message is packed where the gather would put it, which spares a copy of it.
     pack_(gathered.own, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
-    return communicator.start(gathered.transfer)
+    return in_flight.start()
 
 
 def over_pages(
@@ -134,6 +153,7 @@ def _alignments(plan: Plan, window: int | None, fixed: bool = False) -> frozense
 
 ALL_GATHER = Strategy(
     name="all_gather",
+    transfers=_transfers,
     steps=_steps,
     num_steps=lambda plan, window, fixed=False: 1,
     alignments=_alignments,

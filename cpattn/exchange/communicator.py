@@ -1,31 +1,27 @@
-"""Communicator: the two collectives that the exchange needs, over a process group or within one process.
+"""Communicator: the three collectives that the exchange needs, and the memory that they send from and to.
 
 A message is a contiguous tensor of any dtype; it travels as bytes, so that no transport has to know the dtype.
 """
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary, ref
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from cpattn.errors import GroupError
+from cpattn.exchange.group_state import GroupState
 from cpattn.kernels.current import is_capturing
-
-# torch 2.13 renamed it and deprecates the old name.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
 
-# What a ``group`` argument takes.
-Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
+
+living_communicators: WeakSet[Communicator] = WeakSet()
+# A graph may outlive whoever captured it, and the memory that it replays over must not be freed.
+_with_captured: set[Communicator] = set()
 
 
 class Work:
@@ -45,11 +41,14 @@ class Transfer(NamedTuple):
     Attributes:
         begin: ``begin(communicator, *arguments)``. It is kept with the communicator's buffers, and so has no reference to it.
         nbytes: that are sent.
+        fill_missing: writes what stands for the message if this rank could not make it: NaN. None where it is there before
+            the call, or was received from another rank.
     """
 
     begin: Callable[..., Work]
     nbytes: int
     arguments: tuple[Any, ...]
+    fill_missing: Callable[[], object] | None = None
 
 
 class Communicator(ABC):
@@ -60,17 +59,22 @@ class Communicator(ABC):
 
     Attributes:
         rank, size: within the group.
+        state: of the group, as far as this process knows it.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
     """
+
+    state: GroupState
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.state = GroupState()
         self.bytes_sent = 0
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         # What was last made of them under each name, for which sizes; see reuse.
         self._made: dict[str, tuple[Hashable, Any]] = {}
         self._captured: list[Tensor] = []
+        living_communicators.add(self)
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
@@ -128,13 +132,14 @@ class Communicator(ABC):
             size *= length
         kept = self._buffers.get((name, device))
         if kept is None or len(kept) < size:
+            if kept is not None:
+                self.state.keep_until_done(kept)
             # A little more than asked for, so that slowly growing batches do not allocate at every step.
             kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
             # Views of what it replaces would keep that alive.
             self._made.clear()
         if is_capturing(device) and not any(kept is x for x in self._captured):
             self._captured.append(kept)
-            # A graph may outlive whoever captured it.
             _with_captured.add(self)
         return kept[:size].view(dtype).view(shape)
 
@@ -160,188 +165,10 @@ class Communicator(ABC):
 
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
+        for memory in self._buffers.values():
+            self.state.keep_until_done(memory)
         self._buffers.clear()
         self._made.clear()
-
-
-class ProcessGroupCommunicator(Communicator):
-    """Over a torch.distributed process group of any transport; gloo and NCCL are the ones tested."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        # Weak, so that the communicators kept for groups below end with their groups.
-        self._weak_group = ref(group)
-        self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group. Raises GroupError once it is destroyed."""
-        group = self._weak_group()
-        if group is None:
-            raise GroupError("the process group of this communicator has been destroyed; make a new one")
-        return group
-
-    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        work = _all_gather_single(out, x, group=self.group, async_op=True)
-        return Work(work.wait)
-
-    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        return self._send_and_receive({(self.rank + by) % self.size: x}, {(self.rank - by) % self.size: out})
-
-    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        # As point-to-point transfers, which every transport has; it is what NCCL makes of an all-to-all as well.
-        out[self.rank].copy_(x[self.rank])
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        return self._send_and_receive({rank: x[rank] for rank in others}, {rank: out[rank] for rank in others})
-
-    def _send_and_receive(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> Work:
-        group = self.group
-        operations = [dist.P2POp(dist.isend, x, self._global_ranks[rank], group) for rank, x in send.items()]
-        operations += [dist.P2POp(dist.irecv, out, self._global_ranks[rank], group) for rank, out in receive.items()]
-        works = dist.batch_isend_irecv(operations) if operations else []
-
-        def wait() -> None:
-            for work in works:
-                work.wait()
-
-        return Work(wait)
-
-
-class LoopbackGroup:
-    """All ranks in one process, a thread each: what tests and single-device benchmarks run on.
-
-    >>> import torch
-    >>> group = LoopbackGroup(1)
-    >>> out = torch.empty(2)
-    >>> group.communicator(0).all_gather(out, torch.tensor([1.0, 2.0])).wait()
-    >>> out
-    tensor([1., 2.])
-
-    Transfers are copies, made when the receiver waits. On CUDA all ranks must use one stream.
-    ``timeout`` (seconds) bounds every wait; :meth:`abort` makes all waiting ranks raise at once.
-    """
-
-    def __init__(self, size: int, timeout: float = 60.0) -> None:
-        self.size = size
-        self.timeout = timeout
-        self._changed = threading.Condition()
-        self._posted: dict[tuple[int, int], tuple[Tensor, int]] = {}
-        self._aborted = False
-
-    def communicator(self, rank: int) -> Communicator:
-        """The end of one rank, to be used by one thread."""
-        if not 0 <= rank < self.size:
-            raise GroupError(f"rank {rank} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
-        return _LoopbackCommunicator(self, rank)
-
-    def abort(self) -> None:
-        """Makes every rank that waits, now or later, raise: for when one of them has failed."""
-        with self._changed:
-            self._aborted = True
-            self._changed.notify_all()
-
-    def post(self, call: int, rank: int, x: Tensor, readers: int) -> None:
-        """Offers a rank's message of its ``call``-th collective to ``readers`` ranks."""
-        with self._changed:
-            self._posted[call, rank] = (x, readers)
-            self._changed.notify_all()
-
-    def read(self, call: int, rank: int, out: Tensor, part: int | None = None) -> None:
-        """Waits for a rank's message and copies it, or one part of it."""
-        with self._changed:
-            self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
-            posted, readers = self._posted[call, rank]
-            x = posted if part is None else posted[part]
-            if x.shape != out.shape:
-                raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
-            out.copy_(x)
-            self._posted[call, rank] = (posted, readers - 1)
-            self._changed.notify_all()
-
-    def retire(self, call: int, rank: int) -> None:
-        """Waits until all have read a rank's message, so that its memory is free again."""
-        with self._changed:
-            self._await(lambda: self._posted[call, rank][1] == 0, f"the readers of rank {rank}'s message")
-            del self._posted[call, rank]
-
-    def _await(self, condition: Callable[[], bool], what: str) -> None:
-        done = self._changed.wait_for(lambda: self._aborted or condition(), self.timeout)
-        if self._aborted:
-            raise RuntimeError("another rank of this loopback group has failed")
-        if not done:
-            raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
-
-
-class _LoopbackCommunicator(Communicator):
-    def __init__(self, group: LoopbackGroup, rank: int) -> None:
-        super().__init__(rank, group.size)
-        self._group = group
-        self._calls = 0
-
-    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        parts = out.view(self.size, -1)
-        return self._start(x, {rank: parts[rank] for rank in range(self.size)})
-
-    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        return self._start(x, {(self.rank - by) % self.size: out})
-
-    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        return self._start(x, dict(enumerate(out)), part=self.rank)
-
-    def _start(self, x: Tensor, receive: dict[int, Tensor], part: int | None = None) -> Work:
-        call = self._calls
-        self._calls += 1
-        # Each message is read as often as it is received here: the collectives are symmetric.
-        self._group.post(call, self.rank, x, readers=len(receive))
-
-        def wait() -> None:
-            for rank, out in receive.items():
-                self._group.read(call, rank, out, part)
-            self._group.retire(call, self.rank)
-
-        return Work(wait)
-
-
-_with_captured: set[Communicator] = set()
-# One for each thread that works without a group, so that its buffers serve all layers and batches.
-_alone = threading.local()
-# One communicator a group, so that its buffers serve all layers and batches.
-_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
-
-
-def as_communicator(group: Group, cp_size: int) -> Communicator:
-    """What a ``group`` argument stands for: a process group, one axis of a device mesh, a communicator, or the default group.
-
-    A plan for one rank needs none of them. Raises GroupError where no group can be had.
-    """
-    if isinstance(group, Communicator):
-        return group
-    if group is None and cp_size == 1:
-        if not hasattr(_alone, "communicator"):
-            _alone.communicator = LoopbackGroup(1).communicator(0)
-        communicator: Communicator = _alone.communicator
-        return communicator
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            names = group.mesh_dim_names or "unnamed"
-            raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
-        group = group.get_group()
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            launched = dist.is_available() and dist.is_torchelastic_launched()
-            launch = "" if launched else f"launch with torchrun --nproc-per-node {cp_size} and "
-            raise GroupError(
-                f"the plan has {cp_size} ranks, but there is no process group: {launch}call torch.distributed.init_process_group(), "
-                "or pass group="
-            )
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        raise GroupError(
-            f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator"
-        )
-    if group not in _communicators:
-        _communicators[group] = ProcessGroupCommunicator(group)
-    return _communicators[group]
 
 
 def _as_bytes(x: Tensor) -> Tensor:

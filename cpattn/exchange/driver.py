@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.merge import apply_sinks_, merge_, merge_all_
+from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_, merge_all_
+from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.strategy import Partials, Step, Steps
 
 
@@ -86,13 +87,18 @@ class Driver:
             if rows.max_seqlen_k == 0:
                 continue
             if result is None:
-                out, lse = self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype)
+                out, lse = self._partial(q, step, rows)
                 result = (out.to(self._precise) if self._merges else out), lse
             elif self._backend.accumulate is not None:
                 self._backend.accumulate(q, step.k, step.v, rows, self._options, *result)
             else:
-                merge_(*result, *self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype))
+                merge_(*result, *self._partial(q, step, rows))
         return result
+
+    def _partial(self, q: Tensor, step: Step, rows: RaggedRows) -> tuple[Tensor, Tensor]:
+        out, lse = self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype)
+        # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
+        return out, lse_with_nan(out, lse) if self._merges and not self._backend.propagates_nan else lse
 
     def _attend_heads(self, result: tuple[Tensor, Tensor], step: Step, heads: slice) -> None:
         """A step that is about some of the query heads, which are the ones its KV heads belong to."""

@@ -46,6 +46,19 @@ class KVFormat(NamedTuple):
         """K and V to attend to."""
         return k, k[..., : self.v_head_dim] if v is None else v
 
+    def fill_missing_(self, message: Tensor) -> None:
+        """What stands for keys that a rank could not make: whoever sees one of them gets NaN, and LSE NaN.
+
+        Keys are NaN. Values are 0, since kernels multiply also those that a query does not see by a weight of 0, which is NaN
+        for NaN. (Where all of a key is its value, all is NaN.)
+        """
+        message.fill_(torch.nan)
+        if self.v_in_k:
+            if self.v_head_dim < self.head_dim:
+                message[..., : self.v_head_dim] = 0
+        else:
+            message[..., self.head_dim :] = 0
+
 
 class Message(NamedTuple):
     """Memory of a message, and its K and V.

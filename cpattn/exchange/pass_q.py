@@ -11,6 +11,7 @@ queries and the last one's results are in flight. It holds two ranks' queries an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,23 +19,30 @@ from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.communicator import Communicator, Transfer
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.ring import num_merges, shard_alignments, why_not_shards
 from cpattn.exchange.step_rows import gathered_source_rows, source_rows
-from cpattn.exchange.strategy import ExchangeInputs, Partials, Step, Steps, Strategy
+from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Partials, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
 
-def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
-    q, cp_size = inputs.q, meta.plan.cp_size
+def _gather_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+    if communicator.size == 1:
+        return []
+    return [_gathered_queries(sizes, communicator).transfer, _all_results(sizes, communicator).transfer]
+
+
+def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
+    communicator, sizes = in_flight.communicator, inputs.sizes
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
-    gathering = _gathered_queries(inputs, communicator)
+    gathering = _gathered_queries(sizes, communicator)
     work = None
-    if cp_size > 1:
-        gathering.own.copy_(q)
-        work = communicator.start(gathering.transfer)
+    if communicator.size > 1:
+        gathering.own.copy_(inputs.q)
+        work = in_flight.start()
     prefix = prefix_step(inputs, meta, communicator)
     if prefix is not None:
         yield prefix
@@ -45,23 +53,32 @@ def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Commun
     rows = gathered_source_rows(meta, inputs.window, paged)
     result = yield Step(k, v, _over(inputs, rows, paged), q=gathering.all)
     assert result is not None  # a step with q is answered
-    send, received, transfer = _results("results", cp_size, inputs, communicator)
-    send.put(*result)
-    communicator.start(transfer).wait()
-    yield received.partials
+    results = _all_results(sizes, communicator)
+    results.sent.put(*result)
+    in_flight.start().wait()
+    yield results.received.partials
 
 
-def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
-    q, cp_size = inputs.q, meta.plan.cp_size
+def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+    """In each hop the queries of the next one set out before the results of this one go back."""
+    if communicator.size == 1:
+        return []
+    _, shifts = _hop_queries(sizes, communicator)
+    returns = [_hop_results(sizes, communicator, hop).transfer for hop in range(1, communicator.size)]
+    return [shifts[0], *(transfer for pair in zip(shifts[1:], returns, strict=False) for transfer in pair), returns[-1]]
+
+
+def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
+    communicator, sizes, cp_size = in_flight.communicator, inputs.sizes, meta.plan.cp_size
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
     rows = source_rows(meta, inputs.window, paged)
-    queries, shifts = _hop_queries(inputs, communicator) if cp_size > 1 else ([], [])
+    queries, _ = _hop_queries(sizes, communicator) if cp_size > 1 else ([], [])
     if queries:
-        queries[0].copy_(q)
+        queries[0].copy_(inputs.q)
     returning = None
     for hop in range(cp_size):
         source = (meta.cp_rank - hop) % cp_size
-        shift = communicator.start(shifts[hop % 2]) if hop + 1 < cp_size else None
+        shift = in_flight.start() if hop + 1 < cp_size else None
         if hop == 0:
             prefix = prefix_step(inputs, meta, communicator)
             if prefix is not None:
@@ -74,9 +91,9 @@ def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communic
                 work, received = returning
                 work.wait()
                 yield received.partials
-            send, received, transfer = _results(f"results {hop % 2}", 1, inputs, communicator, -hop)
-            send.put(*result)
-            returning = communicator.start(transfer), received
+            results = _hop_results(sizes, communicator, hop)
+            results.sent.put(*result)
+            returning = in_flight.start(), results.received
         if shift is not None:
             shift.wait()
     if returning is not None:
@@ -113,26 +130,31 @@ class _Queries(NamedTuple):
     transfer: Transfer
 
 
-def _gathered_queries(inputs: ExchangeInputs, communicator: Communicator) -> _Queries:
-    q, size = inputs.q, communicator.size
+def _gathered_queries(sizes: ExchangeSizes, communicator: Communicator) -> _Queries:
+    shape, kv = sizes.q_shape, sizes.format
 
     def make() -> _Queries:
-        queries = communicator.buffer("queries", (size, *q.shape), q.dtype, q.device)
+        queries = communicator.buffer("queries", (communicator.size, *shape), kv.dtype, kv.device)
         own = queries[communicator.rank]
-        return _Queries(queries.flatten(0, 1), own, communicator.prepare_all_gather(queries, own))
+        transfer = communicator.prepare_all_gather(queries, own)._replace(fill_missing=partial(own.fill_, torch.nan))
+        return _Queries(queries.flatten(0, 1), own, transfer)
 
-    return communicator.reuse("queries", (q.shape, q.dtype, q.device), q.device, make)
+    return communicator.reuse("queries", (shape, kv.dtype, kv.device), kv.device, make)
 
 
-def _hop_queries(inputs: ExchangeInputs, communicator: Communicator) -> tuple[list[Tensor], list[Transfer]]:
-    """The two buffers that take turns: what is there, and what is on its way; and the transfers from each to the other."""
-    q = inputs.q
+def _hop_queries(sizes: ExchangeSizes, communicator: Communicator) -> tuple[list[Tensor], list[Transfer]]:
+    """The two buffers that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
+    shape, kv = sizes.q_shape, sizes.format
 
     def make() -> tuple[list[Tensor], list[Transfer]]:
-        queries = [communicator.buffer(f"queries {n}", q.shape, q.dtype, q.device) for n in range(2)]
-        return queries, [communicator.prepare_shift(queries[1 - n], queries[n]) for n in range(2)]
+        queries = [communicator.buffer(f"queries {n}", shape, kv.dtype, kv.device) for n in range(2)]
+        turns = [communicator.prepare_shift(queries[1 - n], queries[n]) for n in range(2)]
+        transfers = [turns[hop % 2] for hop in range(communicator.size - 1)]
+        # All that comes later was received.
+        transfers[0] = transfers[0]._replace(fill_missing=partial(queries[0].fill_, torch.nan))
+        return queries, transfers
 
-    return communicator.reuse("hop queries", (q.shape, q.dtype, q.device), q.device, make)
+    return communicator.reuse("hop queries", (shape, kv.dtype, kv.device), kv.device, make)
 
 
 class _Results(NamedTuple):
@@ -152,27 +174,44 @@ class _Results(NamedTuple):
         self.lse.copy_(lse)
 
 
-def _results(
-    name: str, ranks: int, inputs: ExchangeInputs, communicator: Communicator, shift: int | None = None
-) -> tuple[_Results, _Results, Transfer]:
-    """Memory for results that are sent, for those that are received, and the transfer: a shift by so many ranks, or an
-    exchange between all."""
-    # Results stay fp32 until all are merged.
-    dtype, device = torch.promote_types(inputs.q.dtype, torch.float32), inputs.q.device
-    shape = ranks, *inputs.q.shape[:2], inputs.format.v_head_dim + 1
+class _Exchange(NamedTuple):
+    """Memory for results that are sent and that are received, and the transfer."""
 
-    def make() -> tuple[_Results, _Results, Transfer]:
+    sent: _Results
+    received: _Results
+    transfer: Transfer
+
+
+def _all_results(sizes: ExchangeSizes, communicator: Communicator) -> _Exchange:
+    """Each rank's results to where its queries came from, between all ranks at once."""
+    return _results("results", communicator.size, sizes, communicator)
+
+
+def _hop_results(sizes: ExchangeSizes, communicator: Communicator, hop: int) -> _Exchange:
+    """The results of one hop, back to where its queries came from; two hops' memory takes turns."""
+    return _results(f"results {hop % 2}", 1, sizes, communicator, shift=-hop)
+
+
+def _results(name: str, ranks: int, sizes: ExchangeSizes, communicator: Communicator, shift: int | None = None) -> _Exchange:
+    kv = sizes.format
+    # Results stay fp32 until all are merged.
+    dtype = torch.promote_types(kv.dtype, torch.float32)
+    shape = ranks, *sizes.q_shape[:2], kv.v_head_dim + 1
+
+    def make() -> _Exchange:
         both = []
         for end in ("sent", "received"):
-            message = communicator.buffer(f"{name} {end}", shape, dtype, device)
+            message = communicator.buffer(f"{name} {end}", shape, dtype, kv.device)
             flat = message.flatten(0, 1)
             both.append(_Results(message, flat[..., :-1], flat[..., -1], Partials(message[..., :-1], message[..., -1])))
-        send, received = both
+        sent, received = both
         if shift is None:
-            return send, received, communicator.prepare_all_to_all(received.message, send.message)
-        return send, received, communicator.prepare_shift(received.message, send.message, by=shift)
+            transfer = communicator.prepare_all_to_all(received.message, sent.message)
+        else:
+            transfer = communicator.prepare_shift(received.message, sent.message, by=shift)
+        return _Exchange(sent, received, transfer._replace(fill_missing=partial(sent.message.fill_, torch.nan)))
 
-    return communicator.reuse(name if shift is None else f"{name} by {shift}", (shape, dtype, device), device, make)
+    return communicator.reuse(name if shift is None else f"{name} by {shift}", (shape, dtype, kv.device), kv.device, make)
 
 
 def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
@@ -181,5 +220,19 @@ def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | N
     return why_not_shards(meta, cache, window)
 
 
-PASS_Q = Strategy(name="pass_q", steps=_gather_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)
-PASS_Q_RING = Strategy(name="pass_q_ring", steps=_ring_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)
+PASS_Q = Strategy(
+    name="pass_q",
+    transfers=_gather_transfers,
+    steps=_gather_steps,
+    num_steps=num_merges,
+    alignments=shard_alignments,
+    why_not=_why_not,
+)
+PASS_Q_RING = Strategy(
+    name="pass_q_ring",
+    transfers=_ring_transfers,
+    steps=_ring_steps,
+    num_steps=num_merges,
+    alignments=shard_alignments,
+    why_not=_why_not,
+)

@@ -6,25 +6,31 @@ Prefixes that every rank has are a step of their own. Of a sharded cache each ra
 
 from __future__ import annotations
 
+from functools import partial
+
 from cpattn.attention.rows import Alignment
 from cpattn.exchange.communicator import Communicator, Transfer
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, Message, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.step_rows import launches_per_shard, shard_rows
-from cpattn.exchange.strategy import ExchangeInputs, Step, Steps, Strategy
+from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 
 
-def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Steps:
-    kv, cp_size, rank = inputs.format, meta.plan.cp_size, meta.cp_rank
+def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+    return _hop_buffers(communicator, sizes.format, meta)[1]
+
+
+def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
+    communicator, cp_size, rank = in_flight.communicator, meta.plan.cp_size, meta.cp_rank
     pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
     sharded = pages if meta.plan.sharded else None
     rows = shard_rows(meta, inputs.window)
-    message_rows = meta.plan.largest_shard if sharded else meta.rows if cp_size > 1 else 0
-    messages, shifts = _hop_buffers(communicator, kv, message_rows)
+    messages, _ = _hop_buffers(communicator, inputs.format, meta)
     if sharded:
         write_own(sharded, inputs, meta)
         read_shard_(messages[0], sharded, meta)
@@ -36,7 +42,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
     places = [] if pages is None or sharded else meta.gathered_places_by_rank
     for hop in range(cp_size):
         owner = (rank - hop) % cp_size
-        shift = communicator.start(shifts[hop % 2]) if hop + 1 < cp_size else None
+        shift = in_flight.start() if hop + 1 < cp_size else None
         if hop == 0:
             prefix = prefix_step(inputs, meta, communicator)
             if prefix is not None:
@@ -51,12 +57,19 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator)
         hop_keys = messages[(hop + 1) % 2].pair
 
 
-def _hop_buffers(communicator: Communicator, kv: KVFormat, rows: int) -> tuple[list[Message], list[Transfer]]:
-    """The two messages that take turns: what is there, and what is on its way; and the transfers from each to the other."""
+def _hop_buffers(communicator: Communicator, kv: KVFormat, meta: CPMetadata) -> tuple[list[Message], list[Transfer]]:
+    """The two messages that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
+    cp_size = meta.plan.cp_size
+    rows = meta.plan.largest_shard if meta.plan.sharded else meta.rows if cp_size > 1 else 0
 
     def make() -> tuple[list[Message], list[Transfer]]:
         messages = [message_buffer(communicator, f"ring {n}", kv, rows) for n in range(2)]
-        return messages, [communicator.prepare_shift(messages[1 - n].whole, messages[n].whole) for n in range(2)]
+        turns = [communicator.prepare_shift(messages[1 - n].whole, messages[n].whole) for n in range(2)]
+        transfers = [turns[hop % 2] for hop in range(cp_size - 1)]
+        if transfers:
+            # All that comes later was received.
+            transfers[0] = transfers[0]._replace(fill_missing=partial(kv.fill_missing_, messages[0].whole))
+        return messages, transfers
 
     return communicator.reuse("ring", (kv, rows), kv.device, make)
 
@@ -88,4 +101,4 @@ def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | N
     return why_not_shards(meta, cache, window)
 
 
-RING = Strategy(name="ring", steps=_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)
+RING = Strategy(name="ring", transfers=_transfers, steps=_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment, RaggedRows
-from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.communicator import Communicator, Transfer
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -44,6 +46,24 @@ class Partials(NamedTuple):
 Steps: TypeAlias = Generator[Step | Partials, "tuple[Tensor, Tensor] | None", None]
 
 
+class ExchangeSizes(NamedTuple):
+    """What the memory of a call's messages follows from, the same on every rank.
+
+    Attributes:
+        q_shape: of a rank's queries ``[rows, Hq, D]``.
+        format: of K and V, and the device of all.
+        has_cache: whether prefixes come with the call.
+        is_paged: whether they lie in pages.
+        overlap: groups of KV heads into which an all-gather is split.
+    """
+
+    q_shape: torch.Size
+    format: KVFormat
+    has_cache: bool
+    is_paged: bool
+    overlap: int
+
+
 class ExchangeInputs(NamedTuple):
     """What a rank brings to the exchange, and how the exchange is to be made.
 
@@ -53,7 +73,7 @@ class ExchangeInputs(NamedTuple):
         cache: of the whole batch, or, where prefixes are sharded, of what this rank holds; None if there is none.
         reads_pages: whether the backend can attend to the cache's pages as they are.
         window: of the attention, or None.
-        overlap: groups of KV heads into which an all-gather is split.
+        sizes: of what is sent.
     """
 
     q: Tensor
@@ -63,7 +83,7 @@ class ExchangeInputs(NamedTuple):
     cache: PackedKV | PagedKV | None
     reads_pages: bool
     window: int | None
-    overlap: int
+    sizes: ExchangeSizes
 
 
 class CountSteps(Protocol):
@@ -84,9 +104,10 @@ class Strategy:
 
     Attributes:
         name: what ``strategy=`` takes.
-        steps: yields the steps of one call, given what the rank brings, its metadata and the communicator.
+        transfers: all that one call will send, in order: as many on every rank.
+        steps: yields the steps of one call, given what the rank brings, its metadata and the transfers in flight.
             Before it yields a step it starts the transfer that the next one needs; whoever takes the steps computes
-            each before asking for the next.
+            each before asking for the next. It starts all transfers, in their order, and waits for each.
         num_steps: how many results are merged for a query, for a plan and a window; the same on every rank. ``fixed`` says
             that it is to be as many as for any plan that a bucket's graph may replay.
         alignments: of the rows in these steps, for a plan and a window, or any plan that may be replayed; the same on every
@@ -96,7 +117,8 @@ class Strategy:
     """
 
     name: str
-    steps: Callable[[ExchangeInputs, CPMetadata, Communicator], Steps]
+    transfers: Callable[[ExchangeSizes, CPMetadata, Communicator], list[Transfer]]
+    steps: Callable[[ExchangeInputs, CPMetadata, InFlight], Steps]
     num_steps: CountSteps
     alignments: FindAlignments
     why_not: Callable[[CPMetadata, PackedKV | PagedKV | None, int | None], str | None]

@@ -511,7 +511,8 @@ def _write(
         if not SINKS:
             is_token_M = is_token_M & (key_to > key_from)
         old_lse_M = gl.load(lse_tile, mask=is_token_M, other=float("-inf"))
-        larger_M = gl.maximum(old_lse_M, lse_M)
+        # Not gl.maximum, which drops NaN: an earlier result of NaN must not pass for one without keys.
+        larger_M = gl.where(lse_M > old_lse_M, lse_M, old_lse_M)
         base_M = gl.where(larger_M == float("-inf"), 0.0, larger_M)
         old_weight_M = gl.where(lse_M == float("-inf"), 1.0, gl.exp(old_lse_M - base_M))
         is_first_M = (old_lse_M == float("-inf")) & (lse_M > float("-inf"))

@@ -36,12 +36,13 @@ def _merge_kernel(
     part_R = lse_R
     for _ in range(num_parts):
         part_lse_R = tl.load(part_R, mask=is_row_R, other=float("-inf")).to(tl.float32)
-        largest_R = tl.maximum(largest_R, part_lse_R)
+        # A maximum that keeps NaN, which tl.maximum drops: a part of NaN must not pass for one without keys.
+        largest_R = tl.where((part_lse_R > largest_R) | (part_lse_R != part_lse_R), part_lse_R, largest_R)
         part_R += lse_stride_part
     # What has no keys in any part is neither read nor written.
-    is_row_R = is_row_R & (largest_R > float("-inf"))
-    # Of the others the largest LSE is finite; 0 in its place keeps the rest from computing inf - inf.
-    largest_R = tl.where(is_row_R, tl.maximum(largest_R, old_lse_R), 0.0)
+    is_row_R = is_row_R & (largest_R != float("-inf"))
+    # Of the others the largest LSE is not infinite; 0 in its place keeps the rest from computing inf - inf.
+    largest_R = tl.where(is_row_R, tl.where(old_lse_R > largest_R, old_lse_R, largest_R), 0.0)
 
     old_weight_R = tl.exp(old_lse_R - largest_R)
     total_R = old_weight_R

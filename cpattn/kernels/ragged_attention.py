@@ -281,7 +281,8 @@ def _attention_kernel(
     lse_tile = lse + q_begin.to(tl.int64) * lse_stride_row + token_M * lse_stride_row + head_M * lse_stride_head
     if INTO:
         old_lse_M = tl.load(lse_tile, mask=is_token_M, other=float("-inf"))
-        larger_M = tl.maximum(old_lse_M, lse_M)
+        # Not tl.maximum, which drops NaN: an earlier result of NaN must not pass for one without keys.
+        larger_M = tl.where(lse_M > old_lse_M, lse_M, old_lse_M)
         base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
         # A query without keys here keeps its old result to the bit, also where that is the result of no keys.
         old_weight_M = tl.where(lse_M == float("-inf"), 1.0, tl.exp(old_lse_M - base_M))

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cpattn.exchange.communicator import Communicator, LoopbackGroup
+from cpattn.exchange.communicator import Communicator
+from cpattn.exchange.loopback import LoopbackGroup
 
 T = TypeVar("T")
 

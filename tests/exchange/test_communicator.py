@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cpattn
-from cpattn.exchange.communicator import as_communicator
+from cpattn.exchange.groups import as_communicator
 from cpattn.testing import SoloCommunicator, run_loopback
 
 

@@ -12,9 +12,10 @@ from strategies import Batch, non_empty_batches
 
 import cpattn
 from cpattn.attention.rows import find_alignment
+from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, torch_pack_
 from cpattn.exchange.registry import AUTO_GATHER_LIMIT, candidate_strategies, default_overlap
-from cpattn.exchange.strategy import ExchangeInputs, Step
+from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps
 from cpattn.testing import SoloCommunicator
 
 # What each alignment can pass for.
@@ -26,8 +27,15 @@ def steps_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None, ov
     q, k = torch.zeros(plan.rows, 4, 4), torch.zeros(plan.rows, 2, 4)
     cached = torch.zeros(plan.num_prefix_tokens, 2, 4)
     prefix = cpattn.PackedKV(cached, cached) if plan.num_prefix_tokens else None
-    inputs = ExchangeInputs(q, k, k, FORMAT, prefix, False, window, overlap)
-    steps = cpattn.STRATEGIES[strategy].steps(inputs, plan.metadata(rank), SoloCommunicator(rank, plan.cp_size))
+    sizes = ExchangeSizes(q.shape, FORMAT, prefix is not None, False, overlap)
+    inputs = ExchangeInputs(q, k, k, FORMAT, prefix, False, window, sizes)
+    meta, chosen = plan.metadata(rank), cpattn.STRATEGIES[strategy]
+    with InFlight(SoloCommunicator(rank, plan.cp_size), meta.device) as in_flight:
+        in_flight.expect(lambda: chosen.transfers(sizes, meta, in_flight.communicator))
+        return take(chosen.steps(inputs, meta, in_flight))
+
+
+def take(steps: Steps) -> list[Step]:
     taken: list[Step] = []
     answer = None
     try:

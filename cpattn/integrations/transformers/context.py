@@ -13,7 +13,9 @@ from torch import Tensor
 from cpattn import checks
 from cpattn.api import cp_attention, shard, unshard
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
-from cpattn.exchange.communicator import Group, as_communicator
+from cpattn.exchange.gather import gather_whole
+from cpattn.exchange.groups import Group, as_communicator
+from cpattn.exchange.in_flight import InFlight
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -184,9 +186,8 @@ class ContextParallel:
         if not self._last_only:
             rows = rows.index_select(0, last.keep)
         checks.check_no_grad(logits=rows)
-        size = self._communicator.size
-        gathered = self._communicator.buffer("last logits", (size * len(rows), *rows.shape[1:]), rows.dtype, rows.device)
-        self._communicator.all_gather(gathered, rows.contiguous()).wait()
+        with InFlight(self._communicator, rows.device) as in_flight:
+            gathered = gather_whole(in_flight, "last logits", rows)
         out = rows.new_full((len(self.meta.plan.batch), *rows.shape[1:]), float("nan"))
         return out.index_copy_(0, last.request, gathered.index_select(0, last.place))
 

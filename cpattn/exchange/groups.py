@@ -1,0 +1,101 @@
+"""What a ``group`` argument stands for, and the one communicator that serves all calls over a group."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpattn.errors import GroupError
+from cpattn.exchange.communicator import Communicator, living_communicators
+from cpattn.exchange.group_state import state_of
+from cpattn.exchange.loopback import LoopbackGroup
+from cpattn.exchange.process_group import ProcessGroupCommunicator
+
+# What a ``group`` argument takes.
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
+
+# One for each thread that works without a group, so that its buffers serve all layers and batches.
+_alone = threading.local()
+# One communicator a group, so that its buffers serve all layers and batches.
+_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+
+
+def as_communicator(group: Group, cp_size: int) -> Communicator:
+    """What a ``group`` argument stands for: a process group, one axis of a device mesh, a communicator, or the default group.
+
+    A plan for one rank needs none of them. Raises GroupError where no group can be had.
+    """
+    if isinstance(group, Communicator):
+        return group
+    if group is None and cp_size == 1:
+        return _alone_here()
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            launched = dist.is_available() and dist.is_torchelastic_launched()
+            launch = "" if launched else f"launch with torchrun --nproc-per-node {cp_size} and "
+            raise GroupError(
+                f"the plan has {cp_size} ranks, but there is no process group: {launch}call torch.distributed.init_process_group(), "
+                "or pass group="
+            )
+        group = dist.group.WORLD
+    group = _process_group(group)
+    if group not in _communicators:
+        _communicators[group] = ProcessGroupCommunicator(group)
+    return _communicators[group]
+
+
+def release(group: Group = None) -> None:
+    """Frees the memory that messages over a group take up, or, without one, over all groups of this process.
+
+    It is kept between calls, as large as the largest batch so far needed, and the next call makes it anew. What CUDA
+    graphs have captured stays. Each rank may do so by itself.
+
+    >>> import cpattn
+    >>> cpattn.release()
+
+    Args:
+        group: a ProcessGroup (of all communicators over it), one axis of a DeviceMesh, a Communicator (its own alone), or
+            None for everything.
+
+    Raises:
+        GroupError: group is none of these, or a call is under way on it.
+    """
+    if group is None:
+        communicators = list(living_communicators)
+    elif isinstance(group, Communicator):
+        communicators = [group]
+    else:
+        state = state_of(_process_group(group))
+        communicators = [communicator for communicator in living_communicators if communicator.state is state]
+    if any(communicator.state.is_in_use for communicator in communicators):
+        raise GroupError("a call is under way on this group, whose memory it uses; release it after the call")
+    for communicator in communicators:
+        communicator.release()
+
+
+def _process_group(group: Any) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or "unnamed"
+            raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise GroupError(
+            f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator"
+        )
+    return group
+
+
+def _alone_here() -> Communicator:
+    """This thread's communicator without a group."""
+    communicator: Communicator | None = getattr(_alone, "communicator", None)
+    if communicator is None or communicator.state.failure is not None:
+        communicator = _alone.communicator = LoopbackGroup(1).communicator(0)
+    elif communicator.state.is_in_use:
+        # A caller's kernel may make a call of its own, which needs buffers of its own.
+        return LoopbackGroup(1).communicator(0)
+    return communicator

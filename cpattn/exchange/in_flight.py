@@ -1,0 +1,187 @@
+"""One call over a group: what it will send is known before it begins, and is sent whatever happens.
+
+A rank that stopped in the middle of a call would leave its peers waiting, or let its next call meet the rest of this
+one. So a call says which transfers it will make, in order; if anything raises, those that are left are carried out all
+the same, with NaN for what this rank could not make, and only then the exception leaves. All ranks stay in step,
+whichever transfer each of them had come to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import torch
+
+from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.kernels.current import is_capturing
+
+# How long the transfers of an interrupted call may take before the group is given up, in seconds.
+INTERRUPTED_WAITS = 5.0
+
+
+class InFlight:
+    """One call's transfers. No other call may use the group before it ends.
+
+    >>> import cpattn, torch
+    >>> alone, x, out = cpattn.LoopbackGroup(1).communicator(0), torch.ones(2), torch.empty(2)
+    >>> with InFlight(alone, x.device) as in_flight:
+    ...     in_flight.expect(lambda: [alone.prepare_all_gather(out, x)])
+    ...     in_flight.start().wait()
+    >>> out
+    tensor([1., 1.])
+
+    Raises GroupError where the group was given up, or another call is under way on it.
+    """
+
+    __slots__ = ("_captures", "_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "communicator")
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self.communicator = communicator
+        self._device = device
+        self._captures = device.type == "cuda" and is_capturing(device)
+        self._expected: list[Transfer] = []
+        self._works: list[_ExpectedWork] = []
+        # Until the call has said what it will send, only its ranks' arguments tell, which an interrupt may hide.
+        self._has_begun = False
+        # An interrupt between the start of a transfer and its record leaves unknown whether it was sent.
+        self._is_starting = False
+        self._has_failed = False
+
+    def expect(self, make: Callable[[], Sequence[Transfer]], *, counts: bool = True) -> None:
+        """Says which transfers come next, in order; from now on they are carried out whatever happens.
+
+        Args:
+            make: makes them, with the memory that they send from and to.
+            counts: whether they begin a call, which ranks compare with ``check=True``.
+        """
+        self.communicator.state.calls += counts
+        try:
+            self._expected += make()
+        except BaseException as failure:
+            # Without memory for its messages a rank can take no part: what earlier calls left there is freed for them.
+            try:
+                self.communicator.release()
+                self._expected += make()
+                self._has_begun = self._has_begun or counts
+            except BaseException:
+                self._give_up(f"a rank could not make the memory of its messages ({_in_a_line(failure)})")
+            raise
+        self._has_begun = self._has_begun or counts
+
+    def start(self) -> Work:
+        """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
+        self._is_starting = True
+        try:
+            work = _ExpectedWork(self.communicator.start(self._expected[len(self._works)]), self)
+        except Exception as failure:
+            self.fail(failure)
+        self._works.append(work)
+        self._is_starting = False
+        return work
+
+    def fail(self, failure: Exception) -> None:
+        """Gives the group up for a transfer that failed. Raises the GroupError that says so."""
+        self._has_failed = True
+        self._give_up(f"a transfer over it failed ({_in_a_line(failure)})")
+        raise self.communicator.state.error() from failure
+
+    def __enter__(self) -> InFlight:
+        state = self.communicator.state
+        state.enter()
+        # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
+        if self._device.type == "cuda" and not self._captures:
+            state.follow_last_call(self._device)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        state = self.communicator.state
+        try:
+            if error is not None:
+                self._settle_after(error)
+            elif len(self._works) < len(self._expected):
+                self._settle()
+                raise AssertionError("a strategy has not started all the transfers that it announced")
+            elif state.failure is not None:
+                # Another thread has made a call meanwhile, which another rank's may have met.
+                raise state.error()
+        finally:
+            state.leave()
+            # They refer to this: without the cycle all is freed at once.
+            self._works.clear()
+
+    def _settle_after(self, error: BaseException) -> None:
+        if self._captures:
+            return  # nothing was sent: a capture that fails is never replayed
+        if self._is_starting:
+            self._give_up(f"a call was interrupted as it began a transfer ({_in_a_line(error)})")
+        elif self._has_failed:
+            return  # what cannot be sent is not tried again
+        elif isinstance(error, Exception):
+            try:
+                self._settle()
+            except Exception as failure:
+                self._give_up(f"a call raised {_in_a_line(error)}, and its transfers could not be finished ({_in_a_line(failure)})")
+        elif not self._has_begun:
+            self._give_up(f"a call was interrupted before it began to send ({_in_a_line(error)}), while other ranks may wait for it")
+        elif not self._settle_within(INTERRUPTED_WAITS):
+            self._give_up(f"a call was interrupted ({_in_a_line(error)}), and its transfers did not end within {INTERRUPTED_WAITS:g} s")
+
+    def _settle(self) -> None:
+        """Carries out what is left of the call's transfers, and waits for all."""
+        for started in self._works:
+            started.wait()
+        for transfer in self._expected[len(self._works) :]:
+            if transfer.fill_missing is not None:
+                transfer.fill_missing()
+            self.communicator.start(transfer).wait()
+
+    def _settle_within(self, seconds: float) -> bool:
+        """The same in a thread of its own, which is left alone if it takes longer; whether it has finished."""
+        finished = []
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+        def settle() -> None:
+            try:
+                with torch.cuda.stream(stream):
+                    self._settle()
+            except Exception:
+                return
+            finished.append(True)
+
+        thread = threading.Thread(target=settle, daemon=True)
+        try:
+            thread.start()
+            thread.join(seconds)
+        except BaseException:
+            self._give_up("a call was interrupted twice")
+            raise
+        return bool(finished)
+
+    def _give_up(self, what_happened: str) -> None:
+        self._is_starting = False
+        self.communicator.state.give_up(what_happened)
+
+
+class _ExpectedWork(Work):
+    """A transfer of a call. To wait for it again does nothing; where it cannot be finished the group is given up."""
+
+    def __init__(self, work: Work, in_flight: InFlight) -> None:
+        self._work = work
+        self._in_flight = in_flight
+        self._is_done = False
+
+    def wait(self) -> None:
+        if self._is_done:
+            return
+        try:
+            self._work.wait()
+        except Exception as failure:
+            self._in_flight.fail(failure)
+        self._is_done = True
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,114 @@
+"""All ranks of a group in one process, a thread each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from cpattn.errors import GroupError
+from cpattn.exchange.communicator import Communicator, Work
+
+
+class LoopbackGroup:
+    """All ranks in one process, a thread each: what tests and single-device benchmarks run on.
+
+    >>> import torch
+    >>> group = LoopbackGroup(1)
+    >>> out = torch.empty(2)
+    >>> group.communicator(0).all_gather(out, torch.tensor([1.0, 2.0])).wait()
+    >>> out
+    tensor([1., 2.])
+
+    Transfers are copies, made when the receiver waits. On CUDA all ranks must use one stream.
+    ``timeout`` (seconds) bounds every wait; :meth:`abort` makes all waiting ranks raise at once.
+    """
+
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._changed = threading.Condition()
+        self._posted: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self._aborted = False
+        # Collectives that each rank has begun.
+        self._begun = [0] * size
+        self._communicators: WeakValueDictionary[int, Communicator] = WeakValueDictionary()
+
+    def communicator(self, rank: int) -> Communicator:
+        """The end of one rank, to be used by one thread; the same one each time."""
+        if not 0 <= rank < self.size:
+            raise GroupError(f"rank {rank} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
+        with self._changed:
+            communicator = self._communicators.get(rank)
+            if communicator is None:
+                communicator = self._communicators[rank] = _LoopbackCommunicator(self, rank)
+            return communicator
+
+    def abort(self) -> None:
+        """Makes every rank that waits, now or later, raise: for when one of them has failed."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def post(self, rank: int, x: Tensor, readers: int) -> int:
+        """Offers a rank's message to ``readers`` ranks; returns the number of the collective."""
+        with self._changed:
+            call = self._begun[rank]
+            self._begun[rank] += 1
+            self._posted[call, rank] = (x, readers)
+            self._changed.notify_all()
+            return call
+
+    def read(self, call: int, rank: int, out: Tensor, part: int | None = None) -> None:
+        """Waits for a rank's message and copies it, or one part of it."""
+        with self._changed:
+            self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
+            posted, readers = self._posted[call, rank]
+            x = posted if part is None else posted[part]
+            if x.shape != out.shape:
+                raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
+            out.copy_(x)
+            self._posted[call, rank] = (posted, readers - 1)
+            self._changed.notify_all()
+
+    def retire(self, call: int, rank: int) -> None:
+        """Waits until all have read a rank's message, so that its memory is free again."""
+        with self._changed:
+            self._await(lambda: self._posted[call, rank][1] == 0, f"the readers of rank {rank}'s message")
+            del self._posted[call, rank]
+
+    def _await(self, condition: Callable[[], bool], what: str) -> None:
+        if self._changed.wait_for(lambda: condition() or self._aborted, self.timeout):
+            if not condition():
+                raise RuntimeError("another rank of this loopback group has failed")
+        else:
+            raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
+
+
+class _LoopbackCommunicator(Communicator):
+    def __init__(self, group: LoopbackGroup, rank: int) -> None:
+        super().__init__(rank, group.size)
+        self._group = group
+
+    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
+        parts = out.view(self.size, -1)
+        return self._start(x, {rank: parts[rank] for rank in range(self.size)})
+
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
+        return self._start(x, {(self.rank - by) % self.size: out})
+
+    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
+        return self._start(x, dict(enumerate(out)), part=self.rank)
+
+    def _start(self, x: Tensor, receive: dict[int, Tensor], part: int | None = None) -> Work:
+        # Each message is read as often as it is received here: the collectives are symmetric.
+        call = self._group.post(self.rank, x, readers=len(receive))
+
+        def wait() -> None:
+            for rank, out in receive.items():
+                self._group.read(call, rank, out, part)
+            self._group.retire(call, self.rank)
+
+        return Work(wait)
