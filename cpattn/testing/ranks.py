@@ -7,8 +7,10 @@ import pickle
 import sys
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -35,27 +37,72 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
     >>> run_loopback(lambda communicator: communicator.rank, size=3)
     [0, 1, 2]
 
-    Raises what the first rank to fail raised; the others are made to stop waiting.
+    The threads have the caller's grad mode, inference mode, autocast, CUDA device and stream.
+
+    Args:
+        program: of one rank.
+        size: number of ranks.
+        timeout: seconds that a rank may wait for another: in a collective, and at the end for the last one to return.
+
+    Raises what the first rank to fail raised, and the others are made to stop waiting; TimeoutError where a rank is stuck.
     """
     group = LoopbackGroup(size, timeout)
     results: dict[int, T] = {}
     failures: list[BaseException] = []
+    first_has_ended = threading.Event()
+    modes = _ThreadModes()
 
     def run(rank: int) -> None:
         try:
-            results[rank] = program(group.communicator(rank))
+            with modes.entered():
+                results[rank] = program(group.communicator(rank))
         except BaseException as failure:
             failures.append(failure)
             group.abort()
+        first_has_ended.set()
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
+    if threads:
+        first_has_ended.wait()
+    deadline = time.monotonic() + timeout
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, deadline - time.monotonic()))
     if failures:
         raise failures[0]
+    stuck = [rank for rank in range(size) if rank not in results]
+    if stuck:
+        group.abort()
+        raise TimeoutError(f"{_named(stuck)} had not returned {timeout:g} s after the first rank did; is there a loop without an end?")
     return [results[rank] for rank in range(size)]
+
+
+class _ThreadModes:
+    """What torch keeps for each thread, as it is here: a new thread begins without it."""
+
+    def __init__(self) -> None:
+        self._inference = torch.is_inference_mode_enabled()
+        self._grad = torch.is_grad_enabled()
+        self._cache = torch.is_autocast_cache_enabled()
+        self._autocast = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            for kind, dtype in self._autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.stream(self._stream))
+            yield
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 class ProcessRanks:
@@ -70,7 +117,8 @@ class ProcessRanks:
 
     Args:
         size: number of processes.
-        timeout: seconds that a collective may wait for the other ranks.
+        timeout: seconds that a rank may wait for another: in a collective, and at the end of a run for the last one to
+            return; a process that takes longer is killed.
         threads: torch threads in each process.
         transport: of the group, ``"gloo"`` or ``"nccl"``. NCCL wants a GPU for each rank; on a machine with fewer, ranks
             share them, each posing as another host (``NCCL_HOSTID``), which is for tests: transfers are then slow.
@@ -78,6 +126,7 @@ class ProcessRanks:
 
     def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo") -> None:
         self.size = size
+        self.timeout = timeout
         context = get_context("spawn")
         self._directory = tempfile.TemporaryDirectory(prefix="cpattn-ranks-")
         store = str(Path(self._directory.name) / "store")
@@ -107,12 +156,27 @@ class ProcessRanks:
         task = pickle.dumps((program, arguments))
         for pipe in self._pipes:
             _send(pipe, task)
-        return [self._outcome(rank) for rank in range(self.size)]
+        # The end of a run is a wait for the others, too.
+        deadline: float | None = None
+        waiting = set(range(self.size))
+        while waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait([end for rank in waiting for end in (self._pipes[rank], self._processes[rank].sentinel)], left)
+            waiting -= {rank for rank in waiting if self._pipes[rank] in ready or self._processes[rank].sentinel in ready}
+            if deadline is None:
+                deadline = time.monotonic() + self.timeout
+            elif not ready:
+                break
+        for rank in waiting:
+            self._processes[rank].kill()
+        return [self._outcome(rank, rank in waiting) for rank in range(self.size)]
 
-    def _outcome(self, rank: int) -> tuple[bool, Any]:
+    def _outcome(self, rank: int, was_killed: bool) -> tuple[bool, Any]:
         pipe, process = self._pipes[rank], self._processes[rank]
-        wait([pipe, process.sentinel])
         try:
+            if was_killed:
+                process.join()
+                return False, f"the rank had not returned {self.timeout:g} s after the first one did; its process was killed"
             outcome: tuple[bool, Any] = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             process.join()
