@@ -212,7 +212,8 @@ def cp_attention(
         return_lse: also return the log-sum-exp of the scaled (and capped) scores, sinks included.
         check: compare plan and arguments of all ranks first, in one small collective that waits for the device, so that
             a mistake on one rank raises on all instead of hanging the others; and a few rows of what a caller's own kernel
-            returns with the reference. For tests and bring-up. (A rank that passes another group cannot tell the others.)
+            returns with the reference. What a page table on a GPU holds is then looked at as well. For tests and bring-up. (A
+            rank that passes another group cannot tell the others.)
         label: a name of this call, such as ``"layer 3"``, which ``check`` compares as well. With it, and a running number of
             the calls over the group, a layer that one rank has skipped or swapped is found.
 
@@ -221,7 +222,9 @@ def cp_attention(
         fp32, natural log, -inf on padding.
 
     Raises:
-        CPError: in its subclasses (see :mod:`cpattn.errors`), before anything is sent.
+        CPError: in its subclasses (see :mod:`cpattn.errors`), before anything is sent or written. On the CPU, and on a GPU
+            with ``check``, this includes a page that does not exist, a slot that is written for two tokens, and K and V pages that
+            have an element in common.
         GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
 
     What else is raised in the middle of a call (by a caller's kernel, or for want of memory) leaves only after this rank
@@ -233,7 +236,7 @@ def cp_attention(
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
     with InFlight(communicator, meta.device) as in_flight:
         decision: Decision = validated(
-            lambda: decide(arguments, meta, communicator),
+            lambda: decide(arguments, meta, communicator, check=check),
             lambda decision: describe(arguments, decision, meta),
             meta,
             in_flight,

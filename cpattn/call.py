@@ -14,6 +14,7 @@ from cpattn import checks
 from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.registry import choose_backend
+from cpattn.cache_checks import check_cache
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.agreement import Account, agree, expect_verdicts
 from cpattn.exchange.communicator import Communicator, Transfer
@@ -25,6 +26,8 @@ from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strat
 from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.page_checks import check_writable
+from cpattn.page_contents import check_page_contents
 
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
 T = TypeVar("T")
@@ -54,7 +57,9 @@ class Arguments(NamedTuple):
         if isinstance(cache, PackedKV):
             layouts = _layout(cache.k), _layout(cache.v)
         elif isinstance(cache, PagedKV):
-            layouts = _layout(cache.k_pages), _layout(cache.v_pages), _layout(cache.page_table)
+            k_pages, v_pages = cache.k_pages, cache.v_pages
+            in_mode = k_pages.is_inference(), v_pages is not None and v_pages.is_inference()
+            layouts = _layout(k_pages), _layout(v_pages), _layout(cache.page_table), in_mode
         return (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, _layout(v), _layout(sinks),
             cache.__class__, layouts, v_dim, strategy, backend, overlap, scale, window, softcap,
@@ -104,12 +109,14 @@ class Decision:
     sizes: ExchangeSizes
 
 
-def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None) -> Decision:
+def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None, *, check: bool = False) -> Decision:
     """Validates a call and chooses; what it finds is kept with the metadata, so that further layers are quick.
 
-    Without a communicator nothing is to be computed: the group is not looked at, and a cache may be missing.
+    Without a communicator nothing is to be sent or written: the group is not looked at, and a cache may be missing. What a
+    page table holds is looked at in every call, but on a GPU only with ``check``, as it means waiting for the device.
     Raises CPError in its subclasses.
     """
+    cache = arguments.kv_cache
     signature: Hashable = None
     decision = None
     try:
@@ -122,19 +129,22 @@ def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | 
     if decision is None:
         if communicator is not None:
             checks.check_group(meta, communicator)
-        decision = _decide(arguments, meta, check_cache=communicator is not None or arguments.kv_cache is not None)
-        # On the CPU the numbers in a page table are looked at in every call.
-        if signature is not None and not (isinstance(arguments.kv_cache, PagedKV) and meta.device.type == "cpu"):
+        decision = _decide(arguments, meta, with_cache=communicator is not None or cache is not None)
+        if communicator is not None and isinstance(cache, PagedKV):
+            check_writable(cache)
+        if signature is not None:
             meta.memo.keep(signature, decision)
+    if isinstance(cache, PagedKV) and (check or meta.device.type == "cpu"):
+        check_page_contents(cache, meta, written=communicator is not None)
     assert isinstance(decision, Decision)
     return decision
 
 
-def _decide(arguments: Arguments, meta: CPMetadata, check_cache: bool) -> Decision:
+def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decision:
     q, k, v, cache = arguments.q, arguments.k, arguments.v, arguments.kv_cache
     checks.check_qkv(q, k, v, arguments.v_dim, meta)
-    if check_cache:
-        checks.check_cache(cache, k, v, meta)
+    if with_cache:
+        check_cache(cache, k, v, meta)
     options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks)
     checks.check_overlap(arguments.overlap, k)
     v_head_dim = v.shape[2] if v is not None else arguments.v_dim

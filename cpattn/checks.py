@@ -6,7 +6,6 @@ import math
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +15,12 @@ from cpattn.errors import (
     GroupError,
     HeadCountError,
     OptionError,
-    PageTableError,
-    PrefixError,
     RowCountError,
     TensorMismatchError,
     UnsupportedError,
 )
 from cpattn.exchange.communicator import Communicator
-from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.metadata.batch import IntArray, is_integer
+from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
 
 # All that ranks tell each other of a call has to fit into a small message.
@@ -122,146 +118,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetada
         raise HeadCountError(f"k has {k.shape[1]} heads, v has {v.shape[1]}; they must have the same")
     if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise HeadCountError(f"q has {q.shape[1]} heads, k and v have {k.shape[1]}; query heads must be a multiple of key/value heads")
-
-
-def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
-    needed = meta.plan.num_prefix_tokens
-    if kv_cache is None:
-        if needed:
-            raise PrefixError(
-                f"the batch has {needed} prefix tokens, but kv_cache is None; pass kv_cache=PackedKV(k, v) with those tokens, "
-                "or PagedKV(k_pages, v_pages, page_table)"
-            )
-        if meta.plan.sharded:
-            raise PrefixError(
-                "the plan has prefix_shards, but kv_cache is None; pass this rank's pages: PagedKV(k_pages, v_pages, page_table)"
-            )
-        return
-    if isinstance(kv_cache, PagedKV):
-        check_pages(kv_cache, meta)
-        _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k)
-        if (kv_cache.v_pages is None) != (v is None):
-            raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
-        if v is not None and kv_cache.v_pages is not None:
-            _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v)
-    elif isinstance(kv_cache, PackedKV):
-        _check_packed(kv_cache, k, v, meta)
-    else:
-        raise PrefixError(
-            f"kv_cache is a {type(kv_cache).__name__}; pass a PackedKV(k, v) with the batch's {needed} prefix tokens, or a "
-            "PagedKV(k_pages, v_pages, page_table)"
-        )
-
-
-def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
-    needed = meta.plan.num_prefix_tokens
-    if meta.plan.sharded:
-        raise PrefixError(
-            "the plan has prefix_shards, but kv_cache is a PackedKV, which every rank has whole; pass this rank's pages: PagedKV"
-        )
-    if meta.bucket is not None and (needed or len(cache.k)):
-        raise PrefixError("a PackedKV changes in size from batch to batch, and a bucket's graph can not; pass a PagedKV")
-    if (cache.v is None) != (v is None):
-        raise PrefixError("of v and kv_cache.v one is None and the other is not; both are None where V is a part of K")
-    for name, cached, new in (("k", cache.k, k), ("v", cache.v, v)):
-        if new is None:
-            continue
-        if not isinstance(cached, Tensor) or cached.ndim != 3:
-            raise PrefixError(f"kv_cache.{name} is not a tensor [prefix tokens, heads, head_dim]")
-        if cached.shape[0] != needed:
-            raise PrefixError(
-                f"kv_cache.{name} has {cached.shape[0]} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
-                "pack the prefix of every request, request after request, without padding, the same on every rank"
-            )
-        _check_like(f"kv_cache.{name}", cached, name, new)
-
-
-def check_pages(cache: PagedKV, meta: CPMetadata) -> None:
-    """The form of the pages, and their table."""
-    pages = [("k_pages", cache.k_pages)] + ([] if cache.v_pages is None else [("v_pages", cache.v_pages)])
-    for name, x in pages:
-        if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
-            what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-            raise PageTableError(f"kv_cache.{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise PageTableError(f"kv_cache.{name} has strides {x.stride()}; the last must be 1, as rows are written in place")
-        if x.is_inference() and not torch.is_inference_mode_enabled():
-            raise PageTableError(
-                f"kv_cache.{name} was made under torch.inference_mode(), and can not be written outside of it; make the pages before "
-                "entering that mode, or call cp_attention within it"
-            )
-        if x.shape[:2] != cache.k_pages.shape[:2]:
-            raise PageTableError(
-                f"k_pages has {tuple(cache.k_pages.shape[:2])} pages of tokens, v_pages {tuple(x.shape[:2])}; they must agree"
-            )
-    check_page_table(cache.page_table, cache.page_size, meta)
-    check_no_grad(**{f"kv_cache.{name}": x for name, x in pages})
-    if cache.page_table.device.type == "cpu":
-        _check_page_numbers(cache, _held(meta)[1])
-
-
-def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tensor | None]:
-    """Checks pages that are attended to as they are; returns a K and V of no rows that stand for what would be new."""
-    if not isinstance(cache, PagedKV):
-        raise PrefixError(f"kv_cache is a {type(cache).__name__}; pass a PagedKV(k_pages, v_pages, page_table)")
-    check_pages(cache, meta)
-    if not isinstance(q, Tensor) or q.ndim != 3:
-        what = f"has shape {tuple(q.shape)}" if isinstance(q, Tensor) else f"is a {type(q).__name__}"
-        raise TensorMismatchError(f"q {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
-    k = cache.k_pages.new_empty(1, *cache.k_pages.shape[2:]).expand(meta.rows, -1, -1)
-    v = None if cache.v_pages is None else cache.v_pages.new_empty(1, *cache.v_pages.shape[2:]).expand(meta.rows, -1, -1)
-    return k, v
-
-
-def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
-    """The form of a page table and that it is wide enough, on every rank alike."""
-    if not isinstance(table, Tensor) or table.ndim != 2 or table.dtype not in (torch.int32, torch.int64):
-        what = f"is {tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else f"is a {type(table).__name__}"
-        raise PageTableError(f"kv_cache.page_table {what}; pass an int32 or int64 tensor [num_requests, max_pages]")
-    check_device("kv_cache.page_table", table, meta)
-    requests = len(meta.plan.batch) if meta.bucket is None else meta.bucket.max_requests
-    if table.shape[0] < requests:
-        what = "batch" if meta.bucket is None else "bucket"
-        raise PageTableError(f"kv_cache.page_table has {table.shape[0]} lines, one a request, but the {what} has {requests} requests")
-    lengths, _ = _held(meta)
-    fits = table.shape[1] * page_size
-    if len(lengths) and int(lengths.max()) > fits:
-        request = int(lengths.argmax())
-        raise PageTableError(
-            f"kv_cache.page_table has {table.shape[1]} pages of {page_size} tokens for each request, {fits} in all, but request "
-            f"{request} has {int(lengths[request])} with its new ones"
-            f"{', on the rank that holds most of it' if meta.plan.sharded else ''}; widen the table"
-        )
-
-
-def _held(meta: CPMetadata) -> tuple[IntArray, IntArray]:
-    """The tokens that pages hold of each request after the call: on the rank that holds the most, and on this one."""
-    if not meta.plan.sharded:
-        return meta.plan.total_lens, meta.plan.total_lens
-    held = meta.plan.shard_lens + meta.plan.rank_extends
-    return held.max(axis=1, initial=0), held[:, meta.cp_rank]
-
-
-def _check_page_numbers(cache: PagedKV, lengths: IntArray) -> None:
-    """What the table holds: looked at on the CPU alone, as it would mean waiting for a GPU."""
-    table, num_pages = cache.page_table, cache.k_pages.shape[0]
-    used = np.arange(table.shape[1]) < -(-lengths // cache.page_size)[:, None]
-    wrong = used & ((table[: len(lengths)].numpy() < 0) | (table[: len(lengths)].numpy() >= num_pages))
-    if wrong.any():
-        request, page = (int(index) for index in np.argwhere(wrong)[0])
-        raise PageTableError(
-            f"kv_cache.page_table[{request}, {page}] is {int(table[request, page])}, but there are pages 0 to {num_pages - 1}; request "
-            f"{request} needs {-(-int(lengths[request]) // cache.page_size)} pages of {cache.page_size} tokens with its new ones"
-        )
-
-
-def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
-    if cached.shape[-2:] != new.shape[-2:] or cached.dtype != new.dtype or cached.device != new.device:
-        raise TensorMismatchError(
-            f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
-            f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
-        )
-    check_no_grad(**{name: cached})
 
 
 def check_label(label: Any) -> None:

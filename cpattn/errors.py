@@ -40,7 +40,7 @@ class PrefixError(CPError):
 
 
 class PageTableError(PrefixError):
-    """Pages or a page table of the wrong form, too narrow, or with numbers of pages that do not exist."""
+    """Pages or a page table of the wrong form, too narrow, with numbers of pages that do not exist, or with two tokens in one slot."""
 
 
 class PoolFullError(CPError):

@@ -45,8 +45,10 @@ class PagedKV:
     Attributes:
         k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
             contiguous last axis.
-        v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA).
+        v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA). K and V may be views of
+            one tensor, as long as no element is in both.
         page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
+            Requests may share pages that they only read; a slot that a call writes must be no other token's.
             One tensor for all layers of a batch spares the host a little work in each.
     """
 

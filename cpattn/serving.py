@@ -14,7 +14,7 @@ from torch import Tensor
 from cpattn import checks
 from cpattn.attention.merge import lse_with_nan
 from cpattn.call import Arguments, BackendChoice, decide, run, validated
-from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
 from cpattn.exchange.communicator import Transfer
 from cpattn.exchange.groups import Group, as_communicator
@@ -24,6 +24,8 @@ from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.page_checks import check_attend, check_page_size, check_page_table, check_write
+from cpattn.page_contents import check_slot_pages, check_slots
 
 
 def gather_kv(
@@ -75,7 +77,7 @@ def gather_kv(
         return gathered.all.parts
 
 
-def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor:
+def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check: bool = False) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
     Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. Made on
@@ -88,12 +90,22 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor
 
     Args:
         page_table: int32 or int64 ``[num_requests, max_pages]``.
+        page_size: tokens of a page.
+        check: look at the table on a GPU as well, which waits for it; on the CPU it is looked at in every call.
 
     Returns:
         int64 ``[cp_size * rows]``; ``[rows]`` for a sharded cache.
+
+    Raises:
+        PageTableError: the table is too narrow, or page_size is no positive integer. Where the table is looked at: a negative page
+            for a new token, or one slot for two tokens.
+        TensorMismatchError: the table is on another device than the metadata.
     """
     checks.check_metadata(meta)
-    checks.check_page_table(page_table, page_size, meta)
+    check_page_size(page_size)
+    check_page_table(page_table, page_size, meta)
+    if check or page_table.device.type == "cpu":
+        check_slot_pages(page_table, page_size, meta)
     request, position = (place.long() for place in (meta.held_places if meta.plan.sharded else meta.gathered_places))
     is_token = position >= 0
     if not page_table.numel():
@@ -102,7 +114,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int) -> Tensor
     return torch.where(is_token, page * page_size + position % page_size, -1)
 
 
-def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor) -> None:
+def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, check: bool = False) -> None:
     """Writes row i of k and v into slot ``slots[i]`` of the pages; rows of a negative slot are skipped.
 
     >>> import cpattn, torch
@@ -115,28 +127,17 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor) -> N
         k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages.
         kv_cache: its pages are written; its page table is not looked at.
         slots: int32 or int64 ``[n]``, no slot twice.
+        check: look at the slots on a GPU as well, which waits for it; on the CPU they are looked at in every call.
 
     Raises:
         TensorMismatchError: k, v, pages and slots do not go together.
+        PageTableError: pages that can not be written: of the wrong form, or an expanded view. Where the slots are looked at: a slot
+            twice, or beyond the pages; K and V pages with an element in common.
+        CPError: in its other subclasses, for what is no PagedKV or needs a gradient.
     """
-    for name, x, pages in (("k", k, kv_cache.k_pages), ("v", v, kv_cache.v_pages)):
-        if (x is None) != (pages is None):
-            raise TensorMismatchError(f"of {name} and kv_cache.{name}_pages one is None and the other is not")
-        if x is None or pages is None:
-            continue
-        if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype or x.device != pages.device:
-            raise TensorMismatchError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, the pages are {tuple(pages.shape)} {pages.dtype} on {pages.device}; "
-                "heads, head_dim, dtype and device must be the same"
-            )
-        if len(x) != len(slots):
-            raise TensorMismatchError(
-                f"{name} has {len(x)} rows, but there are {len(slots)} slots; pass a slot for each row, -1 to skip it"
-            )
-    if slots.dtype not in (torch.int32, torch.int64) or slots.ndim != 1 or slots.device != k.device:
-        raise TensorMismatchError(
-            f"slots is {tuple(slots.shape)} {slots.dtype} on {slots.device}; pass int32 or int64 [rows] on {k.device}"
-        )
+    check_write(k, v, kv_cache, slots)
+    if check or slots.device.type == "cpu":
+        check_slots(kv_cache, slots)
     write_pages_(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
 
 
@@ -153,6 +154,7 @@ def attend(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    check: bool = ...,
 ) -> Tensor: ...
 
 
@@ -169,6 +171,7 @@ def attend(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     return_lse: Literal[True],
+    check: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -184,6 +187,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    check: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """This rank's queries over pages that hold everything already, this call's tokens included. Sends nothing.
 
@@ -196,18 +200,24 @@ def attend(
 
     Args:
         q: ``[meta.rows, Hq, D]``.
-        kv_cache: replicated pages; the rest as in :func:`cp_attention`.
+        kv_cache: replicated pages. They are only read, so that requests may share them, and K and V may be one; the rest as in
+            :func:`cp_attention`.
+        check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
+            call. No other rank is asked.
 
     Returns:
         As :func:`cp_attention`.
+
+    Raises:
+        CPError: in its subclasses, before anything is computed.
     """
     checks.check_metadata(meta)
     if meta.plan.sharded:
         raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")
-    k, v = checks.check_attend(q, kv_cache, meta)
+    k, v = check_attend(q, kv_cache, meta)
     arguments = Arguments(q, k, v, v_dim, kv_cache, "all_gather", backend, 1, scale, window, softcap, sinks)
     # Any one rank can do this alone: it is told of no group.
-    decision = decide(arguments, meta, None)
+    decision = decide(arguments, meta, None, check=check)
 
     def steps(inputs: object, meta: CPMetadata, in_flight: InFlight) -> Steps:
         yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.communicator)

@@ -47,6 +47,11 @@ def paged(k: Tensor | None = None, v: Tensor | None = None, table: Tensor | None
     return cpattn.PagedKV(pages[0] if k is None else k, pages[1] if v is None else v, whole)
 
 
+def in_inference_mode(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
 PAGES, TABLE = torch.randn(4, 4, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
 NEW, SINKS, CACHED = torch.randn(14, 2, 16), torch.randn(4), torch.randn(3, 2, 16)
 # What a call differs in from another that is as given on the left.
@@ -79,6 +84,8 @@ SIGNATURES: dict[str, tuple[Changes, Changes]] = {
     "page size": ({"kv_cache": paged()}, {"kv_cache": paged(k=PAGES[:, :2])}),
     "k page strides": ({"kv_cache": paged()}, {"kv_cache": paged(k=strided(PAGES))}),
     "v page strides": ({"kv_cache": paged()}, {"kv_cache": paged(v=strided(PAGES))}),
+    "k pages of inference mode": ({"kv_cache": paged()}, {"kv_cache": paged(k=in_inference_mode(PAGES))}),
+    "v pages of inference mode": ({"kv_cache": paged()}, {"kv_cache": paged(v=in_inference_mode(PAGES))}),
     "page table shape": ({"kv_cache": paged()}, {"kv_cache": paged(table=TABLE[:1])}),
     "page table strides": ({"kv_cache": paged()}, {"kv_cache": paged(table=transposed(TABLE))}),
     "page table dtype": ({"kv_cache": paged()}, {"kv_cache": paged(table=TABLE.long())}),
@@ -169,9 +176,47 @@ def test_a_decision_of_one_rank_is_not_another_s(decided: list[Arguments]) -> No
         call.decide(arguments(), meta, SoloCommunicator(0, 3))
 
 
-def test_pages_on_the_cpu_are_looked_at_in_every_layer(decided: list[Arguments]) -> None:
-    """Their table's numbers are checked there."""
+def separate_pages(change: Any = lambda pages: pages) -> cpattn.PagedKV:
+    """The eight pages of four tokens that PLAN needs."""
+    table = torch.tensor([[5, 0, 3, 7, 1, 2], [4, 6, -1, -1, -1, -1]], dtype=torch.int32)
+    k_pages, v_pages = torch.randn(2, 8, 4, 2, 16)
+    return paged(change(k_pages), change(v_pages), table)
+
+
+def test_a_table_on_the_cpu_is_looked_at_in_every_layer(decided: list[Arguments]) -> None:
+    """The decision itself is remembered: it does not depend on what the table holds."""
     meta = PLAN.metadata(0)
+    cache = separate_pages()
     for _ in range(2):
-        call.decide(arguments(kv_cache=paged(table=torch.zeros(2, 6, dtype=torch.int32))), meta, SoloCommunicator(0, 2))
-    assert len(decided) == 2
+        call.decide(arguments(kv_cache=cache), meta, SoloCommunicator(0, 2))
+    for page, message in ((8, "page_table\\[1, 0\\] is 8, but there are pages 0 to 7"), (3, "new token 8 of request 0 and new token 0 of")):
+        cache.page_table[1, 0] = page
+        with pytest.raises(cpattn.PageTableError, match=message):
+            call.decide(arguments(kv_cache=cache), meta, SoloCommunicator(0, 2))
+    assert len(decided) == 1
+
+
+def test_pages_of_inference_mode_are_not_taken_for_others(decided: list[Arguments]) -> None:
+    meta = PLAN.metadata(0)
+    with torch.inference_mode():
+        made_there = separate_pages()
+    call.decide(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
+    with pytest.raises(cpattn.PageTableError, match=r"k_pages was made under torch.inference_mode\(\), and cannot be written outside"):
+        call.decide(arguments(kv_cache=made_there), meta, SoloCommunicator(0, 2))
+    # Nothing is written where pages are only attended to.
+    q = torch.randn(14, 4, 16)
+    assert cpattn.attend(q, made_there, meta).shape == q.shape
+
+
+def test_expanded_pages_are_not_taken_for_others() -> None:
+    meta = PLAN.metadata(0)
+    expanded = separate_pages(lambda pages: pages[:1].expand(8, -1, -1, -1))
+    call.decide(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
+    for _ in range(2):
+        with pytest.raises(cpattn.PageTableError, match="several tokens lie in the same memory"):
+            call.decide(arguments(kv_cache=expanded), meta, SoloCommunicator(0, 2))
+    # Neither does a decision about reading them say that they can be written.
+    attend = arguments(kv_cache=expanded)
+    call.decide(attend, meta, None)
+    with pytest.raises(cpattn.PageTableError, match="several tokens lie in the same memory"):
+        call.decide(attend, meta, SoloCommunicator(0, 2))

@@ -104,7 +104,7 @@ def test_a_bucket_refuses_what_a_graph_over_it_could_not_compute(monkeypatch: py
     assert bare.num_tokens == 8
     paged = cpattn.build_metadata([(0, 8)], 1, 0, bucket=bucket)
     pages = torch.zeros(2, 4, 4, 2, 8)
-    cache = cpattn.PagedKV(pages[0], pages[1], torch.zeros(4, 2, dtype=torch.int32))
+    cache = cpattn.PagedKV(pages[0], pages[1], torch.tensor([[0, 1]] * 4, dtype=torch.int32))
     cpattn.cp_attention(x, x, x, paged, kv_cache=cache, backend="reference")
     with pytest.raises(cpattn.PlanError, match="a page table for 8"):
         paged.copy_(cpattn.plan([(4, 5)], 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def on_ranks(case: AttentionCase, plan: cpattn.Plan, **changes: Any) -> list[tup
     def program(communicator: cpattn.Communicator) -> tuple[Tensor | str, int, bool]:
         meta = plan.metadata(communicator.rank)
         cache = case.pages(plan, communicator.rank).cache
-        before = cache.k_pages.clone()
+        before = [x.clone() for x in (cache.k_pages, cache.v_pages) if x is not None]
         arguments: dict[str, Any] = {name: cpattn.shard(getattr(case, name), meta) for name in "qkv"}
         arguments["kv_cache"] = cache
         arguments |= {name: change(cache) if callable(change) else change for name, change in changes.items()}
@@ -92,7 +93,8 @@ def on_ranks(case: AttentionCase, plan: cpattn.Plan, **changes: Any) -> list[tup
             result = cpattn.cp_attention(**arguments, meta=meta, group=communicator)
         except cpattn.CPError as error:
             result = f"{type(error).__name__}: {error}"
-        unchanged = torch.equal(cache.k_pages.nan_to_num(7.0), before.nan_to_num(7.0))
+        after = [x for x in (cache.k_pages, cache.v_pages) if x is not None]
+        unchanged = all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(after, before, strict=True))
         return result, communicator.bytes_sent, unchanged
 
     return run_loopback(program, plan.cp_size)
@@ -175,6 +177,15 @@ def with_page(page: int) -> Any:
     return change
 
 
+def same_page(entry: tuple[int, int], other: tuple[int, int]) -> Any:
+    def change(table: Tensor) -> Tensor:
+        table = table.clone()
+        table[entry] = table[other]
+        return table
+
+    return change
+
+
 MISTAKES: dict[str, tuple[Any, str]] = {
     "table too narrow": (
         change_cache(page_table=lambda x: x[:, :3]),
@@ -197,6 +208,38 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "other heads": (change_cache(k_pages=lambda x: x[:, :, :1]), "kv_cache.k_pages is (16, 16, 1, 16) torch.float32 on cpu, but k is"),
     "other dtype": (change_cache(v_pages=lambda x: x.bfloat16()), "torch.bfloat16 on cpu, but v is (23, 2, 16)"),
     "no v_pages": (change_cache(v_pages=lambda x: None), "of v and kv_cache.v_pages one is None and the other is not"),
+    "slot of two new tokens": (
+        change_cache(page_table=same_page((5, 1), (0, 0))),
+        "kv_cache.page_table puts new token 0 of request 0 and new token 16 of request 5 into the same slot, place 0 of page ",
+    ),
+    "slot of a new and a cached token": (
+        change_cache(page_table=same_page((2, 0), (0, 1))),
+        "puts new token 16 of request 0 and cached token 0 of request 2 into the same slot, place 0 of page ",
+    ),
+    "slot in the middle of a page": (
+        change_cache(page_table=same_page((3, 2), (1, 2))),
+        "puts new token 37 of request 1 and cached token 37 of request 3 into the same slot, place 5 of page ",
+    ),
+    "page twice in a line": (
+        change_cache(page_table=same_page((1, 3), (1, 0))),
+        "puts new token 48 of request 1 and cached token 0 of request 1 into the same slot, place 0 of page ",
+    ),
+    "K is V": (
+        lambda cache: cpattn.PagedKV(cache.k_pages, cache.k_pages, cache.page_table),
+        "PageTableError: kv_cache.k_pages and v_pages have elements in common, so that K and V overwrite each other; pass",
+    ),
+    "V is a part of K": (
+        lambda cache: cpattn.PagedKV(cache.k_pages[1:], cache.k_pages[:-1], cache.page_table % 15),
+        "kv_cache.k_pages and v_pages have elements in common",
+    ),
+    "expanded K": (
+        change_cache(k_pages=lambda x: x[:1].expand(16, -1, -1, -1)),
+        "kv_cache.k_pages has shape (16, 16, 2, 16) and strides (0, 32, 16, 1), so that several tokens lie in the same memory",
+    ),
+    "overlapping V": (
+        change_cache(v_pages=lambda x: x.as_strided(x.shape, (16, 32, 16, 1))),
+        "kv_cache.v_pages has shape (16, 16, 2, 16) and strides (16, 32, 16, 1), so that several tokens lie in the same memory",
+    ),
     "gradient": (change_cache(k_pages=lambda x: x.requires_grad_()), "kv_cache.k_pages requires a gradient"),
     "no cache": (lambda cache: None, "PrefixError: the batch has 130 prefix tokens, but kv_cache is None"),
     "tuple": (
@@ -227,6 +270,68 @@ def test_a_table_that_is_too_narrow_for_one_rank_raises_on_all() -> None:
         assert "2 pages of 16 tokens for each request, 32 in all, but request 0 has 37 with its new ones, on the rank that holds" in error
         assert sent == 0
         assert unchanged
+
+
+@pytest.mark.parametrize("strategy", ["pass_q", "pass_q_ring", "ring"])
+def test_a_slot_of_two_tokens_of_a_sharded_cache_raises_before_anything_is_sent_or_written(strategy: str) -> None:
+    case = AttentionCase([(37, 18), (20, 9)], cache="sharded")
+    results = on_ranks(case, case.plan(2), kv_cache=change_cache(page_table=torch.zeros_like), strategy=strategy)
+    for error, sent, unchanged in results:
+        assert isinstance(error, str)
+        assert re.search(r"puts new token \d+ of request \d \(counted on this rank\) and .* into the same slot, place \d+ of page 0", error)
+        assert sent == 0
+        assert unchanged
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [("all_gather", "paged"), ("ring", "paged"), ("pass_q", "sharded"), ("pass_q_ring", "sharded"), ("ring", "sharded")],
+)
+def test_a_table_that_is_wrong_on_one_rank_raises_on_all_with_check(strategy: str, cache: str) -> None:
+    case = AttentionCase([(37, 18), (20, 9)], cache=cache)
+    plan = case.plan(3)
+
+    def program(communicator: cpattn.Communicator) -> tuple[str, bool]:
+        meta = plan.metadata(communicator.rank)
+        pages = case.pages(plan, communicator.rank)
+        given, before = pages.cache, pages.cache.k_pages.clone()
+        if communicator.rank == 1:
+            given = cpattn.PagedKV(given.k_pages, given.v_pages, torch.zeros_like(given.page_table))
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        with pytest.raises(cpattn.CPError) as raised:
+            cpattn.cp_attention(q, k, v, meta, group=communicator, kv_cache=given, strategy=strategy, check=True)
+        return f"{raised.type.__name__}: {raised.value}", torch.equal(given.k_pages.nan_to_num(7.0), before.nan_to_num(7.0))
+
+    for rank, (error, unchanged) in enumerate(run_loopback(program, 3)):
+        refused = "" if rank == 1 else "rank 1 refused this call: "
+        assert error.startswith(f"PageTableError: {refused}kv_cache.page_table puts new token")
+        assert unchanged
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize(
+    ("batch", "shared"),
+    [
+        pytest.param([(37, 5), (40, 3)], 2, id="whole pages"),
+        pytest.param([(37, 0), (37, 8)], 3, id="a page in which one reads and the other goes on"),
+        pytest.param([(20, 0), (20, 0), (0, 7)], 2, id="pages of idle requests"),
+    ],
+)
+def test_pages_that_requests_only_read_may_be_shared(batch: list[tuple[int, int]], shared: int, strategy: str) -> None:
+    case = AttentionCase(batch, cache="paged")
+    tokens = min(16 * shared, batch[0][0])
+    for prefix in (case.prefix_k, case.prefix_v):
+        prefix[batch[0][0] :][:tokens] = prefix[:tokens]
+
+    def share(table: Tensor) -> Tensor:
+        table = table.clone()
+        table[1, :shared] = table[0, :shared]
+        return table
+
+    plan = case.plan(2)
+    expected = outputs_of(case, plan, strategy=strategy)
+    for out, same in zip(outputs_of(case, plan, strategy=strategy, kv_cache=change_cache(page_table=share)), expected, strict=True):
+        assert torch.equal(out, same)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,120 @@ def test_write_kv_refuses_what_does_not_go_together(changes: dict[str, Any], mes
     assert not cache.k_pages.any()
 
 
+def with_pages(**pages: Tensor) -> cpattn.PagedKV:
+    return cpattn.PagedKV(
+        **{"k_pages": torch.zeros(5, 2, 1, 4), "v_pages": torch.zeros(5, 2, 1, 4), "page_table": torch.zeros(1, 1)} | pages
+    )
+
+
+POOL = torch.zeros(6, 2, 1, 4)
+MISTAKEN_WRITES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a slot twice": (
+        {"slots": torch.tensor([4, 0, 4])},
+        cpattn.PageTableError,
+        r"slots\[0\] and slots\[2\] are both 4, and a slot holds one token only; give each row a slot of its own, or -1 to skip it",
+    ),
+    "a slot beyond the pages": (
+        {"slots": torch.tensor([4, -1, 10], dtype=torch.int32)},
+        cpattn.PageTableError,
+        r"slots\[2\] is 10, but 5 pages of 2 tokens have slots 0 to 9; pass page \* page_size \+ place in the page, or -1",
+    ),
+    "K is V": ({"kv_cache": with_pages(k_pages=POOL, v_pages=POOL)}, cpattn.PageTableError, "k_pages and v_pages have elements in common"),
+    "K meets V": (
+        {"kv_cache": with_pages(k_pages=POOL[1:], v_pages=POOL[:-1])},
+        cpattn.PageTableError,
+        "k_pages and v_pages have elements in common",
+    ),
+    "expanded pages": (
+        {"kv_cache": with_pages(v_pages=POOL[:1].expand(5, -1, -1, -1))},
+        cpattn.PageTableError,
+        r"kv_cache.v_pages has shape \(5, 2, 1, 4\) and strides \(0, 4, 4, 1\), so that several tokens lie in the same memory",
+    ),
+    "pages are a list": ({"kv_cache": with_pages(k_pages=[POOL])}, cpattn.PageTableError, "kv_cache.k_pages is a list; pass a tensor"),  # type: ignore[arg-type]
+    "pages of three axes": (
+        {"kv_cache": with_pages(v_pages=POOL[0])},
+        cpattn.PageTableError,
+        r"v_pages has shape \(2, 1, 4\); pass a tensor",
+    ),
+    "other page size": (
+        {"kv_cache": with_pages(v_pages=POOL[:5, :1])},
+        cpattn.PageTableError,
+        r"\(5, 2\) pages of tokens, v_pages \(5, 1\)",
+    ),
+    "no cache": ({"kv_cache": (POOL, POOL)}, cpattn.PrefixError, "kv_cache is a tuple; pass a PagedKV"),
+    "k is a list": ({"k": [1.0]}, cpattn.TensorMismatchError, r"k is a list; pass a tensor \[rows, heads, head_dim\]"),
+    "slots are a list": ({"slots": [4, -1, 0]}, cpattn.TensorMismatchError, r"slots is a list; pass an int32 or int64 tensor \[rows\]"),
+    "gradient": ({"k": torch.ones(3, 1, 4, requires_grad=True)}, cpattn.UnsupportedError, "k requires a gradient"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), MISTAKEN_WRITES.values(), ids=MISTAKEN_WRITES)
+@pytest.mark.parametrize("check", [False, True], ids=["", "check"])
+def test_write_kv_refuses_what_would_be_lost_before_anything_is_written(
+    changes: dict[str, Any], kind: type[Exception], message: str, check: bool
+) -> None:
+    arguments: dict[str, Any] = {"k": torch.ones(3, 1, 4), "v": torch.ones(3, 1, 4), "slots": SLOTS, "kv_cache": with_pages()} | changes
+    with pytest.raises(kind, match=message):
+        cpattn.write_kv(**arguments, check=check)
+    assert not POOL.any()
+    cache = arguments["kv_cache"]
+    if isinstance(cache, cpattn.PagedKV) and isinstance(cache.k_pages, Tensor):
+        assert not cache.k_pages.any()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_write_kv_writes_views_of_one_memory_that_are_apart(dim: int) -> None:
+    k_pages, v_pages = torch.zeros(5, 2, 1, 4).unsqueeze(dim).repeat_interleave(2, dim).unbind(dim)
+    cpattn.write_kv(torch.ones(3, 1, 4), torch.full((3, 1, 4), 2.0), with_pages(k_pages=k_pages, v_pages=v_pages), SLOTS)
+    assert (int(k_pages.sum()), int(v_pages.sum())) == (8, 16)
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["", "check"])
+def test_what_slot_mapping_refuses_of_a_table(check: bool) -> None:
+    meta = cpattn.build_metadata([(5, 3), (4, 2)], 2, 0)
+    table = torch.tensor([[7, 3], [1, 4]])
+
+    def slots(request: int = 0, page: int = 0, number: int = 7, page_size: Any = 4) -> Tensor:
+        changed = table.clone()
+        changed[request, page] = number
+        return cpattn.slot_mapping(meta, changed, page_size, check=check)
+
+    assert sorted(slots().tolist()) == [-1, 13, 14, 15, 16, 17]
+    with pytest.raises(
+        cpattn.PageTableError, match=r"page_table\[0, 1\] is -2, but pages are numbered from 0; request 0 needs 2 pages of 4"
+    ):
+        slots(0, 1, -2)
+    for number, token in ((7, 0), (3, 4)):
+        message = f"puts new token 4 of request 1 and cached token {token} of request 0 into the same slot, place 0 of page {number}"
+        with pytest.raises(cpattn.PageTableError, match=message):
+            slots(1, 1, number)
+    # Pages that are only read are not needed here, and may be shared.
+    for number in (-1, 1):
+        assert torch.equal(slots(0, 0, number), slots())
+    assert int(slots(0, 1, 2**40).max()) == 2**42 + 3
+    for page_size in (0, -4, True, 4.0, "4", None):
+        message = f"page_size={page_size!r}; pass the number of tokens of a page, an integer of at least 1"
+        with pytest.raises(cpattn.PageTableError, match=message):
+            slots(page_size=page_size)
+
+
+def test_attend_reads_pages_that_are_shared_or_both_k_and_v() -> None:
+    meta = cpattn.build_metadata([(5, 3), (4, 2)], 1, 0)
+    pages, q = torch.randn(9, 4, 2, 8), torch.randn(5, 4, 8)
+    table = torch.tensor([[7, 3], [7, 3]])
+    out = cpattn.attend(q, cpattn.PagedKV(pages, pages, table), meta, check=True)
+    expected = cpattn.attend(q, cpattn.PagedKV(pages, pages.clone(), table), meta)
+    assert torch.equal(out, expected)
+    one = pages[:1].expand(9, -1, -1, -1)
+    assert torch.equal(
+        cpattn.attend(q, cpattn.PagedKV(one, one, table), meta),
+        cpattn.attend(q, cpattn.PagedKV(pages, pages, torch.zeros_like(table)), meta),
+    )
+    for check in (False, True):
+        with pytest.raises(cpattn.PageTableError, match=r"page_table\[0, 0\] is 9, but there are pages 0 to 8; request 0 needs 2 pages"):
+            cpattn.attend(q, cpattn.PagedKV(pages, pages, table + 2), meta, check=check)
+
+
 def pieces_of(meta: cpattn.CPMetadata) -> tuple[Tensor, Tensor, cpattn.PagedKV]:
     pages = torch.zeros(9, 4, 2, 8)
     return torch.zeros(meta.rows, 4, 8), torch.zeros(meta.rows, 2, 8), cpattn.PagedKV(pages, pages.clone(), torch.tensor([[0, 1]]))

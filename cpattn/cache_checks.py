@@ -1,0 +1,74 @@
+"""What cp_attention refuses of a KV cache: one that does not go with the plan and the new keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from cpattn.checks import check_no_grad
+from cpattn.errors import PrefixError, TensorMismatchError
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.page_checks import check_pages
+
+
+def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
+    needed = meta.plan.num_prefix_tokens
+    if kv_cache is None:
+        if needed:
+            raise PrefixError(
+                f"the batch has {needed} prefix tokens, but kv_cache is None; pass kv_cache=PackedKV(k, v) with those tokens, "
+                "or PagedKV(k_pages, v_pages, page_table)"
+            )
+        if meta.plan.sharded:
+            raise PrefixError(
+                "the plan has prefix_shards, but kv_cache is None; pass this rank's pages: PagedKV(k_pages, v_pages, page_table)"
+            )
+        return
+    if isinstance(kv_cache, PagedKV):
+        check_pages(kv_cache, meta)
+        _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k)
+        if (kv_cache.v_pages is None) != (v is None):
+            raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
+        if v is not None and kv_cache.v_pages is not None:
+            _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v)
+    elif isinstance(kv_cache, PackedKV):
+        _check_packed(kv_cache, k, v, meta)
+    else:
+        raise PrefixError(
+            f"kv_cache is a {type(kv_cache).__name__}; pass a PackedKV(k, v) with the batch's {needed} prefix tokens, or a "
+            "PagedKV(k_pages, v_pages, page_table)"
+        )
+
+
+def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
+    needed = meta.plan.num_prefix_tokens
+    if meta.plan.sharded:
+        raise PrefixError(
+            "the plan has prefix_shards, but kv_cache is a PackedKV, which every rank has whole; pass this rank's pages: PagedKV"
+        )
+    if meta.bucket is not None and (needed or len(cache.k)):
+        raise PrefixError("a PackedKV changes in size from batch to batch, and a bucket's graph can not; pass a PagedKV")
+    if (cache.v is None) != (v is None):
+        raise PrefixError("of v and kv_cache.v one is None and the other is not; both are None where V is a part of K")
+    for name, cached, new in (("k", cache.k, k), ("v", cache.v, v)):
+        if new is None:
+            continue
+        if not isinstance(cached, Tensor) or cached.ndim != 3:
+            raise PrefixError(f"kv_cache.{name} is not a tensor [prefix tokens, heads, head_dim]")
+        if cached.shape[0] != needed:
+            raise PrefixError(
+                f"kv_cache.{name} has {cached.shape[0]} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
+                "pack the prefix of every request, request after request, without padding, the same on every rank"
+            )
+        _check_like(f"kv_cache.{name}", cached, name, new)
+
+
+def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
+    if cached.shape[-2:] != new.shape[-2:] or cached.dtype != new.dtype or cached.device != new.device:
+        raise TensorMismatchError(
+            f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
+            f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
+        )
+    check_no_grad(**{name: cached})

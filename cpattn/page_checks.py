@@ -1,0 +1,138 @@
+"""What is refused of the form of pages and of their table: it follows from types, shapes, dtypes and strides alone.
+
+What is in them is looked at in :mod:`cpattn.page_contents`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpattn.checks import check_device, check_no_grad
+from cpattn.errors import PageTableError, PrefixError, TensorMismatchError
+from cpattn.kv_cache import PagedKV
+from cpattn.memory_overlap import overlaps_itself
+from cpattn.metadata.batch import IntArray, is_integer
+from cpattn.metadata.cp_metadata import CPMetadata
+
+
+def check_pages(cache: PagedKV, meta: CPMetadata) -> None:
+    """The form of pages that are read, and of their table."""
+    _check_page_shapes(cache)
+    check_page_table(cache.page_table, cache.page_size, meta)
+
+
+def _check_page_shapes(cache: PagedKV) -> None:
+    for name, x in _pages(cache):
+        if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
+            what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+            raise PageTableError(f"{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise PageTableError(f"{name} has strides {x.stride()}; the last must be 1, as rows are written in place")
+        if x.shape[:2] != cache.k_pages.shape[:2]:
+            raise PageTableError(
+                f"k_pages has {tuple(cache.k_pages.shape[:2])} pages of tokens, v_pages {tuple(x.shape[:2])}; they must agree"
+            )
+        check_no_grad(**{name: x})
+
+
+def check_writable(cache: PagedKV) -> None:
+    """Of pages whose form is right: that they can be written, each element by itself."""
+    for name, x in _pages(cache):
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise PageTableError(
+                f"{name} was made under torch.inference_mode(), and cannot be written outside of it; make the pages before "
+                "entering that mode, or make this call within it"
+            )
+        if overlaps_itself(x):
+            raise PageTableError(
+                f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, so that several tokens lie in the same memory and overwrite "
+                "each other; pass pages with an element of memory for each, such as x.contiguous() of this expanded view"
+            )
+
+
+def _pages(cache: PagedKV) -> list[tuple[str, Tensor]]:
+    k_pages = ("kv_cache.k_pages", cache.k_pages)
+    return [k_pages] if cache.v_pages is None else [k_pages, ("kv_cache.v_pages", cache.v_pages)]
+
+
+def check_page_size(page_size: Any) -> None:
+    """That it is an integer of at least 1."""
+    if not is_integer(page_size) or page_size < 1:
+        raise PageTableError(f"page_size={page_size!r}; pass the number of tokens of a page, an integer of at least 1")
+
+
+def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
+    """The form of a page table and that it is wide enough, on every rank alike."""
+    if not isinstance(table, Tensor) or table.ndim != 2 or table.dtype not in (torch.int32, torch.int64):
+        what = f"is {tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else f"is a {type(table).__name__}"
+        raise PageTableError(f"kv_cache.page_table {what}; pass an int32 or int64 tensor [num_requests, max_pages]")
+    check_device("kv_cache.page_table", table, meta)
+    requests = len(meta.plan.batch) if meta.bucket is None else meta.bucket.max_requests
+    if table.shape[0] < requests:
+        what = "batch" if meta.bucket is None else "bucket"
+        raise PageTableError(f"kv_cache.page_table has {table.shape[0]} lines, one a request, but the {what} has {requests} requests")
+    lengths = _most_held(meta)
+    fits = table.shape[1] * page_size
+    if len(lengths) and int(lengths.max()) > fits:
+        request = int(lengths.argmax())
+        raise PageTableError(
+            f"kv_cache.page_table has {table.shape[1]} pages of {page_size} tokens for each request, {fits} in all, but request "
+            f"{request} has {int(lengths[request])} with its new ones"
+            f"{', on the rank that holds most of it' if meta.plan.sharded else ''}; widen the table"
+        )
+
+
+def _most_held(meta: CPMetadata) -> IntArray:
+    """The tokens that pages hold of each request after the call, on the rank that holds the most."""
+    plan = meta.plan
+    return (plan.shard_lens + plan.rank_extends).max(axis=1, initial=0) if plan.sharded else plan.total_lens
+
+
+def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tensor | None]:
+    """Checks pages that are attended to as they are; returns a K and V of no rows that stand for what would be new."""
+    _check_is_paged(cache)
+    check_pages(cache, meta)
+    if not isinstance(q, Tensor) or q.ndim != 3:
+        what = f"has shape {tuple(q.shape)}" if isinstance(q, Tensor) else f"is a {type(q).__name__}"
+        raise TensorMismatchError(f"q {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
+    k = cache.k_pages.new_empty(1, *cache.k_pages.shape[2:]).expand(meta.rows, -1, -1)
+    v = None if cache.v_pages is None else cache.v_pages.new_empty(1, *cache.v_pages.shape[2:]).expand(meta.rows, -1, -1)
+    return k, v
+
+
+def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
+    """The form of what :func:`cpattn.write_kv` is given, and that it goes together."""
+    _check_is_paged(cache)
+    _check_page_shapes(cache)
+    check_writable(cache)
+    if not isinstance(slots, Tensor):
+        raise TensorMismatchError(f"slots is a {type(slots).__name__}; pass an int32 or int64 tensor [rows]")
+    for name, x, pages in (("k", k, cache.k_pages), ("v", v, cache.v_pages)):
+        if (x is None) != (pages is None):
+            raise TensorMismatchError(f"of {name} and kv_cache.{name}_pages one is None and the other is not")
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TensorMismatchError(f"{name} is a {type(x).__name__}; pass a tensor [rows, heads, head_dim]")
+        if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype or x.device != pages.device:
+            raise TensorMismatchError(
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, the pages are {tuple(pages.shape)} {pages.dtype} on {pages.device}; "
+                "heads, head_dim, dtype and device must be the same"
+            )
+        check_no_grad(**{name: x})
+        if slots.ndim == 1 and len(x) != len(slots):
+            raise TensorMismatchError(
+                f"{name} has {len(x)} rows, but there are {len(slots)} slots; pass a slot for each row, -1 to skip it"
+            )
+    if slots.dtype not in (torch.int32, torch.int64) or slots.ndim != 1 or slots.device != k.device:
+        raise TensorMismatchError(
+            f"slots is {tuple(slots.shape)} {slots.dtype} on {slots.device}; pass int32 or int64 [rows] on {k.device}"
+        )
+
+
+def _check_is_paged(cache: Any) -> None:
+    if not isinstance(cache, PagedKV):
+        raise PrefixError(f"kv_cache is a {type(cache).__name__}; pass a PagedKV(k_pages, v_pages, page_table)")
