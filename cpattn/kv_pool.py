@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.errors import CPError, PoolFullError
+from cpattn import pool_checks
+from cpattn.errors import CPError
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.plan import Plan, plan
-
-
-@dataclass
-class _Request:
-    """What the pool knows of a request: the rank that holds each token (rank 0 stands for all where the cache is
-    replicated), and the pages of each rank, in order."""
-
-    owners: IntArray
-    pages: list[list[int]] = field(default_factory=list)
+from cpattn.pool_history import Before, History
+from cpattn.pool_pages import CachedRequest, PageBooks
 
 
 class KVPool:
@@ -30,7 +23,7 @@ class KVPool:
 
     A step of an engine: :meth:`plan` lays out which requests get how many new tokens, and takes the pages for them;
     each layer calls ``cp_attention(..., kv_cache=pool.layer(n, page_table))``, which writes them. A step that the pool is
-    too full for raises, on every rank, and changes nothing.
+    too full for raises, on every rank, and changes nothing. A step that fails later is taken back by :meth:`undo`.
 
     >>> import cpattn
     >>> pool = cpattn.KVPool(num_pages=8, page_size=4, num_layers=1, kv_heads=2, head_dim=16)
@@ -39,13 +32,20 @@ class KVPool:
     (Request(prefix_len=0, extend_len=6),)
     >>> pool.length("a"), pool.free_pages
     (6, 6)
-    >>> pool.fork("a", "b", 5)  # another request begins with the same 5 tokens
-    >>> pool.plan([("a", 1), ("b", 3)]).batch  # one decodes, one prefills its rest
+    >>> pool.fork("a", "b", 5)  # another request begins with the same 5 tokens, in the same pages
+    >>> step = pool.plan([("a", 1), ("b", 3)])  # one decodes, one prefills its rest, in a page of its own
+    >>> step.batch
     (Request(prefix_len=6, extend_len=1), Request(prefix_len=5, extend_len=3))
+    >>> pool.undo(step)  # the step failed: its tokens are not in the cache
+    >>> pool.length("a"), pool.length("b")
+    (6, 5)
+    >>> pool.truncate("a", 4)  # the last two were drafts, and rejected
     >>> pool.release("a")
     >>> pool.release("b")
-    >>> pool.free_pages
-    8
+    >>> pool
+    KVPool(8 pages of 4 tokens, 8 free, 0 requests, 1 layers of 2 heads, k 16, v 16, torch.float32, cpu, rank 0 of 1, replicated)
+
+    Every argument is checked: what is wrong raises CPError, and nothing has changed.
 
     Args:
         num_pages: of this rank; the same on every rank.
@@ -72,26 +72,41 @@ class KVPool:
         cp_rank: int = 0,
         sharded: bool = False,
     ) -> None:
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        shape = (num_layers, num_pages, page_size, kv_heads)
-        # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
-        self.k_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.v_pages = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device) if v_head_dim else None
-        self.page_size = page_size
-        self.cp_size = cp_size
-        self.cp_rank = cp_rank
+        sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "kv_heads": kv_heads}
+        shape = [pool_checks.parse_size(name, size) for name, size in sizes.items()]
+        head_dim = pool_checks.parse_size("head_dim", head_dim)
+        v_head_dim = head_dim if v_head_dim is None else pool_checks.parse_size("v_head_dim", v_head_dim, least=0)
+        pool_checks.check_flag("sharded", sharded)
+        pool_checks.check_dtype(dtype)
+        device = pool_checks.parse_device(device)
+        self.page_size = shape[2]
+        self.cp_size = pool_checks.parse_size("cp_size", cp_size)
+        self.cp_rank = pool_checks.parse_rank(cp_rank, self.cp_size)
         self.sharded = sharded
-        self._holders = cp_size if sharded else 1
-        self._here = cp_rank if sharded else 0
-        # The last is taken first; a page that several requests share is counted as often.
-        self._free = [list(range(num_pages))[::-1] for _ in range(self._holders)]
-        self._uses: list[Counter[int]] = [Counter() for _ in range(self._holders)]
-        self._requests: dict[Hashable, _Request] = {}
+        # Pages made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
+            self.k_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self.v_pages = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device) if v_head_dim else None
+        self._holders = self.cp_size if sharded else 1
+        self._here = self.cp_rank if sharded else 0
+        self._books = PageBooks(self._holders, shape[1])
+        self._requests: dict[Hashable, CachedRequest] = {}
+        self._history = History()
+
+    def __repr__(self) -> str:
+        layers, pages, _, heads, head_dim = self.k_pages.shape
+        v_head_dim = 0 if self.v_pages is None else self.v_pages.shape[-1]
+        return (
+            f"KVPool({pages} pages of {self.page_size} tokens, {self.free_pages} free, {len(self._requests)} requests, "
+            f"{layers} layers of {heads} heads, k {head_dim}, v {v_head_dim}, {self.k_pages.dtype}, {self.k_pages.device}, "
+            f"rank {self.cp_rank} of {self.cp_size}, {'sharded' if self.sharded else 'replicated'})"
+        )
 
     @property
     def free_pages(self) -> int:
         """Pages that are free on the rank that has the fewest."""
-        return min(map(len, self._free))
+        return min(map(len, self._books.free))
 
     def length(self, request: Hashable) -> int:
         """Tokens of the request that are in the cache, over all ranks."""
@@ -99,73 +114,86 @@ class KVPool:
 
     def admit(self, request: Hashable) -> None:
         """A new request without tokens. Raises CPError if there is one of that name."""
-        if request in self._requests:
-            raise CPError(f"request {request!r} is in the pool already; release it first, or choose another name")
-        self._requests[request] = _Request(np.empty(0, dtype=np.int64), [[] for _ in range(self._holders)])
+        self._check_unused(request)
+        self._requests[request] = CachedRequest(np.empty(0, dtype=np.int64), [[] for _ in range(self._holders)])
 
     def fork(self, parent: Hashable, child: Hashable, length: int) -> None:
-        """A new request whose first ``length`` tokens are the parent's: whole pages are shared, the rest is copied. Tokens
-        that :meth:`plan` has counted but no layer has written yet are not there to be copied: fork between steps.
+        """A new request whose first ``length`` tokens are the parent's. It shares the parent's pages, and takes none: the step
+        that first writes to a shared page copies it then.
 
-        Raises PoolFullError if there is no page for the rest, CPError if the parent has fewer tokens; nothing has changed.
+        So tokens that :meth:`plan` has counted may be forked before the layers write them. Raises CPError if the parent has
+        fewer tokens.
         """
         source = self._of(parent)
-        if not 0 <= length <= len(source.owners):
-            raise CPError(f"request {parent!r} has {len(source.owners)} tokens in the cache, {length} can not be taken from it")
-        if child in self._requests:
-            raise CPError(f"request {child!r} is in the pool already; release it first, or choose another name")
-        owners = source.owners[:length]
-        held = np.bincount(owners, minlength=self._holders)
-        self._require([int(count) % self.page_size > 0 for count in held], f"the last page of a copy of request {parent!r}")
-        pages = []
-        for holder, count in enumerate(held.tolist()):
-            whole, rest = divmod(count, self.page_size)
-            taken = source.pages[holder][:whole]
-            self._uses[holder].update(taken)
-            if rest:
-                taken = [*taken, self._take(holder)]
-                if holder == self._here:
-                    for x in (self.k_pages, self.v_pages):
-                        if x is not None:
-                            x[:, taken[-1], :rest] = x[:, source.pages[holder][whole], :rest]
-            pages.append(taken)
-        self._requests[child] = _Request(owners.copy(), pages)
+        self._check_unused(child)
+        owners = source.owners[: pool_checks.parse_length(length, parent, len(source.owners))].copy()
+        pages = [pages[:count] for pages, count in zip(source.pages, self._pages_for(self._held(owners)), strict=True)]
+        for holder, shared in enumerate(pages):
+            self._books.share(holder, shared)
+        self._requests[child] = CachedRequest(owners, pages)
+        source.forks += 1
+
+    def truncate(self, request: Hashable, length: int) -> None:
+        """Drops a request's tokens from ``length`` on, such as drafts that were rejected; the next ones take their places.
+
+        Pages that are not needed any more are free again, except those that others share. Raises CPError for more tokens than
+        there are.
+        """
+        cached = self._of(request)
+        self._cut(cached, pool_checks.parse_length(length, request, len(cached.owners)))
+        cached.truncations += 1
 
     def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str = "zigzag", pad_to: int = 1) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to.
 
+        Where new tokens go to a part-filled page that other requests share, the request gets a page of its own with a copy of
+        the tokens in it. So compute a step, or put it into the device's queue, before the next is planned.
+
         Raises PoolFullError if some rank has too few free pages, CPError for a request that is unknown or named twice;
         nothing has changed.
         """
-        names = [name for name, _ in extends]
+        pairs = pool_checks.parse_extends(extends)
+        names = [name for name, _ in pairs]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise CPError(f"request {twice[0]!r} is in the step twice; give all of its new tokens at once")
-        batch = [(self.length(name), extend) for name, extend in extends]
-        shards = [np.bincount(self._of(name).owners, minlength=self.cp_size).tolist() for name in names] if self.sharded else None
-        planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=shards)
-        held = planned.shard_lens + planned.rank_extends if self.sharded else planned.total_lens[:, None]
-        needed = [
-            [-(-int(held[i, holder]) // self.page_size) - len(self._of(name).pages[holder]) for i, name in enumerate(names)]
-            for holder in range(self._holders)
+        requests = [self._of(name) for name in names]
+        batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
+        held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
+        planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=held if self.sharded else None)
+        new = planned.rank_extends if self.sharded else planned.extend_lens[:, None]
+        self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
+        before = [
+            Before(name, request, len(request.owners), request.forks, request.truncations)
+            for name, request in zip(names, requests, strict=True)
         ]
-        self._require([sum(counts) for counts in needed], f"the {planned.num_tokens} new tokens of {len(names)} requests")
-        for holder, counts in enumerate(needed):
-            for name, count in zip(names, counts, strict=True):
-                self._of(name).pages[holder] += [self._take(holder) for _ in range(count)]
-        self._append_owners(names, planned)
+        self._append_owners(requests, planned)
+        self._history.add(planned, before)
         return planned
+
+    def undo(self, plan: Plan) -> None:
+        """Takes the last step back: its requests have the tokens and pages that they had before it. Call it on every rank after a
+        step that failed on any, then plan again.
+
+        Steps are undone last step first, each once, by the very object that :meth:`plan` returned. What the step may have
+        written on this rank becomes zeros, as a NaN would reach other requests: kernels that load whole pages multiply what
+        lies after a sequence by 0. A page that the step copied stays the request's own: it holds the same prefix, and the page that
+        it was copied from may have changed hands.
+
+        Raises CPError for any other plan, or if a request of the step has been released, forked (as the parent) or truncated since;
+        nothing has changed.
+        """
+        # The last request first, and of each the last page: the step planned again takes the same pages.
+        for before in reversed(self._history.last(plan, self._requests)):
+            self._cut(before.request, before.length, clear=True)
+        self._history.drop_last()
 
     def release(self, request: Hashable) -> None:
         """Forgets a request; pages that no other one shares are free again."""
         forgotten = self._of(request)
         del self._requests[request]
         for holder, pages in enumerate(forgotten.pages):
-            for page in pages:
-                self._uses[holder][page] -= 1
-                if not self._uses[holder][page]:
-                    del self._uses[holder][page]
-                    self._free[holder].append(page)
+            self._books.give_back(holder, pages)
 
     def page_table(self, requests: Sequence[Hashable], shape: tuple[int, int] | None = None) -> Tensor:
         """int32 ``[len(requests), max_pages]`` on the pages' device: this rank's pages of each; as wide on every rank.
@@ -175,45 +203,92 @@ class KVPool:
             shape: of the table, where it has to be that of a bucket; lines and pages that are not there are 0. Raises
                 CPError if it is too small.
         """
-        width = max((len(pages) for name in requests for pages in self._of(name).pages), default=0)
-        if shape is not None and (shape[0] < len(requests) or shape[1] < width):
-            raise CPError(
-                f"a page table of {shape} is too small for {len(requests)} requests of up to {width} pages; choose a larger bucket"
-            )
-        table = np.zeros(shape or (len(requests), max(width, 1)), dtype=np.int32)
-        for line, name in zip(table, requests, strict=False):
-            pages = self._of(name).pages[self._here]
+        cached = [self._of(name) for name in pool_checks.parse_names(requests)]
+        width = max((len(pages) for request in cached for pages in request.pages), default=0)
+        size = (len(cached), max(width, 1)) if shape is None else pool_checks.parse_shape(shape, len(cached), width)
+        table = np.zeros(size, dtype=np.int32)
+        for line, request in zip(table, cached, strict=False):
+            pages = request.pages[self._here]
             line[: len(pages)] = pages
         return torch.from_numpy(table).to(self.k_pages.device)
 
     def layer(self, layer: int, page_table: Tensor) -> PagedKV:
         """One layer's pages, as ``kv_cache`` of a step; the page table is made once a step and serves all layers."""
+        pool_checks.check_layer(layer, len(self.k_pages), page_table)
         return PagedKV(self.k_pages[layer], None if self.v_pages is None else self.v_pages[layer], page_table)
 
-    def _of(self, request: Hashable) -> _Request:
+    def _of(self, request: Hashable) -> CachedRequest:
+        pool_checks.check_name(request)
         if request not in self._requests:
             raise CPError(f"request {request!r} is not in the pool; admit it first")
         return self._requests[request]
 
-    def _require(self, pages: Sequence[int], what: str) -> None:
-        for holder, count in enumerate(pages):
-            if count > len(self._free[holder]):
-                where = f" on rank {holder}" if self.sharded else ""
-                raise PoolFullError(
-                    f"{what} need {int(count)} pages of {self.page_size} tokens{where}, but {len(self._free[holder])} are free; release "
-                    "requests, or give fewer new tokens"
-                )
+    def _check_unused(self, request: Hashable) -> None:
+        pool_checks.check_name(request)
+        if request in self._requests:
+            raise CPError(f"request {request!r} is in the pool already; release it first, or choose another name")
 
-    def _take(self, holder: int) -> int:
-        page = self._free[holder].pop()
-        self._uses[holder][page] = 1
-        return page
+    def _held(self, owners: IntArray) -> IntArray:
+        """``[holders]`` how many of these tokens each has."""
+        return np.bincount(owners, minlength=self._holders) if self.sharded else np.array([len(owners)])
 
-    def _append_owners(self, names: Sequence[Hashable], planned: Plan) -> None:
+    def _pages_for(self, tokens: IntArray) -> IntArray:
+        return -(-tokens // self.page_size)
+
+    def _take_pages(self, requests: Sequence[CachedRequest], held: IntArray, new: IntArray, what: str) -> None:
+        """Gives requests the pages for new tokens, copies of shared pages included; ``held`` and ``new`` ``[requests, holders]``."""
+        rest = held % self.page_size
+        missing = self._pages_for(held + new) - self._pages_for(held)
+        copies = []
+        for holder in range(self._holders):
+            lines = np.flatnonzero((new[:, holder] > 0) & (rest[:, holder] > 0)).tolist()
+            copies.append(self._books.to_copy(holder, [(line, requests[line].pages[holder][-1]) for line in lines]))
+        if any(copies):
+            what += ", and copies of pages that they share,"
+        self._books.require(missing.sum(axis=0) + list(map(len, copies)), self.page_size, what)
+        for holder, copied in enumerate(copies):
+            for line, shared in copied.items():
+                own = self._books.take(holder)
+                if holder == self._here:
+                    self._copy(shared, own, int(rest[line, holder]))
+                requests[line].pages[holder][-1] = own
+                self._books.give_back(holder, [shared])
+            for line in np.flatnonzero(missing[:, holder]).tolist():
+                requests[line].pages[holder] += [self._books.take(holder) for _ in range(missing[line, holder])]
+
+    def _append_owners(self, requests: Sequence[CachedRequest], planned: Plan) -> None:
         new = [np.zeros(extend, dtype=np.int64) for _, extend in planned.batch]
         if self.sharded:
             for chunk in planned.chunks:
                 new[chunk.request][chunk.start : chunk.start + chunk.length] = chunk.rank
-        for name, owners in zip(names, new, strict=True):
-            request = self._of(name)
+        for request, owners in zip(requests, new, strict=True):
             request.owners = np.concatenate([request.owners, owners])
+
+    def _cut(self, request: CachedRequest, length: int, clear: bool = False) -> None:
+        """Leaves a request its first tokens alone. ``clear`` writes zeros where the others were, which none may share then."""
+        held, request.owners = self._held(request.owners), request.owners[:length]
+        left = self._held(request.owners)
+        for holder, (kept, rest) in enumerate(zip(self._pages_for(left), left % self.page_size, strict=True)):
+            pages, dropped = request.pages[holder][:kept], request.pages[holder][kept:]
+            if clear and holder == self._here and held[holder] > left[holder]:
+                self._clear(dropped)
+                if rest:
+                    self._clear(pages[-1:], int(rest))
+            request.pages[holder] = pages
+            self._books.give_back(holder, reversed(dropped))
+
+    # What is done to this rank's pages, in all layers. Page numbers go to the device as arguments of launches: an index in a
+    # tensor would have to be copied there, and waited for.
+
+    def _copy(self, source: int, target: int, tokens: int) -> None:
+        for x in (self.k_pages, self.v_pages):
+            if x is not None:
+                x[:, target, :tokens] = x[:, source, :tokens]
+
+    def _clear(self, pages: Sequence[int], start: int = 0) -> None:
+        """Zeros from token ``start`` of each page on: one launch for every run of neighbours, as those of a prefill mostly are."""
+        numbers = np.sort(pages)
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if pages else []:
+            for x in (self.k_pages, self.v_pages):
+                if x is not None:
+                    x[:, int(run[0]) : int(run[-1]) + 1, start:].zero_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ HEADS, KV_HEADS, HEAD_DIM, V_HEAD_DIM = 2, 1, 8, 4
 LONGEST = 200
 
 
+def bookkeeping(pool: cpattn.KVPool) -> str:
+    """All that a pool knows of requests, steps and pages; the order of free pages included, as it decides which are taken next."""
+    requests = {
+        name: (request.owners.tolist(), request.pages, request.forks, request.truncations) for name, request in pool._requests.items()
+    }
+    uses = [sorted(counts.items()) for counts in pool._books.uses]
+    return repr((requests, pool._books.free, uses, len(pool._history)))
+
+
 @dataclass
 class Script:
     """What a request's tokens are, from the first to the LONGEST one: ``[LONGEST, heads, dim]`` each."""
@@ -22,6 +31,16 @@ class Script:
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+@dataclass
+class Step:
+    """A planned step: each rank's plan, the tokens of each request that are new in it, and the requests that were released,
+    forked or truncated since."""
+
+    plans: list[cpattn.Plan]
+    new: dict[str, slice]
+    touched: set[str] = field(default_factory=set)
 
 
 class ModelEngine:
@@ -48,6 +67,7 @@ class ModelEngine:
             pool.v_pages.fill_(torch.nan)
         self.scripts: dict[str, Script] = {}
         self.owners: dict[str, list[int]] = {}
+        self.steps: list[Step] = []  # that are not undone, the last at the end
 
     def length(self, name: str) -> int:
         return len(self.owners[name])
@@ -55,33 +75,50 @@ class ModelEngine:
     def admit(self, name: str) -> None:
         for pool in self.pools:
             pool.admit(name)
-        dims = ((HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, V_HEAD_DIM))
-        self.scripts[name] = Script(*(torch.randn(LONGEST, *dim, generator=self.generator, dtype=torch.float64) for dim in dims))
+        self.scripts[name] = self._script()
         self.owners[name] = []
 
     def fork(self, parent: str, child: str, length: int) -> None:
         for pool in self.pools:
             pool.fork(parent, child, length)
-        dims = ((HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, V_HEAD_DIM))
-        self.scripts[child] = Script(*(torch.randn(LONGEST, *dim, generator=self.generator, dtype=torch.float64) for dim in dims))
-        for of_child, of_parent in zip(vars(self.scripts[child]).values(), vars(self.scripts[parent]).values(), strict=True):
-            of_child[:length] = of_parent[:length]
+        self.scripts[child] = self._script(self.scripts[parent], length)
         self.owners[child] = self.owners[parent][:length]
+        self._touch(parent)
+
+    def truncate(self, name: str, length: int) -> None:
+        """The tokens that follow are others than those that are dropped."""
+        for pool in self.pools:
+            pool.truncate(name, length)
+        self._shorten(name, length)
+        self._touch(name)
 
     def release(self, name: str) -> None:
         for pool in self.pools:
             pool.release(name)
         del self.scripts[name], self.owners[name]
+        self._touch(name)
 
     def step(self, extends: Sequence[tuple[str, int]], strategy: str = "auto", partition: str = "zigzag", pad_to: int = 1) -> Tensor:
         """Plans and computes a step, checks its output and the cache, and returns the output ``[tokens, Hq, Dv]``."""
+        return self.compute(self.plan(extends, partition, pad_to), strategy)
+
+    def plan(self, extends: Sequence[tuple[str, int]], partition: str = "zigzag", pad_to: int = 1) -> Step:
+        """Plans a step on every rank; its tokens count as cached, but no page holds them yet."""
         plans = [pool.plan(extends, partition=partition, pad_to=pad_to) for pool in self.pools]
-        plan = plans[0]
         assert len({plan.fingerprint for plan in plans}) == 1
-        assert plan.batch == tuple((self.length(name), extend) for name, extend in extends)
-        names = [name for name, _ in extends]
-        new = [slice(self.length(name), self.length(name) + extend) for name, extend in extends]
-        q, k, v = (torch.cat([getattr(self.scripts[name], x)[rows] for name, rows in zip(names, new, strict=True)]) for x in "qkv")
+        assert plans[0].batch == tuple((self.length(name), extend) for name, extend in extends)
+        step = Step(plans, {name: slice(self.length(name), self.length(name) + extend) for name, extend in extends})
+        names = list(step.new)
+        # The plan's chunks in order say which rank has each new token.
+        for chunk in plans[0].chunks:
+            self.owners[names[chunk.request]] += [chunk.rank] * chunk.length
+        self.steps.append(step)
+        return step
+
+    def compute(self, step: Step, strategy: str = "auto") -> Tensor:
+        """What the layers do in a step that was planned; its requests are as they were planned, but may have been forked."""
+        plan, names = step.plans[0], list(step.new)
+        q, k, v = (torch.cat([getattr(self.scripts[name], x)[rows] for name, rows in step.new.items()]) for x in "qkv")
 
         def program(communicator: cpattn.Communicator) -> Tensor:
             pool, meta = self.pools[communicator.rank], plan.metadata(communicator.rank)
@@ -102,10 +139,7 @@ class ModelEngine:
             return cpattn.unshard(out, meta, group=communicator)
 
         outputs = run_loopback(program, self.cp_size)
-        self._append(names, plan)
-        prefix_k, prefix_v = (
-            torch.cat([getattr(self.scripts[name], x)[: rows.start] for name, rows in zip(names, new, strict=True)]) for x in "kv"
-        )
+        prefix_k, prefix_v = (torch.cat([getattr(self.scripts[name], x)[: rows.start] for name, rows in step.new.items()]) for x in "kv")
         expected, _ = oracle_attention(q, k, v, plan.batch, prefix_k=prefix_k, prefix_v=prefix_v)
         for out in outputs:
             assert torch.equal(out, outputs[0])
@@ -113,25 +147,71 @@ class ModelEngine:
         self.check()
         return outputs[0]
 
+    def undo(self, spoiled_ranks: Sequence[int] = ()) -> None:
+        """Takes the last step back, after it has written NaN for its new tokens on some ranks, as one does that fails in the middle."""
+        step = self.steps[-1]
+        slots = [[slot for name, rows in step.new.items() for slot in self.slots(rank, name, rows)] for rank in range(self.cp_size)]
+        for rank in spoiled_ranks:
+            for page, place in slots[rank]:
+                for pages in self.both_pages(rank):
+                    pages[0, page, place] = torch.nan
+        for pool, plan in zip(self.pools, step.plans, strict=True):
+            pool.undo(plan)
+        self.steps.pop()
+        for name, rows in step.new.items():
+            self._shorten(name, rows.start)
+        for rank in range(self.cp_size):
+            for page, place in slots[rank]:
+                assert all((pages[0, page, place] == 0).all() for pages in self.both_pages(rank)), f"page {page}, {place} on rank {rank}"
+        self.check()
+
+    def slots(self, rank: int, name: str, tokens: slice) -> list[tuple[int, int]]:
+        """The page and the place in it of those of a request's tokens that a rank holds."""
+        pool = self.pools[rank]
+        line = pool.page_table([name])[0].tolist()
+        held = [token for token, owner in enumerate(self.owners[name]) if owner == rank or not self.sharded]
+        return [(line[n // pool.page_size], n % pool.page_size) for n, token in enumerate(held) if token in range(LONGEST)[tokens]]
+
+    def both_pages(self, rank: int) -> tuple[Tensor, Tensor]:
+        pool = self.pools[rank]
+        assert pool.v_pages is not None
+        return pool.k_pages, pool.v_pages
+
     def check(self) -> None:
-        """Each rank's pages hold each request's tokens to the bit, and all pages are either in use or free."""
+        """Each rank's pages hold each request's tokens to the bit, and all pages are either in use or free.
+
+        Tokens that are planned and not computed yet are not there; call it when there are none.
+        """
         in_use = []
         for rank, pool in enumerate(self.pools):
-            tables = {name: pool.page_table([name])[0].tolist() for name in self.scripts}
             used: set[int] = set()
             for name, owners in self.owners.items():
                 assert pool.length(name) == len(owners)
                 held = [token for token, owner in enumerate(owners) if owner == rank or not self.sharded]
-                slots = [(tables[name][n // pool.page_size], n % pool.page_size) for n in range(len(held))]
+                slots = self.slots(rank, name, slice(None))
                 used |= {page for page, _ in slots}
-                for pages, script in ((pool.k_pages, self.scripts[name].k), (pool.v_pages, self.scripts[name].v)):
-                    assert pages is not None
+                for pages, script in zip(self.both_pages(rank), (self.scripts[name].k, self.scripts[name].v), strict=True):
                     for token, (page, place) in zip(held, slots, strict=True):
                         assert torch.equal(pages[0, page, place], script[token]), f"token {token} of {name} on rank {rank}"
             in_use.append(len(used))
+        # A page that several requests share, part-filled or not, is in use once.
         assert {pool.free_pages for pool in self.pools} == {self.num_pages - max(in_use)}
 
-    def _append(self, names: list[str], plan: cpattn.Plan) -> None:
-        """The plan's chunks in order say which rank has each new token."""
-        for chunk in plan.chunks:
-            self.owners[names[chunk.request]] += [chunk.rank] * chunk.length
+    def _script(self, parent: Script | None = None, length: int = 0) -> Script:
+        """Random tokens, of which the first are those of another script."""
+        dims = ((HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, V_HEAD_DIM))
+        script = Script(*(torch.randn(LONGEST, *dim, generator=self.generator, dtype=torch.float64) for dim in dims))
+        if parent is not None:
+            for x, first in zip(vars(script).values(), vars(parent).values(), strict=True):
+                x[:length] = first[:length]
+        return script
+
+    def _shorten(self, name: str, length: int) -> None:
+        self.scripts[name] = self._script(self.scripts[name], length)
+        del self.owners[name][length:]
+
+    def _touch(self, name: str) -> None:
+        """Steps of this request so far cannot be undone any more."""
+        for step in self.steps:
+            if name in step.new:
+                step.touched.add(name)

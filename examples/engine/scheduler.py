@@ -182,18 +182,13 @@ class Scheduler:
     def _admit(self, state: State) -> None:
         """Gives the request a place in the pool, with the longest beginning that some other request has there."""
         state.reused = None
-        while (found := self._longest_prefix(state)) is not None:
+        found = self._longest_prefix(state)
+        if found is None:
+            self._pool.admit(state.name)
+        else:
             parent, length = found
-            try:
-                self._pool.fork(parent.name, state.name, length)
-            except cpattn.PoolFullError:  # there is no page for the copy of the last, part-filled one
-                if not self._evict():
-                    break
-                self.evictions += 1
-            else:
-                state.reused = parent.name, length
-                return
-        self._pool.admit(state.name)
+            self._pool.fork(parent.name, state.name, length)
+            state.reused = parent.name, length
 
     def _longest_prefix(self, state: State) -> tuple[State, int] | None:
         """Whose cached tokens the request's begin with, and how many of them.

@@ -91,3 +91,31 @@ def test_calls_allocate_only_what_they_return(backend: str) -> None:
     out, lse = cpattn.cp_attention(q, k, v, meta, group=communicator, kv_cache=case.prefix, backend=backend, return_lse=True)
     allocated = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
     assert allocated <= 2 * (out.nbytes + lse.nbytes) + 2**20
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_a_pools_copies_and_zeros_do_not_wait(sharded: bool) -> None:
+    pool = cpattn.KVPool(64, 16, 2, 2, 64, dtype=torch.bfloat16, device="cuda", cp_size=2, cp_rank=0, sharded=sharded)
+    pool.admit("a")
+    pool.plan([("a", 41)])
+    pool.k_pages.fill_(1.0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pool.fork("a", "b", 41)
+        step = pool.plan([("b", 100), ("a", 7)])
+        pool.k_pages.fill_(torch.nan)
+        pool.undo(step)
+        pool.truncate("a", 30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    taken_back = pool.page_table(["b"])[0, -1]
+    held = pool.plan([("b", 0)]).shard_lens[0, 0] if sharded else 41
+    assert pool.k_pages[:, taken_back, : held % 16].isnan().all()
+    assert (pool.k_pages[:, taken_back, held % 16 :] == 0).all()
+
+
+def test_a_gpu_too_many_is_refused_and_the_others_go_on() -> None:
+    with pytest.raises(cpattn.CPError, match=r"device='cuda:99' cannot be used on this machine .*; pass one of 'cpu', 'cuda:0'"):
+        cpattn.KVPool(8, 4, 1, 2, 8, device="cuda:99")
+    assert str(cpattn.KVPool(8, 4, 1, 2, 8, device="cuda").k_pages.device) == "cuda:0"

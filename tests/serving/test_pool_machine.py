@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from model_engine import LONGEST, ModelEngine
+from model_engine import LONGEST, ModelEngine, Step, bookkeeping
 
 import cpattn
 
@@ -18,29 +16,26 @@ NAMES = "abcde"
 STRATEGIES = {False: ["auto", "all_gather", "ring"], True: ["auto", "pass_q", "pass_q_ring", "ring"]}
 
 
-def bookkeeping(pool: cpattn.KVPool) -> dict[str, Any]:
-    """All of a pool's state but the pages themselves."""
-    return copy.deepcopy({name: value for name, value in vars(pool).items() if not isinstance(value, torch.Tensor)})
-
-
-def changes_nothing(engine: ModelEngine, refused: Callable[[cpattn.KVPool], object]) -> None:
+def changes_nothing(engine: ModelEngine, refused: Callable[[int], object], error: type[cpattn.CPError]) -> None:
     """The pools of all ranks refuse it alike, and neither their books nor their pages change."""
     messages = set()
-    for pool in engine.pools:
-        before, pages = bookkeeping(pool), pool.k_pages.clone()
+    for rank, pool in enumerate(engine.pools):
+        before, pages = bookkeeping(pool), [x.clone() for x in engine.both_pages(rank)]
         try:
-            refused(pool)
-        except cpattn.PoolFullError as error:
-            messages.add(str(error))
+            refused(rank)
+        except error as refusal:
+            messages.add(str(refusal))
         else:
             raise AssertionError("the pool took it")
-        assert repr(bookkeeping(pool)) == repr(before)
-        assert torch.equal(pool.k_pages.nan_to_num(7.0), pages.nan_to_num(7.0))
+        assert bookkeeping(pool) == before
+        for now, then in zip(engine.both_pages(rank), pages, strict=True):
+            assert now.view(torch.int64).equal(then.view(torch.int64))
     assert len(messages) == 1
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Admit, prefill chunk, decode, fork and finish on 1 to 4 ranks with few pages; a full pool is a part of the game."""
+    """Admit, prefill chunk, decode, fork, truncate, fail, undo and finish on 1 to 4 ranks with few pages; a full pool is a part of
+    the game."""
 
     engine: ModelEngine
 
@@ -67,25 +62,55 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data(), partition=st.sampled_from(["zigzag", "contiguous"]), pad_to=st.sampled_from([1, 1, 4]))
     def step(self, data: st.DataObject, partition: str, pad_to: int) -> None:
-        """Some of the requests in any order, each idle, decoding or with a chunk of prefill."""
-        names = data.draw(st.permutations(self.running))[: data.draw(st.integers(1, len(self.running)))]
-        extend = st.sampled_from([0, 1, 1]) | st.integers(2, 25)
-        extends = [(name, min(data.draw(extend), LONGEST - self.engine.length(name))) for name in names]
+        """Some of the requests in any order, each idle, decoding or with a chunk of prefill; at times one is forked before the
+        layers have written its tokens."""
         strategy = data.draw(st.sampled_from(STRATEGIES[self.engine.sharded]))
-        try:
-            self.engine.step(extends, strategy, partition, pad_to)
-        except cpattn.PoolFullError:
-            changes_nothing(self.engine, lambda pool: pool.plan(extends, partition=partition, pad_to=pad_to))
+        planned = self._plan(data, partition, pad_to)
+        if planned:
+            if len(self.running) < len(NAMES) and data.draw(st.booleans()):
+                self._fork(data)
+            self.engine.compute(planned, strategy)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), again=st.booleans())
+    def fail(self, data: st.DataObject, again: bool) -> None:
+        """A step that raises in the middle, some ranks having written what is no use; undone, the same step gets the same pages."""
+        planned = self._plan(data)
+        if planned:
+            extends = [(name, rows.stop - rows.start) for name, rows in planned.new.items()]
+            tables = [pool.page_table(list(planned.new)).tolist() for pool in self.engine.pools]
+            self.engine.undo(data.draw(st.sets(st.integers(0, self.engine.cp_size - 1)).map(sorted)))
+            if again:
+                second = self.engine.plan(extends)
+                assert [pool.page_table(list(second.new)).tolist() for pool in self.engine.pools] == tables
+                self.engine.compute(second)
+
+    @precondition(lambda self: hasattr(self, "engine") and len(self.engine.steps) > 0)
+    @rule(data=st.data())
+    def undo(self, data: st.DataObject) -> None:
+        """A step that was computed, if none of its requests was touched since; any other step is refused."""
+        *earlier, last = self.engine.steps
+        if earlier:
+            wrong = data.draw(st.sampled_from(earlier))
+            changes_nothing(self.engine, lambda rank: self.engine.pools[rank].undo(wrong.plans[rank]), cpattn.CPError)
+        if last.touched:
+            changes_nothing(self.engine, lambda rank: self.engine.pools[rank].undo(last.plans[rank]), cpattn.CPError)
+        else:
+            self.engine.undo()
+            changes_nothing(self.engine, lambda rank: self.engine.pools[rank].undo(last.plans[rank]), cpattn.CPError)
 
     @precondition(lambda self: self.running and len(self.running) < len(NAMES))
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        parent, child = data.draw(st.sampled_from(self.running)), self._unused()
-        length = data.draw(st.integers(0, self.engine.length(parent)))
-        try:
-            self.engine.fork(parent, child, length)
-        except cpattn.PoolFullError:
-            changes_nothing(self.engine, lambda pool: pool.fork(parent, child, length))
+        self._fork(data)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.running))
+        length = self.engine.length(name)
+        # A few drafts, or any number.
+        self.engine.truncate(name, data.draw(st.integers(max(0, length - 3), length) | st.integers(0, length)))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -97,6 +122,11 @@ class PoolMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.check()
 
+    @invariant()
+    def all_ranks_have_the_same_books(self) -> None:
+        if hasattr(self, "engine"):
+            assert len(set(map(bookkeeping, self.engine.pools))) == 1
+
     def teardown(self) -> None:
         """All pages come back."""
         if hasattr(self, "engine"):
@@ -104,9 +134,25 @@ class PoolMachine(RuleBasedStateMachine):
                 self.engine.release(name)
             assert {pool.free_pages for pool in self.engine.pools} == {self.engine.num_pages}
 
+    def _plan(self, data: st.DataObject, partition: str = "zigzag", pad_to: int = 1) -> Step | None:
+        """None where there are too few pages."""
+        names = data.draw(st.permutations(self.running))[: data.draw(st.integers(1, len(self.running)))]
+        extend = st.sampled_from([0, 1, 1]) | st.integers(2, 25)
+        extends = [(name, min(data.draw(extend), LONGEST - self.engine.length(name))) for name in names]
+        try:
+            return self.engine.plan(extends, partition, pad_to)
+        except cpattn.PoolFullError:
+            pools = self.engine.pools
+            changes_nothing(self.engine, lambda rank: pools[rank].plan(extends, partition=partition, pad_to=pad_to), cpattn.PoolFullError)
+            return None
+
+    def _fork(self, data: st.DataObject) -> None:
+        parent = data.draw(st.sampled_from(self.running))
+        self.engine.fork(parent, self._unused(), data.draw(st.integers(0, self.engine.length(parent))))
+
     def _unused(self) -> str:
         return next(name for name in NAMES if name not in self.engine.owners)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
 TestPoolMachine = PoolMachine.TestCase

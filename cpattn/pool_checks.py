@@ -1,0 +1,128 @@
+"""What a KVPool refuses of its arguments, before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpattn.errors import BatchError, CPError, PageTableError, RankError
+from cpattn.metadata.batch import MAX_TOKENS, is_integer
+
+
+def parse_size(name: str, value: Any, least: int = 1) -> int:
+    """A number of the pool's sizes as a plain int. The limit is that of page numbers, which are int32 in a page table."""
+    if not is_integer(value) or not least <= value <= MAX_TOKENS:
+        raise CPError(f"{name}={value!r}; pass an integer from {least} to {MAX_TOKENS}")
+    return int(value)
+
+
+def parse_rank(cp_rank: Any, cp_size: int) -> int:
+    if not is_integer(cp_rank) or not 0 <= cp_rank < cp_size:
+        raise RankError(
+            f"cp_rank={cp_rank!r}; pass this process's rank within the context-parallel group, an integer from 0 to {cp_size - 1} "
+            f"(cp_size is {cp_size})"
+        )
+    return int(cp_rank)
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise CPError(f"{name}={value!r} ({type(value).__name__}); pass True or False")
+
+
+def check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CPError(f"dtype={dtype!r}; pass the floating torch dtype of the model's keys and values, such as torch.bfloat16")
+
+
+def parse_device(device: Any) -> torch.device:
+    """A device on which a tensor can be made. Asked for here, as torch's own errors do not say which argument was wrong."""
+    if isinstance(device, (str, torch.device)) or is_integer(device):
+        try:
+            return torch.empty(0, device=device).device
+        # What torch raises depends on its build and on the kind of device.
+        except Exception as error:
+            why = str(error).partition("\n")[0].rstrip(". ")
+            raise CPError(f"device={device!r} cannot be used on this machine ({why}); pass one of {_usable_devices()}") from error
+    raise CPError(f"device={device!r} is a {type(device).__name__}; pass a torch.device or its name, one of {_usable_devices()}")
+
+
+def _usable_devices() -> str:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ", ".join(["'cpu'", *(f"'cuda:{index}'" for index in range(gpus))]) + ("" if gpus else " (torch finds no CUDA device)")
+
+
+def check_name(request: Any) -> None:
+    try:
+        hash(request)
+    except TypeError:
+        raise CPError(
+            f"request {request!r} is a {type(request).__name__}, which has no hash; name requests by strings, integers or tuples of these"
+        ) from None
+
+
+def parse_extends(extends: Any) -> list[tuple[Hashable, int]]:
+    """The requests of a step with their counts of new tokens, as plain ints."""
+    rule = "pass (request, new tokens) pairs, such as [('a', 512), ('b', 1)]"
+    if isinstance(extends, Mapping):
+        raise BatchError(f"the step is a {type(extends).__name__}; {rule}: list(step.items())")
+    pairs = []
+    for place, pair in enumerate(_in_order("the step", extends, rule)):
+        if not isinstance(pair, Sequence) or isinstance(pair, _TEXT) or len(pair) != 2:
+            raise BatchError(f"entry {place} of the step is {pair!r}, which is not a pair; {rule}")
+        name, count = pair
+        check_name(name)
+        if not is_integer(count) or count < 0:
+            raise BatchError(f"request {name!r} gets {count!r} new tokens ({type(count).__name__}); pass an integer of at least 0")
+        pairs.append((name, int(count)))
+    return pairs
+
+
+def parse_names(requests: Any) -> list[Hashable]:
+    names = _in_order("requests", requests, "pass a sequence of names in the order of the plan, such as ['a', 'b']")
+    for name in names:
+        check_name(name)
+    return names
+
+
+def parse_length(length: Any, request: Hashable, cached: int) -> int:
+    """How many of a request's first tokens are meant, out of those in the cache."""
+    if not is_integer(length) or not 0 <= length <= cached:
+        raise CPError(f"request {request!r} has {cached} tokens in the cache, but length={length!r}; pass an integer from 0 to {cached}")
+    return int(length)
+
+
+def parse_shape(shape: Any, lines: int, width: int) -> tuple[int, int]:
+    """The shape of a page table that has room for so many requests and pages."""
+    pair = isinstance(shape, Sequence) and not isinstance(shape, _TEXT) and len(shape) == 2
+    if not pair or not all(is_integer(size) and size >= 1 for size in shape):
+        raise CPError(f"shape={shape!r}; pass a pair of integers of at least 1, (requests, pages of each), or None")
+    if shape[0] < lines or shape[1] < width:
+        raise CPError(
+            f"a page table of {tuple(shape)} is too small for {lines} requests of up to {width} pages; choose a larger bucket, with a "
+            "shape of at least these"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def check_layer(layer: Any, num_layers: int, page_table: Any) -> None:
+    if not is_integer(layer) or not 0 <= layer < num_layers:
+        raise CPError(f"layer={layer!r}, but the pool has {num_layers} layers; pass an integer from 0 to {num_layers - 1}")
+    if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.dtype not in (torch.int32, torch.int64):
+        what = f"is {tuple(page_table.shape)} {page_table.dtype}" if isinstance(page_table, Tensor) else f"is a {type(page_table).__name__}"
+        raise PageTableError(
+            f"page_table {what}; pass what pool.page_table returned, an int32 or int64 tensor [requests, max_pages], made once a step"
+        )
+
+
+_TEXT = (str, bytes, bytearray)
+
+
+def _in_order(what: str, values: Any, rule: str) -> list[Any]:
+    """The values as a list. Text would be taken letter by letter, and a set has another order on every rank."""
+    if isinstance(values, (*_TEXT, set, frozenset)) or not isinstance(values, Iterable):
+        raise BatchError(f"{what} is {values!r} ({type(values).__name__}); {rule}")
+    return list(values)
