@@ -30,8 +30,9 @@ def custom_backend(
       sees which keys is said by ``rows`` (:class:`cpattn.RaggedRows`).
     - ``window``, ``softcap`` and ``sinks`` are None where the call has none. A kernel that lacks one must raise for it.
     - It returns out ``[rows, Hq, Dv]`` of any floating dtype (``out_dtype`` is what is best for the result: fp32 where it
-      will be merged) and lse ``[rows, Hq]``, natural log. Queries without keys, such as padding, may be given anything
-      whose LSE is -inf or +inf.
+      will be merged) and lse ``[rows, Hq]``, natural log.
+    - Queries without keys, such as padding, may be given anything: ``rows.sees_keys`` says which they are. A query that
+      sees keys and has an LSE of +inf or -inf gets NaN: kernels give that where its scores are NaN.
 
     >>> import cpattn, torch
     >>> def kernel(q, k, v, rows, *, scale, **options):
@@ -54,9 +55,8 @@ def custom_backend(
         out, lse = function(
             q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype
         )
-        # New tensors in any case: the function may return memory of its own, and the result is merged into.
-        lse = torch.where(lse == torch.inf, -torch.inf, lse)
-        return torch.where((lse == -torch.inf)[..., None], 0, out).to(out_dtype), lse
+        out, lse = _evened_out(out, lse, rows.sees_keys(options.window), options.sinks)
+        return out.to(out_dtype), lse
 
     return Backend(
         name=name or str(getattr(function, "__name__", "custom")),
@@ -71,3 +71,17 @@ def custom_backend(
         fp32_out=True,
         reads_pages=lambda call: page_sizes is not None and call.page_size is not None and page_sizes(call.page_size),
     )
+
+
+def _evened_out(out: Tensor, lse: Tensor, sees_keys: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result as :class:`cpattn.attention.backend.AttentionFunction` has it where the kernel's LSE is no finite number.
+
+    Which queries see nothing is known from the rows. The LSE does not say it: FlashAttention kernels give +inf or -inf
+    also where scores are NaN, and what is NaN must not be merged as what saw nothing.
+    These are new tensors in any case: the kernel may return memory of its own, and the result is merged into.
+    """
+    sees_T1 = sees_keys[:, None]
+    known_TH = sees_T1 & (lse.abs() < torch.inf)  # which NaN is not; isfinite would take two launches more
+    out_instead_T1 = torch.where(sees_T1, torch.nan, 0.0).to(out.dtype)
+    lse_instead = torch.where(sees_T1, torch.nan, -torch.inf if sinks is None else sinks).to(lse.dtype)
+    return torch.where(known_TH[..., None], out, out_instead_T1[..., None]).contiguous(), torch.where(known_TH, lse, lse_instead)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.kernels.current import is_capturing
 from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import DeviceTables
+from cpattn.metadata.device_tables import DeviceTables, expand_runs_on_device
 
 # How the rows lie to their diagonal; a kernel that knows only some of these is kept away from the others.
 #   bottom_right: the last query of every row sees the range's last key and no further: what "causal" means in varlen kernels
@@ -58,6 +59,30 @@ class Prepared(Protocol):
 
     def refresh(self, host: HostRows) -> None:
         """Makes it anew for other rows of the same capacity, at the same addresses."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SeeingQueries:
+    """Which queries see a key, in memory that stays where it is. It holds no rows, which hold it."""
+
+    cu_seqlens_q: Tensor
+    k_len: Tensor
+    diagonal: Tensor
+    window: int | None
+    mask: Tensor
+
+    def refresh(self, host: HostRows) -> None:
+        """See :class:`Prepared`. The tables on the device have been filled by then."""
+        self.mask.copy_(_sees_keys(self.cu_seqlens_q, self.k_len, self.diagonal, self.window, len(self.mask)))
+
+
+def _sees_keys(cu_seqlens_q: Tensor, k_len: Tensor, diagonal: Tensor, window: int | None, num_queries: int) -> Tensor:
+    """bool ``[num_queries]``, without waiting for the device: whether any key lies within a query's bounds."""
+    q_len = cu_seqlens_q.diff()
+    sees_to = expand_runs_on_device(diagonal, q_len, num_queries)
+    in_range = expand_runs_on_device(k_len, q_len, num_queries, step=0)
+    sees_from = torch.zeros_like(sees_to) if window is None else (sees_to - window).clamp(min=0)
+    return torch.minimum(sees_to, in_range) > sees_from
 
 
 @dataclass(eq=False)
@@ -131,6 +156,27 @@ class RaggedRows:
     def has_empty_range(self) -> bool:
         """Whether some row has, or may come to have, no keys at all."""
         return self.fixed or bool((self.host.k_len == 0).any())
+
+    def sees_keys(self, window: int | None = None) -> Tensor:
+        """Which queries see at least one key, bool ``[num_queries]`` on the device; made once a batch and window.
+
+        >>> rows = RaggedRows.build(q_len=[3, 1], k_start=[0, 0], k_len=[9, 0], diagonal=[0, 5])
+        >>> rows.sees_keys().tolist()
+        [False, True, True, False]
+        """
+        key = "sees keys", window
+        kept = self.prepared.get(key)
+        if isinstance(kept, _SeeingQueries):
+            return kept.mask
+        tables = self.cu_seqlens_q, self.k_len, self.diagonal, window
+        if is_capturing(self.k_len.device):
+            # Memory of the graph, which each replay fills anew: nobody else may read it.
+            return _sees_keys(*tables, self.num_queries)
+        # A mask made under inference_mode could not be refilled outside of it.
+        with torch.inference_mode(False):
+            made = _SeeingQueries(*tables, _sees_keys(*tables, self.num_queries))
+        self.prepared[key] = made
+        return made.mask
 
     def with_pages(self, page_table: Tensor, page_size: int) -> RaggedRows:
         """The same rows over pages: one object for all layers of a batch that come with the same table."""

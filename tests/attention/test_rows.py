@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpattn.attention.flash_attn4 import _packs
 from cpattn.attention.rows import HostRows, RaggedRows, RowTable
@@ -103,3 +108,48 @@ def test_flash_attn4_packs_heads_where_tiles_would_be_empty(q_len: int, packed: 
     rows = RaggedRows.build(*np.array([(q_len, 0, 8192, 8192 - q_len + 1)] * 3).T)
     assert _packs(rows, group=4) == packed
     assert not _packs(rows, group=1)
+
+
+@given(
+    table=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(-12, 30)), max_size=5),
+    window=st.one_of(st.none(), st.integers(1, 25)),
+)
+@settings(max_examples=200, deadline=None)
+def test_which_queries_see_keys(table: list[tuple[int, int, int]], window: int | None) -> None:
+    q_len, k_len, diagonal = np.array(table, dtype=np.int64).reshape(-1, 3).T
+    rows = RaggedRows.build(q_len, np.zeros_like(q_len), k_len, diagonal)
+    expected = [
+        any(sees_to - (window or 999) <= key < sees_to for key in range(length))
+        for number, length, first in table
+        for sees_to in range(first, first + number)
+    ]
+    assert rows.sees_keys(window).tolist() == expected
+
+
+def test_which_queries_see_keys_is_kept_and_refilled_in_place() -> None:
+    (rows,), (other,) = (
+        RaggedRows.build_all([table(*lines)], "cpu", fixed_lengths=(16, 64))
+        for lines in ([(4, 0, 10, 7, 0), (2, 0, 0, 0, 0)], [(1, 0, 0, 0, 0), (5, 0, 9, -1, 1)])
+    )
+    with torch.inference_mode():
+        sees = rows.sees_keys()
+    assert rows.sees_keys() is sees
+    assert rows.with_pages(torch.tensor([[0]]), 64).sees_keys() is sees
+    assert rows.sees_keys(3) is not sees
+    assert sees.tolist() == [True] * 4 + [False] * 2
+    rows.copy_(other)
+    assert rows.sees_keys() is sees
+    assert sees.tolist() == [False] * 3 + [True] * 3
+    assert rows.sees_keys(1).tolist() == other.sees_keys(1).tolist()
+
+
+def test_rows_are_freed_with_what_they_keep() -> None:
+    rows = RaggedRows.build(*np.array([(4, 0, 10, 7)]).T)
+    rows.sees_keys()
+    alive = weakref.ref(rows)
+    gc.disable()
+    try:
+        del rows
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import AttentionCase
@@ -139,3 +140,44 @@ def test_what_is_no_backend_is_refused() -> None:
         cpattn.UnknownNameError, match=r"backend=3 is unknown; choose one of 'auto', .*, or pass a function \(q, k, v, rows"
     ):
         cpattn.cp_attention(q, q, q, meta, backend=3)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["as FlashAttention 2 and 3", "as FlashAttention 4"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
+def test_nan_scores_are_not_taken_for_no_keys(strategy: str, sign: int) -> None:
+    """FlashAttention kernels give an infinite LSE where the scores are NaN, as where there are no keys."""
+
+    def flash(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = kernel(*arguments, **options)
+        odd = lse.isnan() | (lse == -torch.inf)
+        return out.masked_fill(odd[..., None], torch.nan), lse.masked_fill(odd, sign * torch.inf)
+
+    case = AttentionCase([(0, 40), (11, 9)])
+    case.k[7] = torch.nan
+    plan = case.plan(3, pad_to=8)
+    for out, lse in run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, flash), 3):
+        token = torch.arange(49)[:, None].expand(49, 4)
+        sees_nan = (token >= 7) & (token < 40)
+        assert torch.equal(lse.isnan(), sees_nan)
+        assert torch.equal(out.isnan(), sees_nan[..., None].expand_as(out))
+        assert lse[~sees_nan].isfinite().all()
+
+
+def test_queries_without_keys_are_known_whatever_the_kernel_says() -> None:
+    """Their LSE would be merged as that of keys, and it is the sink where the kernel was given sinks."""
+
+    def zeros(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = kernel(*arguments, **options)
+        return out.masked_fill((lse == -torch.inf)[..., None], 3.0), lse.masked_fill(lse == -torch.inf, 0.0)
+
+    case = AttentionCase(MIXED)
+    plan = case.plan(3, pad_to=8)
+    case.check(run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", zeros), 3), plan, "ring", "reference")
+
+    rows = cpattn.RaggedRows.build(*np.array([(2, 0, 0, 0), (1, 0, 3, 3)]).T)
+    q, k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    sinks = torch.tensor([0.5, -torch.inf])
+    out, lse = cpattn.custom_backend(zeros).run(q, k, v, rows, AttentionOptions(1.0, sinks=sinks), torch.float32)
+    assert torch.equal(lse[:2], sinks.expand(2, 2))
+    assert (out[:2] == 0).all()
+    assert lse[2].isfinite().all()
