@@ -10,6 +10,7 @@ from cpattn.attention.custom import custom_backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.attention.rows import RaggedRows
 from cpattn.errors import (
+    BackendError,
     BatchError,
     CPError,
     DisagreementError,
@@ -43,6 +44,7 @@ from cpattn.version import __version__
 __all__ = [
     "BACKENDS",
     "STRATEGIES",
+    "BackendError",
     "BatchError",
     "Bucket",
     "CPError",

@@ -32,7 +32,7 @@ class TensorMismatchError(CPError):
 
 
 class OptionError(CPError):
-    """An option of the attention is out of its range: scale, window, softcap, sinks."""
+    """An option is out of its range: scale, window, softcap, sinks; or one of ``custom_backend``."""
 
 
 class PrefixError(CPError):
@@ -61,3 +61,7 @@ class UnknownNameError(CPError):
 
 class UnsupportedError(CPError):
     """The chosen strategy or backend lacks a feature that the call needs."""
+
+
+class BackendError(CPError):
+    """A kernel returned something else than it must."""

@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "DisagreementError",
             "UnknownNameError",
             "UnsupportedError",
+            "BackendError",
         ],
     ),
     "Version": ("cpattn", ["__version__"]),

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.rows import RaggedRows
+from cpattn.attention.returned import check_returned
+from cpattn.attention.rows import Alignment, RaggedRows
+from cpattn.errors import OptionError
 
 AttentionCallable: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+_ALIGNMENTS: frozenset[Alignment] = frozenset({"bottom_right", "full", "any"})
 
 
 def custom_backend(
     function: AttentionCallable,
     *,
     name: str | None = None,
-    alignments: frozenset[Any] = frozenset({"bottom_right", "full", "any"}),
+    alignments: Iterable[Alignment] = _ALIGNMENTS,
     page_sizes: Callable[[int], bool] | None = None,
+    lse_base: float = math.e,
+    lse_heads_first: bool = False,
 ) -> Backend:
     """A backend made of a function ``(q, k, v, rows, **options) -> (out, lse)``. ``backend=function`` alone does the same
     with what is the default here.
@@ -29,10 +36,13 @@ def custom_backend(
     - q ``[rows, Hq, D]``, k ``[S, Hkv, D]``, v ``[S, Hkv, Dv]``, or pages where ``rows.page_table`` is given; which query
       sees which keys is said by ``rows`` (:class:`cpattn.RaggedRows`).
     - ``window``, ``softcap`` and ``sinks`` are None where the call has none. A kernel that lacks one must raise for it.
-    - It returns out ``[rows, Hq, Dv]`` of any floating dtype (``out_dtype`` is what is best for the result: fp32 where it
-      will be merged) and lse ``[rows, Hq]``, natural log.
+    - It returns a pair (out, lse). out is ``[rows, Hq, Dv]`` of any floating dtype; ``out_dtype`` is what is best for the
+      result: fp32 where it will be merged. lse is ``[rows, Hq]``, natural log, fp32 (fp64 for fp64 inputs); ``lse_base``
+      and ``lse_heads_first`` say where a kernel differs.
     - Queries without keys, such as padding, may be given anything: ``rows.sees_keys`` says which they are. A query that
       sees keys and has an LSE of +inf or -inf gets NaN: kernels give that where its scores are NaN.
+
+    What it returns is checked in every call, without waiting for the device.
 
     >>> import cpattn, torch
     >>> def kernel(q, k, v, rows, *, scale, **options):
@@ -49,21 +59,36 @@ def custom_backend(
         alignments: of the rows that it can express, of ``"bottom_right"``, ``"full"``, ``"any"``; see
             :data:`cpattn.attention.rows.Alignment`. Strategies that need another are refused.
         page_sizes: whether it reads pages of so many tokens; None if it reads none, and is given a packed copy.
+        lse_base: of the kernel's logarithm: ``math.e``, or 2 for kernels that return log2 of the sum.
+        lse_heads_first: whether the kernel returns the LSE as ``[Hq, rows]``.
+
+    Raises:
+        OptionError: one of the arguments is none of these.
     """
+    name = _checked_name(function, name)
+    can_express = _checked_alignments(alignments)
+    if page_sizes is not None and not callable(page_sizes):
+        raise OptionError(f"page_sizes={page_sizes!r}; pass a function from a page size to whether the kernel reads it, or None")
+    if not isinstance(lse_base, (int, float)) or lse_base not in (math.e, 2):
+        raise OptionError(f"lse_base={lse_base!r}; pass math.e, or 2 for a kernel whose LSE is a log2")
+    if not isinstance(lse_heads_first, bool):
+        raise OptionError(f"lse_heads_first={lse_heads_first!r}; pass True for an LSE [Hq, rows], False for [rows, Hq]")
+    lse_unit = math.log(lse_base)
 
     def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        out, lse = function(
+        returned = function(
             q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype
         )
-        out, lse = _evened_out(out, lse, rows.sees_keys(options.window), options.sinks)
+        out, lse = check_returned(name, returned, q, v, lse_heads_first)
+        out, lse = _evened_out(out, lse if lse_unit == 1 else lse * lse_unit, rows.sees_keys(options.window), options.sinks)
         return out.to(out_dtype), lse
 
     return Backend(
-        name=name or str(getattr(function, "__name__", "custom")),
+        name=name,
         run=run,
         device_types=None,
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-        alignments=alignments,
+        alignments=can_express,
         window=True,
         softcap=True,
         native_sinks=True,
@@ -85,3 +110,22 @@ def _evened_out(out: Tensor, lse: Tensor, sees_keys: Tensor, sinks: Tensor | Non
     out_instead_T1 = torch.where(sees_T1, torch.nan, 0.0).to(out.dtype)
     lse_instead = torch.where(sees_T1, torch.nan, -torch.inf if sinks is None else sinks).to(lse.dtype)
     return torch.where(known_TH[..., None], out, out_instead_T1[..., None]).contiguous(), torch.where(known_TH, lse, lse_instead)
+
+
+def _checked_name(function: Any, name: Any) -> str:
+    if not callable(function):
+        raise OptionError(f"custom_backend got a {type(function).__name__}; pass a function (q, k, v, rows, **options) -> (out, lse)")
+    if name is not None and not isinstance(name, str):
+        raise OptionError(f"name={name!r}; pass a string for messages, or None for the function's own name")
+    return name or str(getattr(function, "__name__", "custom"))
+
+
+def _checked_alignments(alignments: Any) -> frozenset[Alignment]:
+    try:
+        named = frozenset([alignments] if isinstance(alignments, str) else alignments)
+    except TypeError:
+        named = frozenset()
+    if isinstance(alignments, str) or not named or not named <= _ALIGNMENTS:
+        known = ", ".join(map(repr, sorted(_ALIGNMENTS)))
+        raise OptionError(f"alignments={alignments!r}; pass a set of those that the kernel can express, of {known}")
+    return named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +142,89 @@ def test_what_is_no_backend_is_refused() -> None:
         cpattn.UnknownNameError, match=r"backend=3 is unknown; choose one of 'auto', .*, or pass a function \(q, k, v, rows"
     ):
         cpattn.cp_attention(q, q, q, meta, backend=3)  # type: ignore[call-overload]
+
+
+FIX_PAIR = "a kernel returns a pair of tensors: return (out, lse) and nothing else"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out, lse: out, rf"backend='odd' returned a tensor of shape \(77, 4, 16\); {re.escape(FIX_PAIR)}"),
+        (lambda out, lse: None, "returned None; a kernel returns a pair"),
+        (lambda out, lse: (out, lse, None), "returned a tuple of 3: Tensor, Tensor, NoneType; a kernel returns a pair"),
+        (lambda out, lse: (out, None), "returned a tuple of 2: Tensor, NoneType"),
+        (lambda out, lse: (out[:-1], lse), r"out of shape \(76, 4, 16\), but .* \[rows, Hq, Dv\] = \(77, 4, 16\); return one output"),
+        (lambda out, lse: (out.flatten(1), lse), r"out of shape \(77, 64\), but it must be"),
+        (lambda out, lse: (out.long(), lse), "out in torch.int64; it must be float64, float32, bfloat16 or float16"),
+        (lambda out, lse: (out, lse.T), r"lse of shape \(4, 77\), but .* \[rows, Hq\] = \(77, 4\); make it with .*lse_heads_first=True"),
+        (lambda out, lse: (out, lse[None]), r"lse of shape \(1, 77, 4\), but .*; return one LSE for each row and head of q"),
+        (lambda out, lse: (out, lse.bfloat16()), "lse in torch.bfloat16 for q in torch.float32, but it must be torch.float32; return it"),
+        (lambda out, lse: (out, lse.double()), "lse in torch.float64 for q in torch.float32, but it must be torch.float32"),
+        (lambda out, lse: (out.to("meta"), lse), "out on meta, but q is on cpu; return it on q's device"),
+        (lambda out, lse: (out, lse.to("meta")), "lse on meta, but q is on cpu; return it on q's device"),
+    ],
+    ids=[
+        "out alone", "nothing", "three", "no lse", "a row less", "flat", "integers", "heads first", "batch", "half", "double",
+        "out elsewhere", "lse elsewhere",
+    ],
+)  # fmt: skip
+def test_what_a_kernel_returns_is_checked(change: Callable[..., Any], message: str) -> None:
+    def odd(*arguments: Any, **options: Any) -> Any:
+        return change(*kernel(*arguments, **options))
+
+    case = AttentionCase([(0, 40), (0, 37)])
+    with pytest.raises(cpattn.BackendError, match=message):
+        case.on_rank(case.plan(1), 0, None, "all_gather", odd)
+
+
+def test_heads_first_where_it_is_said_so_is_what_is_checked() -> None:
+    case = AttentionCase([(0, 40)])
+    backend = cpattn.custom_backend(kernel, lse_heads_first=True)
+    message = r"lse of shape \(40, 4\), but it must be \[Hq, rows\] = \(4, 40\); make the backend without lse_heads_first"
+    with pytest.raises(cpattn.BackendError, match=message):
+        case.on_rank(case.plan(1), 0, None, "all_gather", backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("base", [math.e, 2])
+def test_an_lse_in_another_form(base: float, heads_first: bool, dtype: torch.dtype) -> None:
+    def other_form(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = kernel(*arguments, **options)
+        lse = lse / math.log(base)
+        return out, lse.T.contiguous() if heads_first else lse
+
+    case = AttentionCase(MIXED, dtype=dtype)
+    plan = case.plan(2)
+    backend = cpattn.custom_backend(other_form, lse_base=base, lse_heads_first=heads_first)
+    outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", backend), 2)
+    expected = run_loopback(lambda c: case.on_rank(plan, c.rank, c, "ring", "reference"), 2)
+    # An LSE of size 6 is rounded when its base changes.
+    torch.testing.assert_close(outputs[0][1], expected[0][1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs[0][0], expected[0][0], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"function": 3}, r"custom_backend got a int; pass a function \(q, k, v, rows, \*\*options\)"),
+        ({"name": 3}, "name=3; pass a string"),
+        ({"alignments": {"causal"}}, "alignments={'causal'}; pass a set of those .* of 'any', 'bottom_right', 'full'"),
+        ({"alignments": "full"}, "alignments='full'; pass a set"),
+        ({"alignments": frozenset()}, r"alignments=frozenset\(\); pass a set"),
+        ({"alignments": 3}, "alignments=3; pass a set"),
+        ({"page_sizes": 16}, "page_sizes=16; pass a function from a page size"),
+        ({"lse_base": 10}, "lse_base=10; pass math.e, or 2"),
+        ({"lse_base": "e"}, "lse_base='e'; pass math.e, or 2"),
+        ({"lse_base": True}, "lse_base=True; pass math.e, or 2"),
+        ({"lse_heads_first": "no"}, r"lse_heads_first='no'; pass True for an LSE \[Hq, rows\]"),
+    ],
+    ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_custom_backend_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(cpattn.OptionError, match=message):
+        cpattn.custom_backend(**({"function": kernel} | arguments))
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["as FlashAttention 2 and 3", "as FlashAttention 4"])
