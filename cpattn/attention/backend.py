@@ -102,6 +102,7 @@ class Backend:
         accumulate: the kernel's way of merging into earlier results, if it has one.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
+        callers: whether it is a caller's own function, whose results ``check=True`` compares with the reference.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Backend:
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None
+    callers: bool = False
 
     def why_not(self, call: Call) -> str | None:
         """The reason why this backend can not serve the call, or None if it can."""

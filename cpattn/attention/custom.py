@@ -95,6 +95,7 @@ def custom_backend(
         v_head_dim=True,
         fp32_out=True,
         reads_pages=lambda call: page_sizes is not None and call.page_size is not None and page_sizes(call.page_size),
+        callers=True,
     )
 
 

@@ -27,12 +27,12 @@ def reference_attention(
             if sees_to <= sees_from and options.sinks is None:
                 continue
             queries = slice(q_start + begin, q_start + end)
-            seen_k, seen_v = _keys(k, v, rows, request, k_start + sees_from, k_start + max(sees_from, sees_to))
+            seen_k, seen_v = keys_of(k, v, rows, request, k_start + sees_from, k_start + max(sees_from, sees_to))
             out[queries], lse[queries] = _attend(q[queries], seen_k, seen_v, diagonal + begin - sees_from, options)
     return out, lse
 
 
-def _keys(k: Tensor, v: Tensor, rows: RaggedRows, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def keys_of(k: Tensor, v: Tensor, rows: RaggedRows, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``begin .. end - 1``, of a request's pages where there are pages."""
     if rows.page_table is None:
         return k[begin:end], v[begin:end]

@@ -1,0 +1,193 @@
+"""Comparing a few queries of each launch with the reference: what ``check=True`` does for a caller's own kernel.
+
+Shapes: n chosen queries, T rows, Hq and Hkv heads, D and Dv head dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.reference import keys_of, reference_attention
+from cpattn.attention.rows import RaggedRows
+from cpattn.metadata.batch import IntArray
+
+# Queries that are compared of a launch; half of them are the first or the last of a row, where masks go wrong.
+_MOST = 8
+_MOST_ENDS = 4
+# TF32 has ten bits after the point, and a tensor core cuts off what follows; tanh.approx has about eleven right.
+TF32_EPS = 2.0**-10
+TANH_ERROR = 2.0**-10
+
+
+def verified(backend: Backend, problems: list[str]) -> Backend:
+    """A copy of the backend that compares up to 8 queries of each launch with the reference, for which it waits for the
+    device. What differs by more than rounding explains becomes a line in ``problems``; it raises nothing of its own.
+
+    >>> from cpattn.attention.custom import custom_backend
+    >>> def half_the_lse(q, k, v, rows, *, scale, out_dtype, **options):
+    ...     out, lse = reference_attention(q, k, v, rows, AttentionOptions(scale), out_dtype)
+    ...     return out, lse / 2
+    >>> problems = []
+    >>> backend = verified(custom_backend(half_the_lse), problems)
+    >>> q, k, v = torch.randn(3, 4, 2, 8).unbind()
+    >>> out, lse = backend.run(q, k, v, RaggedRows.build([4], [0], [4], [1]), AttentionOptions(1.0), q.dtype)
+    >>> len(problems)
+    1
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, lse = backend.run(q, k, v, rows, options, out_dtype)
+        difference = _difference(q, k, v, rows, options, out, lse)
+        if difference:
+            problems.append(f"backend={backend.name!r}: {difference}")
+        return out, lse
+
+    # What it merges by itself could not be told from what it was given.
+    return replace(backend, run=run, accumulate=None)
+
+
+def lse_hint(lse: Tensor, fits: Callable[[Tensor], bool], exchanged: Tensor | None) -> str:
+    """What to do about a wrong LSE that would fit in another form; empty if none of these fits.
+
+    Args:
+        fits: whether an LSE is the right one.
+        exchanged: the LSE with rows and heads exchanged, where there are as many of both.
+    """
+    if fits(lse * math.log(2)):
+        return "; it fits as a log2: make the backend with custom_backend(..., lse_base=2)"
+    if fits(lse / math.log(2)):
+        return "; it fits as a natural logarithm: make the backend without lse_base=2"
+    if exchanged is not None and fits(exchanged):
+        return "; it fits with rows and heads exchanged: make the backend with the other lse_heads_first"
+    return ""
+
+
+def _difference(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out: Tensor, lse: Tensor) -> str | None:
+    """Where the result is not the reference's, in words; None if it is the same within rounding."""
+    sees = rows.sees_keys(options.window)
+    queries = chosen_queries(rows, sees.cpu().numpy())
+    if not len(queries):
+        return None
+    index = torch.from_numpy(queries).to(q.device)
+    alone = _alone(rows, queries, k)
+    want, want_lse = reference_attention(q[index], k, v, alone, options, torch.promote_types(q.dtype, torch.float32))
+    out_bound, lse_bound = rounding_bounds(q[index], k, v, alone, options, want_lse)
+    lse_wrong = ~_is_close(lse[index], want_lse, lse_bound)
+    out_wrong = ~_is_close(out[index], want, out_bound) & ~_nan_of_later_keys(out[index], want, k, v, alone)
+    wrong = lse_wrong | out_wrong.any(-1)
+    if not wrong.any():
+        return None
+    n, head = (int(i) for i in wrong.nonzero()[0])
+    query = int(queries[n])
+    row = int(np.searchsorted(rows.host.q_start + rows.host.q_len, query, side="right"))
+    error = (out[index][n, head].double() - want[n, head].double()).abs()
+    worst = int(torch.where(out_wrong[n, head], error, -1).argmax()) if out_wrong[n, head].any() else int(error.argmax())
+    exchanged = lse.T.where(sees, lse.T.new_full((), torch.nan))[index] if lse.shape[0] == lse.shape[1] else None
+    # Queries that see nothing have no LSE to compare, in either form.
+    usable = want_lse.isfinite() if exchanged is None else want_lse.isfinite() & sees
+    fits = bool(usable.any()) and bool(lse_wrong.any())
+    hint = lse_hint(lse[index], lambda x: fits and bool((_is_close(x, want_lse, lse_bound) | ~usable).all()), exchanged)
+    return (
+        f"query {query}, number {query - int(rows.host.q_start[row])} of row {row}, differs from the reference in head {head}: "
+        f"LSE {lse[query, head]:.7g} and {want_lse[n, head]:.7g}, where rounding explains {lse_bound[n, head]:.2g}; "
+        f"out[{worst}] {out[query, head, worst]:.4g} and {want[n, head, worst]:.4g}, where it explains {out_bound[n, head, worst]:.2g} "
+        f"({int(wrong.sum())} of {wrong.numel()} compared results differ){hint}"
+    )
+
+
+def chosen_queries(rows: RaggedRows, sees: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> IntArray:
+    """Up to 8 queries, the same every time: of those that see keys some at the ends of rows and others from all over, and
+    one that sees none."""
+    host = rows.host
+    ends = np.stack([host.q_start, host.q_start + host.q_len - 1], axis=1)[host.q_len > 0].reshape(-1)
+    blind = _spread(np.flatnonzero(~sees), 1)
+    chosen = [blind, _spread(ends[sees[ends]], _MOST_ENDS), _spread(np.flatnonzero(sees), _MOST - _MOST_ENDS - len(blind))]
+    return np.unique(np.concatenate(chosen)).astype(np.int64)
+
+
+def _spread(x: IntArray, most: int) -> IntArray:
+    chosen: IntArray = x[np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(np.int64)]
+    return chosen
+
+
+def _alone(rows: RaggedRows, queries: IntArray, k: Tensor) -> RaggedRows:
+    """Each query as a row of its own."""
+    host = rows.host
+    row = np.repeat(np.arange(len(rows)), host.q_len)[queries]
+    diagonal = host.diagonal[row] + queries - host.q_start[row]
+    ones = np.ones_like(queries)
+    alone = RaggedRows.build(ones, host.k_start[row], host.k_len[row], diagonal, rows.k_len.device, host.request[row])
+    return alone if rows.page_table is None else alone.with_pages(rows.page_table, k.shape[1])
+
+
+def rounding_bounds(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much rounding alone can make a kernel's ``out [n, Hq, Dv]`` and ``lse [n, Hq]`` differ from the reference's.
+
+    q, k and v are exact in their dtype; e is its eps, E that of the sums (fp32, or fp64 for fp64). A query sees N keys.
+
+    - A score is at most ``S = |q| max|k| |scale|``. Its error is at most ``d = (r + D E) S``: D sums, and r for what a
+      kernel rounds before it multiplies. In half precision that is q times the scale, so r = e / 2. In fp32 it is q and k,
+      each to TF32, so r = 2 * 2^-10. In fp64 nothing is rounded. A softcap has a slope of at most 1, and its tanh an error
+      of its own, 2^-10 of at most ``C = min(S, softcap)``.
+    - An LSE changes by at most as much as the scores do. N terms are summed; what goes into and out of exp and log, of
+      size S or C and LSE, is rounded, twice each: ``l = d + E (N + 4 + 2 S + 2 |LSE|)``.
+    - A weight changes by a factor of at most exp(2 l). The dtype rounds weights, values or their sum, and the result:
+      2 e in all, TF32's eps for fp32. Weights below the smallest normal number have an absolute error, N t in all.
+      So an output errs by at most ``max|v| (2 e + expm1(2 l) + N t)``.
+    """
+    dtype, precise = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    unit = torch.finfo(precise).eps
+    eps = TF32_EPS if dtype == torch.float32 else torch.finfo(dtype).eps
+    before = {torch.float32: 2 * TF32_EPS, torch.float64: 0.0}.get(dtype, eps / 2)
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    k_size, v_size, seen = _sizes(k, v, rows, options.window, q.shape[1])
+    score = q.double().norm(dim=-1) * k_size * abs(options.scale)
+    capped = score if options.softcap is None else score.clamp(max=options.softcap)
+    score_error = (before + q.shape[-1] * unit) * score
+    if options.softcap is not None and dtype != torch.float64:
+        score_error = score_error + TANH_ERROR * capped
+    lse_size = torch.where(lse.isfinite(), lse, 0).double().abs()
+    lse_bound = score_error + unit * (seen + 4 + 2 * capped + 2 * lse_size)
+    out_bound = v_size * (2 * eps + torch.expm1(2 * lse_bound) + seen * tiny)[..., None]
+    return out_bound, lse_bound
+
+
+def _sizes(k: Tensor, v: Tensor, rows: RaggedRows, window: int | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the keys that each single query sees, in float64: the largest norm ``[n, Hq]``, the largest values of each
+    column ``[n, Hq, Dv]``, and their number ``[n, 1]``."""
+    group = num_heads // k.shape[-2]
+    k_sizes, v_sizes, numbers = [], [], []
+    for k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host[2:]), strict=True):
+        sees_to = min(max(diagonal, 0), k_len)
+        sees_from = 0 if window is None else min(max(0, diagonal - window), sees_to)
+        seen_k, seen_v = keys_of(k, v, rows, request, k_start + sees_from, k_start + sees_to)
+        norms = torch.linalg.vector_norm(seen_k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
+        k_sizes.append(norms.amax(0) if len(norms) else norms.new_zeros(norms.shape[1:]))
+        v_sizes.append(seen_v.abs().amax(0) if len(seen_v) else seen_v.new_zeros(seen_v.shape[1:]))
+        numbers.append(sees_to - sees_from)
+    k_size, v_size = torch.stack(k_sizes).double(), torch.stack(v_sizes).double()
+    return k_size.repeat_interleave(group, dim=1), v_size.repeat_interleave(group, dim=1), k_size.new_tensor(numbers)[:, None]
+
+
+def _nan_of_later_keys(out: Tensor, want: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:
+    """``[n, Hq, Dv]``: what is NaN because a kernel multiplies values that a query does not see by 0, as they all do within
+    a tile: there is NaN in the key range, beyond the query's own keys."""
+    stray = out.isnan() & ~want.isnan()
+    for n in stray.flatten(1).any(1).nonzero()[:, 0].tolist():
+        _, _, k_start, k_len, _, request = (int(column[n]) for column in rows.host)
+        if not any(x.isnan().any() for x in keys_of(k, v, rows, request, k_start, k_start + k_len)):
+            stray[n] = False
+    return stray
+
+
+def _is_close(x: Tensor, want: Tensor, bound: Tensor) -> Tensor:
+    """Elementwise: within the bound, the same infinity, or NaN in both."""
+    x, want = x.double(), want.double()
+    return ((x - want).abs() <= bound) | (x == want) | (x.isnan() & want.isnan())
