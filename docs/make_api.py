@@ -60,6 +60,8 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "ProcessRanks",
             "RankFailure",
             "SoloCommunicator",
+            "check_backend",
+            "BackendReport",
         ],
     ),
     "cpattn.viz": (

@@ -42,7 +42,8 @@ def custom_backend(
     - Queries without keys, such as padding, may be given anything: ``rows.sees_keys`` says which they are. A query that
       sees keys and has an LSE of +inf or -inf gets NaN: kernels give that where its scores are NaN.
 
-    What it returns is checked in every call, without waiting for the device.
+    What it returns is checked in every call, without waiting for the device. ``check_backend``, of the testing package,
+    tries all that strategies will ask of it.
 
     >>> import cpattn, torch
     >>> def kernel(q, k, v, rows, *, scale, **options):

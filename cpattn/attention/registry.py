@@ -47,7 +47,7 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
         # A copy of all pages costs more than any of the faster kernels would gain, where there are few queries.
         readers = [backend for backend in able if call.page_size is not None and backend.reads_pages(call) and not backend.loops_on_host]
         return (readers or able)[0]
-    backend = _find(name)
+    backend = find_backend(name)
     reason = backend.why_not(call)
     if reason:
         others = [other.name for other in auto_order(call) if other.why_not(call) is None]
@@ -57,7 +57,8 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
     return backend
 
 
-def _find(name: str | Backend | AttentionCallable) -> Backend:
+def find_backend(name: str | Backend | AttentionCallable) -> Backend:
+    """The backend of that name, or a caller's own; raises UnknownNameError if it is neither."""
     if isinstance(name, Backend):
         return name
     if isinstance(name, str):
