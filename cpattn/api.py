@@ -10,7 +10,7 @@ from torch import Tensor
 from cpattn import checks
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
-from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, run, validated
+from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
 from cpattn.errors import RowCountError
 from cpattn.exchange.agreement import share_verdicts
 from cpattn.exchange.gather import gather_whole
@@ -226,6 +226,8 @@ def cp_attention(
             with ``check``, this includes a page that does not exist, a slot that is written for two tokens, and K and V pages that
             have an element in common.
         GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
+        BackendError: in the middle of a call, where a caller's kernel returns what is no result, or, with ``check``, a wrong
+            one.
 
     What else is raised in the middle of a call (by a caller's kernel, or for want of memory) leaves only after this rank
     has carried out its part of the call's transfers, with NaN for what it could not compute. So the other ranks return:
@@ -244,9 +246,10 @@ def cp_attention(
             label,
         )
         expect(decision, meta, in_flight, check)
-        out, lse = run(arguments, decision, meta, in_flight, decision.strategy.steps)
-        if check:
-            share_verdicts(in_flight, meta.device, None)
+        problems: list[str] | None = [] if check else None
+        out, lse = run(arguments, decision, meta, in_flight, decision.strategy.steps, problems)
+        if problems is not None:
+            share_verdicts(in_flight, meta.device, refusal_of(problems))
     if not return_lse:
         return out
     return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse

@@ -14,8 +14,9 @@ from cpattn import checks
 from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.registry import choose_backend
+from cpattn.attention.verify import verified
 from cpattn.cache_checks import check_cache
-from cpattn.errors import UnsupportedError
+from cpattn.errors import BackendError, UnsupportedError
 from cpattn.exchange.agreement import Account, agree, expect_verdicts
 from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.driver import Driver, Precision
@@ -231,8 +232,13 @@ def run(
     meta: CPMetadata,
     in_flight: InFlight,
     steps: Callable[[ExchangeInputs, CPMetadata, InFlight], Steps],
+    problems: list[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Runs steps for decided arguments: ``out [rows, Hq, Dv]`` and ``lse [rows, Hq]``."""
+    """Runs steps for decided arguments: ``out [rows, Hq, Dv]`` and ``lse [rows, Hq]``.
+
+    Args:
+        problems: if given, a caller's own kernel is compared with the reference, and what is wrong becomes a line here.
+    """
     q, k, v, cache, sinks = arguments.q, arguments.k, arguments.v, arguments.kv_cache, arguments.sinks
     if decision.copies:
         q, k, v = _last_axis_contiguous(q), _last_axis_contiguous(k), None if v is None else _last_axis_contiguous(v)
@@ -245,7 +251,8 @@ def run(
     if sinks is not None:
         options = AttentionOptions(options.scale, options.window, options.softcap, sinks.to(decision.precision.merged).contiguous())
     inputs = ExchangeInputs(q, k, v, decision.format, cache, decision.reads_pages, options.window, decision.sizes)
-    driver = Driver(q, decision.format.v_head_dim, decision.merges, decision.backend, options, decision.precision)
+    backend = decision.backend if problems is None or not decision.backend.callers else verified(decision.backend, problems)
+    driver = Driver(q, decision.format.v_head_dim, decision.merges, backend, options, decision.precision)
     taken = steps(inputs, meta, in_flight) if meta.rows else _no_steps()
     if is_on_current_device(q) and not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
         # As a rule; entering two contexts that do nothing takes a microsecond.
@@ -273,6 +280,14 @@ def validated(
         raise
     agree(in_flight, meta.device, account._replace(arguments=describe(value)))
     return value
+
+
+def refusal_of(problems: list[str]) -> BackendError | None:
+    """What a checked call raises where a caller's kernel is wrong."""
+    if not problems:
+        return None
+    more = f" ({len(problems) - 1} more launches differ)" if len(problems) > 1 else ""
+    return BackendError(f"{problems[0]}{more}; cpattn.testing.check_backend says in a table what holds of a kernel and what does not")
 
 
 def _packed(cache: PackedKV) -> PackedKV:

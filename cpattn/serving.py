@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpattn import checks
 from cpattn.attention.merge import lse_with_nan
-from cpattn.call import Arguments, BackendChoice, decide, run, validated
+from cpattn.call import Arguments, BackendChoice, decide, refusal_of, run, validated
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
 from cpattn.exchange.communicator import Transfer
@@ -222,8 +222,12 @@ def attend(
     def steps(inputs: object, meta: CPMetadata, in_flight: InFlight) -> Steps:
         yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.communicator)
 
+    problems: list[str] = []
     with InFlight(as_communicator(None, 1), meta.device) as in_flight:
-        out, lse = run(arguments, decision, meta, in_flight, steps)
+        out, lse = run(arguments, decision, meta, in_flight, steps, problems if check else None)
+    refusal = refusal_of(problems)
+    if refusal is not None:
+        raise refusal
     if not return_lse:
         return out
     return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse
