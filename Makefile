@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-gpu sanitize lint clean
+.PHONY: help demo test test-gpu fuzz faults sanitize lint clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over 4 processes, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
+	@echo "make fuzz MINUTES=5   random batches against the oracle, with and without faults in their midst"
+	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
 	@echo "make clean  remove $(VENV)"
@@ -30,6 +32,15 @@ test: $(VENV)/.installed
 PYTEST_JOBS ?= -n auto --dist worksteal
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(PYTEST_JOBS) tests/gpu tests/kernels
+
+MINUTES ?= 5
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+
+# With the machine's own build of torch (FAULTS_PYTHON=python3) also over NCCL, where there are two GPUs.
+FAULTS_PYTHON ?= $(BIN)/python
+faults: $(VENV)/.installed
+	PYTHONPATH=.:$$PYTHONPATH $(FAULTS_PYTHON) tests/faults.py
 
 # The Triton kernels at small sizes under NVIDIA's memory and race checkers. The race checker does not follow what the warps of
 # the specialized kernel say to each other through mbarriers, nor Triton's own start of such warps, and takes both for races.

@@ -214,8 +214,8 @@ def cp_attention(
             a mistake on one rank raises on all instead of hanging the others; and a few rows of what a caller's own kernel
             returns with the reference. What a page table on a GPU holds is then looked at as well. For tests and bring-up. (A
             rank that passes another group cannot tell the others.)
-        label: a name of this call, such as ``"layer 3"``, which ``check`` compares as well. With it, and a running number of
-            the calls over the group, a layer that one rank has skipped or swapped is found.
+        label: a name of this call, such as ``"step 17, layer 3"``, which ``check`` compares as well, beside a running number of
+            the calls over the group. By its label a layer is found that one rank has skipped or swapped.
 
     Returns:
         ``out [meta.rows, Hq, Dv]`` in q's dtype, zeros on padding; with ``return_lse`` also ``lse [meta.rows, Hq]``,

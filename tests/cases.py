@@ -132,8 +132,9 @@ class AttentionCase:
 
     def check(
         self, outputs: list[tuple[Tensor, Tensor]], plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False
-    ) -> None:
-        """Every rank's unsharded output and LSE: the same on all, and within the bound of the backend's own error.
+    ) -> float:
+        """Every rank's unsharded output and LSE: the same on all, and within the bound of the backend's own error. Returns
+        the larger of both errors over its bound.
 
         Where a backend can only give partial results in half precision, these carry its own error each and the merged
         result is rounded once more: two errors of that size, which are independent.
@@ -157,8 +158,13 @@ class AttentionCase:
         assert own_lse <= single_device_bound(torch.float32, lse, score_size) + self.q.shape[2] * unit_roundoff, own_lse
         own *= 2**0.5 if rounded_partials else 1.0
         error, error_lse = self._rmse(outputs[0])
-        assert error <= rmse_bound(own, self.dtype, steps, lse, score_size) + grain, (error, own)
-        assert error_lse <= rmse_bound(own_lse, torch.float32, steps, lse, score_size), (error_lse, own_lse)
+        bound, bound_lse = (
+            rmse_bound(own, self.dtype, steps, lse, score_size) + grain,
+            rmse_bound(own_lse, torch.float32, steps, lse, score_size),
+        )
+        assert error <= bound, (error, own)
+        assert error_lse <= bound_lse, (error_lse, own_lse)
+        return max(error / bound, error_lse / bound_lse)
 
     def check_loopback(self, plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False) -> None:
         """Runs all ranks in threads and checks them."""

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from cases import AttentionCase
-from failed_calls import Faults, attend_with_faults
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpattn
-from cpattn.attention.backend import AttentionOptions
 
 
 def attend(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -201,90 +197,3 @@ def stop(rank: int) -> str:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGSTOP)
     return "returned"
-
-
-def fail_and_go_on(cases: list[AttentionCase], faults: list[Faults], strategy: str) -> list[tuple[Any, Any]]:
-    """Each case twice: with faults, and without."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    results = []
-    for case, points in zip(cases, faults, strict=True):
-        plan = case.plan(size)
-        first = attend_with_faults(case, plan, None, rank, strategy, "cpu", points)
-        results.append((first, case.on_rank(plan, rank, None, strategy, "cpu", check=True)))
-    return results
-
-
-def go_on_without(gone: int, how: str, strategy: str) -> tuple[list[str], list[float]]:
-    """One rank is killed, or stopped, within the attention of a call; what the others' three next calls raise, and when."""
-    case = AttentionCase([(0, 200)])
-    meta = case.plan(dist.get_world_size()).metadata(dist.get_rank())
-    q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
-    cpattn.cp_attention(q, k, v, meta, strategy=strategy)
-
-    def kernel(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-
-    messages, seconds = [], []
-    # A stopped rank has sent what the call needs of it by then, as an all-gather does.
-    if dist.get_rank() == gone:
-        cpattn.cp_attention(q, k, v, meta, strategy=strategy, backend=kernel)
-    try:
-        cpattn.cp_attention(q, k, v, meta, strategy=strategy)
-    except cpattn.GroupError:
-        pass
-    for _ in range(3):
-        begin = time.monotonic()
-        try:
-            cpattn.cp_attention(q, k, v, meta, strategy=strategy)
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-        seconds.append(time.monotonic() - begin)
-    return messages, seconds
-
-
-def use_from_two_threads() -> tuple[list[str], bool]:
-    """Two threads make calls at once: over one group by communicators of their own, then over a group for each."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    groups = [dist.new_group(range(size)) for _ in range(3)]
-    case = AttentionCase([(0, 200)])
-    meta = case.plan(size).metadata(rank)
-    q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
-    both_are_there = threading.Barrier(2)
-    messages: list[str] = []
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, scale: float, out_dtype: torch.dtype, **options: Any) -> Any:
-        both_are_there.wait(20)
-        time.sleep(0.5)
-        return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(scale), out_dtype)
-
-    def first() -> None:
-        try:
-            cpattn.cp_attention(q, k, v, meta, group=cpattn.ProcessGroupCommunicator(groups[0]), backend=kernel, strategy="all_gather")
-        except cpattn.GroupError as error:
-            messages.append(str(error))
-
-    def second() -> None:
-        both_are_there.wait(20)
-        try:
-            cpattn.cp_attention(q, k, v, meta, group=cpattn.ProcessGroupCommunicator(groups[0]), strategy="all_gather")
-        except cpattn.GroupError as error:
-            messages.append(str(error))
-
-    _run_together(first, second)
-    outs: dict[int, Tensor] = {}
-
-    def alone(n: int) -> None:
-        for _ in range(5):
-            outs[n] = cpattn.unshard(cpattn.cp_attention(q, k, v, meta, group=groups[n]), meta, group=groups[n])
-
-    _run_together(lambda: alone(1), lambda: alone(2))
-    expected = case.expected[0].to(outs[1].dtype)
-    return messages, all(torch.allclose(out, expected, atol=1e-5) for out in outs.values())
-
-
-def _run_together(*programs: Callable[[], None]) -> None:
-    threads = [threading.Thread(target=program) for program in programs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()

@@ -1,0 +1,122 @@
+"""A table of what the other ranks see where one is killed, stopped or raises, and after how long.
+
+python tests/faults.py
+
+Each fault meets the first of three calls: before it, within its attention, or after it, on rank 1, for each strategy, over
+gloo, and over NCCL where there are two GPUs (with both settings of torch that say what a timeout does). ``raises before``
+stands for a rank that leaves a call out and goes on, once without and once with ``check=True`` and labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from itertools import product
+from typing import Any
+
+import fault_programs
+import torch
+from fault_programs import Seen
+
+import cpattn
+from cpattn.testing import ProcessRanks
+
+VICTIM = 1
+SETTING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+HEADER = f"| over | strategy | the rank | when | the others' first call | second call | third call | it itself |\n|{'---|' * 8}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timeout", type=int, default=5, help="of the groups, in seconds")
+    parser.add_argument("--strategies", nargs="*", default=list(cpattn.STRATEGIES))
+    parser.add_argument("--transports", nargs="*", default=["gloo", *(["nccl 2", "nccl 3"] if torch.cuda.device_count() > 1 else [])])
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, timeout of the groups {given.timeout} s; nccl N: {SETTING}=N\n\n{HEADER}", flush=True)
+    wrong = 0
+    for transport in given.transports:
+        with Groups(transport, given.timeout) as groups:
+            for strategy, fault, when in product(given.strategies, ("raises", "stopped", "killed"), ("before", "during", "after")):
+                # Without a check a call that one rank leaves out cannot be told from its next one.
+                for check in (False, True) if (fault, when) == ("raises", "before") else (False,):
+                    line, is_wrong = run(groups, strategy, fault, when, check)
+                    wrong += is_wrong
+                    print(line, flush=True)
+    print(
+        f"\n{wrong} lines hold what must not be" if wrong else "\nnothing hung, and nothing was wrong that could be seen"
+    )
+    return int(bool(wrong))
+
+
+class Groups:
+    """Processes in a group, made anew where the last run has left them without one that works."""
+
+    def __init__(self, transport: str, timeout: int) -> None:
+        self.transport = transport
+        self.timeout = timeout
+        self.kind, _, self._setting = transport.partition(" ")
+        self._ranks: ProcessRanks | None = None
+
+    def run(self, strategy: str, fault: str, when: str, check: bool) -> list[tuple[bool, Any]]:
+        if self._setting:
+            os.environ[SETTING] = self._setting
+        if self._ranks is None:
+            self._ranks = ProcessRanks(2 if self.kind == "nccl" else 3, timeout=self.timeout, transport=self.kind)
+        device = "cuda" if self.kind == "nccl" else "cpu"
+        outcomes = self._ranks.outcomes(fault_programs.go_on, strategy, VICTIM, fault, when, device, check)
+        if fault != "raises":
+            self.__exit__()
+        return outcomes
+
+    def __enter__(self) -> Groups:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+        self._ranks = None
+
+
+def run(groups: Groups, strategy: str, fault: str, when: str, check: bool) -> tuple[str, bool]:
+    """One line of the table, and whether it shows what must not be."""
+    begin = time.monotonic()
+    outcomes = groups.run(strategy, fault, when, check)
+    seconds = time.monotonic() - begin
+    others = [outcome for rank, outcome in enumerate(outcomes) if rank != VICTIM]
+    cells = [told([outcome[1][n] if outcome[0] and len(outcome[1]) > n else None for outcome in others], others, seconds) for n in range(3)]
+    itself = told([outcomes[VICTIM][1][0]], [], 0) if outcomes[VICTIM][0] else ended(outcomes[VICTIM][1])
+    seen = [call for done, calls in others if done for call in calls]
+    left_out = (fault, when, check) == ("raises", "before", False)
+    is_wrong = not left_out and any(call.what == "a wrong result" or call.seconds > 4 * groups.timeout for call in seen)
+    label = f"{fault}{', all calls checked' if check else ''}"
+    return f"| {groups.transport} | {strategy} | {label} | {when} | {' | '.join(cells)} | {itself} |", is_wrong
+
+
+def told(calls: list[Seen | None], outcomes: list[tuple[bool, object]], seconds: float) -> str:
+    """What was seen of one call by several ranks, and when at the latest."""
+    said = sorted({short(call.what) for call in calls if call is not None})
+    if not said:
+        return ended(str(outcomes[0][1])) + f", {seconds:.1f} s after the start" if outcomes and not outcomes[0][0] else "-"
+    latest = max(call.seconds for call in calls if call is not None)
+    return " / ".join(said) + f" ({latest:.1f} s)"
+
+
+def short(what: str) -> str:
+    name, _, rest = what.partition(": ")
+    for known in ("a transfer over it failed", "the ranks disagree on the label", "an error of this rank's own"):
+        if known in rest:
+            return f"{name}: {known}"
+    return what.replace("|", "/")[:100]
+
+
+def ended(text: str) -> str:
+    """What became of a process that gave no answer."""
+    if " with exit" in text:
+        return "the process ended" + text[text.index(" with exit") :]
+    return "was killed at the end" if "killed" in text else text[-100:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
