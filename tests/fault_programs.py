@@ -19,15 +19,20 @@ import cpattn
 from cpattn.attention.backend import AttentionOptions
 
 
-def fail_and_go_on(cases: list[AttentionCase], faults: list[Faults], strategy: str) -> list[tuple[Any, Any]]:
-    """Each case twice: with faults, and without."""
+def fail_and_go_on(cases: list[dict[str, Any]], faults: list[Faults], strategy: str, backend: str) -> list[tuple[Any, Any]]:
+    """Each case, made here by its fields, twice: with faults, and without."""
     size, rank = dist.get_world_size(), dist.get_rank()
     results = []
-    for case, points in zip(cases, faults, strict=True):
+    for fields, points in zip(cases, faults, strict=True):
+        case = AttentionCase(**fields)
         plan = case.plan(size)
-        first = attend_with_faults(case, plan, None, rank, strategy, "cpu", points)
-        results.append((first, case.on_rank(plan, rank, None, strategy, "cpu", check=True)))
+        first = attend_with_faults(case, plan, None, rank, strategy, backend, points)
+        results.append((_on_host(first), _on_host(case.on_rank(plan, rank, None, strategy, backend, check=True))))
     return results
+
+
+def _on_host(result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...] | None:
+    return None if result is None else tuple(x.cpu() for x in result)
 
 
 def run_drawn(batches: list[Any]) -> list[tuple[Any, Any]]:

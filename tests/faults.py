@@ -44,9 +44,7 @@ def main() -> int:
                     line, is_wrong = run(groups, strategy, fault, when, check)
                     wrong += is_wrong
                     print(line, flush=True)
-    print(
-        f"\n{wrong} lines hold what must not be" if wrong else "\nnothing hung, and nothing was wrong that could be seen"
-    )
+    print(f"\n{wrong} lines hold what must not be" if wrong else "\nnothing hung, and nothing was wrong that could be seen")
     return int(bool(wrong))
 
 

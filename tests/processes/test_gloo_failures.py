@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import fault_programs as programs
 import pytest
@@ -27,13 +28,15 @@ MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
 def test_a_fault_anywhere_keeps_ranks_in_step(ranks: ProcessRanks, strategy: str, cache: str) -> None:
     """Many calls one after another over one group, with faults on one rank, on some, and on all at different points."""
     draw = random.Random(f"{strategy} {cache} {ranks.size}")
-    cases, faults = [], []
+    cases: list[dict[str, Any]] = []
+    faults = []
     for seed in range(8):
-        cases.append(AttentionCase(MIXED, heads=4, kv_heads=4, cache=cache, overlap=draw.choice([1, 2, 4]), seed=seed))
+        cases.append({"batch": MIXED, "heads": 4, "kv_heads": 4, "cache": cache, "overlap": draw.choice([1, 2, 4]), "seed": seed})
         failing = draw.sample(range(ranks.size), draw.choice([1, 1, ranks.size]))
         faults.append(Faults({rank: draw.randrange(300) for rank in failing}))
-    results = ranks.run(programs.fail_and_go_on, cases, faults, strategy)
-    for n, case in enumerate(cases):
+    results = ranks.run(programs.fail_and_go_on, cases, faults, strategy, "cpu")
+    for n, fields in enumerate(cases):
+        case = AttentionCase(**fields)
         plan = case.plan(ranks.size)
         check_partly_failed(case, plan, strategy, [result[n][0] for result in results])
         case.check([result[n][1] for result in results], plan, strategy, "cpu")
