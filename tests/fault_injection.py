@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ class _Point:
             return None
         if not name.startswith(PACKAGE) or name in TRANSPORT or (name == COMMUNICATOR and frame.f_code.co_name not in MEMORY):
             return None
-        if event == "line" and self.is_in_flight and not self.was_raised:
+        # A with statement is visited once more as it ends, before __exit__ is called, where nothing but an interrupt can raise.
+        is_end = "with InFlight(" in linecache.getline(name, frame.f_lineno)
+        if event == "line" and self.is_in_flight and not self.was_raised and not is_end:
             self.lines_left -= 1
             if self.lines_left < 0:
                 self.was_raised = True

@@ -24,6 +24,8 @@ import cpattn
 from cpattn.testing import ProcessRanks
 
 VICTIM = 1
+# NCCL's watchdog takes a minute and more to end a process after a timeout.
+PATIENCE = 150
 SETTING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 HEADER = f"| over | strategy | the rank | when | the others' first call | second call | third call | it itself |\n|{'---|' * 8}"
 
@@ -61,7 +63,7 @@ class Groups:
         if self._setting:
             os.environ[SETTING] = self._setting
         if self._ranks is None:
-            self._ranks = ProcessRanks(2 if self.kind == "nccl" else 3, timeout=self.timeout, transport=self.kind)
+            self._ranks = ProcessRanks(2 if self.kind == "nccl" else 3, timeout=self.timeout, transport=self.kind, patience=PATIENCE)
         device = "cuda" if self.kind == "nccl" else "cpu"
         outcomes = self._ranks.outcomes(fault_programs.go_on, strategy, VICTIM, fault, when, device, check)
         if fault != "raises":
@@ -86,8 +88,10 @@ def run(groups: Groups, strategy: str, fault: str, when: str, check: bool) -> tu
     cells = [told([outcome[1][n] if outcome[0] and len(outcome[1]) > n else None for outcome in others], others, seconds) for n in range(3)]
     itself = told([outcomes[VICTIM][1][0]], [], 0) if outcomes[VICTIM][0] else ended(outcomes[VICTIM][1])
     seen = [call for done, calls in others if done for call in calls]
-    left_out = (fault, when, check) == ("raises", "before", False)
-    is_wrong = not left_out and any(call.what == "a wrong result" or call.seconds > 4 * groups.timeout for call in seen)
+    # A call that one rank leaves out unchecked cannot be told from its next one; and with this setting torch lets the call whose
+    # transfer timed out go on, with whatever was in memory.
+    is_known = (fault, when, check) == ("raises", "before", False) or (groups.transport == "nccl 2" and fault != "raises")
+    is_wrong = not is_known and any(call.what == "a wrong result" or call.seconds > 4 * groups.timeout for call in seen)
     label = f"{fault}{', all calls checked' if check else ''}"
     return f"| {groups.transport} | {strategy} | {label} | {when} | {' | '.join(cells)} | {itself} |", is_wrong
 

@@ -42,7 +42,8 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
     Args:
         program: of one rank.
         size: number of ranks.
-        timeout: seconds that a rank may wait for another: in a collective, and at the end for the last one to return.
+        timeout: seconds that a rank may wait for another in a collective. The last one may return twice as much later than
+            the first one.
 
     Raises what the first rank to fail raised, and the others are made to stop waiting; TimeoutError where a rank is stuck.
     """
@@ -66,7 +67,7 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
         thread.start()
     if threads:
         first_has_ended.wait()
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + 2 * timeout
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     if failures:
@@ -74,7 +75,7 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
     stuck = [rank for rank in range(size) if rank not in results]
     if stuck:
         group.abort()
-        raise TimeoutError(f"{_named(stuck)} had not returned {timeout:g} s after the first rank did; is there a loop without an end?")
+        raise TimeoutError(f"{_named(stuck)} had not returned {2 * timeout:g} s after the first rank did; is there a loop without an end?")
     return [results[rank] for rank in range(size)]
 
 
@@ -117,16 +118,16 @@ class ProcessRanks:
 
     Args:
         size: number of processes.
-        timeout: seconds that a rank may wait for another: in a collective, and at the end of a run for the last one to
-            return; a process that takes longer is killed.
+        timeout: seconds that a rank may wait for another in a collective.
+        patience: seconds that the last rank may return later than the first one, or be killed; twice the timeout if None.
         threads: torch threads in each process.
         transport: of the group, ``"gloo"`` or ``"nccl"``. NCCL wants a GPU for each rank; on a machine with fewer, ranks
             share them, each posing as another host (``NCCL_HOSTID``), which is for tests: transfers are then slow.
     """
 
-    def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo") -> None:
+    def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo", patience: float | None = None) -> None:
         self.size = size
-        self.timeout = timeout
+        self._patience = 2 * timeout if patience is None else patience
         context = get_context("spawn")
         self._directory = tempfile.TemporaryDirectory(prefix="cpattn-ranks-")
         store = str(Path(self._directory.name) / "store")
@@ -164,7 +165,7 @@ class ProcessRanks:
             ready = wait([end for rank in waiting for end in (self._pipes[rank], self._processes[rank].sentinel)], left)
             waiting -= {rank for rank in waiting if self._pipes[rank] in ready or self._processes[rank].sentinel in ready}
             if deadline is None:
-                deadline = time.monotonic() + self.timeout
+                deadline = time.monotonic() + self._patience
             elif not ready:
                 break
         for rank in waiting:
@@ -176,7 +177,7 @@ class ProcessRanks:
         try:
             if was_killed:
                 process.join()
-                return False, f"the rank had not returned {self.timeout:g} s after the first one did; its process was killed"
+                return False, f"the rank had not returned {self._patience:g} s after the first one did; its process was killed"
             outcome: tuple[bool, Any] = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             process.join()

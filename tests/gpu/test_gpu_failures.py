@@ -41,7 +41,7 @@ def test_a_fault_anywhere_keeps_ranks_in_step_over_nccl(strategy: str, cache: st
                 plan = case.plan(ranks.size)
                 check_partly_failed(case, plan, strategy, [result[n][0] for result in results])
                 outputs = [tuple(x.cuda() for x in result[n][1]) for result in results]
-                case.check(outputs, plan, strategy, backend)  # type: ignore[arg-type]
+                case.check(outputs, plan, strategy, backend)
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash_attn4", "flash_attn3", "torch_flash", "reference"])
@@ -74,11 +74,12 @@ def test_a_call_from_another_stream_waits_for_the_last_one() -> None:
     metas = [cpattn.build_metadata([(0, 2 * len(x[0]))], 2, 0, "cuda") for x in (long, short)]
 
     def call(tensors: list[Tensor], meta: cpattn.CPMetadata) -> Tensor:
-        return cpattn.cp_attention(*tensors, meta, group=group, strategy="all_gather", backend="torch_flash")
+        q, k, v = tensors
+        return cpattn.cp_attention(q, k, v, meta, group=group, strategy="all_gather", backend="torch_flash")
 
     expected = [call(tensors, meta).clone() for tensors, meta in zip((long, short), metas, strict=True)]
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]  # type: ignore[no-untyped-call]
     for _ in range(5):
         got = []
         for stream, tensors, meta in zip(streams, (long, short), metas, strict=True):
