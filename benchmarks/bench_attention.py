@@ -44,7 +44,7 @@ def measure(results: Path, rounds: int) -> None:
         meta = batch.metadata()
         q, k, v = tensors(batch, meta)
         local_q, local_kv = (q.new_empty(meta.rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
-        chosen = next(backend for backend, why in cpattn.explain(local_q, local_kv, local_kv, meta).items() if why == "chosen")
+        chosen = next(backend for backend, why in cpattn.explain(local_q, local_kv, local_kv, meta).items() if why.startswith("chosen"))
         variants: dict[str, Callable[[], Any]] = {}
         for backend in backends:
             for launches in (2, 1) if meta.max_seqlen_q > 1 else (1,):

@@ -103,6 +103,7 @@ class Backend:
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
         callers: whether it is a caller's own function, whose results ``check=True`` compares with the reference.
+        how: what :func:`cpattn.explain` says of how it serves a call, or None.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Backend:
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None
     callers: bool = False
+    how: Callable[[Call], str | None] = lambda call: None
 
     def why_not(self, call: Call) -> str | None:
         """The reason why this backend can not serve the call, or None if it can."""

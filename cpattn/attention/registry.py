@@ -81,7 +81,11 @@ def explain_choice(call: Call) -> dict[str, str]:
 
 
 def _how(backend: Backend, call: Call) -> str:
-    """What it does with pages, where there are any."""
-    if call.page_size is None:
-        return ""
-    return ", reads the pages" if backend.reads_pages(call) else f", reads a packed copy of the pages of {call.page_size}"
+    """What it does with pages, where there are any, and what else is to be said of it."""
+    parts = []
+    if call.page_size is not None:
+        parts.append("reads the pages" if backend.reads_pages(call) else f"reads a packed copy of the pages of {call.page_size}")
+    how = backend.how(call)
+    if how:
+        parts.append(how)
+    return "".join(f", {part}" for part in parts)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.flash_varlen import capability, missing
 from cpattn.attention.rows import RaggedRows
+from cpattn.kernels.tile_shapes import has_specialized
 
 # A tile's accumulator of this head dim takes half of the register file.
 _MAX_HEAD_DIM = 256
@@ -74,6 +75,13 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
+def _how(call: Call) -> str:
+    """Which kernel, and how it is launched: both follow from the release of Triton."""
+    from cpattn.kernels.release import describe
+
+    return describe(has_specialized(call.head_dim, call.v_head_dim, call.dtype, capability(call.device), call.page_size or 0))
+
+
 BACKEND = Backend(
     name="triton",
     run=triton_attention,
@@ -89,4 +97,5 @@ BACKEND = Backend(
     accumulate=triton_accumulate,
     unavailable=_unavailable,
     refuses=_refuses,
+    how=_how,
 )

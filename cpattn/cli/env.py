@@ -65,6 +65,7 @@ def report() -> dict[str, Any]:
         "devices": devices,
         "transports": transports,
         "backends": backends,
+        "triton": triton_release,
         "tiles": tiles,
         "strategies": lambda: list(__import__("cpattn").STRATEGIES),
     }
@@ -191,6 +192,27 @@ def backends() -> dict[str, Any]:
     from cpattn.cli.backend_features import backend_features
 
     return backend_features(guarded)
+
+
+def triton_release() -> dict[str, dict[str, Any]]:
+    """The two fast ways of backend triton that its release decides: whether each is taken (None: not known before first use),
+    and why."""
+    import torch
+
+    from cpattn.kernels import release
+
+    gates = {"the attention kernel for Hopper": release.HOPPER_KERNEL, "launches by the CUDA driver": release.DIRECT_LAUNCH}
+    if not torch.cuda.is_available():
+        return {name: {"used": False, "why": "there is no CUDA device"} for name in gates}
+    found = {name: guarded(partial(_verdict, gate), lambda failure: {"used": False, "why": failure}) for name, gate in gates.items()}
+    if all(torch.cuda.get_device_capability(number) != (9, 0) for number in range(torch.cuda.device_count())):
+        found["the attention kernel for Hopper"] = {"used": False, "why": "there is no GPU of compute capability 9.0"}
+    return found
+
+
+def _verdict(gate: Any) -> dict[str, Any]:
+    found: dict[str, Any] = gate.verdict()._asdict()
+    return found
 
 
 def tiles() -> dict[str, Any]:

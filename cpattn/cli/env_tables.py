@@ -64,6 +64,14 @@ def _strategies(section: list[str]) -> None:
     print(", ".join(section))
 
 
+def _triton(section: dict[str, dict[str, Any]]) -> None:
+    answers: dict[bool | None, Cell] = {True: Styled("yes", _GOOD), False: Styled("no", _BAD), None: "to be checked"}
+    print_table(
+        ["what is fast in backend triton", "used"], [[name, answers[entry["used"]]] for name, entry in section.items()], left=(0, 1)
+    )
+    _print_reasons({name: entry["why"] for name, entry in section.items()})
+
+
 def _tiles(section: dict[str, Any]) -> None:
     if section["why_not"]:
         say(f"the default shapes: {section['why_not']}")
@@ -86,6 +94,7 @@ _SECTIONS: dict[str, Callable[[Any], None]] = {
     "devices": _devices,
     "transports": _transports,
     "backends": _backends,
+    "triton": _triton,
     "tiles": _tiles,
     "strategies": _strategies,
 }

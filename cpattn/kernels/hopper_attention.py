@@ -24,7 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction
+from cpattn.kernels.arguments import Blocks
+from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.ragged_attention import fits_descriptor, tanh
 from cpattn.kernels.tiles import TILE_FIELDS, WARPGROUP_ROWS, Launch
 from cpattn.kernels.work_queue import counter_for_launch
@@ -651,7 +652,7 @@ def launch(work: Launch, q: Tensor, k: Tensor, v: Tensor, *, tensors: dict[str, 
     ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
 
     k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
-    :data:`cpattn.kernels.ragged_attention.PAGE_UNIT`.
+    :data:`cpattn.kernels.tile_shapes.PAGE_UNIT`.
     """
     block_n, d_padded, dv_padded = work.shape.block_n, arguments["D_PADDED"], arguments["DV_PADDED"]
     # As many keys of a block as lie in one page for certain.

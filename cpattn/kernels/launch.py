@@ -3,87 +3,31 @@
 A kernel's wrapper prepares a launch once for each layout of its arguments, and keeps it: all layers of a batch then only
 put their tensors' addresses in. Of those Triton specializes on whether they are multiples of 16, of the other arguments
 on dtypes, constants, and whether integers are multiples of 16. The first launch of each such kind goes through Triton,
-which compiles; later ones call the C function that Triton has generated. That is an internal of Triton: it is used on
-releases where it has been tested, and if it is as expected.
+which compiles; later ones go to the CUDA driver (:mod:`cpattn.kernels.direct_launch`), where the release of Triton is one
+with which that is right (:mod:`cpattn.kernels.release`), and the kernel is as expected.
 """
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
+from cpattn.kernels.arguments import Blocks, Words
+from cpattn.kernels.direct_launch import Compiled, NotAsExpectedError, again_form, compiled_form
+from cpattn.kernels.release import DIRECT_LAUNCH
 from cpattn.memo import Memo
 
-# Releases of Triton with which tests/kernels has passed on a GPU.
-_TESTED_ON = {(3, 6)}
 _ALIGNMENT = 16
-# Launches that a kernel's wrapper remembers: a few batches' worth. Buffers whose descriptors a launch remembers: the pages of
-# as many layers.
+# Launches that a kernel's wrapper remembers: a few batches' worth.
 _MOST_PREPARED = 256
-_MOST_ENCODED = 1024
 
 # What launches a kernel, given its tensors.
 LaunchFunction: TypeAlias = "Callable[..., None]"
-
-
-class Blocks(NamedTuple):
-    """What a kernel takes as a tensor descriptor: blocks of a tensor.
-
-    Attributes:
-        source: the tensor; shape, strides: as which it is looked at, the last stride 1.
-        block: the shape of a block.
-        descriptor: makes Triton's descriptor, ``(source, shape, strides, block) -> descriptor``.
-    """
-
-    source: Tensor
-    shape: list[int]
-    strides: list[int]
-    block: tuple[int, ...]
-    descriptor: Callable[[Tensor, list[int], list[int], list[int]], Any]
-
-    def passed(self) -> Any:
-        """What Triton takes."""
-        return self.descriptor(self.source, self.shape, self.strides, list(self.block))
-
-
-class Words(NamedTuple):
-    """A tensor that a kernel takes as a pointer to another dtype: what is moved is memory.
-
-    Attributes:
-        source: any strides where the dtype is as wide as its own, else ``[rows, ...]``, each row contiguous.
-        dtype: of the words, of which a row is a whole number.
-    """
-
-    source: Tensor
-    dtype: torch.dtype
-
-    def passed(self) -> Tensor:
-        """What Triton takes; of its shape it looks at nothing."""
-        if self.source.element_size() == self.dtype.itemsize:
-            return self.source.view(self.dtype)
-        rows = self.source.unsqueeze(1) if self.source.ndim == 1 else self.source.flatten(1)
-        return rows.view(self.dtype)
-
-
-class _Compiled(NamedTuple):
-    """What Triton has compiled, and the arguments of its C function that lie between the stream and those of the kernel.
-
-    Attributes:
-        launch: ``launch(grid_x, grid_y, grid_z, stream, *fixed, *arguments)``.
-        encode: makes what is passed for a descriptor; encodings: its arguments for each of them, in order.
-    """
-
-    launch: Callable[..., None]
-    fixed: tuple[Any, ...]
-    encode: Callable[..., Any] | None
-    encodings: list[tuple[Any, ...]]
 
 
 class Launcher:
@@ -97,11 +41,12 @@ class Launcher:
         self.kernel = kernel
         self.prepared: Memo[Hashable, LaunchFunction] = Memo(_MOST_PREPARED)
         # For each kind what has been compiled, or None where only Triton's own launch will do.
-        self.compiled: dict[Hashable, _Compiled | None] = {}
-        version = tuple(int(n) for n in triton.__version__.split(".")[:2])
-        self.may_skip_binder = version in _TESTED_ON and not knobs.runtime.interpret
-        if self.may_skip_binder:
-            self.roles = {p.name: "constant" if p.is_constexpr else "free" if p.do_not_specialize else "number" for p in kernel.params}
+        self.compiled: dict[Hashable, Compiled | None] = {}
+        # In the interpreter kernels have no parameters to look at.
+        self.roles = {
+            p.name: "constant" if p.is_constexpr else "free" if p.do_not_specialize else "number" for p in getattr(kernel, "params", [])
+        }
+        self.may_skip_binder = bool(self.roles) and DIRECT_LAUNCH.verdict().used is not False
 
     def prepare(self, grid: tuple[int, int], options: dict[str, int], tensors: dict[str, int], **arguments: Any) -> LaunchFunction:
         """What launches ``grid`` programs on the current device and stream, given the tensors alone.
@@ -171,15 +116,29 @@ class _Prepared:
         ordered = {name: arguments[name] for name in launcher.roles}
         kind = device, *self._options.values(), *(_kind(ordered[name], role) for name, role in launcher.roles.items())
         if kind not in launcher.compiled:
-            launcher.compiled[kind] = _compiled_form(self._ordinary(tensors))
+            kernel = self._ordinary(tensors)
+            if DIRECT_LAUNCH.is_open(torch.device("cuda", device)):
+                launcher.compiled[kind] = _form_or_none(kernel, ordered, launcher.roles)
+            elif DIRECT_LAUNCH.verdict().used is False:
+                launcher.compiled[kind] = None
+            # Else it is asked again later: nothing can be tried out while a graph captures.
             return
         compiled = launcher.compiled[kind]
         if compiled is None:
+            # It is not asked again.
+            self._may_skip_binder = False
             self._ordinary(tensors)
         else:
-            again = _again(compiled, self._grid, ordered, self._tensors)
+            again = again_form(compiled, device, self._grid, ordered, launcher.roles, self._tensors)
             again(torch._C._cuda_getCurrentRawStream(device), [x.data_ptr() for x in tensors])
             self._again[key] = again
+
+
+def _form_or_none(kernel: Any, arguments: dict[str, Any], roles: dict[str, str]) -> Compiled | None:
+    try:
+        return compiled_form(kernel, arguments, roles)
+    except NotAsExpectedError:
+        return None
 
 
 def launch_nothing(*tensors: Tensor) -> None:
@@ -194,7 +153,7 @@ def _like(value: Any) -> Any:
 def _is_hooked() -> bool:
     """Whether somebody, such as a profiler, wants to be called at launches."""
     runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    enter, leave = getattr(runtime, "launch_enter_hook", None), getattr(runtime, "launch_exit_hook", None)
     return bool((enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)))
 
 
@@ -220,84 +179,3 @@ def _kind(value: Any, role: str) -> Any:
     if role == "free":
         return is_short
     return 1 if value == 1 else 2 + (value % _ALIGNMENT == 0) + 2 * is_short
-
-
-def _compiled_form(compiled: Any) -> _Compiled | None:
-    """How to launch what Triton has compiled, or None if it is not as expected."""
-    try:
-        launcher = compiled.run
-        if launcher.global_scratch_size or launcher.profile_scratch_size:
-            return None
-        no_hooks = None, None, None
-        fixed = (
-            compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata, *no_hooks,
-        )  # fmt: skip
-        descriptors = compiled.metadata.tensordesc_meta or []
-        launch = launcher.launch
-        if not descriptors:
-            return _Compiled(launch, fixed, None, [])
-        from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-
-        # The C function lies within one that takes descriptors apart.
-        launch = inspect.getclosurevars(launch).nonlocals["launcher"]
-        encode = triton.runtime.driver.active.utils.fill_tma_descriptor
-        if any(m["fp4_padded"] for m in descriptors):
-            return None
-        encodings = [(m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"]) for m in descriptors]
-        return _Compiled(launch, fixed, encode, encodings)
-    except (AttributeError, ImportError, KeyError, TypeError):
-        return None
-
-
-def _again(
-    compiled: _Compiled, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int]
-) -> Callable[[int, list[int]], None]:
-    """``again(stream, addresses)``, which puts the addresses among the arguments and calls the C function.
-
-    Args:
-        arguments: all of the kernel's, in its order, of some launch of this kind.
-        tensors: which address belongs to which of them; the others stay.
-    """
-    values: list[Any] = []
-    pointers: list[tuple[int, int]] = []
-    descriptors: list[tuple[int, int, Callable[[int], Any]]] = []
-    encodings = iter(compiled.encodings)
-    for name, value in arguments.items():
-        place = len(values)
-        if type(value) is Blocks:
-            encoded = _encoder(compiled.encode, next(encodings), value)
-            values += [encoded(value.source.data_ptr()), *value.shape, *value.strides]
-            if name in tensors:
-                descriptors.append((place, tensors[name], encoded))
-            continue
-        source = value.source if type(value) is Words else value
-        values.append(source.data_ptr() if isinstance(source, Tensor) else source)
-        if name in tensors:
-            pointers.append((place, tensors[name]))
-    grid_x, grid_y = grid
-    launch, fixed = compiled.launch, compiled.fixed
-
-    def again(stream: int, addresses: list[int]) -> None:
-        # A list of its own, as several threads may launch at once.
-        now = values.copy()
-        for place, i in pointers:
-            now[place] = addresses[i]
-        for place, i, encoded in descriptors:
-            now[place] = encoded(addresses[i])
-        launch(grid_x, grid_y, 1, stream, *fixed, *now)
-
-    return again
-
-
-def _encoder(encode: Callable[..., Any] | None, encoding: tuple[Any, ...], blocks: Blocks) -> Callable[[int], Any]:
-    """What is passed for a descriptor, of the address; it is made once for each buffer, which layers use again."""
-    assert encode is not None  # there are encodings
-    known: Memo[int, Any] = Memo(_MOST_ENCODED)
-    shape, strides = blocks.shape, blocks.strides
-
-    def encoded(address: int) -> Any:
-        descriptor = known.get(address)
-        # Values outside of the tensor are 0.
-        return known.keep(address, encode(address, *encoding, shape, strides, 0)) if descriptor is None else descriptor
-
-    return encoded

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, dtype, int8, int16, int32
 
-from cpattn.kernels.launch import Launcher, LaunchFunction, Words, launch_nothing
+from cpattn.kernels.arguments import Words
+from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 
 # Bytes that a thread moves at a time, where rows are aligned to it.
 _ACCESS = 16

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
-from cpattn.kernels.launch import Launcher, LaunchFunction, Words
+from cpattn.kernels.arguments import Words
+from cpattn.kernels.launch import Launcher, LaunchFunction
 
 # Bytes that one program moves of the wider of K and V: 128 for each of its 128 threads.
 _BYTES_PER_PROGRAM = 16384

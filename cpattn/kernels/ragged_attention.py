@@ -25,16 +25,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
+from cpattn.kernels.arguments import Blocks
+from cpattn.kernels.available import kernel_module
 from cpattn.kernels.current import is_on_current_device
-from cpattn.kernels.launch import Blocks, Launcher, LaunchFunction, launch_nothing
-from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims
+from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
+from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
+from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims
 from cpattn.kernels.tile_table import shapes_for
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
-# What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
-PAGE_UNIT = 16
-# Releases of Triton with which tests/kernels has passed on a Hopper GPU.
-_GLUON_TESTED_ON = {(3, 6)}
 _LOG2_E = math.log2(math.e)
 _LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 _TWO_LOG2_E: tl.constexpr = tl.constexpr(2.0 * math.log2(math.e))
@@ -369,7 +368,7 @@ def _prepare(
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
     if shapes is None:
-        shapes = shapes_for(head_dim, v_head_dim, q.dtype, capability, specialized_kernel() is not None, v_in_k)
+        shapes = shapes_for(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
     if packs is None:
         packs = packs_for(group, shapes[0].block_m)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
@@ -382,8 +381,10 @@ def _prepare(
     specialized = None
     tma = shape.tma and fits_descriptor(k) and fits_descriptor(v)
     if shape.specialized and tma and page_size % PAGE_UNIT == 0:
-        specialized = specialized_kernel()
+        specialized = specialized_kernel(q.device)
     tma = tma and page_table is None
+    if q.is_cuda:
+        warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, page_size))
     # The running maximum is taken before scaling, which needs a positive scale: its sign goes into q. With a scale of
     # 0 all scores are 0, as they are with a q of 0.
     sign = (scale > 0) - (scale < 0)
@@ -420,15 +421,11 @@ def _prepare(
     )  # fmt: skip
 
 
-@lru_cache
-def specialized_kernel() -> Any:
-    """The module of the kernel for Hopper, or None where it has not been tested: Gluon is experimental, and changes from
-    release to release."""
-    if _INTERPRETED or tuple(int(n) for n in triton.__version__.split(".")[:2]) not in _GLUON_TESTED_ON:
+def specialized_kernel(device: torch.device) -> Any:
+    """The module of the kernel for Hopper, or None where this GPU or this Triton can not run it."""
+    if device_properties(device)[1] != (9, 0) or not HOPPER_KERNEL.is_open(device):
         return None
-    from cpattn.kernels import hopper_attention
-
-    return hopper_attention
+    return kernel_module("hopper_attention")
 
 
 @lru_cache

@@ -9,6 +9,8 @@ import torch
 
 # Head dims beyond this one are those of multi-head latent attention.
 WIDE = 256
+# What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
+PAGE_UNIT = 16
 
 
 class TileShape(NamedTuple):
@@ -103,3 +105,8 @@ def tile_shapes(
     else:
         block_n, stages = 32, 2 if capability == (8, 0) else 1
     return tuple(TileShape(block_m, block_n, block_m // 16, stages) for block_m in (128, 64) if block_m <= large)
+
+
+def has_specialized(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int) -> bool:
+    """Whether the kernel for Hopper could serve, with a Triton that has what it needs; ``page_size`` is 0 without pages."""
+    return page_size % PAGE_UNIT == 0 and tile_shapes(head_dim, v_head_dim, dtype, capability, specialized=True)[0].specialized

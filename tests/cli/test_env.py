@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 
 import cpattn
 from cpattn.cli import env
+from cpattn.cli.env_tables import print_section
 from cpattn.cli.main import main
 from cpattn.kernels import tile_table
+from cpattn.kernels.release import Verdict
 from cpattn.kernels.tile_entry import TileEntry, TileKey
 from cpattn.kernels.tile_shapes import TileShape
 
@@ -73,6 +76,27 @@ def test_which_tile_shapes_are_used(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "tiles.json is not JSON" in found(capsys)["tiles"]["why_not"]
 
 
+def test_which_kernel_and_launch_are_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel, launch = "the attention kernel for Hopper", "launches by the CUDA driver"
+    assert found(capsys)["triton"] == {name: {"used": False, "why": "there is no CUDA device"} for name in (kernel, launch)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for name, answer in (("HOPPER_KERNEL", Verdict(False, "Triton 3.5 can not: x")), ("DIRECT_LAUNCH", Verdict(None, "not known"))):
+        monkeypatch.setattr(f"cpattn.kernels.release.{name}", SimpleNamespace(verdict=lambda answer=answer: answer))
+    section = env.triton_release()
+    assert section == {kernel: {"used": False, "why": "Triton 3.5 can not: x"}, launch: {"used": None, "why": "not known"}}
+    print_section("triton", section)
+    printed = capsys.readouterr().out
+    assert f"{kernel}  no" in printed
+    assert "to be checked" in printed
+    assert f"{kernel}: Triton 3.5 can not: x" in printed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert env.triton_release()[kernel] == {"used": False, "why": "there is no GPU of compute capability 9.0"}
+    monkeypatch.setattr("cpattn.kernels.release.DIRECT_LAUNCH", SimpleNamespace(verdict=raising(SystemExit("gone"))))
+    assert env.triton_release()[launch] == {"used": False, "why": "SystemExit: gone"}
+
+
 FAILURES = [RuntimeError("two\nlines"), SystemExit(1), ImportError("undefined symbol: x"), OSError(), AssertionError("")]
 
 
@@ -83,7 +107,7 @@ def test_a_broken_probe_spoils_itself_alone(
 ) -> None:
     monkeypatch.setattr(target, raising(failure))
     report = found(capsys)
-    assert set(report) == {"versions", "devices", "transports", "backends", "tiles", "strategies"}
+    assert set(report) == {"versions", "devices", "transports", "backends", "triton", "tiles", "strategies"}
     assert report["strategies"] == list(cpattn.STRATEGIES)
     assert type(failure).__name__ in json.dumps(report) or target == "torch.cuda.is_available"
 

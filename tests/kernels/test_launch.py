@@ -7,18 +7,22 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import DESCRIPTORS, FakeCuda, Launched, compiled_kernel, descriptor_of
 from torch import Tensor
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from cpattn.kernels.launch import Blocks, Launcher, Words, _compiled_form, _kind
+from cpattn.kernels import launch
+from cpattn.kernels.arguments import Blocks, Words
+from cpattn.kernels.launch import Launcher, _kind
+from cpattn.kernels.release import Gate
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -124,70 +128,47 @@ def test_the_binder_is_skipped_where_it_was_tested(device: str, monkeypatch: pyt
     assert torch.equal(scale(launcher, x, 2.0), x * 2.0)
 
 
-@pytest.mark.parametrize("compiled", [SimpleNamespace(), SimpleNamespace(run=None), None], ids=str)
-def test_unexpected_internals_are_left_alone(compiled: Any) -> None:
-    assert _compiled_form(compiled) is None
-
-
-class CompiledKernel(SimpleNamespace):
-    """What Triton 3.6 returns of a launch, as far as the launcher looks at it; its C function records its arguments."""
-
-    def __init__(self, launched: list[Any], descriptors: list[dict[str, Any]]) -> None:
-        def c_function(*arguments: Any) -> None:
-            launched.append(arguments)
-
-        launch: Callable[..., None] = c_function
-        if descriptors:
-
-            def with_descriptors(*arguments: Any) -> None:
-                launcher(*arguments)
-
-            launcher = c_function
-            launch = with_descriptors
-        run = SimpleNamespace(
-            global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False, launch=launch
-        )  # fmt: skip
-        super().__init__(
-            run=run, function="function", packed_metadata="metadata", metadata=SimpleNamespace(tensordesc_meta=descriptors or None)
-        )
-
-
 class Recorder:
-    """A launcher whose kernel is not there: what Triton would compile, and what its C function would be given."""
+    """A launcher whose kernel is not there: what Triton would compile, and what the CUDA driver would be given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, descriptors: int = 0) -> None:
         self.device, self.stream = 0, 7
         self.compiled: list[dict[str, Any]] = []
-        self.launched: list[tuple[Any, ...]] = []
-        self.encoded: list[int] = []
-        meta = [{"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [64], "fp4_padded": False}] * descriptors
+        # Of out, x (a descriptor with one number for its shape, one for its strides), n, a stride that is not 1, and scratch memory.
+        self.cuda = FakeCuda(monkeypatch, [8, *([128, 4, 8] if descriptors else [8]), 4, 4, 8, 8])
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: self.stream + device, raising=False)
+        monkeypatch.setattr(launch, "DIRECT_LAUNCH", Gate({(1, 0): None}, lambda device: "not to be asked", release=lambda: (1, 0)))
 
         def run(grid: tuple[int, int]) -> Callable[..., Any]:
-            def compile(**arguments: Any) -> CompiledKernel:
+            def compile(**arguments: Any) -> SimpleNamespace:
                 self.compiled.append(arguments)
-                return CompiledKernel(self.launched, meta)
+                return compiled_kernel([DESCRIPTORS["3.6"] | {"block_size": [64]}] * descriptors or None)
 
             return compile
 
         class Kernel:
+            params = [  # noqa: RUF012
+                SimpleNamespace(name=name, is_constexpr=name == "BLOCK", do_not_specialize=name == "n")
+                for name in ("out", "x", "n", "stride", "BLOCK")
+            ]
             __getitem__ = staticmethod(run)
 
-        self.launcher = Launcher(_scale_kernel)
-        self.launcher.may_skip_binder = True
-        self.launcher.roles = {"out": "number", "x": "number", "n": "free", "stride": "number", "BLOCK": "constant"}
-        self.launcher.kernel = Kernel()
+        self.launcher = Launcher(Kernel())
 
-    def prepare(self, out: Any, x: Any, n: int = 5, stride: int = 1, block: int = 64, grid: int = 3) -> Callable[..., None]:
+    def prepare(self, out: Any, x: Any, n: int = 5, stride: int = 3, block: int = 64, grid: int = 3) -> Callable[..., None]:
         return self.launcher.prepare((grid, 1), {"num_warps": 4}, {"out": 0, "x": 1}, out=out, x=x, n=n, stride=stride, BLOCK=block)
+
+    @property
+    def launched(self) -> list[Launched]:
+        return self.cuda.launched
 
     def values(self) -> tuple[Any, ...]:
         """What the last launch gave the kernel."""
-        grid_x, grid_y, grid_z, self.last_stream, function, *_ = self.launched[-1]
-        assert (grid_x, grid_y, grid_z, function) == (3, 1, 1, "function")
-        assert self.launched[-1][5:12] == (False, False, None, None, "metadata", None, None)
-        return self.launched[-1][13:]
+        launched = self.launched[-1]
+        assert launched.grid == (3, 1, 1)
+        assert launched.values[-2:] == (0, 0)
+        return launched.values[:-2]
 
 
 @pytest.fixture
@@ -195,19 +176,19 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-def test_the_c_function_is_given_each_launch_s_own_tensors(recorder: Recorder) -> None:
+def test_the_driver_is_given_each_launch_s_own_tensors(recorder: Recorder) -> None:
     memory = torch.zeros(4096)
     launch = recorder.prepare(memory, memory[64:])
     launch(memory, memory[64:])
     assert (len(recorder.compiled), len(recorder.launched)) == (1, 0)
     for out, x in ((memory, memory[64:]), (memory[128:], memory), (memory, memory)):
         launch(out, x)
-        assert recorder.values() == (out.data_ptr(), x.data_ptr(), 5, 1, 64)
-    assert len(recorder.compiled) == 1
+        assert recorder.values() == (out.data_ptr(), x.data_ptr(), 5, 3)
     # Other numbers of the same kind are not compiled anew.
-    recorder.prepare(memory, memory, n=6, stride=3)(memory, memory)
     recorder.prepare(memory, memory, n=1, stride=5)(memory, memory)
-    assert recorder.values() == (memory.data_ptr(), memory.data_ptr(), 1, 5, 64)
+    assert recorder.values() == (memory.data_ptr(), memory.data_ptr(), 1, 5)
+    assert len(recorder.compiled) == 1
+    recorder.prepare(memory, memory, stride=16)(memory, memory)
     assert len(recorder.compiled) == 2
 
 
@@ -221,7 +202,7 @@ def test_another_alignment_is_another_kind(recorder: Recorder) -> None:
     assert [tuple(arguments[name].data_ptr() % 16 for name in ("out", "x")) for arguments in recorder.compiled] == [
         (0, 0), (4, 0), (0, 4), (4, 12),
     ]  # fmt: skip
-    assert [values[13:15] for values in recorder.launched] == [(out.data_ptr(), x.data_ptr()) for out, x in patterns]
+    assert [launched.values[:2] for launched in recorder.launched] == [(out.data_ptr(), x.data_ptr()) for out, x in patterns]
 
 
 def test_another_device_is_another_kind_and_each_launch_has_its_stream(recorder: Recorder) -> None:
@@ -234,17 +215,40 @@ def test_another_device_is_another_kind_and_each_launch_has_its_stream(recorder:
     recorder.stream = 100
     for recorder.device in (0, 1):
         launch(memory, memory)
-        recorder.values()
-        assert recorder.last_stream == 100 + recorder.device
+        assert recorder.launched[-1].stream == 100 + recorder.device
 
 
-def test_what_triton_alone_can_launch_goes_through_it(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_triton_alone_can_launch_goes_through_it(recorder: Recorder) -> None:
     memory = torch.zeros(64)
-    launch = recorder.prepare(memory, memory)
-    monkeypatch.setattr("cpattn.kernels.launch._compiled_form", lambda compiled: None)
+    recorder.cuda.sizes.append(8)
+    launches = [recorder.prepare(memory, memory) for _ in range(2)]
     for _ in range(3):
-        launch(memory, memory)
-    assert (len(recorder.compiled), len(recorder.launched)) == (3, 0)
+        for prepared in launches:
+            prepared(memory, memory)
+    assert (len(recorder.compiled), len(recorder.launched)) == (6, 0)
+
+
+@pytest.mark.parametrize("problem", [None, "it is wrong"])
+def test_on_a_release_that_is_not_known_a_check_decides(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    checked: list[torch.device] = []
+
+    def check(device: torch.device) -> str | None:
+        checked.append(device)
+        return problem
+
+    monkeypatch.setattr(launch, "DIRECT_LAUNCH", Gate({(1, 0): None}, check, release=lambda: (1, 1)))
+    memory = torch.zeros(64)
+    prepared = recorder.prepare(memory, memory)
+    monkeypatch.setattr("cpattn.kernels.release.is_capturing", lambda device: True)
+    for _ in range(2):
+        prepared(memory, memory)
+    assert (checked, len(recorder.compiled), len(recorder.launched)) == ([], 2, 0)
+    monkeypatch.setattr("cpattn.kernels.release.is_capturing", lambda device: False)
+    for _ in range(3):
+        prepared(memory, memory)
+    assert checked == [torch.device("cuda", 0)]
+    assert len(recorder.launched) == (0 if problem else 2)
+    assert len(recorder.compiled) == (5 if problem else 3)
 
 
 def test_hooks_are_called(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,20 +271,7 @@ def test_a_grid_without_programs_launches_nothing(recorder: Recorder) -> None:
 
 def test_a_descriptor_is_encoded_once_for_each_address(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, descriptors=1)
-    encoded: list[int] = []
-
-    def encode(address: int, *rest: Any) -> tuple[Any, ...]:
-        assert rest == (3, 2, "fp16", [64], [32], [1], 0)
-        encoded.append(address)
-        return "descriptor", address
-
-    utils = SimpleNamespace(fill_tma_descriptor=encode)
-    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(utils=utils), raising=False)
-    monkeypatch.setattr(triton.runtime.driver.__class__, "active", SimpleNamespace(utils=utils), raising=False)
-    driver = ModuleType("triton.backends.nvidia.driver")
-    driver.TMA_DTYPE_DEVICE_TO_HOST = {1: "fp16"}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.driver", driver)
-    memory = torch.zeros(4096)
+    memory = torch.zeros(4096, dtype=torch.float16)
     blocks = Blocks(memory, [32], [1], (64,), lambda *_: "passed")
     launch = recorder.prepare(memory, blocks)
     buffers = [memory, memory[64:], memory[128:]]
@@ -289,8 +280,8 @@ def test_a_descriptor_is_encoded_once_for_each_address(monkeypatch: pytest.Monke
     for _ in range(3):
         for x in buffers:
             launch(memory, x)
-            assert recorder.values() == (memory.data_ptr(), ("descriptor", x.data_ptr()), 32, 1, 5, 1, 64)
-    assert encoded == [x.data_ptr() for x in buffers]
+            assert recorder.values() == (memory.data_ptr(), descriptor_of(x.data_ptr()), 32, 1, 5, 3)
+    assert [each["address"] for each in recorder.cuda.encoded] == [x.data_ptr() for x in buffers]
 
 
 def test_threads_share_a_launch(recorder: Recorder) -> None:
@@ -308,7 +299,7 @@ def test_threads_share_a_launch(recorder: Recorder) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    counts = Counter(values[13] for values in recorder.launched)
+    counts = Counter(launched.values[0] for launched in recorder.launched)
     assert counts == {out.data_ptr(): 200 for out in outs}
 
 

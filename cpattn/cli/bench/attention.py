@@ -31,7 +31,7 @@ def measure(tokens: int, seconds: float) -> tuple[list[str], list[list[str]], st
         _, k, v = used.tensors(int(plan.total_lens.sum()))
         explained = cpattn.explain(*used.tensors(meta.rows), meta, strategy="all_gather")
         # The reference is for checking: on large batches it takes forever.
-        able = [backend for backend, reason in explained.items() if reason in ("chosen", "able") and backend != "reference"]
+        able = [backend for backend, reason in explained.items() if reason.startswith(("chosen", "able")) and backend != "reference"]
         options = AttentionOptions(scale=used.head_dim**-0.5)
         variants = {backend: partial(cpattn.BACKENDS[backend].run, q, k, v, rows, options, q.dtype) for backend in able}
         for backend, median in median_seconds(variants, seconds / len(named)).items():

@@ -57,7 +57,7 @@ def find_target(shape: Shape, v_in_k: bool) -> Target:
         raise CPError("kernels run in Triton's interpreter, of which nothing is to be timed; unset TRITON_INTERPRET")
     from cpattn.kernels import ragged_attention
 
-    specialized = ragged_attention.specialized_kernel() is not None
+    specialized = ragged_attention.specialized_kernel(device) is not None
     capability = torch.cuda.get_device_capability(device)
     return Target(device, shape, TileKey(capability, shape.head_dim, shape.v_head_dim, dtype, specialized, v_in_k, triton))
 

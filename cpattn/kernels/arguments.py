@@ -1,0 +1,48 @@
+"""What kernels take beside tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """What a kernel takes as a tensor descriptor: blocks of a tensor.
+
+    Attributes:
+        source: the tensor; shape, strides: as which it is looked at, the last stride 1.
+        block: the shape of a block.
+        descriptor: makes Triton's descriptor, ``(source, shape, strides, block) -> descriptor``.
+    """
+
+    source: Tensor
+    shape: list[int]
+    strides: list[int]
+    block: tuple[int, ...]
+    descriptor: Callable[[Tensor, list[int], list[int], list[int]], Any]
+
+    def passed(self) -> Any:
+        """What Triton takes."""
+        return self.descriptor(self.source, self.shape, self.strides, list(self.block))
+
+
+class Words(NamedTuple):
+    """A tensor that a kernel takes as a pointer to another dtype: what is moved is memory.
+
+    Attributes:
+        source: any strides where the dtype is as wide as its own, else ``[rows, ...]``, each row contiguous.
+        dtype: of the words, of which a row is a whole number.
+    """
+
+    source: Tensor
+    dtype: torch.dtype
+
+    def passed(self) -> Tensor:
+        """What Triton takes; of its shape it looks at nothing."""
+        if self.source.element_size() == self.dtype.itemsize:
+            return self.source.view(self.dtype)
+        rows = self.source.unsqueeze(1) if self.source.ndim == 1 else self.source.flatten(1)
+        return rows.view(self.dtype)
