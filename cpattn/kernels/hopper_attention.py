@@ -408,9 +408,11 @@ def _attend_all(
     if not Q_TMA:
         row = PART * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, q_layout))
         dim_1D = gl.arange(0, D_PADDED, gl.SliceLayout(0, q_layout))[None, :]
-        q_tile = q + q_begin.to(gl.int64) * q_stride_row
+        # As below, in 64 bits.
+        q_row = q_begin.to(gl.int64) + row // PACK
+        q_head = (first_head + row % PACK).to(gl.int64)
         q_MD = gl.load(
-            q_tile + (row // PACK * q_stride_row + (first_head + row % PACK) * q_stride_head)[:, None] + dim_1D,
+            q + (q_row * q_stride_row + q_head * q_stride_head)[:, None] + dim_1D,
             mask=(row // PACK < q_count)[:, None] & (dim_1D < D), other=0.0,
         )  # fmt: skip
         if Q_SIGN != 1:
@@ -505,13 +507,15 @@ def _write(
     lse_M = (max_M + gl.log2(divisor_M)) * _LN_2
 
     dim_1V = gl.arange(0, DV_PADDED, gl.SliceLayout(0, ACC_LAYOUT))[None, :]
-    out_tile = out + q_begin.to(gl.int64) * out_stride_row
-    out_MV = out_tile + (token_M * out_stride_row + head_M * out_stride_head)[:, None] + dim_1V
-    lse_tile = lse + q_begin.to(gl.int64) * lse_stride_row + token_M * lse_stride_row + head_M * lse_stride_head
+    # Strides are a caller's: with a row or a head they make products of more than 32 bits.
+    out_row_M = q_begin.to(gl.int64) + token_M
+    out_head_M = head_M.to(gl.int64)
+    out_MV = out + (out_row_M * out_stride_row + out_head_M * out_stride_head)[:, None] + dim_1V
+    lse_at_M = lse + out_row_M * lse_stride_row + out_head_M * lse_stride_head
     if INTO:
         if not SINKS:
             is_token_M = is_token_M & (key_to > key_from)
-        old_lse_M = gl.load(lse_tile, mask=is_token_M, other=float("-inf"))
+        old_lse_M = gl.load(lse_at_M, mask=is_token_M, other=float("-inf"))
         # Not gl.maximum, which drops NaN: an earlier result of NaN must not pass for one without keys.
         larger_M = gl.where(lse_M > old_lse_M, lse_M, old_lse_M)
         base_M = gl.where(larger_M == float("-inf"), 0.0, larger_M)
@@ -523,7 +527,7 @@ def _write(
         result_MV = old_MV * (old_weight_M / total_M)[:, None] + result_MV * (weight_M / total_M)[:, None]
         lse_M = larger_M + gl.log(total_M)
     gl.store(out_MV, result_MV.to(out.dtype.element_ty), mask=is_token_M[:, None] & (dim_1V < DV))
-    gl.store(lse_tile, lse_M, mask=is_token_M)
+    gl.store(lse_at_M, lse_M, mask=is_token_M)
 
 
 @gluon.jit

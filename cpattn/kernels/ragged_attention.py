@@ -72,14 +72,13 @@ def _load_block(
         dim_1D = tl.arange(0, DIM_PADDED)[None, :]
         first = source + head.to(tl.int64) * stride_head
         if PAGE_SIZE == 0 or PAGE_SIZE % BLOCK_N == 0:
-            # One tile's offsets fit 32 bits; a whole range's need not.
             if PAGE_SIZE == 0:
                 first += (k_start + begin).to(tl.int64) * stride_row
             else:
                 # The whole block lies in one page.
                 page = tl.load(page_line + (begin // PAGE_SIZE).to(tl.int64) * page_line_stride)
                 first += page.to(tl.int64) * page_stride + (begin % PAGE_SIZE).to(tl.int64) * stride_row
-            pointers = first + tl.arange(0, BLOCK_N)[:, None] * stride_row + dim_1D
+            pointers = first + (tl.arange(0, BLOCK_N).to(tl.int64) * stride_row)[:, None] + dim_1D
         else:
             entry_N = page_line + (key_N // PAGE_SIZE).to(tl.int64) * page_line_stride
             page_N = tl.load(entry_N, mask=(key_N >= key_from) & (key_N < key_to), other=0) if BOUNDED else tl.load(entry_N)
@@ -219,9 +218,10 @@ def _attention_kernel(
             return
 
     dim_1D = tl.arange(0, D_PADDED)[None, :]
-    q_tile = q + q_begin.to(tl.int64) * q_stride_row
+    # Strides are a caller's: with a row or a head they make products of more than 32 bits.
+    q_M1 = q + (q_begin.to(tl.int64) * q_stride_row + token_M.to(tl.int64) * q_stride_row + head_M.to(tl.int64) * q_stride_head)[:, None]
     q_MD = tl.load(
-        q_tile + token_M[:, None] * q_stride_row + head_M[:, None] * q_stride_head + dim_1D,
+        q_M1 + dim_1D,
         mask=is_token_M[:, None] & (dim_1D < D), other=0.0,
     )  # fmt: skip
     if Q_SIGN != 1:
@@ -230,7 +230,7 @@ def _attention_kernel(
     if D_TAIL:
         tail_1D = D - D_TAIL + tl.arange(0, D_TAIL_PADDED)[None, :]
         q_tail_MD = tl.load(
-            q_tile + token_M[:, None] * q_stride_row + head_M[:, None] * q_stride_head + tail_1D,
+            q_M1 + tail_1D,
             mask=is_token_M[:, None] & (tail_1D < D), other=0.0,
         )  # fmt: skip
         if Q_SIGN != 1:
@@ -275,11 +275,12 @@ def _attention_kernel(
 
     dim_1V = tl.arange(0, DV_PADDED)[None, :]
     out_tile = out + q_begin.to(tl.int64) * out_stride_row
-    out_MV = out_tile + token_M[:, None] * out_stride_row + head_M[:, None] * out_stride_head + dim_1V
+    out_MV = out_tile + (token_M.to(tl.int64) * out_stride_row + head_M.to(tl.int64) * out_stride_head)[:, None] + dim_1V
     is_out_MV = is_token_M[:, None] & (dim_1V < DV)
-    lse_tile = lse + q_begin.to(tl.int64) * lse_stride_row + token_M * lse_stride_row + head_M * lse_stride_head
+    lse_tile = lse + q_begin.to(tl.int64) * lse_stride_row
+    lse_at_M = lse_tile + token_M.to(tl.int64) * lse_stride_row + head_M.to(tl.int64) * lse_stride_head
     if INTO:
-        old_lse_M = tl.load(lse_tile, mask=is_token_M, other=float("-inf"))
+        old_lse_M = tl.load(lse_at_M, mask=is_token_M, other=float("-inf"))
         # Not tl.maximum, which drops NaN: an earlier result of NaN must not pass for one without keys.
         larger_M = tl.where(lse_M > old_lse_M, lse_M, old_lse_M)
         base_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
@@ -293,7 +294,7 @@ def _attention_kernel(
         result_MV = old_MV * (old_weight_M / total_M)[:, None] + result_MV * (weight_M / total_M)[:, None]
         lse_M = larger_M + tl.log(total_M)
     tl.store(out_MV, result_MV.to(out.dtype.element_ty), mask=is_out_MV)
-    tl.store(lse_tile, lse_M, mask=is_token_M)
+    tl.store(lse_at_M, lse_M, mask=is_token_M)
 
 
 _attention = Launcher(_attention_kernel)
