@@ -270,7 +270,7 @@ def explain(
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
     ``"able"``, or the reason why it was passed over; with a PagedKV also whether it reads the pages or a packed copy of
-    them. Needs no group and computes nothing.
+    them, and of ``triton`` which kernel and which launch it uses. Needs no group and computes nothing.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4)], cp_size=1, cp_rank=0)
