@@ -23,6 +23,8 @@ from cpattn.kernels.release import DIRECT_LAUNCH
 from cpattn.memo import Memo
 
 _ALIGNMENT = 16
+# Triton fuses multiplications and additions by default, and from 3.10 on it does not: results would have other bits, and take longer.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 # Launches that a kernel's wrapper remembers: a few batches' worth.
 _MOST_PREPARED = 256
 
@@ -99,7 +101,7 @@ class _Prepared:
     def _ordinary(self, tensors: Sequence[Tensor]) -> Any:
         """A launch by Triton; returns what it has compiled."""
         arguments = {name: value.passed() if type(value) in (Blocks, Words) else value for name, value in self._filled(tensors).items()}
-        return self._launcher.kernel[self._grid](**arguments, **self._options)
+        return self._launcher.kernel[self._grid](**arguments, **self._options, **COMPILER_OPTIONS)
 
     def _filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments with these tensors, in the order of the arguments."""

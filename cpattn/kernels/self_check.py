@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.arguments import Blocks
-from cpattn.kernels.launch import Launcher
+from cpattn.kernels.launch import COMPILER_OPTIONS, Launcher
 from cpattn.kernels.tile_shapes import tile_shapes
 
 _ROWS, _COLUMNS = 16, 64
@@ -69,7 +69,7 @@ def problem_of_direct_launch(device: torch.device) -> str | None:
                 got, expected = (torch.full((rows, _COLUMNS), torch.nan, device=device) for _ in range(2))
                 launch(got, given, source)
                 passed = arguments | {"blocks": blocks.passed() if has_descriptors else source}
-                compiled[case] = _probe_kernel[grid](out=expected, x=given, **passed, **options)
+                compiled[case] = _probe_kernel[grid](out=expected, x=given, **passed, **options, **COMPILER_OPTIONS)
                 if not torch.equal(got, expected):
                     return "a launch by the CUDA driver gave another result than one by Triton"
         if None in launcher.compiled.values():
