@@ -112,6 +112,25 @@ def test_launches_on_the_current_stream_and_in_graphs(device: str) -> None:
     assert (out == 6.0).all()
 
 
+def test_a_thread_that_has_not_called_into_cuda_can_launch(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    launcher = Launcher(_scale_kernel)
+    x = torch.randn(64, device=device)
+    arguments: dict[str, Any] = {"n": 64, "stride": 1, "factor": 2.0, "BLOCK": 64, "NEGATE": False}
+    outs = [torch.zeros(64, device=device) for _ in range(6)]
+    prepared = launcher.prepare((1, 1), {"num_warps": 4}, {"out": 0, "x": 1}, out=outs[0], x=x, **arguments)
+    for out in outs[:2]:
+        prepared(out, x)
+    threads = [threading.Thread(target=prepared, args=(out, x)) for out in outs[2:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in outs:
+        assert torch.equal(out, x * 2)
+
+
 def test_the_binder_is_skipped_where_it_was_tested(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Launcher(_scale_kernel)
     if not launcher.may_skip_binder:
