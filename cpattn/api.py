@@ -203,8 +203,8 @@ def cp_attention(
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that the attention of one group runs while the
-            next is in flight; 1 turns it off. It must divide Hkv, and be the same on every rank. None leaves the choice
-            to cpattn: up to 4 on a GPU where much is sent, 1 elsewhere. It changes no result.
+            next is in flight. It must divide Hkv, and be the same on every rank. It changes no result. None is 1: between two
+            H100 over NVLink every split made every batch slower; over slower links one may pay.
         scale: of the scores; 1 / sqrt(D) if None.
         window: each query sees the last ``window`` keys up to and with its own; all if None.
         softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv:2408.00118); none if None.

@@ -22,7 +22,7 @@ from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.driver import Driver, Precision
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
-from cpattn.exchange.registry import candidate_strategies, default_overlap
+from cpattn.exchange.registry import candidate_strategies
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
 from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -152,7 +152,6 @@ def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decisio
     assert v_head_dim is not None  # checked above
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
-    overlap = arguments.overlap or default_overlap(kv, meta)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
     attended = [q, k, v, cache.k, cache.v] if isinstance(cache, PackedKV) else [q, k, v]
     is_paged = isinstance(cache, PagedKV)
@@ -169,7 +168,7 @@ def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decisio
         reads_pages=is_paged and backend.reads_pages(call),
         copies=any(x is not None and x.stride(-1) != 1 for x in attended),
         nan_in_out_alone=not backend.propagates_nan or (kv.v_in_k and kv.v_head_dim == kv.head_dim),
-        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, overlap),
+        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, arguments.overlap or 1),
     )
 
 

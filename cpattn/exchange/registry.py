@@ -22,6 +22,8 @@ STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_
 AUTO_GATHER_LIMIT = 8 * 2**30
 # Gathered queries and their results are held for all ranks at once; beyond this many bytes "auto" sends them around.
 AUTO_GATHER_QUERIES_LIMIT = 256 * 2**20
+# A batch whose requests have no more new tokens than this is decoded: one token each, or some that are speculated.
+DECODE_TOKENS = 16
 
 
 def candidate_strategies(
@@ -56,18 +58,16 @@ def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | Page
     # What one rank sends to another: queries and fp32 results, or a shard of keys.
     query_bytes = rows * heads * (head_dim * kv.dtype.itemsize + 4 * (kv.v_head_dim + 1))
     pass_q = ["pass_q", "pass_q_ring"] if meta.plan.cp_size * query_bytes <= AUTO_GATHER_QUERIES_LIMIT else ["pass_q_ring", "pass_q"]
+    if _only_decodes(meta):
+        return pass_q
     return [*pass_q, "ring"] if query_bytes <= meta.plan.largest_shard * token_bytes else ["ring", *pass_q]
 
 
-# An all-gather that brings a rank at least this many bytes is split into groups of KV heads unless the caller says otherwise: about
-# 0.1 ms of NVLink, several times what further launches cost. An estimate; benchmarks/bench_nccl.py is what would measure it.
-OVERLAP_FROM = 32 * 2**20
-_OVERLAP_GROUPS = 4
+def _only_decodes(meta: CPMetadata) -> bool:
+    """Whether each request has a few new tokens at most, as in decoding and speculation.
 
-
-def default_overlap(kv: KVFormat, meta: CPMetadata) -> int:
-    """Into how many groups of KV heads an all-gather is split if the caller does not say: at most 4, of equal size."""
-    received = (meta.plan.cp_size - 1) * meta.rows * kv.heads * kv.width * kv.dtype.itemsize
-    if kv.device.type != "cuda" or received < OVERLAP_FROM:
-        return 1
-    return max(groups for groups in range(1, _OVERLAP_GROUPS + 1) if kv.heads % groups == 0)
+    A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two H100,
+    256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes are fewer,
+    but it still copies, waits for each hop and merges.
+    """
+    return bool((meta.plan.extend_lens <= DECODE_TOKENS).all())

@@ -12,9 +12,10 @@ from strategies import Batch, non_empty_batches
 
 import cpattn
 from cpattn.attention.rows import find_alignment
+from cpattn.call import Arguments, _decide
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, torch_pack_
-from cpattn.exchange.registry import AUTO_GATHER_LIMIT, candidate_strategies, default_overlap
+from cpattn.exchange.registry import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps
 from cpattn.testing import SoloCommunicator
 
@@ -134,21 +135,26 @@ def test_auto_sends_what_is_smaller_where_the_cache_is_sharded() -> None:
     assert "all_gather" not in candidates(decode, FORMAT)
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "batch", "cp_size", "device", "groups"),
-    [
-        pytest.param(8, [(0, 2**20)], 4, "cuda", 4, id="much is sent"),
-        pytest.param(6, [(0, 2**20)], 4, "cuda", 3, id="6 KV heads"),
-        pytest.param(1, [(0, 2**24)], 4, "cuda", 1, id="one KV head"),
-        pytest.param(8, [(0, 2**10)], 4, "cuda", 1, id="little is sent"),
-        pytest.param(8, [(2**24, 1)] * 4, 4, "cuda", 1, id="what is cached is not sent"),
-        pytest.param(8, [(0, 2**24)], 1, "cuda", 1, id="nobody to send to"),
-        pytest.param(8, [(0, 2**20)], 4, "cpu", 1, id="a CPU computes one at a time"),
-    ],
-)
-def test_default_overlap(kv_heads: int, batch: Batch, cp_size: int, device: str, groups: int) -> None:
-    meta = cpattn.build_metadata(batch, cp_size, 0)
-    assert default_overlap(FORMAT._replace(heads=kv_heads, device=torch.device(device)), meta) == groups
+@pytest.mark.parametrize("new", [1, DECODE_TOKENS])
+def test_auto_never_sends_a_sharded_cache_around_to_decode(new: int) -> None:
+    """Not even where the cache is so short that its keys are fewer bytes than the queries and their results."""
+    short = cpattn.build_metadata([(2, new)] * 8, 2, 0, prefix_shards=[[1, 1]] * 8)
+    assert candidates(short, FORMAT, heads=32) == ["pass_q", "pass_q_ring"]
+    # One prompt among them, and there is something to compare.
+    mixed = cpattn.build_metadata([(2, new)] * 8 + [(2, DECODE_TOKENS + 1)], 2, 0, prefix_shards=[[1, 1]] * 9)
+    assert candidates(mixed, FORMAT, heads=32)[0] == "ring"
+    assert candidates(short, FORMAT, "ring", heads=32) == ["ring"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_all_gather_is_split_only_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """However much it brings."""
+    meta = cpattn.build_metadata([(0, 2**20)], 4, 0)
+    q, k, v = (torch.empty(1).expand(meta.rows, heads, 128) for heads in (8, 8, 8))
+    monkeypatch.setattr(KVFormat, "device", property(lambda kv: torch.device(device)), raising=False)
+    for overlap, groups in ((None, 1), (1, 1), (4, 4)):
+        arguments = Arguments(q, k, v, None, None, "all_gather", "reference", overlap, None, None, None, None)
+        assert _decide(arguments, meta, with_cache=True).sizes.overlap == groups
 
 
 def test_an_unknown_strategy_of_any_type_is_refused() -> None:
