@@ -28,10 +28,12 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
-# Most of the time goes into compiling kernels, so processes share the work, and the GPU; without pytest-xdist: PYTEST_JOBS=
+# Most of the time goes into compiling kernels, so processes share the work, and the GPUs; without pytest-xdist: PYTEST_JOBS=
+# In parts, where a command may take only so long: GPU_TESTS=tests/gpu, GPU_TESTS=tests/kernels
 PYTEST_JOBS ?= -n auto --dist worksteal
+GPU_TESTS ?= tests/gpu tests/kernels
 test-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(PYTEST_JOBS) tests/gpu tests/kernels
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(PYTEST_JOBS) $(GPU_TESTS)
 
 MINUTES ?= 5
 fuzz: $(VENV)/.installed

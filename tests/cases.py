@@ -53,6 +53,13 @@ class AttentionCase:
         sinks = (torch.randn(self.heads, generator=generator) * 2).to(self.device) if self.sinks else None
         self.options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": sinks}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Through the CPU: the process that is sent the case has a GPU of its own."""
+        return {name: _moved(value, "cpu") for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: _moved(value, state["device"]) for name, value in state.items()})
+
     @cached_property
     def expected(self) -> tuple[Tensor, Tensor]:
         """Output and LSE of the oracle, float64."""
@@ -174,3 +181,12 @@ class AttentionCase:
     def _rmse(self, output: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Of the output relative to its size; of the LSE as it is, since its size says nothing: it may be near 0."""
         return relative_rmse(output[0], self.expected[0]), rmse(output[1], self.expected[1])
+
+
+def _moved(value: Any, device: str) -> Any:
+    """The value with the tensors in it on a device; ``"cuda"`` is the current one."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(x, device) for x in value)
+    return {key: _moved(x, device) for key, x in value.items()} if isinstance(value, dict) else value

@@ -175,7 +175,15 @@ def die_in_the_middle(strategy: str) -> tuple[str, float]:
 
 
 def attend_on_gpu(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
-    return case.on_rank(plan, dist.get_rank(), None, strategy, backend, check=True)
+    """On the GPU that is this rank's, where the case has come to lie; results go back through the CPU."""
+    out, lse = case.on_rank(plan, dist.get_rank(), None, strategy, backend, check=True)
+    return out.cpu(), lse.cpu()
+
+
+def where_tensors_are(case: AttentionCase) -> set[torch.device]:
+    """Of a case that was sent here, and of metadata that were made for it."""
+    meta = cpattn.plan(case.batch, dist.get_world_size()).metadata(dist.get_rank(), case.device)
+    return {x.device for x in (case.q, case.k, case.v, case.prefix_k, case.prefix_v, case.expected[0], meta.position_ids)}
 
 
 def disagree_on_gpu() -> str:

@@ -8,6 +8,7 @@ import pytest
 import rank_programs as programs
 import torch
 from cases import AttentionCase
+from torch import Tensor
 
 import cpattn
 from cpattn.testing import ProcessRanks
@@ -19,14 +20,29 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
         yield started
 
 
+def attend(ranks: ProcessRanks, case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """Every rank's result, on this process's GPU."""
+    return [(out.cuda(), lse.cuda()) for out, lse in ranks.run(programs.attend_on_gpu, case, plan, strategy, backend)]
+
+
+def test_each_rank_has_its_tensors_on_its_own_gpu(ranks: ProcessRanks) -> None:
+    case = AttentionCase([(5, 30)], device="cuda")
+    assert len(case.expected[0]) == 30
+    for rank, devices in enumerate(ranks.run(programs.where_tensors_are, case)):
+        assert devices == {torch.device("cuda", rank % torch.cuda.device_count())}
+
+
 @pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
-@pytest.mark.parametrize("backend", ["triton", "torch_flash", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch_flash", "flash_attn3", "reference"])
 def test_attention_over_nccl(ranks: ProcessRanks, strategy: str, backend: str) -> None:
+    reason = cpattn.BACKENDS[backend].unavailable()
+    if reason:
+        pytest.skip(reason)
     case = AttentionCase(
         [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)], heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda"
     )
     plan = cpattn.plan(case.batch, ranks.size, pad_to=8)
-    outputs = ranks.run(programs.attend_on_gpu, case, plan, strategy, backend)
+    outputs = attend(ranks, case, plan, strategy, backend)
     case.check(outputs, plan, strategy, backend, rounded_partials=strategy != "all_gather" and not cpattn.BACKENDS[backend].fp32_out)
 
 
@@ -37,7 +53,7 @@ def test_pages_over_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None
     batch = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)]
     case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16)
     plan = case.plan(ranks.size, pad_to=8)
-    case.check(ranks.run(programs.attend_on_gpu, case, plan, strategy, "triton"), plan, strategy, "triton")
+    case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
 
 
 def test_check_over_nccl(ranks: ProcessRanks) -> None:
