@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionFunction, AttentionOptions, Backend, Call
 from cpattn.attention.rows import RaggedRows
+from cpattn.installed import is_installed
 
 NO_WINDOW = -1
 # Told that no row has more than one query, FlashAttention 2 takes q for one query a row and refuses padding after them.
@@ -121,8 +121,4 @@ def capability(device: torch.device) -> tuple[int, int]:
 @cache
 def missing(module: str, fix: str) -> str | None:
     """Why a module can not be imported, with what to do about it; None if it is there."""
-    try:
-        found: Any = find_spec(module)
-    except ImportError:
-        found = None
-    return None if found else f"{module} is not installed; {fix}"
+    return None if is_installed(module) else f"{module} is not installed; {fix}"

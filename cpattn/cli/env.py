@@ -112,9 +112,10 @@ def _running_version(module: str) -> str | None:
 
 
 def _exists(module: str) -> bool:
-    from importlib.util import find_spec
+    # cpattn itself may be what cannot be imported; this has a guard around it.
+    from cpattn.installed import is_installed
 
-    return find_spec(module) is not None
+    return is_installed(module)
 
 
 def _import(module: str) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from cpattn.installed import is_installed
 
 
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels run on tensors of this device."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and is_installed("triton")
 
 
 @cache
