@@ -102,6 +102,7 @@ class Backend:
         accumulate: the kernel's way of merging into earlier results, if it has one.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
+        describe: what the installed package is and lacks, in a line for ``cpattn env``, or None; asked for when needed.
         callers: whether it is a caller's own function, whose results ``check=True`` compares with the reference.
         how: what :func:`cpattn.explain` says of how it serves a call, or None.
     """
@@ -122,6 +123,7 @@ class Backend:
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Call], str | None] = lambda call: None
+    describe: Callable[[], str | None] = lambda: None
     callers: bool = False
     how: Callable[[Call], str | None] = lambda call: None
 

@@ -1,4 +1,8 @@
-"""Backend ``flash_attn2``: the flash_attn package (Dao, FlashAttention-2, arXiv:2307.08691); extra ``cpattn[fa2]``."""
+"""Backend ``flash_attn2``: the flash_attn package (Dao, FlashAttention-2, arXiv:2307.08691); extra ``cpattn[fa2]``.
+
+PyPI has no wheels of it, so its calls are checked against its signature alone. Backend ``torch_flash`` is the same kernel, and
+has run.
+"""
 
 from __future__ import annotations
 

@@ -1,49 +1,151 @@
-"""Backend ``flash_attn3``: the flash_attn_interface package for Hopper GPUs (Shah et al., FlashAttention-3, arXiv:2407.08608)."""
+"""Backend ``flash_attn3``: FlashAttention-3 for Hopper GPUs (Shah et al., arXiv:2407.08608), whichever build is installed."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.flash_varlen import flash_backend, missing, same_head_dim, varlen_call
+from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.fa3_build import find_build, why_no_build
+from cpattn.attention.flash_varlen import flash_backend, packs_heads, varlen_call
 from cpattn.attention.rows import RaggedRows
+
+_TILE = 128  # query rows of a tile, those of a group's heads together; 192 for head dims up to 96
+# Where a page holds a whole number of key tiles, of which these are the sizes or divide them, the kernel may load tiles whole,
+# rows after a sequence's last token included. Those must then be finite, which no one promises.
+_KEY_TILES = (64, 80, 96, 112, 144, 176)
+# A part of a split row has at least so many keys.
+_LEAST_KEYS = 512
+_MOST_SPLITS = 128
+# What all parts of the results may take up while they wait to be added.
+_MOST_PARTIAL_BYTES = 256 * 2**20
 
 
 def flash_attn3_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    from flash_attn_interface import flash_attn_varlen_func
+    build = find_build()
+    group = q.shape[1] // k.shape[-2]
+    splits = num_splits(rows, q.shape[1], k.shape[-2], v.shape[-1], options.window, multiprocessors(q.device)) if build.has("SPLIT") else 1
+    pack_gqa: bool | None = None
+    # Split rows and pages are always packed.
+    if splits == 1 and rows.page_table is None and group > 1:
+        pack_gqa = build.has("PACKGQA") and packs_heads(rows, group)
+    return launch(q, k, v, rows, options, splits, pack_gqa)
 
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, splits: int, pack_gqa: bool | None
+) -> tuple[Tensor, Tensor]:
+    """One launch of the kernel.
+
+    Args:
+        splits: into how many parts the keys of a row are split at most; the kernel takes fewer for shorter rows.
+        pack_gqa: whether the query heads of a group share a tile; None leaves it to the kernel.
+    """
     call = varlen_call(rows, options)
-    out, lse_HT = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.max_seqlen_q,
-        call.max_seqlen_k,
+    table = rows.page_table
+    out, lse_HT = find_build().forward(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k if table is None else None,
         seqused_k=call.seqused_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
+        page_table=None if table is None else _int32(table),
+        kv_batch_idx=None if table is None else rows.request,
+        leftpad_k=_starts(rows, k.shape[1]) if table is not None else None,
         softmax_scale=call.softmax_scale,
-        causal=call.causal,
-        window_size=(call.window_left, call.window_right),
+        is_causal=call.causal,
+        window_size_left=call.window_left,
+        window_size_right=call.window_right,
         softcap=call.softcap,
-        return_attn_probs=True,
+        num_splits=splits,
+        pack_gqa=pack_gqa,
     )
     return out, lse_HT.transpose(0, 1)
 
 
-def _unavailable() -> str | None:
-    return missing("flash_attn_interface", "build it from the hopper folder of the flash-attention repository")
+def num_splits(rows: RaggedRows, heads: int, kv_heads: int, v_head_dim: int, window: int | None, processors: int) -> int:
+    """Into how many parts the longest row is to be split: as often as it is its fair share of all work.
+
+    Few long rows, as in decoding, would leave most of the GPU idle. 256 rows of 8k are no reason to split: there are tiles for
+    all. One of 128k beside 31 of 1k is one. Parts are fp32 and are added by the kernel; memory limits their number.
+    """
+    key = "splits", heads, kv_heads, v_head_dim, window
+    kept: int | None = rows.memo.get(key)
+    if kept is not None:
+        return kept
+    host = rows.host
+    k_len = host.k_len if window is None else np.minimum(host.k_len, window + host.q_len)
+    tiles = -(-host.q_len * (heads // kv_heads) // _TILE)
+    work = int((tiles * k_len).sum()) * kv_heads
+    longest = int(k_len[host.q_len > 0].max(initial=0))
+    result_bytes = max(1, 4 * rows.num_queries * heads * (v_head_dim + 1))
+    most = min(longest // _LEAST_KEYS, _MOST_PARTIAL_BYTES // result_bytes, _MOST_SPLITS)
+    splits = max(1, min(longest * processors // max(work, 1), most))
+    rows.memo.keep(key, splits)
+    return splits
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 1 elsewhere."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def _int32(table: Tensor) -> Tensor:
+    table = table.to(torch.int32)
+    return table if table.stride(-1) == 1 else table.clone(memory_format=torch.contiguous_format)
+
+
+def _starts(rows: RaggedRows, page_size: int) -> Tensor | None:
+    """Where key ranges begin in their pages: at 0, which to say makes the kernel load row by row."""
+    return rows.k_start_padded[:-1] if any(page_size % tile == 0 for tile in _KEY_TILES) else None
+
+
+def _reads_pages(call: Call) -> bool:
+    return find_build().reads_pages(call)
+
+
+def _refuses_head_dims(head_dim: int, v_head_dim: int, major: int) -> str | None:
+    """The rule of the kernels; a build may have fewer of them."""
+    if major != 9:
+        return f"it is for compute capability 9, this GPU has {major}"
+    if head_dim % 8 or v_head_dim % 8:
+        return f"it takes head dims that are multiples of 8, not {head_dim} and {v_head_dim}"
+    if head_dim > 256:
+        return f"it takes head dims up to 256, not {head_dim}"
+    if head_dim == v_head_dim or (head_dim <= 64 and v_head_dim <= 512) or (128 < head_dim <= 192 and 96 < v_head_dim <= 128):
+        return None
+    return f"of head dims that differ it takes up to 64 and 512, or 136 to 192 and 104 to 128, not {head_dim} and {v_head_dim}"
+
+
+def _refuses(call: Call) -> str | None:
+    try:
+        return find_build().refuses(call)
+    except ImportError as failure:
+        return str(failure)
+
+
+def _describe() -> str | None:
+    return None if why_no_build() else str(find_build())
 
 
 BACKEND = flash_backend(
     "flash_attn3",
     flash_attn3_attention,
-    _unavailable,
+    why_no_build,
     least_capability=(9, 0),
     softcap=True,
-    refuses_head_dims=same_head_dim,
+    refuses_head_dims=_refuses_head_dims,
+    refuses_call=_refuses,
+    reads_pages=_reads_pages,
+    describe=_describe,
 )

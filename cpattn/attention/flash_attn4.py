@@ -8,34 +8,19 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Call
-from cpattn.attention.flash_varlen import NO_WINDOW, capability, flash_backend, missing, varlen_call
+from cpattn.attention.flash_varlen import NO_WINDOW, capability, flash_backend, missing, packs_heads, varlen_call
 from cpattn.attention.rows import RaggedRows
 
 # The package compiles kernels in the calling thread at their first use, which is not safe in two threads at once.
 _ONE_AT_A_TIME = Lock()
-_TILE = 128  # query rows of a tile, for most head dims
 _KEY_TILES = (64, 80, 96, 112, 128, 144)  # keys of a tile, by head dims and mask
-# What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% on an H200, for
-# chunks of 128 to 8,192 tokens and groups of 4 (benchmarks/results/tune_attention.md).
-_PACKING_COST = 1.05
 
 
 def flash_attn4_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    return launch(q, k, v, rows, options, _packs(rows, q.shape[1] // k.shape[-2]))
-
-
-def _packs(rows: RaggedRows, group: int) -> bool:
-    """Whether packing is faster: short chunks leave more of an unpacked tile empty than packing costs."""
-    if group == 1:
-        return False
-    # Worked out once a batch: it takes numpy longer than a launch.
-    packs: bool | None = rows.memo.get(("packs", group))
-    if packs is None:
-        packs = rows.memo.keep(("packs", group), rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group))
-    return packs
+    return launch(q, k, v, rows, options, packs_heads(rows, q.shape[1] // k.shape[-2]))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, pack_gqa: bool) -> tuple[Tensor, Tensor]:

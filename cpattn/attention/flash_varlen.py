@@ -21,6 +21,10 @@ from cpattn.installed import is_installed
 NO_WINDOW = -1
 # Told that no row has more than one query, FlashAttention 2 takes q for one query a row and refuses padding after them.
 FA2_LEAST_MAX_SEQLEN_Q = 2
+_TILE = 128  # query rows of a tile, for most head dims
+# What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% with FlashAttention 4 on an
+# H200, for chunks of 128 to 8,192 tokens and groups of 4 (benchmarks/results/tune_attention.md).
+_PACKING_COST = 1.05
 
 
 class VarlenCall(NamedTuple):
@@ -74,7 +78,9 @@ def flash_backend(
     softcap: bool,
     native_sinks: bool = False,
     refuses_head_dims: Callable[[int, int, int], str | None],
+    refuses_call: Callable[[Call], str | None] = lambda call: None,
     reads_pages: Callable[[Call], bool] = lambda call: False,
+    describe: Callable[[], str | None] = lambda: None,
 ) -> Backend:
     """A backend over a FlashAttention kernel: half precision in and out, aligned to the bottom right or not masked."""
 
@@ -83,7 +89,7 @@ def flash_backend(
         if have < least_capability:
             needs = f"{least_capability[0]}.{least_capability[1]}"
             return f"it needs a GPU of compute capability {needs} or newer, this one has {have[0]}.{have[1]}"
-        return refuses_head_dims(call.head_dim, call.v_head_dim, have[0])
+        return refuses_head_dims(call.head_dim, call.v_head_dim, have[0]) or refuses_call(call)
 
     return Backend(
         name=name,
@@ -100,7 +106,20 @@ def flash_backend(
         propagates_nan=False,
         unavailable=unavailable,
         refuses=refuses,
+        describe=describe,
     )
+
+
+def packs_heads(rows: RaggedRows, group: int) -> bool:
+    """Whether packing the query heads of a group into one tile is faster: short chunks leave more of an unpacked tile empty
+    than packing costs."""
+    if group == 1:
+        return False
+    # Worked out once a batch: it takes numpy longer than a launch.
+    packs: bool | None = rows.memo.get(("packs", group))
+    if packs is None:
+        packs = rows.memo.keep(("packs", group), rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group))
+    return packs
 
 
 def same_head_dim(head_dim: int, v_head_dim: int, major: int, most: int = 256) -> str | None:

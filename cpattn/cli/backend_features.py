@@ -25,14 +25,15 @@ _OTHER_FEATURES: dict[str, dict[str, Any]] = {
 
 
 def backend_features(guarded: Callable[[Callable[[], Any], Callable[[str], Any]], Any]) -> dict[str, Any]:
-    """For each backend on the device that it is for, or the machine's best: ``device``, ``usable``, ``why_not``, and for
-    each feature None or why not.
+    """For each backend on the device that it is for, or the machine's best: ``device``, ``usable``, ``why_not``, for each
+    feature None or why not, and ``build``: what the installed package says of itself, if anything.
 
     Args:
         guarded: calls its first argument, or the second with what that raised; a broken package must not spoil the rest.
     """
     has_gpu = guarded(torch.cuda.is_available, lambda failure: False)
-    return {name: guarded(partial(_features, backend, has_gpu), _broken) for name, backend in BACKENDS.items()}
+    found = {name: guarded(partial(_features, backend, has_gpu), _broken) for name, backend in BACKENDS.items()}
+    return {name: entry | {"build": guarded(BACKENDS[name].describe, lambda failure: failure)} for name, entry in found.items()}
 
 
 def _features(backend: Backend, has_gpu: bool) -> dict[str, Any]:

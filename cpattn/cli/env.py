@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+# What a package's module may have been installed as, too.
+_ALSO_NAMED = {"flash-attn-3": ("tokenspeed-fa3",)}
 # Each package, the module whose import shows that it works, and what it is for. Importing some takes seconds, so
 # those that cpattn never imports itself are not tried.
 _PACKAGES = {
@@ -23,6 +25,7 @@ _PACKAGES = {
     "triton": ("triton", "backend triton, and moving rows on a GPU"),
     "flash-attn": ("flash_attn", "backend flash_attn2"),
     "flash-attn-3": ("flash_attn_interface", "backend flash_attn3"),
+    "fa3-fwd": ("fa3_fwd_interface", "backend flash_attn3, another build"),
     "flash-attn-4": ("flash_attn.cute", "backend flash_attn4"),
     "matplotlib": ("matplotlib", "pictures"),
     "rich": ("rich", "colours in the terminal"),
@@ -79,7 +82,8 @@ def versions() -> dict[str, dict[str, str | None]]:
         "Python": {"version": platform.python_version(), "problem": None, "purpose": f"{platform.system()} {platform.machine()}"},
     }
     for package, (module, purpose) in _PACKAGES.items():
-        version = guarded(partial(_installed_version, package), lambda failure: None)
+        names = (package, *_ALSO_NAMED.get(package, ()))
+        version = next(filter(None, (guarded(partial(_installed_version, name), lambda failure: None) for name in names)), None)
         problem = None
         if module is not None and (version is not None or guarded(partial(_exists, module), lambda failure: False)):
             problem = guarded(partial(_import, module), lambda failure: f"can not be imported: {failure}")

@@ -56,6 +56,7 @@ def _backends(section: dict[str, dict[str, Any]]) -> None:
         rows.append([name, Styled(entry["device"], _GOOD) if entry["usable"] else _yes_no(False), *can])
     print_table(["backend", "on", *features], rows, left=range(2 + len(features)))
     _print_reasons({name: entry["why_not"] for name, entry in section.items()})
+    _print_reasons({f"{name} is": entry["build"] for name, entry in section.items()})
     for name, entry in section.items():
         _print_reasons({f"{name}, {feature}": reason for feature, reason in entry["features"].items()})
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpattn.attention.flash_attn4 import _packs
+from cpattn.attention.flash_varlen import packs_heads
 from cpattn.attention.rows import HostRows, RaggedRows, RowTable
 
 
@@ -106,8 +106,8 @@ def test_tiled_pairs_count_the_padding_of_tiles() -> None:
 @pytest.mark.parametrize(("q_len", "packed"), [(1, True), (96, True), (128, False), (1024, False), (8192, False)])
 def test_flash_attn4_packs_heads_where_tiles_would_be_empty(q_len: int, packed: bool) -> None:
     rows = RaggedRows.build(*np.array([(q_len, 0, 8192, 8192 - q_len + 1)] * 3).T)
-    assert _packs(rows, group=4) == packed
-    assert not _packs(rows, group=1)
+    assert packs_heads(rows, group=4) == packed
+    assert not packs_heads(rows, group=1)
 
 
 @given(

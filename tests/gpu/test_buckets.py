@@ -12,6 +12,7 @@ from paged_caches import RankPages, random_shards
 from torch import Tensor
 
 import cpattn
+from cpattn.attention.fa3_build import find_build
 from cpattn.testing import SoloCommunicator
 
 BUCKET = cpattn.Bucket(max_requests=12, max_rows=192, max_chunks=24, max_seqlen=2048)
@@ -120,8 +121,8 @@ def test_an_eager_call_in_a_bucket_is_exact() -> None:
     """Every backend that reads pages, in metadata of fixed sizes, against the oracle."""
     batch = [(640, 300), (0, 3), (997, 1), (131, 89), (5, 0)]
     bucket = cpattn.Bucket(max_requests=9, max_rows=512, max_chunks=18, max_seqlen=2048)
-    for backend in ("flash_attn4", "triton"):
-        if cpattn.BACKENDS[backend].unavailable():
+    for backend in ("flash_attn4", "flash_attn3", "triton"):
+        if cpattn.BACKENDS[backend].unavailable() or (backend == "flash_attn3" and not find_build().has("PAGEDKV")):
             continue
         case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", page_size=16)
         plan = cpattn.plan(batch, 1)

@@ -100,7 +100,7 @@ def test_ugly_batches(backend: str, strategy: str, batch: list[tuple[int, int]])
     ],
 )
 @pytest.mark.parametrize("page_size", [1, 16, 128])
-@pytest.mark.parametrize("backend", ["flash_attn4", "torch_flash", "triton"])
+@pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "torch_flash", "triton"])
 def test_caches(backend: str, page_size: int, strategy: str, cache: str) -> None:
     """Pages in any order, NaN in all that is not a token's, garbage in the rest of the table."""
     case = AttentionCase(

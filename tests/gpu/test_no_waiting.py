@@ -10,7 +10,7 @@ import cpattn
 from cpattn.testing import SoloCommunicator
 
 BATCH = [(0, 777), (640, 300), (0, 3), (997, 1), (131, 89)]
-BACKENDS = ["flash_attn4", "torch_flash", "triton"]
+BACKENDS = ["flash_attn4", "flash_attn3", "torch_flash", "triton"]
 
 
 def usable(backend: str) -> None:

@@ -1,0 +1,260 @@
+"""FlashAttention-3 over builds that differ, where there is no GPU: what each is asked for, and what is refused in words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
+
+from cpattn.attention import fa3_build, flash_attn3
+from cpattn.attention.backend import AttentionOptions, Backend, Call
+from cpattn.attention.rows import RaggedRows
+from cpattn.testing import check_backend
+
+SINKS = ",Tensor? sinks = None"
+FORWARD = FakeBuild("fa3_fwd", FORWARD_LACKS)
+FULL = FakeBuild("flash_attn", FULL_LACKS, more=SINKS)
+NUMBER = count()
+
+
+def installed_as(fake: FakeBuild, monkeypatch: pytest.MonkeyPatch, operator: bool) -> Any:
+    fake = replace(fake, calls=[])
+    return installed(monkeypatch, fake, f"cpattn_fa3_{next(NUMBER)}", SCHEMA.format(more=fake.more) if operator else None)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((FORWARD, True), id="fa3-fwd"),
+        pytest.param((FULL, True), id="tokenspeed-fa3"),
+        pytest.param((FULL, False), id="tokenspeed-fa3 without an operator"),
+        pytest.param((replace(FORWARD, has_config=False), True), id="fa3-fwd without a configuration"),
+        pytest.param((replace(FULL, has_config=False), False), id="tokenspeed-fa3 without either"),
+    ]
+)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBuild]:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    fake, operator = request.param
+    with installed_as(fake, monkeypatch, operator) as made:
+        yield made
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBuild]:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    with installed_as(FULL, monkeypatch, operator=True) as made:
+        yield made
+
+
+def on_any_device() -> Backend:
+    return replace(flash_attn3.BACKEND, device_types=None)
+
+
+def call(**changes: Any) -> Call:
+    plain: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
+    plain |= {"window": False, "softcap": False, "sinks": False, "alignments": frozenset({"bottom_right"}), "merges": False}
+    return Call(**plain | changes)
+
+
+def test_each_build_does_all_that_it_claims(build: FakeBuild) -> None:
+    report = check_backend(on_any_device(), "cpu", dtype=torch.bfloat16)
+    assert report.ok, str(report)
+    verdicts = {row.name: row.verdict for row in report.rows}
+    full = build.lacks == FULL_LACKS
+    assert verdicts["window"] == ("holds" if full else "not claimed")
+    assert verdicts["softcap"] == ("not claimed" if full else "holds")
+    assert verdicts["pages of 256"] == ("holds" if full else "not claimed")
+    assert verdicts["Dv is not D"] == ("not claimed" if full and build.has_config else "holds")
+    assert {row.verdict for row in check_backend(on_any_device(), "cpu", dtype=torch.float16).rows} == (
+        {"holds", "not claimed"} if full else {"not claimed"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("fake", "changes", "reason"),
+    [
+        (FORWARD, {"dtype": torch.float16}, r"this build of FlashAttention-3 \(fa3_fwd_interface\) has no fp16"),
+        (FORWARD, {"window": True}, r"this build of FlashAttention-3 \(fa3_fwd_interface\) has no sliding window"),
+        (FULL, {"softcap": True}, r"this build of FlashAttention-3 \(flash_attn_interface\) has no softcap"),
+        (FULL, {"head_dim": 192}, r"has one head_dim for q, k and v \(128 is not 192\)"),
+        (FULL, {"head_dim": 64, "v_head_dim": 512}, r"has one head_dim for q, k and v \(512 is not 64\)"),
+        (FULL, {"v_head_dim": 64}, "of head dims that differ it takes up to 64 and 512, or 136 to 192 and 104 to 128, not 128 and 64"),
+        (FULL, {"head_dim": 264, "v_head_dim": 264}, "it takes head dims up to 256, not 264"),
+        (FULL, {"head_dim": 60, "v_head_dim": 60}, "it takes head dims that are multiples of 8, not 60 and 60"),
+        (replace(FULL, lacks="HDIM256"), {"head_dim": 200, "v_head_dim": 200}, "has head dims up to 192, not 200"),
+        (replace(FULL, lacks="VARLEN"), {}, "has no ragged batches"),
+        (replace(FORWARD, has_config=False), {"window": True}, "no configuration, and a try failed: This flash .* local attention"),
+    ],
+)
+def test_what_a_build_lacks_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeBuild, changes: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    with installed_as(fake, monkeypatch, operator=True), pytest.raises(AssertionError, match=reason):
+        raise AssertionError(on_any_device().why_not(call(**changes)))
+
+
+def test_what_a_build_has_is_not_refused(full: FakeBuild) -> None:
+    for changes in ({}, {"dtype": torch.float16}, {"window": True}, {"head_dim": 96, "v_head_dim": 96}, {"page_size": 64, "fixed": True}):
+        assert on_any_device().why_not(call(**changes)) is None
+
+
+def test_it_is_for_hopper_alone(full: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (10, 0))
+    assert on_any_device().why_not(call()) == "it is for compute capability 9, this GPU has 10"
+    assert not full.calls
+
+
+def test_features_are_tried_once_where_there_is_no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    with installed_as(replace(FULL, has_config=False), monkeypatch, operator=True) as fake:
+        for _ in range(3):
+            assert on_any_device().why_not(call(window=True)) is None
+            assert on_any_device().reads_pages(call(page_size=64))
+        assert len(fake.calls) == 2
+        monkeypatch.setattr(fa3_build, "is_capturing", lambda device: True)
+        reason = on_any_device().why_not(call(softcap=True))
+        assert reason is not None
+        assert "cannot be tried while a CUDA graph captures; make the call once before" in reason
+        assert len(fake.calls) == 2
+
+
+def test_a_result_that_is_wrong_in_a_try_is_no_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+
+    class IgnoresWindows(FakeBuild):
+        def forward(self, **given: Any) -> Any:
+            return super().forward(**given | {"window_size_left": -1})
+
+    with installed_as(IgnoresWindows("flash_attn", "", has_config=False), monkeypatch, operator=True):
+        assert "a try failed: its result is wrong" in str(on_any_device().why_not(call(window=True)))
+
+
+def test_a_module_that_passes_on_another_builds_functions_is_that_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed_as(FORWARD, monkeypatch, operator=True):
+        inner = fa3_build.NAMES[0]
+        outer = ModuleType("flash_attn_interface_of_a_kit")
+        outer.flash_attn_varlen_func = sys.modules[inner.interface].flash_attn_varlen_func  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, outer.__name__, outer)
+        monkeypatch.setattr(fa3_build, "NAMES", (fa3_build.Names(outer.__name__, "no_such_config", "no_such_operators"), inner))
+        fa3_build._find_build.cache_clear()
+        found = fa3_build.find_build()
+        assert found.is_operator
+        assert not found.has("FP16")
+
+
+def test_a_build_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "broken_fa3.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    monkeypatch.setattr(fa3_build, "NAMES", (fa3_build.Names("broken_fa3", "broken_fa3_config", "broken_fa3"),))
+    fa3_build._find_build.cache_clear()
+    try:
+        assert on_any_device().unavailable() is None
+        reason = on_any_device().why_not(call())
+        assert reason is not None
+        assert reason.startswith("broken_fa3 cannot be imported (OSError: libcudart.so.13: cannot open shared object file); pip install")
+    finally:
+        fa3_build._find_build.cache_clear()
+
+
+def rows_of(*table: tuple[int, int], pages: int | None = None, dtype: torch.dtype = torch.int32) -> RaggedRows:
+    q_len, k_len = np.array(table).T
+    rows = RaggedRows.build(q_len, 0 * k_len, k_len, k_len - q_len + 1, request=np.arange(len(table)))
+    if pages is None:
+        return rows
+    width = -(-int(k_len.max()) // pages)
+    return rows.with_pages(torch.arange(len(table) * width, dtype=dtype).reshape(len(table), width), pages)
+
+
+def attend(rows: RaggedRows, heads: int = 4, kv_heads: int = 2, **options: Any) -> None:
+    q = torch.randn(rows.num_queries, heads, 64, dtype=torch.bfloat16)
+    if rows.page_table is None:
+        lead: tuple[int, ...] = (int((rows.host.k_start + rows.host.k_len).max()),)
+    else:
+        lead = (rows.page_table.numel(), -(-rows.max_seqlen_k // rows.page_table.shape[1]))
+    k, v = (torch.randn(*lead, kv_heads, 64, dtype=torch.bfloat16) for _ in range(2))
+    flash_attn3.flash_attn3_attention(q, k, v, rows, AttentionOptions(0.1, **options), torch.bfloat16)
+
+
+def test_pages_are_read_through_the_requests_own_lines(full: FakeBuild) -> None:
+    rows = rows_of((3, 40), (1, 64), pages=16)
+    attend(rows)
+    (given,) = full.calls
+    # No line is copied, and nothing is said of where keys begin: a tile never lies in one page.
+    assert given["page_table"] is rows.page_table
+    assert given["kv_batch_idx"] is rows.request
+    assert given["leftpad_k"] is None
+    assert given["pack_gqa"] is None
+    attend(rows_of((3, 40), (1, 64), pages=16, dtype=torch.int64))
+    assert full.calls[1]["page_table"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("page_size", [64, 80, 112, 128, 256])
+def test_pages_of_whole_tiles_are_loaded_row_by_row(full: FakeBuild, page_size: int) -> None:
+    rows = rows_of((100, 2 * page_size), (1, page_size), pages=page_size)
+    attend(rows)
+    assert full.calls[0]["leftpad_k"].tolist() == [0, 0]
+
+
+def test_the_heads_of_short_chunks_are_packed(monkeypatch: pytest.MonkeyPatch, full: FakeBuild) -> None:
+    for length, kv_heads in ((1, 2), (512, 2), (1, 4)):
+        attend(rows_of((length, 512)), kv_heads=kv_heads)
+    assert [given["pack_gqa"] for given in full.calls] == [True, False, None]
+    with installed_as(replace(FULL, lacks="PACKGQA"), monkeypatch, operator=True) as fake:
+        attend(rows_of((1, 512)))
+        assert fake.calls[0]["pack_gqa"] is False
+
+
+LONG = 2**17
+
+
+@pytest.mark.parametrize(
+    ("table", "splits"),
+    [
+        pytest.param([(1, LONG)], 16, id="one long row on 132 processors and 8 heads"),
+        pytest.param([(1, 8192)] * 256, 1, id="tiles for all"),
+        pytest.param([(1, LONG)] + [(1, 1024)] * 31, 13, id="one long row beside short ones"),
+        pytest.param([(1, 2048)], 4, id="parts are not too short"),
+        pytest.param([(4096, LONG)], 1, id="a chunk of a prefill"),
+        pytest.param([(0, LONG), (1, 400)], 1, id="a row without queries"),
+        pytest.param([(1, 0)], 1, id="no keys"),
+    ],
+)
+def test_into_how_many_parts_rows_are_split(table: list[tuple[int, int]], splits: int) -> None:
+    assert flash_attn3.num_splits(rows_of(*table), 32, 8, 128, None, 132) == splits
+
+
+def test_a_window_leaves_little_to_split_and_memory_limits_the_parts() -> None:
+    assert flash_attn3.num_splits(rows_of((1, LONG)), 32, 8, 128, 1000, 132) == 1
+    rows = rows_of((8192, LONG), (1, 64 * LONG))
+    assert flash_attn3.num_splits(rows, 32, 1, 128, None, 10**6) == 1
+
+
+def test_rows_are_not_split_where_the_build_cannot(monkeypatch: pytest.MonkeyPatch, full: FakeBuild) -> None:
+    monkeypatch.setattr(flash_attn3, "multiprocessors", lambda device: 132)
+    attend(rows_of((1, 4096)))
+    assert full.calls[0]["num_splits"] == 8
+    assert full.calls[0]["pack_gqa"] is None
+    with installed_as(replace(FULL, lacks="SPLIT"), monkeypatch, operator=True) as fake:
+        attend(rows_of((1, 4096)))
+        assert fake.calls[0]["num_splits"] == 1
+
+
+def test_what_it_says_of_itself(monkeypatch: pytest.MonkeyPatch, full: FakeBuild) -> None:
+    lacks = "BACKWARD, HDIM96, HDIMDIFF192, HDIMDIFF64, SM8x, SOFTCAP"
+    assert on_any_device().describe() == f"flash_attn_interface, called by its operator; made without {lacks}"
+    with installed_as(replace(FULL, has_config=False), monkeypatch, operator=False):
+        assert on_any_device().describe() == (
+            "flash_attn_interface, called by its Python functions, as its operator is not one that cpattn knows; "
+            "it has no configuration, so features are tried"
+        )
+    monkeypatch.setattr(fa3_build, "NAMES", (fa3_build.Names("no_such_fa3", "", ""),))
+    assert on_any_device().describe() is None
