@@ -1,6 +1,9 @@
 """One rank's attention launch on a GPU: every backend that is there, front and back chunks in two launches and all in one.
 
-PYTHONPATH=. python benchmarks/bench_attention.py [--results FOLDER]
+Backends whose packages do not fit one machine are timed on two: ``--add`` puts the second's lines beside the first's, those of
+``triton`` as "triton beside ...", by which the two can be compared.
+
+PYTHONPATH=. python benchmarks/bench_attention.py [--results FOLDER] [--backends triton flash_attn3 --add]
 """
 
 from __future__ import annotations
@@ -24,21 +27,28 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.rows import RaggedRows
 
 BACKENDS = ["flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "triton"]
+# The backend that is timed on every machine.
+COMMON = "triton"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--add", action="store_true", help="to the results that are there")
     parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
     if not options.draw:
-        measure(options.results, options.rounds)
+        measure(options.results, options.rounds, options.backends, options.add)
     draw(options.results)
 
 
-def measure(results: Path, rounds: int) -> None:
-    backends = [cpattn.BACKENDS[name] for name in BACKENDS if cpattn.BACKENDS[name].unavailable() is None]
+def measure(results: Path, rounds: int, names: list[str], add: bool) -> None:
+    backends = [cpattn.BACKENDS[name] for name in names if cpattn.BACKENDS[name].unavailable() is None]
+    others = ", ".join(name for name in names if name != COMMON)
+    labels = {name: f"{name} beside {others}" if add and name == COMMON else name for name in names}
+    kept = [line for line in (lines_of(results) if add else []) if line[1].rpartition(", ")[0] not in labels.values()]
     table: list[list[str]] = []
     for name, batch in BATCHES.items():
         meta = batch.metadata()
@@ -50,13 +60,13 @@ def measure(results: Path, rounds: int) -> None:
             for launches in (2, 1) if meta.max_seqlen_q > 1 else (1,):
                 halves = ["both"] if launches == 1 else ["front", "back"]
                 calls = [(q[index] if launches == 2 else q, k, v, rows) for index, rows in (all_gather_rows(meta, half) for half in halves)]
-                variants[f"{backend.name}, {'one launch' if launches == 1 else 'two launches'}"] = partial(run_all, backend, calls)
+                variants[f"{labels[backend.name]}, {'one launch' if launches == 1 else 'two launches'}"] = partial(run_all, backend, calls)
         times, sustained = gpu_seconds(variants, rounds), sustained_seconds(variants)
         tflops = {variant: batch.flops() / seconds / 1e12 for variant, seconds in times.items()}
         for variant, seconds in times.items():
             low, median, high = np.percentile(seconds * 1e3, [20, 50, 80])
             rate = f"{np.median(tflops[variant]):.0f}"
-            mark = "auto" if variant == f"{chosen}, one launch" else ""
+            mark = "auto" if variant == f"{labels.get(chosen, chosen)}, one launch" else ""
             held = f"{batch.flops() / sustained[variant] / 1e12:.0f}"
             table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate, held])
         print(name, {variant: round(float(np.median(values))) for variant, values in tflops.items()}, flush=True)
@@ -65,26 +75,31 @@ def measure(results: Path, rounds: int) -> None:
         "attention_gpu",
         "One rank's attention launch",
         ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s", "sustained TFLOP/s"],
-        table,
+        sorted(kept + table, key=lambda line: list(BATCHES).index(line[0])),
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}; the rank in the middle, after an all-gather, without the "
         "transfer. Only causal work counts. Each variant is a CUDA graph; variants ran interleaved in random order, the L2 cache flushed "
         "before each, after a rest of twice what the last one took: a card at its power limit slows down whatever comes next. "
         "Sustained: each by itself, again and again for a quarter of a second without a rest. "
-        "Two launches attend the front and the back chunks separately, from queries that lie ready in two tensors.",
+        "Two launches attend the front and the back chunks separately, from queries that lie ready in two tensors."
+        + (f" Lines of {', '.join(labels.values())} are of this machine; the others were there before." if add else ""),
         results,
     )
 
 
-def draw(results: Path) -> None:
-    """The picture of the table's rates."""
+def lines_of(results: Path) -> list[list[str]]:
+    """The table's lines."""
     with (results / "attention_gpu.csv").open() as file:
         _, *lines = csv.reader(file)
+    return lines
+
+
+def draw(results: Path) -> None:
+    """The picture of the table's rates."""
+    lines = lines_of(results)
     groups: dict[str, dict[str, float]] = {}
     for batch, variant, _mark, _low, _median, _high, rate, _sustained in lines:
         groups.setdefault(batch, {})[variant] = float(rate)
-    draw_bars(
-        results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128, H200", "TFLOP/s of causal work", groups
-    )
+    draw_bars(results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128", "TFLOP/s of causal work", groups)
 
 
 def run_all(backend: Backend, calls: list[tuple[Tensor, Tensor, Tensor, RaggedRows]]) -> None:

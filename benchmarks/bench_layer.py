@@ -75,7 +75,7 @@ def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[st
     local_k, local_v = (torch.randn(meta.rows, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     cache = cpattn.PackedKV(*(torch.randn(prefix, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
     communicator, silent = SoloCommunicator(meta.cp_rank, cp_size), SilentCommunicator(meta.cp_rank, cp_size)
-    names = [name for name in ("flash_attn4", "triton") if cpattn.BACKENDS[name].unavailable() is None]
+    names = [name for name in ("flash_attn4", "flash_attn3", "triton") if cpattn.BACKENDS[name].unavailable() is None]
     attention_options = AttentionOptions(scale=HEAD_DIM**-0.5)
     alone = {name: partial(cpattn.BACKENDS[name].run, q, k, v, rows, attention_options, q.dtype) for name in names}
     attend = partial(cpattn.cp_attention, q, local_k, local_v, meta, kv_cache=cache, overlap=1)

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from cpattn.attention.flash_varlen import missing
+from cpattn.attention.registry import BACKENDS
 
 # How long the card rests before a replay, in times of what the last one took. At full load an H200 reaches its power limit
 # within milliseconds and lowers its clock: without a rest a variant is as fast as the one before it was economical, and the
@@ -97,5 +98,7 @@ def gpu_machine() -> str:
     from importlib.metadata import version
 
     fa4 = "not installed" if missing("flash_attn.cute", "") else version("flash-attn-4")
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}, flash-attn-4 {fa4}"
-    return f"{torch.cuda.get_device_name()}; {versions}"
+    fa3 = BACKENDS["flash_attn3"].describe() or "not installed"
+    versions = {"torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__, "flash-attn-4": fa4}
+    parts = [f"{name} {found}" for name, found in versions.items()]
+    return f"{torch.cuda.get_device_name()}; {', '.join(parts)}; FlashAttention-3: {fa3}"
