@@ -231,7 +231,8 @@ def cp_attention(
 
     What else is raised in the middle of a call (by a caller's kernel, or for want of memory) leaves only after this rank
     has carried out its part of the call's transfers, with NaN for what it could not compute. So the other ranks return:
-    NaN, and LSE NaN, where they depend on it. After that all ranks can go on with the group.
+    NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
+    included. After that all ranks can go on with the group.
     """
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)

@@ -268,11 +268,13 @@ def validated(
     validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, in_flight: InFlight, check: bool, label: str | None
 ) -> T:
     """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
-    checks.check_label(label)
     if not check:
+        checks.check_label(label)
         return validate()
-    account = Account(label or "", meta.plan.fingerprint, "")
+    account = Account("", meta.plan.fingerprint, "")
     try:
+        checks.check_label(label)
+        account = account._replace(label=label or "")
         value = validate()
     except Exception as refusal:
         agree(in_flight, meta.device, account._replace(refusal=refusal))

@@ -115,6 +115,35 @@ def _judged(case: AttentionCase, meta: cpattn.CPMetadata, out: Tensor, lse: Tens
     return "NaN, all of it" if is_nan.all() else "NaN where it needs that rank, the rest right"
 
 
+def go_on_after_ctrl_c(strategy: str, late: float, raises: bool) -> tuple[list[str], float]:
+    """Rank 0 gets a real SIGINT half a second into a call for which its peers are late: in its wait for them, or, if its
+    kernel raises, while it carries out the rest. What each of three calls gave, and how long the first took."""
+    rank, seconds = dist.get_rank(), 0.0
+    seen: list[str] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, out_dtype: torch.dtype, **options: Any) -> Any:
+        if raises and rank == 0 and not seen:
+            raise RuntimeError("an error of this rank's own")
+        return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(**options), out_dtype)
+
+    for number in range(3):
+        case = AttentionCase([(0, 200)], heads=4, kv_heads=4, seed=number)
+        meta = case.plan(dist.get_world_size()).metadata(rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        if number == 0 and rank == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        elif number == 0:
+            time.sleep(late)
+        begin = time.monotonic()
+        try:
+            what = _judged(case, meta, *cpattn.cp_attention(q, k, v, meta, strategy=strategy, backend=kernel, return_lse=True))
+        except (KeyboardInterrupt, Exception) as error:
+            what = f"{type(error).__name__}: {error}"
+        seconds = seconds or time.monotonic() - begin
+        seen.append(what)
+    return seen, seconds
+
+
 def use_from_two_threads() -> tuple[list[str], bool]:
     """Two threads make calls at once: over one group by communicators of their own, then over a group for each."""
     size, rank = dist.get_world_size(), dist.get_rank()

@@ -27,6 +27,7 @@ VICTIM = 1
 # NCCL's watchdog takes a minute and more to end a process after a timeout.
 PATIENCE = 150
 SETTING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+RIGHT, PARTLY = "the right result", ("NaN, all of it", "NaN where it needs that rank, the rest right")
 HEADER = f"| over | strategy | the rank | when | the others' first call | second call | third call | it itself |\n|{'---|' * 8}"
 
 
@@ -87,13 +88,36 @@ def run(groups: Groups, strategy: str, fault: str, when: str, check: bool) -> tu
     others = [outcome for rank, outcome in enumerate(outcomes) if rank != VICTIM]
     cells = [told([outcome[1][n] if outcome[0] and len(outcome[1]) > n else None for outcome in others], others, seconds) for n in range(3)]
     itself = told([outcomes[VICTIM][1][0]], [], 0) if outcomes[VICTIM][0] else ended(outcomes[VICTIM][1])
-    seen = [call for done, calls in others if done for call in calls]
-    # A call that one rank leaves out unchecked cannot be told from its next one; and with this setting torch lets the call whose
-    # transfer timed out go on, with whatever was in memory.
-    is_known = (fault, when, check) == ("raises", "before", False) or (groups.transport == "nccl 2" and fault != "raises")
-    is_wrong = not is_known and any(call.what == "a wrong result" or call.seconds > 4 * groups.timeout for call in seen)
+    is_wrong = not is_as_it_must_be(groups.transport, fault, when, check, outcomes)
     label = f"{fault}{', all calls checked' if check else ''}"
     return f"| {groups.transport} | {strategy} | {label} | {when} | {' | '.join(cells)} | {itself} |", is_wrong
+
+
+def is_as_it_must_be(transport: str, fault: str, when: str, check: bool, outcomes: list[tuple[bool, Any]]) -> bool:
+    """Whether every rank saw what it should."""
+    others = [outcome for rank, outcome in enumerate(outcomes) if rank != VICTIM]
+    if fault == "raises":
+        if not all(done for done, _ in outcomes):
+            return False
+        whats = [[call.what for call in calls] for _, calls in others]
+        if when == "before":
+            # Unchecked, a call that one rank leaves out cannot be told from its next one.
+            return not check or all("the ranks disagree on the label" in what for seen in whats for what in seen)
+        goes_on = [seen[1:] for seen in whats] + [[call.what for call in outcomes[VICTIM][1][1:]]]
+        return all(seen[0] in (RIGHT, *PARTLY) for seen in whats) and all(seen == [RIGHT] * 2 for seen in goes_on)
+    for done, calls in others:
+        if not done:
+            # With this setting torch ends the process.
+            if transport == "nccl 3" and "exit code" in str(calls):
+                continue
+            return False
+        failed = [call.what for call in calls if call.what != RIGHT]
+        # With this one the call that timed out goes on with whatever was in memory.
+        if transport == "nccl 2" and failed and not failed[0].startswith("GroupError"):
+            failed = failed[1:]
+        if len(set(failed)) > 1 or not all(what.startswith("GroupError: this group cannot be used any more") for what in failed):
+            return False
+    return True
 
 
 def told(calls: list[Seen | None], outcomes: list[tuple[bool, object]], seconds: float) -> str:

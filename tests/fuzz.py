@@ -2,7 +2,7 @@
 
 python tests/fuzz.py --minutes 5
 
-Every batch follows from the seed and its number, so that ``--seed S --only N`` runs a failing one again. Over loopback all
+Every batch follows from the seed and its number, so that ``--seed S --only N`` (``--gloo``) runs a failing one again. Over loopback all
 is drawn anew for each batch; over gloo a group of processes runs hundreds of calls one after another, as a server does.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
+from fault_injection import Injected
 
 import cpattn
 from cpattn.testing import ProcessRanks, run_loopback
@@ -36,7 +37,7 @@ EXCHANGES = [
     ("pass_q_ring", "sharded"),
 ]
 # Batches that a group of processes runs before another is drawn from loopback.
-GLOO_EVERY, GLOO_BATCHES = 40, 8
+GLOO_EVERY, GLOO_BATCHES, GLOO_RANKS = 40, 8, 3
 # A fault is at a line of the call; calls have some hundreds.
 LINES = 500
 
@@ -110,12 +111,15 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
         page_size=int(rng.choice([1, 3, 16])),
         v_in_k=v_in_k,
     )
-    cp_size = int(rng.choice([1, 2, 3, 4, 5, 7])) if cp_size is None else cp_size
+    # Drawn in any case, as all that follows depends on how much was drawn before.
+    drawn_size = int(rng.choice([1, 2, 3, 4, 5, 7]))
+    cp_size = drawn_size if cp_size is None else cp_size
     options = {"partition": str(rng.choice(["zigzag", "contiguous"])), "pad_to": int(rng.choice([1, 1, 4, 16]))}
     faults = None
     if rng.random() < 0.5:
         failing = rng.permutation(cp_size)[: rng.choice([1, 1, cp_size])]
-        faults = Faults({int(rank): int(rng.integers(LINES)) for rank in failing})
+        kind = [Injected, Injected, MemoryError, KeyboardInterrupt][rng.integers(4)]
+        faults = Faults({int(rank): int(rng.integers(LINES)) for rank in failing}, kind)
     return Drawn(number, case, cp_size, options, strategy, backend, faults)
 
 
@@ -151,18 +155,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--only", type=int, help="one batch of that seed, over loopback")
+    parser.add_argument("--only", type=int, help="one batch of that seed")
+    parser.add_argument("--gloo", action="store_true", help="with --only: as it was drawn for the processes over gloo")
     given = parser.parse_args()
     torch.set_num_threads(1)
     tally, end, number = Tally(), time.monotonic() + 60 * given.minutes, 0
     print(f"seed {given.seed}", flush=True)
     if given.only is not None:
-        run_on_loopback(draw(given.seed, given.only), tally)
+        if given.gloo:
+            with ProcessRanks(GLOO_RANKS, timeout=60) as ranks:
+                run_on_gloo([draw(given.seed, given.only, GLOO_RANKS)], ranks, tally)
+        else:
+            run_on_loopback(draw(given.seed, given.only), tally)
         print(tally)
         return 0
     said = time.monotonic()
     drawn: list[Drawn] = []
-    with ProcessRanks(3, timeout=60) as ranks:
+    with ProcessRanks(GLOO_RANKS, timeout=60) as ranks:
         try:
             while time.monotonic() < end:
                 number += 1

@@ -71,6 +71,21 @@ def test_what_is_no_label(label: Any) -> None:
             call()
 
 
+def test_what_is_no_label_on_one_rank_raises_on_all() -> None:
+    def program(group: cpattn.Communicator) -> str:
+        meta = PLAN.metadata(group.rank)
+        x = torch.randn(meta.rows, 1, 8)
+        label: Any = 3 if group.rank == 1 else "layer 3"
+        with pytest.raises(cpattn.OptionError) as raised:
+            cpattn.cp_attention(x, x, x, meta, group=group, check=True, label=label)
+        cpattn.cp_attention(x, x, x, meta, group=group, check=True, label="layer 3")
+        return str(raised.value)
+
+    messages = run_loopback(program, 3, timeout=10)
+    assert messages[1].startswith("label=3; pass a name")
+    assert messages[0] == messages[2] == f"rank 1 refused this call: {messages[1]}"
+
+
 def test_gather_kv_compares_arguments() -> None:
     def program(group: cpattn.Communicator) -> str:
         meta = PLAN.metadata(group.rank)

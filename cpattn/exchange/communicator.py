@@ -5,6 +5,7 @@ A message is a contiguous tensor of any dtype; it travels as bytes, so that no t
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +20,9 @@ from cpattn.kernels.current import is_capturing
 T = TypeVar("T")
 
 
-living_communicators: WeakSet[Communicator] = WeakSet()
+_living: WeakSet[Communicator] = WeakSet()
+# Another thread may make one while they are counted.
+_living_changes = threading.Lock()
 # A graph may outlive whoever captured it, and the memory that it replays over must not be freed.
 _with_captured: set[Communicator] = set()
 
@@ -74,7 +77,8 @@ class Communicator(ABC):
         # What was last made of them under each name, for which sizes; see reuse.
         self._made: dict[str, tuple[Hashable, Any]] = {}
         self._captured: list[Tensor] = []
-        living_communicators.add(self)
+        with _living_changes:
+            _living.add(self)
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
@@ -169,6 +173,12 @@ class Communicator(ABC):
             self.state.keep_until_done(memory)
         self._buffers.clear()
         self._made.clear()
+
+
+def living_communicators() -> list[Communicator]:
+    """All of this process."""
+    with _living_changes:
+        return list(_living)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cpattn.exchange.in_flight import InFlight
 def gather_whole(in_flight: InFlight, name: str, x: Tensor) -> Tensor:
     """Every rank's ``x``, of the same shape and any dtype, rank after rank, in memory that the next call of that name uses again.
 
-    What a rank fails to send has all bits set: NaN in floating dtypes, -1 in signed integers.
+    What a rank fails to send has all bits set: NaN in fp64, fp32, bf16 and fp16, -1 in signed integers.
     """
     communicator = in_flight.communicator
     rank, size, is_ready = communicator.rank, communicator.size, x.is_contiguous()

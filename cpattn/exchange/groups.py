@@ -49,7 +49,7 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
 
 
 def release(group: Group = None) -> None:
-    """Frees the memory that messages over a group take up, or, without one, over all groups of this process.
+    """Frees the memory that messages over a group take up, or, without one, over all groups of this process that are idle.
 
     It is kept between calls, as large as the largest batch so far needed, and the next call makes it anew. What CUDA
     graphs have captured stays. Each rank may do so by itself.
@@ -59,18 +59,18 @@ def release(group: Group = None) -> None:
 
     Args:
         group: a ProcessGroup (of all communicators over it), one axis of a DeviceMesh, a Communicator (its own alone), or
-            None for everything.
+            None for everything but what calls of other threads are using.
 
     Raises:
         GroupError: group is none of these, or a call is under way on it.
     """
     if group is None:
-        communicators = list(living_communicators)
+        communicators = [communicator for communicator in living_communicators() if not communicator.state.is_in_use]
     elif isinstance(group, Communicator):
         communicators = [group]
     else:
         state = state_of(_process_group(group))
-        communicators = [communicator for communicator in living_communicators if communicator.state is state]
+        communicators = [communicator for communicator in living_communicators() if communicator.state is state]
     if any(communicator.state.is_in_use for communicator in communicators):
         raise GroupError("a call is under way on this group, whose memory it uses; release it after the call")
     for communicator in communicators:

@@ -8,13 +8,13 @@ whichever transfer each of them had come to.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
 
 from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.exchange.settling import Settling
 from cpattn.kernels.current import is_capturing
 
 # How long the transfers of an interrupted call may take before the group is given up, in seconds.
@@ -92,17 +92,22 @@ class InFlight:
         state.enter()
         # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
         if self._device.type == "cuda" and not self._captures:
-            state.follow_last_call(self._device)
+            try:
+                state.follow_last_call(self._device)
+            except BaseException:
+                state.leave()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         state = self.communicator.state
         try:
+            if error is None and len(self._works) < len(self._expected):
+                error = AssertionError("a strategy has not started all the transfers that it announced")
+                self._settle_after(error)
+                raise error
             if error is not None:
                 self._settle_after(error)
-            elif len(self._works) < len(self._expected):
-                self._settle()
-                raise AssertionError("a strategy has not started all the transfers that it announced")
             elif state.failure is not None:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
@@ -112,52 +117,36 @@ class InFlight:
             self._works.clear()
 
     def _settle_after(self, error: BaseException) -> None:
+        """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""
+        what = _in_a_line(error)
         if self._captures:
             return  # nothing was sent: a capture that fails is never replayed
         if self._is_starting:
-            self._give_up(f"a call was interrupted as it began a transfer ({_in_a_line(error)})")
-        elif self._has_failed:
+            self._give_up(f"a call was interrupted as it began a transfer ({what})")
+            return
+        if self._has_failed:
             return  # what cannot be sent is not tried again
-        elif isinstance(error, Exception):
-            try:
-                self._settle()
-            except Exception as failure:
-                self._give_up(f"a call raised {_in_a_line(error)}, and its transfers could not be finished ({_in_a_line(failure)})")
-        elif not self._has_begun:
-            self._give_up(f"a call was interrupted before it began to send ({_in_a_line(error)}), while other ranks may wait for it")
-        elif not self._settle_within(INTERRUPTED_WAITS):
-            self._give_up(f"a call was interrupted ({_in_a_line(error)}), and its transfers did not end within {INTERRUPTED_WAITS:g} s")
-
-    def _settle(self) -> None:
-        """Carries out what is left of the call's transfers, and waits for all."""
-        for started in self._works:
-            started.wait()
-        for transfer in self._expected[len(self._works) :]:
-            if transfer.fill_missing is not None:
-                transfer.fill_missing()
-            self.communicator.start(transfer).wait()
-
-    def _settle_within(self, seconds: float) -> bool:
-        """The same in a thread of its own, which is left alone if it takes longer; whether it has finished."""
-        finished = []
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-
-        def settle() -> None:
-            try:
-                with torch.cuda.stream(stream):
-                    self._settle()
-            except Exception:
-                return
-            finished.append(True)
-
-        thread = threading.Thread(target=settle, daemon=True)
+        is_interrupt = not isinstance(error, Exception)
+        if is_interrupt and not self._has_begun and self.communicator.size > 1:
+            self._give_up(f"a call was interrupted before it began to send ({what}), while other ranks may wait for it")
+            return
+        left = self._expected[len(self._works) :]
+        if not left and all(work.is_done for work in self._works):
+            return
+        settling = Settling(self.communicator, self._works, left, self._device)
         try:
-            thread.start()
-            thread.join(seconds)
+            settling.wait(INTERRUPTED_WAITS if is_interrupt else None)
         except BaseException:
-            self._give_up("a call was interrupted twice")
+            # Ctrl-C while it waited, for the first time or again.
+            is_interrupt = True
+            _wait_once_more(settling)
             raise
-        return bool(finished)
+        finally:
+            if not settling.is_finished:
+                settling.abandon()
+                happened = "was interrupted" if is_interrupt else "raised"
+                why = f"not within {INTERRUPTED_WAITS:g} s" if settling.failure is None else _in_a_line(settling.failure)
+                self._give_up(f"a call {happened} ({what}), and its transfers could not be finished ({why})")
 
     def _give_up(self, what_happened: str) -> None:
         self._is_starting = False
@@ -170,16 +159,23 @@ class _ExpectedWork(Work):
     def __init__(self, work: Work, in_flight: InFlight) -> None:
         self._work = work
         self._in_flight = in_flight
-        self._is_done = False
+        self.is_done = False
 
     def wait(self) -> None:
-        if self._is_done:
+        if self.is_done:
             return
         try:
             self._work.wait()
         except Exception as failure:
             self._in_flight.fail(failure)
-        self._is_done = True
+        self.is_done = True
+
+
+def _wait_once_more(settling: Settling) -> None:
+    try:
+        settling.wait(INTERRUPTED_WAITS)
+    except BaseException:
+        pass  # interrupted again: enough
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -30,7 +30,8 @@ class LoopbackGroup:
         self.size = size
         self.timeout = timeout
         self._changed = threading.Condition()
-        self._posted: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        # A message and the ranks that have yet to read it, by collective and sender.
+        self._posted: dict[tuple[int, int], tuple[Tensor, set[int]]] = {}
         self._aborted = False
         # Collectives that each rank has begun.
         self._begun = [0] * size
@@ -52,8 +53,8 @@ class LoopbackGroup:
             self._aborted = True
             self._changed.notify_all()
 
-    def post(self, rank: int, x: Tensor, readers: int) -> int:
-        """Offers a rank's message to ``readers`` ranks; returns the number of the collective."""
+    def post(self, rank: int, x: Tensor, readers: set[int]) -> int:
+        """Offers a rank's message to these ranks; returns the number of the collective."""
         with self._changed:
             call = self._begun[rank]
             self._begun[rank] += 1
@@ -61,8 +62,8 @@ class LoopbackGroup:
             self._changed.notify_all()
             return call
 
-    def read(self, call: int, rank: int, out: Tensor, part: int | None = None) -> None:
-        """Waits for a rank's message and copies it, or one part of it."""
+    def read(self, call: int, rank: int, reader: int, out: Tensor, part: int | None = None) -> None:
+        """Waits for a rank's message and copies it, or one part of it, for the rank ``reader``."""
         with self._changed:
             self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
             posted, readers = self._posted[call, rank]
@@ -70,13 +71,13 @@ class LoopbackGroup:
             if x.shape != out.shape:
                 raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
             out.copy_(x)
-            self._posted[call, rank] = (posted, readers - 1)
+            readers.discard(reader)
             self._changed.notify_all()
 
     def retire(self, call: int, rank: int) -> None:
         """Waits until all have read a rank's message, so that its memory is free again."""
         with self._changed:
-            self._await(lambda: self._posted[call, rank][1] == 0, f"the readers of rank {rank}'s message")
+            self._await(lambda: not self._posted[call, rank][1], f"the readers of rank {rank}'s message")
             del self._posted[call, rank]
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
@@ -94,21 +95,25 @@ class _LoopbackCommunicator(Communicator):
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         parts = out.view(self.size, -1)
-        return self._start(x, {rank: parts[rank] for rank in range(self.size)})
+        everyone = range(self.size)
+        return self._start(x, set(everyone), {rank: parts[rank] for rank in everyone})
 
     def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        return self._start(x, {(self.rank - by) % self.size: out})
+        return self._start(x, {(self.rank + by) % self.size}, {(self.rank - by) % self.size: out})
 
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        return self._start(x, dict(enumerate(out)), part=self.rank)
+        return self._start(x, set(range(self.size)), dict(enumerate(out)), part=self.rank)
 
-    def _start(self, x: Tensor, receive: dict[int, Tensor], part: int | None = None) -> Work:
-        # Each message is read as often as it is received here: the collectives are symmetric.
-        call = self._group.post(self.rank, x, readers=len(receive))
+    def _start(self, x: Tensor, readers: set[int], receive: dict[int, Tensor], part: int | None = None) -> Work:
+        call = self._group.post(self.rank, x, readers)
+        left = list(receive.items())
 
         def wait() -> None:
-            for rank, out in receive.items():
-                self._group.read(call, rank, out, part)
+            # An interrupted wait goes on where it was.
+            while left:
+                rank, out = left[-1]
+                self._group.read(call, rank, self.rank, out, part)
+                left.pop()
             self._group.retire(call, self.rank)
 
         return Work(wait)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
 from weakref import ref
 
 import torch.distributed as dist
@@ -34,8 +36,7 @@ class ProcessGroupCommunicator(Communicator):
         return group
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        work = _all_gather_single(out, x, group=self.group, async_op=True)
-        return Work(work.wait)
+        return _work([_all_gather_single(out, x, group=self.group, async_op=True)], x)
 
     def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
         return self._send_and_receive({(self.rank + by) % self.size: x}, {(self.rank - by) % self.size: out})
@@ -51,9 +52,42 @@ class ProcessGroupCommunicator(Communicator):
         operations = [dist.P2POp(dist.isend, x, self._global_ranks[rank], group) for rank, x in send.items()]
         operations += [dist.P2POp(dist.irecv, out, self._global_ranks[rank], group) for rank, out in receive.items()]
         works = dist.batch_isend_irecv(operations) if operations else []
+        return _work(works, next(iter(send.values()), None))
 
-        def wait() -> None:
-            for work in works:
+
+def _work(works: list[Any], x: Tensor | None) -> Work:
+    """The end of all these transfers of x."""
+    if x is not None and not x.is_cuda and threading.current_thread() is threading.main_thread():
+        return _InterruptibleWork(works)
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return Work(wait)
+
+
+class _InterruptibleWork(Work):
+    """Transfers whose end the host waits for. Ctrl-C ends the wait, which torch's own do not let it; whoever waits again goes
+    on with the same wait, as torch's can not be made twice."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+        self._has_ended = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def wait(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        self._has_ended.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            for work in self._works:
                 work.wait()
-
-        return Work(wait)
+        except Exception as failure:
+            self._failure = failure
+        self._has_ended.set()

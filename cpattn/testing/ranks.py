@@ -43,7 +43,7 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
         program: of one rank.
         size: number of ranks.
         timeout: seconds that a rank may wait for another in a collective. The last one may return twice as much later than
-            the first one.
+            the first one. Where none ever returns, nothing ends it.
 
     Raises what the first rank to fail raised, and the others are made to stop waiting; TimeoutError where a rank is stuck.
     """

@@ -214,7 +214,9 @@ def test_an_interrupted_call_waits_for_no_longer_than_it_says(monkeypatch: pytes
         cpattn.cp_attention(x, x, x, meta, group=group, strategy="ring", backend=kernel)
     assert time.monotonic() - begin < 10
     for _ in range(2):
-        with pytest.raises(cpattn.GroupError, match=r"cannot be used any more: a call was interrupted \(KeyboardInterrupt\).*make a new"):
+        with pytest.raises(
+            cpattn.GroupError, match=r"a call was interrupted \(KeyboardInterrupt\).*finished \(not within 0.3 s\).*make a new"
+        ):
             cpattn.unshard(x, meta, group=group)
 
 
@@ -224,7 +226,7 @@ def test_an_interrupt_before_anything_is_sent_gives_the_group_up(monkeypatch: py
     meta = cpattn.build_metadata([(0, 8)], 2, 0)
     x = torch.zeros(4, 1, 8)
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -233,6 +235,38 @@ def test_an_interrupt_before_anything_is_sent_gives_the_group_up(monkeypatch: py
             cpattn.cp_attention(x, x, x, meta, group=group)
     with pytest.raises(cpattn.GroupError, match="a call was interrupted before it began to send"):
         cpattn.cp_attention(x, x, x, meta, group=group)
+
+
+def test_an_interrupt_of_a_call_of_one_rank_gives_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = cpattn.LoopbackGroup(1).communicator(0)
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    x = torch.zeros(4, 1, 8)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpattn.api, "decide", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cpattn.cp_attention(x, x, x, meta, group=group)
+    cpattn.cp_attention(x, x, x, meta, group=group)
+
+
+def test_what_was_given_up_sends_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer comes after the interrupted rank has left: it must wait in vain rather than get what belongs to no call."""
+    monkeypatch.setattr(in_flight, "INTERRUPTED_WAITS", 0.2)
+    ends = cpattn.LoopbackGroup(2, timeout=1.5)
+    meta = [cpattn.build_metadata([(0, 8)], 2, rank) for rank in range(2)]
+    x = torch.ones(4, 1, 8)
+
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpattn.cp_attention(x, x, x, meta[0], group=ends.communicator(0), strategy="pass_q", backend=kernel)
+    peer = ends.communicator(1)
+    with pytest.raises(cpattn.GroupError, match="a transfer over it failed"):
+        cpattn.cp_attention(x, x, x, meta[1], group=peer, strategy="pass_q")
 
 
 def test_what_is_refused_leaves_the_group_as_it_was() -> None:

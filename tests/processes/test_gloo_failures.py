@@ -73,6 +73,31 @@ def test_a_rank_that_raises_without_making_the_call(ranks: ProcessRanks) -> None
     assert "DisagreementError: the ranks disagree on the label of this call: rank" in whats[0]
 
 
+@pytest.mark.parametrize("raises", [False, True], ids=["in a wait", "while it settles"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q_ring"])
+def test_ctrl_c_leaves_a_group_that_works(ranks: ProcessRanks, strategy: str, raises: bool) -> None:
+    """The peers come in time for what it still owes."""
+    results = ranks.run(programs.go_on_after_ctrl_c, strategy, 1.5, raises)
+    (first, *others), seconds = results[0]
+    assert first == "KeyboardInterrupt: "
+    assert seconds < 8
+    assert others == ["the right result"] * 2
+    for seen, _ in results[1:]:
+        assert "wrong" not in seen[0]
+        assert seen[1:] == ["the right result"] * 2
+
+
+def test_ctrl_c_waits_for_five_seconds_at_most() -> None:
+    """Then the group is given up, on this rank at once and on the others when they come."""
+    with ProcessRanks(2, timeout=20) as ranks:
+        (first, seconds), (late, _) = ranks.run(programs.go_on_after_ctrl_c, "ring", 9.0, False)
+    assert first[0] == "KeyboardInterrupt: "
+    assert 5 < seconds < 8
+    assert all(what.startswith("GroupError: this group cannot be used any more: a call was interrupted") for what in first[1:])
+    assert "a wrong result" not in late
+    assert all(what.startswith("GroupError") for what in late[1:])
+
+
 def test_two_threads_on_one_group_are_found_out(ranks: ProcessRanks) -> None:
     """However many communicators of their own they make; a group of their own is what works."""
     for messages, is_right in ranks.run(programs.use_from_two_threads):
