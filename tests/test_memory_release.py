@@ -44,9 +44,12 @@ def test_a_group_in_use_is_not_released() -> None:
     group = cpattn.LoopbackGroup(1).communicator(0)
 
     def kernel(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        for what in (group, None):
-            with pytest.raises(cpattn.GroupError, match="a call is under way on this group, whose memory it uses"):
-                cpattn.release(what)
+        with pytest.raises(cpattn.GroupError, match="a call is under way on this group, whose memory it uses"):
+            cpattn.release(group)
+        # Everything else is idle.
+        before = memory_of(group)
+        cpattn.release()
+        assert memory_of(group) == before
         return q.clone(), torch.zeros(q.shape[:2])
 
     cpattn.cp_attention(x, x, x, meta, group=group, backend=kernel)
