@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def shown(value: object) -> str:
+    """An argument as a message shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits has none
+        return f"a {type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+_LONGEST_VALUE = 200
+
+
 class CPError(ValueError):
     """Base of all errors that cpattn raises about its input."""
 
@@ -28,11 +40,11 @@ class HeadCountError(CPError):
 
 
 class TensorMismatchError(CPError):
-    """Tensors that go together differ in rank, dtype, device or head dimension."""
+    """Tensors that go together differ in rank, dtype, device or head dimension, or one is of a kind that kernels cannot read."""
 
 
 class OptionError(CPError):
-    """An option is out of its range: scale, window, softcap, sinks; or one of ``custom_backend``."""
+    """An option is out of its range: scale, window, softcap, sinks; or one of ``custom_backend``. Or there is none of that name."""
 
 
 class PrefixError(CPError):
@@ -48,7 +60,7 @@ class PoolFullError(CPError):
 
 
 class GroupError(CPError):
-    """The process group does not fit the metadata: another size, another rank, or none at all."""
+    """The process group does not fit the metadata: another size, another rank, or none at all. Or it cannot be used any more."""
 
 
 class DisagreementError(CPError):

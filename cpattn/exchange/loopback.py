@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from cpattn.errors import GroupError
 from cpattn.exchange.communicator import Communicator, Work
+from cpattn.metadata.batch import is_integer
 
 
 class LoopbackGroup:
@@ -27,6 +29,9 @@ class LoopbackGroup:
     """
 
     def __init__(self, size: int, timeout: float = 60.0) -> None:
+        given: Any = size
+        if not is_integer(given) or given < 1:
+            raise GroupError(f"size={size!r}; pass the number of ranks of a loopback group, an integer of at least 1")
         self.size = size
         self.timeout = timeout
         self._changed = threading.Condition()
@@ -37,10 +42,14 @@ class LoopbackGroup:
         self._begun = [0] * size
         self._communicators: WeakValueDictionary[int, Communicator] = WeakValueDictionary()
 
+    def __repr__(self) -> str:
+        return f"LoopbackGroup({self.size} ranks, timeout {self.timeout:g} s{', aborted' if self._aborted else ''})"
+
     def communicator(self, rank: int) -> Communicator:
         """The end of one rank, to be used by one thread; the same one each time."""
-        if not 0 <= rank < self.size:
-            raise GroupError(f"rank {rank} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
+        given: Any = rank
+        if not is_integer(given) or not 0 <= rank < self.size:
+            raise GroupError(f"rank {rank!r} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
         with self._changed:
             communicator = self._communicators.get(rank)
             if communicator is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpattn.errors import BatchError, PlanError
+from cpattn.errors import BatchError, CPError, PlanError, shown
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -34,7 +34,7 @@ def parse_batch(batch: Sequence[Any] | npt.NDArray[Any]) -> IntArray:
 
     Raises BatchError for anything but integer pairs >= 0, naming the first request that is wrong.
     """
-    requests: Any = batch.tolist() if hasattr(batch, "tolist") else batch
+    requests: Any = _as_list(batch, "batch", _RULE, BatchError)
     if isinstance(requests, _TEXT) or not isinstance(requests, Sequence):
         raise BatchError(f"batch is a {type(batch).__name__}; {_RULE}")
     try:
@@ -59,19 +59,29 @@ def parse_prefix_shards(shards: Any, prefix_lens: IntArray, cp_size: int) -> Int
     """
     rule = f"pass {cp_size} integers >= 0 for each request, the prefix tokens that each rank holds, whose sum is its prefix_len"
     try:
-        table = [list(shares) for shares in (shards.tolist() if hasattr(shards, "tolist") else shards)]
+        table = [list(shares) for shares in _as_list(shards, "prefix_shards", rule, PlanError)]
     except TypeError:
-        raise PlanError(f"prefix_shards is {shards!r}; {rule}") from None
+        raise PlanError(f"prefix_shards is {shown(shards)}; {rule}") from None
     if len(table) != len(prefix_lens):
         raise PlanError(f"prefix_shards has {len(table)} entries, the batch has {len(prefix_lens)} requests; {rule}")
     for i, (shares, prefix_len) in enumerate(zip(table, prefix_lens.tolist(), strict=True)):
-        if len(shares) != cp_size or not all(is_integer(share) and share >= 0 for share in shares) or sum(shares) != prefix_len:
-            raise PlanError(f"prefix_shards of request {i} is {shares}, its prefix_len is {prefix_len}; {rule}")
-    return np.array(table, dtype=np.int64).reshape(-1, cp_size)
+        # As plain integers: those of numpy may be too narrow for their sum.
+        if len(shares) != cp_size or not all(is_integer(share) and share >= 0 for share in shares) or sum(map(int, shares)) != prefix_len:
+            raise PlanError(f"prefix_shards of request {i} is {shown(shares)}, its prefix_len is {prefix_len}; {rule}")
+    return np.array([list(map(int, shares)) for shares in table], dtype=np.int64).reshape(-1, cp_size)
 
 
 _RULE = "a batch is a sequence of (prefix_len, extend_len) pairs of integers >= 0, such as [(0, 512), (1024, 1)]"
 _TEXT = (str, bytes, bytearray)
+
+
+def _as_list(given: Any, name: str, rule: str, kind: type[CPError]) -> Any:
+    """An array or a tensor as a list; anything else as it is."""
+    try:
+        return given.tolist() if hasattr(given, "tolist") else given
+    # What torch raises for tensors without data of their own depends on the kind.
+    except Exception as error:
+        raise kind(f"{name} is a {type(given).__name__} whose numbers cannot be read ({type(error).__name__}); {rule}") from None
 
 
 def _parse_each(requests: Sequence[Any]) -> list[tuple[int, int]]:
@@ -83,13 +93,13 @@ def _parse_each(requests: Sequence[Any]) -> list[tuple[int, int]]:
         except TypeError:
             lengths = None
         if lengths is None or len(lengths) != 2:
-            raise BatchError(f"request {i} is {request!r}, which is not a pair; {_RULE}")
+            raise BatchError(f"request {i} is {shown(request)}, which is not a pair; {_RULE}")
         for name, length in zip(Request._fields, lengths, strict=True):
             if not is_integer(length):
-                raise BatchError(f"request {i} has {name}={length!r} ({type(length).__name__}), which is not an integer; {_RULE}")
+                raise BatchError(f"request {i} has {name}={shown(length)} ({type(length).__name__}), which is not an integer; {_RULE}")
             if length < 0:
-                raise BatchError(f"request {i} has {name}={length}; a length can not be negative; {_RULE}")
+                raise BatchError(f"request {i} has {name}={shown(length)}; a length can not be negative; {_RULE}")
             if length > MAX_TOKENS:
-                raise BatchError(f"request {i} has {name}={length}; the limit is {MAX_TOKENS} (row numbers are int32)")
+                raise BatchError(f"request {i} has {name}={shown(length)}; the limit is {MAX_TOKENS} (row numbers are int32)")
         pairs.append((int(lengths[0]), int(lengths[1])))
     return pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpattn.errors import PlanError
+from cpattn.errors import PlanError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
 
 if TYPE_CHECKING:
@@ -41,10 +41,14 @@ class Bucket:
         for name in ("max_requests", "max_rows", "max_chunks", "max_seqlen"):
             value: Any = getattr(self, name)
             if not is_integer(value) or not 1 <= value <= MAX_TOKENS:
-                raise PlanError(f"{name}={value!r}; it must be an integer from 1 to {MAX_TOKENS}")
+                raise PlanError(f"{name}={shown(value)}; it must be an integer from 1 to {MAX_TOKENS}")
+            # Integers of numpy may be too narrow for products.
+            object.__setattr__(self, name, int(value))
 
     def why_not(self, plan: Plan) -> str | None:
         """What of a plan is too large for this bucket, or None if it fits."""
+        if not hasattr(plan, "rank_chunks"):
+            raise PlanError(f"a bucket is asked about a {type(plan).__name__}; pass a Plan, which cpattn.plan makes of a batch")
         needs = {
             "max_requests": len(plan.batch),
             "max_rows": plan.rows,

@@ -64,6 +64,10 @@ class CPMetadata:
         # "cuda" has become the device with its number, which is what tensors are compared with.
         self.device = self.cu_seqlens_q.device
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made from, without what calls have derived: that refers to code and to the device."""
+        return CPMetadata, (self.plan, self.cp_rank, self.device, self.bucket)
+
     def _work_out(self, plan: Plan) -> None:
         """All that follows from the plan, on the host."""
         self.plan = plan
@@ -127,7 +131,10 @@ class CPMetadata:
             PlanError: this metadata has no bucket, the plan does not fit it, or it is laid out for other ranks; the same
                 on every rank.
         """
-        plan = other.plan if isinstance(other, CPMetadata) else other
+        plan: Any = other.plan if isinstance(other, CPMetadata) else other
+        # A plan is known by what its users ask of it: its module imports this one.
+        if not hasattr(plan, "rank_columns"):
+            raise PlanError(f"copy_ got a {type(plan).__name__}; pass the Plan of the next batch, or any rank's CPMetadata of it")
         if self.bucket is None:
             raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
         for name in ("cp_size", "partition", "sharded"):

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpattn.errors import PlanError, RankError
+from cpattn.errors import PlanError, RankError, shown
 from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.devices import parse_device
 from cpattn.metadata.draw import draw_plan, summarize_plan
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS, chunk_lengths, first_dealt
 
@@ -27,6 +28,14 @@ class Chunk(NamedTuple):
     start: int
     length: int
     rank: int
+
+
+_LIMITS = {
+    "cp_size": (2**16, "a plan has tables of all ranks; cp_size is the size of the context-parallel group"),
+    "pad_to": (MAX_TOKENS, "row numbers are int32"),
+}
+# Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.
+_MOST_SHARES = 2**27
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,21 @@ class Plan:
         pairs = parse_batch(self.batch)
         for name in ("cp_size", "pad_to"):
             value: Any = getattr(self, name)
-            if not is_integer(value) or value < 1:
-                raise PlanError(f"{name}={value!r}; it must be an integer of at least 1")
-            if value > MAX_TOKENS:
-                raise PlanError(f"{name}={value}; the limit is {MAX_TOKENS} (row numbers are int32)")
+            if not _is_size(name, value):
+                limit, why = _LIMITS[name]
+                if is_integer(value) and value > limit:
+                    raise PlanError(f"{name}={shown(value)}; the limit is {limit} ({why})")
+                raise PlanError(f"{name}={shown(value)}; it must be an integer of at least 1")
             object.__setattr__(self, name, int(value))
+        if len(pairs) * self.cp_size > _MOST_SHARES:
+            raise PlanError(
+                f"{len(pairs)} requests over cp_size={self.cp_size} ranks are {len(pairs) * self.cp_size} shares; the limit is "
+                f"{_MOST_SHARES} (a plan has tables of them); split the batch"
+            )
         for name, known in (("partition", tuple(PARTITIONS)), ("remainder", REMAINDERS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
-                raise PlanError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
+                raise PlanError(f"{name}={shown(value)} is unknown; choose one of {', '.join(map(repr, known))}")
             # The plain str that it equals: a subclass may print itself otherwise, and the fingerprint is made of text.
             object.__setattr__(self, name, known[known.index(value)])
         object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
@@ -70,6 +85,10 @@ class Plan:
                 f"{self.cp_size} ranks of {self.rows} rows are {self.cp_size * self.rows} rows; the limit is {MAX_TOKENS} "
                 "(row numbers are int32); split the batch or lower pad_to"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
+        return Plan, (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards)
 
     def __repr__(self) -> str:
         return (
@@ -121,6 +140,7 @@ class Plan:
         >>> cpattn.plan([(0, 10)], cp_size=2).fits(cpattn.Bucket(max_requests=4, max_rows=8, max_chunks=8))
         True
         """
+        _check_bucket(bucket)
         return bucket.why_not(self) is None
 
     @cached_property
@@ -171,11 +191,12 @@ class Plan:
         given: Any = cp_rank
         if not is_integer(given) or not 0 <= given < self.cp_size:
             raise RankError(
-                f"cp_rank={cp_rank!r}; it must be an integer from 0 to {self.cp_size - 1} (the plan's cp_size is {self.cp_size})"
+                f"cp_rank={shown(cp_rank)}; it must be an integer from 0 to {self.cp_size - 1} (the plan's cp_size is {self.cp_size})"
             )
         if bucket is not None:
+            _check_bucket(bucket)
             bucket.check(self)
-        return CPMetadata(self, int(cp_rank), torch.device(device), bucket)
+        return CPMetadata(self, int(cp_rank), parse_device(device), bucket)
 
     def summary(self) -> str:
         """A table to read: for each rank its tokens, padding and query-key pairs; then the imbalance."""
@@ -319,11 +340,13 @@ def required_rows(
     >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)
     8
     """
-    known = partition in tuple(PARTITIONS) and all(is_integer(n) and 1 <= n <= MAX_TOKENS for n in (cp_size, pad_to))
-    if remainder == "balanced" and known:
-        fullest = -(-int(parse_batch(batch)[:, 1].sum()) // cp_size)
-        rows = -(-fullest // pad_to) * pad_to
-        if cp_size * rows <= MAX_TOKENS:
+    sizes = {"cp_size": cp_size, "pad_to": pad_to}
+    if remainder == "balanced" and partition in tuple(PARTITIONS) and all(map(_is_size, sizes, sizes.values())):
+        pairs = parse_batch(batch)
+        # Integers of numpy may be too narrow for what is computed with them.
+        ranks, multiple = int(cp_size), int(pad_to)
+        rows = -(-int(pairs[:, 1].sum()) // (ranks * multiple)) * multiple
+        if ranks * rows <= MAX_TOKENS and ranks * len(pairs) <= _MOST_SHARES:
             return rows
     # The plan does what is left, and says what is wrong.
     return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
@@ -349,6 +372,15 @@ def build_metadata(
     """
     planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards)
     return planned.metadata(cp_rank, device, bucket)
+
+
+def _is_size(name: str, value: Any) -> bool:
+    return is_integer(value) and bool(1 <= value <= _LIMITS[name][0])
+
+
+def _check_bucket(bucket: Any) -> None:
+    if not isinstance(bucket, Bucket):
+        raise PlanError(f"bucket is a {type(bucket).__name__}; pass a cpattn.Bucket(max_requests, max_rows, max_chunks), or None")
 
 
 def _frozen(table: IntArray) -> IntArray:
