@@ -80,6 +80,9 @@ class Communicator(ABC):
         with _living_changes:
             _living.add(self)
 
+    def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their communicators
+        """Raises GroupError where what it sends over is gone."""
+
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
         return self.start(self.prepare_all_gather(out, x))

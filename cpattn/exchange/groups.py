@@ -30,6 +30,7 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
     A plan for one rank needs none of them. Raises GroupError where no group can be had.
     """
     if isinstance(group, Communicator):
+        group.check_usable()
         return group
     if group is None and cp_size == 1:
         return _alone_here()
@@ -43,9 +44,11 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
             )
         group = dist.group.WORLD
     group = _process_group(group)
-    if group not in _communicators:
-        _communicators[group] = ProcessGroupCommunicator(group)
-    return _communicators[group]
+    communicator = _communicators.get(group)
+    if communicator is None:
+        communicator = _communicators[group] = ProcessGroupCommunicator(group)
+    communicator.check_usable()
+    return communicator
 
 
 def release(group: Group = None) -> None:
@@ -77,17 +80,25 @@ def release(group: Group = None) -> None:
         communicator.release()
 
 
+_MEMBERS_ONLY = "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here"
+
+
 def _process_group(group: Any) -> dist.ProcessGroup:
+    if isinstance(group, dist.ProcessGroup):
+        return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             names = group.mesh_dim_names or "unnamed"
             raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
+        if group.get_coordinate() is None:
+            raise GroupError(f"group is a device mesh that this process is not in; {_MEMBERS_ONLY}")
         return group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError(
-            f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator"
+            "group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not in the group; "
+            f"{_MEMBERS_ONLY}"
         )
-    return group
+    raise GroupError(f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator")
 
 
 def _alone_here() -> Communicator:

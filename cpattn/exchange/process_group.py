@@ -17,22 +17,48 @@ from cpattn.exchange.group_state import state_of
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+_DESTROYED = (
+    "this process group has been destroyed, and a reference to it is of no use; make a new one on every rank with "
+    "torch.distributed.new_group (or init_process_group), and pass that"
+)
+
+
+def _rank_and_size(group: dist.ProcessGroup) -> tuple[int, int]:
+    try:
+        return dist.get_rank(group), dist.get_world_size(group)
+    except ValueError:  # torch's, for a group that it does not know
+        raise GroupError(_DESTROYED) from None
+
+
 class ProcessGroupCommunicator(Communicator):
     """Over a torch.distributed process group of any transport; gloo and NCCL are the ones tested."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        super().__init__(*_rank_and_size(group))
         self.state = state_of(group)
         # Weak, so that the communicators that are kept for groups end with their groups.
         self._weak_group = ref(group)
         self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        self._global_rank = self._global_ranks[self.rank]
+
+    def check_usable(self) -> None:
+        """Raises GroupError once the process group is destroyed.
+
+        A reference that is kept does not keep the group: over gloo calls would go on working on some ranks, over NCCL they
+        would end the process.
+        """
+        try:
+            # What torch looks up for a group that it still knows, in one step.
+            dist.get_group_rank(self.group, self._global_rank)
+        except ValueError as error:
+            raise error if isinstance(error, GroupError) else GroupError(_DESTROYED) from None
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group. Raises GroupError once it is destroyed."""
+        """The process group. Raises GroupError once nothing refers to it."""
         group = self._weak_group()
         if group is None:
-            raise GroupError("the process group of this communicator has been destroyed; make a new one")
+            raise GroupError(_DESTROYED)
         return group
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
