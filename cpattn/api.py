@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,56 +11,75 @@ from cpattn import checks
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
 from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
-from cpattn.errors import RowCountError
 from cpattn.exchange.agreement import share_verdicts
 from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
-from cpattn.exchange.message import gather_rows_
+from cpattn.exchange.message import gather_rows_, whole_rows
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.other_words import refuse_words
+
+# What cp_attention takes by keyword.
+KEYWORDS = (
+    "group",
+    "v_dim",
+    "kv_cache",
+    "strategy",
+    "backend",
+    "overlap",
+    "scale",
+    "window",
+    "softcap",
+    "sinks",
+    "return_lse",
+    "check",
+    "label",
+)
 
 
-def shard(x: Tensor, meta: CPMetadata) -> Tensor:
+def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     """This rank's rows of a tensor that holds all new tokens of the batch.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 6)], cp_size=2, cp_rank=0)
     >>> cpattn.shard(torch.arange(6), meta)
     tensor([0, 1, 5])
+    >>> cpattn.shard(torch.arange(18).view(3, 6), meta, dim=1)  # position ids of M-RoPE
+    tensor([[ 0,  1,  5],
+            [ 6,  7, 11],
+            [12, 13, 17]])
 
     Args:
         x: ``[plan.num_tokens, ...]`` of any dtype, request after request; the same on every rank. An engine's own padding
             after the last token is ignored, up to ``cp_size * meta.rows`` rows in all: one that rounds its token count up
             to a multiple of n plans with ``pad_to=n``.
         meta: this rank's metadata.
+        dim: the axis along which the tokens lie: 1 for ``[1, num_tokens, D]``, or for position ids ``[3, num_tokens]``.
 
     Returns:
-        ``[meta.rows, ...]`` in local order, zeros on padding. A copy.
+        ``[meta.rows, ...]`` in local order, zeros on padding; with ``dim``, the rows lie along that axis. A copy, contiguous.
 
     Raises:
         RowCountError: x has fewer rows than the batch has new tokens, or more than padding can explain.
-        TensorMismatchError: x is on another device than the metadata.
+        TensorMismatchError: x is on another device than the metadata, or of a kind that kernels cannot read.
+        OptionError: x has no such axis.
     """
     checks.check_metadata(meta)
-    plan = meta.plan
     checks.check_tensor("x", x)
-    # Engines round their token count up; what all ranks' rows can hold is as far as that can go without being a mistake.
-    if not plan.num_tokens <= len(x) <= max(plan.num_tokens, plan.cp_size * meta.rows):
-        here = " (it has as many rows as this rank: sharded already, or an output that cpattn.unshard has yet to make whole?)"
-        raise RowCountError(
-            f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
-            f"shard takes the rows of the whole batch, once{here * (len(x) == meta.rows)}"
-        )
+    dim = checks.parse_dim(dim, x)
+    checks.check_whole(x, dim, meta)
     checks.check_device("x", x, meta)
+    rows_first = x.movedim(dim, 0) if dim else x
     if x.requires_grad and torch.is_grad_enabled():
-        tokens = x.index_select(0, meta.token_index[: meta.num_tokens])
-        return torch.cat([tokens, x.new_zeros(meta.rows - meta.num_tokens, *x.shape[1:])])
-    local = x.new_empty(meta.rows, *x.shape[1:])
-    with on_device_of(x):
-        # Padding has index -1, which stands for zeros.
-        gather_rows_(local, x.contiguous(), meta.token_index)
-    return local
+        tokens = rows_first.index_select(0, meta.token_index[: meta.num_tokens])
+        local = torch.cat([tokens, rows_first.new_zeros(meta.rows - meta.num_tokens, *rows_first.shape[1:])])
+    else:
+        local = rows_first.new_empty(meta.rows, *rows_first.shape[1:])
+        with on_device_of(x):
+            # Padding has index -1, which stands for zeros.
+            gather_rows_(local, whole_rows(rows_first), meta.token_index)
+    return local.movedim(0, dim).contiguous() if dim else local
 
 
 def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None) -> Tensor:
@@ -101,7 +120,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         validated(validate, str, meta, in_flight, check, label)
         if meta.plan.cp_size == 1 and meta.bucket is None:
             return x[: meta.num_tokens].clone()
-        gathered = gather_whole(in_flight, "unshard", x)
+        gathered = gather_whole(in_flight, "unshard", whole_rows(x) if x.is_conj() else x)
         out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
         with on_device_of(x):
             gather_rows_(out, gathered, meta.restore_index)
@@ -173,6 +192,7 @@ def cp_attention(
     return_lse: bool = False,
     check: bool = False,
     label: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention of this rank's queries over the whole context. A collective call: every rank makes it alike.
 
@@ -237,9 +257,15 @@ def cp_attention(
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
+
+    def validate() -> Decision:
+        if unknown:
+            refuse_words("cp_attention", unknown, KEYWORDS)
+        return decide(arguments, meta, communicator, check=check)
+
     with InFlight(communicator, meta.device) as in_flight:
         decision: Decision = validated(
-            lambda: decide(arguments, meta, communicator, check=check),
+            validate,
             lambda decision: describe(arguments, decision, meta),
             meta,
             in_flight,

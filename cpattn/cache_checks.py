@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cpattn.checks import check_no_grad
-from cpattn.errors import PrefixError, TensorMismatchError
+from cpattn.errors import PrefixError, TensorMismatchError, UnsupportedError
 from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.layout_hints import hint_head_major, is_head_major
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.page_checks import check_pages
+from cpattn.page_checks import check_page_shapes, check_page_table
+from cpattn.tensor_kinds import check_kind, is_fp8
 
 
 def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
@@ -27,12 +30,13 @@ def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) ->
             )
         return
     if isinstance(kv_cache, PagedKV):
-        check_pages(kv_cache, meta)
+        check_page_shapes(kv_cache)
         _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k)
         if (kv_cache.v_pages is None) != (v is None):
             raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
         if v is not None and kv_cache.v_pages is not None:
             _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v)
+        check_page_table(kv_cache.page_table, kv_cache.page_size, meta)
     elif isinstance(kv_cache, PackedKV):
         _check_packed(kv_cache, k, v, meta)
     else:
@@ -56,7 +60,9 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
         if new is None:
             continue
         if not isinstance(cached, Tensor) or cached.ndim != 3:
-            raise PrefixError(f"kv_cache.{name} is not a tensor [prefix tokens, heads, head_dim]")
+            what = f"has shape {tuple(cached.shape)}" if isinstance(cached, Tensor) else f"is a {type(cached).__name__}"
+            raise PrefixError(f"kv_cache.{name} {what}; pass a tensor [prefix tokens, heads, head_dim]")
+        check_kind(f"kv_cache.{name}", cached)
         if cached.shape[0] != needed:
             raise PrefixError(
                 f"kv_cache.{name} has {cached.shape[0]} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
@@ -66,9 +72,14 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
 
 
 def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
+    if cached.dtype != new.dtype and (is_fp8(cached.dtype) or cached.dtype == torch.uint8):
+        raise UnsupportedError(
+            f"{name} is {cached.dtype}, but {new_name} is {new.dtype}; a cache in fp8 is not supported yet: keep it in {new_name}'s dtype"
+        )
     if cached.shape[-2:] != new.shape[-2:] or cached.dtype != new.dtype or cached.device != new.device:
+        head_major = cached.ndim == 4 and is_head_major(cached, new.shape[1])
         raise TensorMismatchError(
             f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
-            f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same"
+            f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same{hint_head_major(name) if head_major else ''}"
         )
     check_no_grad(**{name: cached})

@@ -29,6 +29,7 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.page_checks import check_writable
 from cpattn.page_contents import check_page_contents
+from cpattn.tensor_kinds import check_no_fp8
 
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
 T = TypeVar("T")
@@ -63,6 +64,8 @@ class Arguments(NamedTuple):
             layouts = _layout(k_pages), _layout(v_pages), _layout(cache.page_table), in_mode
         return (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, _layout(v), _layout(sinks),
+            # A DTensor of the same layout, say, has no memory to read; those above are compared in _layout.
+            q.__class__, k.__class__,
             cache.__class__, layouts, v_dim, strategy, backend, overlap, scale, window, softcap,
             # True == 1, but only one of them is a number of groups.
             v_dim.__class__, overlap.__class__, scale.__class__, window.__class__, softcap.__class__,
@@ -81,7 +84,7 @@ class Arguments(NamedTuple):
 
 
 def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.__class__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +128,8 @@ def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | 
         signature = group, arguments.signature()
         if not (torch.is_grad_enabled() and arguments.requires_grad()):
             decision = meta.memo.get(signature)
-    except (TypeError, AttributeError):  # not what a caller should pass, or it can not be hashed: the checks say so
+    # Not what a caller should pass, without strides or a hash: the checks say so.
+    except (TypeError, AttributeError, RuntimeError):
         signature = None
     if decision is None:
         if communicator is not None:
@@ -144,12 +148,13 @@ def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | 
 def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decision:
     q, k, v, cache = arguments.q, arguments.k, arguments.v, arguments.kv_cache
     checks.check_qkv(q, k, v, arguments.v_dim, meta)
+    check_no_fp8("q", q.dtype)
     if with_cache:
         check_cache(cache, k, v, meta)
     options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks)
     checks.check_overlap(arguments.overlap, k)
-    v_head_dim = v.shape[2] if v is not None else arguments.v_dim
-    assert v_head_dim is not None  # checked above
+    assert v is not None or arguments.v_dim is not None  # checked above
+    v_head_dim = v.shape[2] if v is not None else int(arguments.v_dim or 0)
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
@@ -168,7 +173,7 @@ def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decisio
         reads_pages=is_paged and backend.reads_pages(call),
         copies=any(x is not None and x.stride(-1) != 1 for x in attended),
         nan_in_out_alone=not backend.propagates_nan or (kv.v_in_k and kv.v_head_dim == kv.head_dim),
-        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, arguments.overlap or 1),
+        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, int(arguments.overlap or 1)),
     )
 
 

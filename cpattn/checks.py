@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any
 
@@ -18,13 +17,19 @@ from cpattn.errors import (
     RowCountError,
     TensorMismatchError,
     UnsupportedError,
+    shown,
 )
 from cpattn.exchange.communicator import Communicator
+from cpattn.layout_hints import hint_heads
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.tensor_kinds import check_kind
 
 # All that ranks tell each other of a call has to fit into a small message.
 _LONGEST_LABEL = 100
+_SHARD_FIRST = "shard the input with cpattn.shard(x, meta), and let meta be that of this batch"
+# Kernels compute in fp32. Its range, with some room for what they multiply these numbers by.
+_LEAST_FACTOR, _LARGEST_FACTOR = 1e-30, 1e30
 
 
 def check_metadata(meta: Any) -> None:
@@ -47,25 +52,62 @@ def check_group(meta: CPMetadata, communicator: Communicator) -> None:
 
 
 def check_tensor(name: str, x: Any) -> None:
+    if isinstance(x, Tensor):
+        check_kind(name, x)
     if not isinstance(x, Tensor) or x.ndim == 0:
         what = "a tensor without an axis" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TensorMismatchError(f"{name} is {what}; pass a torch tensor [rows, ...]")
 
 
-def check_rows(
-    name: str, x: Tensor, meta: CPMetadata, fix: str = "shard the input with cpattn.shard(x, meta), and let meta be that of this batch"
-) -> None:
+def check_rows(name: str, x: Tensor, meta: CPMetadata, fix: str) -> None:
     if x.shape[0] != meta.rows:
         raise RowCountError(
             f"{name} has {x.shape[0]} rows, but this rank's metadata has {meta.rows} (rank {meta.cp_rank} of {meta.plan.cp_size}); {fix}"
         )
 
 
+def check_whole(x: Tensor, dim: int, meta: CPMetadata) -> None:
+    """That an axis holds all new tokens of the batch, once, and as much padding as engines may add."""
+    plan, length = meta.plan, x.shape[dim]
+    # Engines round their token count up; what all ranks' rows can hold is as far as that can go without being a mistake.
+    most = max(plan.num_tokens, plan.cp_size * meta.rows)
+    if plan.num_tokens <= length <= most:
+        return
+    others = [other for other in range(x.ndim) if other != dim and plan.num_tokens <= x.shape[other] <= most]
+    if length == meta.rows and not others:
+        fix = " (it has as many rows as this rank: sharded already, or an output that cpattn.unshard has yet to make whole?)"
+    elif others:
+        fix = f"; if its tokens lie along axis {others[0]}: cpattn.shard(x, meta, dim={others[0]})"
+    elif length > most:
+        cut = f"x.narrow({dim}, 0, {plan.num_tokens})" if dim else f"x[:{plan.num_tokens}]"
+        fix = (
+            f", and padding up to {most} rows in all; cut the padding off: {cut}, or, where the engine rounds its "
+            "token count up to a multiple of n, plan with pad_to=n"
+        )
+    else:
+        fix = ""
+    raise RowCountError(
+        f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
+        f"shard takes the rows of the whole batch, once{f' along axis {dim}' if dim else ''}{fix}"
+    )
+
+
+def parse_dim(dim: Any, x: Tensor) -> int:
+    """An axis of the tensor, counted from the front."""
+    if not is_integer(dim) or not -x.ndim <= dim < x.ndim:
+        raise OptionError(
+            f"dim={shown(dim)}, but x has shape {tuple(x.shape)}; pass the axis along which its tokens lie, an integer from {-x.ndim} "
+            f"to {x.ndim - 1}"
+        )
+    return int(dim) % x.ndim
+
+
 def check_device(name: str, x: Tensor, meta: CPMetadata) -> None:
     if x.device != meta.device:
+        fix = f"build it where the tensors are: plan.metadata(cp_rank, device={str(x.device)!r})"
         raise TensorMismatchError(
             f"{name} is on {x.device}, but the metadata is on {meta.device}; "
-            f"build it where the tensors are: plan.metadata(cp_rank, device={str(x.device)!r})"
+            f"{'a meta tensor has a shape but no data: pass one with data' if x.is_meta else fix}"
         )
 
 
@@ -82,33 +124,37 @@ def check_kv(k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
     """Checks new keys and values by themselves."""
     for name, x in (("k", k), ("v", v)):
         if x is not None or name != "v":
-            _check_heads(name, x, meta)
+            check_heads(name, x, meta)
     check_no_grad(**{name: x for name, x in (("k", k), ("v", v)) if x is not None})
     check_qkv(k, k, v, k.shape[2] if v is None else None, meta)
 
 
-def _check_heads(name: str, x: Any, meta: CPMetadata) -> None:
+def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
+    """The kind, shape and device of q, k or v."""
+    if isinstance(x, Tensor):
+        check_kind(name, x)
     if not isinstance(x, Tensor) or x.ndim != 3:
         what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
-    check_rows(name, x, meta)
+        hint = hint_heads(name, x, meta.rows) if isinstance(x, Tensor) else ""
+        raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis{hint}")
+    check_rows(name, x, meta, f"{_SHARD_FIRST}{hint_heads(name, x, meta.rows)}")
     check_device(name, x, meta)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None or name != "v":
-            _check_heads(name, x, meta)
+            check_heads(name, x, meta)
     check_no_grad(**{name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None})
     if not q.dtype.is_floating_point or q.dtype != k.dtype or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")
     if v is None:
         if not is_integer(v_dim) or not 0 < v_dim <= k.shape[2]:
             raise TensorMismatchError(
-                f"v is None and v_dim={v_dim!r}; where V is the first columns of K (MLA), v_dim says how many: from 1 to {k.shape[2]}"
+                f"v is None and v_dim={shown(v_dim)}; where V is the first columns of K (MLA), v_dim says how many: from 1 to {k.shape[2]}"
             )
     elif v_dim is not None and v_dim != v.shape[2]:
-        raise TensorMismatchError(f"v_dim={v_dim!r}, but v has head_dim {v.shape[2]}; v_dim is for v=None, where V is a part of K")
+        raise TensorMismatchError(f"v_dim={shown(v_dim)}, but v has head_dim {v.shape[2]}; v_dim is for v=None, where V is a part of K")
     v_head_dim = v_dim if v is None else v.shape[2]
     if q.shape[2] != k.shape[2] or 0 in (q.shape[2], v_head_dim):
         raise TensorMismatchError(
@@ -123,44 +169,60 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetada
 def check_label(label: Any) -> None:
     if label is not None and (not isinstance(label, str) or len(label) > _LONGEST_LABEL or "\0" in label):
         raise OptionError(
-            f"label={label!r}; pass a name of this call that is the same on every rank, such as 'layer 3': a str of at most "
+            f"label={shown(label)}; pass a name of this call that is the same on every rank, such as 'layer 3': a str of at most "
             f"{_LONGEST_LABEL} characters, or None"
         )
 
 
 def check_overlap(overlap: Any, k: Tensor) -> None:
     if overlap is not None and (not is_integer(overlap) or overlap < 1 or k.shape[1] % overlap):
-        raise OptionError(f"overlap={overlap!r}; pass a divisor of the {k.shape[1]} KV heads, 1 for no overlap, or None")
+        raise OptionError(f"overlap={shown(overlap)}; pass a divisor of the {k.shape[1]} KV heads, 1 for no overlap, or None")
 
 
 def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:
     """Checks the options of a call and puts them into the form that backends take."""
-    if scale is not None and not _is_positive(scale):
-        raise OptionError(f"scale={scale!r}; pass a positive number, or None for 1 / sqrt(head_dim)")
+    if scale is not None and not _is_factor(scale):
+        raise OptionError(f"scale={shown(scale)}; {_FACTOR_RULE}, or None for 1 / sqrt(head_dim)")
     if window is not None and (not is_integer(window) or int(window) < 1):
+        of_pair = " (of flash-attn's pair (left, right): left + 1, or None where left is -1)" if isinstance(window, (tuple, list)) else ""
         raise OptionError(
-            f"window={window!r}; pass the number of keys that a query sees, its own included: an integer of at least 1, or None"
+            f"window={shown(window)}; pass the number of keys that a query sees, its own included: an integer of at least 1, or None"
+            f"{of_pair}"
         )
-    if softcap is not None and not _is_positive(softcap):
-        raise OptionError(f"softcap={softcap!r}; pass a positive number, or None")
+    if softcap is not None and not _is_factor(softcap):
+        raise OptionError(f"softcap={shown(softcap)}; {_FACTOR_RULE}, or None for no cap")
     if sinks is not None:
         if not isinstance(sinks, Tensor):
             raise OptionError(f"sinks is a {type(sinks).__name__}; pass a tensor with one logit for each query head, or None")
+        check_kind("sinks", sinks)
         if sinks.shape != q.shape[1:2]:
             raise HeadCountError(f"sinks has shape {tuple(sinks.shape)}, q has {q.shape[1]} heads; pass one logit for each query head")
         if not sinks.dtype.is_floating_point or sinks.device != q.device:
             raise TensorMismatchError(f"sinks is {sinks.dtype} on {sinks.device}; it must be floating and on q's device, {q.device}")
         check_no_grad(sinks=sinks)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    # Kernels multiply by it before they take the tanh.
+    if softcap is not None and not _LEAST_FACTOR <= scale / softcap <= _LARGEST_FACTOR:
+        raise OptionError(
+            f"scale={scale!r} and softcap={softcap!r}; their ratio must be from {_LEAST_FACTOR:g} to {_LARGEST_FACTOR:g} as kernels "
+            "compute in fp32: pass the model's own"
+        )
     # A window as long as the longest request changes nothing, and without it any backend can serve the call.
     longest = meta.longest_request
     return AttentionOptions(
-        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+        scale=scale,
         window=int(window) if window is not None and window < longest else None,
-        softcap=None if softcap is None else float(softcap),
+        softcap=softcap,
         sinks=None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)),
     )
 
 
-def _is_positive(value: Any) -> bool:
-    """Whether it is a finite real number above 0; a bool is no number."""
-    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value) and float(value) > 0
+_FACTOR_RULE = f"pass a positive number, from {_LEAST_FACTOR:g} to {_LARGEST_FACTOR:g} as kernels compute in fp32"
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether it is a real number that scores can be multiplied by in fp32; a bool is no number, and NaN is in no range."""
+    is_number = type(value) is not bool and isinstance(value, Real)
+    # Compared as it is: an integer may be too large for a float.
+    return is_number and bool(_LEAST_FACTOR <= value <= _LARGEST_FACTOR)

@@ -13,6 +13,7 @@ from cpattn import pool_checks
 from cpattn.errors import CPError
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import IntArray
+from cpattn.metadata.devices import parse_device
 from cpattn.metadata.plan import Plan, plan
 from cpattn.pool_history import Before, History
 from cpattn.pool_pages import CachedRequest, PageBooks
@@ -78,7 +79,7 @@ class KVPool:
         v_head_dim = head_dim if v_head_dim is None else pool_checks.parse_size("v_head_dim", v_head_dim, least=0)
         pool_checks.check_flag("sharded", sharded)
         pool_checks.check_dtype(dtype)
-        device = pool_checks.parse_device(device)
+        device = parse_device(device)
         self.page_size = shape[2]
         self.cp_size = pool_checks.parse_size("cp_size", cp_size)
         self.cp_rank = pool_checks.parse_rank(cp_rank, self.cp_size)

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.checks import check_device, check_no_grad
-from cpattn.errors import PageTableError, PrefixError, TensorMismatchError
+from cpattn.checks import check_device, check_heads, check_no_grad
+from cpattn.errors import HeadCountError, PageTableError, PrefixError, TensorMismatchError
 from cpattn.kv_cache import PagedKV
+from cpattn.layout_hints import hint_head_major, hint_pages
 from cpattn.memory_overlap import overlaps_itself
 from cpattn.metadata.batch import IntArray, is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.tensor_kinds import check_kind, check_no_fp8
 
 
-def check_pages(cache: PagedKV, meta: CPMetadata) -> None:
-    """The form of pages that are read, and of their table."""
-    _check_page_shapes(cache)
-    check_page_table(cache.page_table, cache.page_size, meta)
-
-
-def _check_page_shapes(cache: PagedKV) -> None:
+def check_page_shapes(cache: PagedKV) -> None:
+    """The kind and shape of the pages alone."""
     for name, x in _pages(cache):
+        if isinstance(x, Tensor):
+            check_kind(name, x)
         if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
             what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-            raise PageTableError(f"{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]")
+            hint = hint_pages(x) if isinstance(x, Tensor) else ""
+            raise PageTableError(f"{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]{hint}")
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise PageTableError(f"{name} has strides {x.stride()}; the last must be 1, as rows are written in place")
         if x.shape[:2] != cache.k_pages.shape[:2]:
@@ -58,14 +58,17 @@ def _pages(cache: PagedKV) -> list[tuple[str, Tensor]]:
     return [k_pages] if cache.v_pages is None else [k_pages, ("kv_cache.v_pages", cache.v_pages)]
 
 
-def check_page_size(page_size: Any) -> None:
-    """That it is an integer of at least 1."""
+def parse_page_size(page_size: Any) -> int:
+    """The tokens of a page as a plain int: one of numpy may be too narrow for numbers of slots."""
     if not is_integer(page_size) or page_size < 1:
         raise PageTableError(f"page_size={page_size!r}; pass the number of tokens of a page, an integer of at least 1")
+    return int(page_size)
 
 
 def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
     """The form of a page table and that it is wide enough, on every rank alike."""
+    if isinstance(table, Tensor):
+        check_kind("kv_cache.page_table", table)
     if not isinstance(table, Tensor) or table.ndim != 2 or table.dtype not in (torch.int32, torch.int64):
         what = f"is {tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else f"is a {type(table).__name__}"
         raise PageTableError(f"kv_cache.page_table {what}; pass an int32 or int64 tensor [num_requests, max_pages]")
@@ -94,10 +97,16 @@ def _most_held(meta: CPMetadata) -> IntArray:
 def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tensor | None]:
     """Checks pages that are attended to as they are; returns a K and V of no rows that stand for what would be new."""
     _check_is_paged(cache)
-    check_pages(cache, meta)
-    if not isinstance(q, Tensor) or q.ndim != 3:
-        what = f"has shape {tuple(q.shape)}" if isinstance(q, Tensor) else f"is a {type(q).__name__}"
-        raise TensorMismatchError(f"q {what}; pass a tensor [rows, heads, head_dim], without a batch axis")
+    check_page_shapes(cache)
+    check_heads("q", q, meta)
+    heads = cache.k_pages.shape[2]
+    if q.shape[1] % heads and q.shape[1] % cache.k_pages.shape[1] == 0:
+        raise HeadCountError(
+            f"q has {q.shape[1]} heads, kv_cache.k_pages {tuple(cache.k_pages.shape)} has {heads}; query heads must be a multiple of "
+            f"key/value heads{hint_head_major('kv_cache.k_pages')}"
+        )
+    check_no_fp8("kv_cache.k_pages", cache.k_pages.dtype)
+    check_page_table(cache.page_table, cache.page_size, meta)
     k = cache.k_pages.new_empty(1, *cache.k_pages.shape[2:]).expand(meta.rows, -1, -1)
     v = None if cache.v_pages is None else cache.v_pages.new_empty(1, *cache.v_pages.shape[2:]).expand(meta.rows, -1, -1)
     return k, v
@@ -106,10 +115,11 @@ def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tenso
 def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
     """The form of what :func:`cpattn.write_kv` is given, and that it goes together."""
     _check_is_paged(cache)
-    _check_page_shapes(cache)
+    check_page_shapes(cache)
     check_writable(cache)
     if not isinstance(slots, Tensor):
         raise TensorMismatchError(f"slots is a {type(slots).__name__}; pass an int32 or int64 tensor [rows]")
+    check_kind("slots", slots)
     for name, x, pages in (("k", k, cache.k_pages), ("v", v, cache.v_pages)):
         if (x is None) != (pages is None):
             raise TensorMismatchError(f"of {name} and kv_cache.{name}_pages one is None and the other is not")
@@ -117,6 +127,7 @@ def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TensorMismatchError(f"{name} is a {type(x).__name__}; pass a tensor [rows, heads, head_dim]")
+        check_kind(name, x)
         if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype or x.device != pages.device:
             raise TensorMismatchError(
                 f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, the pages are {tuple(pages.shape)} {pages.dtype} on {pages.device}; "

@@ -33,7 +33,9 @@ def check_page_contents(cache: PagedKV, meta: CPMetadata, *, written: bool) -> N
     num_pages = cache.k_pages.shape[0]
     if len(pages) and (pages.min() < 0 or pages.max() >= num_pages):
         wrong = entries.place[(pages < 0) | (pages >= num_pages)].min()
-        raise PageTableError(_needs(cache.page_table, int(wrong), cache.page_size, meta, f"there are pages 0 to {num_pages - 1}"))
+        table = cache.page_table
+        hint = _order_hint(table, num_pages, cache.page_size, meta)
+        raise PageTableError(_needs(table, int(wrong), cache.page_size, meta, f"there are pages 0 to {num_pages - 1}") + hint)
     if written:
         _check_slots_differ(entries, pages, cache.page_size, cache.page_table.shape[1], meta)
 
@@ -44,7 +46,8 @@ def check_slot_pages(table: Tensor, page_size: int, meta: CPMetadata) -> None:
     pages = _pages_of(entries, table)
     negative = entries.place[: entries.num_written][pages[: entries.num_written] < 0]
     if len(negative):
-        raise PageTableError(_needs(table, int(negative.min()), page_size, meta, "pages are numbered from 0"))
+        hint = _order_hint(table, None, page_size, meta)
+        raise PageTableError(_needs(table, int(negative.min()), page_size, meta, "pages are numbered from 0") + hint)
     _check_slots_differ(entries, pages, page_size, table.shape[1], meta)
 
 
@@ -139,6 +142,17 @@ def _needs(table: Tensor, place: int, page_size: int, meta: CPMetadata, rule: st
         f"kv_cache.page_table[{request}, {page}] is {int(table[request, page])}, but {rule}; request {request} needs {needed} pages of "
         f"{page_size} tokens with its new ones"
     )
+
+
+def _order_hint(table: Tensor, num_pages: int | None, page_size: int, meta: CPMetadata) -> str:
+    """What to add where the lines have as many pages as the requests need, but in another order."""
+    needed = -(-_new_tokens(meta)[1] // page_size)
+    numbers = table.cpu().numpy()
+    there = (numbers >= 0) & (numbers < (np.iinfo(np.int64).max if num_pages is None else num_pages))
+    filled = there.cumprod(axis=1).sum(axis=1)[: len(needed)]
+    if (np.sort(filled) < np.sort(needed)).any():
+        return ""
+    return "; the other lines have the pages for it: are they in the order of the batch?"
 
 
 def _check_slots_differ(entries: _Entries, pages: npt.NDArray[np.integer], page_size: int, width: int, meta: CPMetadata) -> None:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.errors import BatchError, CPError, PageTableError, RankError
+from cpattn.errors import BatchError, CPError, PageTableError, RankError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
+from cpattn.tensor_kinds import check_kind
 
 
 def parse_size(name: str, value: Any, least: int = 1) -> int:
     """A number of the pool's sizes as a plain int. The limit is that of page numbers, which are int32 in a page table."""
     if not is_integer(value) or not least <= value <= MAX_TOKENS:
-        raise CPError(f"{name}={value!r}; pass an integer from {least} to {MAX_TOKENS}")
+        raise CPError(f"{name}={shown(value)}; pass an integer from {least} to {MAX_TOKENS}")
     return int(value)
 
 
@@ -36,23 +37,6 @@ def check_flag(name: str, value: Any) -> None:
 def check_dtype(dtype: Any) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CPError(f"dtype={dtype!r}; pass the floating torch dtype of the model's keys and values, such as torch.bfloat16")
-
-
-def parse_device(device: Any) -> torch.device:
-    """A device on which a tensor can be made. Asked for here, as torch's own errors do not say which argument was wrong."""
-    if isinstance(device, (str, torch.device)) or is_integer(device):
-        try:
-            return torch.empty(0, device=device).device
-        # What torch raises depends on its build and on the kind of device.
-        except Exception as error:
-            why = str(error).partition("\n")[0].rstrip(". ")
-            raise CPError(f"device={device!r} cannot be used on this machine ({why}); pass one of {_usable_devices()}") from error
-    raise CPError(f"device={device!r} is a {type(device).__name__}; pass a torch.device or its name, one of {_usable_devices()}")
-
-
-def _usable_devices() -> str:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ", ".join(["'cpu'", *(f"'cuda:{index}'" for index in range(gpus))]) + ("" if gpus else " (torch finds no CUDA device)")
 
 
 def check_name(request: Any) -> None:
@@ -76,7 +60,7 @@ def parse_extends(extends: Any) -> list[tuple[Hashable, int]]:
         name, count = pair
         check_name(name)
         if not is_integer(count) or count < 0:
-            raise BatchError(f"request {name!r} gets {count!r} new tokens ({type(count).__name__}); pass an integer of at least 0")
+            raise BatchError(f"request {name!r} gets {shown(count)} new tokens ({type(count).__name__}); pass an integer of at least 0")
         pairs.append((name, int(count)))
     return pairs
 
@@ -110,7 +94,9 @@ def parse_shape(shape: Any, lines: int, width: int) -> tuple[int, int]:
 
 def check_layer(layer: Any, num_layers: int, page_table: Any) -> None:
     if not is_integer(layer) or not 0 <= layer < num_layers:
-        raise CPError(f"layer={layer!r}, but the pool has {num_layers} layers; pass an integer from 0 to {num_layers - 1}")
+        raise CPError(f"layer={shown(layer)}, but the pool has {num_layers} layers; pass an integer from 0 to {num_layers - 1}")
+    if isinstance(page_table, Tensor):
+        check_kind("page_table", page_table)
     if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.dtype not in (torch.int32, torch.int64):
         what = f"is {tuple(page_table.shape)} {page_table.dtype}" if isinstance(page_table, Tensor) else f"is a {type(page_table).__name__}"
         raise PageTableError(

@@ -6,7 +6,7 @@ engine can put its own code in the place of any of them.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,8 +24,12 @@ from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.page_checks import check_attend, check_page_size, check_page_table, check_write
+from cpattn.other_words import refuse_words
+from cpattn.page_checks import check_attend, check_page_table, check_write, parse_page_size
 from cpattn.page_contents import check_slot_pages, check_slots
+
+# What attend takes by keyword.
+_ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "return_lse", "check")
 
 
 def gather_kv(
@@ -102,7 +106,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
         TensorMismatchError: the table is on another device than the metadata.
     """
     checks.check_metadata(meta)
-    check_page_size(page_size)
+    page_size = parse_page_size(page_size)
     check_page_table(page_table, page_size, meta)
     if check or page_table.device.type == "cpu":
         check_slot_pages(page_table, page_size, meta)
@@ -188,6 +192,7 @@ def attend(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     check: bool = False,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """This rank's queries over pages that hold everything already, this call's tokens included. Sends nothing.
 
@@ -211,6 +216,8 @@ def attend(
     Raises:
         CPError: in its subclasses, before anything is computed.
     """
+    if unknown:
+        refuse_words("attend", unknown, _ATTEND_KEYWORDS)
     checks.check_metadata(meta)
     if meta.plan.sharded:
         raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")

@@ -174,7 +174,8 @@ def _signature(name: str, value: Any) -> str:
     signature = inspect.signature(value)
     parameters, keyword_only = [], False
     for parameter in signature.parameters.values():
-        if parameter.name in ("self", "cls"):
+        # What a call takes as **unknown it takes to refuse it.
+        if parameter.name in ("self", "cls", "unknown"):
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             parameters.append("*")

@@ -10,6 +10,8 @@ import torch
 from cases import AttentionCase
 
 import cpattn
+from cpattn.attention.backend import Call
+from cpattn.attention.registry import choose_backend
 
 
 def test_one_rank_needs_no_process_group() -> None:
@@ -133,10 +135,9 @@ def test_outputs_are_fresh_memory() -> None:
 
 
 def test_an_unsupported_dtype_is_refused_with_every_backend_s_reason() -> None:
-    meta = cpattn.build_metadata([(0, 4)], 1, 0)
-    q = torch.zeros(4, 1, 16).to(torch.float8_e4m3fn)
+    fp8 = Call(torch.device("cpu"), torch.float8_e4m3fn, 16, 16, False, False, False, frozenset({"bottom_right"}), merges=False)
     with pytest.raises(cpattn.UnsupportedError, match=r"no backend can serve this call: cpu: it takes .*; reference: it takes"):
-        cpattn.cp_attention(q, q, q, meta)
+        choose_backend("auto", fp8)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), True, "1"])

@@ -128,6 +128,13 @@ def _torch_pack_part_(part: Tensor, source: Tensor, num_tokens: int | Tensor, sl
         part[rows:] = 0
 
 
+# Dtypes of which torch moves single rows everywhere. Of others, such as fp8, it moves the bits under another name.
+_INDEXED = frozenset(
+    {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
+)
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
 def gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
     """``out[i] = source[index[i]]``, or with ``slots`` ``out[slots[i]] = source[index[i]]``; contiguous rows of any shape
     and dtype. A negative index stands for a row of zeros; where the slot is negative nothing is written."""
@@ -137,8 +144,16 @@ def gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | Non
         torch_gather_rows_(out, source, index, slots)
 
 
+def whole_rows(x: Tensor) -> Tensor:
+    """A tensor as :func:`gather_rows_` takes it: contiguous, and its memory what it shows, which a lazy conjugate's is not."""
+    return x.resolve_conj().contiguous()
+
+
 def torch_gather_rows_(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
     """:func:`gather_rows_` in plain torch, which defines it."""
+    if out.dtype not in _INDEXED:
+        word = _WORDS[out.itemsize]
+        out, source = out.view(word), source.view(word)
     is_zero = index < 0
     if not len(source):
         gathered = out.new_zeros(len(index), *out.shape[1:])

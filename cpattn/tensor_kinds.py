@@ -1,0 +1,65 @@
+"""Tensors that are refused for what they are, whatever their shape: kernels read memory, and theirs is not what they show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpattn.errors import TensorMismatchError, UnsupportedError
+
+# What a class has that leaves the work to torch. A class with another one, such as DTensor, holds its values elsewhere.
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def check_kind(name: str, x: Tensor) -> None:
+    """Raises TensorMismatchError for a tensor that is not plain memory, UnsupportedError within a transform of torch.func.
+
+    A subclass of Tensor without a dispatch of its own, such as Parameter, is fine.
+    """
+    if torch.compiler.is_compiling():
+        return  # the tensors of a trace stand for real ones, which are looked at when it runs
+    if type(x).__torch_dispatch__ is not _PLAIN:
+        raise TensorMismatchError(f"{name} is a {type(x).__name__}, {_instead_of_a_subclass(name, x)}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise UnsupportedError(
+            f"{name} belongs to a transform of torch.func (vmap, grad, jvp), which cpattn's kernels cannot follow; make this call outside "
+            "of it: one call takes any number of requests, and computes the forward pass only"
+        )
+    # Before the layout, which some of these do not say.
+    if x.is_nested:
+        raise TensorMismatchError(
+            f"{name} is a nested tensor, but kernels read one plain tensor; pass the rows of all requests one after another: "
+            f"torch.cat({name}.unbind())"
+        )
+    if x.layout is not torch.strided:
+        raise TensorMismatchError(f"{name} has layout {x.layout}, but kernels read dense memory with strides; pass {name}.to_dense()")
+    if x.is_quantized:
+        raise TensorMismatchError(
+            f"{name} is quantised ({x.dtype}), but kernels read plain numbers, without a scale of their own; pass {name}.dequantize()"
+        )
+
+
+def _instead_of_a_subclass(name: str, x: Any) -> str:
+    # By what they have, as importing their classes takes long.
+    if hasattr(x, "to_local"):
+        return f"but cpattn splits rows itself, and kernels read plain memory; pass this rank's part as a plain tensor: {name}.to_local()"
+    if hasattr(x, "fake_mode"):
+        return "which has a shape but no data; make this call with real tensors, outside of FakeTensorMode"
+    if x.is_nested:
+        return f"but kernels read one plain tensor; pass the rows of all requests one after another: {name}.values()"
+    if type(x).__name__ == "AsyncCollectiveTensor":
+        return f"the result of a collective that nobody has waited for; pass {name}.wait()"
+    return "whose memory kernels cannot read; pass a plain torch.Tensor of the same values"
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether it is a floating dtype of a byte or less."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def check_no_fp8(name: str, dtype: torch.dtype) -> None:
+    """Raises UnsupportedError for fp8, which no backend computes with yet."""
+    if is_fp8(dtype):
+        raise UnsupportedError(f"{name} is {dtype}, and fp8 is not supported yet; pass q, k, v and the cache in bf16, fp16 or fp32")
