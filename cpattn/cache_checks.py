@@ -12,7 +12,7 @@ from cpattn.errors import PrefixError, TensorMismatchError, UnsupportedError
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.layout_hints import hint_head_major, is_head_major
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.page_checks import check_page_shapes, check_page_table
+from cpattn.page_checks import check_lines, check_page_shapes, check_page_table
 from cpattn.tensor_kinds import check_kind, is_fp8
 
 
@@ -36,6 +36,7 @@ def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) ->
             raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
         if v is not None and kv_cache.v_pages is not None:
             _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v)
+        check_lines(kv_cache, meta)
         check_page_table(kv_cache.page_table, kv_cache.page_size, meta)
     elif isinstance(kv_cache, PackedKV):
         _check_packed(kv_cache, k, v, meta)

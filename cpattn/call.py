@@ -61,7 +61,7 @@ class Arguments(NamedTuple):
         elif isinstance(cache, PagedKV):
             k_pages, v_pages = cache.k_pages, cache.v_pages
             in_mode = k_pages.is_inference(), v_pages is not None and v_pages.is_inference()
-            layouts = _layout(k_pages), _layout(v_pages), _layout(cache.page_table), in_mode
+            layouts = _layout(k_pages), _layout(v_pages), _layout(cache.page_table), in_mode, cache.lines
         return (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, _layout(v), _layout(sinks),
             # A DTensor of the same layout, say, has no memory to read; those above are compared in _layout.

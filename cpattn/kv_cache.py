@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from cpattn.metadata.batch import IntArray
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedKV:
     """The prefix of every request, request after request, without padding; the same on every rank. It is only read.
 
@@ -26,8 +29,25 @@ class PackedKV:
     k: Tensor
     v: Tensor | None
 
+    def __repr__(self) -> str:
+        return f"PackedKV({_sizes('{} tokens, {} heads', self.k, self.v)})"
+
 
 @dataclass(frozen=True, eq=False)
+class TableLines:
+    """What is known on the host of the lines of a page table.
+
+    Attributes:
+        tokens: int64 ``[lines, holders]``: of how many tokens of its request each line has the pages, new ones included, on each
+            rank of a sharded cache; one holder stands for all ranks of a replicated one.
+        sharded: whether each rank has pages of its own tokens alone, or of all.
+    """
+
+    tokens: IntArray
+    sharded: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PagedKV:
     """A view of an engine's own pages: the prefix is read from them, and this call's keys and values are written to them.
 
@@ -50,13 +70,32 @@ class PagedKV:
         page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
             Requests may share pages that they only read; a slot that a call writes must be no other token's.
             One tensor for all layers of a batch spares the host a little work in each.
+        lines: what a KVPool knows of its own table, so that a plan that does not go with it is refused; else None.
     """
 
     k_pages: Tensor
     v_pages: Tensor | None
     page_table: Tensor
+    lines: TableLines | None = None
+
+    def __repr__(self) -> str:
+        table = self.page_table
+        form = f"{tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else type(table).__name__
+        return f"PagedKV({_sizes('{} pages of {} tokens, {} heads', self.k_pages, self.v_pages)}, table {form})"
 
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.k_pages.shape[1]
+
+
+def _sizes(form: str, k: Any, v: Any) -> str:
+    """The shapes of K and V without their numbers; whatever the two are, as a repr must not raise."""
+    if not isinstance(k, Tensor) or k.ndim != form.count("{}") + 1:
+        return f"k: {_kind(k)}, v: {_kind(v)}"
+    v_head_dim = "in k" if v is None else v.shape[-1] if isinstance(v, Tensor) and v.ndim == k.ndim else _kind(v)
+    return f"{form.format(*k.shape)}, k {k.shape[-1]}, v {v_head_dim}, {k.dtype}, {k.device}"
+
+
+def _kind(x: Any) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

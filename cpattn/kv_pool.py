@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +13,23 @@ from torch import Tensor
 
 from cpattn import pool_checks
 from cpattn.errors import CPError
-from cpattn.kv_cache import PagedKV
+from cpattn.kv_cache import PagedKV, TableLines
+from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.plan import Plan, plan
 from cpattn.pool_history import Before, History
 from cpattn.pool_pages import CachedRequest, PageBooks
+
+_TABLES_REMEMBERED = 64
+
+
+class _MadeTable(NamedTuple):
+    """A page table, how often it had been written to when it was made, and what is known of it as long as that is so."""
+
+    table: weakref.ref[Tensor]
+    version: int
+    lines: TableLines
 
 
 class KVPool:
@@ -94,6 +107,8 @@ class KVPool:
         self._books = PageBooks(self._holders, shape[1])
         self._requests: dict[Hashable, CachedRequest] = {}
         self._history = History()
+        # What is known of the page tables that were made last, by their id().
+        self._tables: Memo[int, _MadeTable] = Memo(_TABLES_REMEMBERED)
 
     def __repr__(self) -> str:
         layers, pages, _, heads, head_dim = self.k_pages.shape
@@ -211,12 +226,23 @@ class KVPool:
         for line, request in zip(table, cached, strict=False):
             pages = request.pages[self._here]
             line[: len(pages)] = pages
-        return torch.from_numpy(table).to(self.k_pages.device)
+        # A tensor of inference mode does not count its changes, which layer looks at.
+        with torch.inference_mode(False):
+            made = torch.from_numpy(table).to(self.k_pages.device)
+        tokens = np.zeros((size[0], self._holders), dtype=np.int64)
+        for number, request in enumerate(cached):
+            tokens[number] = self._held(request.owners)
+        self._tables.keep(id(made), _MadeTable(weakref.ref(made), made._version, TableLines(tokens, self.sharded)))
+        return made
 
     def layer(self, layer: int, page_table: Tensor) -> PagedKV:
         """One layer's pages, as ``kv_cache`` of a step; the page table is made once a step and serves all layers."""
         pool_checks.check_layer(layer, len(self.k_pages), page_table)
-        return PagedKV(self.k_pages[layer], None if self.v_pages is None else self.v_pages[layer], page_table)
+        made = self._tables.get(id(page_table))
+        # An id may be that of a tensor that is gone, and a table of a fixed address may have been written to since.
+        is_as_made = made is not None and made.table() is page_table and made.version == page_table._version
+        lines = made.lines if made is not None and is_as_made else None
+        return PagedKV(self.k_pages[layer], None if self.v_pages is None else self.v_pages[layer], page_table, lines)
 
     def _of(self, request: Hashable) -> CachedRequest:
         pool_checks.check_name(request)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +95,42 @@ def _most_held(meta: CPMetadata) -> IntArray:
     return (plan.shard_lens + plan.rank_extends).max(axis=1, initial=0) if plan.sharded else plan.total_lens
 
 
+def check_lines(cache: PagedKV, meta: CPMetadata) -> None:
+    """What a KVPool says of the lines of its own table: whose tokens they hold, and of how many each has pages here.
+
+    A line may hold more than the plan speaks of, where further steps are planned already.
+    """
+    lines, plan = cache.lines, meta.plan
+    if lines is None:
+        return
+    if lines.sharded and not plan.sharded:
+        raise PrefixError(
+            "kv_cache comes from a sharded KVPool, but the plan has no prefix_shards, so that it takes every rank's pages for whole; "
+            "let pool.plan make the plan of each step"
+        )
+    if plan.sharded and not lines.sharded:
+        raise PrefixError(
+            "kv_cache comes from a KVPool in which every rank has all tokens, but the plan has prefix_shards; let pool.plan make the "
+            "plan of each step, or make the pool with sharded=True"
+        )
+    # Of all ranks, so that all refuse alike.
+    needed = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens[:, None]
+    # Where lines are missing, the check of the table's form says so.
+    needed, held = needed[: len(lines.tokens)], lines.tokens[: len(needed)]
+    if held.shape != needed.shape:
+        raise PrefixError(
+            f"kv_cache comes from a KVPool of {held.shape[1]} ranks, but the plan has cp_size={plan.cp_size}; let pool.plan make the plan "
+            "of each step"
+        )
+    if (held < needed).any():
+        line, rank = (int(place) for place in np.argwhere(held < needed)[0])
+        raise PageTableError(
+            f"line {line} of kv_cache.page_table has pages for {int(held[line, rank])} tokens{f' on rank {rank}' if plan.sharded else ''}, "
+            f"but request {line} of the batch has {int(needed[line, rank])} with its new ones; name the requests to pool.page_table in the "
+            "order of the plan, after pool.plan"
+        )
+
+
 def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tensor | None]:
     """Checks pages that are attended to as they are; returns a K and V of no rows that stand for what would be new."""
     _check_is_paged(cache)
@@ -106,6 +143,7 @@ def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tenso
             f"key/value heads{hint_head_major('kv_cache.k_pages')}"
         )
     check_no_fp8("kv_cache.k_pages", cache.k_pages.dtype)
+    check_lines(cache, meta)
     check_page_table(cache.page_table, cache.page_size, meta)
     k = cache.k_pages.new_empty(1, *cache.k_pages.shape[2:]).expand(meta.rows, -1, -1)
     v = None if cache.v_pages is None else cache.v_pages.new_empty(1, *cache.v_pages.shape[2:]).expand(meta.rows, -1, -1)

@@ -143,7 +143,7 @@ def test_write_kv_refuses_what_does_not_go_together(changes: dict[str, Any], mes
     assert not cache.k_pages.any()
 
 
-def with_pages(**pages: Tensor) -> cpattn.PagedKV:
+def with_pages(**pages: Any) -> cpattn.PagedKV:
     return cpattn.PagedKV(
         **{"k_pages": torch.zeros(5, 2, 1, 4), "v_pages": torch.zeros(5, 2, 1, 4), "page_table": torch.zeros(1, 1)} | pages
     )
@@ -172,7 +172,7 @@ MISTAKEN_WRITES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         cpattn.PageTableError,
         r"kv_cache.v_pages has shape \(5, 2, 1, 4\) and strides \(0, 4, 4, 1\), so that several tokens lie in the same memory",
     ),
-    "pages are a list": ({"kv_cache": with_pages(k_pages=[POOL])}, cpattn.PageTableError, "kv_cache.k_pages is a list; pass a tensor"),  # type: ignore[arg-type]
+    "pages are a list": ({"kv_cache": with_pages(k_pages=[POOL])}, cpattn.PageTableError, "kv_cache.k_pages is a list; pass a tensor"),
     "pages of three axes": (
         {"kv_cache": with_pages(v_pages=POOL[0])},
         cpattn.PageTableError,
