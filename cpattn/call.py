@@ -29,6 +29,7 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.page_checks import check_writable
 from cpattn.page_contents import check_page_contents
+from cpattn.slow_reference import warn_of_reference
 from cpattn.tensor_kinds import check_no_fp8
 
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
@@ -157,6 +158,8 @@ def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decisio
     v_head_dim = v.shape[2] if v is not None else int(arguments.v_dim or 0)
     kv = KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
     strategy, backend, call = _choose(arguments, kv, meta, options)
+    if arguments.backend == "auto":
+        warn_of_reference(backend, call, q.shape[1], kv.heads, meta)
     precision = Precision.of(kv.dtype, call.merges, backend, call.sinks)
     attended = [q, k, v, cache.k, cache.v] if isinstance(cache, PackedKV) else [q, k, v]
     is_paged = isinstance(cache, PagedKV)

@@ -210,11 +210,11 @@ def test_a_missing_extra_is_named_with_its_install_command(module: str, program:
     done = python(
         f"""
 import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == {module!r}:
-            raise ImportError(f"No module named {{name}}")
-sys.meta_path.insert(0, Missing())
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+def missing(name, path=None, target=None):
+    return None if name.split(".")[0] == {module!r} else found(name, path, target)
+PathFinder.find_spec = missing  # as where it is not installed: also torch asks, with find_spec
 import cpattn
 {program}
 """
@@ -237,9 +237,15 @@ def test_cpu_tensors_with_a_gpu_backend(backend: str) -> None:
 def test_tensors_and_metadata_on_two_devices() -> None:
     meta = rank_1_of_2()
     q, k, v = (cpattn.shard(x, meta).to("meta") for x in tensors())
-    message = r"q is on meta, but the metadata is on cpu; build it where the tensors are: plan.metadata\(cp_rank, device='meta'\)"
-    with pytest.raises(cpattn.TensorMismatchError, match=message):
+    with pytest.raises(
+        cpattn.TensorMismatchError, match=r"q is on meta, but the metadata is on cpu; a meta tensor has a shape but no data"
+    ):
         cpattn.cp_attention(q, k, v, meta, group=group_of(2, 1), kv_cache=cache())
+    # Metadata on a GPU, as far as a check can tell.
+    meta.device = torch.device("cuda:0")
+    message = r"x is on cpu, but the metadata is on cuda:0; build it where the tensors are: plan.metadata\(cp_rank, device='cpu'\)"
+    with pytest.raises(cpattn.TensorMismatchError, match=message):
+        cpattn.shard(tensors()[0], meta)
 
 
 # 9. The prefix is forgotten: in the call, or in the batch.

@@ -10,7 +10,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.rows import RaggedRows
 
 # Queries are taken in blocks of this many, to bound the score matrix.
-_BLOCK = 512
+BLOCK = 512
 
 
 def reference_attention(
@@ -20,8 +20,8 @@ def reference_attention(
     out = q.new_zeros(len(q), q.shape[1], v.shape[-1], dtype=out_dtype)
     lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host), strict=True):
-        for begin in range(0, q_len, _BLOCK):
-            end = min(begin + _BLOCK, q_len)
+        for begin in range(0, q_len, BLOCK):
+            end = min(begin + BLOCK, q_len)
             sees_to = min(k_len, diagonal + end - 1)
             sees_from = 0 if options.window is None else max(0, diagonal + begin - options.window)
             if sees_to <= sees_from and options.sinks is None:
