@@ -11,9 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cpattn.errors import BatchError
+from cpattn.errors import BatchError, shown
+from cpattn.metadata.batch import MAX_TOKENS
 
 _REQUEST = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*")
+_FORM = 'a batch file is a list such as [{"prefix_len": 0, "extend_len": 512}]'
+_MOST_DIGITS = 30
 _EXAMPLE = '"0+512, 4096+128"'
 
 
@@ -43,8 +46,15 @@ def _is_file(path: Path) -> bool:
 def _parse_request(request: str, number: int) -> tuple[int, int]:
     match = _REQUEST.fullmatch(request)
     if match is None:
-        raise BatchError(f"request {number} of the batch is {request.strip()!r}; write it as prefix+new tokens, such as {_EXAMPLE}")
-    return int(match[1]), int(match[2])
+        raise BatchError(f"request {number} of the batch is {shown(request.strip())}; write it as prefix+new tokens, such as {_EXAMPLE}")
+    return _integer(match[1]), _integer(match[2])
+
+
+def _integer(digits: str) -> int:
+    """Digits as an integer, as far as they can be a length: Python reads no more than some thousand of them."""
+    if len(digits) > _MOST_DIGITS:
+        raise BatchError(f"the batch has a length of {len(digits)} digits, {digits[:9]}...; the limit is {MAX_TOKENS}")
+    return int(digits)
 
 
 def read_batch_file(path: Path) -> list[tuple[int, int]]:
@@ -53,19 +63,20 @@ def read_batch_file(path: Path) -> list[tuple[int, int]]:
     Raises BatchError if the file can not be read or is of another form.
     """
     try:
-        requests = json.loads(path.read_text(encoding="utf-8"))
+        # Editors of one system begin a file with a mark that is no part of it.
+        requests = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_integer)
+    except BatchError:
+        raise
+    except RecursionError:
+        raise BatchError(f"{path} has lists within lists, too deep to read; {_FORM}") from None
     except OSError as error:
         raise BatchError(
             f"can not read the batch file {path}: {error.strerror}; name a JSON file, or write the requests as {_EXAMPLE}"
         ) from None
     except ValueError as error:
-        raise BatchError(
-            f'{path} is not a JSON file: {error}; a batch file is a list such as [{{"prefix_len": 0, "extend_len": 512}}]'
-        ) from None
+        raise BatchError(f"{path} is not a JSON file: {error}; {_FORM}") from None
     if not isinstance(requests, list):
-        raise BatchError(
-            f'{path} holds a JSON {type(requests).__name__}; a batch file is a list such as [{{"prefix_len": 0, "extend_len": 512}}]'
-        )
+        raise BatchError(f"{path} holds a JSON {type(requests).__name__}; {_FORM}")
     return [_pair(request, number, path) for number, request in enumerate(requests)]
 
 
@@ -80,4 +91,4 @@ def _pair(request: Any, number: int, path: Path) -> tuple[int, int]:
         return request["prefix_len"], request["extend_len"]
     if isinstance(request, list) and len(request) == 2:
         return request[0], request[1]
-    raise BatchError(f'{path}: request {number} is {request!r}; write {{"prefix_len": 0, "extend_len": 512}} or [0, 512]')
+    raise BatchError(f'{path}: request {number} is {shown(request)}; write {{"prefix_len": 0, "extend_len": 512}} or [0, 512]')

@@ -19,7 +19,7 @@ from cpattn.cli.options import DTYPES, add_shape_options, shape_from
 from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
 from cpattn.cli.traffic import Shape
-from cpattn.errors import PlanError
+from cpattn.errors import CPError, PlanError, shown
 from cpattn.exchange.groups import as_communicator
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
 
@@ -27,6 +27,8 @@ _DEFAULT_BATCH = Path(__file__).parents[2] / "examples" / "batches" / "mixed.jso
 # What runs where there is no checkout beside the package, and so no batch file.
 _BUILT_IN_BATCH = [(0, 600), (512, 130), (0, 7), (997, 1), (64, 0), (0, 1)]
 _TIMED_RUNS = 3
+# Of all tensors, and of all heads' query-key pairs: some GiB, and some minutes.
+_MOST_NUMBERS, _MOST_SCORES = 2**28, 2**36
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--batch",
         metavar="BATCH",
-        help='a JSON file, or requests as prefix+new tokens: "0+600, 512+130" (default: examples/batches/mixed.json)',
+        help=f'a JSON file, or requests as prefix+new tokens: "0+600, 512+130" (default: {_default_in_words()})',
     )
     parser.add_argument("--cp", type=int, default=4, metavar="N", help="number of ranks, a process each (default: 4)")
     add_shape_options(parser, heads=8, head_dim=64)
@@ -154,14 +156,30 @@ def rank_program(setting: Setting, strategy: str) -> RankResult:
     return RankResult(out, lse, seconds, bytes_sent, restored)
 
 
+def _default_in_words() -> str:
+    """Of a wheel there is no checkout to name a file of."""
+    if _DEFAULT_BATCH.exists():
+        return "examples/batches/mixed.json"
+    return ", ".join(f"{prefix}+{extend}" for prefix, extend in _BUILT_IN_BATCH)
+
+
 def _setting(options: argparse.Namespace) -> Setting:
     if options.batch is not None:
         batch = read_batch(options.batch)
     else:
         batch = read_batch(str(_DEFAULT_BATCH)) if _DEFAULT_BATCH.exists() else _BUILT_IN_BATCH
     if options.cp > 64:
-        raise PlanError(f"--cp {options.cp} would start as many processes; the demo starts 64 at most")
-    return Setting(cpattn.plan(batch, options.cp), shape_from(options), options.seed)
+        raise PlanError(f"--cp {shown(options.cp)} would start as many processes; the demo starts 64 at most")
+    if not 0 <= options.seed + 2**63 < 2**64:
+        raise CPError(f"--seed {shown(options.seed)}: it must fit into 64 bits")
+    plan, shape = cpattn.plan(batch, options.cp), shape_from(options)
+    numbers = (plan.num_tokens + plan.num_prefix_tokens) * (shape.heads + shape.kv_heads) * (shape.head_dim + shape.v_head_dim)
+    if numbers > _MOST_NUMBERS or sum(plan.rank_pairs) * shape.heads > _MOST_SCORES:
+        raise CPError(
+            "this batch with these heads is too large for the demo, which computes it in float64 on the CPU; give it fewer tokens or "
+            "heads (`cpattn plan` takes any)"
+        )
+    return Setting(plan, shape, options.seed)
 
 
 def _single_process(setting: Setting) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -29,11 +29,15 @@ exit codes: 0 fine, 1 a check failed, 2 the input was refused, 130 interrupted
 `cpattn COMMAND --help` explains a command.
 """
 
+_LONGEST = 400
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, which names the way to the fix."""
 
     def error(self, message: str) -> NoReturn:
+        # An argument of thousands of characters would be repeated.
+        message = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}..."
         print(f"{self.prog}: {message}; `{self.prog} --help` explains", file=sys.stderr)
         sys.exit(2)
 

@@ -9,11 +9,12 @@ import torch
 import cpattn
 from cpattn.cli.batch_file import read_batch
 from cpattn.cli.traffic import Shape
-from cpattn.errors import CPError, HeadCountError, PlanError
+from cpattn.errors import CPError, HeadCountError, PlanError, shown
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_RANKS = 4096
+_LARGEST_SIZE = 2**20
 
 
 def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: bool = False) -> None:
@@ -42,7 +43,7 @@ def plan_from(options: argparse.Namespace) -> cpattn.Plan:
 def check_cp_size(cp_size: int) -> None:
     """Raises PlanError for more ranks than can be printed, a line each."""
     if cp_size > _MOST_RANKS:
-        raise PlanError(f"--cp {cp_size}: it can be {_MOST_RANKS:,} at most on the command line; cpattn.plan in Python takes more")
+        raise PlanError(f"--cp {shown(cp_size)}: it can be {_MOST_RANKS:,} at most on the command line; cpattn.plan in Python takes more")
 
 
 def add_shape_options(parser: argparse._ActionsContainer, *, heads: int, head_dim: int, dtype: str = "bfloat16") -> None:
@@ -59,9 +60,13 @@ def shape_from(options: argparse.Namespace) -> Shape:
     heads = options.heads
     kv_heads = options.kv_heads if options.kv_heads is not None else (heads // 4 if heads % 4 == 0 else 1)
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise HeadCountError(f"--heads {heads} --kv-heads {kv_heads}: query heads must be a multiple of key/value heads, both at least 1")
+        raise HeadCountError(
+            f"--heads {shown(heads)} --kv-heads {shown(kv_heads)}: query heads must be a multiple of key/value heads, both at least 1"
+        )
     v_head_dim = options.head_dim if options.v_head_dim is None else options.v_head_dim
-    for name, value in (("--head-dim", options.head_dim), ("--v-head-dim", v_head_dim)):
+    for name, value in (("--heads", heads), ("--head-dim", options.head_dim), ("--v-head-dim", v_head_dim)):
         if value < 1:
             raise CPError(f"{name} {value}: it must be at least 1")
+        if value > _LARGEST_SIZE:
+            raise CPError(f"{name} {shown(value)}: it can be {_LARGEST_SIZE:,} at most")
     return Shape(heads, kv_heads, options.head_dim, v_head_dim, options.dtype, DTYPES[options.dtype].itemsize)

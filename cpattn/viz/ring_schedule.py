@@ -15,6 +15,8 @@ from cpattn.errors import PlanError
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.plan import Plan
 
+_MOST_RANKS, _LONGEST_TRANSFER = 256, 10**6
+
 
 class Stretch(NamedTuple):
     """From ``begin`` to ``end`` a rank is busy at its ``hop`` with the keys that are those of rank ``owner``."""
@@ -54,11 +56,18 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
     Args:
         transfer: how long a transfer takes, where 1 is what a hop's attention takes on average.
 
-    Raises PlanError if ``transfer`` is negative.
+    Raises PlanError if ``transfer`` is negative or beyond a million, or the plan has more than 256 ranks.
     """
-    if not transfer >= 0:
-        raise PlanError(f"transfer={transfer}; it must be at least 0: the time of a transfer, in hops of attention")
+    if not 0 <= transfer <= _LONGEST_TRANSFER:
+        raise PlanError(
+            f"transfer={transfer}; it must be at least 0: the time of a transfer, in hops of attention, {_LONGEST_TRANSFER:,} at most"
+        )
     cp_size = plan.cp_size
+    if cp_size > _MOST_RANKS:
+        raise PlanError(
+            f"a ring over {cp_size} ranks has as many hops, too many to show; {_MOST_RANKS} ranks at most: a smaller cp_size shows the "
+            "same pattern"
+        )
     pairs, prefix_pairs = pairs_by_owner(plan)
     transfer_time = transfer * sum(plan.rank_pairs) / cp_size**2 if plan.rows else 0.0
     computing: list[Stretch] = []

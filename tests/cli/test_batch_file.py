@@ -39,6 +39,37 @@ def test_what_is_no_batch_is_refused(text: str, message: str) -> None:
         read_batch(text)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "has lists within lists, too deep to read; a batch file is a list such as"),
+        ("[[0, " + "9" * 5000 + "]]", "the batch has a length of 5000 digits, 999999999...; the limit is 2147483647"),
+        ("[[1e400, 1]]", r"request 0 has prefix_len=inf \(float\), which is not an integer"),
+        ("[[[1, 2], [3, 4]]]", r"request 0 has prefix_len=\[1, 2\] \(list\), which is not an integer"),
+        ('[["' + "x" * 5000 + '"]]', r"request 0 is \['x+\.\.\.; write"),
+        ("{}", "holds a JSON dict; a batch file is a list such as"),
+    ],
+    ids=["nested", "digits", "infinity", "lists", "long", "dict"],
+)
+def test_what_is_no_batch_file_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "batch.json"
+    path.write_text(content)
+    with pytest.raises(cpattn.BatchError, match=message) as raised:
+        cpattn.plan(read_batch(str(path)), 2)
+    assert len(str(raised.value)) < 600
+
+
+def test_huge_digits_in_text_are_refused() -> None:
+    with pytest.raises(cpattn.BatchError, match=r"a length of 5000 digits, 999999999\.\.\.; the limit is 2147483647"):
+        read_batch("0+" + "9" * 5000)
+
+
+def test_a_mark_of_an_editor_at_the_begin_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "batch.json"
+    path.write_bytes(b"\xef\xbb\xbf[[1, 2]]")
+    assert read_batch(str(path)) == [(1, 2)]
+
+
 def test_a_file_may_have_a_plus_in_its_name(tmp_path: Path) -> None:
     path = tmp_path / "a+b.json"
     path.write_text('[[1, 2], {"prefix_len": 3, "extend_len": 4, "note": "x"}]')

@@ -119,6 +119,7 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str)
         (["plan", "--batch", "0+1", "--cp", "two"], "invalid int value: 'two'"),
         (["plan", "--batch", "0+1", "--cp", "2", "--partition", "zig"], "invalid choice: 'zig'"),
         (["bench"], "cpattn bench: the following arguments are required: BENCHMARK"),
+        (["plan", "--batch", "0+1", "--cp", "9" * 5000], "invalid int value: '999"),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -127,6 +128,7 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argume
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert len(error) < 500
 
 
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,20 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "contiguous partition" in both
 
 
+@pytest.mark.parametrize("output", [[], ["-o", "ring.svg"]], ids=["text", "file"])
+def test_a_ring_of_very_many_ranks_is_refused_at_once(output: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["picture", "ring", "--batch", "0+60", "--cp", "4096", *output]) == 2
+    error = capsys.readouterr().err
+    assert "a ring over 4096 ranks has as many hops, too many to show; 256 ranks at most" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("transfer", ["inf", "1e400", "nan", "-1", "1e308"])
+def test_a_transfer_that_never_ends_is_refused(transfer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["picture", "ring", *BATCH, f"--transfer={transfer}"]) == 2
+    assert "it must be at least 0: the time of a transfer, in hops of attention, 1,000,000 at most" in capsys.readouterr().err
+
+
 def test_very_many_requests_are_not_drawn_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["picture", "plan", "--batch", ",".join(["0+3"] * 101), "--cp", "2"]) == 0
     assert "101 requests are too many to draw here; `cpattn picture plan -o FILE`" in capsys.readouterr().out
