@@ -16,6 +16,7 @@ from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import gather_rows_, whole_rows
+from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words
@@ -38,6 +39,7 @@ KEYWORDS = (
 )
 
 
+@leaves_graph
 def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     """This rank's rows of a tensor that holds all new tokens of the batch.
 
@@ -82,6 +84,7 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     return local.movedim(0, dim).contiguous() if dim else local
 
 
+@leaves_graph
 def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None) -> Tensor:
     """Brings the rows of all ranks together, in the original order, on every rank. A collective call.
 
@@ -173,6 +176,7 @@ def cp_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@leaves_graph
 def cp_attention(
     q: Tensor,
     k: Tensor,
@@ -282,6 +286,7 @@ def cp_attention(
     return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse
 
 
+@leaves_graph
 def explain(
     q: Tensor,
     k: Tensor,

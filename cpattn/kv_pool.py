@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cpattn import pool_checks
 from cpattn.errors import CPError
+from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV, TableLines
 from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
@@ -32,6 +33,7 @@ class _MadeTable(NamedTuple):
     lines: TableLines
 
 
+@leaves_graph
 class KVPool:
     """One rank's pages for all layers, and the bookkeeping of all ranks' pages, which every rank does alike.
 

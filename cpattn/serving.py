@@ -22,6 +22,7 @@ from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
+from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words
@@ -32,6 +33,7 @@ from cpattn.page_contents import check_slot_pages, check_slots
 _ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "return_lse", "check")
 
 
+@leaves_graph
 def gather_kv(
     k: Tensor, v: Tensor | None, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -81,6 +83,7 @@ def gather_kv(
         return gathered.all.parts
 
 
+@leaves_graph
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check: bool = False) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
@@ -118,6 +121,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
     return torch.where(is_token, page * page_size + position % page_size, -1)
 
 
+@leaves_graph
 def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, check: bool = False) -> None:
     """Writes row i of k and v into slot ``slots[i]`` of the pages; rows of a negative slot are skipped.
 
@@ -179,6 +183,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@leaves_graph
 def attend(
     q: Tensor,
     kv_cache: PagedKV,

@@ -14,6 +14,7 @@ from cpattn.exchange.communicator import Communicator, living_communicators
 from cpattn.exchange.group_state import state_of
 from cpattn.exchange.loopback import LoopbackGroup
 from cpattn.exchange.process_group import ProcessGroupCommunicator
+from cpattn.graphs import leaves_graph
 
 # What a ``group`` argument takes.
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
@@ -51,6 +52,7 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
     return communicator
 
 
+@leaves_graph
 def release(group: Group = None) -> None:
     """Frees the memory that messages over a group take up, or, without one, over all groups of this process that are idle.
 

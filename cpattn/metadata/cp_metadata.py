@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import CPError, PlanError
+from cpattn.graphs import leaves_graph
 from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.bucket import Bucket
@@ -47,6 +48,7 @@ class CPMetadata:
         token_count ``[1]``: num_tokens, on the device.
     """
 
+    @leaves_graph
     def __init__(self, plan: Plan, cp_rank: int, device: torch.device, bucket: Bucket | None = None) -> None:
         self.cp_rank = cp_rank
         self.bucket = bucket
@@ -118,6 +120,7 @@ class CPMetadata:
         token_count = np.array([self.num_tokens])
         self._host = {"cu_seqlens_q": cu_seqlens_q, "token_count": token_count, **of_chunks, **of_gathered, **of_requests}
 
+    @leaves_graph
     def copy_(self, other: Plan | CPMetadata) -> None:
         """Puts another batch into this bucket: the same addresses, what the last batch left is cleared.
 
@@ -157,6 +160,7 @@ class CPMetadata:
         for build, derived in self._derived.values():
             _refill(derived, build())
 
+    @leaves_graph
     def remember_cache(self, fits: int | None) -> None:
         """A graph has captured a call with a page table for so many tokens of a request, or without any cache. It can not
         look again, so that :meth:`copy_` refuses what does not go with it."""
@@ -165,6 +169,7 @@ class CPMetadata:
         else:
             self._page_table_fits = fits if self._page_table_fits is None else min(fits, self._page_table_fits)
 
+    @leaves_graph
     def __repr__(self) -> str:
         return (
             f"CPMetadata(rank {self.cp_rank} of {self.plan.cp_size}: {self.num_tokens} tokens in {self.rows} rows, "
@@ -271,16 +276,20 @@ class CPMetadata:
         """``build()`` at the first call with this key, the same object ever after: tables that a layer above needs
         once a batch. A tensor, something with ``copy_``, or a tuple or list of them: :meth:`copy_` refills it."""
         if key not in self._derived:
-            if self.token_count.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise CPError(
-                    f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
-                    "make the same call once with the same metadata before capturing it"
-                )
-            # Tensors made under inference_mode could not be refilled outside of it.
-            with torch.inference_mode(False):
-                self._derived[key] = build, build()
+            self._make(key, build)
         value: T = self._derived[key][1]
         return value
+
+    @leaves_graph
+    def _make(self, key: Hashable, build: Callable[[], Any]) -> None:
+        if self.token_count.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise CPError(
+                f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
+                "make the same call once with the same metadata before capturing it"
+            )
+        # Tensors made under inference_mode could not be refilled outside of it.
+        with torch.inference_mode(False):
+            self._derived[key] = build, build()
 
     @property
     def _capacity(self) -> int:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from cpattn.errors import PlanError, RankError, shown
+from cpattn.graphs import compiler_is_loaded, leaves_graph
 from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -181,6 +182,7 @@ class Plan:
             digest.update(self.shard_lens.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    @leaves_graph
     def metadata(self, cp_rank: int, device: torch.device | str = "cpu", bucket: Bucket | None = None) -> CPMetadata:
         """One rank's view of this plan, as tensors on ``device``, brought there in one copy.
 
@@ -196,12 +198,18 @@ class Plan:
         if bucket is not None:
             _check_bucket(bucket)
             bucket.check(self)
-        return CPMetadata(self, int(cp_rank), parse_device(device), bucket)
+        meta = CPMetadata(self, int(cp_rank), parse_device(device), bucket)
+        if compiler_is_loaded():
+            # What compiled layers read must be there: a graph cannot end at an attribute to have it made.
+            _ = meta.position_ids
+        return meta
 
+    @leaves_graph
     def summary(self) -> str:
         """A table to read: for each rank its tokens, padding and query-key pairs; then the imbalance."""
         return summarize_plan(self)
 
+    @leaves_graph
     def draw(self, width: int = 60) -> str:
         """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank."""
         return draw_plan(self, width)
@@ -284,6 +292,7 @@ class Plan:
         return _frozen(local)
 
 
+@leaves_graph
 def plan(
     batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
     cp_size: int,
@@ -323,6 +332,7 @@ def plan(
     return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards)  # type: ignore[arg-type]
 
 
+@leaves_graph
 def required_rows(
     batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
     cp_size: int,
@@ -352,6 +362,7 @@ def required_rows(
     return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
 
 
+@leaves_graph
 def build_metadata(
     batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
     cp_size: int,

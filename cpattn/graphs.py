@@ -1,0 +1,60 @@
+"""What ``torch.compile`` leaves out of its graphs: a call has collectives, memory of its own and decisions on the host.
+
+``torch.compiler.disable`` does the same, but imports torch's compiler, and with it Triton, as soon as it is called, and
+costs every call more than a microsecond (1.25 us on the CPU that the tests run on). The two marks here cost nothing:
+one stops the compiler from inlining a function, the other from compiling it, and what it calls, when it runs by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType
+from typing import TypeVar
+
+import torch
+
+try:  # Alike in torch 2.9 to 2.14, but no public interface.
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+except ImportError:
+    marks_are_known = False
+else:
+    marks_are_known = True
+
+T = TypeVar("T")
+
+_WHY = "cpattn runs outside of graphs, with collectives and memory of its own: compile without fullgraph=True"
+
+
+def leaves_graph(part: T) -> T:
+    """Lets a compiled graph end before a function, and go on after it. Of a class, all methods.
+
+    Properties are traced: a graph cannot end where an attribute is read, and the function around it would not be compiled.
+
+    >>> @leaves_graph
+    ... def rows_here(x):
+    ...     return len(x)
+    >>> rows_here([1, 2])
+    2
+    """
+    if isinstance(part, type):
+        for name, member in list(vars(part).items()):
+            if isinstance(member, FunctionType):
+                setattr(part, name, _marked(member))
+        return part
+    return _marked(part)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled so far."""
+    return "torch._dynamo" in sys.modules
+
+
+def _marked(function: T) -> T:
+    if not marks_are_known:
+        marked: T = torch.compiler.disable(function, reason=_WHY)  # type: ignore[no-untyped-call]
+        return marked
+    assert isinstance(function, FunctionType)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
