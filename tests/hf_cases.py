@@ -34,7 +34,8 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3_window": (transformers.Qwen3Config, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "gemma2": (transformers.Gemma2Config, {**_LAYERS, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 9.0}),
     "gemma3": (transformers.Gemma3TextConfig, _LAYERS),
-    "gpt_oss": (transformers.GptOssConfig, {**_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # All experts for every token: otherwise rounding would say which.
+    "gpt_oss": (transformers.GptOssConfig, {**_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 4}),
 }
 
 

@@ -62,6 +62,28 @@ def test_half_precision(family: str) -> None:
     check_logits(results, family, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", hf_cases.CONFIGS)
+def test_under_autocast(family: str, dtype: torch.dtype) -> None:
+    cpattn_hf.register()
+    truth, plan, model = truth_of(family), cpattn.plan(BATCH, 2), hf_cases.model_of(family, torch.float32)
+    with torch.autocast("cpu", dtype):
+        plain = hf_cases.plain_logits(model, hf_cases.token_ids(BATCH), BATCH)
+        results = run_loopback(lambda group: hf_cases.sharded_logits(family, torch.float32, plan, "auto", group, group.rank), 2)
+    for everything, *_ in results:
+        assert everything.dtype == plain.dtype
+        assert relative_rmse(everything, truth) <= 2 * relative_rmse(plain, truth)
+
+
+def test_float64_is_not_cast_under_autocast() -> None:
+    cpattn_hf.register()
+    plan = cpattn.plan(BATCH, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = hf_cases.plain_logits(hf_cases.model_of("llama", torch.float64), hf_cases.token_ids(BATCH), BATCH)
+        ours, *_ = hf_cases.sharded_logits("llama", torch.float64, plan, "auto", None, 0)
+    assert relative_rmse(ours, plain) <= 1e-6
+
+
 def test_a_compiled_model() -> None:
     cpattn_hf.register()
     model = hf_cases.new_model("gemma2")

@@ -209,7 +209,7 @@ class ContextParallel:
                 f"a layer has {batch_size} x {num_queries} rows, but this rank's metadata has 1 x {self.meta.rows} (rank "
                 f"{self.meta.cp_rank} of {self.meta.plan.cp_size}); call the model with cp.inputs(input_ids)"
             )
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (_as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
         out: Tensor = cp_attention(q, k, v, self.meta, **self._options, **options)
         self._attended += 1
         return out[None]
@@ -237,3 +237,11 @@ class ContextParallel:
         checks.check_device("logits", logits, self.meta)
         rows: Tensor = logits[0]
         return rows
+
+
+def _as_under_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as torch's own attention takes it: models rotate q and k in fp32 even then."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
