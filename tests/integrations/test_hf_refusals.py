@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -106,6 +109,59 @@ def test_a_model_with_another_attention(model: Any) -> None:
         model(**cp.inputs(IDS))
 
 
+def test_two_models_in_one_context(model: Any) -> None:
+    other = hf_cases.new_model("llama", num_hidden_layers=3)
+    other.set_attn_implementation("cpattn")
+    with context(model) as cp:
+        inputs = cp.inputs(IDS)
+        with pytest.raises(
+            cpattn_hf.ContextError,
+            match="LlamaAttention is a layer of another model than the LlamaForCausalLM that this context was entered for; run one model",
+        ):
+            other(**inputs)
+        cp.gather(model(**inputs).logits)
+    with context(other) as cp:
+        cp.gather(other(**cp.inputs(IDS)).logits)
+
+
+def test_a_copy_is_another_model(model: Any) -> None:
+    with context(model) as cp:
+        copied = copy.deepcopy(model)
+        with pytest.raises(cpattn_hf.ContextError, match="layer of another model"):
+            copied(**cp.inputs(IDS))
+        copied.set_attn_implementation("sdpa")
+        assert copied(IDS[None], labels=IDS[None]).loss > 0
+        model(**cp.inputs(IDS))
+
+
+def test_layers_that_are_replaced_are_the_models(model: Any) -> None:
+    with context(model) as cp:
+        model(**cp.inputs(IDS))
+        model.model.layers[0] = copy.deepcopy(model.model.layers[1])
+        cp.gather(model(**cp.inputs(IDS)).logits)
+
+
+def test_a_call_from_another_thread(model: Any) -> None:
+    def call(arguments: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return model(**arguments)
+
+    message = "the model was called in thread 'other_0', but its context_parallel was entered in thread 'MainThread', and holds in that"
+    with ThreadPoolExecutor(1, "other") as pool:
+        with context(model) as cp:
+            with pytest.raises(cpattn_hf.ContextError, match=message):
+                pool.submit(call, cp.inputs(IDS)).result()
+            cp.gather(model(**cp.inputs(IDS)).logits)
+        # Where nobody looks at what the thread raised.
+        with pytest.raises(cpattn_hf.ContextError, match=message), context(model) as cp:
+            pool.submit(call, cp.inputs(IDS)).exception()
+        with pytest.raises(cpattn_hf.ContextError, match="called outside of a context"):
+            pool.submit(call, {"input_ids": IDS[None]}).result()
+        with context(model) as cp:  # A thread that takes the context along may call it.
+            local = pool.submit(contextvars.copy_context().run, call, cp.inputs(IDS)).result().logits
+            cp.gather(local)
+
+
 # What can not be sharded.
 
 
@@ -114,8 +170,14 @@ def test_a_model_with_another_attention(model: Any) -> None:
     [
         (transformers.Llama4TextConfig(**TINY, num_local_experts=1), "layers of type chunked_attention; only full_attention and sliding"),
         (transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"]), "layers of type conv"),
-        (transformers.MambaConfig(**{**TINY, "state_size": 4}), r"is_backend_compatible\(\) is False"),
-        (transformers.GPTJConfig(vocab_size=99, n_embd=32, n_layer=1, n_head=2, rotary_dim=4), r"is_backend_compatible\(\) is False"),
+        (
+            transformers.MambaConfig(**{**TINY, "state_size": 4}),
+            r"MambaForCausalLM has no attention, .* attention interface .*is_backend_compatible\(\) is False.*choose a model that attends",
+        ),
+        (
+            transformers.GPTJConfig(vocab_size=99, n_embd=32, n_layer=1, n_head=2, rotary_dim=4),
+            r"GPTJForCausalLM computes attention by code of its own, .*is_backend_compatible\(\) is False",
+        ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cpattn.errors import UnsupportedError
-from cpattn.integrations.transformers.context import ContextError, active_context
+from cpattn.graphs import leaves_graph
+from cpattn.integrations.transformers.active import ContextError, active_context
 from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask
 
 NAME = "cpattn"
@@ -41,12 +41,12 @@ def register() -> None:
 
     Such a model runs within :func:`context_parallel` only.
     """
-    # Collectives and the context are no part of a graph: a compiled model leaves it for each layer's attention.
-    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))  # type: ignore[no-untyped-call]
+    AttentionInterface.register(NAME, attention_forward)
     # A name without a mask function would silently get no mask, whatever the model asks for.
-    AttentionMaskInterface.register(NAME, torch.compiler.disable(mask_forward))  # type: ignore[no-untyped-call]
+    AttentionMaskInterface.register(NAME, mask_forward)
 
 
+@leaves_graph
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -72,7 +72,8 @@ def attention_forward(
     Returns:
         ``[1, rows, Hq, Dv]``, and None for the weights.
     """
-    context = active_context()
+    context = active_context(getattr(module, "config", None))
+    context.decoder.check_layer(module)
     if not isinstance(attention_mask, CausalMask):
         what = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else repr(attention_mask)
         raise UnsupportedError(
@@ -94,6 +95,7 @@ def attention_forward(
     return out, None
 
 
+@leaves_graph
 def mask_forward(
     *,
     q_length: int,
@@ -105,6 +107,7 @@ def mask_forward(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    config: Any = None,
     **_: Any,
 ) -> CausalMask:
     """What layers get as their attention_mask: the window of the mask that the model asks for.
@@ -113,7 +116,7 @@ def mask_forward(
     positions jump: ``mask_function`` is then about one sequence, and ``allow_is_causal_skip`` is off only where the model
     overlays it.
     """
-    context = active_context()
+    context = active_context(config)
     if not context.is_token_mask(attention_mask):
         what = "no attention_mask" if attention_mask is None else f"an attention_mask of shape {tuple(attention_mask.shape)}"
         raise ContextError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,21 +15,16 @@ from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchErr
 from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
+from cpattn.graphs import leaves_graph
+from cpattn.integrations.transformers.active import ContextError, entered
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
 from cpattn.metadata.cp_metadata import CPMetadata
-
-# Of the thread (or task) that runs the model, so that several ranks may be threads of one process.
-_active: ContextVar[ContextParallel | None] = ContextVar("cpattn context_parallel", default=None)
 
 _NOT_REACHED = (
     "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another attention, which "
     'saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call model.set_attn_implementation("cpattn")'
 )
-
-
-class ContextError(CPError):
-    """A model ran, or was gathered from, outside of the context that it needs."""
 
 
 @contextmanager
@@ -50,6 +44,8 @@ def context_parallel(
         with torch.no_grad(), context_parallel(model, meta, group=group) as cp:
             logits = cp.gather(model(**cp.inputs(input_ids)).logits)
 
+    It holds for this one model, in this thread (or task).
+
     Args:
         model: a causal decoder model of transformers, in evaluation mode, the same on every rank.
         meta: this rank's metadata of a batch without prefixes, on the model's device.
@@ -63,30 +59,13 @@ def context_parallel(
         PrefixError: a request has a prefix.
         CPError: in other subclasses: the model or the group does not fit.
     """
-    if _active.get() is not None:
-        raise ContextError("context_parallel within another context_parallel; leave the first before a model runs on another batch")
     cp = ContextParallel(model, meta, group, strategy, backend, check)
-    token = _active.set(cp)
-    try:
+    with entered(cp):
         yield cp
-    finally:
-        _active.reset(token)
     cp.check_reached()
 
 
-def active_context() -> ContextParallel:
-    """The context that the model runs in. Raises ContextError where there is none."""
-    cp = _active.get()
-    if cp is None:
-        raise ContextError(
-            'a model with attn_implementation="cpattn" was called outside of a context, so that its batch is unknown; call it as '
-            "`with context_parallel(model, meta) as cp: model(**cp.inputs(input_ids))`, or give it another attention: "
-            'model.set_attn_implementation("sdpa")'
-        )
-    cp.reached = True
-    return cp
-
-
+@leaves_graph
 class ContextParallel:
     """Shards a model's inputs and gathers its logits, for one batch. Made by :func:`context_parallel`."""
 
@@ -101,16 +80,18 @@ class ContextParallel:
             raise CPError("the batch has no new token; there is nothing to run a model on: skip it on every rank")
         self._communicator = as_communicator(group, meta.plan.cp_size)
         checks.check_group(meta, self._communicator)
-        self._num_layers = check_model(model)
+        self.decoder = check_model(model)
         self.meta = meta
         self._options: dict[str, Any] = {"group": self._communicator, "strategy": strategy, "backend": backend, "check": check}
         # Which of the rows are tokens. That it is this tensor proves to the mask function that the inputs are ours.
         self._token_mask = (torch.arange(meta.rows, device=meta.device) < meta.num_tokens)[None]
-        self._last_only = False
+        self.last_only = False
         self._inputs_made = False
         # Whether the model asked for cpattn's attention or mask, and how many layers have attended since the inputs were made.
         self.reached = False
         self._attended = 0
+        # What a call of the model in another thread raised, which the caller may not have seen.
+        self.missed: ContextError | None = None
 
     def inputs(self, input_ids: Tensor, *, last_only: bool = False) -> dict[str, Any]:
         """The arguments of the model for this rank: ``model(**cp.inputs(input_ids))``.
@@ -145,7 +126,7 @@ class ContextParallel:
         }
         if last_only:
             arguments["logits_to_keep"] = last_rows(self.meta).keep
-        self._last_only = last_only
+        self.last_only = last_only
         self._inputs_made = True
         self._attended = 0
         return arguments
@@ -162,7 +143,7 @@ class ContextParallel:
         Raises:
             ContextError: inputs were made with last_only. RowCountError: another number of rows.
         """
-        if self._last_only:
+        if self.last_only:
             raise ContextError(
                 "the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do"
             )
@@ -182,8 +163,8 @@ class ContextParallel:
             RowCountError: another number of rows than the inputs had.
         """
         last = last_rows(self.meta)
-        rows = self._rows(logits, len(last.keep) if self._last_only else self.meta.rows)
-        if not self._last_only:
+        rows = self._rows(logits, len(last.keep) if self.last_only else self.meta.rows)
+        if not self.last_only:
             rows = rows.index_select(0, last.keep)
         checks.check_no_grad(logits=rows)
         with InFlight(self._communicator, rows.device) as in_flight:
@@ -217,17 +198,11 @@ class ContextParallel:
     def check_reached(self) -> None:
         """Raises ContextError if inputs were made, but no model has come to cpattn for its attention."""
         if self._inputs_made and not self.reached:
-            raise ContextError(_NOT_REACHED)
+            raise self.missed or ContextError(_NOT_REACHED)
 
     def _rows(self, logits: Any, expected: int) -> Tensor:
         """``[expected, ...]`` from what the model returned."""
-        if not self._attended:
-            raise ContextError(_NOT_REACHED)
-        if self._attended % self._num_layers:
-            raise UnsupportedError(
-                f"the model has {self._num_layers} layers, but called cpattn's attention {self._attended} times: some of its layers work "
-                "by other means, which saw this rank's rows alone"
-            )
+        self._check_attended()
         checks.check_tensor("logits", logits)
         if logits.ndim < 2 or logits.shape[:2] != (1, expected):
             raise RowCountError(
@@ -237,6 +212,15 @@ class ContextParallel:
         checks.check_device("logits", logits, self.meta)
         rows: Tensor = logits[0]
         return rows
+
+    def _check_attended(self) -> None:
+        if not self._attended:
+            raise self.missed or ContextError(_NOT_REACHED)
+        if self._attended % self.decoder.num_layers:
+            raise UnsupportedError(
+                f"the model has {self.decoder.num_layers} layers, but called cpattn's attention {self._attended} times: some of its layers "
+                "work by other means, which saw this rank's rows alone"
+            )
 
 
 def _as_under_autocast(x: Tensor) -> Tensor:

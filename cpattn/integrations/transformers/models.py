@@ -8,15 +8,43 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cpattn.errors import CPError, UnsupportedError
+from cpattn.integrations.transformers.active import ContextError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def check_model(model: Any) -> int:
-    """Refuses a model whose layers mix tokens by other means than attention, which a shard of the sequence would cut.
+class Decoder:
+    """A model that can run with its sequence sharded.
 
-    Returns:
-        The number of its decoder layers: as often must each pass call attention.
+    Attributes:
+        model: of transformers, without what wraps it.
+        num_layers: as often must each pass call attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int) -> None:
+        self.model = model
+        self.num_layers = num_layers
+        self._modules: frozenset[int] = frozenset()
+
+    def has_config(self, config: Any) -> bool:
+        """Whether it is that of the model, or of a part of it."""
+        return any(getattr(module, "config", None) is config for module in self.model.modules())
+
+    def check_layer(self, layer: nn.Module) -> None:
+        """Raises ContextError if it is a layer of another model, which nobody has checked."""
+        if id(layer) in self._modules or getattr(layer, "config", None) is None:
+            return
+        # Modules may have been replaced since the last look.
+        self._modules = frozenset(map(id, self.model.modules()))
+        if id(layer) not in self._modules:
+            raise ContextError(
+                f"{type(layer).__name__} is a layer of another model than the {type(self.model).__name__} that this context was entered "
+                "for; run one model in a context: leave this one, and enter context_parallel for the other"
+            )
+
+
+def check_model(model: Any) -> Decoder:
+    """Refuses a model whose layers mix tokens by other means than attention, which a shard of the sequence would cut.
 
     Raises:
         CPError: not a transformers model.
@@ -28,9 +56,11 @@ def check_model(model: Any) -> int:
     pretrained = found[0]
     name = type(pretrained).__name__
     if not pretrained.is_backend_compatible():
+        has_attention = any("attention" in type(m).__name__.lower() for m in pretrained.modules())
+        what = "computes attention by code of its own, not throughout by" if has_attention else "has no attention, and so none through"
         raise UnsupportedError(
-            f"{name} does not use the attention interface of transformers throughout (is_backend_compatible() is False), "
-            "so that cpattn can not take its attention over; choose a model that does"
+            f"{name} {what} the attention interface of transformers (is_backend_compatible() is False), which is what cpattn takes "
+            "over; choose a model that attends through it"
         )
     config = pretrained.config.get_text_config(decoder=True)
     other_layers = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - set(LAYER_TYPES))
@@ -45,4 +75,4 @@ def check_model(model: Any) -> int:
             f"{name} has a convolution along the sequence ({convolution}), which would read the wrong neighbours where the sequence "
             "is sharded; only models whose tokens meet in attention alone can run"
         )
-    return int(config.num_hidden_layers)
+    return Decoder(pretrained, int(config.num_hidden_layers))
