@@ -70,7 +70,7 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     checks.check_metadata(meta)
     checks.check_tensor("x", x)
     dim = checks.parse_dim(dim, x)
-    checks.check_whole(x, dim, meta)
+    checks.check_whole("x", x, dim, meta)
     checks.check_device("x", x, meta)
     rows_first = x.movedim(dim, 0) if dim else x
     if x.requires_grad and torch.is_grad_enabled():

@@ -66,7 +66,7 @@ def check_rows(name: str, x: Tensor, meta: CPMetadata, fix: str) -> None:
         )
 
 
-def check_whole(x: Tensor, dim: int, meta: CPMetadata) -> None:
+def check_whole(name: str, x: Tensor, dim: int, meta: CPMetadata) -> None:
     """That an axis holds all new tokens of the batch, once, and as much padding as engines may add."""
     plan, length = meta.plan, x.shape[dim]
     # Engines round their token count up; what all ranks' rows can hold is as far as that can go without being a mistake.
@@ -77,9 +77,9 @@ def check_whole(x: Tensor, dim: int, meta: CPMetadata) -> None:
     if length == meta.rows and not others:
         fix = " (it has as many rows as this rank: sharded already, or an output that cpattn.unshard has yet to make whole?)"
     elif others:
-        fix = f"; if its tokens lie along axis {others[0]}: cpattn.shard(x, meta, dim={others[0]})"
+        fix = f"; if its tokens lie along axis {others[0]}: cpattn.shard({name}, meta, dim={others[0]})"
     elif length > most:
-        cut = f"x.narrow({dim}, 0, {plan.num_tokens})" if dim else f"x[:{plan.num_tokens}]"
+        cut = f"{name}.narrow({dim}, 0, {plan.num_tokens})" if dim else f"{name}[:{plan.num_tokens}]"
         fix = (
             f", and padding up to {most} rows in all; cut the padding off: {cut}, or, where the engine rounds its "
             "token count up to a multiple of n, plan with pad_to=n"
@@ -87,7 +87,7 @@ def check_whole(x: Tensor, dim: int, meta: CPMetadata) -> None:
     else:
         fix = ""
     raise RowCountError(
-        f"x has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
+        f"{name} has shape {tuple(x.shape)}, but the batch has {plan.num_tokens} new tokens (prefixes not counted); "
         f"shard takes the rows of the whole batch, once{f' along axis {dim}' if dim else ''}{fix}"
     )
 

@@ -87,6 +87,33 @@ def sharded_logits(
         return everything, last, cp.gather_last(few)
 
 
+def labels_of(input_ids: Tensor) -> Tensor:
+    """The token ids, but for some that are not to be predicted."""
+    return torch.where(input_ids % 5 == 0, -100, input_ids)
+
+
+def plain_loss(model: Any, labels: Tensor, input_ids: Tensor, batch: Sequence[tuple[int, int]]) -> Tensor:
+    """The mean over the labels of the batch, as transformers computes it for one request at a time. NaN without labels."""
+    model.set_attn_implementation("eager")
+    lengths = [extend for _, extend in batch]
+    total, count = torch.zeros(()), 0
+    with torch.no_grad():
+        for ids, of_ids in zip(torch.split(input_ids, lengths), torch.split(labels, lengths), strict=True):
+            wanted = int((of_ids[1:] != -100).sum())
+            if wanted:
+                total = total + model(ids[None], labels=of_ids[None], use_cache=False).loss.float() * wanted
+                count += wanted
+    return total / count
+
+
+def sharded_loss(model: Any, labels: Tensor, plan: cpattn.Plan, group: Any, cp_rank: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """This rank's share of the loss, and the loss of the batch."""
+    input_ids = token_ids(plan.batch).to(device)
+    with torch.no_grad(), cpattn_hf.context_parallel(model, plan.metadata(cp_rank, device), group=group) as cp:
+        outputs = model(**cp.inputs(input_ids), shift_labels=cp.labels(labels.to(device)))
+        return outputs.loss.cpu(), cp.loss(outputs).cpu()
+
+
 @cache
 def first_ranks(size: int) -> Any:
     """The group of the first ranks; every process has to ask for it."""
@@ -100,3 +127,28 @@ def run_in_processes(family: str, dtype: torch.dtype, plan: cpattn.Plan, strateg
     if dist.get_rank() >= plan.cp_size:
         return None
     return sharded_logits(family, dtype, plan, strategy, group, dist.get_rank())
+
+
+def run_on_gpu(family: str, mode: str, plan: cpattn.Plan) -> dict[str, Tensor]:
+    """Logits and loss of a rank of the default group on its own GPU, sharded and plain.
+
+    Args:
+        mode: ``"float32"``, ``"bfloat16"`` weights, or float32 under ``"autocast"``.
+    """
+    cpattn_hf.register()
+    device = f"cuda:{torch.cuda.current_device()}"
+    model = new_model(family).to(device, torch.bfloat16 if mode == "bfloat16" else torch.float32)
+    model.set_experts_implementation("eager")  # The grouped one wants larger sizes.
+    input_ids, rank = token_ids(plan.batch), dist.get_rank()
+    labels = labels_of(input_ids)
+    with torch.autocast("cuda", torch.bfloat16, enabled=mode == "autocast"):
+        plain = plain_logits(model, input_ids.to(device), plan.batch)
+        loss = plain_loss(model, labels.to(device), input_ids.to(device), plan.batch)
+        model.set_attn_implementation("cpattn")
+        with torch.no_grad(), cpattn_hf.context_parallel(model, plan.metadata(rank, device), check=True) as cp:
+            inputs = cp.inputs(input_ids.to(device))
+            outputs = model(**inputs, shift_labels=cp.labels(labels.to(device)))
+            sharded = {"logits": cp.gather(outputs.logits), "last": cp.gather_last(outputs.logits), "loss": cp.loss(outputs)}
+            sharded["share"] = outputs.loss
+        assert {str(x.device) for x in sharded.values()} == {device}
+    return {name: x.float().cpu() for name, x in {**sharded, "plain logits": plain, "plain loss": loss}.items()}

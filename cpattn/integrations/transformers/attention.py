@@ -27,6 +27,7 @@ _MEANINGLESS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "shift_labels",
     }
 )
 # These mean nothing only when they are off.

@@ -7,18 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpattn import checks
 from cpattn.api import cp_attention, shard, unshard
+from cpattn.call import validated
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
 from cpattn.graphs import leaves_graph
-from cpattn.integrations.transformers.active import ContextError, entered
+from cpattn.integrations.transformers.active import ContextError, context_here, entered
+from cpattn.integrations.transformers.labels import BatchLabels, one_row
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
+from cpattn.integrations.transformers.watch import watched
 from cpattn.metadata.cp_metadata import CPMetadata
 
 _NOT_REACHED = (
@@ -43,6 +46,7 @@ def context_parallel(
 
         with torch.no_grad(), context_parallel(model, meta, group=group) as cp:
             logits = cp.gather(model(**cp.inputs(input_ids)).logits)
+            loss = cp.loss(model(**cp.inputs(input_ids), shift_labels=cp.labels(input_ids)))
 
     It holds for this one model, in this thread (or task).
 
@@ -52,7 +56,7 @@ def context_parallel(
         group, strategy, backend, check: as in :func:`cpattn.cp_attention`, of every layer.
 
     Yields:
-        What shards the model's inputs and gathers its logits.
+        What shards the model's inputs and labels, and gathers its logits and loss.
 
     Raises:
         ContextError: it is nested in another one, or the model did not attend through cpattn.
@@ -60,14 +64,21 @@ def context_parallel(
         CPError: in other subclasses: the model or the group does not fit.
     """
     cp = ContextParallel(model, meta, group, strategy, backend, check)
-    with entered(cp):
+    with entered(cp), watched(cp.decoder.model, _complete_call):
         yield cp
     cp.check_reached()
 
 
 @leaves_graph
+def _complete_call(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with labels, as the context of this thread wants them."""
+    cp = context_here()
+    return arguments if cp is None or cp.decoder.model is not model else cp.batch_labels.complete(model, arguments, cp.last_only)
+
+
+@leaves_graph
 class ContextParallel:
-    """Shards a model's inputs and gathers its logits, for one batch. Made by :func:`context_parallel`."""
+    """Shards a model's inputs and labels, and gathers its logits and loss, for one batch. Made by :func:`context_parallel`."""
 
     def __init__(self, model: Any, meta: CPMetadata, group: Group, strategy: str, backend: str, check: bool) -> None:
         checks.check_metadata(meta)
@@ -92,6 +103,7 @@ class ContextParallel:
         self._attended = 0
         # What a call of the model in another thread raised, which the caller may not have seen.
         self.missed: ContextError | None = None
+        self.batch_labels = BatchLabels(meta, self._token_mask[0])
 
     def inputs(self, input_ids: Tensor, *, last_only: bool = False) -> dict[str, Any]:
         """The arguments of the model for this rank: ``model(**cp.inputs(input_ids))``.
@@ -108,16 +120,7 @@ class ContextParallel:
         Raises:
             TensorMismatchError, RowCountError.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            what = f"{input_ids.dtype}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
-            raise TensorMismatchError(f"input_ids is {what}; pass an int64 or int32 tensor")
-        if input_ids.ndim == 2 and len(input_ids) == 1:
-            input_ids = input_ids[0]
-        if input_ids.ndim != 1:
-            raise RowCountError(
-                f"input_ids has shape {tuple(input_ids.shape)}; pass [num_tokens] or [1, num_tokens]: the tokens of all requests one "
-                "after another, without padding, whose lengths the batch of the plan gives"
-            )
+        input_ids = one_row("input_ids", input_ids)
         arguments: dict[str, Any] = {
             "input_ids": shard(input_ids, self.meta)[None],
             "position_ids": self.meta.position_ids[None],
@@ -130,6 +133,58 @@ class ContextParallel:
         self._inputs_made = True
         self._attended = 0
         return arguments
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The labels of this rank's rows: ``model(**cp.inputs(input_ids), shift_labels=cp.labels(input_ids))``.
+
+        ``outputs.loss`` is then this rank's share of the mean over the batch: the sum over its labels, divided by the number of
+        labels of the whole batch. A rank without labels has 0. :meth:`loss` sums the shares.
+
+        Args:
+            labels: integers ``[num_tokens]`` or ``[1, num_tokens]``, not shifted, the same on every rank: input_ids, with -100 in
+                the place of tokens that are not to be predicted.
+
+        Returns:
+            int64 ``[1, meta.rows]``: for each row the label of the next token of its request; -100 for a request's last token, and
+            on padding.
+
+        Raises:
+            TensorMismatchError, RowCountError.
+        """
+        return self.batch_labels.shift(one_row("labels", labels))
+
+    def loss(self, outputs: Any) -> Tensor:
+        """The mean loss over the labels of the whole batch, the same bits on every rank. A collective call.
+
+        Args:
+            outputs: what the model returned for :meth:`labels`, or its loss.
+
+        Returns:
+            A number (a tensor without an axis).
+
+        Raises:
+            ContextError: there is no loss. TensorMismatchError: it is no number.
+        """
+        share = outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
+
+        def validate() -> Tensor:
+            self._check_attended()
+            if share is None:
+                raise ContextError(
+                    f"{type(outputs).__name__} has no loss; call the model with labels: "
+                    "model(**cp.inputs(input_ids), shift_labels=cp.labels(input_ids))"
+                )
+            if not isinstance(share, Tensor) or share.ndim or not share.is_floating_point():
+                what = f"{share.dtype} {tuple(share.shape)}" if isinstance(share, Tensor) else f"a {type(share).__name__}"
+                raise TensorMismatchError(f"the loss is {what}; pass the outputs of the model, or its loss: a floating number")
+            checks.check_device("loss", share, self.meta)
+            checks.check_no_grad(loss=share)
+            return share
+
+        with InFlight(self._communicator, self.meta.device) as in_flight:
+            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta, in_flight, self._options["check"], None)
+            # In float64, so that the sum has the precision of its parts.
+            return gather_whole(in_flight, "loss", share.double()[None]).sum().to(share.dtype)
 
     def gather(self, logits: Tensor) -> Tensor:
         """The logits of all tokens, in the original order, on every rank. A collective call.
