@@ -16,7 +16,8 @@ from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import gather_rows_, whole_rows
-from cpattn.graphs import leaves_graph
+from cpattn.graphs import compiler_is_loaded, leaves_graph
+from cpattn.kernels.current import is_capturing
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words
@@ -72,6 +73,9 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     dim = checks.parse_dim(dim, x)
     checks.check_whole("x", x, dim, meta)
     checks.check_device("x", x, meta)
+    if compiler_is_loaded() and not is_capturing(x.device):
+        # What compiled layers read must be there: a graph cannot end at an attribute to have it made.
+        _ = meta.position_ids
     rows_first = x.movedim(dim, 0) if dim else x
     if x.requires_grad and torch.is_grad_enabled():
         tokens = rows_first.index_select(0, meta.token_index[: meta.num_tokens])

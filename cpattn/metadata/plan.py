@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from cpattn.errors import PlanError, RankError, shown
-from cpattn.graphs import compiler_is_loaded, leaves_graph
+from cpattn.graphs import leaves_graph
 from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -198,11 +198,7 @@ class Plan:
         if bucket is not None:
             _check_bucket(bucket)
             bucket.check(self)
-        meta = CPMetadata(self, int(cp_rank), parse_device(device), bucket)
-        if compiler_is_loaded():
-            # What compiled layers read must be there: a graph cannot end at an attribute to have it made.
-            _ = meta.position_ids
-        return meta
+        return CPMetadata(self, int(cp_rank), parse_device(device), bucket)
 
     @leaves_graph
     def summary(self) -> str:
