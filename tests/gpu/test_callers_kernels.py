@@ -29,6 +29,9 @@ def test_built_in_backends_pass(name: str, dtype: torch.dtype) -> None:
     if dtype not in backend.dtypes:
         pytest.skip(f"it does not take {dtype}")
     report = check_backend(name, "cuda", dtype=dtype)
+    if all(row.verdict == "not claimed" for row in report.rows):
+        # A build of FlashAttention-3 may have been made without fp16.
+        pytest.skip(report.rows[0].detail)
     failing = {row.name for row in report.rows if not row.passes}
     assert failing <= ({"NaN in keys of no range"} if name in LOADS_WHOLE_TILES else set()), str(report)
     assert any(row.verdict == "holds" for row in report.rows), str(report)
