@@ -219,9 +219,10 @@ LONG = 2**17
 @pytest.mark.parametrize(
     ("table", "splits"),
     [
-        pytest.param([(1, LONG)], 16, id="one long row on 132 processors and 8 heads"),
+        pytest.param([(1, LONG)], 17, id="one long row on 132 processors and 8 heads"),
         pytest.param([(1, 8192)] * 256, 1, id="tiles for all"),
-        pytest.param([(1, LONG)] + [(1, 1024)] * 31, 13, id="one long row beside short ones"),
+        pytest.param([(1, LONG)] + [(1, 1024)] * 31, 14, id="one long row beside short ones"),
+        pytest.param([(1, 2**15)] + [(1, 2**15 // 8)] * 120, 2, id="a row of a little more than its share"),
         pytest.param([(1, 2048)], 4, id="parts are not too short"),
         pytest.param([(4096, LONG)], 1, id="a chunk of a prefill"),
         pytest.param([(0, LONG), (1, 400)], 1, id="a row without queries"),
