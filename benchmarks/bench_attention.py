@@ -98,6 +98,8 @@ def draw(results: Path) -> None:
     lines = lines_of(results)
     groups: dict[str, dict[str, float]] = {}
     for batch, variant, _mark, _low, _median, _high, rate, _sustained in lines:
+        if " beside " in variant:
+            continue
         groups.setdefault(batch, {})[variant] = float(rate)
     draw_bars(results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128", "TFLOP/s of causal work", groups)
 

@@ -48,13 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, and take over the rows of these tables")
+    parser.add_argument("--note", default="", help="a sentence for the table")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "triton_releases.csv"
     for rows in map(read, options.merge) if options.merge else [measure(options.rounds)]:
         kept = [row for row in read(path) if row["triton"] not in {new["triton"] for new in rows}]
-        write(path, sorted(kept + rows, key=lambda row: [int(part) for part in row["triton"].split(".")]))
+        write(path, sorted(kept + rows, key=lambda row: [int(part) for part in row["triton"].split(".")]), options.note)
 
 
 def measure(rounds: int) -> list[dict[str, str]]:
@@ -131,7 +132,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, rows: list[dict[str, str]], note: str) -> None:
     """The table as CSV, and as Markdown with ratios to the reference."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -150,7 +151,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}: one rank's layer by all-gather, the transfers local copies. "
         "TFLOP/s are of causal work in the whole call as a graph, medians of runs after a flush of the L2 cache and a rest. Host "
         f"times are medians of means over {_CALLS} eager calls that are not waited for; beside them those of the same calls with every "
-        "launch left to Triton. The kernel for Hopper needs another Gluon than that of Triton 3.5.",
+        f"launch left to Triton. The kernel for Hopper needs another Gluon than that of Triton 3.5. {note}".rstrip(),
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
