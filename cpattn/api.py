@@ -306,7 +306,8 @@ def explain(
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
     ``"able"``, or the reason why it was passed over; with a PagedKV also whether it reads the pages or a packed copy of
-    them, and of ``triton`` which kernel and which launch it uses. Needs no group and computes nothing.
+    them, of ``triton`` which kernel and which launch it uses, and on an H100 or H200 for which kind of call the order is.
+    Needs no group and computes nothing.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4)], cp_size=1, cp_rank=0)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.driver import Driver, Precision
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
-from cpattn.exchange.registry import candidate_strategies
+from cpattn.exchange.registry import candidate_strategies, only_decodes
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
 from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -196,6 +197,8 @@ def _choose(arguments: Arguments, kv: KVFormat, meta: CPMetadata, options: Atten
 
 def _call(arguments: Arguments, kv: KVFormat, meta: CPMetadata, strategy: Strategy, options: AttentionOptions) -> Call:
     fixed = meta.bucket is not None
+    plan = meta.plan
+    num_extended = int(np.count_nonzero(plan.extend_lens))
     return Call(
         device=kv.device,
         dtype=kv.dtype,
@@ -208,6 +211,9 @@ def _call(arguments: Arguments, kv: KVFormat, meta: CPMetadata, strategy: Strate
         merges=strategy.num_steps(meta.plan, options.window, fixed) > 1,
         page_size=arguments.kv_cache.page_size if isinstance(arguments.kv_cache, PagedKV) else None,
         fixed=fixed,
+        decodes=only_decodes(plan),
+        new_tokens=plan.num_tokens // (plan.cp_size * max(1, num_extended)),
+        pairs=sum(plan.rank_pairs) // plan.cp_size,
     )
 
 

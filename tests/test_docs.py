@@ -167,13 +167,33 @@ def test_readme_has_the_order_in_which_auto_tries_backends() -> None:
     rows = table(README, "compute capability")
     column = next(name for name in next(iter(rows.values())) if name.startswith("backends"))
     listed = {capability.split()[0]: re.findall(r"`(\w+)`", row[column]) for capability, row in rows.items()}
-    assert listed == {str(major): order for major, order in registry._GPU_ORDERS.items()} | {"none:": registry._CPU_ORDER}
+    assert listed == {str(major): order for major, order in registry._GPU_ORDERS.items()} | {"9": [], "none:": registry._CPU_ORDER}
+    kinds = {kind.split(":")[0]: re.findall(r"`(\w+)`", row[column]) for kind, row in table(README, "on 9, kind of call").items()}
+    assert kinds == registry._HOPPER_ORDERS
+    # The first line that fits counts.
+    assert list(kinds) == list(registry._HOPPER_ORDERS)
+    assert f"{registry.LONG_TOKENS:,} new tokens a request and {registry.LONG_PAIRS / 1e6:.0f} million pairs" in README
+
+
+def test_readme_quotients_of_backends_are_in_the_results() -> None:
+    """The least and the largest of each kind of call, of the times through cp_attention."""
+    no_launch = r"^\| ([^|]*) \| (flash_attn\d) \|(?: [^|]* \|){3} ([\d.]+) \|"
+    kinds = {"+ 1)": "decoding", "pages": "pages", "1 x 1k": "short", "64 x 512": "short", "": "long"}
+    found: dict[tuple[str, str], list[float]] = {}
+    for file in ("backends_gpu_fa3.md", "backends_gpu_fa4.md"):
+        for batch, backend, quotient in re.findall(no_launch, (ROOT / "benchmarks" / "results" / file).read_text(), re.MULTILINE):
+            kind = "pages" if "1,920" in batch else next(kinds[word] for word in kinds if word in batch)
+            found.setdefault((kind, f"`{backend}`"), []).append(float(quotient))
+    for kind, row in table(README, "on 9, kind of call").items():
+        for backend in ("`flash_attn3`", "`flash_attn4`"):
+            values = found.get((kind.split(":")[0], backend))
+            assert row[backend] == (f"{min(values):.2f} to {max(values):.2f}" if values else "not measured"), (kind, backend)
 
 
 def test_readme_figures_are_in_the_results() -> None:
     """The numbers of the README's two tables of figures stand in the result files that it names."""
     results = (ROOT / "benchmarks" / "results" / "attention_gpu.md").read_text()
-    chosen = {"flash_attn4": "flash_attn4, one launch", "triton": "triton, one launch", "torch_flash": "torch_flash, one launch"}
+    chosen = {name: f"{name}, one launch" for name in ("flash_attn3", "flash_attn4", "triton", "torch_flash")}
     cases = {"1 request of 128k, cp 8": "1 x 128k, cp 8", "8 requests of 8k over 8k cached, cp 4": "8 x (8k + 8k), cp 4"}
     cases |= {"64 ragged requests (about 0.9k over 4k cached), cp 4": "64 ragged, cp 4"}
     cases |= {"1 request of 32k over 96k cached, cp 8": "1 x (96k + 32k), cp 8"}

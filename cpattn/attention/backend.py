@@ -66,6 +66,8 @@ class Call:
         merges: more than one step, so that partial results are merged.
         page_size: of the cache, where there are pages.
         fixed: whether a CUDA graph is to replay other batches, for which pages can not be copied first.
+        decodes: whether each request has a few new tokens at most.
+        new_tokens: of a request, and pairs: of queries and keys, both on a rank and in the mean.
     """
 
     device: torch.device
@@ -79,6 +81,9 @@ class Call:
     merges: bool
     page_size: int | None = None
     fixed: bool = False
+    decodes: bool = False
+    new_tokens: int = 0
+    pairs: int = 0
 
 
 @dataclass(frozen=True)

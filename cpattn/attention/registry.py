@@ -15,13 +15,30 @@ BACKENDS: dict[str, Backend] = {
 them that can serve a call; :func:`cpattn.explain` says which that is, and why not the others."""
 
 # In which order "auto" tries them on a GPU, by the major number of its compute capability: the fastest first.
-# 9 is measured (benchmarks/results/); 8 and 10 follow what the kernels' authors report, until someone measures them here.
+# They follow what the kernels' authors report, until someone measures them here.
 _GPU_ORDERS = {
     8: ["flash_attn2", "torch_flash", "triton", "flash_attn4", "reference"],
-    9: ["flash_attn4", "flash_attn3", "triton", "flash_attn2", "torch_flash", "reference"],
     10: ["flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
 }
+# On 9 (H100, H200) no backend is the fastest at everything. What the quotients are of: benchmarks/results/backends_gpu_fa3.md and
+# backends_gpu_fa4.md, times as graphs, of flash_attn3 or flash_attn4 to those of triton.
+_HOPPER_ORDERS = {
+    # flash_attn3 0.20 to 1.04, as it splits long rows; flash_attn4 1.03 to 3.05.
+    "decoding": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
+    # triton merges partial results and takes sinks in its kernel; flash_attn3 needs a pass over its result for either.
+    "merging or sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 1.06 to 1.07, flash_attn4 1.00 to 2.22.
+    "pages": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 0.94 to 0.96, flash_attn4 0.95 to 0.97.
+    "long": ["flash_attn3", "flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 0.82 to 0.86, flash_attn4 up to 1.42, and of the host's time 3 times as much.
+    "short": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
+}
 _CPU_ORDER = ["cpu", "reference"]
+# A batch is long from so many new tokens a request and query-key pairs on, on a rank in the mean: those of a prompt of 4k. With fewer
+# pairs the launch takes less than the host's time for one of flash_attn4 (140 us); with fewer tokens its tiles are not full.
+LONG_TOKENS = 1024
+LONG_PAIRS = 2**23
 
 
 def auto_order(call: Call) -> list[Backend]:
@@ -29,7 +46,19 @@ def auto_order(call: Call) -> list[Backend]:
     if call.device.type != "cuda":
         return [BACKENDS[name] for name in _CPU_ORDER]
     major = capability(call.device)[0]
-    return [BACKENDS[name] for name in _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])]
+    order = _HOPPER_ORDERS[_kind(call)] if major == 9 else _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])
+    return [BACKENDS[name] for name in order]
+
+
+def _kind(call: Call) -> str:
+    """What decides the order on compute capability 9; it follows from the plan and the arguments, so alike on every rank."""
+    if call.decodes:
+        return "decoding"
+    if call.merges or call.sinks:
+        return "merging or sinks"
+    if call.page_size is not None:
+        return "pages"
+    return "long" if call.new_tokens >= LONG_TOKENS and call.pairs >= LONG_PAIRS else "short"
 
 
 def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backend:
@@ -77,7 +106,8 @@ def explain_choice(call: Call) -> dict[str, str]:
     names = order + [name for name in BACKENDS if name not in order]
     reasons = {name: BACKENDS[name].why_not(call) or f"able{_how(BACKENDS[name], call)}" for name in names}
     chosen = choose_backend("auto", call)
-    return reasons | {chosen.name: f"chosen{_how(chosen, call)}"}
+    kind = f", the order is that for {_kind(call)}" if call.device.type == "cuda" and capability(call.device)[0] == 9 else ""
+    return reasons | {chosen.name: f"chosen{_how(chosen, call)}{kind}"}
 
 
 def _how(backend: Backend, call: Call) -> str:

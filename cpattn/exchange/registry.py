@@ -12,6 +12,7 @@ from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.plan import Plan
 
 STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING)}
 """What ``strategy=`` takes by name: ``all_gather`` and ``ring`` (keys travel), ``pass_q`` and ``pass_q_ring`` (queries do).
@@ -58,16 +59,14 @@ def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | Page
     # What one rank sends to another: queries and fp32 results, or a shard of keys.
     query_bytes = rows * heads * (head_dim * kv.dtype.itemsize + 4 * (kv.v_head_dim + 1))
     pass_q = ["pass_q", "pass_q_ring"] if meta.plan.cp_size * query_bytes <= AUTO_GATHER_QUERIES_LIMIT else ["pass_q_ring", "pass_q"]
-    if _only_decodes(meta):
+    if only_decodes(meta.plan):
+        # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two
+        # H100, 256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes
+        # are fewer, but it still copies, waits for each hop and merges.
         return pass_q
     return [*pass_q, "ring"] if query_bytes <= meta.plan.largest_shard * token_bytes else ["ring", *pass_q]
 
 
-def _only_decodes(meta: CPMetadata) -> bool:
-    """Whether each request has a few new tokens at most, as in decoding and speculation.
-
-    A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two H100,
-    256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes are fewer,
-    but it still copies, waits for each hop and merges.
-    """
-    return bool((meta.plan.extend_lens <= DECODE_TOKENS).all())
+def only_decodes(plan: Plan) -> bool:
+    """Whether each request has a few new tokens at most, as in decoding and speculation."""
+    return bool((plan.extend_lens <= DECODE_TOKENS).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cpattn
+from cpattn.attention import registry
 from cpattn.attention.backend import AttentionOptions, Call
 from cpattn.attention.registry import BACKENDS, choose_backend, explain_choice
 from cpattn.attention.rows import RaggedRows
+from cpattn.call import Arguments, decide
 from cpattn.errors import UnsupportedError
 from cpattn.testing import relative_rmse
 
@@ -135,3 +140,60 @@ def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
 def test_explicit_choice_never_falls_back(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=f"backend='cpu' can not serve this call: {reason}; .*'reference'.* could"):
         choose_backend("cpu", call(**changes))
+
+
+def hopper_call(**changes: object) -> Call:
+    return call(**({"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"decodes": True, "page_size": 64}, ["flash_attn3", "triton", "flash_attn4"]),
+        # Also where the results of sharded keys are merged.
+        ({"decodes": True, "merges": True, "sinks": True}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({"sinks": True, "page_size": 64}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({"page_size": 64, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
+        ({"new_tokens": 1024, "pairs": 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
+        ({"new_tokens": 1023, "pairs": 2**30}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({"new_tokens": 2**15, "pairs": 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
+    ],
+    ids=["decode", "decode and merge", "ring", "sinks", "pages", "long", "many short", "few pairs"],
+)
+def test_the_order_on_hopper(changes: dict[str, object], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
+    assert [backend.name for backend in registry.auto_order(hopper_call(**changes))][:3] == first
+
+
+def test_all_orders_on_hopper_are_of_the_same_backends() -> None:
+    assert len({frozenset(order) for order in registry._HOPPER_ORDERS.values()}) == 1
+
+
+def test_what_is_chosen_on_hopper_says_for_which_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
+    for name, backend in registry.BACKENDS.items():
+        able = replace(backend, unavailable=lambda: None, refuses=lambda call: None, how=lambda call: None)
+        monkeypatch.setitem(registry.BACKENDS, name, able)
+    reasons = explain_choice(hopper_call(decodes=True))
+    assert reasons["flash_attn3"] == "chosen, the order is that for decoding"
+    assert list(reasons)[:3] == ["flash_attn3", "triton", "flash_attn4"]
+    assert reasons["triton"] == "able"
+
+
+@pytest.mark.parametrize(
+    ("batch", "decodes", "new_tokens", "pairs"),
+    [
+        ([(100, 1), (0, 16), (7, 0)], True, 4, (101 + 136) // 2),
+        ([(100, 1), (0, 17)], False, 4, (101 + 153) // 2),
+        ([(0, 8), (0, 0), (0, 24)], False, 8, (36 + 300) // 2),
+        ([(5, 0)], True, 0, 0),
+    ],
+    ids=["decode", "one chunk beside it", "an idle request", "nothing new"],
+)
+def test_sizes_of_a_call_are_alike_on_every_rank(batch: list[tuple[int, int]], decodes: bool, new_tokens: int, pairs: int) -> None:
+    for rank in range(2):
+        meta = cpattn.build_metadata(batch, 2, rank)
+        q = torch.randn(meta.rows, 2, 16)
+        made = decide(Arguments(q, q, q, None, None, "all_gather", "auto", None, None, None, None, None), meta, None).call
+        assert (made.decodes, made.new_tokens, made.pairs) == (decodes, new_tokens, pairs)
