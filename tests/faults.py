@@ -36,12 +36,14 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=5, help="of the groups, in seconds")
     parser.add_argument("--strategies", nargs="*", default=list(cpattn.STRATEGIES))
     parser.add_argument("--transports", nargs="*", default=["gloo", *(["nccl 2", "nccl 3"] if torch.cuda.device_count() > 1 else [])])
+    parser.add_argument("--faults", nargs="*", default=["raises", "stopped", "killed"])
+    parser.add_argument("--when", nargs="*", default=["before", "during", "after"])
     given = parser.parse_args()
     print(f"torch {torch.__version__}, timeout of the groups {given.timeout} s; nccl N: {SETTING}=N\n\n{HEADER}", flush=True)
     wrong = 0
     for transport in given.transports:
         with Groups(transport, given.timeout) as groups:
-            for strategy, fault, when in product(given.strategies, ("raises", "stopped", "killed"), ("before", "during", "after")):
+            for strategy, fault, when in product(given.strategies, given.faults, given.when):
                 # Without a check a call that one rank leaves out cannot be told from its next one.
                 for check in (False, True) if (fault, when) == ("raises", "before") else (False,):
                     line, is_wrong = run(groups, strategy, fault, when, check)
