@@ -177,7 +177,7 @@ def _decide(arguments: Arguments, meta: CPMetadata, with_cache: bool) -> Decisio
         reads_pages=is_paged and backend.reads_pages(call),
         copies=any(x is not None and x.stride(-1) != 1 for x in attended),
         nan_in_out_alone=not backend.propagates_nan or (kv.v_in_k and kv.v_head_dim == kv.head_dim),
-        sizes=ExchangeSizes(q.shape, kv, has_cache, is_paged, int(arguments.overlap or 1)),
+        sizes=ExchangeSizes.of(q.shape, kv, has_cache, is_paged, int(arguments.overlap or 1)),
     )
 
 
@@ -283,7 +283,8 @@ def validated(
 ) -> T:
     """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
     if not check:
-        checks.check_label(label)
+        if label is not None:
+            checks.check_label(label)
         return validate()
     account = Account("", meta.plan.fingerprint, "")
     try:

@@ -30,16 +30,10 @@ def _is_alone(sizes: ExchangeSizes, meta: CPMetadata) -> bool:
     return meta.plan.cp_size == 1 and (sizes.is_paged or not sizes.has_cache)
 
 
-def _group_format(sizes: ExchangeSizes) -> KVFormat:
-    """K and V of one of the groups of heads."""
-    kv = sizes.format
-    return kv if sizes.overlap == 1 else kv._replace(heads=kv.heads // sizes.overlap)
-
-
 def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
     if _is_alone(sizes, meta):
         return []
-    return [gathered.transfer for gathered in gathered_buffers(communicator, _group_format(sizes), meta, sizes.overlap)]
+    return [gathered.transfer for gathered in gathered_buffers(communicator, sizes.group, meta, sizes.overlap)]
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
@@ -51,7 +45,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
         else:
             yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
         return
-    groups, kv = inputs.sizes.overlap, _group_format(inputs.sizes)
+    groups, kv = inputs.sizes.overlap, inputs.sizes.group
     # None for all heads, which spares the slicing.
     group_heads = [None] if groups == 1 else [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
     all_gathered = gathered_buffers(communicator, kv, meta, groups)

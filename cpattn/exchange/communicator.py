@@ -63,6 +63,7 @@ class Communicator(ABC):
     Attributes:
         rank, size: within the group.
         state: of the group, as far as this process knows it.
+        call_captures: whether a CUDA graph captures the call that is under way; None between calls.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
     """
 
@@ -77,6 +78,7 @@ class Communicator(ABC):
         # What was last made of them under each name, for which sizes; see reuse.
         self._made: dict[str, tuple[Hashable, Any]] = {}
         self._captured: list[Tensor] = []
+        self.call_captures: bool | None = None
         with _living_changes:
             _living.add(self)
 
@@ -145,7 +147,7 @@ class Communicator(ABC):
             kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
             # Views of what it replaces would keep that alive.
             self._made.clear()
-        if is_capturing(device) and not any(kept is x for x in self._captured):
+        if self._captures(device) and not any(kept is x for x in self._captured):
             self._captured.append(kept)
             _with_captured.add(self)
         return kept[:size].view(dtype).view(shape)
@@ -161,7 +163,7 @@ class Communicator(ABC):
             make: asks for buffers and makes views of them; nothing else.
         """
         last = self._made.get(name)
-        if last is not None and last[0] == key and not is_capturing(device):
+        if last is not None and last[0] == key and not self._captures(device):
             made: T = last[1]
             return made
         # Memory made under inference_mode could not be written outside of it.
@@ -169,6 +171,10 @@ class Communicator(ABC):
             made = make()
         self._made[name] = key, made
         return made
+
+    def _captures(self, device: torch.device) -> bool:
+        """Whether a CUDA graph captures; within a call it was asked as it began, as asking takes the host half a microsecond."""
+        return is_capturing(device) if self.call_captures is None else self.call_captures
 
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""

@@ -90,12 +90,13 @@ class InFlight:
     def __enter__(self) -> InFlight:
         state = self.communicator.state
         state.enter()
+        self.communicator.call_captures = self._captures
         # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
         if self._device.type == "cuda" and not self._captures:
             try:
                 state.follow_last_call(self._device)
             except BaseException:
-                state.leave()
+                self._leave()
                 raise
         return self
 
@@ -112,9 +113,13 @@ class InFlight:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
         finally:
-            state.leave()
-            # They refer to this: without the cycle all is freed at once.
-            self._works.clear()
+            self._leave()
+
+    def _leave(self) -> None:
+        self.communicator.call_captures = None
+        self.communicator.state.leave()
+        # They refer to this: without the cycle all is freed at once.
+        self._works.clear()
 
     def _settle_after(self, error: BaseException) -> None:
         """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""

@@ -55,6 +55,7 @@ class ExchangeSizes(NamedTuple):
         has_cache: whether prefixes come with the call.
         is_paged: whether they lie in pages.
         overlap: groups of KV heads into which an all-gather is split.
+        group: the format of one of them.
     """
 
     q_shape: torch.Size
@@ -62,6 +63,12 @@ class ExchangeSizes(NamedTuple):
     has_cache: bool
     is_paged: bool
     overlap: int
+    group: KVFormat
+
+    @classmethod
+    def of(cls, q_shape: torch.Size, format: KVFormat, has_cache: bool, is_paged: bool, overlap: int) -> ExchangeSizes:
+        """Worked out once for all layers that are decided alike."""
+        return cls(q_shape, format, has_cache, is_paged, overlap, format._replace(heads=format.heads // overlap))
 
 
 class ExchangeInputs(NamedTuple):

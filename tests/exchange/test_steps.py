@@ -28,7 +28,7 @@ def steps_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None, ov
     q, k = torch.zeros(plan.rows, 4, 4), torch.zeros(plan.rows, 2, 4)
     cached = torch.zeros(plan.num_prefix_tokens, 2, 4)
     prefix = cpattn.PackedKV(cached, cached) if plan.num_prefix_tokens else None
-    sizes = ExchangeSizes(q.shape, FORMAT, prefix is not None, False, overlap)
+    sizes = ExchangeSizes.of(q.shape, FORMAT, prefix is not None, False, overlap)
     inputs = ExchangeInputs(q, k, k, FORMAT, prefix, False, window, sizes)
     meta, chosen = plan.metadata(rank), cpattn.STRATEGIES[strategy]
     with InFlight(SoloCommunicator(rank, plan.cp_size), meta.device) as in_flight:
