@@ -15,15 +15,13 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.reference import keys_of, reference_attention
+from cpattn.attention.rounding import Sizes, rounding_bounds
 from cpattn.attention.rows import RaggedRows
 from cpattn.metadata.batch import IntArray
 
 # Queries that are compared of a launch; half of them are the first or the last of a row, where masks go wrong.
 _MOST = 8
 _MOST_ENDS = 4
-# TF32 has ten bits after the point, and a tensor core cuts off what follows; tanh.approx has about eleven right.
-TF32_EPS = 2.0**-10
-TANH_ERROR = 2.0**-10
 
 
 def verified(backend: Backend, problems: list[str]) -> Backend:
@@ -78,7 +76,8 @@ def _difference(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: Atte
     index = torch.from_numpy(queries).to(q.device)
     alone = _alone(rows, queries, k)
     want, want_lse = reference_attention(q[index], k, v, alone, options, torch.promote_types(q.dtype, torch.float32))
-    out_bound, lse_bound = rounding_bounds(q[index], k, v, alone, options, want_lse)
+    sizes = _sizes(q[index], k, v, alone, options, want_lse)
+    out_bound, lse_bound = rounding_bounds(sizes, want_lse, q.dtype, q.shape[2], options.softcap, fast=True)
     lse_wrong = ~_is_close(lse[index], want_lse, lse_bound)
     out_wrong = ~_is_close(out[index], want, out_bound) & ~_nan_of_later_keys(out[index], want, k, v, alone)
     wrong = lse_wrong | out_wrong.any(-1)
@@ -127,53 +126,15 @@ def _alone(rows: RaggedRows, queries: IntArray, k: Tensor) -> RaggedRows:
     return alone if rows.page_table is None else alone.with_pages(rows.page_table, k.shape[1])
 
 
-def rounding_bounds(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much rounding alone can make a kernel's ``out [n, Hq, Dv]`` and ``lse [n, Hq]`` differ from the reference's.
-
-    q, k and v are exact in their dtype; e is its eps, E that of the sums (fp32, or fp64 for fp64). A query sees N keys.
-
-    - A score is at most ``S = |q| max|k| |scale|``. Its error is at most ``d = (r + D E) S``: D sums, and r for what a
-      kernel rounds before it multiplies. In half precision that is q times the scale, so r = e / 2. In fp32 it is q and k,
-      each to TF32, so r = 2 * 2^-10. In fp64 nothing is rounded. A softcap has a slope of at most 1, and its tanh an error
-      of its own, 2^-10 of at most ``C = min(S, softcap)``.
-    - An LSE changes by at most as much as the scores do. N terms are summed; what goes into and out of exp and log, of
-      size S or C and LSE, is rounded, twice each: ``l = d + E (N + 4 + 2 S + 2 |LSE|)``.
-    - A weight changes by a factor of at most exp(2 l). The dtype rounds weights, values or their sum, and the result:
-      2 e in all, TF32's eps for fp32. Weights below the smallest normal number have an absolute error, N t in all.
-      So an output errs by at most ``max|v| (2 e + expm1(2 l) + N t)``.
-    """
-    dtype, precise = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    unit = torch.finfo(precise).eps
-    eps = TF32_EPS if dtype == torch.float32 else torch.finfo(dtype).eps
-    before = {torch.float32: 2 * TF32_EPS, torch.float64: 0.0}.get(dtype, eps / 2)
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    k_size, v_size, seen = _sizes(k, v, rows, options.window, q.shape[1])
-    score = q.double().norm(dim=-1) * k_size * abs(options.scale)
-    capped = score if options.softcap is None else score.clamp(max=options.softcap)
-    score_error = (before + q.shape[-1] * unit) * score
-    if options.softcap is not None and dtype != torch.float64:
-        score_error = score_error + TANH_ERROR * capped
-    lse_size = torch.where(lse.isfinite(), lse, 0).double().abs()
-    lse_bound = score_error + unit * (seen + 4 + 2 * capped + 2 * lse_size)
-    out_bound = v_size * (2 * eps + torch.expm1(2 * lse_bound) + seen * tiny)[..., None]
-    return out_bound, lse_bound
-
-
-def _sizes(k: Tensor, v: Tensor, rows: RaggedRows, window: int | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the keys that each single query sees, in float64: the largest norm ``[n, Hq]``, the largest values of each
-    column ``[n, Hq, Dv]``, and their number ``[n, 1]``."""
-    group = num_heads // k.shape[-2]
-    k_sizes, v_sizes, numbers = [], [], []
-    for k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host[2:]), strict=True):
+def _sizes(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, lse: Tensor) -> Sizes:
+    """Of the keys that each single query sees."""
+    each = []
+    for n, (k_start, k_len, diagonal, request) in enumerate(zip(*(column.tolist() for column in rows.host[2:]), strict=True)):
         sees_to = min(max(diagonal, 0), k_len)
-        sees_from = 0 if window is None else min(max(0, diagonal - window), sees_to)
+        sees_from = 0 if options.window is None else min(max(0, diagonal - options.window), sees_to)
         seen_k, seen_v = keys_of(k, v, rows, request, k_start + sees_from, k_start + sees_to)
-        norms = torch.linalg.vector_norm(seen_k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
-        k_sizes.append(norms.amax(0) if len(norms) else norms.new_zeros(norms.shape[1:]))
-        v_sizes.append(seen_v.abs().amax(0) if len(seen_v) else seen_v.new_zeros(seen_v.shape[1:]))
-        numbers.append(sees_to - sees_from)
-    k_size, v_size = torch.stack(k_sizes).double(), torch.stack(v_sizes).double()
-    return k_size.repeat_interleave(group, dim=1), v_size.repeat_interleave(group, dim=1), k_size.new_tensor(numbers)[:, None]
+        each.append(Sizes.of_query(q[n], seen_k, seen_v, lse[n], options.scale, options.softcap))
+    return Sizes(*(torch.stack(column) for column in zip(*each, strict=True)))
 
 
 def _nan_of_later_keys(out: Tensor, want: Tensor, k: Tensor, v: Tensor, rows: RaggedRows) -> Tensor:

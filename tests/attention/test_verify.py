@@ -94,6 +94,16 @@ def test_rounding_is_no_problem(strategy: str, features: dict[str, Any], dtype: 
     assert problems == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["q", "v"])
+@pytest.mark.parametrize("size", [1e-4, 1e-6], ids=str)
+def test_the_rounding_of_small_numbers_is_no_problem(size: float, name: str, dtype: torch.dtype) -> None:
+    """Below the smallest normal number, 6e-5 in fp16, an error is no share of the number that is rounded."""
+    case = AttentionCase(MIXED, dtype=dtype)
+    getattr(case, name).mul_(size)
+    assert problems_of(as_tensor_cores_do, case, "all_gather") == []
+
+
 @pytest.mark.parametrize(("strategy", "cache"), [("ring", "paged"), ("ring", "sharded"), ("pass_q", "sharded"), ("all_gather", "paged")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
 def test_the_reference_has_no_problem(strategy: str, cache: str, dtype: torch.dtype) -> None:
