@@ -108,7 +108,8 @@ class Backend:
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
         describe: what the installed package is and lacks, in a line for ``cpattn env``, or None; asked for when needed.
-        callers: whether it is a caller's own function, whose results ``check=True`` compares with the reference.
+        callers: whether what it returns is checked in every call, and compared with the reference by ``check=True``. Leave it
+            alone: it is set for whatever is not one of :data:`cpattn.BACKENDS`.
         how: what :func:`cpattn.explain` says of how it serves a call, or None.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -98,6 +99,15 @@ def custom_backend(
         reads_pages=lambda call: page_sizes is not None and call.page_size is not None and page_sizes(call.page_size),
         callers=True,
     )
+
+
+def as_callers(backend: Backend) -> Backend:
+    """A caller's own Backend, so that what it returns is checked as that of a function is."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return check_returned(backend.name, backend.run(q, k, v, rows, options, out_dtype), q, v)
+
+    return replace(backend, run=run, callers=True)
 
 
 def _evened_out(out: Tensor, lse: Tensor, sees_keys: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

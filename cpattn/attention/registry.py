@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpattn.attention import cpu, flash_attn2, flash_attn3, flash_attn4, reference, torch_flash, triton
 from cpattn.attention.backend import Backend, Call
-from cpattn.attention.custom import AttentionCallable, custom_backend
+from cpattn.attention.custom import AttentionCallable, as_callers, custom_backend
 from cpattn.attention.flash_varlen import capability
 from cpattn.errors import UnknownNameError, UnsupportedError
 
@@ -87,9 +87,10 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
 
 
 def find_backend(name: str | Backend | AttentionCallable) -> Backend:
-    """The backend of that name, or a caller's own; raises UnknownNameError if it is neither."""
+    """The backend of that name, or a caller's own, whose results are checked; raises UnknownNameError if it is neither."""
     if isinstance(name, Backend):
-        return name
+        # By identity: a copy of one of ours with another ``run`` is the caller's.
+        return name if name.callers or any(name is ours for ours in BACKENDS.values()) else as_callers(name)
     if isinstance(name, str):
         if name in BACKENDS:
             return BACKENDS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ from cases import AttentionCase
 from torch import Tensor
 
 import cpattn
-from cpattn.attention.backend import AttentionOptions
-from cpattn.testing import run_loopback
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.registry import find_backend
+from cpattn.call import Arguments, decide
+from cpattn.testing import SoloCommunicator, run_loopback
+
+REFERENCE = cpattn.BACKENDS["reference"]
 
 EXCHANGES = [("all_gather", "packed"), ("all_gather", "paged"), ("ring", "packed"), ("ring", "sharded"), ("pass_q", "sharded")]
 
@@ -58,6 +63,43 @@ def test_a_wrong_result_raises_and_a_declared_base_does_not() -> None:
     case.on_rank(plan, 0, None, "all_gather", cpattn.custom_backend(in_base_2, lse_base=2), check=True)
     # Unchecked, nothing is compared.
     case.on_rank(plan, 0, None, "all_gather", without_window)
+
+
+def test_a_backend_object_of_the_callers_is_checked_and_compared() -> None:
+    """Built anew, or a copy of one of the library's; the library's own are neither."""
+    case = AttentionCase([(0, 40)])
+    plan = case.plan(1)
+
+    def backend(change: Callable[[Tensor, Tensor], Any]) -> Backend:
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+        ) -> tuple[Tensor, Tensor]:
+            returned: tuple[Tensor, Tensor] = change(*REFERENCE.run(q, k, v, rows, options, out_dtype))
+            return returned
+
+        return replace(REFERENCE, name="own", run=run)
+
+    half = backend(lambda out, lse: (out, lse / 2))
+    case.on_rank(plan, 0, None, "all_gather", half)
+    with pytest.raises(cpattn.BackendError, match=r"backend='own': query .*differs from the reference"):
+        case.on_rank(plan, 0, None, "all_gather", half, check=True)
+    with pytest.raises(cpattn.BackendError, match=r"backend='own' returned a tensor of shape .*; a kernel returns a pair of tensors"):
+        case.on_rank(plan, 0, None, "all_gather", backend(lambda out, lse: out))
+    case.on_rank(plan, 0, None, "all_gather", backend(lambda out, lse: (out, lse)), check=True)
+    assert find_backend(REFERENCE) is REFERENCE
+    assert not REFERENCE.callers
+
+
+def test_a_callers_backend_is_wrapped_once() -> None:
+    """Not in every layer."""
+    backend = replace(REFERENCE, name="own")
+    meta = cpattn.build_metadata([(0, 4)], 1, 0)
+    decisions = []
+    for _ in range(2):
+        x = torch.randn(4, 2, 8)
+        given = Arguments(x, x, x, None, None, "all_gather", backend, 1, None, None, None, None)
+        decisions.append(decide(given, meta, SoloCommunicator(0, 1)))
+    assert decisions[0] is decisions[1]
 
 
 def test_attend_compares_too() -> None:
