@@ -168,10 +168,44 @@ def reads_on(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, **options: Any) 
     return out + 0 * v[-1].repeat_interleave(q.shape[1] // v.shape[-2], -2) if rows.page_table is None else out, lse
 
 
+def own_scale(q: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Has no scale but the usual one."""
+    return kernel(q, *arguments, **options | {"scale": q.shape[2] ** -0.5})
+
+
+def with_table(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, table: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return kernel(q, k, v, rows.with_pages(table.clamp(0, len(k) - 1), k.shape[1]), **options)
+
+
+def int32_table(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, **options: Any) -> tuple[Tensor, Tensor]:
+    """Takes whatever lies at the table's address for int32."""
+    if rows.page_table is None:
+        return kernel(q, k, v, rows, **options)
+    lines, width = rows.page_table.shape
+    return with_table(q, k, v, rows, rows.page_table.view(torch.int32).as_strided((lines, width), rows.page_table.stride()), **options)
+
+
+def as_if_whole(x: Tensor) -> Tensor:
+    """What a kernel without strides reads at a tensor's address."""
+    return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
+
+
+def whole_table(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, **options: Any) -> tuple[Tensor, Tensor]:
+    if rows.page_table is None:
+        return kernel(q, k, v, rows, **options)
+    return with_table(q, k, v, rows, as_if_whole(rows.page_table), **options)
+
+
+def whole_pages(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, **options: Any) -> tuple[Tensor, Tensor]:
+    if rows.page_table is None:
+        return kernel(q, k, v, rows, **options)
+    return kernel(q, as_if_whole(k), as_if_whole(v), rows, **options)
+
+
 EVERYWHERE = set(NAMES)
 WINDOWS = {"window", "window, any diagonal", "window, softcap and sinks"}
 SINKS = {"sinks", "sinks beside empty key ranges", "window, softcap and sinks"}
-PAGES = {f"pages of {size}" for size in (1, 16, 48, 64, 256)}
+PAGES = {name for name in NAMES if name.startswith("pages")}
 FIRST = {NAMES[0]}
 
 
@@ -188,6 +222,10 @@ FIRST = {NAMES[0]}
         pytest.param(changed("no_window", window=None), WINDOWS, True, "LSE ", id="no window"),
         pytest.param(changed("no_softcap", softcap=None), {"softcap", "window, softcap and sinks"}, True, "LSE ", id="no softcap"),
         pytest.param(changed("no_sinks", sinks=None), SINKS, True, "LSE ", id="no sinks"),
+        pytest.param(own_scale, {"scale is not D ** -0.5"}, True, "LSE ", id="no scale"),
+        pytest.param(int32_table, {"pages, int64 table"}, True, "results are not finite: one has", id="int32 table"),
+        pytest.param(whole_table, {"pages, sliced table"}, True, " is right (query ", id="contiguous table"),
+        pytest.param(whole_pages, {"pages of one pool"}, True, "", id="contiguous pages"),
         pytest.param(rows_for_requests, PAGES, True, " is right (query ", id="rows for requests"),
         pytest.param(hides_nan, {"NaN in a key gives NaN"}, True, "of 128 results over keys with NaN are not NaN: one has", id="hides NaN"),
         pytest.param(reads_on, {"NaN in keys of no range"}, True, "100 of 100 results are not finite", id="reads on"),
@@ -250,7 +288,7 @@ def test_the_report_is_a_table_of_at_most_100_columns() -> None:
     assert lines[0].startswith("backend='base_two' on cpu in float32: NOT ok (")
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("  one request, causal") and "fails" in line for line in lines)
-    assert str(check_backend("cpu")).startswith("backend='cpu' on cpu in float32: ok (19 holds, 12 not claimed)")
+    assert str(check_backend("cpu")).startswith("backend='cpu' on cpu in float32: ok (20 holds, 15 not claimed)")
 
 
 def test_a_backend_of_another_device_claims_nothing() -> None:
@@ -317,6 +355,15 @@ def test_scenarios_are_what_their_names_say() -> None:
     assert paged.rows.page_table is not None
     assert int(paged.rows.page_table.max()) > len(paged.k)
     assert paged.k.isnan().any()
+    tables = {name: problem.rows.page_table for name, problem in problems.items()}
+    int64, sliced, pool = tables["pages, int64 table"], tables["pages, sliced table"], problems["pages of one pool"]
+    assert int64 is not None
+    assert sliced is not None
+    assert (int64.dtype, sliced.dtype, int64.is_contiguous(), sliced.is_contiguous()) == (torch.int64, torch.int32, True, False)
+    assert torch.equal(int64, sliced.long())
+    assert not pool.k.is_contiguous()
+    assert pool.v.data_ptr() - pool.k.data_ptr() == pool.k[0].nbytes
+    assert problems["scale is not D ** -0.5"].options.scale == 0.3
     for name, problem in problems.items():
         assert problem.rows.num_queries == len(problem.q), name
         assert problem.q.isnan().any() == (name == "NaN in padding queries"), name

@@ -8,6 +8,7 @@ ranges are longer than a tile of keys. Key ranges, diagonals and rows are in the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,7 +39,10 @@ class Scenario:
         heads, dims: (Hq, Hkv) and (D, Dv).
         v_in_k: whether v is a view of k's first columns.
         strided: whether q lies head after head, and k and v side by side.
+        scale: of the scores; D ** -0.5 if None.
         page_size: of the pages that the keys lie in; None where they are packed.
+        table: how the page table lies in memory: int32 and whole, int64, or columns of a wider one.
+        shared_pool: whether the pages are ``pool[:, 0]`` and ``pool[:, 1]``, so that K and V of a page lie side by side.
         fixed: whether the rows are a bucket's, with room for longer ones.
         fp32_out: whether the result is asked for in fp32 whatever the inputs.
         nan_padding, nan_uncovered, nan_key: what holds NaN: queries of empty rows, keys of no row, one key that is seen.
@@ -57,7 +61,10 @@ class Scenario:
     sinks: bool = False
     v_in_k: bool = False
     strided: bool = False
+    scale: float | None = None
     page_size: int | None = None
+    table: Literal["int32", "int64", "sliced"] = "int32"
+    shared_pool: bool = False
     fixed: bool = False
     fp32_out: bool = False
     nan_padding: bool = False
@@ -93,6 +100,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("sinks", _RAGGED, sinks=True, may_refuse=True),
     Scenario("sinks beside empty key ranges", _WITH_EMPTY, sinks=True, may_refuse=True),
     Scenario("window, softcap and sinks", _RAGGED, window=11, softcap=2.0, sinks=True, may_refuse=True),
+    Scenario("scale is not D ** -0.5", _RAGGED, scale=0.3),
     Scenario("a KV head for each query head", _RAGGED, heads=(8, 8)),
     Scenario("groups of 2 query heads", _RAGGED, heads=(8, 4), may_refuse=True),
     Scenario("groups of 8 query heads", _RAGGED, heads=(8, 1), may_refuse=True),
@@ -100,6 +108,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("V is a view of K", _RAGGED, heads=(4, 1), dims=(192, 128), v_in_k=True, may_refuse=True),
     Scenario("strided q, k and v", _RAGGED, strided=True),
     *(Scenario(f"pages of {size}", _CACHED, _CACHED_REQUESTS, page_size=size) for size in (1, 16, 48, 64, 256)),
+    Scenario("pages, int64 table", _CACHED, _CACHED_REQUESTS, page_size=64, table="int64"),
+    Scenario("pages, sliced table", _CACHED, _CACHED_REQUESTS, page_size=64, table="sliced"),
+    Scenario("pages of one pool", _CACHED, _CACHED_REQUESTS, page_size=64, shared_pool=True),
     Scenario("NaN in padding queries", _WITH_EMPTY, nan_padding=True),
     Scenario("NaN in keys of no range", ((17, 5, 71, 55), (7, 90, 7, 1), (1, 99, 29, 29)), nan_uncovered=True),
     Scenario("NaN in a key gives NaN", (_REQUEST,), nan_key=5),
@@ -137,9 +148,11 @@ def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -
     if scenario.page_size is not None:
         lengths = [int(table[requests == request, 2].max()) for request in range(requests.max() + 1)]
         k, v, page_table = _in_pages(k, v, lengths, scenario.page_size)
-        rows = rows.with_pages(page_table, scenario.page_size)
+        if scenario.shared_pool:
+            k, v = torch.stack([k, v], dim=1).unbind(1)
+        rows = rows.with_pages(_laid_out(page_table, scenario), scenario.page_size)
     sinks = torch.randn(heads, generator=generator).to(device, torch.promote_types(dtype, torch.float32)) if scenario.sinks else None
-    options = AttentionOptions(head_dim**-0.5, scenario.window, scenario.softcap, sinks)
+    options = AttentionOptions(head_dim**-0.5 if scenario.scale is None else scenario.scale, scenario.window, scenario.softcap, sinks)
     return Problem(q, k, v, rows, options, [_rows(part, requests, False, device) for part in scenario.parts])
 
 
@@ -167,3 +180,11 @@ def _in_pages(k: Tensor, v: Tensor, lengths: list[int], page_size: int) -> tuple
             k_pages[page, :used] = k[(torch.arange(start, start + used) + 31 * request) % len(k)]
             v_pages[page, :used] = v[(torch.arange(start, start + used) + 31 * request) % len(k)]
     return k_pages, v_pages, page_table.to(k.device)
+
+
+def _laid_out(page_table: Tensor, scenario: Scenario) -> Tensor:
+    if scenario.table == "sliced":
+        wide = torch.full_like(page_table, _GARBAGE).repeat(1, 3)
+        columns = wide[:, page_table.shape[1] : 2 * page_table.shape[1]]
+        return columns.copy_(page_table)
+    return page_table.to(torch.int64) if scenario.table == "int64" else page_table
