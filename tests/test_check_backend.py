@@ -280,6 +280,25 @@ def test_another_dtype_than_asked_for_is_caught() -> None:
     assert "returned out in torch.bfloat16, where it was asked for torch.float32" in detail
 
 
+def test_torch_has_one_thread_meanwhile() -> None:
+    """Tiny operations over a pool of threads took 30 times as long on a busy machine."""
+    seen = set()
+
+    def odd(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.add(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            check_backend(odd)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
 # The report, and what judges.
 
 
