@@ -50,7 +50,7 @@ RACE_CHECKED := test_random_rows and (0 or 7) or test_pack_kv_into_slots or test
   test_merging_into or test_one_part or (test_write or test_read) and triton
 SANITIZE = PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --error-exitcode 1
 sanitize:
-	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest -q tests/kernels -k "$(RACE_CHECKED) or several_items"
+	$(SANITIZE) --tool memcheck --report-api-errors no $(PYTHON) -m pytest -q tests/kernels -k "$(RACE_CHECKED) or several_items"
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest -q tests/kernels -k "$(RACE_CHECKED)"
 
 lint: $(VENV)/.installed

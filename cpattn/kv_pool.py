@@ -19,7 +19,7 @@ from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.plan import Plan, plan
-from cpattn.pool_history import Before, History
+from cpattn.pool_history import Before, History, pages_written
 from cpattn.pool_pages import CachedRequest, PageBooks
 
 _TABLES_REMEMBERED = 64
@@ -148,8 +148,7 @@ class KVPool:
         pages = [pages[:count] for pages, count in zip(source.pages, self._pages_for(self._held(owners)), strict=True)]
         for holder, shared in enumerate(pages):
             self._books.share(holder, shared)
-        self._requests[child] = CachedRequest(owners, pages)
-        source.forks += 1
+        self._requests[child] = CachedRequest(owners, pages, self._history.tokens_of_steps(source, len(owners)))
 
     def truncate(self, request: Hashable, length: int) -> None:
         """Drops a request's tokens from ``length`` on, such as drafts that were rejected; the next ones take their places.
@@ -159,7 +158,6 @@ class KVPool:
         """
         cached = self._of(request)
         self._cut(cached, pool_checks.parse_length(length, request, len(cached.owners)))
-        cached.truncations += 1
 
     def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str = "zigzag", pad_to: int = 1) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to.
@@ -181,12 +179,9 @@ class KVPool:
         planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=held if self.sharded else None)
         new = planned.rank_extends if self.sharded else planned.extend_lens[:, None]
         self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
-        before = [
-            Before(name, request, len(request.owners), request.forks, request.truncations)
-            for name, request in zip(names, requests, strict=True)
-        ]
+        before = [Before(name, request, len(request.owners)) for name, request in zip(names, requests, strict=True)]
         self._append_owners(requests, planned)
-        self._history.add(planned, before)
+        self._history.add(planned, before, pages_written(requests, held, new, self.page_size, self._books.takes))
         return planned
 
     def undo(self, plan: Plan) -> None:
@@ -195,15 +190,26 @@ class KVPool:
 
         Steps are undone last step first, each once, by the very object that :meth:`plan` returned. What the step may have
         written on this rank becomes zeros, as a NaN would reach other requests: kernels that load whole pages multiply what
-        lies after a sequence by 0. A page that the step copied stays the request's own: it holds the same prefix, and the page that
-        it was copied from may have changed hands.
+        lies after a sequence by 0. That holds for requests that were released or truncated since as well: they stay as they
+        are, without tokens of the step. A page that the step copied stays the request's own: it holds the same prefix, and
+        the page that it was copied from may have changed hands.
 
-        Raises CPError for any other plan, or if a request of the step has been released, forked (as the parent) or truncated since;
-        nothing has changed.
+        Raises CPError for any other plan, or if a request that was forked since has tokens of the step; nothing has changed.
         """
+        step = self._history.last(plan)
+        step.check_no_heir(self._requests)
+        # Pages that a later step has taken, itself undone since, are clean, and may hold what that step copied there.
+        written = [one for one in step.written if self._books.takes[one.holder][one.page] == one.takes]
         # The last request first, and of each the last page: the step planned again takes the same pages.
-        for before in reversed(self._history.last(plan, self._requests)):
-            self._cut(before.request, before.length, clear=True)
+        for name, request, length in reversed(step.before):
+            # A request that was released may have been admitted again under its name.
+            if self._requests.get(name) is request:
+                self._cut(request, min(length, len(request.owners)))
+        here = [one for one in written if one.holder == self._here]
+        self._clear([one.page for one in here if not one.start])
+        for one in here:
+            if one.start:
+                self._clear([one.page], one.start)
         self._history.drop_last()
 
     def release(self, request: Hashable) -> None:
@@ -293,16 +299,12 @@ class KVPool:
         for request, owners in zip(requests, new, strict=True):
             request.owners = np.concatenate([request.owners, owners])
 
-    def _cut(self, request: CachedRequest, length: int, clear: bool = False) -> None:
-        """Leaves a request its first tokens alone. ``clear`` writes zeros where the others were, which none may share then."""
-        held, request.owners = self._held(request.owners), request.owners[:length]
-        left = self._held(request.owners)
-        for holder, (kept, rest) in enumerate(zip(self._pages_for(left), left % self.page_size, strict=True)):
+    def _cut(self, request: CachedRequest, length: int) -> None:
+        """Leaves a request its first tokens alone."""
+        request.owners = request.owners[:length]
+        request.inherited = [inherited for inherited in request.inherited if inherited.first < length]
+        for holder, kept in enumerate(self._pages_for(self._held(request.owners))):
             pages, dropped = request.pages[holder][:kept], request.pages[holder][kept:]
-            if clear and holder == self._here and held[holder] > left[holder]:
-                self._clear(dropped)
-                if rest:
-                    self._clear(pages[-1:], int(rest))
             request.pages[holder] = pages
             self._books.give_back(holder, reversed(dropped))
 

@@ -8,33 +8,63 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpattn.errors import CPError
+from cpattn.metadata.batch import IntArray
 from cpattn.metadata.plan import Plan
-from cpattn.pool_pages import CachedRequest
+from cpattn.pool_pages import CachedRequest, Inherited
 
 
 class Before(NamedTuple):
-    """A request of a step as it was before it: how many tokens it had, and how often it had been forked and truncated."""
+    """A request of a step, and how many tokens it had before."""
 
     name: Hashable
     request: CachedRequest
     length: int
-    forks: int
-    truncations: int
-
-    def what_came_since(self, requests: Mapping[Hashable, CachedRequest]) -> str | None:
-        """What has happened to the request since, of all that no step can be undone after."""
-        # A request that was released may have been admitted again under its name.
-        if requests.get(self.name) is not self.request:
-            return "released"
-        if self.request.forks != self.forks:
-            return "forked"
-        return "truncated" if self.request.truncations != self.truncations else None
 
 
-class _Step(NamedTuple):
+class Written(NamedTuple):
+    """A page that a step writes to from token ``start`` of the page on, and how often it had been taken by then."""
+
+    holder: int
+    page: int
+    start: int
+    takes: int
+
+
+class PlannedStep(NamedTuple):
+    """What undoing a step takes."""
+
     number: int
     plan: weakref.ref[Plan]
     before: tuple[Before, ...]
+    written: tuple[Written, ...]
+
+    def check_no_heir(self, requests: Mapping[Hashable, CachedRequest]) -> None:
+        """Raises CPError if a request that was forked from tokens of the step still has some."""
+        for name, request in requests.items():
+            if any(inherited.number == self.number for inherited in request.inherited):
+                raise CPError(
+                    f"request {name!r} was forked from tokens of this step, and would keep them; release it first, or truncate it to the "
+                    "tokens from before the step"
+                )
+
+
+def pages_written(
+    requests: Sequence[CachedRequest], held: IntArray, new: IntArray, page_size: int, takes: Sequence[Mapping[int, int]]
+) -> list[Written]:
+    """Where a step writes whose requests have their pages by now.
+
+    Args:
+        held, new: ``[requests, holders]`` the tokens before the step, and those that it adds.
+        takes: of each holder's pages.
+    """
+    written = []
+    for request, *counts in zip(requests, held.tolist(), new.tolist(), strict=True):
+        for holder, (before, added) in enumerate(zip(*counts, strict=True)):
+            first, start = divmod(before, page_size)
+            for page in request.pages[holder][first:] if added else []:
+                written.append(Written(holder, page, start, takes[holder][page]))
+                start = 0
+    return written
 
 
 class History:
@@ -45,14 +75,14 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._steps: deque[_Step] = deque()
+        self._steps: deque[PlannedStep] = deque()
         self._dead: list[int] = []  # numbers of steps whose plans are gone
         self._planned = 0
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def add(self, plan: Plan, before: Sequence[Before]) -> None:
+    def add(self, plan: Plan, before: Sequence[Before], written: Sequence[Written]) -> None:
         while self._dead:
             number = self._dead.pop()
             while self._steps and self._steps[0].number <= number:
@@ -61,11 +91,15 @@ class History:
         # with ``self`` in it, the pool would be kept alive.
         number, dead = self._planned, self._dead
         self._planned += 1
-        self._steps.append(_Step(number, weakref.ref(plan, lambda _: dead.append(number)), tuple(before)))
+        self._steps.append(PlannedStep(number, weakref.ref(plan, lambda _: dead.append(number)), tuple(before), tuple(written)))
 
-    def last(self, plan: Any, requests: Mapping[Hashable, CachedRequest]) -> tuple[Before, ...]:
-        """The requests of the last step as they were before it. Raises CPError if ``plan`` is not the plan of that step, or a
-        request of it has been released, forked or truncated since."""
+    def tokens_of_steps(self, request: CachedRequest, length: int) -> list[Inherited]:
+        """Where, in the request's first tokens, those of each step begin that can still be undone."""
+        own = [Inherited(step.number, before.length) for step in self._steps for before in step.before if before.request is request]
+        return [inherited for inherited in [*request.inherited, *own] if inherited.first < length]
+
+    def last(self, plan: Any) -> PlannedStep:
+        """The last step. Raises CPError if ``plan`` is not the plan of it."""
         if not isinstance(plan, Plan):
             raise CPError(f"undo got a {type(plan).__name__}; pass the Plan that the last call of pool.plan returned")
         # By identity: another step may have an equal plan.
@@ -77,14 +111,7 @@ class History:
             )
         if later:
             raise CPError(f"this plan is not of the last step: {later} came after it and still stand; undo the last step first")
-        for before in self._steps[-1].before:
-            since = before.what_came_since(requests)
-            if since:
-                raise CPError(
-                    f"request {before.name!r} was {since} since this step was planned, and a step can be undone only before that; release "
-                    "the step's requests instead, and admit them again"
-                )
-        return self._steps[-1].before
+        return self._steps[-1]
 
     def drop_last(self) -> None:
         self._steps.pop()

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cpattn.errors import PoolFullError
 from cpattn.metadata.batch import IntArray
+
+
+class Inherited(NamedTuple):
+    """A step whose tokens a request was forked from, and the first of them."""
+
+    number: int
+    first: int
 
 
 @dataclass
@@ -17,13 +25,12 @@ class CachedRequest:
     Attributes:
         owners: the rank that holds each token; rank 0 stands for all where the cache is replicated.
         pages: of each holder, in order: as many as its tokens need.
-        forks, truncations: how often it was the parent of a fork, and was truncated. A step before that cannot be undone.
+        inherited: steps that cannot be undone as long as it has tokens of theirs.
     """
 
     owners: IntArray
     pages: list[list[int]]
-    forks: int = 0
-    truncations: int = 0
+    inherited: list[Inherited] = field(default_factory=list)
 
 
 class PageBooks:
@@ -33,11 +40,13 @@ class PageBooks:
     Attributes:
         free: numbers of each holder's free pages; the last is taken first.
         uses: how many requests have each of the others.
+        takes: how often each page was taken: whether it is still what it was at some time.
     """
 
     def __init__(self, holders: int, num_pages: int) -> None:
         self.free = [list(range(num_pages))[::-1] for _ in range(holders)]
         self.uses: list[Counter[int]] = [Counter() for _ in range(holders)]
+        self.takes: list[Counter[int]] = [Counter() for _ in range(holders)]
 
     def require(self, needed: IntArray, page_size: int, what: str) -> None:
         """Raises PoolFullError if some holder has fewer free pages than it needs."""
@@ -69,6 +78,7 @@ class PageBooks:
     def take(self, holder: int) -> int:
         page = self.free[holder].pop()
         self.uses[holder][page] = 1
+        self.takes[holder][page] += 1
         return page
 
     def share(self, holder: int, pages: Iterable[int]) -> None:

@@ -17,9 +17,7 @@ LONGEST = 200
 
 def bookkeeping(pool: cpattn.KVPool) -> str:
     """All that a pool knows of requests, steps and pages; the order of free pages included, as it decides which are taken next."""
-    requests = {
-        name: (request.owners.tolist(), request.pages, request.forks, request.truncations) for name, request in pool._requests.items()
-    }
+    requests = {name: (request.owners.tolist(), request.pages) for name, request in pool._requests.items()}
     uses = [sorted(counts.items()) for counts in pool._books.uses]
     return repr((requests, pool._books.free, uses, len(pool._history)))
 
@@ -33,14 +31,15 @@ class Script:
     v: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
-    """A planned step: each rank's plan, the tokens of each request that are new in it, and the requests that were released,
-    forked or truncated since."""
+    """A planned step: each rank's plan, the tokens of each request that are new in it, each rank's slots of these (page and
+    place), and the requests that were released since."""
 
     plans: list[cpattn.Plan]
     new: dict[str, slice]
-    touched: set[str] = field(default_factory=set)
+    slots: list[list[tuple[int, int]]] = field(default_factory=list)
+    released: set[str] = field(default_factory=set)
 
 
 class ModelEngine:
@@ -67,6 +66,7 @@ class ModelEngine:
             pool.v_pages.fill_(torch.nan)
         self.scripts: dict[str, Script] = {}
         self.owners: dict[str, list[int]] = {}
+        self.origins: dict[str, list[Step]] = {}  # the step of each token
         self.steps: list[Step] = []  # that are not undone, the last at the end
 
     def length(self, name: str) -> int:
@@ -76,27 +76,26 @@ class ModelEngine:
         for pool in self.pools:
             pool.admit(name)
         self.scripts[name] = self._script()
-        self.owners[name] = []
+        self.owners[name], self.origins[name] = [], []
 
     def fork(self, parent: str, child: str, length: int) -> None:
         for pool in self.pools:
             pool.fork(parent, child, length)
         self.scripts[child] = self._script(self.scripts[parent], length)
-        self.owners[child] = self.owners[parent][:length]
-        self._touch(parent)
+        self.owners[child], self.origins[child] = self.owners[parent][:length], self.origins[parent][:length]
 
     def truncate(self, name: str, length: int) -> None:
         """The tokens that follow are others than those that are dropped."""
         for pool in self.pools:
             pool.truncate(name, length)
         self._shorten(name, length)
-        self._touch(name)
 
     def release(self, name: str) -> None:
         for pool in self.pools:
             pool.release(name)
-        del self.scripts[name], self.owners[name]
-        self._touch(name)
+        del self.scripts[name], self.owners[name], self.origins[name]
+        for step in self.steps:
+            step.released |= {name} & set(step.new)
 
     def step(self, extends: Sequence[tuple[str, int]], strategy: str = "auto", partition: str = "zigzag", pad_to: int = 1) -> Tensor:
         """Plans and computes a step, checks its output and the cache, and returns the output ``[tokens, Hq, Dv]``."""
@@ -112,6 +111,9 @@ class ModelEngine:
         # The plan's chunks in order say which rank has each new token.
         for chunk in plans[0].chunks:
             self.owners[names[chunk.request]] += [chunk.rank] * chunk.length
+        for name, rows in step.new.items():
+            self.origins[name] += [step] * (rows.stop - rows.start)
+        step.slots = [[slot for name, rows in step.new.items() for slot in self.slots(rank, name, rows)] for rank in range(self.cp_size)]
         self.steps.append(step)
         return step
 
@@ -150,20 +152,27 @@ class ModelEngine:
     def undo(self, spoiled_ranks: Sequence[int] = ()) -> None:
         """Takes the last step back, after it has written NaN for its new tokens on some ranks, as one does that fails in the middle."""
         step = self.steps[-1]
-        slots = [[slot for name, rows in step.new.items() for slot in self.slots(rank, name, rows)] for rank in range(self.cp_size)]
         for rank in spoiled_ranks:
-            for page, place in slots[rank]:
+            for page, place in step.slots[rank]:
                 for pages in self.both_pages(rank):
                     pages[0, page, place] = torch.nan
         for pool, plan in zip(self.pools, step.plans, strict=True):
             pool.undo(plan)
         self.steps.pop()
         for name, rows in step.new.items():
-            self._shorten(name, rows.start)
+            if name not in step.released:
+                self._shorten(name, min(rows.start, self.length(name)))
         for rank in range(self.cp_size):
-            for page, place in slots[rank]:
+            # A page that the step had taken may be another's by now: a copy that a step made is kept when that is undone.
+            kept = {slot for name in self.owners for slot in self.slots(rank, name, slice(None))}
+            for page, place in set(step.slots[rank]) - kept:
                 assert all((pages[0, page, place] == 0).all() for pages in self.both_pages(rank)), f"page {page}, {place} on rank {rank}"
         self.check()
+
+    def heirs(self, step: Step) -> set[str]:
+        """Requests that were forked from tokens of a step and still have some, for which it cannot be undone."""
+        own = set(step.new) - step.released
+        return {name for name, origins in self.origins.items() if name not in own and any(origin is step for origin in origins)}
 
     def slots(self, rank: int, name: str, tokens: slice) -> list[tuple[int, int]]:
         """The page and the place in it of those of a request's tokens that a rank holds."""
@@ -208,10 +217,4 @@ class ModelEngine:
 
     def _shorten(self, name: str, length: int) -> None:
         self.scripts[name] = self._script(self.scripts[name], length)
-        del self.owners[name][length:]
-
-    def _touch(self, name: str) -> None:
-        """Steps of this request so far cannot be undone any more."""
-        for step in self.steps:
-            if name in step.new:
-                step.touched.add(name)
+        del self.owners[name][length:], self.origins[name][length:]

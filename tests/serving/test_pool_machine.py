@@ -88,12 +88,12 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "engine") and len(self.engine.steps) > 0)
     @rule(data=st.data())
     def undo(self, data: st.DataObject) -> None:
-        """A step that was computed, if none of its requests was touched since; any other step is refused."""
+        """A step that was computed, if no request forked since has tokens of it; any other step is refused."""
         *earlier, last = self.engine.steps
         if earlier:
             wrong = data.draw(st.sampled_from(earlier))
             changes_nothing(self.engine, lambda rank: self.engine.pools[rank].undo(wrong.plans[rank]), cpattn.CPError)
-        if last.touched:
+        if self.engine.heirs(last):
             changes_nothing(self.engine, lambda rank: self.engine.pools[rank].undo(last.plans[rank]), cpattn.CPError)
         else:
             self.engine.undo()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,33 +124,91 @@ def test_only_the_very_plan_of_a_step_undoes_it() -> None:
     pool.undo(again)
 
 
-def release_and_admit(pool: cpattn.KVPool) -> None:
-    pool.release("a")
-    pool.admit("a")
+def all_nan(pool: cpattn.KVPool) -> None:
+    for pages in (pool.k_pages, pool.v_pages):
+        assert pages is not None
+        pages.fill_(torch.nan)
 
 
-@pytest.mark.parametrize(
-    ("since", "what"),
-    [
-        (lambda pool: pool.release("a"), "released"),
-        (release_and_admit, "released"),
-        (lambda pool: pool.fork("a", "c", 5), "forked"),
-        (lambda pool: pool.truncate("a", 5), "truncated"),
-    ],
-    ids=["released", "released and admitted again", "forked", "truncated"],
-)
-def test_a_step_whose_requests_have_changed_since_is_not_undone(since: Callable[[cpattn.KVPool], None], what: str) -> None:
+@pytest.mark.parametrize("admitted_again", [False, True])
+def test_a_released_request_leaves_no_nan_in_its_pages(admitted_again: bool) -> None:
     pool = pool_of()
-    before = pool.plan([("a", 5)])
-    plan = pool.plan([("b", 1), ("a", 1)])
-    since(pool)
-    refused(
-        pool, plan, f"request 'a' was {what} since this step was planned, .*; release the step's requests instead, and admit them again"
-    )
-    later = pool.plan([("b", 2)])
-    pool.undo(later)
-    refused(pool, plan, f"request 'a' was {what}")
-    refused(pool, before, "not of the last step")
+    pool.plan([("a", 6)])
+    plan = pool.plan([("b", 1), ("a", 5)])
+    (_, second, third), _ = pool.page_table(["a", "b"]).tolist()
+    all_nan(pool)
+    pool.release("a")
+    if admitted_again:
+        pool.admit("a")
+    pool.undo(plan)
+    assert (pool.k_pages[:, third] == 0).all()
+    assert (pool.k_pages[:, second, 2:] == 0).all()
+    assert pool.k_pages[:, second, :2].isnan().all()
+    assert (pool.free_pages, pool.length("b")) == (8, 0)
+    if admitted_again:
+        assert pool.length("a") == 0
+
+
+@pytest.mark.parametrize(("length", "left"), [(9, 6), (6, 6), (3, 3)])
+def test_a_truncated_request_keeps_what_it_had_before_the_step_at_most(length: int, left: int) -> None:
+    pool = pool_of()
+    pool.plan([("a", 6)])
+    plan = pool.plan([("a", 5)])
+    _, second, third = pool.page_table(["a"])[0].tolist()
+    all_nan(pool)
+    pool.truncate("a", length)
+    pool.undo(plan)
+    assert pool.length("a") == left
+    assert (pool.k_pages[:, third] == 0).all()
+    assert (pool.k_pages[:, second, 2:] == 0).all()
+    assert pool.k_pages[:, second, :2].isnan().all()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_a_fork_with_tokens_of_the_step_has_to_go_first(sharded: bool) -> None:
+    pool = pool_of(cp_size=2, sharded=sharded)
+    pool.plan([("a", 6)])
+    plan = pool.plan([("b", 1), ("a", 5)])
+    pool.fork("a", "prefix", 6)
+    pool.fork("a", "c", 11)
+    pool.fork("c", "d", 8)
+    pool.release("a")
+    message = "request {!r} was forked from tokens of this step, and would keep them; release it first, or truncate it to the tokens from"
+    refused(pool, plan, message.format("c"))
+    pool.release("c")
+    refused(pool, plan, message.format("d"))
+    pool.truncate("d", 6)
+    pool.undo(plan)
+    assert [pool.length(name) for name in ("b", "d", "prefix")] == [0, 6, 6]
+
+
+def test_a_fork_that_has_copied_the_steps_tokens_has_to_go_too() -> None:
+    """The later step is undone, but the copy that it made stays."""
+    pool = pool_of()
+    first = pool.plan([("a", 3)])
+    pool.fork("a", "c", 3)
+    pool.undo(pool.plan([("c", 1), ("a", 0)]))
+    refused(pool, first, "request 'c' was forked from tokens of this step")
+    pool.truncate("c", 0)
+    pool.plan([("c", 3)])
+    pool.release("c")
+
+
+def test_a_copy_kept_by_a_later_step_is_not_cleared_with_an_earlier_one() -> None:
+    pool = pool_of(num_pages=6)
+    pool.admit("c")
+    pool.plan([("c", 6)])
+    pool.fork("c", "d", 6)
+    first = pool.plan([("a", 4)])
+    (page,) = pool.page_table(["a"])[0].tolist()
+    pool.release("a")
+    pool.k_pages.fill_(1.0)
+    second = pool.plan([("d", 1)])
+    assert pool.page_table(["d"])[0].tolist()[1] == page
+    pool.undo(second)
+    pool.undo(first)
+    assert (pool.k_pages[:, page, :2] == 1).all()
+    assert (pool.k_pages[:, page, 2:] == 0).all()
 
 
 def test_what_happens_to_other_requests_does_not_matter() -> None:
