@@ -95,6 +95,7 @@ class KVPool:
         pool_checks.check_flag("sharded", sharded)
         pool_checks.check_dtype(dtype)
         device = parse_device(device)
+        pool_checks.check_holds_data(device)
         self.page_size = shape[2]
         self.cp_size = pool_checks.parse_size("cp_size", cp_size)
         self.cp_rank = pool_checks.parse_rank(cp_rank, self.cp_size)
@@ -102,8 +103,8 @@ class KVPool:
         # Pages made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
-            self.k_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-            self.v_pages = torch.zeros(*shape, v_head_dim, dtype=dtype, device=device) if v_head_dim else None
+            self.k_pages = pool_checks.make_pages((*shape, head_dim), dtype, device)
+            self.v_pages = pool_checks.make_pages((*shape, v_head_dim), dtype, device) if v_head_dim else None
         self._holders = self.cp_size if sharded else 1
         self._here = self.cp_rank if sharded else 0
         self._books = PageBooks(self._holders, shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,25 @@ def check_dtype(dtype: Any) -> None:
         raise CPError(f"dtype={dtype!r}; pass the floating torch dtype of the model's keys and values, such as torch.bfloat16")
 
 
+def check_holds_data(device: torch.device) -> None:
+    if device.type == "meta":
+        raise CPError("device='meta' holds no data, and pages are to hold keys and values; pass 'cpu' or a CUDA device")
+
+
+def make_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros ``[num_layers, num_pages, page_size, kv_heads, head_dim]``. What does not fit is refused with its size, which torch
+    does not always say."""
+    try:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        layers, pages, page_size, heads, head_dim = shape
+        raise CPError(
+            f"{pages} pages of {page_size} tokens in {layers} layers, {heads} heads of {head_dim} each in {dtype}, are "
+            f"{math.prod(shape) * dtype.itemsize} bytes, which cannot be had on {device} ({str(error).partition(chr(10))[0].rstrip('. ')}); they are made at once, "
+            "for K and for V: give fewer num_pages"
+        ) from error
+
+
 def check_name(request: Any) -> None:
     try:
         hash(request)
@@ -61,6 +81,8 @@ def parse_extends(extends: Any) -> list[tuple[Hashable, int]]:
         check_name(name)
         if not is_integer(count) or count < 0:
             raise BatchError(f"request {name!r} gets {shown(count)} new tokens ({type(count).__name__}); pass an integer of at least 0")
+        if count > MAX_TOKENS:
+            raise BatchError(f"request {name!r} gets {count} new tokens; the limit is {MAX_TOKENS} (row numbers are int32): give fewer")
         pairs.append((name, int(count)))
     return pairs
 

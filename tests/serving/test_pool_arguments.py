@@ -30,6 +30,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(({"dtype": wrong}, "dtype=.*; pass the floating torch dtype") for wrong in DTYPES),
     *(({"sharded": wrong}, f"sharded={wrong!r} .*; pass True or False") for wrong in (1, None, "yes")),
     *(({"device": wrong}, f"device={wrong!r} cannot be used on this machine .*; pass one of 'cpu'") for wrong in ("gpu", "", "cuda:99")),
+    ({"device": "meta"}, "device='meta' holds no data, and pages are to hold keys and values; pass 'cpu'"),
     *(({"device": wrong}, f"device={wrong!r} is a .*; pass a torch.device or its name, one of 'cpu'") for wrong in (None, 1.5, True)),
 ]
 
@@ -40,6 +41,24 @@ def test_what_no_pool_can_be_made_of(options: dict[str, Any], message: str) -> N
     with pytest.raises(cpattn.CPError, match=message) as refusal:
         cpattn.KVPool(**(sizes | options))
     assert isinstance(refusal.value, cpattn.RankError) == ("cp_rank" in options)
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**24], ids=["more than a size can say", "more than there is"])
+def test_pages_that_cannot_be_had_are_refused_with_their_size(size: int) -> None:
+    message = (
+        f"{size} pages of {size} tokens in 3 layers, 2 heads of 8 each in torch.bfloat16, are {size * size * 96} bytes, which cannot be "
+        r"had on cpu \(.+\); they are made at once, for K and for V: give fewer num_pages"
+    )
+    with pytest.raises(cpattn.CPError, match=message):
+        cpattn.KVPool(size, size, num_layers=3, kv_heads=2, head_dim=8, dtype=torch.bfloat16)
+
+
+def test_a_request_with_too_many_new_tokens_is_named() -> None:
+    pool = pool_of()
+    for name in "ab":
+        pool.admit(name)
+    with pytest.raises(cpattn.BatchError, match=r"request 'b' gets 1099511627776 new tokens; the limit is 2147483647 .*: give fewer"):
+        pool.plan([("a", 1), ("b", 2**40)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
