@@ -4,7 +4,8 @@ python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen
 
 It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
 cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
-exit code is 1 if any differs. Needs ``pip install transformers``; no GPU, and no download.
+exit code is 1 if any differs. In one step a kernel raises on one rank; all ranks take that step back and plan again.
+Needs ``pip install transformers``; no GPU, and no download.
 
 What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
 ``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=24, help="of the longest answers")
     parser.add_argument("--budget", type=int, default=128, help="new tokens of a step, at most")
     parser.add_argument("--pool-tokens", type=int, default=800, help="that the pages hold, over all ranks where they are sharded")
+    parser.add_argument("--fail-step", type=int, default=5, help="from which on a kernel is in use that raises once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     shape = ModelShape(kind=arguments.model)
@@ -51,7 +53,7 @@ def main() -> int:
             if sharded:
                 # Each rank has its part, and of every request a part-filled page of its own.
                 pages = pages // arguments.cp + len(requests) // 2
-            options = EngineOptions(shape, arguments.seed, arguments.budget, PAGE_SIZE, pages, sharded)
+            options = EngineOptions(shape, arguments.seed, arguments.budget, PAGE_SIZE, pages, sharded, arguments.fail_step)
             start = time.perf_counter()
             reports: list[Report] = ranks.run(serve, options, requests)
             seconds = time.perf_counter() - start
@@ -68,7 +70,8 @@ def main() -> int:
 
 def describe(report: Report, options: EngineOptions, cp_size: int) -> str:
     return (
-        f"{cp_size} processes: {report.steps} steps of up to {options.budget} tokens, {report.mixed_steps} of them mixed; "
+        f"{cp_size} processes: {report.steps} steps of up to {options.budget} tokens, {report.mixed_steps} of them mixed, and "
+        f"{report.failed_steps} failed and planned again; "
         f"{options.num_pages} pages of {options.page_size} tokens a rank ({report.cache_bytes / 1e6:.1f} MB): {report.evictions} finished "
         f"requests evicted, work waiting for pages in {report.waits} steps, {sum(one.preempted for one in report.served)} preempted"
     )

@@ -35,15 +35,19 @@ def random_requests(rng: np.random.Generator) -> list[Request]:
     return requests
 
 
-def run_step(pool: cpattn.KVPool, step: Step) -> list[int | None]:
-    """Writes each token as its own key, and reads the context back from the pages to continue it."""
+def run_step(pool: cpattn.KVPool, step: Step, spoiled: float | None = None) -> list[int | None]:
+    """Writes each token as its own key, and reads the context back from the pages to continue it; or writes what is no use."""
     meta = step.plan.metadata(0)
     table = pool.page_table([state.name for state, _ in step.work])
     cache = pool.layer(0, table)
     keys = torch.tensor(step.token_ids, dtype=torch.float32)[:, None, None]
+    if spoiled is not None:
+        keys = keys * spoiled
     gathered, _ = cpattn.gather_kv(cpattn.shard(keys, meta), None, meta)
     cpattn.write_kv(gathered, None, cache, cpattn.slot_mapping(meta, table, pool.page_size))
     out: list[int | None] = []
+    if spoiled is not None:
+        return out
     for (state, _), line, last in zip(step.work, table, step.last_rows, strict=True):
         context = cache.k_pages[line.long()].flatten()[: pool.length(state.name)].long().tolist()
         assert context == state.tokens[: len(context)]
@@ -62,9 +66,18 @@ def test_scheduler_serves_any_workload(seed: int) -> None:
         num_pages = -(-max(len(request.prompt) + request.new_tokens for request in requests) // page_size) + int(rng.integers(0, 4))
     pool = cpattn.KVPool(num_pages, page_size, 1, 1, 1, 0)
     scheduler = Scheduler(pool, requests, budget)
+    failures = np.random.default_rng(seed)
     for count, step in enumerate(scheduler.steps()):
         assert count < 2000
         assert 0 < step.plan.num_tokens <= budget
+        if failures.random() < 0.2:
+            chunks = [state.chunks for state, _ in step.work]
+            run_step(pool, step, torch.nan)
+            scheduler.take_back(step)
+            before = [state.chunks + (pool.length(state.name) < state.prompt_len) for state, _ in step.work]
+            assert before == chunks
+            assert not pool.k_pages.isnan().any()
+            continue
         scheduler.append(step, run_step(pool, step))
     for state in scheduler.states.values():
         tokens = state.tokens[: state.prompt_len]
@@ -115,6 +128,7 @@ def test_every_token_equals_that_of_generate() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("27 of 27 tokens equal those of generate") == 2
     assert done.stdout.count("  401 of ") >= 2
+    assert done.stdout.count(", and 1 failed and planned again; ") == 2
     assert " NO" not in done.stdout
 
 

@@ -5,6 +5,7 @@ transformers looks its attention function up by name, and passes keyword argumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class PoolStep:
     pool: cpattn.KVPool
     meta: cpattn.CPMetadata
     page_table: Tensor
+    backend: str | Callable[..., tuple[Tensor, Tensor]] = "auto"
 
 
 def pool_attention(
@@ -88,6 +90,10 @@ def pool_attention(
         kv_cache=pool_step.pool.layer(layer, pool_step.page_table),
         scale=scaling,
         window=sliding_window,
+        backend=pool_step.backend,
+        # An exception on one rank is one on all, so that all take the step back. It waits for the device in every call.
+        check=True,
+        label=f"layer {layer}",
     )
     return out[None], None
 

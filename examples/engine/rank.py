@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import cpattn
+from cpattn.attention.backend import AttentionOptions
 from engine.model import ModelShape, PoolStep, build_model, use_pool
 from engine.scheduler import Scheduler, Step
 from engine.workload import Request
+
+# In a row, before the engine gives up.
+MOST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class EngineOptions:
     budget: new tokens of a step.
     page_size, num_pages: of each rank's pool.
     sharded: whether each rank keeps its own tokens only, or all.
+    fail_step: the step from which on the last rank's kernel is one that raises once, to show what becomes of it; None for never.
     """
 
     shape: ModelShape
@@ -29,6 +36,25 @@ class EngineOptions:
     page_size: int
     num_pages: int
     sharded: bool
+    fail_step: int | None = None
+
+
+class FailsOnce:
+    """A kernel that raises at its third launch, in the middle of a step, as one does that has run out of memory."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    @property
+    def has_failed(self) -> bool:
+        return self.launches == 3
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, **options: Any) -> tuple[Tensor, Tensor]:
+        self.launches += 1
+        if self.has_failed:
+            raise RuntimeError("a kernel failed, as the example asked for")
+        out_dtype = options.pop("out_dtype")
+        return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(**options), out_dtype)
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class Report:
 
     Attributes:
         steps, mixed_steps: forward passes, and those of them with decodes and prefills together.
+        failed_steps: that were taken back and planned again.
         evictions: of finished requests whose pages were needed.
         waits: steps in which work waited for pages.
         cache_bytes: of this rank's pages.
@@ -66,6 +93,7 @@ class Report:
     served: list[Served]
     steps: int
     mixed_steps: int
+    failed_steps: int
     evictions: int
     waits: int
     cache_bytes: int
@@ -90,9 +118,22 @@ def serve(options: EngineOptions, requests: list[Request]) -> Report:
     )
     scheduler = Scheduler(pool, requests, options.budget)
     top: dict[str, list[tuple[float, float]]] = {request.name: [] for request in requests}
-    steps = mixed_steps = 0
-    for step in scheduler.steps():
-        tokens, pairs = run_step(model, pool, step, rank)
+    steps = mixed_steps = failed_steps = failures = 0
+    odd = FailsOnce() if options.fail_step is not None and rank == cp_size - 1 else None
+    for number, step in enumerate(scheduler.steps()):
+        is_odd = odd is not None and number >= (options.fail_step or 0) and not odd.has_failed
+        try:
+            tokens, pairs = run_step(model, pool, step, rank, odd if is_odd else "auto")
+        except cpattn.GroupError:
+            raise  # the ranks are out of step, or one is gone: start them anew
+        except Exception:
+            failures += 1
+            if failures == MOST_FAILURES:
+                raise
+            scheduler.take_back(step)
+            failed_steps += 1
+            continue
+        failures = 0
         scheduler.append(step, tokens)
         for (state, _), pair in zip(step.work, pairs, strict=True):
             if pair is not None:
@@ -107,11 +148,11 @@ def serve(options: EngineOptions, requests: list[Request]) -> Report:
         for state in scheduler.states.values()
     ]
     assert pool.v_pages is not None
-    return Report(served, steps, mixed_steps, scheduler.evictions, scheduler.waits, pool.k_pages.nbytes + pool.v_pages.nbytes)
+    return Report(served, steps, mixed_steps, failed_steps, scheduler.evictions, scheduler.waits, pool.k_pages.nbytes + pool.v_pages.nbytes)
 
 
 def run_step(
-    model: PreTrainedModel, pool: cpattn.KVPool, step: Step, rank: int
+    model: PreTrainedModel, pool: cpattn.KVPool, step: Step, rank: int, backend: Any = "auto"
 ) -> tuple[list[int | None], list[tuple[float, float] | None]]:
     """One forward pass over this rank's share of the step's tokens.
 
@@ -124,7 +165,7 @@ def run_step(
         input_ids=input_ids[None],
         position_ids=meta.position_ids[None],
         use_cache=False,
-        pool_step=PoolStep(pool, meta, page_table),
+        pool_step=PoolStep(pool, meta, page_table, backend),
     ).last_hidden_state[0]
     # Logits only where a request's last token lies; what travels is two numbers a row, and every rank reads the same.
     is_last = torch.isin(meta.token_index, torch.tensor([row for row in step.last_rows if row is not None]))
@@ -133,7 +174,7 @@ def run_step(
     local_tokens[is_last] = top.indices[:, 0]
     local_top = torch.zeros(meta.rows, 2)
     local_top[is_last] = top.values
-    tokens, pairs = cpattn.unshard(local_tokens, meta).tolist(), cpattn.unshard(local_top, meta).tolist()
+    tokens, pairs = (cpattn.unshard(x, meta, check=True).tolist() for x in (local_tokens, local_top))
     return (
         [None if row is None else tokens[row] for row in step.last_rows],
         [None if row is None else tuple(pairs[row]) for row in step.last_rows],

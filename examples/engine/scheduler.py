@@ -95,7 +95,7 @@ class Scheduler:
         self.waits = 0
 
     def steps(self) -> Iterator[Step]:
-        """The steps until all requests are finished. Call :meth:`append` for each before the next."""
+        """The steps until all requests are finished. Call :meth:`append` for each before the next, or :meth:`take_back`."""
         while self._coming or self._waiting or self._running:
             self._arrive()
             self._clock += 1
@@ -111,6 +111,12 @@ class Scheduler:
                 self._running.remove(state)
                 self._resident.append(state)
                 self._full = False
+
+    def take_back(self, step: Step) -> None:
+        """Undoes a step that failed, on whichever rank: its tokens are not in the cache. The next step is planned from there."""
+        self._pool.undo(step.plan)
+        for state, _ in step.work:
+            state.chunks -= self._pool.length(state.name) < state.prompt_len
 
     def release_all(self) -> None:
         """Gives back all pages of finished requests."""
