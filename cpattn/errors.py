@@ -60,11 +60,13 @@ class PoolFullError(CPError):
 
 
 class GroupError(CPError):
-    """The process group does not fit the metadata: another size, another rank, or none at all. Or it cannot be used any more."""
+    """The process group does not fit the metadata (another size, another rank, or none at all), or cannot be used: two calls were
+    made on it at once, or a transfer failed or was interrupted. Then it is given up, and every later call on it raises this."""
 
 
 class DisagreementError(CPError):
-    """The ranks of one call do not agree: other plans, other arguments, or one of them refused."""
+    """The ranks of a checked call do not agree (other plans, arguments, labels or numbers of calls), or one of them refused it or
+    failed in the middle of it."""
 
 
 class UnknownNameError(CPError):
@@ -76,4 +78,4 @@ class UnsupportedError(CPError):
 
 
 class BackendError(CPError):
-    """A kernel returned something else than it must."""
+    """A caller's kernel returned something else than it must, or, where that is compared, a wrong result."""

@@ -57,6 +57,10 @@ def gather_kv(
 
     Raises:
         CPError: in its subclasses, before anything is sent.
+        GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
+        DisagreementError: with ``check``, where the ranks' plans or arguments differ, or another rank failed.
+
+    Of a rank that fails in the middle of the call, K arrives as NaN and V as 0.
     """
     checks.check_metadata(meta)
     communicator = as_communicator(group, meta.plan.cp_size)
@@ -213,13 +217,14 @@ def attend(
         kv_cache: replicated pages. They are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`.
         check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
-            call. No other rank is asked.
+            call. A few rows of what a caller's own kernel returns are compared with the reference. No other rank is asked.
 
     Returns:
         As :func:`cp_attention`.
 
     Raises:
         CPError: in its subclasses, before anything is computed.
+        BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """
     if unknown:
         refuse_words("attend", unknown, _ATTEND_KEYWORDS)
