@@ -52,9 +52,10 @@ def make_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
         return torch.zeros(*shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
         layers, pages, page_size, heads, head_dim = shape
+        why = str(error).partition("\n")[0].rstrip(". ")
         raise CPError(
             f"{pages} pages of {page_size} tokens in {layers} layers, {heads} heads of {head_dim} each in {dtype}, are "
-            f"{math.prod(shape) * dtype.itemsize} bytes, which cannot be had on {device} ({str(error).partition(chr(10))[0].rstrip('. ')}); they are made at once, "
+            f"{math.prod(shape) * dtype.itemsize} bytes, which cannot be had on {device} ({why}); they are made at once, "
             "for K and for V: give fewer num_pages"
         ) from error
 
