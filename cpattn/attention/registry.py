@@ -23,15 +23,15 @@ _GPU_ORDERS = {
 # On 9 (H100, H200) no backend is the fastest at everything. What the quotients are of: benchmarks/results/backends_gpu_fa3.md and
 # backends_gpu_fa4.md, times as graphs, of flash_attn3 or flash_attn4 to those of triton.
 _HOPPER_ORDERS = {
-    # flash_attn3 0.20 to 1.04, as it splits long rows; flash_attn4 1.03 to 3.05.
+    # flash_attn3 0.20 to 1.00, as it splits long rows; flash_attn4 1.03 to 3.05.
     "decoding": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
     # triton merges partial results and takes sinks in its kernel; flash_attn3 needs a pass over its result for either.
     "merging or sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 1.06 to 1.07, flash_attn4 1.00 to 2.22.
     "pages": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
-    # flash_attn3 0.94 to 0.96, flash_attn4 0.95 to 0.97.
+    # flash_attn3 0.95 to 0.97, flash_attn4 0.95 to 0.97.
     "long": ["flash_attn3", "flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
-    # flash_attn3 0.82 to 0.86, flash_attn4 up to 1.42, and of the host's time 3 times as much.
+    # flash_attn3 0.81 to 0.85, flash_attn4 up to 1.42, and of the host's time 3 times as much.
     "short": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
 }
 _CPU_ORDER = ["cpu", "reference"]
