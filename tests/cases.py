@@ -13,6 +13,19 @@ from torch import Tensor
 import cpattn
 from cpattn.testing import oracle_attention, relative_rmse, rmse, rmse_bound, run_loopback, single_device_bound
 
+# Each strategy with the caches that it serves.
+EXCHANGES = [
+    ("all_gather", "packed"),
+    ("all_gather", "paged"),
+    ("ring", "packed"),
+    ("ring", "paged"),
+    ("ring", "sharded"),
+    ("pass_q", "packed"),
+    ("pass_q", "sharded"),
+    ("pass_q_ring", "packed"),
+    ("pass_q_ring", "sharded"),
+]
+
 
 @dataclass
 class AttentionCase:

@@ -18,24 +18,13 @@ from typing import Any
 import fault_programs
 import numpy as np
 import torch
-from cases import AttentionCase
+from cases import EXCHANGES, AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 from fault_injection import Injected
 
 import cpattn
 from cpattn.testing import ProcessRanks, run_loopback
 
-EXCHANGES = [
-    ("all_gather", "packed"),
-    ("all_gather", "paged"),
-    ("ring", "packed"),
-    ("ring", "paged"),
-    ("ring", "sharded"),
-    ("pass_q", "packed"),
-    ("pass_q", "sharded"),
-    ("pass_q_ring", "packed"),
-    ("pass_q_ring", "sharded"),
-]
 # Batches that a group of processes runs before another is drawn from loopback.
 GLOO_EVERY, GLOO_BATCHES, GLOO_RANKS = 40, 8, 3
 # A fault is at a line of the call; calls have some hundreds.

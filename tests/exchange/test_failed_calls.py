@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
+from cases import EXCHANGES, AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed, with_fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,17 +23,6 @@ from cpattn.exchange import in_flight
 from cpattn.exchange.strategy import Steps
 from cpattn.testing import run_loopback
 
-EXCHANGES = [
-    ("all_gather", "packed"),
-    ("all_gather", "paged"),
-    ("ring", "packed"),
-    ("ring", "paged"),
-    ("ring", "sharded"),
-    ("pass_q", "packed"),
-    ("pass_q", "sharded"),
-    ("pass_q_ring", "packed"),
-    ("pass_q_ring", "sharded"),
-]
 MIXED = [(0, 31), (14, 17), (0, 3), (27, 1), (10, 0), (0, 1)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
+from cases import EXCHANGES, AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,17 +21,6 @@ batches = st.lists(st.tuples(prefixes, lengths), max_size=12)
 
 
 # What each strategy can serve.
-EXCHANGES = [
-    ("all_gather", "packed"),
-    ("all_gather", "paged"),
-    ("ring", "packed"),
-    ("ring", "paged"),
-    ("ring", "sharded"),
-    ("pass_q", "packed"),
-    ("pass_q", "sharded"),
-    ("pass_q_ring", "packed"),
-    ("pass_q_ring", "sharded"),
-]
 all_exchanges = pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
 
 

@@ -5,23 +5,11 @@ from __future__ import annotations
 import pytest
 import rank_programs as programs
 import torch
-from cases import AttentionCase
+from cases import EXCHANGES, AttentionCase
 from strategies import Batch
 
 import cpattn
 from cpattn.testing import ProcessRanks
-
-EXCHANGES = [
-    ("all_gather", "packed"),
-    ("all_gather", "paged"),
-    ("ring", "packed"),
-    ("ring", "paged"),
-    ("ring", "sharded"),
-    ("pass_q", "packed"),
-    ("pass_q", "sharded"),
-    ("pass_q_ring", "packed"),
-    ("pass_q_ring", "sharded"),
-]
 
 MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import fault_programs as programs
 import pytest
-from cases import AttentionCase
+from cases import EXCHANGES, AttentionCase
 from failed_calls import Faults, check_partly_failed
 
 from cpattn.testing import ProcessRanks
 
-EXCHANGES = [
-    ("all_gather", "packed"),
-    ("all_gather", "paged"),
-    ("ring", "packed"),
-    ("ring", "sharded"),
-    ("pass_q", "sharded"),
-    ("pass_q_ring", "packed"),
-    ("pass_q_ring", "sharded"),
-]
 MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ProcessRanks]:
+    """Of one size, as tests of failures take seconds; others are in test_failed_calls.py, over loopback."""
+    with ProcessRanks(3, timeout=60) as started:
+        yield started
 
 
 @pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
