@@ -120,6 +120,8 @@ def go_on_after_ctrl_c(strategy: str, late: float, raises: bool) -> tuple[list[s
     kernel raises, while it carries out the rest. What each of three calls gave, and how long the first took."""
     rank, seconds = dist.get_rank(), 0.0
     seen: list[str] = []
+    # What a shell starts in the background is made to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, out_dtype: torch.dtype, **options: Any) -> Any:
         if raises and rank == 0 and not seen:

@@ -88,8 +88,8 @@ def test_ctrl_c_leaves_a_group_that_works(ranks: ProcessRanks, strategy: str, ra
 
 def test_ctrl_c_waits_for_five_seconds_at_most() -> None:
     """Then the group is given up, on this rank at once and on the others when they come."""
-    with ProcessRanks(2, timeout=20) as ranks:
-        (first, seconds), (late, _) = ranks.run(programs.go_on_after_ctrl_c, "ring", 9.0, False)
+    with ProcessRanks(2, timeout=6) as ranks:
+        (first, seconds), (late, _) = ranks.run(programs.go_on_after_ctrl_c, "ring", 7.0, False)
     assert first[0] == "KeyboardInterrupt: "
     assert 5 < seconds < 8
     assert all(what.startswith("GroupError: this group cannot be used any more: a call was interrupted") for what in first[1:])
