@@ -11,13 +11,13 @@ from cpattn import checks
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
 from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
+from cpattn.current import is_capturing
 from cpattn.exchange.agreement import share_verdicts
 from cpattn.exchange.gather import gather_whole
 from cpattn.exchange.groups import Group, as_communicator
 from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import gather_rows_, whole_rows
 from cpattn.graphs import compiler_is_loaded, leaves_graph
-from cpattn.kernels.current import is_capturing
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words

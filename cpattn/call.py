@@ -17,6 +17,7 @@ from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.registry import choose_backend
 from cpattn.attention.verify import verified
 from cpattn.cache_checks import check_cache
+from cpattn.current import is_capturing, is_on_current_device
 from cpattn.errors import BackendError, UnsupportedError
 from cpattn.exchange.agreement import Account, agree, expect_verdicts
 from cpattn.exchange.communicator import Communicator, Transfer
@@ -25,7 +26,6 @@ from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, only_decodes
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
-from cpattn.kernels.current import is_capturing, is_on_current_device
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.page_checks import check_writable

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cpattn.metadata.batch import IntArray
+from cpattn.device_tables import IntArray
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cpattn import pool_checks
+from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV, TableLines
 from cpattn.memo import Memo
-from cpattn.metadata.batch import IntArray
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.plan import Plan, plan
 from cpattn.pool_history import Before, History, pages_written

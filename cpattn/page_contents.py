@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from cpattn.device_tables import expand_runs_on_host
 from cpattn.errors import PageTableError
 from cpattn.kv_cache import PagedKV
 from cpattn.memory_overlap import share_elements
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import expand_runs_on_host
 
 # Of pages of higher numbers several have one mark: a table that is the larger for it would be cleared in every call.
 _MOST_MARKS = 2**20

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
-from cpattn.metadata.batch import IntArray
 from cpattn.metadata.plan import Plan
 from cpattn.pool_pages import CachedRequest, Inherited
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cpattn.device_tables import IntArray
 from cpattn.errors import PoolFullError
-from cpattn.metadata.batch import IntArray
 
 
 class Inherited(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cpattn.attention.backend import Call
 from cpattn.attention.fa3_functions import call_functions
+from cpattn.current import is_capturing
 from cpattn.installed import is_installed
-from cpattn.kernels.current import is_capturing
 
 FIX = "pip install 'cpattn[fa3]' beside a torch for CUDA 13, or build the hopper folder of the flash-attention repository"
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.kernels.current import is_capturing
+from cpattn.current import is_capturing
+from cpattn.device_tables import DeviceTables, expand_runs_on_device
 from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import DeviceTables, expand_runs_on_device
 
 # How the rows lie to their diagonal; a kernel that knows only some of these is kept away from the others.
 #   bottom_right: the last query of every row sees the range's last key and no further: what "causal" means in varlen kernels

@@ -17,7 +17,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.reference import keys_of, reference_attention
 from cpattn.attention.rounding import Sizes, rounding_bounds
 from cpattn.attention.rows import RaggedRows
-from cpattn.metadata.batch import IntArray
+from cpattn.device_tables import IntArray
 
 # Queries that are compared of a launch; half of them are the first or the last of a row, where masks go wrong.
 _MOST = 8

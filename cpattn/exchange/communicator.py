@@ -14,8 +14,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from cpattn.current import is_capturing
 from cpattn.exchange.group_state import GroupState
-from cpattn.kernels.current import is_capturing
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from types import TracebackType
 
 import torch
 
+from cpattn.current import is_capturing
 from cpattn.exchange.communicator import Communicator, Transfer, Work
 from cpattn.exchange.settling import Settling
-from cpattn.kernels.current import is_capturing
 
 # How long the transfers of an interrupted call may take before the group is given up, in seconds.
 INTERRUPTED_WAITS = 5.0

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.attention.rows import Alignment, RaggedRows, RowTable
+from cpattn.device_tables import exclusive_cumsum
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import exclusive_cumsum
 from cpattn.metadata.plan import Plan
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.attention.rows import RaggedRows
+from cpattn.current import is_on_current_device
 from cpattn.kernels.arguments import Blocks
 from cpattn.kernels.available import kernel_module
-from cpattn.kernels.current import is_on_current_device
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
 from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from cpattn.current import is_capturing
 from cpattn.kernels.cuda_driver import why_missing
-from cpattn.kernels.current import is_capturing
 
 Release = tuple[int, int]
 

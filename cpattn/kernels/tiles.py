@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.rows import HostRows, RaggedRows
+from cpattn.current import is_capturing
+from cpattn.device_tables import DeviceTables, exclusive_cumsum
 from cpattn.errors import CPError
-from cpattn.kernels.current import is_capturing
 from cpattn.kernels.tile_shapes import TileShape
 from cpattn.metadata.batch import IntArray
-from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum
 
 # Columns of a tile in the table that the kernel reads; see Tiles.
 TILE_FIELDS = 8

@@ -14,7 +14,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from cpattn.kernels.current import is_capturing
+from cpattn.current import is_capturing
 
 # Counters that are made at once, each at a multiple of 16 bytes, for which kernels are compiled; and how few may be left
 # before more are made. That is done by launches that no graph captures, as it would capture that as well: what is left

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cpattn.device_tables import IntArray as IntArray
 from cpattn.errors import BatchError, CPError, PlanError, shown
-
-IntArray: TypeAlias = npt.NDArray[np.int64]
 
 # Row numbers are int32 on the device, as varlen attention kernels take them.
 MAX_TOKENS = 2**31 - 1

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.device_tables import DeviceTables, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.memo import Memo
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
-from cpattn.metadata.device_tables import DeviceTables, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
 
 if TYPE_CHECKING:
     from cpattn.metadata.plan import Plan

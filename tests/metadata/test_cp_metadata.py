@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn import CPError, CPMetadata, Plan, RowCountError
-from cpattn.metadata.device_tables import DeviceTables, expand_runs_on_device, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, expand_runs_on_device, expand_runs_on_host
 
 CHUNK_TENSORS = ("chunk_request", "cu_seqlens_q", "k_len", "k_start")
 TOKEN_TENSORS = ("token_index", "position_ids", "restore_index", "extend_key_rows", "prefix_key_rows")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cpattn import checks
 from cpattn.api import shard
+from cpattn.device_tables import DeviceTables
 from cpattn.errors import RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import DeviceTables
 
 IGNORED = -100
 """What the losses of transformers and torch pass over."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from cpattn.device_tables import DeviceTables
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.device_tables import DeviceTables
 
 
 class LastRows(NamedTuple):

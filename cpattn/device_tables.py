@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpattn.metadata.batch import IntArray
+IntArray: TypeAlias = npt.NDArray[np.int64]
 
 # Each table begins on a 16-byte boundary, so that kernels may load it with vector instructions.
 _ALIGN = 4
