@@ -23,8 +23,8 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.rows import RaggedRows
-from cpattn.exchange.communicator import Work
 from cpattn.testing import SoloCommunicator
+from cpattn.transports.transport import Work
 
 # In which the cache is whole on every rank; benchmarks/bench_serving.py has the others.
 STRATEGIES = ("all_gather", "ring")

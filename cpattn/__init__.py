@@ -27,10 +27,6 @@ from cpattn.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.groups import release
-from cpattn.exchange.loopback import LoopbackGroup
-from cpattn.exchange.process_group import ProcessGroupCommunicator
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.kv_pool import KVPool
@@ -39,6 +35,10 @@ from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
 from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
+from cpattn.transports.groups import release
+from cpattn.transports.loopback import LoopbackGroup
+from cpattn.transports.process_group import ProcessGroupCommunicator
+from cpattn.transports.transport import Communicator, Transport
 from cpattn.version import __version__
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "Request",
     "RowCountError",
     "TensorMismatchError",
+    "Transport",
     "UnknownNameError",
     "UnsupportedError",
     "__version__",

@@ -12,15 +12,15 @@ from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
 from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
 from cpattn.current import is_capturing
-from cpattn.exchange.agreement import share_verdicts
-from cpattn.exchange.gather import gather_whole
-from cpattn.exchange.groups import Group, as_communicator
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import gather_rows_, whole_rows
 from cpattn.graphs import compiler_is_loaded, leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words
+from cpattn.transports.agreement import share_verdicts
+from cpattn.transports.gather import gather_whole
+from cpattn.transports.groups import Group, as_transport
+from cpattn.transports.in_flight import InFlight
 
 # What cp_attention takes by keyword.
 KEYWORDS = (
@@ -111,7 +111,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         RowCountError, TensorMismatchError, GroupError, UnsupportedError (a gradient is required), DisagreementError.
     """
     checks.check_metadata(meta)
-    communicator = as_communicator(group, meta.plan.cp_size)
+    communicator = as_transport(group, meta.plan.cp_size)
 
     def validate() -> str:
         checks.check_group(meta, communicator)
@@ -219,7 +219,7 @@ def cp_attention(
         v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512): the latent then travels once.
         meta: this rank's metadata, on the tensors' device.
-        group: a ProcessGroup, one axis of a DeviceMesh, a Communicator, or None for the default group. With
+        group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group. With
             cp_size 1 none is needed. Calls over one group follow each other, in the same order on every rank; for several at
             once give each thread a process group of its own (``torch.distributed.new_group``).
         v_dim: the head dim of V where v is None.
@@ -263,7 +263,7 @@ def cp_attention(
     included. After that all ranks can go on with the group.
     """
     checks.check_metadata(meta)
-    communicator = as_communicator(group, meta.plan.cp_size)
+    communicator = as_transport(group, meta.plan.cp_size)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
 
     def validate() -> Decision:

@@ -19,10 +19,7 @@ from cpattn.attention.verify import verified
 from cpattn.cache_checks import check_cache
 from cpattn.current import is_capturing, is_on_current_device
 from cpattn.errors import BackendError, UnsupportedError
-from cpattn.exchange.agreement import Account, agree, expect_verdicts
-from cpattn.exchange.communicator import Communicator, Transfer
 from cpattn.exchange.driver import Driver, Precision
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, only_decodes
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
@@ -32,6 +29,9 @@ from cpattn.page_checks import check_writable
 from cpattn.page_contents import check_page_contents
 from cpattn.slow_reference import warn_of_reference
 from cpattn.tensor_kinds import check_no_fp8
+from cpattn.transports.agreement import Account, agree, expect_verdicts
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
 
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Decision:
     sizes: ExchangeSizes
 
 
-def decide(arguments: Arguments, meta: CPMetadata, communicator: Communicator | None, *, check: bool = False) -> Decision:
+def decide(arguments: Arguments, meta: CPMetadata, communicator: Transport | None, *, check: bool = False) -> Decision:
     """Validates a call and chooses; what it finds is kept with the metadata, so that further layers are quick.
 
     Without a communicator nothing is to be sent or written: the group is not looked at, and a cache may be missing. What a
@@ -233,8 +233,8 @@ def expect(decision: Decision, meta: CPMetadata, in_flight: InFlight, check: boo
 
     def make() -> list[Transfer]:
         # A plan without any row has nothing to send, on no rank.
-        transfers = decision.strategy.transfers(decision.sizes, meta, in_flight.communicator) if meta.rows else []
-        return [*transfers, *expect_verdicts(in_flight.communicator, meta.device)] if check else transfers
+        transfers = decision.strategy.transfers(decision.sizes, meta, in_flight.transport) if meta.rows else []
+        return [*transfers, *expect_verdicts(in_flight.transport, meta.device)] if check else transfers
 
     in_flight.expect(make)
 

@@ -19,11 +19,11 @@ from cpattn.errors import (
     UnsupportedError,
     shown,
 )
-from cpattn.exchange.communicator import Communicator
 from cpattn.layout_hints import hint_heads
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.tensor_kinds import check_kind
+from cpattn.transports.transport import Transport
 
 # All that ranks tell each other of a call has to fit into a small message.
 _LONGEST_LABEL = 100
@@ -37,7 +37,7 @@ def check_metadata(meta: Any) -> None:
         raise CPError(f"meta is a {type(meta).__name__}; pass the CPMetadata of this rank: plan.metadata(cp_rank, device)")
 
 
-def check_group(meta: CPMetadata, communicator: Communicator) -> None:
+def check_group(meta: CPMetadata, communicator: Transport) -> None:
     plan = meta.plan
     if communicator.size != plan.cp_size:
         raise GroupError(

@@ -16,9 +16,6 @@ from cpattn.attention.merge import lse_with_nan
 from cpattn.call import Arguments, BackendChoice, decide, refusal_of, run, validated
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
-from cpattn.exchange.communicator import Transfer
-from cpattn.exchange.groups import Group, as_communicator
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
@@ -28,6 +25,9 @@ from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.other_words import refuse_words
 from cpattn.page_checks import check_attend, check_page_table, check_write, parse_page_size
 from cpattn.page_contents import check_slot_pages, check_slots
+from cpattn.transports.groups import Group, as_transport
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer
 
 # What attend takes by keyword.
 _ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "return_lse", "check")
@@ -63,7 +63,7 @@ def gather_kv(
     Of a rank that fails in the middle of the call, K arrives as NaN and V as 0.
     """
     checks.check_metadata(meta)
-    communicator = as_communicator(group, meta.plan.cp_size)
+    communicator = as_transport(group, meta.plan.cp_size)
 
     def validate() -> KVFormat:
         checks.check_group(meta, communicator)
@@ -237,10 +237,10 @@ def attend(
     decision = decide(arguments, meta, None, check=check)
 
     def steps(inputs: object, meta: CPMetadata, in_flight: InFlight) -> Steps:
-        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.communicator)
+        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.transport)
 
     problems: list[str] = []
-    with InFlight(as_communicator(None, 1), meta.device) as in_flight:
+    with InFlight(as_transport(None, 1), meta.device) as in_flight:
         out, lse = run(arguments, decision, meta, in_flight, steps, problems if check else None)
     refusal = refusal_of(problems)
     if refusal is not None:

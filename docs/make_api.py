@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "KVPool"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
-    "Groups": ("cpattn", ["Communicator", "ProcessGroupCommunicator", "LoopbackGroup", "release"]),
+    "Groups": ("cpattn", ["Transport", "LoopbackGroup", "release", "Communicator", "ProcessGroupCommunicator"]),
     "Errors": (
         "cpattn",
         [
@@ -130,14 +130,16 @@ def _anchor(name: str) -> str:
 
 def _entry(name: str, value: Any, module: Any) -> str:
     if inspect.isclass(value):
-        return _class_entry(name, value)
+        return _class_entry(name, value, module)
     if inspect.isfunction(value):
         return "\n".join([f"### `{name}`\n", _signature(name, value), _documentation(name, inspect.getdoc(value))])
     return f"### `{name}`\n\n" + _documentation(name, _constant_docstring(name, module))
 
 
-def _class_entry(name: str, value: type) -> str:
+def _class_entry(name: str, value: type, module: Any) -> str:
     parts = [f"### `{name}`\n"]
+    if value.__name__ != name and value.__name__ in module.__all__:
+        return "\n".join([*parts, _inline(f"Another name of :class:`{value.__name__}`.") + "\n"])
     if issubclass(value, Exception):
         return "\n".join([*parts, _documentation(name, value.__doc__)])
     if not inspect.isabstract(value):

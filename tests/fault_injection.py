@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 import cpattn
-from cpattn.exchange.in_flight import InFlight
+from cpattn.transports.in_flight import InFlight
 
 PACKAGE = str(Path(cpattn.__file__).parent)
 # What starts a transfer or waits for one: where it raises the transfer itself has failed, which is another matter.
-TRANSPORT = tuple(f"{PACKAGE}/exchange/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback"))
-COMMUNICATOR, MEMORY = f"{PACKAGE}/exchange/communicator.py", {"buffer", "_view_of_buffer", "reuse", "release"}
+TRANSPORT = tuple(f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback"))
+BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "_view_of_buffer", "reuse", "release"}
 
 
 class Injected(RuntimeError):
@@ -41,7 +41,7 @@ class _Point:
                     getattr(call, "_has_begun", False) or frame.f_code.co_name == "expect"
                 )
             return None
-        if not name.startswith(PACKAGE) or name in TRANSPORT or (name == COMMUNICATOR and frame.f_code.co_name not in MEMORY):
+        if not name.startswith(PACKAGE) or name in TRANSPORT or (name == BASE and frame.f_code.co_name not in MEMORY):
             return None
         # A with statement is visited once more as it ends, before __exit__ is called, where nothing but an interrupt can raise.
         is_end = "with InFlight(" in linecache.getline(name, frame.f_lineno)

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "metadata": set(),
     "attention": {"metadata", "kernels"},
     "kernels": {"metadata", "attention"},
-    "exchange": {"metadata", "attention", "kernels"},
+    "transports": {"metadata", "attention", "kernels"},
+    "exchange": {"metadata", "attention", "kernels", "transports"},
 }
 
 

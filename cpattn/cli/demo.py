@@ -20,8 +20,8 @@ from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
 from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError, PlanError, shown
-from cpattn.exchange.groups import as_communicator
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
+from cpattn.transports.groups import as_transport
 
 _DEFAULT_BATCH = Path(__file__).parents[2] / "examples" / "batches" / "mixed.json"
 # What runs where there is no checkout beside the package, and so no batch file.
@@ -141,7 +141,7 @@ def rank_program(setting: Setting, strategy: str) -> RankResult:
     q, k, v, prefix = setting.tensors()
     meta = setting.plan.metadata(dist.get_rank())
     q_local, k_local, v_local = (cpattn.shard(x, meta) for x in (q, k, v))
-    communicator = as_communicator(None, setting.plan.cp_size)
+    communicator = as_transport(None, setting.plan.cp_size)
 
     def attend() -> tuple[Tensor, Tensor]:
         return cpattn.cp_attention(q_local, k_local, v_local, meta, kv_cache=prefix, strategy=strategy, return_lse=True, check=False)

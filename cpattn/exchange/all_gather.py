@@ -13,8 +13,6 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.communicator import Communicator, Transfer, Work
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, Message, gather_rows_, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows
 from cpattn.exchange.pages import read_pages_, write_pages_
@@ -23,6 +21,8 @@ from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps,
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport, Work
 
 
 def _is_alone(sizes: ExchangeSizes, meta: CPMetadata) -> bool:
@@ -30,14 +30,14 @@ def _is_alone(sizes: ExchangeSizes, meta: CPMetadata) -> bool:
     return meta.plan.cp_size == 1 and (sizes.is_paged or not sizes.has_cache)
 
 
-def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
     if _is_alone(sizes, meta):
         return []
     return [gathered.transfer for gathered in gathered_buffers(communicator, sizes.group, meta, sizes.overlap)]
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    cache, communicator = inputs.cache, in_flight.communicator
+    cache, communicator = inputs.cache, in_flight.transport
     if _is_alone(inputs.sizes, meta):
         if isinstance(cache, PagedKV):
             write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
@@ -99,7 +99,7 @@ class Gathered(NamedTuple):
     transfer: Transfer
 
 
-def gathered_buffers(communicator: Communicator, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
+def gathered_buffers(communicator: Transport, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
     """Reused memory for ``groups`` groups of KV heads; ``kv`` is of one of them."""
     all_rows = communicator.size * meta.rows
 
@@ -124,7 +124,7 @@ def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetada
 
 
 def over_pages(
-    pages: PagedKV, kv: KVFormat, reads_pages: bool, meta: CPMetadata, communicator: Communicator, heads: slice | None = None
+    pages: PagedKV, kv: KVFormat, reads_pages: bool, meta: CPMetadata, communicator: Transport, heads: slice | None = None
 ) -> Step:
     """All keys where they lie in the pages, or a copy of them in order for a backend that can not read those."""
     if reads_pages:

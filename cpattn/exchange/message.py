@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpattn.exchange.communicator import Communicator
 from cpattn.exchange.put_rows import put_rows_
 from cpattn.kernels.available import has_kernels, kernel_module
+from cpattn.transports.transport import Transport
 
 
 class KVFormat(NamedTuple):
@@ -77,7 +77,7 @@ class Message(NamedTuple):
         return cls(whole, kv.split(whole), kv.parts(whole))
 
 
-def message_buffer(communicator: Communicator, name: str, kv: KVFormat, rows: int) -> Message:
+def message_buffer(communicator: Transport, name: str, kv: KVFormat, rows: int) -> Message:
     """Reused memory for a message of that many rows."""
 
     def make() -> Message:

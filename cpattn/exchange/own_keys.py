@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.exchange.communicator import Communicator
 from cpattn.exchange.message import Message, message_buffer, pack_
 from cpattn.exchange.pages import read_pages_, write_pages_
 from cpattn.exchange.step_rows import prefix_rows
 from cpattn.exchange.strategy import ExchangeInputs, Step
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.transports.transport import Transport
 
 
-def own_rows(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> tuple[Tensor, Tensor]:
+def own_rows(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> tuple[Tensor, Tensor]:
     """K and V of this rank's new tokens, in local order, without a number in them that is not a token's.
 
     Kernels that load whole tiles would multiply what comes after the tokens by a weight of 0, which is NaN for NaN.
@@ -40,7 +40,7 @@ def read_shard_(message: Message, cache: PagedKV, meta: CPMetadata) -> None:
     read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *message.parts)
 
 
-def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> Step | None:
+def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> Step | None:
     """This rank's queries over prefixes that it has whole, where there are any."""
     cache = inputs.cache
     if cache is None or meta.plan.sharded or (meta.bucket is None and not meta.plan.num_prefix_tokens):

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.exchange.communicator import Communicator, Transfer
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.ring import num_merges, shard_alignments, why_not_shards
@@ -27,16 +25,18 @@ from cpattn.exchange.step_rows import gathered_source_rows, source_rows
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Partials, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
 
 
-def _gather_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+def _gather_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
     if communicator.size == 1:
         return []
     return [_gathered_queries(sizes, communicator).transfer, _all_results(sizes, communicator).transfer]
 
 
 def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, sizes = in_flight.communicator, inputs.sizes
+    communicator, sizes = in_flight.transport, inputs.sizes
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
     gathering = _gathered_queries(sizes, communicator)
     work = None
@@ -59,7 +59,7 @@ def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight)
     yield results.received.partials
 
 
-def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
     """In each hop the queries of the next one set out before the results of this one go back."""
     if communicator.size == 1:
         return []
@@ -69,7 +69,7 @@ def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Commun
 
 
 def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, sizes, cp_size = in_flight.communicator, inputs.sizes, meta.plan.cp_size
+    communicator, sizes, cp_size = in_flight.transport, inputs.sizes, meta.plan.cp_size
     k, v, paged = _keys_at_hand(inputs, meta, communicator)
     rows = source_rows(meta, inputs.window, paged)
     queries, _ = _hop_queries(sizes, communicator) if cp_size > 1 else ([], [])
@@ -102,7 +102,7 @@ def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -
         yield received.partials
 
 
-def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Communicator) -> tuple[Tensor, Tensor, bool]:
+def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> tuple[Tensor, Tensor, bool]:
     """K and V that this rank holds, and whether they are pages."""
     cache, kv = inputs.cache, inputs.format
     if not (meta.plan.sharded and isinstance(cache, PagedKV)):
@@ -130,7 +130,7 @@ class _Queries(NamedTuple):
     transfer: Transfer
 
 
-def _gathered_queries(sizes: ExchangeSizes, communicator: Communicator) -> _Queries:
+def _gathered_queries(sizes: ExchangeSizes, communicator: Transport) -> _Queries:
     shape, kv = sizes.q_shape, sizes.format
 
     def make() -> _Queries:
@@ -142,7 +142,7 @@ def _gathered_queries(sizes: ExchangeSizes, communicator: Communicator) -> _Quer
     return communicator.reuse("queries", (shape, kv.dtype, kv.device), kv.device, make)
 
 
-def _hop_queries(sizes: ExchangeSizes, communicator: Communicator) -> tuple[list[Tensor], list[Transfer]]:
+def _hop_queries(sizes: ExchangeSizes, communicator: Transport) -> tuple[list[Tensor], list[Transfer]]:
     """The two buffers that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
     shape, kv = sizes.q_shape, sizes.format
 
@@ -182,17 +182,17 @@ class _Exchange(NamedTuple):
     transfer: Transfer
 
 
-def _all_results(sizes: ExchangeSizes, communicator: Communicator) -> _Exchange:
+def _all_results(sizes: ExchangeSizes, communicator: Transport) -> _Exchange:
     """Each rank's results to where its queries came from, between all ranks at once."""
     return _results("results", communicator.size, sizes, communicator)
 
 
-def _hop_results(sizes: ExchangeSizes, communicator: Communicator, hop: int) -> _Exchange:
+def _hop_results(sizes: ExchangeSizes, communicator: Transport, hop: int) -> _Exchange:
     """The results of one hop, back to where its queries came from; two hops' memory takes turns."""
     return _results(f"results {hop % 2}", 1, sizes, communicator, shift=-hop)
 
 
-def _results(name: str, ranks: int, sizes: ExchangeSizes, communicator: Communicator, shift: int | None = None) -> _Exchange:
+def _results(name: str, ranks: int, sizes: ExchangeSizes, communicator: Transport, shift: int | None = None) -> _Exchange:
     kv = sizes.format
     # Results stay fp32 until all are merged.
     dtype = torch.promote_types(kv.dtype, torch.float32)

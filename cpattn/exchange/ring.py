@@ -9,8 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.communicator import Communicator, Transfer
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, Message, message_buffer, pack_
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.pages import write_pages_
@@ -19,14 +17,16 @@ from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps,
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
 
 
-def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Communicator) -> list[Transfer]:
+def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
     return _hop_buffers(communicator, sizes.format, meta)[1]
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, cp_size, rank = in_flight.communicator, meta.plan.cp_size, meta.cp_rank
+    communicator, cp_size, rank = in_flight.transport, meta.plan.cp_size, meta.cp_rank
     pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
     sharded = pages if meta.plan.sharded else None
     rows = shard_rows(meta, inputs.window)
@@ -57,7 +57,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
         hop_keys = messages[(hop + 1) % 2].pair
 
 
-def _hop_buffers(communicator: Communicator, kv: KVFormat, meta: CPMetadata) -> tuple[list[Message], list[Transfer]]:
+def _hop_buffers(communicator: Transport, kv: KVFormat, meta: CPMetadata) -> tuple[list[Message], list[Transfer]]:
     """The two messages that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
     cp_size = meta.plan.cp_size
     rows = meta.plan.largest_shard if meta.plan.sharded else meta.rows if cp_size > 1 else 0

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment, RaggedRows
-from cpattn.exchange.communicator import Communicator, Transfer
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
 
 
 # Named tuples, as they are made anew in every call.
@@ -124,7 +124,7 @@ class Strategy:
     """
 
     name: str
-    transfers: Callable[[ExchangeSizes, CPMetadata, Communicator], list[Transfer]]
+    transfers: Callable[[ExchangeSizes, CPMetadata, Transport], list[Transfer]]
     steps: Callable[[ExchangeInputs, CPMetadata, InFlight], Steps]
     num_steps: CountSteps
     alignments: FindAlignments

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cpattn.exchange.communicator import Communicator
-from cpattn.exchange.loopback import LoopbackGroup
+from cpattn.transports.loopback import LoopbackGroup
+from cpattn.transports.transport import Transport
 
 T = TypeVar("T")
 
@@ -31,10 +31,10 @@ class RankFailure(RuntimeError):
     """A rank raised or died; the message holds the traceback of each that did."""
 
 
-def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float = 60.0) -> list[T]:
-    """Runs ``program(communicator)`` for every rank, a thread each, and returns the results in the order of ranks.
+def run_loopback(program: Callable[[Transport], T], size: int, timeout: float = 60.0) -> list[T]:
+    """Runs ``program(transport)`` for every rank, a thread each, and returns the results in the order of ranks.
 
-    >>> run_loopback(lambda communicator: communicator.rank, size=3)
+    >>> run_loopback(lambda transport: transport.rank, size=3)
     [0, 1, 2]
 
     The threads have the caller's grad mode, inference mode, autocast, CUDA device and stream.
@@ -56,7 +56,7 @@ def run_loopback(program: Callable[[Communicator], T], size: int, timeout: float
     def run(rank: int) -> None:
         try:
             with modes.entered():
-                results[rank] = program(group.communicator(rank))
+                results[rank] = program(group.transport(rank))
         except BaseException as failure:
             failures.append(failure)
             group.abort()

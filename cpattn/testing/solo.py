@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.transports.transport import Transfer, Transport, Work
 
 _DONE = Work(lambda: None)
 
 
-class SoloCommunicator(Communicator):
+class SoloCommunicator(Transport):
     """Poses as one rank of ``size``; what the others would send is a copy of its own message.
 
     Results are meaningless as attention over a context, but the work, the memory and the sizes are those of a real rank.

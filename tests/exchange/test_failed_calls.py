@@ -19,9 +19,9 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from cpattn.exchange import in_flight
 from cpattn.exchange.strategy import Steps
 from cpattn.testing import run_loopback
+from cpattn.transports import in_flight
 
 MIXED = [(0, 31), (14, 17), (0, 3), (27, 1), (10, 0), (0, 1)]
 

@@ -13,11 +13,11 @@ from strategies import Batch, non_empty_batches
 import cpattn
 from cpattn.attention.rows import find_alignment
 from cpattn.call import Arguments, _decide
-from cpattn.exchange.in_flight import InFlight
 from cpattn.exchange.message import KVFormat, torch_pack_
 from cpattn.exchange.registry import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps
 from cpattn.testing import SoloCommunicator
+from cpattn.transports.in_flight import InFlight
 
 # What each alignment can pass for.
 FORMAT = KVFormat(heads=2, head_dim=4, v_head_dim=4, v_in_k=False, dtype=torch.float32, device=torch.device("cpu"))
@@ -32,7 +32,7 @@ def steps_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None, ov
     inputs = ExchangeInputs(q, k, k, FORMAT, prefix, False, window, sizes)
     meta, chosen = plan.metadata(rank), cpattn.STRATEGIES[strategy]
     with InFlight(SoloCommunicator(rank, plan.cp_size), meta.device) as in_flight:
-        in_flight.expect(lambda: chosen.transfers(sizes, meta, in_flight.communicator))
+        in_flight.expect(lambda: chosen.transfers(sizes, meta, in_flight.transport))
         return take(chosen.steps(inputs, meta, in_flight))
 
 

@@ -13,9 +13,6 @@ from cpattn import checks
 from cpattn.api import cp_attention, shard, unshard
 from cpattn.call import validated
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
-from cpattn.exchange.gather import gather_whole
-from cpattn.exchange.groups import Group, as_communicator
-from cpattn.exchange.in_flight import InFlight
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.active import ContextError, context_here, entered
 from cpattn.integrations.transformers.labels import BatchLabels, one_row
@@ -23,6 +20,9 @@ from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
 from cpattn.integrations.transformers.watch import watched
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.transports.gather import gather_whole
+from cpattn.transports.groups import Group, as_transport
+from cpattn.transports.in_flight import InFlight
 
 _NOT_REACHED = (
     "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another attention, which "
@@ -89,7 +89,7 @@ class ContextParallel:
             )
         if not meta.plan.num_tokens:
             raise CPError("the batch has no new token; there is nothing to run a model on: skip it on every rank")
-        self._communicator = as_communicator(group, meta.plan.cp_size)
+        self._communicator = as_transport(group, meta.plan.cp_size)
         checks.check_group(meta, self._communicator)
         self.decoder = check_model(model)
         self.meta = meta

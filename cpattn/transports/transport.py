@@ -1,6 +1,6 @@
-"""Communicator: the three collectives that the exchange needs, and the memory that they send from and to.
+"""Transport: the three collectives that the exchange needs, and the memory that they send from and to.
 
-A message is a contiguous tensor of any dtype; it travels as bytes, so that no transport has to know the dtype.
+A message is a contiguous tensor of any dtype; it travels as bytes, so that nothing below has to know the dtype.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.exchange.group_state import GroupState
+from cpattn.transports.group_state import GroupState
 
 T = TypeVar("T")
 
 
-_living: WeakSet[Communicator] = WeakSet()
+_living: WeakSet[Transport] = WeakSet()
 # Another thread may make one while they are counted.
 _living_changes = threading.Lock()
 # A graph may outlive whoever captured it, and the memory that it replays over must not be freed.
-_with_captured: set[Communicator] = set()
+_with_captured: set[Transport] = set()
 
 
 class Work:
@@ -39,10 +39,10 @@ class Work:
 
 
 class Transfer(NamedTuple):
-    """A transfer between two messages that stay where they are; :meth:`Communicator.start` starts it, again and again.
+    """A transfer between two messages that stay where they are; :meth:`Transport.start` starts it, again and again.
 
     Attributes:
-        begin: ``begin(communicator, *arguments)``. It is kept with the communicator's buffers, and so has no reference to it.
+        begin: ``begin(transport, *arguments)``. It is kept with the transport's buffers, and so has no reference to it.
         nbytes: that are sent.
         fill_missing: writes what stands for the message if this rank could not make it: NaN. None where it is there before
             the call, or was received from another rank.
@@ -54,11 +54,11 @@ class Transfer(NamedTuple):
     fill_missing: Callable[[], object] | None = None
 
 
-class Communicator(ABC):
+class Transport(ABC):
     """One rank's end of a context-parallel group.
 
     Every rank must make the same calls in the same order with the same sizes. One call of ``cp_attention`` uses a
-    communicator at a time; its buffers are reused by the next.
+    transport at a time; its buffers are reused by the next.
 
     Attributes:
         rank, size: within the group.
@@ -82,7 +82,7 @@ class Communicator(ABC):
         with _living_changes:
             _living.add(self)
 
-    def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their communicators
+    def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their transports
         """Raises GroupError where what it sends over is gone."""
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
@@ -114,7 +114,7 @@ class Communicator(ABC):
         return Transfer(type(self)._all_to_all, x.nbytes // self.size * (self.size - 1), parts)
 
     def start(self, transfer: Transfer) -> Work:
-        """Starts what this communicator has prepared."""
+        """Starts what this transport has prepared."""
         self.bytes_sent += transfer.nbytes
         return transfer.begin(self, *transfer.arguments)
 
@@ -184,7 +184,11 @@ class Communicator(ABC):
         self._made.clear()
 
 
-def living_communicators() -> list[Communicator]:
+# The name that it had first, for those who use or subclass it.
+Communicator = Transport
+
+
+def living_transports() -> list[Transport]:
     """All of this process."""
     with _living_changes:
         return list(_living)

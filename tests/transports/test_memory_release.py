@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cpattn
-from cpattn.exchange.groups import as_communicator
 from cpattn.testing import run_loopback
+from cpattn.transports.groups import as_transport
 
 
 def memory_of(communicator: cpattn.Communicator) -> int:
@@ -34,7 +34,7 @@ def test_a_communicator_s_memory_and_everyone_s() -> None:
     assert [memory_of(group) > 0 for group in groups] == [False, True]
     assert torch.equal(call(groups[0]), expected)
     cpattn.release()
-    assert [memory_of(group) for group in (*groups, as_communicator(None, 1))] == [0, 0, 0]
+    assert [memory_of(group) for group in (*groups, as_transport(None, 1))] == [0, 0, 0]
     assert torch.equal(call(groups[1]), expected)
 
 

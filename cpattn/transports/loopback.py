@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from cpattn.errors import GroupError
-from cpattn.exchange.communicator import Communicator, Work
 from cpattn.metadata.batch import is_integer
+from cpattn.transports.transport import Transport, Work
 
 
 class LoopbackGroup:
@@ -20,7 +20,7 @@ class LoopbackGroup:
     >>> import torch
     >>> group = LoopbackGroup(1)
     >>> out = torch.empty(2)
-    >>> group.communicator(0).all_gather(out, torch.tensor([1.0, 2.0])).wait()
+    >>> group.transport(0).all_gather(out, torch.tensor([1.0, 2.0])).wait()
     >>> out
     tensor([1., 2.])
 
@@ -40,21 +40,25 @@ class LoopbackGroup:
         self._aborted = False
         # Collectives that each rank has begun.
         self._begun = [0] * size
-        self._communicators: WeakValueDictionary[int, Communicator] = WeakValueDictionary()
+        self._transports: WeakValueDictionary[int, Transport] = WeakValueDictionary()
 
     def __repr__(self) -> str:
         return f"LoopbackGroup({self.size} ranks, timeout {self.timeout:g} s{', aborted' if self._aborted else ''})"
 
-    def communicator(self, rank: int) -> Communicator:
+    def transport(self, rank: int) -> Transport:
         """The end of one rank, to be used by one thread; the same one each time."""
         given: Any = rank
         if not is_integer(given) or not 0 <= rank < self.size:
             raise GroupError(f"rank {rank!r} of a loopback group of {self.size}; it must be from 0 to {self.size - 1}")
         with self._changed:
-            communicator = self._communicators.get(rank)
-            if communicator is None:
-                communicator = self._communicators[rank] = _LoopbackCommunicator(self, rank)
-            return communicator
+            transport = self._transports.get(rank)
+            if transport is None:
+                transport = self._transports[rank] = _LoopbackTransport(self, rank)
+            return transport
+
+    def communicator(self, rank: int) -> Transport:
+        """:meth:`transport`, under the name that it had first."""
+        return self.transport(rank)
 
     def abort(self) -> None:
         """Makes every rank that waits, now or later, raise: for when one of them has failed."""
@@ -97,7 +101,7 @@ class LoopbackGroup:
             raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
 
 
-class _LoopbackCommunicator(Communicator):
+class _LoopbackTransport(Transport):
     def __init__(self, group: LoopbackGroup, rank: int) -> None:
         super().__init__(rank, group.size)
         self._group = group

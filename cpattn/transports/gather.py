@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cpattn.exchange.communicator import Transfer
-from cpattn.exchange.in_flight import InFlight
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer
 
 
 def gather_whole(in_flight: InFlight, name: str, x: Tensor) -> Tensor:
@@ -16,19 +16,19 @@ def gather_whole(in_flight: InFlight, name: str, x: Tensor) -> Tensor:
 
     What a rank fails to send has all bits set: NaN in fp64, fp32, bf16 and fp16, -1 in signed integers.
     """
-    communicator = in_flight.communicator
-    rank, size, is_ready = communicator.rank, communicator.size, x.is_contiguous()
+    transport = in_flight.transport
+    rank, size, is_ready = transport.rank, transport.size, x.is_contiguous()
 
     def gathered() -> Tensor:
-        return communicator.buffer(name, (size * x.shape[0], *x.shape[1:]), x.dtype, x.device)
+        return transport.buffer(name, (size * x.shape[0], *x.shape[1:]), x.dtype, x.device)
 
     def make() -> list[Transfer]:
         if not x.numel():
             return []
         if is_ready:
-            return [communicator.prepare_all_gather(gathered(), x)]
+            return [transport.prepare_all_gather(gathered(), x)]
         own = gathered().view(size, *x.shape)[rank]
-        return [communicator.prepare_all_gather(gathered(), own)._replace(fill_missing=partial(own.view(torch.uint8).fill_, 255))]
+        return [transport.prepare_all_gather(gathered(), own)._replace(fill_missing=partial(own.view(torch.uint8).fill_, 255))]
 
     in_flight.expect(make)
     everyone = gathered()

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import torch
 
-from cpattn.exchange.communicator import Communicator, Transfer, Work
+from cpattn.transports.transport import Transfer, Transport, Work
 
 
 class Settling:
     """Waits for what was started, then carries out what is left, with NaN for what this rank could not make."""
 
-    def __init__(self, communicator: Communicator, started: Sequence[Work], left: Sequence[Transfer], device: torch.device) -> None:
+    def __init__(self, transport: Transport, started: Sequence[Work], left: Sequence[Transfer], device: torch.device) -> None:
         self.failure: Exception | None = None
         self.is_finished = False
         self._is_abandoned = False
-        self._communicator = communicator
+        self._transport = transport
         # Of its own: whoever made the call forgets it as it leaves.
         self._started, self._left = list(started), list(left)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -45,7 +45,7 @@ class Settling:
                         return
                     if transfer.fill_missing is not None:
                         transfer.fill_missing()
-                    self._communicator.start(transfer).wait()
+                    self._transport.start(transfer).wait()
             self.is_finished = True
         except Exception as failure:
             self.failure = failure

@@ -17,7 +17,7 @@ _FIX = (
 
 
 class GroupState:
-    """Shared by all communicators over one process group, as what they send meets on the same wire.
+    """Shared by all transports over one process group, as what they send meets on the same wire.
 
     Attributes:
         calls: that have begun to send over the group so far; as many on every rank, as long as the ranks are in step.
@@ -60,7 +60,7 @@ class GroupState:
             self.give_up("two calls were made on it at once, from two threads, or one from within the other")
             raise GroupError(
                 "another call is under way on this group; calls on a group follow each other, in the same order on every rank: give "
-                "each thread a process group of its own (torch.distributed.new_group); a second communicator over the same group is "
+                "each thread a process group of its own (torch.distributed.new_group); a second transport over the same group is "
                 f"not enough. Now this group cannot be used any more: {_FIX}"
             )
 

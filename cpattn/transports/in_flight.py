@@ -14,8 +14,8 @@ from types import TracebackType
 import torch
 
 from cpattn.current import is_capturing
-from cpattn.exchange.communicator import Communicator, Transfer, Work
-from cpattn.exchange.settling import Settling
+from cpattn.transports.settling import Settling
+from cpattn.transports.transport import Transfer, Transport, Work
 
 # How long the transfers of an interrupted call may take before the group is given up, in seconds.
 INTERRUPTED_WAITS = 5.0
@@ -25,7 +25,7 @@ class InFlight:
     """One call's transfers. No other call may use the group before it ends.
 
     >>> import cpattn, torch
-    >>> alone, x, out = cpattn.LoopbackGroup(1).communicator(0), torch.ones(2), torch.empty(2)
+    >>> alone, x, out = cpattn.LoopbackGroup(1).transport(0), torch.ones(2), torch.empty(2)
     >>> with InFlight(alone, x.device) as in_flight:
     ...     in_flight.expect(lambda: [alone.prepare_all_gather(out, x)])
     ...     in_flight.start().wait()
@@ -35,10 +35,10 @@ class InFlight:
     Raises GroupError where the group was given up, or another call is under way on it.
     """
 
-    __slots__ = ("_captures", "_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "communicator")
+    __slots__ = ("_captures", "_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "transport")
 
-    def __init__(self, communicator: Communicator, device: torch.device) -> None:
-        self.communicator = communicator
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self.transport = transport
         self._device = device
         self._captures = device.type == "cuda" and is_capturing(device)
         self._expected: list[Transfer] = []
@@ -56,13 +56,13 @@ class InFlight:
             make: makes them, with the memory that they send from and to.
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
-        self.communicator.state.calls += counts
+        self.transport.state.calls += counts
         try:
             self._expected += make()
         except BaseException as failure:
             # Without memory for its messages a rank can take no part: what earlier calls left there is freed for them.
             try:
-                self.communicator.release()
+                self.transport.release()
                 self._expected += make()
                 self._has_begun = self._has_begun or counts
             except BaseException:
@@ -74,7 +74,7 @@ class InFlight:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
         self._is_starting = True
         try:
-            work = _ExpectedWork(self.communicator.start(self._expected[len(self._works)]), self)
+            work = _ExpectedWork(self.transport.start(self._expected[len(self._works)]), self)
         except Exception as failure:
             self.fail(failure)
         self._works.append(work)
@@ -85,12 +85,12 @@ class InFlight:
         """Gives the group up for a transfer that failed. Raises the GroupError that says so."""
         self._has_failed = True
         self._give_up(f"a transfer over it failed ({_in_a_line(failure)})")
-        raise self.communicator.state.error() from failure
+        raise self.transport.state.error() from failure
 
     def __enter__(self) -> InFlight:
-        state = self.communicator.state
+        state = self.transport.state
         state.enter()
-        self.communicator.call_captures = self._captures
+        self.transport.call_captures = self._captures
         # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
         if self._device.type == "cuda" and not self._captures:
             try:
@@ -101,7 +101,7 @@ class InFlight:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        state = self.communicator.state
+        state = self.transport.state
         try:
             if error is None and len(self._works) < len(self._expected):
                 error = AssertionError("a strategy has not started all the transfers that it announced")
@@ -116,8 +116,8 @@ class InFlight:
             self._leave()
 
     def _leave(self) -> None:
-        self.communicator.call_captures = None
-        self.communicator.state.leave()
+        self.transport.call_captures = None
+        self.transport.state.leave()
         # They refer to this: without the cycle all is freed at once.
         self._works.clear()
 
@@ -132,13 +132,13 @@ class InFlight:
         if self._has_failed:
             return  # what cannot be sent is not tried again
         is_interrupt = not isinstance(error, Exception)
-        if is_interrupt and not self._has_begun and self.communicator.size > 1:
+        if is_interrupt and not self._has_begun and self.transport.size > 1:
             self._give_up(f"a call was interrupted before it began to send ({what}), while other ranks may wait for it")
             return
         left = self._expected[len(self._works) :]
         if not left and all(work.is_done for work in self._works):
             return
-        settling = Settling(self.communicator, self._works, left, self._device)
+        settling = Settling(self.transport, self._works, left, self._device)
         try:
             settling.wait(INTERRUPTED_WAITS if is_interrupt else None)
         except BaseException:
@@ -155,7 +155,7 @@ class InFlight:
 
     def _give_up(self, what_happened: str) -> None:
         self._is_starting = False
-        self.communicator.state.give_up(what_happened)
+        self.transport.state.give_up(what_happened)
 
 
 class _ExpectedWork(Work):

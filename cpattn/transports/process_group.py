@@ -1,4 +1,4 @@
-"""A communicator over a torch.distributed process group."""
+"""A transport over a torch.distributed process group."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.errors import GroupError
-from cpattn.exchange.communicator import Communicator, Work
-from cpattn.exchange.group_state import state_of
+from cpattn.transports.group_state import state_of
+from cpattn.transports.transport import Transport, Work
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,13 +30,13 @@ def _rank_and_size(group: dist.ProcessGroup) -> tuple[int, int]:
         raise GroupError(_DESTROYED) from None
 
 
-class ProcessGroupCommunicator(Communicator):
-    """Over a torch.distributed process group of any transport; gloo and NCCL are the ones tested."""
+class ProcessGroupTransport(Transport):
+    """Over a torch.distributed process group of any backend; gloo and NCCL are the ones tested."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(*_rank_and_size(group))
         self.state = state_of(group)
-        # Weak, so that the communicators that are kept for groups end with their groups.
+        # Weak, so that the transports that are kept for groups end with their groups.
         self._weak_group = ref(group)
         self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._global_rank = self._global_ranks[self.rank]
@@ -68,7 +68,7 @@ class ProcessGroupCommunicator(Communicator):
         return self._send_and_receive({(self.rank + by) % self.size: x}, {(self.rank - by) % self.size: out})
 
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        # As point-to-point transfers, which every transport has; it is what NCCL makes of an all-to-all as well.
+        # As point-to-point transfers, which every backend has; it is what NCCL makes of an all-to-all as well.
         out[self.rank].copy_(x[self.rank])
         others = [rank for rank in range(self.size) if rank != self.rank]
         return self._send_and_receive({rank: x[rank] for rank in others}, {rank: out[rank] for rank in others})
@@ -79,6 +79,10 @@ class ProcessGroupCommunicator(Communicator):
         operations += [dist.P2POp(dist.irecv, out, self._global_ranks[rank], group) for rank, out in receive.items()]
         works = dist.batch_isend_irecv(operations) if operations else []
         return _work(works, next(iter(send.values()), None))
+
+
+# The name that it had first.
+ProcessGroupCommunicator = ProcessGroupTransport
 
 
 def _work(works: list[Any], x: Tensor | None) -> Work:

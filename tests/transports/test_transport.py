@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import cpattn
-from cpattn.exchange.groups import as_communicator
 from cpattn.testing import SoloCommunicator, run_loopback
+from cpattn.transports.groups import as_transport
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -203,8 +203,8 @@ def test_a_rank_alone_gathers_its_own_message(size: int, offset: int, length: in
 
 
 def test_one_rank_needs_no_group_and_many_do() -> None:
-    assert as_communicator(None, 1).size == 1
+    assert as_transport(None, 1).size == 1
     with pytest.raises(cpattn.GroupError, match=r"the plan has 4 ranks, but there is no process group: launch with torchrun"):
-        as_communicator(None, 4)
+        as_transport(None, 4)
     with pytest.raises(cpattn.GroupError, match="group is a str; pass a ProcessGroup"):
-        as_communicator("cp", 4)  # type: ignore[arg-type]
+        as_transport("cp", 4)  # type: ignore[arg-type]

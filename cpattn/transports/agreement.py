@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cpattn import errors
 from cpattn.errors import DisagreementError
-from cpattn.exchange.communicator import Communicator, Transfer
-from cpattn.exchange.in_flight import InFlight
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
 
 # Bytes that each rank sends.
 _RECORD = 1024
@@ -42,8 +42,8 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
             cpattn's) that names it.
         DisagreementError: the ranks say different things; the message names the ranks.
     """
-    state, refusal = in_flight.communicator.state, account.refusal
-    in_flight.expect(lambda: [_records(in_flight.communicator, "accounts", device).transfer], counts=False)
+    state, refusal = in_flight.transport.state, account.refusal
+    in_flight.expect(lambda: [_records(in_flight.transport, "accounts", device).transfer], counts=False)
     said = [str(state.calls), account.label, account.fingerprint, account.arguments, _named(refusal)]
     texts = _exchange(in_flight, "accounts", device, "\0".join(said))
     if refusal is not None:
@@ -68,9 +68,9 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
     _compare("arguments", argument_texts, "make the same call on every rank")
 
 
-def expect_verdicts(communicator: Communicator, device: torch.device) -> list[Transfer]:
+def expect_verdicts(transport: Transport, device: torch.device) -> list[Transfer]:
     """The transfer of :func:`share_verdicts`, which a checked call makes last."""
-    return [_records(communicator, "verdicts", device).transfer]
+    return [_records(transport, "verdicts", device).transfer]
 
 
 def share_verdicts(in_flight: InFlight, device: torch.device, refusal: Exception | None) -> None:
@@ -99,19 +99,19 @@ class _Records(NamedTuple):
     transfer: Transfer
 
 
-def _records(communicator: Communicator, name: str, device: torch.device) -> _Records:
+def _records(transport: Transport, name: str, device: torch.device) -> _Records:
     def make() -> _Records:
-        everyone = communicator.buffer(name, (communicator.size, _RECORD), torch.uint8, device)
-        own = everyone[communicator.rank]
+        everyone = transport.buffer(name, (transport.size, _RECORD), torch.uint8, device)
+        own = everyone[transport.rank]
         # A rank that fails before it has written its line sends an empty one.
-        return _Records(everyone, own, communicator.prepare_all_gather(everyone, own)._replace(fill_missing=own.zero_))
+        return _Records(everyone, own, transport.prepare_all_gather(everyone, own)._replace(fill_missing=own.zero_))
 
-    return communicator.reuse(name, device, device, make)
+    return transport.reuse(name, device, device, make)
 
 
 def _exchange(in_flight: InFlight, name: str, device: torch.device, text: str) -> list[str]:
     """Every rank's text, by the transfer that comes next."""
-    records = _records(in_flight.communicator, name, device)
+    records = _records(in_flight.transport, name, device)
     line = text.encode()[:_RECORD].ljust(_RECORD, b"\0")
     records.own.copy_(torch.frombuffer(bytearray(line), dtype=torch.uint8))
     in_flight.start().wait()

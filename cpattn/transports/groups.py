@@ -1,4 +1,4 @@
-"""What a ``group`` argument stands for, and the one communicator that serves all calls over a group."""
+"""What a ``group`` argument stands for, and the one transport that serves all calls over a group."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.errors import GroupError
-from cpattn.exchange.communicator import Communicator, living_communicators
-from cpattn.exchange.group_state import state_of
-from cpattn.exchange.loopback import LoopbackGroup
-from cpattn.exchange.process_group import ProcessGroupCommunicator
 from cpattn.graphs import leaves_graph
+from cpattn.transports.group_state import state_of
+from cpattn.transports.loopback import LoopbackGroup
+from cpattn.transports.process_group import ProcessGroupTransport
+from cpattn.transports.transport import Transport, living_transports
 
 # What a ``group`` argument takes.
-Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Communicator | None"
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport | None"
 
 # One for each thread that works without a group, so that its buffers serve all layers and batches.
 _alone = threading.local()
-# One communicator a group, so that its buffers serve all layers and batches.
-_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+# One transport a group, so that its buffers serve all layers and batches.
+_transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
 
 
-def as_communicator(group: Group, cp_size: int) -> Communicator:
-    """What a ``group`` argument stands for: a process group, one axis of a device mesh, a communicator, or the default group.
+def as_transport(group: Group, cp_size: int) -> Transport:
+    """What a ``group`` argument stands for: a process group, one axis of a device mesh, a transport, or the default group.
 
     A plan for one rank needs none of them. Raises GroupError where no group can be had.
     """
-    if isinstance(group, Communicator):
+    if isinstance(group, Transport):
         group.check_usable()
         return group
     if group is None and cp_size == 1:
@@ -45,11 +45,11 @@ def as_communicator(group: Group, cp_size: int) -> Communicator:
             )
         group = dist.group.WORLD
     group = _process_group(group)
-    communicator = _communicators.get(group)
-    if communicator is None:
-        communicator = _communicators[group] = ProcessGroupCommunicator(group)
-    communicator.check_usable()
-    return communicator
+    transport = _transports.get(group)
+    if transport is None:
+        transport = _transports[group] = ProcessGroupTransport(group)
+    transport.check_usable()
+    return transport
 
 
 @leaves_graph
@@ -63,23 +63,23 @@ def release(group: Group = None) -> None:
     >>> cpattn.release()
 
     Args:
-        group: a ProcessGroup (of all communicators over it), one axis of a DeviceMesh, a Communicator (its own alone), or
+        group: a ProcessGroup (of all transports over it), one axis of a DeviceMesh, a Transport (its own alone), or
             None for everything but what calls of other threads are using.
 
     Raises:
         GroupError: group is none of these, or a call is under way on it.
     """
     if group is None:
-        communicators = [communicator for communicator in living_communicators() if not communicator.state.is_in_use]
-    elif isinstance(group, Communicator):
-        communicators = [group]
+        transports = [transport for transport in living_transports() if not transport.state.is_in_use]
+    elif isinstance(group, Transport):
+        transports = [group]
     else:
         state = state_of(_process_group(group))
-        communicators = [communicator for communicator in living_communicators() if communicator.state is state]
-    if any(communicator.state.is_in_use for communicator in communicators):
+        transports = [transport for transport in living_transports() if transport.state is state]
+    if any(transport.state.is_in_use for transport in transports):
         raise GroupError("a call is under way on this group, whose memory it uses; release it after the call")
-    for communicator in communicators:
-        communicator.release()
+    for transport in transports:
+        transport.release()
 
 
 _MEMBERS_ONLY = "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here"
@@ -100,15 +100,15 @@ def _process_group(group: Any) -> dist.ProcessGroup:
             "group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not in the group; "
             f"{_MEMBERS_ONLY}"
         )
-    raise GroupError(f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Communicator")
+    raise GroupError(f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Transport")
 
 
-def _alone_here() -> Communicator:
-    """This thread's communicator without a group."""
-    communicator: Communicator | None = getattr(_alone, "communicator", None)
-    if communicator is None or communicator.state.failure is not None:
-        communicator = _alone.communicator = LoopbackGroup(1).communicator(0)
-    elif communicator.state.is_in_use:
+def _alone_here() -> Transport:
+    """This thread's transport without a group."""
+    transport: Transport | None = getattr(_alone, "transport", None)
+    if transport is None or transport.state.failure is not None:
+        transport = _alone.transport = LoopbackGroup(1).transport(0)
+    elif transport.state.is_in_use:
         # A caller's kernel may make a call of its own, which needs buffers of its own.
-        return LoopbackGroup(1).communicator(0)
-    return communicator
+        return LoopbackGroup(1).transport(0)
+    return transport
