@@ -1,6 +1,6 @@
 """What the choice of FlashAttention 4's packing is tuned by: the query heads of a group in one tile, and not.
 
-Tile shapes of the Triton kernel are tuned by ``cpattn tune``.
+Tile shapes of the Triton kernel are chosen by tune_tiles.py.
 
 PYTHONPATH=. python benchmarks/tune_flash_attn4.py
 """

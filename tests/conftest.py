@@ -17,6 +17,3 @@ if torch.cuda.device_count() > 1 and "PYTEST_XDIST_WORKER" in os.environ:
 # triton, as transformers may.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Results do not depend on what somebody has tuned; tests of tuning name a file of their own.
-os.environ["CPATTN_TILES"] = ""

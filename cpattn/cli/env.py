@@ -69,7 +69,6 @@ def report() -> dict[str, Any]:
         "transports": transports,
         "backends": backends,
         "triton": triton_release,
-        "tiles": tiles,
         "strategies": lambda: list(__import__("cpattn").STRATEGIES),
     }
     return {name: guarded(probe, lambda failure: {"failure": failure}) for name, probe in probes.items()}
@@ -218,33 +217,6 @@ def triton_release() -> dict[str, dict[str, Any]]:
 def _verdict(gate: Any) -> dict[str, Any]:
     found: dict[str, Any] = gate.verdict()._asdict()
     return found
-
-
-def tiles() -> dict[str, Any]:
-    """The file of tile shapes for the kernel of backend triton: how many entries it has, how many of them are for what is
-    here, and why the default shapes are used instead."""
-    from cpattn.kernels import tile_table
-
-    path = tile_table.table_path()
-    found: dict[str, Any] = {"path": None if path is None else str(path), "entries": 0, "in_use": 0, "why_not": None}
-    triton = tile_table.compiled_triton()
-    if path is None:
-        return found | {"why_not": f"{tile_table.VARIABLE} is empty, or there is no home directory"}
-    if triton is None:
-        return found | {"why_not": "no file is read without a CUDA device and Triton"}
-    entries = guarded(partial(tile_table.read_table, path), str)
-    if isinstance(entries, str):
-        return found | {"why_not": entries}
-    if not entries:
-        return found | {"why_not": f"there is nothing in {path}; `cpattn tune` measures"}
-    return found | {"entries": len(entries), "in_use": sum(map(_is_for_here(triton), entries))}
-
-
-def _is_for_here(triton: str) -> Callable[[Any], bool]:
-    import torch
-
-    capabilities = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
-    return lambda key: key.capability in capabilities and (key.triton, key.cpattn) == (triton, _own_version())
 
 
 def print_report(as_json: bool) -> int:

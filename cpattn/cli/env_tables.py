@@ -6,7 +6,7 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import Any
 
-from cpattn.cli.console import Cell, Styled, columns, print_table, print_title, say
+from cpattn.cli.console import Cell, Styled, columns, print_table, print_title
 
 _GOOD, _BAD = "green", "bold red"
 
@@ -73,13 +73,6 @@ def _triton(section: dict[str, dict[str, Any]]) -> None:
     _print_reasons({name: entry["why"] for name, entry in section.items()})
 
 
-def _tiles(section: dict[str, Any]) -> None:
-    if section["why_not"]:
-        say(f"the default shapes: {section['why_not']}")
-    else:
-        say(f"{section['path']}, for a GPU, Triton and cpattn as here: {section['in_use']} of its {section['entries']} entries")
-
-
 def _yes_no(yes: bool) -> Cell:
     return Styled("yes", _GOOD) if yes else Styled("no", _BAD)
 
@@ -96,6 +89,5 @@ _SECTIONS: dict[str, Callable[[Any], None]] = {
     "transports": _transports,
     "backends": _backends,
     "triton": _triton,
-    "tiles": _tiles,
     "strategies": _strategies,
 }

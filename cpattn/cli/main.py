@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cpattn.cli import bench, demo, env, picture, plan, tune
+from cpattn.cli import bench, demo, env, picture, plan
 from cpattn.errors import CPError
 from cpattn.version import __version__
 
@@ -66,6 +66,6 @@ def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="cpattn", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"cpattn {__version__}")
     commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (plan, picture, demo, env, bench, tune):
+    for command in (plan, picture, demo, env, bench):
         command.add_command(commands)
     return top

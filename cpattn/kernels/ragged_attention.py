@@ -30,8 +30,7 @@ from cpattn.kernels.arguments import Blocks
 from cpattn.kernels.available import kernel_module
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
-from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims
-from cpattn.kernels.tile_table import shapes_for
+from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
 
 _LOG2_E = math.log2(math.e)
@@ -369,7 +368,7 @@ def _prepare(
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
     if shapes is None:
-        shapes = shapes_for(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
+        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
     if packs is None:
         packs = packs_for(group, shapes[0].block_m)
     launch = launch_for(rows, shapes, packs, num_heads, window, processors)
@@ -384,6 +383,7 @@ def _prepare(
     if shape.specialized and tma and page_size % PAGE_UNIT == 0:
         specialized = specialized_kernel(q.device)
     tma = tma and page_table is None
+    warn_of_tile_file()
     if q.is_cuda:
         warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, page_size))
     # The running maximum is taken before scaling, which needs a positive scale: its sign goes into q. With a scale of

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import os
+import warnings
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -105,6 +107,18 @@ def tile_shapes(
     else:
         block_n, stages = 32, 2 if capability == (8, 0) else 1
     return tuple(TileShape(block_m, block_n, block_m // 16, stages) for block_m in (128, 64) if block_m <= large)
+
+
+@cache
+def warn_of_tile_file() -> None:
+    """Says once a process that a file of tuned shapes, which earlier releases read, is not read."""
+    path = os.environ.get("CPATTN_TILES")
+    if path:
+        warnings.warn(
+            f"CPATTN_TILES={path} is ignored: tile shapes come from cpattn's own table alone; unset it. "
+            "benchmarks/tune_tiles.py times others, and prints a line for that table",
+            stacklevel=2,
+        )
 
 
 def has_specialized(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int) -> bool:

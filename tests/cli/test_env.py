@@ -18,10 +18,7 @@ import cpattn
 from cpattn.cli import env
 from cpattn.cli.env_tables import print_section
 from cpattn.cli.main import main
-from cpattn.kernels import tile_table
 from cpattn.kernels.release import Verdict
-from cpattn.kernels.tile_entry import TileEntry, TileKey
-from cpattn.kernels.tile_shapes import TileShape
 
 
 def raising(failure: BaseException) -> Callable[..., NoReturn]:
@@ -55,27 +52,6 @@ def test_what_it_reports(capsys: pytest.CaptureFixture[str]) -> None:
         assert backend["usable"] == (backend["why_not"] is None)
 
 
-def test_which_tile_shapes_are_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "tiles.json"
-    assert found(capsys)["tiles"]["why_not"] == "CPATTN_TILES is empty, or there is no home directory"
-    monkeypatch.setenv("CPATTN_TILES", str(path))
-    monkeypatch.setattr(tile_table, "compiled_triton", lambda: None)
-    assert found(capsys)["tiles"]["why_not"] == "no file is read without a CUDA device and Triton"
-    monkeypatch.setattr(tile_table, "compiled_triton", lambda: "3.6")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert found(capsys)["tiles"]["why_not"] == f"there is nothing in {path}; `cpattn tune` measures"
-    key = TileKey((9, 0), 128, 128, torch.bfloat16, False, False, "3.6")
-    entry = TileEntry((TileShape(64, 64, 4, 2),), "H200", "2.11.0", "2026-01-31", 0.03)
-    for here in (key, key._replace(head_dim=64), key._replace(triton="3.7"), key._replace(capability=(8, 0)), key._replace(cpattn="0")):
-        tile_table.store(path, here, entry)
-    assert found(capsys)["tiles"] == {"path": str(path), "entries": 5, "in_use": 2, "why_not": None}
-    assert main(["env"]) == 0
-    assert f"{path}, for a GPU, Triton and cpattn as here: 2 of its 5 entries" in " ".join(capsys.readouterr().out.split())
-    path.write_text("{")
-    assert "tiles.json is not JSON" in found(capsys)["tiles"]["why_not"]
-
-
 def test_which_kernel_and_launch_are_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kernel, launch = "the attention kernel for Hopper", "launches by the CUDA driver"
     assert found(capsys)["triton"] == {name: {"used": False, "why": "there is no CUDA device"} for name in (kernel, launch)}
@@ -107,7 +83,7 @@ def test_a_broken_probe_spoils_itself_alone(
 ) -> None:
     monkeypatch.setattr(target, raising(failure))
     report = found(capsys)
-    assert set(report) == {"versions", "devices", "transports", "backends", "triton", "tiles", "strategies"}
+    assert set(report) == {"versions", "devices", "transports", "backends", "triton", "strategies"}
     assert report["strategies"] == list(cpattn.STRATEGIES)
     assert type(failure).__name__ in json.dumps(report) or target == "torch.cuda.is_available"
 

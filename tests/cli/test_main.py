@@ -12,7 +12,7 @@ import pytest
 
 from cpattn.cli.main import main
 
-COMMANDS = ["plan", "picture", "demo", "env", "bench", "tune"]
+COMMANDS = ["plan", "picture", "demo", "env", "bench"]
 PLAN = ["plan", "--batch", "0+3670, 4096+128, 77+1", "--cp", "8"]
 
 
