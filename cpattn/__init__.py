@@ -1,45 +1,50 @@
-"""cpattn: exact causal attention over a context that is split across GPUs."""
+"""cpattn: exact causal attention over a context that is split across GPUs.
 
-from cpattn.cli.env import report_if_torch_is_broken
+A name is imported when it is first asked for, so that ``import cpattn`` costs nothing, and works beside a broken torch.
+"""
 
-# `cpattn env` has to say what is broken, even if it is what all below needs.
-report_if_torch_is_broken()
+from __future__ import annotations
 
-from cpattn.api import cp_attention, explain, shard, unshard
-from cpattn.attention.custom import custom_backend
-from cpattn.attention.registry import BACKENDS
-from cpattn.attention.rows import RaggedRows
-from cpattn.errors import (
-    BackendError,
-    BatchError,
-    CPError,
-    DisagreementError,
-    GroupError,
-    HeadCountError,
-    OptionError,
-    PageTableError,
-    PlanError,
-    PoolFullError,
-    PrefixError,
-    RankError,
-    RowCountError,
-    TensorMismatchError,
-    UnknownNameError,
-    UnsupportedError,
-)
-from cpattn.exchange.registry import STRATEGIES
-from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.kv_pool import KVPool
-from cpattn.metadata.batch import Request
-from cpattn.metadata.bucket import Bucket
-from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
-from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
-from cpattn.transports.groups import release
-from cpattn.transports.loopback import LoopbackGroup
-from cpattn.transports.process_group import ProcessGroupCommunicator
-from cpattn.transports.transport import Communicator, Transport
-from cpattn.version import __version__
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpattn.api import cp_attention, explain, shard, unshard
+    from cpattn.attention.custom import custom_backend
+    from cpattn.attention.registry import BACKENDS
+    from cpattn.attention.rows import RaggedRows
+    from cpattn.errors import (
+        BackendError,
+        BatchError,
+        CPError,
+        DisagreementError,
+        GroupError,
+        HeadCountError,
+        OptionError,
+        PageTableError,
+        PlanError,
+        PoolFullError,
+        PrefixError,
+        RankError,
+        RowCountError,
+        TensorMismatchError,
+        UnknownNameError,
+        UnsupportedError,
+    )
+    from cpattn.exchange.registry import STRATEGIES
+    from cpattn.kv_cache import PackedKV, PagedKV
+    from cpattn.kv_pool import KVPool
+    from cpattn.metadata.batch import Request
+    from cpattn.metadata.bucket import Bucket
+    from cpattn.metadata.cp_metadata import CPMetadata
+    from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
+    from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
+    from cpattn.transports.groups import release
+    from cpattn.transports.loopback import LoopbackGroup
+    from cpattn.transports.process_group import ProcessGroupCommunicator
+    from cpattn.transports.transport import Communicator, Transport
+    from cpattn.version import __version__
 
 __all__ = [
     "BACKENDS",
@@ -88,3 +93,45 @@ __all__ = [
     "unshard",
     "write_kv",
 ]
+
+# Where each name comes from: the imports above, for those who run this; a test compares the two.
+_NAMES = {
+    "api": "cp_attention explain shard unshard",
+    "attention.custom": "custom_backend",
+    "attention.registry": "BACKENDS",
+    "attention.rows": "RaggedRows",
+    "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
+    "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
+    "exchange.registry": "STRATEGIES",
+    "kv_cache": "PackedKV PagedKV",
+    "kv_pool": "KVPool",
+    "metadata.batch": "Request",
+    "metadata.bucket": "Bucket",
+    "metadata.cp_metadata": "CPMetadata",
+    "metadata.plan": "Chunk Plan build_metadata plan required_rows",
+    "serving": "attend gather_kv slot_mapping write_kv",
+    "transports.groups": "release",
+    "transports.loopback": "LoopbackGroup",
+    "transports.process_group": "ProcessGroupCommunicator",
+    "transports.transport": "Communicator Transport",
+    "version": "__version__",
+}
+_HOMES = {name: f"cpattn.{module}" for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is not None:
+        value = globals()[name] = getattr(import_module(home), name)
+        return value
+    if not name.startswith("_") and find_spec(f"cpattn.{name}") is not None:
+        # What the names above need can be had as an attribute, as if all had been imported.
+        for module in _NAMES:
+            import_module(f"cpattn.{module}")
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'cpattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -159,11 +159,12 @@ def _class_entry(name: str, value: type, module: Any) -> str:
 
 def _constant_docstring(name: str, module: Any) -> str | None:
     """The string after ``name = ...`` in the module that defines it."""
-    for line in ast.parse(inspect.getsource(module)).body:
-        if isinstance(line, ast.ImportFrom) and name in [alias.name for alias in line.names]:
-            return _constant_docstring(name, importlib.import_module(str(line.module)))
-    body = ast.parse(inspect.getsource(module)).body
-    for line, after in pairwise(body):
+    tree = ast.parse(inspect.getsource(module))
+    # What is imported when asked for stands below an "if TYPE_CHECKING".
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return _constant_docstring(name, importlib.import_module(str(node.module)))
+    for line, after in pairwise(tree.body):
         targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
         defines = any(isinstance(target, ast.Name) and target.id == name for target in targets)
         if defines and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_importing_cpattn_imports_nothing_optional() -> None:
     program = f"""
 import sys, torch, torch.distributed.device_mesh, numpy, einops
 before = set(sys.modules)
-import cpattn, cpattn.testing, cpattn.cli.main
+import cpattn.testing, cpattn.cli.main
+cpattn.cli.main.parser()
+from cpattn import *
 print([name for name in {OPTIONAL} if name in set(sys.modules) - before])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -51,6 +54,35 @@ def test_the_oracle_is_not_imported_by_what_it_judges() -> None:
     for file in PACKAGE.rglob("*.py"):
         if "testing" not in file.parts and "cli" not in file.parts:
             assert not re.search(r"^\s*(from|import) cpattn\.testing", file.read_text(), re.MULTILINE), file
+
+
+def test_importing_cpattn_imports_nothing_until_it_is_used() -> None:
+    program = """
+import sys
+import cpattn
+assert not {"torch", "numpy", "einops"} & set(sys.modules)
+assert not [name for name in sys.modules if name.startswith("cpattn.")]
+assert "plan" in dir(cpattn)
+assert not hasattr(cpattn, "no_such_name")
+assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
+assert "torch" not in sys.modules
+# What is a module is there as an attribute, with the modules in it that public names come from.
+assert cpattn.metadata.plan.plan is cpattn.plan is sys.modules["cpattn.metadata.plan"].plan
+assert "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_public_names_are_where_type_checkers_are_told() -> None:
+    """The names stand three times: in ``__all__``, in imports that only type checkers see, and in what is imported on demand."""
+    told: dict[str, str] = {}
+    for node in ast.walk(ast.parse(Path(cpattn.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cpattn."):
+            told |= {alias.asname or alias.name: node.module or "" for alias in node.names}
+    assert told == cpattn._HOMES
+    assert sorted(told) == sorted(cpattn.__all__)
+    # A module of that name would take the place of what is meant, once it is imported.
+    assert not [name for name in told if find_spec(f"cpattn.{name}")]
 
 
 def test_public_names_are_documented() -> None:

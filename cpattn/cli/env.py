@@ -115,7 +115,7 @@ def _running_version(module: str) -> str | None:
 
 
 def _exists(module: str) -> bool:
-    # cpattn itself may be what cannot be imported; this has a guard around it.
+    # This has a guard around it, as all that is imported here.
     from cpattn.installed import is_installed
 
     return is_installed(module)
@@ -225,40 +225,31 @@ def print_report(as_json: bool) -> int:
     if as_json:
         print(json.dumps(found, indent=2, default=str))
         return 0
-    from cpattn.cli import env_tables
-
+    # Tables are drawn by modules that need what may be broken.
+    print_section = guarded(_table_printer, lambda failure: None)
     for name, section in found.items():
-        guarded(partial(env_tables.print_section, name, section), partial(_print_plainly, name, section))
+        if print_section is None:
+            _print_lines(name, section)
+        else:
+            guarded(partial(print_section, name, section), partial(_print_plainly, name, section))
     return 0
+
+
+def _table_printer() -> Callable[[str, Any], None]:
+    from cpattn.cli.env_tables import print_section
+
+    return print_section
 
 
 def _print_plainly(name: str, section: Any, failure: str) -> None:
     print(f"\n{name}: {section} ({failure})")
 
 
-def report_if_torch_is_broken() -> None:
-    """Where the command is ``cpattn env`` and cpattn can not be imported, since torch or numpy can not: prints the report,
-    and exits with 0. For the package's ``__init__``, which runs before any command does.
-    """
-    program = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if sys.argv[1:2] != ["env"] or program not in ("-m", "cpattn", "cpattn.exe"):
-        return
-    broken = [module for module in ("numpy", "torch", "einops") if guarded(partial(_import, module), str)]
-    if broken:
-        sys.exit(_print_without_cpattn())
-
-
-def _print_without_cpattn() -> int:
-    found = report()
-    if "--json" in sys.argv:
-        print(json.dumps(found, indent=2, default=str))
-        return 0
-    for name, section in found.items():
-        print(f"{name}\n")
-        for entry in section if isinstance(section, list) else [{"": key} | _as_dict(value) for key, value in section.items()]:
-            print("  " + ", ".join(str(value) for value in entry.values() if value is not None))
-        print()
-    return 0
+def _print_lines(name: str, section: Any) -> None:
+    print(f"{name}\n")
+    for entry in section if isinstance(section, list) else [{"": key} | _as_dict(value) for key, value in section.items()]:
+        print("  " + ", ".join(str(value) for value in entry.values() if value is not None))
+    print()
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

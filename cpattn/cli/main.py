@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
-from cpattn.cli import bench, demo, env, picture, plan
+from cpattn.cli import env
 from cpattn.errors import CPError
 from cpattn.version import __version__
 
@@ -44,7 +45,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 fine, 1 a check failed, 2 the input was refused, 130 interrupted."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # What is broken, such as torch, is what `cpattn env` has to say, and what the other commands need.
+    options = parser(only_env=list(given[:1]) == ["env"]).parse_args(given)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -61,11 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(only_env: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands, or of ``cpattn env`` alone."""
     top = OneLineParser(prog="cpattn", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"cpattn {__version__}")
     commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for command in (plan, picture, demo, env, bench):
+    for command in [env] if only_env else _commands():
         command.add_command(commands)
     return top
+
+
+def _commands() -> list[ModuleType]:
+    from cpattn.cli import bench, demo, picture, plan
+
+    return [plan, picture, demo, env, bench]

@@ -120,7 +120,7 @@ def test_an_interrupt_is_not_swallowed() -> None:
 @pytest.mark.parametrize("module", ["torch", "numpy"])
 @pytest.mark.parametrize("failure", ["OSError('libcudart.so.12: cannot open shared object file')", "SystemExit(3)"])
 def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) -> None:
-    """cpattn itself can not be imported then."""
+    """Most of cpattn itself can not be imported then."""
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(f"raise {failure}")
     path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
@@ -142,7 +142,11 @@ def test_other_commands_do_not_hide_a_broken_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('broken')")
     path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-c", "import cpattn", "env"], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-m", "cpattn", "plan", "--batch", "0+9", "--cp", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 1
     assert "OSError: broken" in done.stderr
