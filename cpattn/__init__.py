@@ -124,12 +124,13 @@ def __getattr__(name: str) -> Any:
     if home is not None:
         value = globals()[name] = getattr(import_module(home), name)
         return value
-    if not name.startswith("_") and find_spec(f"cpattn.{name}") is not None:
-        # What the names above need can be had as an attribute, as if all had been imported.
-        for module in _NAMES:
-            import_module(f"cpattn.{module}")
-        if name in globals():
-            return globals()[name]
+    spec = None if name.startswith("_") else find_spec(f"cpattn.{name}")
+    if spec is not None:
+        if spec.submodule_search_locations is not None:
+            # A folder, of which what the names above need is there as an attribute, as if all had been imported.
+            for module in _NAMES:
+                import_module(f"cpattn.{module}")
+        return import_module(f"cpattn.{name}")
     raise AttributeError(f"module 'cpattn' has no attribute {name!r}")
 
 

@@ -19,10 +19,11 @@ OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "fa3_fwd_interface",
 # Beside itself and the ground floor a layer may import these.
 MAY_IMPORT = {
     "metadata": set(),
-    "attention": {"metadata", "kernels"},
+    "attention": {"metadata", "kernels", "moves"},
+    "moves": {"metadata", "kernels"},
     "kernels": {"metadata", "attention"},
     "transports": {"metadata", "attention", "kernels"},
-    "exchange": {"metadata", "attention", "kernels", "transports"},
+    "exchange": {"metadata", "attention", "kernels", "moves", "transports"},
 }
 
 
@@ -66,9 +67,12 @@ assert "plan" in dir(cpattn)
 assert not hasattr(cpattn, "no_such_name")
 assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
 assert "torch" not in sys.modules
-# What is a module is there as an attribute, with the modules in it that public names come from.
+# A module may be the first that is asked for: it asks for others in the same way.
+from cpattn import kv_pool
+assert "cpattn.serving" not in sys.modules
+# What is a folder is there as an attribute, with the modules in it that public names come from.
 assert cpattn.metadata.plan.plan is cpattn.plan is sys.modules["cpattn.metadata.plan"].plan
-assert "torch" in sys.modules
+assert cpattn.attention.merge.merge_
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
