@@ -23,7 +23,8 @@ from gpu_timing import gpu_seconds
 from torch import Tensor
 
 import cpattn
-from cpattn.kernels import merge, move_rows, pages, ragged_attention, release
+from cpattn.kernels import merge, ragged_attention, release
+from cpattn.moves import triton_moves
 from cpattn.testing import SoloCommunicator
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -116,7 +117,7 @@ def host_us(run: Callable[[], Any], rounds: int) -> float:
 
 def set_direct(on: bool) -> None:
     """Whether what is prepared from now on is launched by the CUDA driver."""
-    launchers = [ragged_attention._attention, move_rows._pack, move_rows._gather, pages._pages, merge._merge]
+    launchers = [ragged_attention._attention, triton_moves._pack, triton_moves._gather, triton_moves._pages, merge._merge]
     specialized = ragged_attention.specialized_kernel(torch.device("cuda", torch.cuda.current_device()))
     if specialized is not None:
         launchers.append(specialized._attention)

@@ -12,10 +12,10 @@ from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
 from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
 from cpattn.current import is_capturing
-from cpattn.exchange.message import gather_rows_, whole_rows
 from cpattn.graphs import compiler_is_loaded, leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.moves.moves import moves_for, whole_rows
 from cpattn.other_words import refuse_words
 from cpattn.transports.agreement import share_verdicts
 from cpattn.transports.gather import gather_whole
@@ -84,7 +84,7 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
         local = rows_first.new_empty(meta.rows, *rows_first.shape[1:])
         with on_device_of(x):
             # Padding has index -1, which stands for zeros.
-            gather_rows_(local, whole_rows(rows_first), meta.token_index)
+            moves_for(x.device).gather_rows(local, whole_rows(rows_first), meta.token_index)
     return local.movedim(0, dim).contiguous() if dim else local
 
 
@@ -130,7 +130,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         gathered = gather_whole(in_flight, "unshard", whole_rows(x) if x.is_conj() else x)
         out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
         with on_device_of(x):
-            gather_rows_(out, gathered, meta.restore_index)
+            moves_for(x.device).gather_rows(out, gathered, meta.restore_index)
         return out
 
 

@@ -17,11 +17,11 @@ from cpattn.call import Arguments, BackendChoice, decide, refusal_of, run, valid
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
 from cpattn.exchange.message import KVFormat
-from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.strategy import Steps
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.moves.moves import moves_for
 from cpattn.other_words import refuse_words
 from cpattn.page_checks import check_attend, check_page_table, check_write, parse_page_size
 from cpattn.page_contents import check_slot_pages, check_slots
@@ -150,7 +150,7 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
     check_write(k, v, kv_cache, slots)
     if check or slots.device.type == "cpu":
         check_slots(kv_cache, slots)
-    write_pages_(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
+    moves_for(slots.device).write_pages(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
 
 
 @overload

@@ -6,18 +6,18 @@ arXiv:2112.05682; Liu et al., Ring Attention, arXiv:2310.01889). Shapes: N parts
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from cpattn.kernels.available import has_kernels, kernel_module
+from cpattn.kernels.available import has_kernels
 
 
 def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
     """Adds the partial result ``(out, lse)`` to ``(acc, acc_lse)`` in place; see :func:`merge_all_`."""
-    if has_kernels(acc_THD.device) and acc_THD.dtype == torch.float32:
-        kernel_module("merge").merge_all(acc_THD, acc_lse_TH, out_THD, lse_TH)
-    else:
-        torch_merge_all_(acc_THD, acc_lse_TH, out_THD[None], lse_TH[None])
+    _merge_for(acc_THD.device, acc_THD.dtype)(acc_THD, acc_lse_TH, out_THD, lse_TH)
 
 
 def merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
@@ -31,14 +31,24 @@ def merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: T
         out_NTHD: of any floating dtype; a lower precision than acc's costs what it costs. The last axis is contiguous.
         lse_NTH: any strides.
     """
-    if has_kernels(acc_THD.device) and acc_THD.dtype == torch.float32:
-        kernel_module("merge").merge_all(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
-    else:
-        torch_merge_all_(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+    _merge_for(acc_THD.device, acc_THD.dtype)(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+
+
+@cache
+def _merge_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """What merges into results of this dtype on this device: the kernel, or what defines it."""
+    if has_kernels(device) and dtype == torch.float32:
+        # Triton need not be there.
+        from cpattn.kernels.merge import merge_all
+
+        return merge_all
+    return torch_merge_all_
 
 
 def torch_merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
-    """:func:`merge_all_` in plain torch, which defines it."""
+    """:func:`merge_all_`, or :func:`merge_` where there is no axis of parts, in plain torch, which defines them."""
+    if out_NTHD.ndim == 3:
+        out_NTHD, lse_NTH = out_NTHD[None], lse_NTH[None]
     if not len(out_NTHD):
         return
     newest_TH = lse_NTH.amax(0)

@@ -13,14 +13,14 @@ from typing import NamedTuple, overload
 from torch import Tensor
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.message import KVFormat, Message, gather_rows_, message_buffer, pack_
+from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.own_keys import own_rows
-from cpattn.exchange.pages import read_pages_, write_pages_
 from cpattn.exchange.step_rows import causal_rows
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.moves.moves import moves_for
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport, Work
 
@@ -37,10 +37,10 @@ def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) 
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    cache, communicator = inputs.cache, in_flight.transport
+    cache, communicator, moves = inputs.cache, in_flight.transport, moves_for(inputs.format.device)
     if _is_alone(inputs.sizes, meta):
         if isinstance(cache, PagedKV):
-            write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
+            moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
             yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
         else:
             yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
@@ -57,7 +57,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
         if isinstance(cache, PackedKV):
             # One group's keys in order at a time: its attention has read them before the next group's take their place.
             ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-            pack_(ordered.whole, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
+            moves.pack(ordered.whole, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
         gather.wait()
         query_heads = None
         if heads is not None:
@@ -68,14 +68,14 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
             if heads is not None:
                 v_pages = None if cache.v_pages is None else cache.v_pages[:, :, heads]
                 pages = PagedKV(cache.k_pages[:, :, heads], v_pages, cache.page_table)
-            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *gathered.all.parts)
+            moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *gathered.all.parts)
             yield over_pages(pages, kv, inputs.reads_pages, meta, communicator, query_heads)
             continue
         restore_index = meta.restore_index
         if cache is None:
             ordered = message_buffer(communicator, "ordered", kv, restore_index.shape[0])
         # From rank-major order to each request's prefix and extend in one piece, K and V at once.
-        gather_rows_(ordered.whole, gathered.all.whole, restore_index, None if cache is None else meta.extend_key_rows)
+        moves.gather_rows(ordered.whole, gathered.all.whole, restore_index, None if cache is None else meta.extend_key_rows)
         yield Step(*ordered.pair, [causal_rows(meta, paged=False)], query_heads)
 
 
@@ -119,7 +119,7 @@ def gathered_buffers(communicator: Transport, kv: KVFormat, meta: CPMetadata, gr
 def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetadata, in_flight: InFlight) -> Work:
     """Starts to bring every rank's K and V together, which is the transfer that comes next."""
     # The message is packed where the gather would put it, which spares a copy of it.
-    pack_(gathered.own, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
+    moves_for(k.device).pack(gathered.own, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
     return in_flight.start()
 
 
@@ -131,7 +131,7 @@ def over_pages(
         rows = causal_rows(meta, paged=True).with_pages(pages.page_table, pages.page_size)
         return Step(*kv.pair(pages.k_pages, pages.v_pages), [rows], heads)
     ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-    read_pages_(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *ordered.parts)
+    moves_for(kv.device).read_pages(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *ordered.parts)
     return Step(*ordered.pair, [causal_rows(meta, paged=False)], heads)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpattn.attention.rows import RaggedRows
-from cpattn.exchange.message import Message, message_buffer, pack_
-from cpattn.exchange.pages import read_pages_, write_pages_
+from cpattn.exchange.message import Message, message_buffer
 from cpattn.exchange.step_rows import prefix_rows
 from cpattn.exchange.strategy import ExchangeInputs, Step
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.moves.moves import moves_for
 from cpattn.transports.transport import Transport
 
 
@@ -26,18 +26,18 @@ def own_rows(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) 
         return inputs.format.pair(inputs.k[: meta.num_tokens], v)
     # How many tokens there are changes under a captured graph; zeros after them do as well.
     message = message_buffer(communicator, "own rows", inputs.format, meta.rows)
-    pack_(message.whole, inputs.k, inputs.v, meta.token_count)
+    moves_for(inputs.format.device).pack(message.whole, inputs.k, inputs.v, meta.token_count)
     return message.pair
 
 
 def write_own(cache: PagedKV, inputs: ExchangeInputs, meta: CPMetadata) -> None:
     """Appends this rank's new tokens to what its pages hold of each request."""
-    write_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.held_places, inputs.k, inputs.v)
+    moves_for(inputs.format.device).write_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.held_places, inputs.k, inputs.v)
 
 
 def read_shard_(message: Message, cache: PagedKV, meta: CPMetadata) -> None:
     """Reads all that this rank holds of the batch from its pages, request after request, and zeros after it."""
-    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *message.parts)
+    moves_for(message.whole.device).read_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.shard_places, *message.parts)
 
 
 def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> Step | None:
@@ -51,5 +51,5 @@ def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transpor
         rows: RaggedRows = prefix_rows(meta, inputs.window, paged=True)
         return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table, cache.page_size)])
     packed = message_buffer(communicator, "prefix", inputs.format, meta.plan.num_prefix_tokens)
-    read_pages_(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *packed.parts)
+    moves_for(inputs.format.device).read_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *packed.parts)
     return Step(*packed.pair, [prefix_rows(meta, inputs.window, paged=False)])

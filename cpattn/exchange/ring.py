@@ -9,14 +9,14 @@ from __future__ import annotations
 from functools import partial
 
 from cpattn.attention.rows import Alignment
-from cpattn.exchange.message import KVFormat, Message, message_buffer, pack_
+from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
-from cpattn.exchange.pages import write_pages_
 from cpattn.exchange.step_rows import launches_per_shard, shard_rows
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.moves.moves import moves_for
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport
 
@@ -29,7 +29,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
     communicator, cp_size, rank = in_flight.transport, meta.plan.cp_size, meta.cp_rank
     pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
     sharded = pages if meta.plan.sharded else None
-    rows = shard_rows(meta, inputs.window)
+    rows, moves = shard_rows(meta, inputs.window), moves_for(inputs.format.device)
     messages, _ = _hop_buffers(communicator, inputs.format, meta)
     if sharded:
         write_own(sharded, inputs, meta)
@@ -37,7 +37,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
         hop_keys = messages[0].pair
     else:
         if cp_size > 1:
-            pack_(messages[0].whole, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
+            moves.pack(messages[0].whole, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
         hop_keys = own_rows(inputs, meta, communicator)
     places = [] if pages is None or sharded else meta.gathered_places_by_rank
     for hop in range(cp_size):
@@ -50,7 +50,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
         if pages is not None and not sharded:
             # Every rank holds every token: what passes by is written, too.
             k, v = (inputs.k, inputs.v) if hop == 0 else messages[hop % 2].parts
-            write_pages_(pages.k_pages, pages.v_pages, pages.page_table, *places[owner], k, v)
+            moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *places[owner], k, v)
         yield Step(*hop_keys, rows[owner])
         if shift is not None:
             shift.wait()

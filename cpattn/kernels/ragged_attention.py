@@ -27,7 +27,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cpattn.attention.rows import RaggedRows
 from cpattn.current import is_on_current_device
 from cpattn.kernels.arguments import Blocks
-from cpattn.kernels.available import kernel_module
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
 from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
@@ -426,7 +425,10 @@ def specialized_kernel(device: torch.device) -> Any:
     """The module of the kernel for Hopper, or None where this GPU or this Triton can not run it."""
     if device_properties(device)[1] != (9, 0) or not HOPPER_KERNEL.is_open(device):
         return None
-    return kernel_module("hopper_attention")
+    # It takes a release of Triton that has Gluon.
+    from cpattn.kernels import hopper_attention
+
+    return hopper_attention
 
 
 @lru_cache

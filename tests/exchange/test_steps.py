@@ -13,9 +13,10 @@ from strategies import Batch, non_empty_batches
 import cpattn
 from cpattn.attention.rows import find_alignment
 from cpattn.call import Arguments, _decide
-from cpattn.exchange.message import KVFormat, torch_pack_
+from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps
+from cpattn.moves import torch_moves
 from cpattn.testing import SoloCommunicator
 from cpattn.transports.in_flight import InFlight
 
@@ -98,7 +99,7 @@ def test_padding_is_zeroed_before_it_travels() -> None:
     message = torch.full((6, 2, 7), torch.nan)
     k, v = torch.randn(6, 2, 4), torch.randn(6, 2, 3)
     k[4:], v[4:] = torch.nan, torch.inf
-    torch_pack_(message, k, v, 4)
+    torch_moves.pack(message, k, v, 4)
     assert torch.equal(message[:4], torch.cat([k, v], -1)[:4])
     assert (message[4:] == 0).all()
 

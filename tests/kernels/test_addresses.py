@@ -18,10 +18,9 @@ from cpattn.attention.rows import RaggedRows
 
 pytest.importorskip("triton")
 from cpattn.kernels.merge import merge_all
-from cpattn.kernels.move_rows import gather_rows, pack_kv
-from cpattn.kernels.pages import read_pages, write_pages
 from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import TileShape, tile_shapes
+from cpattn.moves.triton_moves import gather_rows, pack, read_pages, write_pages
 
 Tensors: TypeAlias = "dict[str, Tensor]"
 
@@ -143,7 +142,7 @@ def rows_of(device: str, **shapes: tuple[int, ...]) -> Tensors:
 @pytest.mark.parametrize("name", ["message", "k", "v"])
 def test_pack(name: str, axis: int, reach: int, device: str) -> None:
     def run(x: Tensors) -> Tensors:
-        pack_kv(x["message"], x["k"], x["v"], 7)
+        pack(x["message"], x["k"], x["v"], 7)
         return {"message": x["message"]}
 
     check(run, rows_of(device, message=(9, 2, 24), k=(7, 2, 8), v=(7, 2, 16)), name, axis, reach)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cpattn.exchange.message import torch_gather_rows_, torch_pack_
+from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
-from cpattn.kernels.move_rows import gather_rows, pack_kv
+from cpattn.moves import triton_moves
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -31,16 +31,16 @@ def test_pack_kv(rows: int, num_tokens: int, dims: tuple[int, int], dtype: torch
     k, v = qkv[:, heads : 2 * heads, : dims[0]], qkv[:, 2 * heads : 3 * heads, : dims[1]]
     got = torch.full((rows + 2, heads, sum(dims)), torch.nan, dtype=dtype, device=device)
     want = got.clone()
-    pack_kv(got[1 : rows + 1], k, v, num_tokens)
-    torch_pack_(want[1 : rows + 1], k, v, num_tokens)
+    triton_moves.pack(got[1 : rows + 1], k, v, num_tokens)
+    torch_moves.pack(want[1 : rows + 1], k, v, num_tokens)
     assert torch.equal(bits(got), bits(want))
 
 
 def test_pack_kv_into_more_rows_than_it_is_given(device: str) -> None:
     k, v = torch.randn(4, 2, 8, device=device), torch.randn(4, 2, 16, device=device)
     got, want = torch.empty(2, 6, 2, 24, device=device)
-    pack_kv(got, k, v, 4)
-    torch_pack_(want, k, v, 4)
+    triton_moves.pack(got, k, v, 4)
+    torch_moves.pack(want, k, v, 4)
     assert torch.equal(got, want)
 
 
@@ -55,7 +55,7 @@ def test_gather_rows(trailing: tuple[int, ...], dtype: torch.dtype, index_dtype:
     for n in (0, 1, 37):
         index = torch.randint(0, 50, (n,), generator=generator).to(index_dtype).to(device)
         out = torch.zeros(n, *trailing, dtype=dtype, device=device)
-        gather_rows(out, source, index)
+        triton_moves.gather_rows(out, source, index)
         assert torch.equal(bits(out), bits(torch.index_select(source, 0, index)))
 
 
@@ -66,7 +66,7 @@ def test_gather_rows_between_strided_views(offset: int, device: str) -> None:
     wide = torch.zeros(12, 100, dtype=torch.bfloat16, device=device)
     out = wide[:, 3:36]
     index = torch.arange(19, 7, -1, device=device)
-    gather_rows(out, source, index)
+    triton_moves.gather_rows(out, source, index)
     assert torch.equal(out, source[index])
     assert (wide[:, :3] == 0).all()
     assert (wide[:, 36:] == 0).all()
@@ -75,7 +75,7 @@ def test_gather_rows_between_strided_views(offset: int, device: str) -> None:
 def test_gather_rows_refuses_rows_in_pieces(device: str) -> None:
     source = torch.zeros(4, 2, 8, device=device)[..., :4]
     with pytest.raises(ValueError, match="not contiguous"):
-        gather_rows(torch.zeros(1, 2, 4, device=device), source, torch.zeros(1, dtype=torch.int64, device=device))
+        triton_moves.gather_rows(torch.zeros(1, 2, 4, device=device), source, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (5, 3)], ids=str)
@@ -84,8 +84,8 @@ def test_pack_kv_into_slots(dims: tuple[int, int], device: str) -> None:
     slots = torch.tensor([4, 0, 11, 7, 2, 3, 1], dtype=torch.int32, device=device)
     got = torch.full((12, 2, sum(dims)), torch.nan, device=device)
     want = got.clone()
-    pack_kv(got, k, v, 7, slots)
-    torch_pack_(want, k, v, 7, slots)
+    triton_moves.pack(got, k, v, 7, slots)
+    torch_moves.pack(want, k, v, 7, slots)
     assert torch.equal(bits(got), bits(want))
 
 
@@ -96,8 +96,8 @@ def test_gather_rows_into_slots(trailing: tuple[int, ...], device: str) -> None:
     slots = torch.tensor([4, 0, 11, 7, 2], dtype=torch.int32, device=device)
     got = torch.full((12, *trailing), torch.nan, device=device)
     want = got.clone()
-    gather_rows(got, source, index, slots)
-    torch_gather_rows_(want, source, index, slots)
+    triton_moves.gather_rows(got, source, index, slots)
+    torch_moves.gather_rows(want, source, index, slots)
     assert torch.equal(bits(got), bits(want))
 
 
@@ -116,14 +116,14 @@ def test_pack_kv_takes_its_count_from_the_device(num_tokens: int, with_slots: bo
         row = i if slots is None else int(slots[i])
         if row >= 0:
             want[row] = torch.cat([k[i], v[i]], -1)
-    pack_kv(kernel, k, v, count, slots)
-    torch_pack_(twin, k, v, count, slots)
-    torch_pack_(twin_of_count, k, v, num_tokens, slots)
+    triton_moves.pack(kernel, k, v, count, slots)
+    torch_moves.pack(twin, k, v, count, slots)
+    torch_moves.pack(twin_of_count, k, v, num_tokens, slots)
     for got in (kernel, twin, twin_of_count):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("pack", [pack_kv, torch_pack_], ids=["triton", "torch"])
+@pytest.mark.parametrize("pack", [triton_moves.pack, torch_moves.pack], ids=["triton", "torch"])
 def test_pack_kv_without_v(pack: Callable[..., None], device: str) -> None:
     k = torch.randn(7, 1, 24, device=device)
     message = torch.full((9, 1, 24), torch.nan, device=device)
@@ -132,7 +132,7 @@ def test_pack_kv_without_v(pack: Callable[..., None], device: str) -> None:
     assert (message[5:] == 0).all()
 
 
-@pytest.mark.parametrize("gather", [gather_rows, torch_gather_rows_], ids=["triton", "torch"])
+@pytest.mark.parametrize("gather", [triton_moves.gather_rows, torch_moves.gather_rows], ids=["triton", "torch"])
 @pytest.mark.parametrize("trailing", [(2, 64), (3,), ()], ids=str)
 def test_gather_rows_of_negative_index_are_zeros(trailing: tuple[int, ...], gather: Callable[..., None], device: str) -> None:
     source = torch.randn(6, *trailing, device=device)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpattn.exchange.pages import torch_read_pages, torch_write_pages
+from cpattn.moves import torch_moves
+from cpattn.moves.moves import Moves
 
 pytest.importorskip("triton")
-from cpattn.kernels.pages import read_pages, write_pages
+from cpattn.moves import triton_moves
 
 PAGE_SIZES = (1, 3, 16, 64)
 GARBAGE = (-1, 2**30)
@@ -70,7 +71,7 @@ class Case:
         return self.page_table, self.request, self.position
 
 
-@pytest.mark.parametrize("move", [torch_write_pages, write_pages], ids=["torch", "triton"])
+@pytest.mark.parametrize("move", [torch_moves.write_pages, triton_moves.write_pages], ids=["torch", "triton"])
 @pytest.mark.parametrize("tables", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_write(page_size: int, tables: torch.dtype, move: Any, device: str) -> None:
@@ -84,7 +85,7 @@ def test_write(page_size: int, tables: torch.dtype, move: Any, device: str) -> N
     assert torch.equal(bits(got), bits(want))
 
 
-@pytest.mark.parametrize("move", [torch_read_pages, read_pages], ids=["torch", "triton"])
+@pytest.mark.parametrize("move", [torch_moves.read_pages, triton_moves.read_pages], ids=["torch", "triton"])
 @pytest.mark.parametrize("scattered", [False, True], ids=["in order", "out_rows"])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_read(page_size: int, scattered: bool, move: Any, device: str) -> None:
@@ -107,16 +108,16 @@ def test_any_dtype_and_width(dtype: torch.dtype, dims: tuple[int, int], device: 
     case = Case(4, device, dtype, dims)
     written = case.engine.clone()
     (k_pages, v_pages), where = case.pages(written), case.where()
-    write_pages(k_pages, v_pages, *where, *case.halves(case.message))
+    triton_moves.write_pages(k_pages, v_pages, *where, *case.halves(case.message))
     read = torch.ones_like(case.message)
-    read_pages(k_pages, v_pages, *where, *case.halves(read))
+    triton_moves.read_pages(k_pages, v_pages, *where, *case.halves(read))
     want = case.message.clone()
     want[case.position_is_padding()] = torch.zeros((), dtype=dtype, device=device)
     want[-1:] = read[-1:]
     assert torch.equal(bits(read), bits(want))
 
 
-@pytest.mark.parametrize("write", [write_pages, torch_write_pages], ids=["triton", "torch"])
+@pytest.mark.parametrize("write", [triton_moves.write_pages, torch_moves.write_pages], ids=["triton", "torch"])
 def test_slots_without_a_page_table(write: Any, device: str) -> None:
     pages = torch.randn(4, 3, 2, 8, device=device)
     want = pages.clone()
@@ -126,23 +127,23 @@ def test_slots_without_a_page_table(write: Any, device: str) -> None:
         want[slots[i] // 3, slots[i] % 3] = k[i]
     write(pages, None, None, None, slots, k, None)
     assert torch.equal(pages, want)
-    for read in (read_pages, torch_read_pages):
+    for read in (triton_moves.read_pages, torch_moves.read_pages):
         again = torch.full_like(k, torch.nan)
         read(pages, None, None, None, slots, again, None)
         assert torch.equal(again, torch.where(slots[:, None, None] >= 0, k, 0))
 
 
-@pytest.mark.parametrize(("write", "read"), [(write_pages, read_pages), (torch_write_pages, torch_read_pages)], ids=["triton", "torch"])
-def test_nothing_to_move(write: Any, read: Any, device: str) -> None:
+@pytest.mark.parametrize("moves", [triton_moves, torch_moves], ids=["triton", "torch"])
+def test_nothing_to_move(moves: Moves, device: str) -> None:
     pages, none = torch.randn(2, 4, 1, 8, device=device), torch.empty(0, 1, 8, device=device)
     table, rows = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.empty(0, dtype=torch.int32, device=device)
     before = pages.clone()
-    write(pages, pages, table, rows, rows, none, none)
-    read(pages, pages, table, rows, rows, none, none)
+    moves.write_pages(pages, pages, table, rows, rows, none, none)
+    moves.read_pages(pages, pages, table, rows, rows, none, none)
     assert torch.equal(pages, before)
     # Padding rows alone, beside an engine that has no page yet.
     k, padding = torch.full((2, 1, 8), torch.nan, device=device), torch.full((2,), -1, device=device)
     empty, no_table = pages[:0], table[:, :0]
-    write(empty, None, no_table, padding, padding, k, None)
-    read(empty, None, no_table, padding, padding, k, None)
+    moves.write_pages(empty, None, no_table, padding, padding, k, None)
+    moves.read_pages(empty, None, no_table, padding, padding, k, None)
     assert (k == 0).all()

@@ -18,17 +18,18 @@ from ragged_inputs import make_rows
 from torch import Tensor
 
 import cpattn
+from cpattn.attention import merge as merge_of_parts
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.merge import torch_merge_all_
 from cpattn.attention.reference import reference_attention
-from cpattn.exchange.message import torch_gather_rows_, torch_pack_
-from cpattn.exchange.pages import torch_read_pages, torch_write_pages
 from cpattn.memo import Memo
+from cpattn.moves import moves, torch_moves
 from cpattn.testing import SoloCommunicator
 
 pytest.importorskip("triton")
-from cpattn.kernels import merge, move_rows, pages, ragged_attention
+from cpattn.kernels import merge, ragged_attention
 from cpattn.kernels.tile_shapes import TileShape
+from cpattn.moves import triton_moves
 
 # In the interpreter alone a launch keeps all that was prepared for it: compiled ones are for tests/kernels/test_launch.py.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what the interpreter is given")
@@ -146,11 +147,11 @@ PACK_CASES: dict[str, Case] = {
 def test_pack_kv(a: Arguments, b: Arguments, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(arguments: Arguments, seed: int) -> None:
         got, want = (make(arguments, seed, device) for _ in range(2))
-        move_rows.pack_kv(**got)
-        torch_pack_(**want)
+        triton_moves.pack(**got)
+        torch_moves.pack(**want)
         same_memory(got, want)
 
-    Watch(monkeypatch, move_rows, "_pack", "_prepare_pack").check(call, a, b)
+    Watch(monkeypatch, triton_moves, "_pack", "_prepare_pack").check(call, a, b)
 
 
 OUT, SOURCE = Random((6, 3, 4), (64, 4, 1)), Random((9, 3, 4), (32, 4, 1))
@@ -187,11 +188,11 @@ GATHER_CASES: dict[str, Case] = {
 def test_gather_rows(a: Arguments, b: Arguments, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(arguments: Arguments, seed: int) -> None:
         got, want = (make(arguments, seed, device) for _ in range(2))
-        move_rows.gather_rows(**got)
-        torch_gather_rows_(**want)
+        triton_moves.gather_rows(**got)
+        torch_moves.gather_rows(**want)
         same_memory(got, want)
 
-    Watch(monkeypatch, move_rows, "_gather", "_prepare_gather").check(call, a, b)
+    Watch(monkeypatch, triton_moves, "_gather", "_prepare_gather").check(call, a, b)
 
 
 ACC, ACC_LSE = Random((5, 2, 8), (40, 16, 1)), Random((5, 2), (7, 3))
@@ -297,12 +298,13 @@ READ_CASES: dict[str, Case] = {
 def watch_pages(monkeypatch: pytest.MonkeyPatch, device: str) -> tuple[Watch, Callable[[Arguments, int], None]]:
     def call(arguments: Arguments, seed: int) -> None:
         got, want = (make(arguments, seed, device) for _ in range(2))
-        kernel, twin = (pages.write_pages, torch_write_pages) if arguments["write"] else (pages.read_pages, torch_read_pages)
+        name = "write_pages" if arguments["write"] else "read_pages"
+        kernel, twin = getattr(triton_moves, name), getattr(torch_moves, name)
         kernel(**{name: x for name, x in got.items() if name != "write"})
         twin(**{name: x for name, x in want.items() if name != "write"})
         same_memory(got, want)
 
-    return Watch(monkeypatch, pages, "_pages", "_prepare"), call
+    return Watch(monkeypatch, triton_moves, "_pages", "_prepare_pages"), call
 
 
 @parametrize(PAGES | {"write": True}, PAGES_CASES)
@@ -414,10 +416,10 @@ def test_ragged_attention(a: Arguments, b: Arguments, device: str, monkeypatch: 
 
 
 WRAPPERS = {
-    "pack": (move_rows, "_pack", "_prepare_pack"),
-    "gather": (move_rows, "_gather", "_prepare_gather"),
+    "pack": (triton_moves, "_pack", "_prepare_pack"),
+    "gather": (triton_moves, "_gather", "_prepare_gather"),
     "merge": (merge, "_merge", "_prepare"),
-    "pages": (pages, "_pages", "_prepare"),
+    "pages": (triton_moves, "_pages", "_prepare_pages"),
     "attention": (ragged_attention, "_attention", "_prepare"),
 }
 
@@ -431,9 +433,15 @@ WRAPPERS = {
         ("ring", "paged", {"pack", "pages", "merge", "attention"}),
     ],
 )
-def test_a_second_layer_prepares_nothing(strategy: str, cache: str, used: set[str], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("exchange.message", "exchange.pages", "attention.merge"):
-        monkeypatch.setattr(f"cpattn.{module}.has_kernels", lambda device: True)
+def test_a_second_layer_prepares_nothing(
+    strategy: str, cache: str, used: set[str], device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(moves, "has_kernels", lambda device: True)
+    monkeypatch.setattr("cpattn.attention.merge.has_kernels", lambda device: True)
+    # What is chosen once a device is chosen anew, here and after the test.
+    for choice in (moves.moves_for, merge_of_parts._merge_for):
+        choice.cache_clear()
+        request.addfinalizer(choice.cache_clear)
     # Without its own way of merging, so that results of several steps go through that kernel, too.
     backend = replace(cpattn.BACKENDS["triton"], device_types=None, refuses=lambda call: None, accumulate=None)
     watches = {name: Watch(monkeypatch, *wrapper) for name, wrapper in WRAPPERS.items()}

@@ -1,0 +1,142 @@
+"""Moving rows in plain torch: what :class:`cpattn.moves.moves.Moves` means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Dtypes of which torch moves single rows everywhere. Of others, such as fp8, it moves the bits under another name.
+_INDEXED = frozenset(
+    {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}
+)
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
+    """See :meth:`cpattn.moves.moves.Moves.pack`."""
+    for part, source in ((message[..., : k.shape[2]], k), (message[..., k.shape[2] :], v)):
+        if source is not None:
+            _pack_part(part, source, num_tokens, slots)
+
+
+def _pack_part(part: Tensor, source: Tensor, num_tokens: int | Tensor, slots: Tensor | None) -> None:
+    if isinstance(num_tokens, int):
+        if slots is not None:
+            slots = slots[:num_tokens]
+            _put_rows(part, (slots.clamp(min=0),), source[:num_tokens], slots >= 0)
+        else:
+            part[:num_tokens] = source[:num_tokens]
+            part[num_tokens:] = 0
+        return
+    rows = min(len(part if slots is None else slots), len(source))
+    is_token = torch.arange(rows, device=part.device) < num_tokens
+    if slots is not None:
+        slots = slots[:rows]
+        _put_rows(part, (slots.clamp(min=0),), source[:rows], is_token & (slots >= 0))
+    else:
+        part[:rows] = torch.where(is_token[:, None, None], source[:rows], 0)
+        part[rows:] = 0
+
+
+def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
+    """See :meth:`cpattn.moves.moves.Moves.gather_rows`."""
+    if out.dtype not in _INDEXED:
+        word = _WORDS[out.itemsize]
+        out, source = out.view(word), source.view(word)
+    is_zero = index < 0
+    if not len(source):
+        gathered = out.new_zeros(len(index), *out.shape[1:])
+        _put_or_copy(out, gathered, slots)
+        return
+    index = index.clamp(min=0)
+    if slots is not None:
+        _put_or_copy(out, _zero_rows(source.index_select(0, index), is_zero), slots)
+    elif out.ndim > 2:
+        # As one flat row each; torch moves those fastest.
+        _zero_rows(torch.index_select(source.flatten(1), 0, index, out=out.flatten(1)), is_zero)
+    else:
+        _zero_rows(torch.index_select(source, 0, index, out=out), is_zero)
+
+
+def _put_or_copy(out: Tensor, values: Tensor, slots: Tensor | None) -> None:
+    if slots is None:
+        out.copy_(values)
+    else:
+        _put_rows(out, (slots.clamp(min=0),), values, slots >= 0)
+
+
+def _zero_rows(x: Tensor, is_zero: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        x[is_zero] = 0
+        return x
+    return x.masked_fill_(is_zero.view(-1, *[1] * (x.ndim - 1)), 0)
+
+
+def write_pages(
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    page_table: Tensor | None,
+    request: Tensor | None,
+    position: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+) -> None:
+    """See :meth:`cpattn.moves.moves.Moves.write_pages`."""
+    if not k_pages.numel():
+        return
+    is_token, slot = _slots(k_pages, page_table, request, position)
+    _put_rows(k_pages, slot, k[: len(position)], is_token)
+    if v_pages is not None and v is not None:
+        _put_rows(v_pages, slot, v[: len(position)], is_token)
+
+
+def read_pages(
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    page_table: Tensor | None,
+    request: Tensor | None,
+    position: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out_rows: Tensor | None = None,
+) -> None:
+    """See :meth:`cpattn.moves.moves.Moves.read_pages`."""
+    to = slice(0, len(position)) if out_rows is None else out_rows
+    if not k_pages.numel():
+        k[to] = 0
+        if v is not None:
+            v[to] = 0
+        return
+    is_token, slot = _slots(k_pages, page_table, request, position)
+    k[to] = torch.where(is_token[:, None, None], k_pages[slot], 0)
+    if v_pages is not None and v is not None:
+        v[to] = torch.where(is_token[:, None, None], v_pages[slot], 0)
+
+
+def _slots(k_pages: Tensor, page_table: Tensor | None, request: Tensor | None, position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which rows are tokens, and each row's page and place in it: those of slot 0 for padding."""
+    page_size = k_pages.shape[1]
+    is_token = position >= 0
+    position = torch.where(is_token, position, 0).long()
+    page = position // page_size
+    if page_table is not None and page_table.numel():
+        assert request is not None
+        page = torch.where(is_token, page_table[torch.where(is_token, request, 0), page].long(), 0)
+    return is_token, (page, position % page_size)
+
+
+def _put_rows(out: Tensor, index: tuple[Tensor, ...], values: Tensor, is_row: Tensor) -> None:
+    """``out[index[0][i], index[1][i], ...] = values[i]`` where ``is_row[i]``, without waiting for the device; the others' index
+    must lie inside of out, too."""
+    if out.device.type == "cpu":
+        out[tuple(axis[is_row] for axis in index)] = values[is_row]
+        return
+    if not values.numel():
+        return
+    # How many rows there are is known on the device alone: the others repeat the first one, or, where there is none,
+    # write back what the first place of out holds.
+    first = is_row.int().argmax()
+    any_row = is_row[first]
+    source = torch.where(is_row, torch.arange(len(is_row), device=out.device), first)
+    to = tuple(torch.where(any_row, axis[source], 0) for axis in index)
+    out[to] = torch.where(any_row, values[source], out[(0,) * len(index)])
