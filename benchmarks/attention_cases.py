@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cpattn
-from cpattn.attention.rows import RaggedRows
+from cpattn.spans import Spans
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -43,16 +43,16 @@ BATCHES = {
 }
 
 
-def all_gather_rows(meta: cpattn.CPMetadata, half: str = "both") -> tuple[Tensor, RaggedRows]:
-    """The rows of an all-gather launch, over the rank's "front" chunks, its "back" chunks or "both"; and which of the
+def all_gather_spans(meta: cpattn.CPMetadata, half: str = "both") -> tuple[Tensor, Spans]:
+    """The spans of an all-gather launch, over the rank's "front" chunks, its "back" chunks or "both"; and which of the
     rank's query rows they are."""
     table = meta.chunk_host
     is_front = table.column < meta.plan.cp_size
     picked = {"both": is_front | ~is_front, "front": is_front, "back": ~is_front}[half]
     index = np.flatnonzero(np.repeat(picked, table.q_len))
     q_len, k_len = table.q_len[picked], table.k_len[picked]
-    rows = RaggedRows.build(q_len, meta.k_starts[table.request[picked]], k_len, k_len - q_len + 1, "cuda")
-    return torch.from_numpy(index).cuda(), rows
+    spans = Spans.build(q_len, meta.k_starts[table.request[picked]], k_len, k_len - q_len + 1, "cuda")
+    return torch.from_numpy(index).cuda(), spans
 
 
 def tensors(batch: AttentionBatch, meta: cpattn.CPMetadata) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_cases import BATCHES, HEAD_DIM, HEADS, KV_HEADS, all_gather_rows, tensors
+from attention_cases import BATCHES, HEAD_DIM, HEADS, KV_HEADS, all_gather_spans, tensors
 from gpu_report import RESULTS, draw_bars, write_gpu_report
 from gpu_timing import gpu_seconds, sustained_seconds
 from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 BACKENDS = ["flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "triton"]
 # The backend that is timed on every machine.
@@ -59,7 +60,10 @@ def measure(results: Path, rounds: int, names: list[str], add: bool) -> None:
         for backend in backends:
             for launches in (2, 1) if meta.max_seqlen_q > 1 else (1,):
                 halves = ["both"] if launches == 1 else ["front", "back"]
-                calls = [(q[index] if launches == 2 else q, k, v, rows) for index, rows in (all_gather_rows(meta, half) for half in halves)]
+                calls = [
+                    (q[index] if launches == 2 else q, Keys(k, v), spans)
+                    for index, spans in (all_gather_spans(meta, half) for half in halves)
+                ]
                 variants[f"{labels[backend.name]}, {'one launch' if launches == 1 else 'two launches'}"] = partial(run_all, backend, calls)
         times, sustained = gpu_seconds(variants, rounds), sustained_seconds(variants)
         tflops = {variant: batch.flops() / seconds / 1e12 for variant, seconds in times.items()}
@@ -104,9 +108,9 @@ def draw(results: Path) -> None:
     draw_bars(results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128", "TFLOP/s of causal work", groups)
 
 
-def run_all(backend: Backend, calls: list[tuple[Tensor, Tensor, Tensor, RaggedRows]]) -> None:
-    for q, k, v, rows in calls:
-        backend.run(q, k, v, rows, AttentionOptions(scale=HEAD_DIM**-0.5), q.dtype)
+def run_all(backend: Backend, calls: list[tuple[Tensor, Keys, Spans]]) -> None:
+    for q, keys, spans in calls:
+        backend.attend(q, keys, spans, AttentionOptions(scale=HEAD_DIM**-0.5), q.dtype)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import cpattn
 from cpattn.attention import flash_attn3
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.fa3_build import find_build
-from cpattn.exchange.step_rows import causal_rows
+from cpattn.exchange.step_rows import causal_spans
+from cpattn.keys import Keys
 
 BACKENDS = ["flash_attn4", "flash_attn3", "triton"]
 HEADER = ["batch", "backend", "graph p20, us", "graph p50, us", "graph p80, us", "to triton", "eager p50, us", "host a call, us"]
@@ -134,15 +135,17 @@ def variants_of(case: Case, backends: list[str]) -> tuple[dict[str, Callable[[],
         calls[name] = run
     launches: dict[str, Callable[[], Any]] = {}
     if "flash_attn3" in calls and isinstance(cache, cpattn.PagedKV) and find_build().has("PAGEDKV"):
-        rows = causal_rows(meta, paged=True).with_pages(cache.page_table, cache.page_size)
-        ours = flash_attn3.num_splits(rows, HEADS, KV_HEADS, HEAD_DIM, None, flash_attn3.multiprocessors(q.device))
+        spans = causal_spans(meta, paged=True)
+        ours = flash_attn3.num_splits(spans, HEADS, KV_HEADS, HEAD_DIM, None, flash_attn3.multiprocessors(q.device))
         assert cache.v_pages is not None
-        launch = partial(flash_attn3.launch, q, cache.k_pages, cache.v_pages, rows, AttentionOptions(HEAD_DIM**-0.5))
+        launch = partial(
+            flash_attn3.launch, q, Keys(cache.k_pages, cache.v_pages, cache.page_table), spans, AttentionOptions(HEAD_DIM**-0.5)
+        )
         for label, splits in {"1 part": 1, f"{ours} parts (cpattn's choice)": ours, "kernel's choice": 0}.items():
             launches[f"flash_attn3 launch, {label}"] = partial(launch, splits, None)
     elif "flash_attn3" in calls and isinstance(cache, cpattn.PackedKV) and not plan.num_prefix_tokens:
-        rows = causal_rows(meta, paged=False)
-        launch = partial(flash_attn3.launch, q, k, v, rows, AttentionOptions(HEAD_DIM**-0.5), 1)
+        spans = causal_spans(meta, paged=False)
+        launch = partial(flash_attn3.launch, q, Keys(k, v), spans, AttentionOptions(HEAD_DIM**-0.5), 1)
         for packed in (True, False):
             launches[f"flash_attn3 launch, heads {'packed' if packed else 'not packed'}"] = partial(launch, packed)
     return calls, launches

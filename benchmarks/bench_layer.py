@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_cases import HEAD_DIM, HEADS, KV_HEADS, AttentionBatch, all_gather_rows, tensors
+from attention_cases import HEAD_DIM, HEADS, KV_HEADS, AttentionBatch, all_gather_spans, tensors
 from gpu_report import RESULTS, draw_bars, write_gpu_report
 from gpu_timing import gpu_seconds
 from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 from cpattn.testing import SoloCommunicator
 from cpattn.transports.transport import Work
 
@@ -70,14 +71,14 @@ def main() -> None:
 def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[str]]:
     batch = AttentionBatch([(prefix, tokens)], cp_size)
     meta = batch.metadata()
-    _, rows = all_gather_rows(meta)
+    _, spans = all_gather_spans(meta)
     q, k, v = tensors(batch, meta)
     local_k, local_v = (torch.randn(meta.rows, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     cache = cpattn.PackedKV(*(torch.randn(prefix, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)))
     communicator, silent = SoloCommunicator(meta.cp_rank, cp_size), SilentCommunicator(meta.cp_rank, cp_size)
     names = [name for name in ("flash_attn4", "flash_attn3", "triton") if cpattn.BACKENDS[name].unavailable() is None]
     attention_options = AttentionOptions(scale=HEAD_DIM**-0.5)
-    alone = {name: partial(cpattn.BACKENDS[name].run, q, k, v, rows, attention_options, q.dtype) for name in names}
+    alone = {name: partial(cpattn.BACKENDS[name].attend, q, Keys(k, v), spans, attention_options, q.dtype) for name in names}
     attend = partial(cpattn.cp_attention, q, local_k, local_v, meta, kv_cache=cache, overlap=1)
     keys = [(strategy, name) for strategy in STRATEGIES for name in names]
     layers: dict[str, Callable[[], Any]] = {}
@@ -132,7 +133,7 @@ def without_launches(backend: Backend) -> Backend:
     """A backend of the same kind that gives back memory of the right form, the same every time."""
     results: dict[tuple[torch.Size, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         key = q.shape, out_dtype
         if key not in results:
             lse = torch.zeros(q.shape[1], q.shape[0], device=q.device)
@@ -140,7 +141,7 @@ def without_launches(backend: Backend) -> Backend:
         return results[key]
 
     accumulate = None if backend.accumulate is None else lambda *arguments: None
-    return replace(backend, run=run, accumulate=accumulate)
+    return replace(backend, attend=attend, accumulate=accumulate)
 
 
 def host_seconds(variants: Mapping[str, Callable[[], Any]], calls: int) -> dict[str, float]:

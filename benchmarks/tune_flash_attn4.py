@@ -11,11 +11,12 @@ import sys
 from functools import partial
 
 import numpy as np
-from attention_cases import BATCHES, HEAD_DIM, AttentionBatch, all_gather_rows, tensors
+from attention_cases import BATCHES, HEAD_DIM, AttentionBatch, all_gather_spans, tensors
 from gpu_timing import gpu_machine, gpu_seconds
 
 from cpattn.attention import flash_attn4
 from cpattn.attention.backend import AttentionOptions
+from cpattn.keys import Keys
 
 
 def main() -> None:
@@ -27,10 +28,10 @@ def main() -> None:
         batches = {name: batch for name, batch in batches.items() if any(word in name for word in sys.argv[1:])}
     for name, batch in batches.items():
         meta = batch.metadata()
-        _, rows = all_gather_rows(meta)
+        _, spans = all_gather_spans(meta)
         q, k, v = tensors(batch, meta)
         options = AttentionOptions(scale=HEAD_DIM**-0.5)
-        launch = partial(flash_attn4.launch, q, k, v, rows, options)
+        launch = partial(flash_attn4.launch, q, Keys(k, v), spans, options)
         times = gpu_seconds({"packed": partial(launch, True), "unpacked": partial(launch, False)}, rounds=7)
         print(f"\n{name}: {batch.flops() / 1e12:.3f} TFLOP")
         for variant, seconds in times.items():

@@ -22,9 +22,11 @@ import torch
 from gpu_timing import gpu_machine, gpu_seconds
 from torch import Tensor
 
-from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
 from cpattn.kernels.tile_shapes import WIDE, PaddedDims, TileShape, padded_dims, tile_shapes
+from cpattn.keys import Keys
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
 from cpattn.testing import relative_rmse
 
 # Shapes that a batch's is chosen from, the largest block_m first.
@@ -126,13 +128,13 @@ def batches(sizes: Sizes) -> dict[str, Callable[[ShapeSet], tuple[Tensor, Tensor
     runs: dict[str, Callable[[ShapeSet], tuple[Tensor, Tensor]]] = {}
     for name, batch in BATCHES.items():
         extend, total = batch[:, 1], batch.sum(1)
-        rows = RaggedRows.build(extend, np.cumsum(total) - total, total, batch[:, 0] + 1, torch.device("cuda"))
-        runs[name] = partial(attend, q[: int(extend.sum())], k[: int(total.sum())], v[: int(total.sum())], rows)
+        spans = Spans.build(extend, np.cumsum(total) - total, total, batch[:, 0] + 1, torch.device("cuda"))
+        runs[name] = partial(attend, q[: int(extend.sum())], Keys(k[: int(total.sum())], v[: int(total.sum())]), spans)
     return runs
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, shapes: ShapeSet) -> tuple[Tensor, Tensor]:
-    return ragged_attention(q, k, v, rows, scale=q.shape[2] ** -0.5, shapes=shapes)
+def attend(q: Tensor, keys: Keys, spans: Spans, shapes: ShapeSet) -> tuple[Tensor, Tensor]:
+    return ragged_attention(q, keys, spans, AttentionOptions(q.shape[2] ** -0.5), shapes=shapes)
 
 
 def runs_here(shapes: ShapeSet, runs: dict[str, Callable[[ShapeSet], Any]]) -> bool:

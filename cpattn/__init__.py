@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpattn.api import cp_attention, explain, shard, unshard
     from cpattn.attention.custom import custom_backend
+    from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
-    from cpattn.attention.rows import RaggedRows
     from cpattn.errors import (
         BackendError,
         BatchError,
@@ -99,7 +99,7 @@ _NAMES = {
     "api": "cp_attention explain shard unshard",
     "attention.custom": "custom_backend",
     "attention.registry": "BACKENDS",
-    "attention.rows": "RaggedRows",
+    "attention.ragged_rows": "RaggedRows",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.registry": "STRATEGIES",

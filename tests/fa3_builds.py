@@ -17,7 +17,8 @@ from torch import Tensor
 from cpattn.attention import fa3_build
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.reference import reference_attention
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 # Of fa3-fwd 0.0.3; tokenspeed-fa3 3.0.0.post20260810 has one argument more.
 SCHEMA = (
@@ -76,11 +77,9 @@ class FakeBuild:
         k_start = 0 * k_len if table is not None else given["cu_seqlens_k"][:-1].numpy()
         diagonal = k_len - q_len + 1 if given["is_causal"] else k_len
         request = None if table is None else given["kv_batch_idx"].numpy()
-        rows = RaggedRows.build(q_len, k_start, k_len, diagonal, request=request)
-        if table is not None:
-            rows = rows.with_pages(table, k.shape[1])
+        spans = Spans.build(q_len, k_start, k_len, diagonal, request=request)
         options = AttentionOptions(given["softmax_scale"], None if left < 0 else left + 1, given["softcap"] or None)
-        out, lse = reference_attention(q, k, v, rows, options, q.dtype)
+        out, lse = reference_attention(q, Keys(k, v, table), spans, options, q.dtype)
         group = q.shape[1] // k.shape[-2]
         loads_tiles = table is not None and given["leftpad_k"] is None and k.shape[1] % 128 == 0 and given["max_seqlen_q"] * group > 128
         if loads_tiles and v.isnan().any():

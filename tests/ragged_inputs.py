@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.reference import reference_attention
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
 
 # For more of a kind of which the interpreter, which is slow, runs some.
 compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs others of this kind")
@@ -63,6 +65,16 @@ def _unit_roundoff(dtype: torch.dtype, device: torch.device) -> float:
     return torch.finfo(dtype).eps / (1 if truncates else 2)
 
 
+def launch_attention(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, **how: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The Triton kernel, with what else its wrapper takes by name."""
+    from cpattn.kernels.ragged_attention import ragged_attention
+
+    return ragged_attention(q, Keys(k, v, rows.page_table), rows, AttentionOptions(scale, window, softcap, sinks), **how)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out: Tensor, lse: Tensor) -> None:
     """Element by element: the error that rounding the weights and the result to their dtypes can make.
 
@@ -74,8 +86,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionO
     options64 = AttentionOptions(
         options.scale, options.window, options.softcap, None if options.sinks is None else options.sinks.cpu().double()
     )
-    want, want_lse = reference_attention(q64, k64, v64, rows, options64, torch.float64)
-    spread, _ = reference_attention(q64, k64, v64.abs(), rows, options64, torch.float64)
+    want, want_lse = reference_attention(q64, Keys(k64, v64, rows.page_table), rows, options64, torch.float64)
+    spread, _ = reference_attention(q64, Keys(k64, v64.abs(), rows.page_table), rows, options64, torch.float64)
     unit = torch.finfo(torch.float32).eps / 2
     roundoff = _unit_roundoff(q.dtype, q.device) + _unit_roundoff(out.dtype, q.device) + 64 * unit
     error = (out[:n].cpu().double() - want[:n]).abs()

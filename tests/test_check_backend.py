@@ -12,10 +12,12 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.reference import reference_attention
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 from cpattn.testing import BackendReport, check_backend, oracle_attention
-from cpattn.testing.judge import rows_attention, why_wrong
+from cpattn.testing.judge import spans_attention, why_wrong
 from cpattn.testing.scenarios import SCENARIOS, Scenario, make_problem
 
 REFERENCE = cpattn.BACKENDS["reference"]
@@ -35,7 +37,7 @@ def kernel(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return reference_attention(q, k, v, rows, AttentionOptions(scale, window, softcap, sinks), out_dtype)
+    return reference_attention(q, Keys(k, v, rows.page_table), rows, AttentionOptions(scale, window, softcap, sinks), out_dtype)
 
 
 # What is right.
@@ -89,11 +91,11 @@ def test_a_kernel_may_refuse_what_it_has_no_flag_for() -> None:
 
 
 def test_a_backend_that_merges_by_itself() -> None:
-    def accumulate(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
-        cpattn.attention.merge.merge_(acc, lse, *reference_attention(q, k, v, rows, options, torch.float32))
+    def accumulate(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
+        cpattn.attention.merge.merge_(acc, lse, *reference_attention(q, keys, spans, options, torch.float32))
 
     assert verdicts(check_backend(replace(REFERENCE, accumulate=accumulate)))["merges by itself (accumulate)"] == "holds"
-    forgets = replace(REFERENCE, accumulate=lambda q, k, v, rows, options, acc, lse: None)
+    forgets = replace(REFERENCE, accumulate=lambda q, keys, spans, options, acc, lse: None)
     assert failing(check_backend(forgets)) == {"merges by itself (accumulate)"}
 
 
@@ -243,10 +245,10 @@ def test_a_broken_kernel_is_caught(function: Any, lines: set[str], exactly: bool
 def direct(run: Any) -> Backend:
     """A backend whose results nothing evens out, as that of a function's are."""
 
-    def as_backend(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> Any:
-        return run(q, rows.sees_keys(options.window), *reference_attention(q, k, v, rows, options, out_dtype))
+    def as_backend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> Any:
+        return run(q, spans.sees_keys(options.window), *reference_attention(q, keys, spans, options, out_dtype))
 
-    return replace(REFERENCE, run=as_backend)
+    return replace(REFERENCE, attend=as_backend)
 
 
 EMPTY = {"empty key ranges among others", "rows of a bucket", "all keys in the past", "any diagonal", "sinks beside empty key ranges"}
@@ -273,7 +275,7 @@ def test_flash_attention_s_lse_of_nan_is_caught_unless_it_is_said() -> None:
 
 
 def test_another_dtype_than_asked_for_is_caught() -> None:
-    rounded = replace(REFERENCE, run=lambda q, k, v, rows, options, out_dtype: reference_attention(q, k, v, rows, options, q.dtype))
+    rounded = replace(REFERENCE, attend=lambda q, keys, spans, options, out_dtype: reference_attention(q, keys, spans, options, q.dtype))
     report = check_backend(rounded, dtype=torch.bfloat16)
     assert failing(report) == {"out in fp32", "merged halves are the whole"}
     detail = next(row.detail for row in report.rows if row.name == "out in fp32")
@@ -327,14 +329,14 @@ def test_what_is_no_backend_is_refused() -> None:
 def test_the_judge_is_the_oracle_where_rows_are_requests(features: dict[str, Any]) -> None:
     rows = ((21, 0, 30, 10), (13, 30, 13, 1), (1, 43, 8, 8))
     problem = make_problem(Scenario("requests", rows, **features), CPU, torch.float64)
-    q, k, v, _, options, _ = problem
+    q, (k, v, *_), _, options, _ = problem
     batch = [(9, 21), (0, 13), (7, 1)]
     prefix, extend = [*range(9), *range(43, 50)], [*range(9, 30), *range(30, 43), 50]
     want = oracle_attention(
         q, k[extend], v[extend], batch, prefix_k=k[prefix], prefix_v=v[prefix], scale=options.scale, window=options.window,
         softcap=options.softcap, sinks=options.sinks,
     )  # fmt: skip
-    truth = rows_attention(problem)
+    truth = spans_attention(problem)
     torch.testing.assert_close((truth.out, truth.lse), want, rtol=1e-12, atol=1e-12)
     assert why_wrong(problem, truth, *want) is None
 
@@ -348,8 +350,8 @@ def test_half_precision_hides_no_query_left_out() -> None:
 def test_half_precision_results_below_the_normal_numbers_are_right(size: float) -> None:
     """A grid of fixed width, not of a relative one, is what they are rounded to."""
     problem = make_problem(Scenario("requests", ((21, 0, 30, 10),)), CPU, torch.float16)
-    problem = problem._replace(v=problem.v * size)
-    truth = rows_attention(problem)
+    problem = problem._replace(keys=problem.keys._replace(v=problem.keys.v * size))
+    truth = spans_attention(problem)
     assert why_wrong(problem, truth, truth.out.half(), truth.lse.float()) is None
     out = truth.out.half()
     out[3, 1, 5] += 4 * max(2**-24, 2e-3 * size)
@@ -361,21 +363,21 @@ def test_half_precision_results_below_the_normal_numbers_are_right(size: float) 
 def test_scenarios_are_what_their_names_say() -> None:
     assert len(set(NAMES)) == len(NAMES)
     problems = {scenario.name: make_problem(scenario, CPU, torch.float32) for scenario in SCENARIOS}
-    alignments = {name: problem.rows.alignment for name, problem in problems.items()}
+    alignments = {name: problem.spans.alignment for name, problem in problems.items()}
     assert alignments["all keys in the past"] == "full"
     assert alignments["any diagonal"] == "any"
     assert {alignment for name, alignment in alignments.items() if "any diagonal" not in name and "past" not in name} == {"bottom_right"}
     assert [part.alignment for part in problems["merged halves are the whole"].parts] == ["full", "bottom_right"]
-    assert problems["rows of a bucket"].rows.fixed
+    assert problems["rows of a bucket"].spans.fixed
     assert not problems["strided q, k and v"].q.is_contiguous()
-    view = problems["V is a view of K"]
+    view = problems["V is a view of K"].keys
     assert view.v.data_ptr() == view.k.data_ptr()
-    paged = problems["pages of 16"]
-    assert paged.rows.page_table is not None
-    assert int(paged.rows.page_table.max()) > len(paged.k)
+    paged = problems["pages of 16"].keys
+    assert paged.page_table is not None
+    assert int(paged.page_table.max()) > len(paged.k)
     assert paged.k.isnan().any()
-    tables = {name: problem.rows.page_table for name, problem in problems.items()}
-    int64, sliced, pool = tables["pages, int64 table"], tables["pages, sliced table"], problems["pages of one pool"]
+    tables = {name: problem.keys.page_table for name, problem in problems.items()}
+    int64, sliced, pool = tables["pages, int64 table"], tables["pages, sliced table"], problems["pages of one pool"].keys
     assert int64 is not None
     assert sliced is not None
     assert (int64.dtype, sliced.dtype, int64.is_contiguous(), sliced.is_contiguous()) == (torch.int64, torch.int32, True, False)
@@ -384,5 +386,5 @@ def test_scenarios_are_what_their_names_say() -> None:
     assert pool.v.data_ptr() - pool.k.data_ptr() == pool.k[0].nbytes
     assert problems["scale is not D ** -0.5"].options.scale == 0.3
     for name, problem in problems.items():
-        assert problem.rows.num_queries == len(problem.q), name
+        assert problem.spans.num_queries == len(problem.q), name
         assert problem.q.isnan().any() == (name == "NaN in padding queries"), name

@@ -1,49 +1,35 @@
-"""What a backend is: a function from q, k, v and rows to (out, LSE), and what it can do as data."""
+"""What a backend is: a function from queries, keys and spans to (out, LSE), and what it can do as data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cpattn.attention.rows import Alignment, RaggedRows
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What a call asks of the attention, beside its tensors.
-
-    Attributes:
-        scale: the scores are q . k * scale.
-        window: each query sees the last ``window`` keys up to its own, or None for all.
-        softcap: scores become softcap * tanh(scores / softcap), or None.
-        sinks: fp32 ``[Hq]``, one more logit in each query's softmax, without a value; or None.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+from cpattn.attention.ragged_rows import RaggedRows
+from cpattn.errors import OptionError
+from cpattn.keys import Keys
+from cpattn.options import AttentionOptions as AttentionOptions
+from cpattn.spans import Alignment, Spans
 
 
 class AccumulateFunction(Protocol):
     """As :class:`AttentionFunction`, but merges its result into ``acc [T, Hq, Dv]`` and ``lse [T, Hq]``, both fp32, in
     place: what other keys gave. So a ring needs no pass of its own for merging."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None: ...
+    def __call__(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None: ...
 
 
 class AttentionFunction(Protocol):
-    """Attention over ragged rows.
+    """Attention over spans.
 
     Args:
-        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``, of one floating dtype; the last axis is contiguous,
-            the others may be strided. With ``rows.page_table`` k and v are pages ``[P, page_size, Hkv, D or Dv]``, of a
-            size that the backend reads. V may be a view of K's first columns.
-        rows: the work; it covers all of q, padding as queries without keys.
+        q: ``[T, Hq, D]``, of a floating dtype; the last axis is contiguous, the others may be strided.
+        keys: K and V of the same dtype, or pages of a size that the backend reads; V may be a view of K's first columns.
+        spans: the work; it covers all of q, padding as queries without keys.
         options: scale, window, softcap, sinks.
         out_dtype: the dtype to return ``out`` in: q's, or fp32 where the result will be merged with others.
 
@@ -52,9 +38,7 @@ class AttentionFunction(Protocol):
         sees no key gets out 0 and LSE -inf (with sinks: the sink), whatever it holds itself.
     """
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Call:
     """One ``cp_attention`` call as the choice of a backend sees it: kinds and sizes, the same on every rank.
 
     Attributes:
-        alignments: of the rows that the strategy's steps will have.
+        alignments: of the spans that the strategy's steps will have.
         merges: more than one step, so that partial results are merged.
         page_size: of the cache, where there are pages.
         fixed: whether a CUDA graph is to replay other batches, for which pages can not be copied first.
@@ -92,16 +76,16 @@ class Backend:
 
     Attributes:
         name: what ``backend=`` takes.
-        run: the kernel's wrapper.
+        attend: the kernel's wrapper.
         device_types: of the tensors that it takes; None for any.
         dtypes: that it takes.
-        alignments: of rows that it can express; see :data:`cpattn.attention.rows.Alignment`.
+        alignments: of spans that it can express; see :data:`cpattn.spans.Alignment`.
         window, softcap: whether it has these. Sinks need no flag: where a backend lacks them, they are applied to
             its result (``native_sinks`` says whether it has its own).
         v_head_dim: whether Dv may differ from D.
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
-        loops_on_host: whether its launches follow from the rows' lengths, which a CUDA graph would freeze.
+        loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
         accumulate: the kernel's way of merging into earlier results, if it has one.
@@ -114,7 +98,7 @@ class Backend:
     """
 
     name: str
-    run: AttentionFunction
+    attend: AttentionFunction
     device_types: frozenset[str] | None
     dtypes: frozenset[torch.dtype]
     alignments: frozenset[Alignment]
@@ -132,6 +116,29 @@ class Backend:
     describe: Callable[[], str | None] = lambda: None
     callers: bool = False
     how: Callable[[Call], str | None] = lambda call: None
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Backend:
+        """A new one; only to say what has taken the place of ``run=``."""
+        if "run" in named:
+            raise OptionError(
+                "Backend(run=...) is no more; pass attend=, a function (q, keys, spans, options, out_dtype) -> (out, lse), or make the "
+                "backend of a function (q, k, v, rows, **options) with cpattn.custom_backend"
+            )
+        return super().__new__(cls)
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``attend`` with what a caller's kernel is given: k and v as they are, and rows that have their page table.
+
+        >>> import cpattn
+        >>> q, k, v = torch.randn(3, 4, 2, 8).unbind()
+        >>> rows = cpattn.RaggedRows.build(q_len=[4], k_start=[0], k_len=[4], diagonal=[1])
+        >>> out, lse = cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(scale=8**-0.5), q.dtype)
+        >>> out.shape, lse.shape
+        (torch.Size([4, 2, 8]), torch.Size([4, 2]))
+        """
+        return self.attend(q, Keys(k, v, rows.page_table), rows, options, out_dtype)
 
     def why_not(self, call: Call) -> str | None:
         """The reason why this backend can not serve the call, or None if it can."""
@@ -151,7 +158,7 @@ class Backend:
             return f"it needs v's head_dim to be that of q and k ({call.v_head_dim} is not {call.head_dim})"
         if not call.alignments <= self.alignments:
             needed = ", ".join(sorted(call.alignments - self.alignments))
-            return f"the strategy has rows of alignment {needed!r}, which it can not express"
+            return f"the strategy has spans of alignment {needed!r}, which it can not express"
         if call.fixed and self.loops_on_host and call.device.type == "cuda":
             return "its launches follow from the batch, and a bucket is for graphs that replay other batches"
         if call.fixed and call.page_size is not None and not self.reads_pages(call):

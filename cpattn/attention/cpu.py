@@ -1,6 +1,6 @@
 """Backend ``cpu``: torch's flash attention kernel for CPUs, one call for each unmasked rectangle and causal square.
 
-The kernel aligns its causal mask to the top left, so that a row of ragged work is cut in two: the keys that all its
+The kernel aligns its causal mask to the top left, so that a span is cut in two: the keys that all its
 queries see (a rectangle without a mask) and those around the diagonal (a square). Their results are merged by LSE.
 """
 
@@ -12,23 +12,22 @@ from torch.nn.functional import pad
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import merge_
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 
-def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def cpu_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`.
 
     Computes in fp32 whatever the inputs: the kernel is as fast in fp32 as in bf16, and its bf16 results could not be
     merged without losing precision. Where D and Dv differ, the smaller is padded with zeros.
     """
-    v_head_dim = v.shape[2]
+    v_head_dim = keys.v.shape[2]
     head_dim = max(q.shape[2], v_head_dim)
-    q, k, v = (pad(x.float(), (0, head_dim - x.shape[2])) if x.shape[2] < head_dim else x.float() for x in (q, k, v))
+    q, k, v = (pad(x.float(), (0, head_dim - x.shape[2])) if x.shape[2] < head_dim else x.float() for x in (q, keys.k, keys.v))
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:2], -torch.inf)
-    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in rows.host[:5]), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal in zip(*(column.tolist() for column in spans.host[:5]), strict=True):
         # Queries before the diagonal enters the range see nothing.
         skip = min(q_len, max(0, 1 - diagonal))
         first, end, seen = q_start + skip, q_start + q_len, diagonal + skip
@@ -60,7 +59,7 @@ def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: sli
 
 BACKEND = Backend(
     name="cpu",
-    run=cpu_attention,
+    attend=cpu_attention,
     device_types=frozenset({"cpu"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     alignments=frozenset({"bottom_right", "full", "any"}),

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.returned import check_returned
-from cpattn.attention.rows import Alignment, RaggedRows
 from cpattn.errors import OptionError
+from cpattn.keys import Keys
+from cpattn.spans import Alignment, Spans
 
 AttentionCallable: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
@@ -59,7 +61,7 @@ def custom_backend(
         function: the kernel.
         name: for messages; the function's own if None.
         alignments: of the rows that it can express, of ``"bottom_right"``, ``"full"``, ``"any"``; see
-            :data:`cpattn.attention.rows.Alignment`. Strategies that need another are refused.
+            :data:`cpattn.spans.Alignment`. Strategies that need another are refused.
         page_sizes: whether it reads pages of so many tokens; None if it reads none, and is given a packed copy.
         lse_base: of the kernel's logarithm: ``math.e``, or 2 for kernels that return log2 of the sum.
         lse_heads_first: whether the kernel returns the LSE as ``[Hq, rows]``.
@@ -77,17 +79,18 @@ def custom_backend(
         raise OptionError(f"lse_heads_first={lse_heads_first!r}; pass True for an LSE [Hq, rows], False for [rows, Hq]")
     lse_unit = math.log(lse_base)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v, rows = keys.k, keys.v, RaggedRows.of(spans, keys)
         returned = function(
             q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype
         )
         out, lse = check_returned(name, returned, q, v, lse_heads_first)
-        out, lse = _evened_out(out, lse if lse_unit == 1 else lse * lse_unit, rows.sees_keys(options.window), options.sinks)
+        out, lse = _evened_out(out, lse if lse_unit == 1 else lse * lse_unit, spans.sees_keys(options.window), options.sinks)
         return out.to(out_dtype), lse
 
     return Backend(
         name=name,
-        run=run,
+        attend=attend,
         device_types=None,
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
         alignments=can_express,
@@ -104,16 +107,16 @@ def custom_backend(
 def as_callers(backend: Backend) -> Backend:
     """A caller's own Backend, so that what it returns is checked as that of a function is."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return check_returned(backend.name, backend.run(q, k, v, rows, options, out_dtype), q, v)
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return check_returned(backend.name, backend.attend(q, keys, spans, options, out_dtype), q, keys.v)
 
-    return replace(backend, run=run, callers=True)
+    return replace(backend, attend=attend, callers=True)
 
 
 def _evened_out(out: Tensor, lse: Tensor, sees_keys: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result as :class:`cpattn.attention.backend.AttentionFunction` has it where the kernel's LSE is no finite number.
 
-    Which queries see nothing is known from the rows. The LSE does not say it: FlashAttention kernels give +inf or -inf
+    Which queries see nothing is known from the spans. The LSE does not say it: FlashAttention kernels give +inf or -inf
     also where scores are NaN, and what is NaN must not be merged as what saw nothing.
     These are new tensors in any case: the kernel may return memory of its own, and the result is merged into.
     """

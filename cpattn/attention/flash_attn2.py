@@ -11,21 +11,20 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.flash_varlen import FA2_LEAST_MAX_SEQLEN_Q, even_out, flash_backend, missing, same_head_dim, varlen_call
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 
-def flash_attn2_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def flash_attn2_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
     # The package's public flash_attn_varlen_func takes no seqused_k; this is the function just below it.
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-    call = varlen_call(rows, options)
+    call = varlen_call(keys, spans, options)
     out, lse_HT, *_ = _flash_attn_varlen_forward(
         q,
-        k,
-        v,
+        keys.k,
+        keys.v,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
         max(call.max_seqlen_q, FA2_LEAST_MAX_SEQLEN_Q),
@@ -38,7 +37,7 @@ def flash_attn2_attention(
         softcap=call.softcap,
         seqused_k=call.seqused_k,
     )
-    return even_out(out, lse_HT, rows)
+    return even_out(out, lse_HT, spans)
 
 
 def _unavailable() -> str | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from cpattn.attention.backend import AttentionOptions, Call
 from cpattn.attention.fa3_build import find_build, why_no_build
 from cpattn.attention.flash_varlen import flash_backend, packs_heads, varlen_call
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import HostSpans, Spans
 
 _TILE = 128  # query rows of a tile, those of a group's heads together; 192 for head dims up to 96
 # Where a page holds a whole number of key tiles, of which these are the sizes or divide them, the kernel may load tiles whole,
@@ -25,43 +26,40 @@ _MOST_SPLITS = 128
 _MOST_PARTIAL_BYTES = 256 * 2**20
 
 
-def flash_attn3_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def flash_attn3_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
     build = find_build()
-    group = q.shape[1] // k.shape[-2]
-    splits = num_splits(rows, q.shape[1], k.shape[-2], v.shape[-1], options.window, multiprocessors(q.device)) if build.has("SPLIT") else 1
+    kv_heads, v_head_dim = keys.k.shape[-2], keys.v.shape[-1]
+    group = q.shape[1] // kv_heads
+    splits = num_splits(spans, q.shape[1], kv_heads, v_head_dim, options.window, multiprocessors(q.device)) if build.has("SPLIT") else 1
     pack_gqa: bool | None = None
-    # Split rows and pages are always packed.
-    if splits == 1 and rows.page_table is None and group > 1:
-        pack_gqa = build.has("PACKGQA") and packs_heads(rows, group)
-    return launch(q, k, v, rows, options, splits, pack_gqa)
+    # Split spans and pages are always packed.
+    if splits == 1 and keys.page_table is None and group > 1:
+        pack_gqa = build.has("PACKGQA") and packs_heads(spans, group)
+    return launch(q, keys, spans, options, splits, pack_gqa)
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, splits: int, pack_gqa: bool | None
-) -> tuple[Tensor, Tensor]:
+def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, splits: int, pack_gqa: bool | None) -> tuple[Tensor, Tensor]:
     """One launch of the kernel.
 
     Args:
-        splits: into how many parts the keys of a row are split at most; the kernel takes fewer for shorter rows.
+        splits: into how many parts the keys of a span are split at most; the kernel takes fewer for shorter ones.
         pack_gqa: whether the query heads of a group share a tile; None leaves it to the kernel.
     """
-    call = varlen_call(rows, options)
-    table = rows.page_table
+    call = varlen_call(keys, spans, options)
+    table = keys.page_table
     out, lse_HT = find_build().forward(
         q=q,
-        k=k,
-        v=v,
+        k=keys.k,
+        v=keys.v,
         cu_seqlens_q=call.cu_seqlens_q,
         cu_seqlens_k=call.cu_seqlens_k if table is None else None,
         seqused_k=call.seqused_k,
         max_seqlen_q=call.max_seqlen_q,
         max_seqlen_k=call.max_seqlen_k,
         page_table=None if table is None else _int32(table),
-        kv_batch_idx=None if table is None else rows.request,
-        leftpad_k=_starts(rows, k.shape[1]) if table is not None else None,
+        kv_batch_idx=None if table is None else spans.request,
+        leftpad_k=_starts(spans, keys.page_size) if table is not None else None,
         softmax_scale=call.softmax_scale,
         is_causal=call.causal,
         window_size_left=call.window_left,
@@ -73,28 +71,26 @@ def launch(
     return out, lse_HT.transpose(0, 1)
 
 
-def num_splits(rows: RaggedRows, heads: int, kv_heads: int, v_head_dim: int, window: int | None, processors: int) -> int:
-    """Into how many parts the longest row is to be split: as often as it is its fair share of all work.
+def num_splits(spans: Spans, heads: int, kv_heads: int, v_head_dim: int, window: int | None, processors: int) -> int:
+    """Into how many parts the longest span is to be split: as often as it is its fair share of all work.
 
-    Few long rows, as in decoding, would leave most of the GPU idle. 256 rows of 8k are no reason to split: there are tiles for
+    Few long spans, as in decoding, would leave most of the GPU idle. 256 of 8k are no reason to split: there are tiles for
     all. One of 128k beside 31 of 1k is one. Parts are fp32 and are added by the kernel; memory limits their number.
     """
-    key = "splits", heads, kv_heads, v_head_dim, window
-    kept: int | None = rows.memo.get(key)
-    if kept is not None:
-        return kept
-    host = rows.host
+    sizes = heads, kv_heads, v_head_dim, window, processors
+    return spans.derive(("splits", *sizes), lambda: _num_splits(spans.host, *sizes))
+
+
+def _num_splits(host: HostSpans, heads: int, kv_heads: int, v_head_dim: int, window: int | None, processors: int) -> int:
     k_len = host.k_len if window is None else np.minimum(host.k_len, window + host.q_len)
     tiles = -(-host.q_len * (heads // kv_heads) // _TILE)
     work = int((tiles * k_len).sum()) * kv_heads
     longest = int(k_len[host.q_len > 0].max(initial=0))
-    result_bytes = max(1, 4 * rows.num_queries * heads * (v_head_dim + 1))
+    result_bytes = max(1, 4 * int(host.q_len.sum()) * heads * (v_head_dim + 1))
     most = min(longest // _LEAST_KEYS, _MOST_PARTIAL_BYTES // result_bytes, _MOST_SPLITS)
-    # The kernel itself gives each row its own number of parts, up to this one. Rounded up: 64 rows of 0.2k to 32k, of which the longest
+    # The kernel itself gives each span its own number of parts, up to this one. Rounded up: 64 of 0.2k to 32k, of which the longest
     # is 1.3 times its share, took 604 us with a number of the kernel's choice and 655 us whole (one H100).
-    splits = max(1, min(-(-longest * processors // max(work, 1)), most))
-    rows.memo.keep(key, splits)
-    return splits
+    return max(1, min(-(-longest * processors // max(work, 1)), most))
 
 
 @cache
@@ -108,9 +104,9 @@ def _int32(table: Tensor) -> Tensor:
     return table if table.stride(-1) == 1 else table.clone(memory_format=torch.contiguous_format)
 
 
-def _starts(rows: RaggedRows, page_size: int) -> Tensor | None:
+def _starts(spans: Spans, page_size: int) -> Tensor | None:
     """Where key ranges begin in their pages: at 0, which to say makes the kernel load row by row."""
-    return rows.k_start_padded[:-1] if any(page_size % tile == 0 for tile in _KEY_TILES) else None
+    return spans.k_start_padded[:-1] if any(page_size % tile == 0 for tile in _KEY_TILES) else None
 
 
 def _reads_pages(call: Call) -> bool:

@@ -9,33 +9,32 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Call
 from cpattn.attention.flash_varlen import NO_WINDOW, capability, flash_backend, missing, packs_heads, varlen_call
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 # The package compiles kernels in the calling thread at their first use, which is not safe in two threads at once.
 _ONE_AT_A_TIME = Lock()
 _KEY_TILES = (64, 80, 96, 112, 128, 144)  # keys of a tile, by head dims and mask
 
 
-def flash_attn4_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def flash_attn4_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    return launch(q, k, v, rows, options, packs_heads(rows, q.shape[1] // k.shape[-2]))
+    return launch(q, keys, spans, options, packs_heads(spans, q.shape[1] // keys.k.shape[-2]))
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, pack_gqa: bool) -> tuple[Tensor, Tensor]:
+def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, pack_gqa: bool) -> tuple[Tensor, Tensor]:
     """One launch of the kernel, with the query heads of a group packed into one tile or not."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    call = varlen_call(rows, options)
+    call = varlen_call(keys, spans, options)
     with _ONE_AT_A_TIME:
         out, lse_HT, *_ = flash_attn_varlen_func(
             q,
-            k,
-            v,
+            keys.k,
+            keys.v,
             cu_seqlens_q=call.cu_seqlens_q,
-            cu_seqlens_k=call.cu_seqlens_k if rows.page_table is None else None,
-            page_table=None if rows.page_table is None else rows.row_pages.to(torch.int32),
+            cu_seqlens_k=call.cu_seqlens_k if keys.page_table is None else None,
+            page_table=None if keys.page_table is None else keys.lines(spans).to(torch.int32),
             max_seqlen_q=call.max_seqlen_q,
             max_seqlen_k=call.max_seqlen_k,
             seqused_k=call.seqused_k,

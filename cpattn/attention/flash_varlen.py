@@ -1,6 +1,6 @@
-"""What the FlashAttention kernels have in common: how a call is built from RaggedRows, and how their results are evened out.
+"""What the FlashAttention kernels have in common: how a call is built from spans and keys, and how their results are evened out.
 
-All of them take, for each row of work, a start in K and V (``cu_seqlens_k``) and a length from there (``seqused_k``),
+All of them take, for each span, a start in K and V (``cu_seqlens_k``) and a length from there (``seqused_k``),
 which are independent; so ranges may overlap, and one launch serves all chunks of all requests. "Causal" means
 aligned to the bottom right: the last query sees the range's last key.
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionFunction, AttentionOptions, Backend, Call
-from cpattn.attention.rows import RaggedRows
 from cpattn.installed import is_installed
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 NO_WINDOW = -1
-# Told that no row has more than one query, FlashAttention 2 takes q for one query a row and refuses padding after them.
+# Told that no span has more than one query, FlashAttention 2 takes q for one query a span and refuses padding after them.
 FA2_LEAST_MAX_SEQLEN_Q = 2
 _TILE = 128  # query rows of a tile, for most head dims
 # What packing the query heads of a group into one tile costs where tiles are full anyway: 2 to 9% with FlashAttention 4 on an
@@ -42,17 +43,17 @@ class VarlenCall(NamedTuple):
     softcap: float
 
 
-def varlen_call(rows: RaggedRows, options: AttentionOptions) -> VarlenCall:
-    """The launch that computes these rows. Raises ValueError for rows that no such kernel can express."""
-    causal = rows.alignment == "bottom_right"
-    if rows.alignment == "any" or (options.window is not None and not causal):
-        raise ValueError(f"rows of alignment {rows.alignment!r} with window={options.window} are not for a FlashAttention kernel")
+def varlen_call(keys: Keys, spans: Spans, options: AttentionOptions) -> VarlenCall:
+    """The launch that computes these spans. Raises ValueError for spans that no such kernel can express."""
+    causal = spans.alignment == "bottom_right"
+    if spans.alignment == "any" or (options.window is not None and not causal):
+        raise ValueError(f"spans of alignment {spans.alignment!r} with window={options.window} are not for a FlashAttention kernel")
     return VarlenCall(
-        cu_seqlens_q=rows.cu_seqlens_q,
-        cu_seqlens_k=rows.k_start_padded,
-        seqused_k=rows.k_len,
-        max_seqlen_q=rows.max_seqlen_q,
-        max_seqlen_k=rows.max_seqlen_k,
+        cu_seqlens_q=spans.cu_seqlens_q,
+        cu_seqlens_k=spans.k_start_padded,
+        seqused_k=spans.k_len,
+        max_seqlen_q=spans.max_seqlen_q,
+        max_seqlen_k=keys.max_seqlen(spans),
         softmax_scale=options.scale,
         causal=causal,
         # A query sees the keys from window - 1 before its own.
@@ -62,16 +63,16 @@ def varlen_call(rows: RaggedRows, options: AttentionOptions) -> VarlenCall:
     )
 
 
-def even_out(out: Tensor, lse_HT: Tensor, rows: RaggedRows) -> tuple[Tensor, Tensor]:
+def even_out(out: Tensor, lse_HT: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """(out, lse ``[T, H]``) of FlashAttention 2, which gives LSE as ``[H, T]``, and says +inf where there is no key."""
-    if rows.has_empty_range:
+    if spans.has_empty_range:
         lse_HT = torch.where(lse_HT == torch.inf, -torch.inf, lse_HT)
     return out, lse_HT.transpose(0, 1)
 
 
 def flash_backend(
     name: str,
-    run: AttentionFunction,
+    attend: AttentionFunction,
     unavailable: Callable[[], str | None],
     *,
     least_capability: tuple[int, int],
@@ -93,7 +94,7 @@ def flash_backend(
 
     return Backend(
         name=name,
-        run=run,
+        attend=attend,
         device_types=frozenset({"cuda"}),
         dtypes=frozenset({torch.bfloat16, torch.float16}),
         alignments=frozenset({"bottom_right", "full"}),
@@ -110,16 +111,13 @@ def flash_backend(
     )
 
 
-def packs_heads(rows: RaggedRows, group: int) -> bool:
+def packs_heads(spans: Spans, group: int) -> bool:
     """Whether packing the query heads of a group into one tile is faster: short chunks leave more of an unpacked tile empty
     than packing costs."""
     if group == 1:
         return False
     # Worked out once a batch: it takes numpy longer than a launch.
-    packs: bool | None = rows.memo.get(("packs", group))
-    if packs is None:
-        packs = rows.memo.keep(("packs", group), rows.tiled_pairs(_TILE, 1) > _PACKING_COST * rows.tiled_pairs(_TILE, group))
-    return packs
+    return spans.derive(("packs", group), lambda: spans.tiled_pairs(_TILE, 1) > _PACKING_COST * spans.tiled_pairs(_TILE, group))
 
 
 def same_head_dim(head_dim: int, v_head_dim: int, major: int, most: int = 256) -> str | None:

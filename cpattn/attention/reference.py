@@ -7,19 +7,18 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 # Queries are taken in blocks of this many, to bound the score matrix.
 BLOCK = 512
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def reference_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`. Computes in fp32, in fp64 for fp64 inputs."""
-    out = q.new_zeros(len(q), q.shape[1], v.shape[-1], dtype=out_dtype)
+    out = q.new_zeros(len(q), q.shape[1], keys.v.shape[-1], dtype=out_dtype)
     lse = q.new_full((len(q), q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in spans.host), strict=True):
         for begin in range(0, q_len, BLOCK):
             end = min(begin + BLOCK, q_len)
             sees_to = min(k_len, diagonal + end - 1)
@@ -27,18 +26,18 @@ def reference_attention(
             if sees_to <= sees_from and options.sinks is None:
                 continue
             queries = slice(q_start + begin, q_start + end)
-            seen_k, seen_v = keys_of(k, v, rows, request, k_start + sees_from, k_start + max(sees_from, sees_to))
+            seen_k, seen_v = keys_of(keys, request, k_start + sees_from, k_start + max(sees_from, sees_to))
             out[queries], lse[queries] = _attend(q[queries], seen_k, seen_v, diagonal + begin - sees_from, options)
     return out, lse
 
 
-def keys_of(k: Tensor, v: Tensor, rows: RaggedRows, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def keys_of(keys: Keys, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``begin .. end - 1``, of a request's pages where there are pages."""
-    if rows.page_table is None:
-        return k[begin:end], v[begin:end]
-    key = torch.arange(begin, end, device=k.device)
-    page, in_page = rows.page_table[request, key // k.shape[1]].long(), key % k.shape[1]
-    return k[page, in_page], v[page, in_page]
+    if keys.page_table is None:
+        return keys.k[begin:end], keys.v[begin:end]
+    key = torch.arange(begin, end, device=keys.k.device)
+    page, in_page = keys.page_table[request, key // keys.page_size].long(), key % keys.page_size
+    return keys.k[page, in_page], keys.v[page, in_page]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, diagonal: int, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -67,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, diagonal: int, options: AttentionOp
 
 BACKEND = Backend(
     name="reference",
-    run=reference_attention,
+    attend=reference_attention,
     device_types=None,
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     alignments=frozenset({"bottom_right", "full", "any"}),

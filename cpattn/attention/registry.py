@@ -23,7 +23,7 @@ _GPU_ORDERS = {
 # On 9 (H100, H200) no backend is the fastest at everything. What the quotients are of: benchmarks/results/backends_gpu_fa3.md and
 # backends_gpu_fa4.md, times as graphs, of flash_attn3 or flash_attn4 to those of triton.
 _HOPPER_ORDERS = {
-    # flash_attn3 0.20 to 1.00, as it splits long rows; flash_attn4 1.03 to 3.05.
+    # flash_attn3 0.20 to 1.00, as it splits long spans; flash_attn4 1.03 to 3.05.
     "decoding": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
     # triton merges partial results and takes sinks in its kernel; flash_attn3 needs a pass over its result for either.
     "merging or sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
@@ -89,7 +89,7 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
 def find_backend(name: str | Backend | AttentionCallable) -> Backend:
     """The backend of that name, or a caller's own, whose results are checked; raises UnknownNameError if it is neither."""
     if isinstance(name, Backend):
-        # By identity: a copy of one of ours with another ``run`` is the caller's.
+        # By identity: a copy of one of ours with another ``attend`` is the caller's.
         return name if name.callers or any(name is ours for ours in BACKENDS.values()) else as_callers(name)
     if isinstance(name, str):
         if name in BACKENDS:

@@ -7,18 +7,17 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.flash_varlen import FA2_LEAST_MAX_SEQLEN_Q, NO_WINDOW, even_out, flash_backend, same_head_dim, varlen_call
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 
-def torch_flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def torch_flash_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    call = varlen_call(rows, options)
+    call = varlen_call(keys, spans, options)
     out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
         q,
-        k,
-        v,
+        keys.k,
+        keys.v,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
         max(call.max_seqlen_q, FA2_LEAST_MAX_SEQLEN_Q),
@@ -31,7 +30,7 @@ def torch_flash_attention(
         window_size_right=None if call.window_right == NO_WINDOW else call.window_right,
         seqused_k=call.seqused_k,
     )
-    return even_out(out, lse_HT, rows)
+    return even_out(out, lse_HT, spans)
 
 
 def _unavailable() -> str | None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend, Call
 from cpattn.attention.flash_varlen import capability, missing
-from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.tile_shapes import has_specialized
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 # A tile's accumulator of this head dim takes half of the register file.
 _MAX_HEAD_DIM = 256
@@ -19,41 +20,18 @@ _MAX_HEAD_DIM = 256
 _MAX_LATENT_DIMS = (576, 512)
 
 
-def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def triton_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    return _launch(q, k, v, rows, options, out_dtype=out_dtype)
-
-
-def triton_accumulate(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
-    """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
-    _launch(q, k, v, rows, options, into=(acc, lse))
-
-
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: RaggedRows,
-    options: AttentionOptions,
-    out_dtype: torch.dtype | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
     from cpattn.kernels.ragged_attention import ragged_attention
 
-    return ragged_attention(
-        q,
-        k,
-        v,
-        rows,
-        scale=options.scale,
-        window=options.window,
-        softcap=options.softcap,
-        sinks=options.sinks,
-        out_dtype=out_dtype,
-        into=into,
-    )
+    return ragged_attention(q, keys, spans, options, out_dtype)
+
+
+def triton_accumulate(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
+    """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
+    from cpattn.kernels.ragged_attention import ragged_attention
+
+    ragged_attention(q, keys, spans, options, into=(acc, lse))
 
 
 def _unavailable() -> str | None:
@@ -84,7 +62,7 @@ def _how(call: Call) -> str:
 
 BACKEND = Backend(
     name="triton",
-    run=triton_attention,
+    attend=triton_attention,
     device_types=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     alignments=frozenset({"bottom_right", "full", "any"}),

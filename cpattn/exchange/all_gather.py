@@ -12,15 +12,16 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from cpattn.attention.rows import Alignment
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.own_keys import own_rows
-from cpattn.exchange.step_rows import causal_rows
+from cpattn.exchange.step_rows import causal_spans
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
+from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 from cpattn.moves.moves import moves_for
+from cpattn.spans import Alignment
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport, Work
 
@@ -43,7 +44,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
             moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
             yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
         else:
-            yield Step(*own_rows(inputs, meta, communicator), [causal_rows(meta, paged=False)])
+            yield Step(Keys(*own_rows(inputs, meta, communicator)), [causal_spans(meta, paged=False)])
         return
     groups, kv = inputs.sizes.overlap, inputs.sizes.group
     # None for all heads, which spares the slicing.
@@ -76,7 +77,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
             ordered = message_buffer(communicator, "ordered", kv, restore_index.shape[0])
         # From rank-major order to each request's prefix and extend in one piece, K and V at once.
         moves.gather_rows(ordered.whole, gathered.all.whole, restore_index, None if cache is None else meta.extend_key_rows)
-        yield Step(*ordered.pair, [causal_rows(meta, paged=False)], query_heads)
+        yield Step(Keys(*ordered.pair), [causal_spans(meta, paged=False)], query_heads)
 
 
 @overload
@@ -128,11 +129,10 @@ def over_pages(
 ) -> Step:
     """All keys where they lie in the pages, or a copy of them in order for a backend that can not read those."""
     if reads_pages:
-        rows = causal_rows(meta, paged=True).with_pages(pages.page_table, pages.page_size)
-        return Step(*kv.pair(pages.k_pages, pages.v_pages), [rows], heads)
+        return Step(Keys(*kv.pair(pages.k_pages, pages.v_pages), pages.page_table), [causal_spans(meta, paged=True)], heads)
     ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
     moves_for(kv.device).read_pages(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *ordered.parts)
-    return Step(*ordered.pair, [causal_rows(meta, paged=False)], heads)
+    return Step(Keys(*ordered.pair), [causal_spans(meta, paged=False)], heads)
 
 
 def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_, merge_all_
-from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.strategy import Partials, Step, Steps
+from cpattn.spans import Spans
 
 
 class Precision(NamedTuple):
@@ -83,20 +83,20 @@ class Driver:
 
     def _attend(self, q: Tensor, step: Step, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """The result of q after a step, one launch after another; None if there is none so far."""
-        for rows in step.rows:
-            if rows.max_seqlen_k == 0:
+        for spans in step.spans:
+            if step.keys.max_seqlen(spans) == 0:
                 continue
             if result is None:
-                out, lse = self._partial(q, step, rows)
+                out, lse = self._partial(q, step, spans)
                 result = (out.to(self._precise) if self._merges else out), lse
             elif self._backend.accumulate is not None:
-                self._backend.accumulate(q, step.k, step.v, rows, self._options, *result)
+                self._backend.accumulate(q, step.keys, spans, self._options, *result)
             else:
-                merge_(*result, *self._partial(q, step, rows))
+                merge_(*result, *self._partial(q, step, spans))
         return result
 
-    def _partial(self, q: Tensor, step: Step, rows: RaggedRows) -> tuple[Tensor, Tensor]:
-        out, lse = self._backend.run(q, step.k, step.v, rows, self._options, self._step_dtype)
+    def _partial(self, q: Tensor, step: Step, spans: Spans) -> tuple[Tensor, Tensor]:
+        out, lse = self._backend.attend(q, step.keys, spans, self._options, self._step_dtype)
         # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
         return out, lse_with_nan(out, lse) if self._merges and not self._backend.propagates_nan else lse
 
@@ -105,10 +105,10 @@ class Driver:
         options = self._options
         if options.sinks is not None:
             options = replace(options, sinks=options.sinks[heads])
-        (rows,) = step.rows
+        (spans,) = step.spans
         out, lse = result
-        if rows.max_seqlen_k:
-            out[:, heads], lse[:, heads] = self._backend.run(self._q[:, heads], step.k, step.v, rows, options, self._step_dtype)
+        if step.keys.max_seqlen(spans):
+            out[:, heads], lse[:, heads] = self._backend.attend(self._q[:, heads], step.keys, spans, options, self._step_dtype)
         else:
             out[:, heads], lse[:, heads] = 0, -torch.inf
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.message import Message, message_buffer
-from cpattn.exchange.step_rows import prefix_rows
+from cpattn.exchange.step_rows import prefix_spans
 from cpattn.exchange.strategy import ExchangeInputs, Step
+from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for
@@ -46,10 +46,10 @@ def prefix_step(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transpor
     if cache is None or meta.plan.sharded or (meta.bucket is None and not meta.plan.num_prefix_tokens):
         return None
     if isinstance(cache, PackedKV):
-        return Step(*inputs.format.pair(cache.k, cache.v), [prefix_rows(meta, inputs.window, paged=False)])
+        return Step(Keys(*inputs.format.pair(cache.k, cache.v)), [prefix_spans(meta, inputs.window, paged=False)])
     if inputs.reads_pages:
-        rows: RaggedRows = prefix_rows(meta, inputs.window, paged=True)
-        return Step(*inputs.format.pair(cache.k_pages, cache.v_pages), [rows.with_pages(cache.page_table, cache.page_size)])
+        keys = Keys(*inputs.format.pair(cache.k_pages, cache.v_pages), cache.page_table)
+        return Step(keys, [prefix_spans(meta, inputs.window, paged=True)])
     packed = message_buffer(communicator, "prefix", inputs.format, meta.plan.num_prefix_tokens)
     moves_for(inputs.format.device).read_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.prefix_places, *packed.parts)
-    return Step(*packed.pair, [prefix_rows(meta, inputs.window, paged=False)])
+    return Step(Keys(*packed.pair), [prefix_spans(meta, inputs.window, paged=False)])

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpattn.attention.rows import RaggedRows
 from cpattn.exchange.message import message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
 from cpattn.exchange.ring import num_merges, shard_alignments, why_not_shards
-from cpattn.exchange.step_rows import gathered_source_rows, source_rows
+from cpattn.exchange.step_rows import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Partials, Step, Steps, Strategy
+from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.transports.in_flight import InFlight
@@ -37,7 +37,7 @@ def _gather_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Tran
 
 def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
     communicator, sizes = in_flight.transport, inputs.sizes
-    k, v, paged = _keys_at_hand(inputs, meta, communicator)
+    keys = _keys_at_hand(inputs, meta, communicator)
     gathering = _gathered_queries(sizes, communicator)
     work = None
     if communicator.size > 1:
@@ -46,12 +46,11 @@ def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight)
     prefix = prefix_step(inputs, meta, communicator)
     if prefix is not None:
         yield prefix
-    yield Step(k, v, _over(inputs, source_rows(meta, inputs.window, paged)[meta.cp_rank], paged))
+    yield Step(keys, source_spans(meta, inputs.window, keys.page_table is not None)[meta.cp_rank])
     if work is None:
         return
     work.wait()
-    rows = gathered_source_rows(meta, inputs.window, paged)
-    result = yield Step(k, v, _over(inputs, rows, paged), q=gathering.all)
+    result = yield Step(keys, gathered_source_spans(meta, inputs.window, keys.page_table is not None), q=gathering.all)
     assert result is not None  # a step with q is answered
     results = _all_results(sizes, communicator)
     results.sent.put(*result)
@@ -70,8 +69,8 @@ def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transp
 
 def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
     communicator, sizes, cp_size = in_flight.transport, inputs.sizes, meta.plan.cp_size
-    k, v, paged = _keys_at_hand(inputs, meta, communicator)
-    rows = source_rows(meta, inputs.window, paged)
+    keys = _keys_at_hand(inputs, meta, communicator)
+    spans = source_spans(meta, inputs.window, keys.page_table is not None)
     queries, _ = _hop_queries(sizes, communicator) if cp_size > 1 else ([], [])
     if queries:
         queries[0].copy_(inputs.q)
@@ -83,9 +82,9 @@ def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -
             prefix = prefix_step(inputs, meta, communicator)
             if prefix is not None:
                 yield prefix
-            yield Step(k, v, _over(inputs, rows[source], paged))
+            yield Step(keys, spans[source])
         else:
-            result = yield Step(k, v, _over(inputs, rows[source], paged), q=queries[hop % 2])
+            result = yield Step(keys, spans[source], q=queries[hop % 2])
             assert result is not None  # a step with q is answered
             if returning is not None:
                 work, received = returning
@@ -102,24 +101,17 @@ def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -
         yield received.partials
 
 
-def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> tuple[Tensor, Tensor, bool]:
-    """K and V that this rank holds, and whether they are pages."""
+def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> Keys:
+    """K and V that this rank holds."""
     cache, kv = inputs.cache, inputs.format
     if not (meta.plan.sharded and isinstance(cache, PagedKV)):
-        return *own_rows(inputs, meta, communicator), False
+        return Keys(*own_rows(inputs, meta, communicator))
     write_own(cache, inputs, meta)
     if inputs.reads_pages:
-        return *kv.pair(cache.k_pages, cache.v_pages), True
+        return Keys(*kv.pair(cache.k_pages, cache.v_pages), cache.page_table)
     shard = message_buffer(communicator, "shard", kv, meta.plan.largest_shard)
     read_shard_(shard, cache, meta)
-    return *shard.pair, False
-
-
-def _over(inputs: ExchangeInputs, rows: list[RaggedRows], paged: bool) -> list[RaggedRows]:
-    if not paged:
-        return rows
-    assert isinstance(inputs.cache, PagedKV)
-    return [launch.with_pages(inputs.cache.page_table, inputs.cache.page_size) for launch in rows]
+    return Keys(*shard.pair)
 
 
 class _Queries(NamedTuple):

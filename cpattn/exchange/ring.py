@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from cpattn.attention.rows import Alignment
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
-from cpattn.exchange.step_rows import launches_per_shard, shard_rows
+from cpattn.exchange.step_rows import launches_per_shard, shard_spans
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
+from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
 from cpattn.moves.moves import moves_for
+from cpattn.spans import Alignment
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport
 
@@ -29,7 +30,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
     communicator, cp_size, rank = in_flight.transport, meta.plan.cp_size, meta.cp_rank
     pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
     sharded = pages if meta.plan.sharded else None
-    rows, moves = shard_rows(meta, inputs.window), moves_for(inputs.format.device)
+    spans, moves = shard_spans(meta, inputs.window), moves_for(inputs.format.device)
     messages, _ = _hop_buffers(communicator, inputs.format, meta)
     if sharded:
         write_own(sharded, inputs, meta)
@@ -51,7 +52,7 @@ def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Ste
             # Every rank holds every token: what passes by is written, too.
             k, v = (inputs.k, inputs.v) if hop == 0 else messages[hop % 2].parts
             moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *places[owner], k, v)
-        yield Step(*hop_keys, rows[owner])
+        yield Step(Keys(*hop_keys), spans[owner])
         if shift is not None:
             shift.wait()
         hop_keys = messages[(hop + 1) % 2].pair

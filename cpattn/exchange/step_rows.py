@@ -1,4 +1,4 @@
-"""The rows of a strategy's steps: which of a rank's queries see which keys of those at hand.
+"""The spans of a strategy's steps: which of a rank's queries see which keys of those at hand.
 
 Keys lie in one of three orders: all of a batch (each request's prefix and extend in one piece), the prefixes alone, or
 one rank's shard: for each request what this rank holds of the prefix, then the chunks that it owns, in sequence order.
@@ -7,7 +7,7 @@ chunk or all. A sliding window breaks this, since a shard has gaps in position: 
 launches as a rank owns chunks of a request.
 In pages each request has a line of its own, so that all key ranges begin at 0.
 
-The last row of every table is the padding of q: queries without keys, for which every backend gives 0 and LSE -inf.
+The last span of every table is the padding of q: queries without keys, for which every backend gives 0 and LSE -inf.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpattn.attention.rows import Alignment, RaggedRows, RowTable
 from cpattn.device_tables import exclusive_cumsum
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.spans import Alignment, Spans, SpanTable
 
 
 class KeyRanges(NamedTuple):
-    """The key range of each chunk of a rank's queries, int64 ``[c]`` each; see :class:`cpattn.attention.rows.RaggedRows`."""
+    """The key range of each chunk of a rank's queries, int64 ``[c]`` each; see :class:`cpattn.spans.Spans`."""
 
     k_start: IntArray
     k_len: IntArray
@@ -33,22 +33,22 @@ class KeyRanges(NamedTuple):
     alignment: Alignment
 
 
-def causal_rows(meta: CPMetadata, paged: bool) -> RaggedRows:
+def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
     """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key."""
 
-    def build() -> RaggedRows:
+    def build() -> Spans:
         chunks = meta.chunk_host
         k_start = meta.k_starts[chunks.request]
         ranges = KeyRanges(k_start, chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
         return _build(meta, [_own_table(meta, ranges)], paged)[0]
 
-    return meta.derive(("causal rows", paged), build)
+    return meta.derive(("causal spans", paged), build)
 
 
-def prefix_rows(meta: CPMetadata, window: int | None, paged: bool) -> RaggedRows:
+def prefix_spans(meta: CPMetadata, window: int | None, paged: bool) -> Spans:
     """This rank's queries over the prefixes."""
 
-    def build() -> RaggedRows:
+    def build() -> Spans:
         chunks, prefix_lens = meta.chunk_host, meta.plan.prefix_lens
         k_start = exclusive_cumsum(prefix_lens)[chunks.request]
         k_len = prefix_lens[chunks.request]
@@ -57,13 +57,13 @@ def prefix_rows(meta: CPMetadata, window: int | None, paged: bool) -> RaggedRows
             ranges = _within_window(k_start, k_len, k_len + chunks.start + 1, window)
         return _build(meta, [_own_table(meta, ranges)], paged)[0]
 
-    return meta.derive(("prefix rows", window, paged), build)
+    return meta.derive(("prefix spans", window, paged), build)
 
 
-def shard_rows(meta: CPMetadata, window: int | None) -> list[list[RaggedRows]]:
+def shard_spans(meta: CPMetadata, window: int | None) -> list[list[Spans]]:
     """This rank's queries over the shard of each rank, ``[owner][launch]``."""
 
-    def build() -> list[list[RaggedRows]]:
+    def build() -> list[list[Spans]]:
         tables = [
             _own_table(meta, ranges)
             for owner in range(meta.plan.cp_size)
@@ -71,13 +71,13 @@ def shard_rows(meta: CPMetadata, window: int | None) -> list[list[RaggedRows]]:
         ]
         return _by_launch(_build(meta, tables, paged=False), launches_per_shard(meta.plan, window))
 
-    return meta.derive(("shard rows", window), build)
+    return meta.derive(("shard spans", window), build)
 
 
-def source_rows(meta: CPMetadata, window: int | None, paged: bool) -> list[list[RaggedRows]]:
+def source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[list[Spans]]:
     """The queries of each rank over this rank's shard, ``[source][launch]``."""
 
-    def build() -> list[list[RaggedRows]]:
+    def build() -> list[list[Spans]]:
         tables = [
             _table(meta, source, ranges)
             for source in range(meta.plan.cp_size)
@@ -85,14 +85,14 @@ def source_rows(meta: CPMetadata, window: int | None, paged: bool) -> list[list[
         ]
         return _by_launch(_build(meta, tables, paged), launches_per_shard(meta.plan, window))
 
-    return meta.derive(("source rows", window, paged), build)
+    return meta.derive(("source spans", window, paged), build)
 
 
-def gathered_source_rows(meta: CPMetadata, window: int | None, paged: bool) -> list[RaggedRows]:
+def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[Spans]:
     """The queries of all other ranks over this rank's shard, ``[launch]``: q is rank-major, and of this rank's own
     queries none sees anything here."""
 
-    def build() -> list[RaggedRows]:
+    def build() -> list[Spans]:
         tables = []
         for launch in range(launches_per_shard(meta.plan, window)):
             parts = []
@@ -104,10 +104,10 @@ def gathered_source_rows(meta: CPMetadata, window: int | None, paged: bool) -> l
             q_len, k_start, k_len, diagonal, request = (
                 np.concatenate(columns) for columns in zip(*(part[:5] for part in parts), strict=True)
             )
-            tables.append(RowTable(q_len, k_start, k_len, diagonal, request, "full" if window is None else "any"))
+            tables.append(SpanTable(q_len, k_start, k_len, diagonal, request, "full" if window is None else "any"))
         return _build(meta, tables, paged)
 
-    return meta.derive(("gathered source rows", window, paged), build)
+    return meta.derive(("gathered source spans", window, paged), build)
 
 
 def launches_per_shard(plan: Plan, window: int | None) -> int:
@@ -143,16 +143,16 @@ def _within_window(k_start: IntArray, k_len: IntArray, diagonal: IntArray, windo
     return KeyRanges(k_start, np.where(diagonal - window >= k_len, 0, k_len), diagonal, "any")
 
 
-def _own_table(meta: CPMetadata, ranges: KeyRanges) -> RowTable:
+def _own_table(meta: CPMetadata, ranges: KeyRanges) -> SpanTable:
     return _with_padding(meta, meta.chunk_host, ranges)
 
 
-def _table(meta: CPMetadata, source: int, ranges: KeyRanges) -> RowTable:
+def _table(meta: CPMetadata, source: int, ranges: KeyRanges) -> SpanTable:
     return _with_padding(meta, chunk_tables(meta.plan, source), ranges)
 
 
-def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> RowTable:
-    """With the padding of q as the last row; in a bucket, after as many empty rows as there may be chunks."""
+def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> SpanTable:
+    """With the padding of q as the last span; in a bucket, after as many empty spans as there may be chunks."""
     missing = 0 if meta.bucket is None else meta.bucket.max_chunks - len(chunks.q_len)
     padding = meta.rows - int(chunks.q_len.sum())
     more = missing + (1 if padding or meta.bucket is not None else 0)
@@ -161,10 +161,10 @@ def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> R
     )
     if padding:
         q_len[-1] = padding
-    return RowTable(q_len, k_start, k_len, diagonal, request, ranges.alignment)
+    return SpanTable(q_len, k_start, k_len, diagonal, request, ranges.alignment)
 
 
-def _build(meta: CPMetadata, tables: list[RowTable], paged: bool) -> list[RaggedRows]:
+def _build(meta: CPMetadata, tables: list[SpanTable], paged: bool) -> list[Spans]:
     if paged:
         tables = [table._replace(k_start=np.zeros_like(table.k_start)) for table in tables]
     fixed_lengths = None
@@ -172,8 +172,8 @@ def _build(meta: CPMetadata, tables: list[RowTable], paged: bool) -> list[Ragged
         # Without pages a bucket has no prefixes, and all ranks' rows are the most that there can be.
         longest = meta.bucket.max_seqlen if paged else min(meta.bucket.max_seqlen, meta.plan.cp_size * meta.rows)
         fixed_lengths = meta.bucket.max_rows, longest
-    return RaggedRows.build_all(tables, meta.device, fixed_lengths)
+    return Spans.build_all(tables, meta.device, fixed_lengths)
 
 
-def _by_launch(rows: list[RaggedRows], launches: int) -> list[list[RaggedRows]]:
-    return [rows[first : first + launches] for first in range(0, len(rows), launches)]
+def _by_launch(spans: list[Spans], launches: int) -> list[list[Spans]]:
+    return [spans[first : first + launches] for first in range(0, len(spans), launches)]

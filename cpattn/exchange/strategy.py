@@ -9,28 +9,28 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from cpattn.attention.rows import Alignment, RaggedRows
 from cpattn.exchange.message import KVFormat
+from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
+from cpattn.spans import Alignment, Spans
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport
 
 
 # Named tuples, as they are made anew in every call.
 class Step(NamedTuple):
-    """Attention over the keys at hand, one launch for each of ``rows``: k ``[S, Hkv, D]`` and v ``[S, Hkv, Dv]``, or pages.
+    """Attention over the keys at hand, one launch for each of ``spans``.
 
     Without ``q`` this rank's own queries attend, and the result is merged with what they have seen before. ``heads``
-    are then the query heads that the step is about, where it is for some KV heads only; k and v hold just those.
+    are then the query heads that the step is about, where it is for some KV heads only; the keys hold just those.
     With ``q``, other ranks' queries attend, and their result ``(out, lse)`` goes back to the strategy: fp32 as far as
     the backend gives it.
     """
 
-    k: Tensor
-    v: Tensor
-    rows: list[RaggedRows]
+    keys: Keys
+    spans: list[Spans]
     heads: slice | None = None
     q: Tensor | None = None
 
@@ -100,7 +100,7 @@ class CountSteps(Protocol):
 
 
 class FindAlignments(Protocol):
-    """The alignments of the rows in a strategy's steps."""
+    """The alignments of the spans in a strategy's steps."""
 
     def __call__(self, plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]: ...
 
@@ -117,7 +117,7 @@ class Strategy:
             each before asking for the next. It starts all transfers, in their order, and waits for each.
         num_steps: how many results are merged for a query, for a plan and a window; the same on every rank. ``fixed`` says
             that it is to be as many as for any plan that a bucket's graph may replay.
-        alignments: of the rows in these steps, for a plan and a window, or any plan that may be replayed; the same on every
+        alignments: of the spans in these steps, for a plan and a window, or any plan that may be replayed; the same on every
             rank.
         why_not: the reason why it can not serve a plan with such a cache, window and bucket, or None if it can; the same
             on every rank.

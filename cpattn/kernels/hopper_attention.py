@@ -266,7 +266,7 @@ def _produce(
     q_loads0 = 0
     q_loads1 = 0
     edges = 0
-    # Fixed rows have tiles to spare.
+    # Fixed spans have tiles to spare.
     num_items = gl.load(limits) * HEADS
     quota = gl.load(limits + 1)
     has_queue = num_items > gl.num_programs(0)

@@ -1,4 +1,4 @@
-"""Causal attention over ragged rows in one Triton launch, with the LSE, or merged into an earlier result.
+"""Causal attention over spans in one Triton launch, with the LSE, or merged into an earlier result.
 
 The online softmax of Milakov and Gimelshein (arXiv:1805.02867) in the loop order of FlashAttention-2
 (arXiv:2307.08691): a program owns a tile of queries and visits its key blocks in order, with the exponents in base 2.
@@ -24,13 +24,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cpattn.attention.rows import RaggedRows
 from cpattn.current import is_on_current_device
 from cpattn.kernels.arguments import Blocks
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
 from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
 from cpattn.kernels.tiles import TILE_FIELDS, launch_for
+from cpattn.keys import Keys
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
 
 _LOG2_E = math.log2(math.e)
 _LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -174,7 +176,7 @@ def _attention_kernel(
     run = tiles + (tl.program_id(0) // HEADS) * _FIELDS
     run_begin = tl.load(run + 6)
     run_tiles = tl.load(run + 7)
-    # Fixed rows have tiles to spare.
+    # Fixed spans have tiles to spare.
     if run_tiles == 0:
         return
     in_run = tl.program_id(0) - run_begin * HEADS
@@ -299,18 +301,17 @@ _attention = Launcher(_attention_kernel)
 
 
 def ragged_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None, out_dtype: torch.dtype | None = None, into: tuple[Tensor, Tensor] | None = None,
-    shapes: tuple[TileShape, ...] | None = None, packs: tuple[int, ...] | None = None,
+    q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype | None = None,
+    into: tuple[Tensor, Tensor] | None = None, *, shapes: tuple[TileShape, ...] | None = None, packs: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attends all rows in one launch; the meaning is that of :class:`cpattn.attention.backend.AttentionFunction`.
+    """Attends all spans in one launch; the meaning is that of :class:`cpattn.attention.backend.AttentionFunction`.
 
     Args:
-        q: ``[T, Hq, D]``; k ``[S, Hkv, D]``; v ``[S, Hkv, Dv]``: fp32, bf16 or fp16, the last axis contiguous. Where rows
-            have a page table, k is ``[num_pages, page_size, Hkv, D]`` and v ``[num_pages, page_size, Hkv, Dv]``. Where v is
-            a view of k's first columns (multi-head latent attention: D = 576, Dv = 512), these are loaded once.
-        rows: the work, on the same device.
-        scale, window, softcap, sinks: see :class:`cpattn.attention.backend.AttentionOptions`.
+        q: ``[T, Hq, D]``, fp32, bf16 or fp16, the last axis contiguous.
+        keys: of the same dtype. Where v is a view of k's first columns (multi-head latent attention: D = 576, Dv = 512),
+            these are loaded once.
+        spans: the work, on the same device.
+        options: scale, window, softcap, sinks.
         out_dtype: of the result; q's by default.
         into: an earlier result ``(acc fp32 [T, Hq, Dv], lse fp32 [T, Hq])`` over other keys, into which this one is
             merged in place, in fp32; what has no keys here is left as it is. ``out_dtype`` then does not apply.
@@ -320,25 +321,24 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
+    k, v, page_table, _, _ = keys
     if into is None:
         num_queries, num_heads, _ = q.shape
         out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
         lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
     else:
         out, lse = into
-    page_table = rows.page_table
-    # All that decides the launch, beside the rows and the tensors' addresses; of these, what a descriptor can take, and
+    sinks = options.sinks
+    # All that decides the launch, beside the spans and the tensors' addresses; of these, what a descriptor can take, and
     # whether V is K's first columns.
     k_address, v_address = k.data_ptr(), v.data_ptr()
     key = (
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
         (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
-        scale, window, softcap, None if sinks is None else sinks.dtype,
+        options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
         None if page_table is None else (page_table.stride(), page_table.dtype), shapes, packs,
     )  # fmt: skip
-    launch = rows.memo.get(key)
-    if launch is None:
-        launch = rows.memo.keep(key, _prepare(q, k, v, rows, out, lse, scale, window, softcap, sinks, into is not None, shapes, packs))
+    launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
     tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *(() if page_table is None else (page_table,)))
     if is_on_current_device(q):
         launch(*tensors)
@@ -355,10 +355,12 @@ _PAGED_TENSORS = _TENSORS | {"page_table": 6}
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, out: Tensor, lse: Tensor, scale: float, window: int | None, softcap: float | None,
-    sinks: Tensor | None, into: bool, shapes: tuple[TileShape, ...] | None, packs: tuple[int, ...] | None,
+    q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor, lse: Tensor, into: bool,
+    shapes: tuple[TileShape, ...] | None, packs: tuple[int, ...] | None,
 ) -> LaunchFunction:  # fmt: skip
-    """What launches the kernel over these rows, given the tensors alone."""
+    """What launches the kernel over these spans, given the tensors alone."""
+    k, v, page_table, _, _ = keys
+    scale, window, softcap, sinks = options.scale, options.window, options.softcap, options.sinks
     num_heads, num_kv_heads = q.shape[1], k.shape[-2]
     head_dim, v_head_dim = q.shape[2], v.shape[-1]
     group = num_heads // num_kv_heads
@@ -370,13 +372,12 @@ def _prepare(
         shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
     if packs is None:
         packs = packs_for(group, shapes[0].block_m)
-    launch = launch_for(rows, shapes, packs, num_heads, window, processors)
+    launch = launch_for(spans, shapes, packs, num_heads, window, processors)
     if launch.num_tiles == 0:
         return launch_nothing
 
     shape = launch.shape
-    page_table = rows.page_table
-    page_size = 0 if page_table is None else k.shape[1]
+    page_size = keys.page_size
     specialized = None
     tma = shape.tma and fits_descriptor(k) and fits_descriptor(v)
     if shape.specialized and tma and page_size % PAGE_UNIT == 0:

@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cpattn.attention.rows import RaggedRows
 from cpattn.kernels.arguments import Blocks
 from cpattn.kernels.launch import COMPILER_OPTIONS, Launcher
 from cpattn.kernels.tile_shapes import tile_shapes
+from cpattn.keys import Keys
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
 
 _ROWS, _COLUMNS = 16, 64
 # How much larger the error of one kernel may be than that of another that computes the same.
@@ -92,16 +94,15 @@ def problem_of_hopper_kernel(device: torch.device) -> str | None:
             for n, h in ((num_queries, heads), (512, kv_heads), (512, kv_heads))
         )
         shape = tile_shapes(dim, dim, q.dtype, torch.cuda.get_device_capability(device), specialized=True)[0]
-        rows = RaggedRows.build(
-            np.array([num_queries]), np.array([0]), np.array([num_keys]), np.array([num_keys - num_queries + 1]), device
-        )
+        spans = Spans.build(np.array([num_queries]), np.array([0]), np.array([num_keys]), np.array([num_keys - num_queries + 1]), device)
         # The pages lie in another order than their keys.
         k_pages, v_pages = (x.view(-1, page_size, kv_heads, dim).flip(0) for x in (k, v))
         table = torch.arange(len(k_pages) - 1, -1, -1, dtype=torch.int32, device=device)[None]
-        for keys, values, over, window in ((k, v, rows, None), (k_pages, v_pages, rows.with_pages(table, page_size), 100)):
+        for keys, window in ((Keys(k, v), None), (Keys(k_pages, v_pages, table), 100)):
             expected = _attention(q, k[:num_keys], v[:num_keys], dim**-0.5, window)
+            options = AttentionOptions(dim**-0.5, window)
             fast, plain = (
-                _error(ragged_attention(q, keys, values, over, scale=dim**-0.5, window=window, shapes=(each,))[0], expected)
+                _error(ragged_attention(q, keys, spans, options, shapes=(each,))[0], expected)
                 for each in (shape, shape._replace(specialized=False))
             )
             if not fast <= _SLACK * plain:

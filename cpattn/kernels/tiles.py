@@ -1,7 +1,7 @@
-"""Cutting ragged rows into tiles of queries on the host.
+"""Cutting spans into tiles of queries on the host.
 
 An *item* of work is a tile and a query head, or the heads that share the tile: item ``tile * heads + head``. Tiles of one
-row that are about as long follow each other and make a *run*; for the cache's sake a run's items are computed head after
+span that are about as long follow each other and make a *run*; for the cache's sake a run's items are computed head after
 head, all of its tiles for each.
 """
 
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.attention.rows import HostRows, RaggedRows
 from cpattn.current import is_capturing
-from cpattn.device_tables import DeviceTables, exclusive_cumsum
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum
 from cpattn.errors import CPError
 from cpattn.kernels.tile_shapes import TileShape
-from cpattn.metadata.batch import IntArray
+from cpattn.spans import HostSpans, Spans
 
 # Columns of a tile in the table that the kernel reads; see Tiles.
 TILE_FIELDS = 8
@@ -28,7 +27,7 @@ TILE_FIELDS = 8
 # Rows of a tile that one warpgroup of the specialized kernel owns; a warpgroup without rows rests.
 WARPGROUP_ROWS = 64
 
-# Tiles are sorted by length in this many steps, and by row within a step.
+# Tiles are sorted by length in this many steps, and by span within a step.
 _LENGTH_CLASSES = 16
 
 # What a key block costs a tile beside its rows, in rows: loading K and V, and the loop itself. In the specialized kernel
@@ -53,7 +52,7 @@ class Tiles(NamedTuple):
 
     Columns, int64 ``[n]`` each:
         q_begin, q_count: the tile's tokens: their first row in q, and how many.
-        k_start, k_len: the key range of the tile's row.
+        k_start, k_len: the key range of the tile's span.
         sees: how many keys of a range without end the tile's first token would see (below 1: none).
         request: the line of the page table, where there is one.
         run_begin, run_tiles: the first tile of the tile's run, and how many it has.
@@ -71,12 +70,12 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """How to launch the kernel over one RaggedRows.
+    """How to launch the kernel over one object of spans.
 
     Attributes:
         shape: the compiled form.
         pack: query heads of one KV head that share a tile: the whole group, or 1.
-        num_tiles: a head; for fixed rows as many as they may ever need, and those without work at the end have no tokens.
+        num_tiles: a head; for fixed spans as many as they may ever need, and those without work at the end have no tokens.
         table: int32 ``[num_tiles * TILE_FIELDS]`` on the device, tile after tile.
         num_programs: of the specialized kernel, which share the tiles' items.
         limits: int32 ``[2]`` on the device: the tiles that have tokens, and how many items a program may compute.
@@ -91,39 +90,39 @@ class Launch:
     limits: Tensor
     window: int | None
 
-    def refresh(self, host: HostRows) -> None:
-        """See :class:`cpattn.attention.rows.Prepared`."""
+    def refresh(self, host: HostSpans) -> None:
+        """See :class:`cpattn.spans.Refreshed`."""
         tiles, _ = cut(host, self.shape.block_m // self.pack, self.shape.block_n, self.window)
         tables = _on_device(tiles, self.num_tiles, _NO_QUOTA, self.table.device)
         self.table.copy_(tables["tiles"])
         self.limits.copy_(tables["limits"])
 
 
-def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
+def cut(host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
     """Returns the tiles and how many key blocks each visits."""
-    tiles_of_row = -(-host.q_len // tokens_per_tile)
-    row = np.repeat(np.arange(len(host.q_len)), tiles_of_row)
-    first = (np.arange(len(row)) - np.repeat(exclusive_cumsum(tiles_of_row), tiles_of_row)) * tokens_per_tile
-    q_count = np.minimum(tokens_per_tile, host.q_len[row] - first)
-    k_len = host.k_len[row]
-    sees = host.diagonal[row] + first
+    tiles_of_span = -(-host.q_len // tokens_per_tile)
+    span = np.repeat(np.arange(len(host.q_len)), tiles_of_span)
+    first = (np.arange(len(span)) - np.repeat(exclusive_cumsum(tiles_of_span), tiles_of_span)) * tokens_per_tile
+    q_count = np.minimum(tokens_per_tile, host.q_len[span] - first)
+    k_len = host.k_len[span]
+    sees = host.diagonal[span] + first
     end = np.clip(sees + q_count - 1, 0, k_len)
     begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
     blocks = np.maximum(0, -(-(end - begin) // block_n))
-    # Tiles of one row and length class stay side by side and share its keys in the cache.
+    # Tiles of one span and length class stay side by side and share its keys in the cache.
     length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
-    order = np.lexsort((-blocks, row, -length_class))
+    order = np.lexsort((-blocks, span, -length_class))
     is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (np.diff(row[order]) != 0) | (np.diff(length_class[order]) != 0)
+    is_first[1:] = (np.diff(span[order]) != 0) | (np.diff(length_class[order]) != 0)
     run_begin = np.flatnonzero(is_first)
     run_tiles = np.diff(run_begin, append=len(order))
     tiles = Tiles(
-        q_begin=(host.q_start[row] + first)[order],
+        q_begin=(host.q_start[span] + first)[order],
         q_count=q_count[order],
-        k_start=host.k_start[row][order],
+        k_start=host.k_start[span][order],
         k_len=k_len[order],
         sees=sees[order],
-        request=host.request[row][order],
+        request=host.request[span][order],
         run_begin=run_begin.repeat(run_tiles),
         run_tiles=run_tiles.repeat(run_tiles),
     )
@@ -131,7 +130,7 @@ def cut(host: HostRows, tokens_per_tile: int, block_n: int, window: int | None) 
 
 
 def choose(
-    host: HostRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
+    host: HostSpans, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
 ) -> tuple[TileShape, int, Tiles, IntArray]:
     """The shape and packing that finish first by estimate, and their tiles with the key blocks that each visits.
 
@@ -160,7 +159,7 @@ def choose(
 
 def _share(num_items: int, blocks: float, num_processors: int, fixed: bool) -> tuple[int, int]:
     """How many items a program of the specialized kernel may compute, and how many programs there are, given the mean key
-    blocks of an item. Fixed rows change under a graph: they have no quota."""
+    blocks of an item. Fixed spans change under a graph: they have no quota."""
     quota = max(2, math.ceil(_PROGRAM_BLOCKS / blocks))
     if fixed or num_items <= num_processors * quota:
         return _NO_QUOTA, min(num_items, num_processors)
@@ -169,24 +168,27 @@ def _share(num_items: int, blocks: float, num_processors: int, fixed: bool) -> t
 
 
 def launch_for(
-    rows: RaggedRows, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
+    spans: Spans, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
 ) -> Launch:
-    """The launch for these rows, kept with them; its table reaches the device in one copy that the host does not wait for."""
-    key = shapes, packs, num_heads, window
-    launch = rows.prepared.get(key)
-    if launch is None:
-        if is_capturing(rows.cu_seqlens_q.device):
-            raise CPError("the first launch over these rows would be captured with its tables; make the same call once before capturing it")
-        shape, pack, tiles, blocks = choose(rows.host, shapes, packs, num_heads, window, num_processors)
-        num_tiles, heads = len(tiles.q_begin), num_heads // pack
-        if rows.fixed:
-            # Each row may leave one tile partly empty; the number of queries in all rows is fixed.
-            num_tiles = int(rows.host.q_len.sum()) // (shape.block_m // pack) + len(rows)
-        quota, num_programs = _share(num_tiles * heads, _TILE_OVERHEAD + blocks.sum() / max(1, len(blocks)), num_processors, rows.fixed)
-        tables = _on_device(tiles, num_tiles, quota, rows.cu_seqlens_q.device)
-        launch = rows.prepared[key] = Launch(shape, pack, num_tiles, tables["tiles"], num_programs, tables["limits"], window)
-    assert isinstance(launch, Launch)
-    return launch
+    """The launch for these spans, kept with them; its table reaches the device in one copy that the host does not wait for."""
+    key = "tiles", shapes, packs, num_heads, window
+    return spans.derive(key, _make_launch, spans, shapes, packs, num_heads, window, num_processors)
+
+
+def _make_launch(
+    spans: Spans, shapes: tuple[TileShape, ...], packs: tuple[int, ...], num_heads: int, window: int | None, num_processors: int
+) -> Launch:
+    device = spans.cu_seqlens_q.device
+    if is_capturing(device):
+        raise CPError("the first launch over these spans would be captured with its tables; make the same call once before capturing it")
+    shape, pack, tiles, blocks = choose(spans.host, shapes, packs, num_heads, window, num_processors)
+    num_tiles, heads = len(tiles.q_begin), num_heads // pack
+    if spans.fixed:
+        # Each span may leave one tile partly empty; the number of queries in all of them is fixed.
+        num_tiles = int(spans.host.q_len.sum()) // (shape.block_m // pack) + len(spans)
+    quota, num_programs = _share(num_tiles * heads, _TILE_OVERHEAD + blocks.sum() / max(1, len(blocks)), num_processors, spans.fixed)
+    tables = _on_device(tiles, num_tiles, quota, device)
+    return Launch(shape, pack, num_tiles, tables["tiles"], num_programs, tables["limits"], window)
 
 
 def _on_device(tiles: Tiles, num_tiles: int, quota: int, device: torch.device) -> DeviceTables:

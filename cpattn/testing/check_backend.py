@@ -17,9 +17,9 @@ from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.merge import merge_
 from cpattn.attention.registry import find_backend
 from cpattn.attention.returned import check_returned
-from cpattn.attention.rows import RaggedRows
 from cpattn.errors import BackendError, OptionError
-from cpattn.testing.judge import Problem, rows_attention, why_wrong
+from cpattn.spans import Spans
+from cpattn.testing.judge import Problem, spans_attention, why_wrong
 from cpattn.testing.scenarios import SCENARIOS, Scenario, make_problem
 
 Verdict: TypeAlias = Literal["holds", "fails", "refuses", "not claimed"]
@@ -129,7 +129,7 @@ def _check(backend: Backend, scenario: Scenario, device: torch.device, dtype: to
     reason = _not_claimed(backend, scenario, problem)
     if reason:
         return CheckedScenario(scenario.name, "not claimed", reason, True)
-    truth = rows_attention(problem)
+    truth = spans_attention(problem)
     is_cuda = device.type == "cuda"
     try:
         # Kernels are launched on the current device, and what they do wrong is raised at the latest when they are waited for.
@@ -147,7 +147,7 @@ def _check(backend: Backend, scenario: Scenario, device: torch.device, dtype: to
 
 def _not_claimed(backend: Backend, scenario: Scenario, problem: Problem) -> str | None:
     """The reason, from the backend's own description, why it is not asked for this."""
-    launches = problem.parts or [problem.rows]
+    launches = problem.parts or [problem.spans]
     call = Call(
         device=problem.q.device,
         dtype=problem.q.dtype,
@@ -156,7 +156,7 @@ def _not_claimed(backend: Backend, scenario: Scenario, problem: Problem) -> str 
         window=scenario.window is not None,
         softcap=scenario.softcap is not None,
         sinks=scenario.sinks,
-        alignments=frozenset(rows.alignment for rows in launches),
+        alignments=frozenset(spans.alignment for spans in launches),
         merges=len(launches) > 1,
         page_size=scenario.page_size,
         fixed=scenario.fixed,
@@ -181,23 +181,23 @@ def _result(backend: Backend, scenario: Scenario, problem: Problem) -> tuple[Ten
     """What the kernel makes of the problem, in one launch or merged from several."""
     precise = torch.promote_types(problem.q.dtype, torch.float32)
     if not problem.parts:
-        return _launch(backend, problem, problem.rows, precise if scenario.fp32_out else problem.q.dtype)
+        return _launch(backend, problem, problem.spans, precise if scenario.fp32_out else problem.q.dtype)
     first, *others = problem.parts
     out_dtype = precise if backend.fp32_out else problem.q.dtype
     out, lse = _launch(backend, problem, first, out_dtype)
     out = out.to(precise)
-    for rows in others:
+    for spans in others:
         if scenario.accumulate:
             assert backend.accumulate is not None  # it is claimed
-            backend.accumulate(problem.q, problem.k, problem.v, rows, problem.options, out, lse)
+            backend.accumulate(problem.q, problem.keys, spans, problem.options, out, lse)
         else:
-            merge_(out, lse, *_launch(backend, problem, rows, out_dtype))
+            merge_(out, lse, *_launch(backend, problem, spans, out_dtype))
     return out, lse
 
 
-def _launch(backend: Backend, problem: Problem, rows: RaggedRows, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    q, k, v, _, options, _ = problem
-    out, lse = check_returned(backend.name, backend.run(q, k, v, rows, options, out_dtype), q, v)
+def _launch(backend: Backend, problem: Problem, spans: Spans, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q, keys, _, options, _ = problem
+    out, lse = check_returned(backend.name, backend.attend(q, keys, spans, options, out_dtype), q, keys.v)
     if out.dtype != out_dtype:
         raise BackendError(f"backend={backend.name!r} returned out in {out.dtype}, where it was asked for {out_dtype}; convert it")
     return out, lse

@@ -1,4 +1,4 @@
-"""What rows of attention work mean, in float64, and whether a kernel's result is that within rounding."""
+"""What spans mean, in float64, and whether a kernel's result is that within rounding."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.rounding import Sizes, rounding_bounds
-from cpattn.attention.rows import RaggedRows
 from cpattn.attention.verify import lse_hint
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 
 class Problem(NamedTuple):
     """What a kernel is given, as :class:`cpattn.attention.backend.AttentionFunction` has it.
 
     Attributes:
-        parts: the rows of further launches over the same queries, each over some of the keys; their merged results are
-            the result of ``rows``. Empty where there is one launch.
+        parts: the spans of further launches over the same queries, each over some of the keys; their merged results are
+            the result of ``spans``. Empty where there is one launch.
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
-    rows: RaggedRows
+    keys: Keys
+    spans: Spans
     options: AttentionOptions
-    parts: list[RaggedRows]
+    parts: list[Spans]
 
 
 class Truth(NamedTuple):
@@ -38,16 +38,15 @@ class Truth(NamedTuple):
     sizes: Sizes
 
 
-def rows_attention(problem: Problem) -> Truth:
-    """A query at a time, with the words of :class:`RaggedRows`."""
-    q, k, v = (x.detach().cpu().double() for x in problem[:3])
-    rows, options = problem.rows, problem.options
-    table = None if rows.page_table is None else rows.page_table.cpu().long()
+def spans_attention(problem: Problem) -> Truth:
+    """A query at a time, with the words of :class:`Spans` and :class:`Keys`."""
+    q, k, v = (x.detach().cpu().double() for x in (problem.q, problem.keys.k, problem.keys.v))
+    options, table = problem.options, None if problem.keys.page_table is None else problem.keys.page_table.cpu().long()
     sinks = None if options.sinks is None else options.sinks.cpu().double()
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full(q.shape[:2], -torch.inf) if sinks is None else sinks.expand(q.shape[:2]).clone()
     sizes = Sizes(*(torch.zeros_like(x) for x in (lse, lse, out, out, lse[:, :1])))
-    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in rows.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in problem.spans.host), strict=True):
         for j in range(q_len):
             sees_to = min(max(diagonal + j, 0), k_len)
             sees_from = 0 if options.window is None else max(0, diagonal + j - options.window)
@@ -75,7 +74,7 @@ def why_wrong(problem: Problem, truth: Truth, out: Tensor, lse: Tensor) -> str |
     """
     is_gpu, (dtype, head_dim) = problem.q.is_cuda, (problem.q.dtype, problem.q.shape[2])
     out, lse = out.cpu().double(), lse.cpu().double()
-    sees = problem.rows.sees_keys(problem.options.window).cpu()
+    sees = problem.spans.sees_keys(problem.options.window).cpu()
     reason = _blind_wrong(out[~sees], lse[~sees], truth.lse[~sees])
     if reason:
         return reason

@@ -2,7 +2,7 @@
 
 All head dims are ones that FlashAttention kernels take, too; lengths are primes where they may be anything, and some
 ranges are longer than a tile of keys. Key ranges, diagonals and rows are in the words of
-:class:`cpattn.attention.rows.RaggedRows`.
+:class:`cpattn.spans.Spans`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.rows import RaggedRows, RowTable, find_alignment
-from cpattn.metadata.batch import IntArray
+from cpattn.device_tables import IntArray
+from cpattn.keys import Keys
+from cpattn.spans import Spans, SpanTable, find_alignment
 from cpattn.testing.judge import Problem
 
 # A row of work: queries, first key, keys, diagonal.
@@ -144,23 +145,24 @@ def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -
     if scenario.v_in_k:
         v = k[..., :v_head_dim]
     requests = np.array(scenario.requests or range(len(table)))
-    rows = _rows(scenario.rows, requests, scenario.fixed, device)
+    page_table = None
     if scenario.page_size is not None:
         lengths = [int(table[requests == request, 2].max()) for request in range(requests.max() + 1)]
         k, v, page_table = _in_pages(k, v, lengths, scenario.page_size)
         if scenario.shared_pool:
             k, v = torch.stack([k, v], dim=1).unbind(1)
-        rows = rows.with_pages(_laid_out(page_table, scenario), scenario.page_size)
+        page_table = _laid_out(page_table, scenario)
     sinks = torch.randn(heads, generator=generator).to(device, torch.promote_types(dtype, torch.float32)) if scenario.sinks else None
     options = AttentionOptions(head_dim**-0.5 if scenario.scale is None else scenario.scale, scenario.window, scenario.softcap, sinks)
-    return Problem(q, k, v, rows, options, [_rows(part, requests, False, device) for part in scenario.parts])
+    spans = _spans(scenario.rows, requests, scenario.fixed, device)
+    return Problem(q, Keys(k, v, page_table), spans, options, [_spans(part, requests, False, device) for part in scenario.parts])
 
 
-def _rows(rows: tuple[Row, ...], requests: IntArray, fixed: bool, device: torch.device) -> RaggedRows:
+def _spans(rows: tuple[Row, ...], requests: IntArray, fixed: bool, device: torch.device) -> Spans:
     q_len, k_start, k_len, diagonal = np.array(rows, dtype=np.int64).T
-    table = RowTable(q_len, k_start, k_len, diagonal, requests, find_alignment(q_len, k_start, k_len, diagonal))
+    table = SpanTable(q_len, k_start, k_len, diagonal, requests, find_alignment(q_len, k_start, k_len, diagonal))
     longer = (2 * int(q_len.max()), 2 * int(k_len.max())) if fixed else None
-    return RaggedRows.build_all([table], device, longer)[0]
+    return Spans.build_all([table], device, longer)[0]
 
 
 def _in_pages(k: Tensor, v: Tensor, lengths: list[int], page_size: int) -> tuple[Tensor, Tensor, Tensor]:

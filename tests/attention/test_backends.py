@@ -14,8 +14,8 @@ from torch import Tensor
 import cpattn
 from cpattn.attention import registry
 from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.registry import BACKENDS, choose_backend, explain_choice
-from cpattn.attention.rows import RaggedRows
 from cpattn.call import Arguments, decide
 from cpattn.errors import UnsupportedError
 from cpattn.testing import relative_rmse

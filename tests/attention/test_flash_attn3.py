@@ -16,7 +16,8 @@ from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
 
 from cpattn.attention import fa3_build, flash_attn3
 from cpattn.attention.backend import AttentionOptions, Backend, Call
-from cpattn.attention.rows import RaggedRows
+from cpattn.attention.ragged_rows import RaggedRows
+from cpattn.keys import Keys
 from cpattn.testing import check_backend
 
 SINKS = ",Tensor? sinks = None"
@@ -181,7 +182,7 @@ def attend(rows: RaggedRows, heads: int = 4, kv_heads: int = 2, **options: Any) 
     else:
         lead = (rows.page_table.numel(), -(-rows.max_seqlen_k // rows.page_table.shape[1]))
     k, v = (torch.randn(*lead, kv_heads, 64, dtype=torch.bfloat16) for _ in range(2))
-    flash_attn3.flash_attn3_attention(q, k, v, rows, AttentionOptions(0.1, **options), torch.bfloat16)
+    flash_attn3.flash_attn3_attention(q, Keys(k, v, rows.page_table), rows, AttentionOptions(0.1, **options), torch.bfloat16)
 
 
 def test_pages_are_read_through_the_requests_own_lines(full: FakeBuild) -> None:

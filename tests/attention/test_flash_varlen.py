@@ -16,11 +16,13 @@ from cpattn.attention import flash_attn2, flash_attn4
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.flash_varlen import varlen_call
 from cpattn.attention.registry import BACKENDS
-from cpattn.attention.rows import RaggedRows
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
-CAUSAL = RaggedRows.build(*np.array([(3, 0, 5, 3), (4, 2, 9, 6)]).T)
-FULL = RaggedRows.build(*np.array([(3, 0, 5, 5), (4, 2, 0, 0)]).T)
-MIXED = RaggedRows.build(*np.array([(3, 0, 5, 3), (4, 2, 9, 9)]).T)
+KEYS = Keys(torch.zeros(20, 2, 16), torch.zeros(20, 2, 16))
+CAUSAL = Spans.build(*np.array([(3, 0, 5, 3), (4, 2, 9, 6)]).T)
+FULL = Spans.build(*np.array([(3, 0, 5, 5), (4, 2, 0, 0)]).T)
+MIXED = Spans.build(*np.array([(3, 0, 5, 3), (4, 2, 9, 9)]).T)
 
 
 FLASH_ATTENTION_2 = "_flash_attn_varlen_forward"
@@ -75,7 +77,7 @@ def test_the_package_is_called_as_its_signature_says(
     signature: Callable[..., None],
     window_of: Callable[[dict[str, Any]], tuple[int, int]],
     no_side: int | None,
-    rows: RaggedRows,
+    rows: Spans,
     window: int | None,
 ) -> None:
     if window is not None and rows is FULL:
@@ -95,7 +97,7 @@ def test_the_package_is_called_as_its_signature_says(
 
     q, k, v = torch.randn(7, 4, 16), torch.randn(20, 2, 16), torch.randn(20, 2, 16)
     options = AttentionOptions(scale=0.5, window=window, softcap=3.0)
-    out, lse = run(q, k, v, rows, options, torch.bfloat16)
+    out, lse = run(q, Keys(k, v), rows, options, torch.bfloat16)
 
     assert recorded["q"] is q
     assert recorded["cu_seqlens_q"].tolist() == [0, 3, 7]
@@ -115,15 +117,14 @@ def test_the_package_is_called_as_its_signature_says(
 @pytest.mark.parametrize("paged", [False, True], ids=["keys side by side", "pages"])
 def test_flash_attn4_packs_the_heads_of_short_chunks(monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
     packed = []
-    monkeypatch.setattr(flash_attn4, "launch", lambda q, k, v, rows, options, pack_gqa: packed.append(pack_gqa))
+    monkeypatch.setattr(flash_attn4, "launch", lambda q, keys, spans, options, pack_gqa: packed.append(pack_gqa))
     for length, heads in ((1, 4), (512, 4), (1, 2)):
         q_len, k_start, k_len, diagonal = (np.array([value]) for value in (length, 0, 512, 513 - length))
-        rows = RaggedRows.build(q_len, k_start, k_len, diagonal)
+        spans = Spans.build(q_len, k_start, k_len, diagonal)
         q = torch.randn(length, heads, 16)
         k = torch.randn(*((32, 16) if paged else (512,)), 2, 16)
-        if paged:
-            rows = rows.with_pages(torch.arange(32, dtype=torch.int32)[None], 16)
-        flash_attn4.flash_attn4_attention(q, k, k, rows, AttentionOptions(scale=1.0), torch.bfloat16)
+        keys = Keys(k, k, torch.arange(32, dtype=torch.int32)[None] if paged else None)
+        flash_attn4.flash_attn4_attention(q, keys, spans, AttentionOptions(scale=1.0), torch.bfloat16)
     # One token for a group of 2; a long chunk; no group.
     assert packed == [True, False, False]
 
@@ -131,7 +132,7 @@ def test_flash_attn4_packs_the_heads_of_short_chunks(monkeypatch: pytest.MonkeyP
 def test_rows_that_these_kernels_can_not_express_never_reach_one() -> None:
     for rows, window in ((MIXED, None), (FULL, 4)):
         with pytest.raises(ValueError, match="are not for a FlashAttention kernel"):
-            varlen_call(rows, AttentionOptions(scale=1.0, window=window))
+            varlen_call(KEYS, rows, AttentionOptions(scale=1.0, window=window))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpattn.attention.flash_varlen import packs_heads
-from cpattn.attention.rows import HostRows, RaggedRows, RowTable
+from cpattn.attention.ragged_rows import RaggedRows
+from cpattn.spans import HostSpans, SpanTable
 
 
 @pytest.mark.parametrize(
@@ -42,15 +43,15 @@ def test_tensors_and_lengths() -> None:
 class Counted:
     """What a backend might keep with rows."""
 
-    seen: HostRows | None = None
+    seen: HostSpans | None = None
 
-    def refresh(self, host: HostRows) -> None:
+    def refresh(self, host: HostSpans) -> None:
         self.seen = host
 
 
-def table(*rows: tuple[int, int, int, int, int]) -> RowTable:
+def table(*rows: tuple[int, int, int, int, int]) -> SpanTable:
     q_len, k_start, k_len, diagonal, request = np.array(rows, dtype=np.int64).T
-    return RowTable(q_len, k_start, k_len, diagonal, request, "any")
+    return SpanTable(q_len, k_start, k_len, diagonal, request, "any")
 
 
 def test_fixed_rows_take_over_others_at_their_addresses() -> None:

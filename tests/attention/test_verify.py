@@ -13,9 +13,10 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.reference import reference_attention
-from cpattn.attention.rows import RaggedRows
 from cpattn.attention.verify import chosen_queries, verified
+from cpattn.keys import Keys
 from cpattn.testing import run_loopback
 
 MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
@@ -25,7 +26,7 @@ def kernel(
     q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return reference_attention(q, k, v, rows, AttentionOptions(scale, window, softcap, sinks), out_dtype)
+    return reference_attention(q, Keys(k, v, rows.page_table), rows, AttentionOptions(scale, window, softcap, sinks), out_dtype)
 
 
 def problems_of(function: Any, case: AttentionCase, strategy: str = "ring", cp_size: int = 2, **options: Any) -> list[str]:
@@ -174,7 +175,7 @@ def wrong(function: Any, dtype: torch.dtype = torch.float32, heads: int = 4, **o
 
 def test_a_line_says_where_and_by_how_much() -> None:
     (line,) = wrong(one_key_too_many)
-    assert line.startswith("backend='one_key_too_many': query 0, number 0 of row 0, differs from the reference in head 0: LSE ")
+    assert line.startswith("backend='one_key_too_many': query 0, number 0 of span 0, differs from the reference in head 0: LSE ")
     assert "where rounding explains" in line
     assert "out[" in line
     # Of 8 queries the last two of each row see as much as there is, and two see nothing, of which one is compared.

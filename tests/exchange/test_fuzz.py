@@ -14,6 +14,8 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 lengths = st.one_of(st.just(0), st.just(1), st.integers(2, 20), st.integers(0, 200))
 prefixes = st.one_of(st.just(0), st.integers(0, 300))
@@ -112,14 +114,12 @@ def test_a_kernel_that_rounds_its_results(strategy: str, sinks: bool, monkeypatc
     """As FlashAttention kernels do: half precision out, no sinks of their own."""
     reference = cpattn.BACKENDS["reference"]
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert out_dtype == q.dtype
         assert options.sinks is None
-        return reference.run(q, k, v, rows, options, out_dtype)
+        return reference.attend(q, keys, spans, options, out_dtype)
 
-    kernel = replace(reference, name="kernel", run=run, fp32_out=False, native_sinks=False)
+    kernel = replace(reference, name="kernel", attend=attend, fp32_out=False, native_sinks=False)
     monkeypatch.setitem(cpattn.BACKENDS, "kernel", kernel)
     case = AttentionCase([(40, 70), (0, 33), (5, 1)], dtype=torch.bfloat16, sinks=sinks)
     case.check_loopback(cpattn.plan(case.batch, 3, pad_to=16), strategy, "kernel", rounded_partials=strategy == "ring")

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from strategies import Batch, non_empty_batches
 
 import cpattn
-from cpattn.attention.rows import find_alignment
 from cpattn.call import Arguments, _decide
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps
 from cpattn.moves import torch_moves
+from cpattn.spans import find_alignment
 from cpattn.testing import SoloCommunicator
 from cpattn.transports.in_flight import InFlight
 
@@ -67,16 +67,16 @@ def test_steps_are_as_many_and_of_the_alignment_that_the_strategy_says(
     promised = cpattn.STRATEGIES[strategy].alignments(plan, window)
     for rank in range(cp_size):
         steps = steps_of(strategy, plan, rank, window)
-        launches = sum(len(step.rows) * (cp_size - 1 if strategy == "pass_q" and step.q is not None else 1) for step in steps)
+        launches = sum(len(step.spans) * (cp_size - 1 if strategy == "pass_q" and step.q is not None else 1) for step in steps)
         assert launches == cpattn.STRATEGIES[strategy].num_steps(plan, window)
         for step in steps:
-            for rows in step.rows:
-                assert rows.alignment in promised
-                host = rows.host
-                assert FITS[find_alignment(host.q_len, host.k_start, host.k_len, host.diagonal)] & {rows.alignment, "any"}
+            for spans in step.spans:
+                assert spans.alignment in promised
+                host = spans.host
+                assert FITS[find_alignment(host.q_len, host.k_start, host.k_len, host.diagonal)] & {spans.alignment, "any"}
                 # All of q is covered, padding by queries without keys, and all ranges lie within the keys at hand.
-                assert rows.num_queries == (plan.rows if step.q is None else len(step.q))
-                assert (((host.k_start + host.k_len) <= step.k.shape[0]) | (host.k_len == 0)).all()
+                assert spans.num_queries == (plan.rows if step.q is None else len(step.q))
+                assert (((host.k_start + host.k_len) <= step.keys.k.shape[0]) | (host.k_len == 0)).all()
 
 
 @pytest.mark.parametrize("cp_size", [1, 4])
@@ -85,14 +85,14 @@ def test_a_ring_leaves_out_ranges_before_every_window(cp_size: int) -> None:
     prefix_step, *_ = steps_of("ring", plan, cp_size - 1, window=20)
     # Only the chunks that begin within 20 tokens of the prefix see any of it.
     starts = plan.metadata(cp_size - 1).chunk_host.start
-    assert (prefix_step.rows[0].host.k_len == (1000 * (starts < 20 - 1))).all()
+    assert (prefix_step.spans[0].host.k_len == (1000 * (starts < 20 - 1))).all()
 
 
 def test_groups_of_heads_cover_each_query_head_once() -> None:
     plan = cpattn.plan([(3, 20)], 2)
     steps = steps_of("all_gather", plan, 0, None, overlap=2)
     assert [step.heads for step in steps] == [slice(0, 2), slice(2, 4)]
-    assert [step.k.shape[1] for step in steps] == [1, 1]
+    assert [step.keys.k.shape[1] for step in steps] == [1, 1]
 
 
 def test_padding_is_zeroed_before_it_travels() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from cpattn.exchange.step_rows import causal_rows
+from cpattn.exchange.step_rows import causal_spans
 from cpattn.testing import SoloCommunicator, check_backend
 
 # They load whole tiles of keys through the tensor memory accelerator, and multiply those after a range by 0.
@@ -68,14 +68,14 @@ def test_what_a_kernel_returns_is_checked_without_waiting(strategy: str) -> None
 def test_which_queries_see_keys_follows_the_rows_of_a_captured_graph(kept: bool) -> None:
     bucket = cpattn.Bucket(max_requests=4, max_rows=64, max_chunks=8, max_seqlen=128)
     meta = cpattn.build_metadata([(0, 1)] * 4, 1, 0, device="cuda", bucket=bucket)
-    rows = causal_rows(meta, paged=True)
+    spans = causal_spans(meta, paged=True)
     if kept:
-        rows.sees_keys()
+        spans.sees_keys()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sees = rows.sees_keys().clone()
-    assert (("sees keys", None) in rows.prepared) == kept
+        sees = spans.sees_keys().clone()
+    assert (("sees keys", None) in spans._refreshed) == kept
     for batch in ([(5, 30), (0, 2)], [(100, 7)], []):
         meta.copy_(cpattn.plan(batch, 1))
         graph.replay()

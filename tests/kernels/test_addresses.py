@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from far_memory import LIMIT, far
-from ragged_inputs import make_rows
+from ragged_inputs import launch_attention, make_rows
 from torch import Tensor
 
-from cpattn.attention.rows import RaggedRows
+from cpattn.attention.ragged_rows import RaggedRows
 
 pytest.importorskip("triton")
 from cpattn.kernels.merge import merge_all
-from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import TileShape, tile_shapes
 from cpattn.moves.triton_moves import gather_rows, pack, read_pages, write_pages
 
@@ -98,7 +97,7 @@ def test_attention(name: str, axis: int, is_small: bool, reach: int, device: str
     for shape, scale in kernels(dim, device):
 
         def run(x: Tensors, shape: TileShape = shape, scale: float = scale) -> Tensors:
-            ragged_attention(x["q"], x["k"], x["v"], rows, scale=scale, into=(x["acc"], x["lse"]), shapes=(shape,))
+            launch_attention(x["q"], x["k"], x["v"], rows, scale=scale, into=(x["acc"], x["lse"]), shapes=(shape,))
             return {"acc": x["acc"], "lse": x["lse"]}
 
         check(run, attention_inputs(num_queries, num_keys, dim, device), name, axis, reach)
@@ -123,7 +122,7 @@ def test_attention_over_pages(page_size: int, name: str, axis: int, reach: int, 
 
         def run(x: Tensors, shape: TileShape = shape, scale: float = scale) -> Tensors:
             over = rows.with_pages(x["page_table"], page_size)
-            out, lse = ragged_attention(x["q"], x["k"], x["v"], over, scale=scale, shapes=(shape,))
+            out, lse = launch_attention(x["q"], x["k"], x["v"], over, scale=scale, shapes=(shape,))
             return {"out": out, "lse": lse}
 
         check(run, tensors, name, axis, reach)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, compiled_only, make_qkv, make_rows
+from ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows
 
 from cpattn.attention.backend import AttentionOptions
 
 pytest.importorskip("triton")
-from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import packs_for, padded_dims
 
 
@@ -24,7 +23,7 @@ def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptio
     if v_in_k:
         k = k.contiguous()
         v = k[..., : dims[1]]
-    out, lse = ragged_attention(q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap)
+    out, lse = launch_attention(q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap)
     check(q, k, v, rows, options, out, lse)
 
 
@@ -40,8 +39,8 @@ def test_absorbed_over_pages(page_size: int, device: str) -> None:
     for s in range(100):
         pages[order[s // page_size], s % page_size] = k[s]
     paged = rows.with_pages(order[None].int().to(device), page_size)
-    want, want_lse = ragged_attention(q, k, k[..., :512], rows, scale=0.04)
-    out, lse = ragged_attention(q, pages, pages[..., :512], paged, scale=0.04)
+    want, want_lse = launch_attention(q, k, k[..., :512], rows, scale=0.04)
+    out, lse = launch_attention(q, pages, pages[..., :512], paged, scale=0.04)
     check(q, k, k[..., :512], rows, AttentionOptions(0.04), want, want_lse)
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
@@ -50,7 +49,7 @@ def test_absorbed_over_pages(page_size: int, device: str) -> None:
 def test_up_projected(device: str) -> None:
     rows = make_rows([150], [0], [200], [51], device)
     q, k, v = make_qkv(rows, 200, (4, 4), (192, 128), torch.bfloat16, device, 2)
-    out, lse = ragged_attention(q, k, v, rows, scale=192**-0.5)
+    out, lse = launch_attention(q, k, v, rows, scale=192**-0.5)
     check(q, k, v, rows, AttentionOptions(192**-0.5), out, lse)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, compiled_only, make_qkv
+from ragged_inputs import check, compiled_only, launch_attention, make_qkv
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.rows import RaggedRows
+from cpattn.attention.ragged_rows import RaggedRows
 
 pytest.importorskip("triton")
-from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import TileShape, tile_shapes
 
 SHAPES = (TileShape(32, 16, 4, 2), TileShape(16, 16, 4, 2))
@@ -86,8 +85,8 @@ def test_bits_of_keys_side_by_side(page_size: int, dtype: torch.dtype, options: 
     q, k, v = make_qkv(rows, sum(lens), (4, 2), (32, 24), torch.bfloat16, device, 1)
     options = {"scale": 0.2} | {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     k_pages, v_pages, paged = in_pages(k, v, rows, lens, page_size, dtype, page_size)
-    want, want_lse = ragged_attention(q, k, v, rows, **options, shapes=SHAPES)
-    out, lse = ragged_attention(q, k_pages, v_pages, paged, **options, shapes=SHAPES)
+    want, want_lse = launch_attention(q, k, v, rows, **options, shapes=SHAPES)
+    out, lse = launch_attention(q, k_pages, v_pages, paged, **options, shapes=SHAPES)
     n = rows.num_queries
     check(q, k, v, rows, AttentionOptions(**options), want, want_lse)
     assert torch.equal(out[:n], want[:n])
@@ -101,8 +100,8 @@ def test_merging_into_an_earlier_result(device: str) -> None:
     k_pages, v_pages, paged = in_pages(k, v, rows, lens, 16, torch.int32, 0)
     acc, acc_lse = torch.randn(20, 2, 32, device=device), torch.randn(20, 2, device=device)
     got, got_lse = acc.clone(), acc_lse.clone()
-    ragged_attention(q, k, v, rows, scale=0.2, into=(acc, acc_lse), shapes=SHAPES)
-    ragged_attention(q, k_pages, v_pages, paged, scale=0.2, into=(got, got_lse), shapes=SHAPES)
+    launch_attention(q, k, v, rows, scale=0.2, into=(acc, acc_lse), shapes=SHAPES)
+    launch_attention(q, k_pages, v_pages, paged, scale=0.2, into=(got, got_lse), shapes=SHAPES)
     assert torch.equal(got, acc)
     assert torch.equal(got_lse, acc_lse)
 
@@ -120,8 +119,8 @@ def test_default_shapes(page_size: int, window: int | None, device: str) -> None
         q, k, v = make_qkv(rows, sum(lens), (2, 1), (d, dv), torch.bfloat16, device, 3, padding=0)
         k_pages, v_pages, paged = in_pages(k, v, rows, lens, page_size, torch.int32, page_size)
         for shape in tile_shapes(d, dv, torch.bfloat16, capability, specialized=device != "cpu")[: 1 if device == "cpu" else 2]:
-            want, want_lse = ragged_attention(q, k, v, rows, scale=d**-0.5, window=window, shapes=(shape,))
-            out, lse = ragged_attention(q, k_pages, v_pages, paged, scale=d**-0.5, window=window, shapes=(shape,))
+            want, want_lse = launch_attention(q, k, v, rows, scale=d**-0.5, window=window, shapes=(shape,))
+            out, lse = launch_attention(q, k_pages, v_pages, paged, scale=d**-0.5, window=window, shapes=(shape,))
             assert torch.equal(out, want), (d, dv, shape)
             assert torch.equal(lse, want_lse), (d, dv, shape)
 
@@ -131,14 +130,14 @@ def test_tiles_without_tokens_do_nothing(device: str) -> None:
     lens = [40, 7]
     fixed = RaggedRows.build_all([_table(lens)], device, (40, 40))[0]
     q, k, v = make_qkv(fixed, sum(lens), (2, 1), (64, 64), torch.bfloat16, device, 4, padding=0)
-    want, want_lse = ragged_attention(q, k, v, RaggedRows.build_all([_table(lens)], device)[0], scale=0.2)
-    out, lse = ragged_attention(q, k, v, fixed, scale=0.2)
+    want, want_lse = launch_attention(q, k, v, RaggedRows.build_all([_table(lens)], device)[0], scale=0.2)
+    out, lse = launch_attention(q, k, v, fixed, scale=0.2)
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
 
 
 def _table(lens: list[int]) -> Any:
-    from cpattn.attention.rows import RowTable
+    from cpattn.spans import SpanTable
 
     k_len = np.array(lens)
-    return RowTable(k_len, np.cumsum(k_len) - k_len, k_len, np.ones(len(lens), int), np.arange(len(lens)), "bottom_right")
+    return SpanTable(k_len, np.cumsum(k_len) - k_len, k_len, np.ones(len(lens), int), np.arange(len(lens)), "bottom_right")

@@ -29,6 +29,7 @@ from cpattn.testing import SoloCommunicator
 pytest.importorskip("triton")
 from cpattn.kernels import merge, ragged_attention
 from cpattn.kernels.tile_shapes import TileShape
+from cpattn.keys import Keys
 from cpattn.moves import triton_moves
 
 # In the interpreter alone a launch keeps all that was prepared for it: compiled ones are for tests/kernels/test_launch.py.
@@ -384,7 +385,7 @@ ATTENTION_CASES: dict[str, Case] = {
 
 @parametrize(ATTENTION, ATTENTION_CASES)
 def test_ragged_attention(a: Arguments, b: Arguments, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of one RaggedRows, whose memo has the launches; rows over pages share it."""
+    """All over the same spans, which keep the launches."""
     rows = make_rows([3, 2], [0, 0], [20, 9], [18, 8], device)
     rows.request[1] = rows.host.request[1] = 1
 
@@ -393,8 +394,7 @@ def test_ragged_attention(a: Arguments, b: Arguments, device: str, monkeypatch: 
         q, k, v = x["q"], x["k"], x["v"]
         v = k if isinstance(v, str) else v
         options = AttentionOptions(x["scale"], x["window"], x["softcap"], x["sinks"])
-        mine = rows if x["page_table"] is None else rows.with_pages(x["page_table"], k.shape[1])
-        want, want_lse = reference_attention(q, k, v, mine, options, torch.float32)
+        want, want_lse = reference_attention(q, Keys(k, v, x["page_table"]), rows, options, torch.float32)
         into = None if x["acc"] is None else (x["acc"], x["lse"])
         if into is not None:
             # With all that lies beside them.
@@ -403,9 +403,8 @@ def test_ragged_attention(a: Arguments, b: Arguments, device: str, monkeypatch: 
             old, old_lse = (y.as_strided(z.shape, z.stride()) for y, z in zip(wanted, into, strict=True))
             torch_merge_all_(old, old_lse, want[None], want_lse[None])
         out, lse = ragged_attention.ragged_attention(
-            q, k, v, mine, scale=x["scale"], window=x["window"], softcap=x["softcap"], sinks=x["sinks"], out_dtype=x["out_dtype"],
-            into=into, shapes=x["shapes"], packs=x["packs"],
-        )  # fmt: skip
+            q, Keys(k, v, x["page_table"]), rows, options, x["out_dtype"], into, shapes=x["shapes"], packs=x["packs"]
+        )
         tolerance = 2e-3 if torch.float16 in (q.dtype, out.dtype) else 2e-5
         n = rows.num_queries
         pairs = [(out[:n].float(), want[:n]), (lse[:n], want_lse[:n])] if into is None else zip(buffers, wanted, strict=True)

@@ -11,18 +11,18 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, compiled_only, make_qkv, make_rows, random_rows
+from ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows, random_rows
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.merge import merge_
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.reference import reference_attention
-from cpattn.attention.rows import RaggedRows
 from cpattn.attention.triton import BACKEND, triton_accumulate
 from cpattn.kernels.tile_shapes import TileShape, padded_head_dim, tile_shapes
 from cpattn.kernels.tiles import choose, cut, launch_for
+from cpattn.keys import Keys
 
 pytest.importorskip("triton")
-from cpattn.kernels.ragged_attention import ragged_attention
 
 # Small tiles, so that small inputs have interior and boundary blocks.
 SHAPES = (TileShape(32, 16, 4, 2), TileShape(16, 16, 4, 2))
@@ -46,7 +46,7 @@ def test_random_rows(seed: int, device: str) -> None:
     )
     q, k, v = make_qkv(rows, num_keys, heads, dims, dtype, device, seed)
     out_dtype = dtype if rng.random() < 0.5 else torch.float32
-    out, lse = ragged_attention(
+    out, lse = launch_attention(
         q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks,
         out_dtype=out_dtype, shapes=TMA if seed % 4 == 3 else SHAPES,
     )  # fmt: skip
@@ -78,16 +78,16 @@ def test_every_row_alone_never_reads_outside_of_its_range(window: int | None, tm
         assert k[:k_start].isnan().all()
         assert v[k_start + k_len :].isnan().all()
         options = AttentionOptions(scale=0.2, window=window)
-        out, lse = ragged_attention(q, k, v, rows, scale=0.2, window=window, shapes=shapes)
+        out, lse = launch_attention(q, k, v, rows, scale=0.2, window=window, shapes=shapes)
         check(q, k, v, rows, options, out, lse)
 
 
 def test_keys_that_no_query_of_a_tile_sees_may_be_nan(device: str) -> None:
     rows = make_rows([10], [0], [60], [21], device)
     q, k, v = make_qkv(rows, 60, (2, 1), (32, 32), torch.bfloat16, device, 2)
-    clean, clean_lse = ragged_attention(q, k, v, rows, scale=0.2, window=9, shapes=SHAPES)
+    clean, clean_lse = launch_attention(q, k, v, rows, scale=0.2, window=9, shapes=SHAPES)
     k[:12], v[:12], k[30:], v[30:] = (torch.nan,) * 4
-    out, lse = ragged_attention(q, k, v, rows, scale=0.2, window=9, shapes=SHAPES)
+    out, lse = launch_attention(q, k, v, rows, scale=0.2, window=9, shapes=SHAPES)
     assert torch.equal(out[:10], clean[:10])
     assert torch.equal(lse[:10], clean_lse[:10])
 
@@ -114,8 +114,8 @@ def test_large_scores_do_not_overflow(device: str) -> None:
     rows = make_rows([33], [0], [64], [32], device)
     q, k, v = make_qkv(rows, 64, (1, 1), (16, 16), torch.float32, device, 3)
     options = AttentionOptions(scale=100.0)
-    out, lse = ragged_attention(q, k, v, rows, scale=100.0, shapes=SHAPES)
-    want, want_lse = reference_attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), rows, options, torch.float64)
+    out, lse = launch_attention(q, k, v, rows, scale=100.0, shapes=SHAPES)
+    want, want_lse = reference_attention(q.double().cpu(), Keys(k.double().cpu(), v.double().cpu()), rows, options, torch.float64)
     torch.testing.assert_close(lse[:33].cpu().double(), want_lse[:33], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(out[:33].cpu().double(), want[:33], rtol=1e-3, atol=1e-3)
 
@@ -125,7 +125,7 @@ def test_softcap_is_exact_in_fp32(device: str) -> None:
     q, k, v = make_qkv(rows, 40, (1, 1), (16, 16), torch.float32, device, 4)
     for softcap, scale in itertools.product([1e-2, 1.0, 50.0, 1e4], [0.01, 1.0]):
         options = AttentionOptions(scale=scale, softcap=softcap)
-        out, lse = ragged_attention(q, k, v, rows, scale=scale, softcap=softcap, shapes=SHAPES)
+        out, lse = launch_attention(q, k, v, rows, scale=scale, softcap=softcap, shapes=SHAPES)
         check(q, k, v, rows, options, out, lse)
 
 
@@ -142,14 +142,14 @@ def test_into_is_the_merge_of_two_results(seed: int, device: str) -> None:
     q, k, v = make_qkv(first, 100, (4, 2), (32, 24), torch.bfloat16, device, seed)
     k2, v2 = make_qkv(second, 100, (4, 2), (32, 24), torch.bfloat16, device, seed + 1)[1:]
     window = 20 if seed % 2 else None
-    acc, acc_lse = ragged_attention(q, k, v, first, scale=0.2, window=window, out_dtype=torch.float32, shapes=SHAPES)
-    out, lse = ragged_attention(q, k2, v2, second, scale=0.2, window=window, out_dtype=torch.float32, shapes=SHAPES)
+    acc, acc_lse = launch_attention(q, k, v, first, scale=0.2, window=window, out_dtype=torch.float32, shapes=SHAPES)
+    out, lse = launch_attention(q, k2, v2, second, scale=0.2, window=window, out_dtype=torch.float32, shapes=SHAPES)
     covered = slice(0, first.num_queries)
     want, want_lse = acc.clone(), acc_lse.clone()
     merge_(want[covered], want_lse[covered], out[covered], lse[covered])
     acc[first.num_queries :] = 7.0
     before = acc.clone()
-    got = ragged_attention(q, k2, v2, second, scale=0.2, window=window, into=(acc, acc_lse), shapes=SHAPES)
+    got = launch_attention(q, k2, v2, second, scale=0.2, window=window, into=(acc, acc_lse), shapes=SHAPES)
     assert got[0] is acc
     assert got[1] is acc_lse
     torch.testing.assert_close(acc[covered], want[covered], rtol=1e-5, atol=1e-6)
@@ -166,7 +166,7 @@ def test_accumulate_of_the_backend(device: str) -> None:
     whole, whole_lse = BACKEND.run(q, k, v, rows, options, torch.float32)
     acc, lse = torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf)
     for start, length, diagonal in [(0, 13, 26), (13, 17, 13)]:
-        triton_accumulate(q, k, v, make_rows([5], [start], [length], [diagonal], device), options, acc, lse)
+        triton_accumulate(q, Keys(k, v), make_rows([5], [start], [length], [diagonal], device), options, acc, lse)
     torch.testing.assert_close(acc, whole)
     torch.testing.assert_close(lse, whole_lse)
 
@@ -191,14 +191,14 @@ def test_bits_do_not_depend_on_the_tile(window: int | None, pack: bool, device: 
     tokens, keys = 75, 120
     whole = make_rows([tokens], [0], [keys], [keys - tokens + 1], device)
     q, k, v = make_qkv(whole, keys, heads, (32, 32), torch.bfloat16, device, 5, padding=0)
-    out, lse = ragged_attention(q, k, v, whole, scale=0.2, window=window, shapes=shapes)
+    out, lse = launch_attention(q, k, v, whole, scale=0.2, window=window, shapes=shapes)
     for cuts in ([1] * tokens, [30, 45], [7, 1, 60, 7]):
         ends = np.cumsum(cuts)
         begins = ends - cuts
         # Half of the rows know only the keys up to their own end: later keys must not matter either.
         lens = [keys - tokens + int(end) if i % 2 else keys for i, end in enumerate(ends)]
         rows = make_rows(cuts, [0] * len(cuts), lens, [keys - tokens + 1 + int(b) for b in begins], device)
-        again, again_lse = ragged_attention(q, k, v, rows, scale=0.2, window=window, shapes=shapes)
+        again, again_lse = launch_attention(q, k, v, rows, scale=0.2, window=window, shapes=shapes)
         assert torch.equal(again, out), f"rows of {cuts}"
         assert torch.equal(again_lse, lse), f"rows of {cuts}"
 
@@ -213,7 +213,7 @@ def test_bits_do_not_depend_on_the_shape(dim: int, specialized: bool, device: st
     for heads in [(2, 2), (4, 1)]:
         q, k, v = make_qkv(rows, 300, heads, (dim, dim), torch.bfloat16, device, 6, padding=0)
         results = [
-            ragged_attention(q, k, v, rows, scale=dim**-0.5, shapes=(shape._replace(tma=tma),))
+            launch_attention(q, k, v, rows, scale=dim**-0.5, shapes=(shape._replace(tma=tma),))
             for shape in tile_shapes(dim, dim, torch.bfloat16, capability, specialized)
             for tma in (False, shape.tma)
         ]
@@ -245,7 +245,7 @@ def test_specialized_kernel_is_the_plain_one(seed: int, device: str) -> None:
     for shape in tile_shapes(*dims, dtype, (9, 0), specialized=True):
         assert shape.specialized
         for specialized, pack in itertools.product([True, False], {1, heads[0] // heads[1]}):
-            out, lse = ragged_attention(
+            out, lse = launch_attention(
                 q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks,
                 out_dtype=torch.float32, shapes=(shape._replace(specialized=specialized),), packs=(pack,),
             )  # fmt: skip

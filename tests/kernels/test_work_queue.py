@@ -8,14 +8,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from ragged_inputs import launch_attention
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpattn.attention.rows import RaggedRows, RowTable
+from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.kernels import tiles, work_queue
-from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
+from cpattn.kernels.ragged_attention import specialized_kernel
 from cpattn.kernels.tile_shapes import tile_shapes
+from cpattn.spans import SpanTable
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # The plain kernel has a program for each item, and its default shapes have other blocks of keys: its bits are others.
@@ -73,7 +75,7 @@ def work() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     q = torch.randn(requests * extend, 16, 64, device="cuda", dtype=torch.bfloat16)
 
     def attend(q: Tensor) -> Tensor:
-        return ragged_attention(q, k, v, rows, scale=SCALE)[0]
+        return launch_attention(q, k, v, rows, scale=SCALE)[0]
 
     return attend, q
 
@@ -88,9 +90,9 @@ def test_programs_with_several_items() -> None:
         q = torch.randn(rows.num_queries, heads, 64, device="cuda", dtype=torch.bfloat16)
         k, v = torch.randn(2, int(k_len.sum()) + 200, 4, 64, device="cuda", dtype=torch.bfloat16)
         v[int(k_len.sum()) :] = torch.nan
-        out, lse = ragged_attention(q, k, v, rows, scale=SCALE)
+        out, lse = launch_attention(q, k, v, rows, scale=SCALE)
         plain = tuple(shape._replace(specialized=False) for shape in tile_shapes(64, 64, q.dtype, (9, 0), specialized=True))
-        expected = ragged_attention(q, k, v, rows, scale=SCALE, shapes=plain)
+        expected = launch_attention(q, k, v, rows, scale=SCALE, shapes=plain)
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
 
@@ -129,7 +131,7 @@ def test_several_items_a_program_with_every_feature(into: bool, page_size: int |
     for shapes in (None, plain):
         given = (earlier[0].clone(), earlier[1].clone()) if into else None
         results.append(
-            ragged_attention(q, k, v, rows, scale=SCALE, window=window, sinks=None if into else sinks, into=given, shapes=shapes)
+            launch_attention(q, k, v, rows, scale=SCALE, window=window, sinks=None if into else sinks, into=given, shapes=shapes)
         )
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
@@ -147,21 +149,21 @@ def test_a_graph_replayed_over_more_and_fewer_items_than_programs() -> None:
         """The rest of the queries, padding, is the last row."""
         missing = num_rows - 1 - len(q_len)
         queries, keys = np.array([*q_len, *[0] * missing, num_queries - sum(q_len)]), np.array([*k_len, *[0] * missing, 0])
-        table = RowTable(queries, np.cumsum(keys) - keys, keys, keys - queries + 1, np.zeros_like(keys), "bottom_right")
+        table = SpanTable(queries, np.cumsum(keys) - keys, keys, keys - queries + 1, np.zeros_like(keys), "bottom_right")
         return RaggedRows.build_all([table], "cuda", (num_queries, num_keys))[0]
 
     many = fixed([70] * 40, [400] * 40)
     batches = [many, fixed([3], [900]), fixed([1] * 40, [5] * 40), fixed([], []), fixed([1500, 1, 1400], [9000, 1, 3000]), many]
     captured = fixed([70] * 40, [400] * 40)
-    ragged_attention(q, k, v, captured, scale=SCALE)
+    launch_attention(q, k, v, captured, scale=SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = ragged_attention(q, k, v, captured, scale=SCALE)
+        out, lse = launch_attention(q, k, v, captured, scale=SCALE)
     for batch in batches:
         captured.copy_(batch)
         out.fill_(torch.nan)
         graph.replay()
-        expected, expected_lse = ragged_attention(q, k, v, batch, scale=SCALE)
+        expected, expected_lse = launch_attention(q, k, v, batch, scale=SCALE)
         assert torch.equal(out, expected)
         assert torch.equal(lse, expected_lse)
 
@@ -184,7 +186,7 @@ def test_programs_that_end_after_a_quota(monkeypatch: pytest.MonkeyPatch) -> Non
     for blocks in (tiles._PROGRAM_BLOCKS, 4):
         monkeypatch.setattr(tiles, "_PROGRAM_BLOCKS", blocks)
         rows = RaggedRows.build(q_len, np.arange(90) * 200, k_len, k_len - q_len + 1, "cuda")
-        results += [ragged_attention(q, k, v, rows, scale=SCALE) for _ in range(5)]
+        results += [launch_attention(q, k, v, rows, scale=SCALE) for _ in range(5)]
         (launch,) = rows.prepared.values()
         assert isinstance(launch, tiles.Launch)
         quotas.append(launch.limits[1].item())

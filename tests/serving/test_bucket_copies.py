@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 
 BUCKET = cpattn.Bucket(max_requests=5, max_rows=40, max_chunks=8, max_seqlen=90)
@@ -63,7 +64,7 @@ def tensors_in(x: Any, name: str = "") -> dict[str, Tensor]:
         return {name: x}
     if isinstance(x, (tuple, list)):
         parts = {f"{name}[{i}]": part for i, part in enumerate(x)}
-    elif isinstance(x, cpattn.RaggedRows):
+    elif isinstance(x, Spans):
         parts = {f"{name}.{field}": getattr(x, field) for field in ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request")}
     elif isinstance(x, CPMetadata):
         derived = {str(key): value for key, (_, value) in x._derived.items()}

@@ -15,6 +15,8 @@ import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.registry import find_backend
 from cpattn.call import Arguments, decide
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 from cpattn.testing import SoloCommunicator, run_loopback
 
 REFERENCE = cpattn.BACKENDS["reference"]
@@ -71,13 +73,11 @@ def test_a_backend_object_of_the_callers_is_checked_and_compared() -> None:
     plan = case.plan(1)
 
     def backend(change: Callable[[Tensor, Tensor], Any]) -> Backend:
-        def run(
-            q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, options: AttentionOptions, out_dtype: torch.dtype
-        ) -> tuple[Tensor, Tensor]:
-            returned: tuple[Tensor, Tensor] = change(*REFERENCE.run(q, k, v, rows, options, out_dtype))
+        def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            returned: tuple[Tensor, Tensor] = change(*REFERENCE.attend(q, keys, spans, options, out_dtype))
             return returned
 
-        return replace(REFERENCE, name="own", run=run)
+        return replace(REFERENCE, name="own", attend=attend)
 
     half = backend(lambda out, lse: (out, lse / 2))
     case.on_rank(plan, 0, None, "all_gather", half)

@@ -6,9 +6,10 @@ from functools import partial
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from cpattn.attention.rows import RaggedRows
 from cpattn.cli.bench.device import device, median_seconds
 from cpattn.cli.bench.sizes import CP_SIZE, batches, flops, sizes, speed
+from cpattn.keys import Keys
+from cpattn.spans import Spans
 
 TITLE = "one rank's attention launch, with each backend that can serve it"
 TOKENS, TOKENS_HELP = 4096, "new tokens of the whole batch"
@@ -24,7 +25,7 @@ def measure(tokens: int, seconds: float) -> tuple[list[str], list[list[str]], st
         plan = cpattn.plan(batch, CP_SIZE)
         meta = plan.metadata(rank, device())
         chunks = meta.chunk_host
-        rows = RaggedRows.build(
+        spans = Spans.build(
             chunks.q_len, meta.k_starts[chunks.request], chunks.k_len, chunks.k_len - chunks.q_len + 1, device(), chunks.request
         )
         q = used.tensors(meta.num_tokens)[0]
@@ -33,7 +34,7 @@ def measure(tokens: int, seconds: float) -> tuple[list[str], list[list[str]], st
         # The reference is for checking: on large batches it takes forever.
         able = [backend for backend, reason in explained.items() if reason.startswith(("chosen", "able")) and backend != "reference"]
         options = AttentionOptions(scale=used.head_dim**-0.5)
-        variants = {backend: partial(cpattn.BACKENDS[backend].run, q, k, v, rows, options, q.dtype) for backend in able}
+        variants = {backend: partial(cpattn.BACKENDS[backend].attend, q, Keys(k, v), spans, options, q.dtype) for backend in able}
         for backend, median in median_seconds(variants, seconds / len(named)).items():
             table.append([name, backend, f"{median * 1e3:,.2f}", speed(flops(plan, rank, used), median)])
     return ["batch", "backend", "ms", "causal work only"], table, f"medians; rank {rank} of {CP_SIZE}, {used}; no transfers"

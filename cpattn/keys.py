@@ -1,0 +1,46 @@
+"""Keys: where K and V lie."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cpattn.spans import Spans
+
+
+# A named tuple, as one is made in every call.
+class Keys(NamedTuple):
+    """K and V, one key after another or in pages.
+
+    Without a page table key ``s`` of a span is row ``s`` of ``k`` and ``v``. With one it is in page
+    ``page_table[request, s // page_size]`` at ``s % page_size``, of the span's request.
+
+    Attributes:
+        k: ``[S, Hkv, D]``, or pages ``[P, page_size, Hkv, D]``; the last axis is contiguous, the others may be strided.
+        v: the same with Dv; it may be a view of K's first columns.
+        page_table: int32 or int64 ``[num_requests, max_pages]``, or None.
+        k_scale, v_scale: what K and V are to be multiplied by where they are stored in fewer bits, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    page_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; 0 where there are no pages."""
+        return 0 if self.page_table is None else self.k.shape[1]
+
+    def lines(self, spans: Spans) -> Tensor:
+        """The page table's line of each span, ``[n, max_pages]``, for kernels that take one a span."""
+        assert self.page_table is not None
+        return self.page_table.index_select(0, spans.request)
+
+    def max_seqlen(self, spans: Spans) -> int:
+        """What no key range is longer than: of the spans, and of what a line of the page table holds."""
+        if self.page_table is None:
+            return spans.max_seqlen_k
+        return min(spans.max_seqlen_k, self.page_table.shape[1] * self.k.shape[1])
