@@ -28,8 +28,9 @@ except ImportError as missing:
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(f"cpattn.integrations.transformers needs transformers 5 or newer, found {transformers.__version__}")
 
-from cpattn.integrations.transformers.active import ContextError
 from cpattn.integrations.transformers.attention import NAME, register
-from cpattn.integrations.transformers.context import ContextParallel, context_parallel
+from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.context_error import ContextError
+from cpattn.integrations.transformers.enter import context_parallel
 
 __all__ = ["NAME", "ContextError", "ContextParallel", "context_parallel", "register"]

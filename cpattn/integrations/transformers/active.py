@@ -6,20 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cpattn.errors import CPError
-
-if TYPE_CHECKING:
-    from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.context_error import ContextError
 
 _active: ContextVar[ContextParallel | None] = ContextVar("cpattn context_parallel", default=None)
 # All that are open in the process, each with the thread that entered it, for messages.
 _open: dict[ContextParallel, str] = {}
-
-
-class ContextError(CPError):
-    """A model ran, or was gathered from, outside of the context that it needs."""
 
 
 def context_here() -> ContextParallel | None:

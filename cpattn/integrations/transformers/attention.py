@@ -9,7 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cpattn.errors import UnsupportedError
 from cpattn.graphs import leaves_graph
-from cpattn.integrations.transformers.active import ContextError, active_context
+from cpattn.integrations.transformers.active import active_context
+from cpattn.integrations.transformers.context_error import ContextError
 from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask
 
 NAME = "cpattn"

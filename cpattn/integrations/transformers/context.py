@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpattn import checks
 from cpattn.api import cp_attention, shard, unshard
 from cpattn.call import validated
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.graphs import leaves_graph
-from cpattn.integrations.transformers.active import ContextError, context_here, entered
+from cpattn.integrations.transformers.context_error import ContextError
 from cpattn.integrations.transformers.labels import BatchLabels, one_row
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.models import check_model
-from cpattn.integrations.transformers.watch import watched
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.groups import Group, as_transport
@@ -28,52 +25,6 @@ _NOT_REACHED = (
     "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another attention, which "
     'saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call model.set_attn_implementation("cpattn")'
 )
-
-
-@contextmanager
-def context_parallel(
-    model: Any,
-    meta: CPMetadata,
-    *,
-    group: Group = None,
-    strategy: str = "auto",
-    backend: str = "auto",
-    check: bool = False,
-) -> Iterator[ContextParallel]:
-    """Within it, the attention of a model with ``attn_implementation="cpattn"`` spans the ranks of ``group``.
-
-    ::
-
-        with torch.no_grad(), context_parallel(model, meta, group=group) as cp:
-            logits = cp.gather(model(**cp.inputs(input_ids)).logits)
-            loss = cp.loss(model(**cp.inputs(input_ids), shift_labels=cp.labels(input_ids)))
-
-    It holds for this one model, in this thread (or task).
-
-    Args:
-        model: a causal decoder model of transformers, in evaluation mode, the same on every rank.
-        meta: this rank's metadata of a batch without prefixes, on the model's device.
-        group, strategy, backend, check: as in :func:`cpattn.cp_attention`, of every layer.
-
-    Yields:
-        What shards the model's inputs and labels, and gathers its logits and loss.
-
-    Raises:
-        ContextError: it is nested in another one, or the model did not attend through cpattn.
-        PrefixError: a request has a prefix.
-        CPError: in other subclasses: the model or the group does not fit.
-    """
-    cp = ContextParallel(model, meta, group, strategy, backend, check)
-    with entered(cp), watched(cp.decoder.model, _complete_call):
-        yield cp
-    cp.check_reached()
-
-
-@leaves_graph
-def _complete_call(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with labels, as the context of this thread wants them."""
-    cp = context_here()
-    return arguments if cp is None or cp.decoder.model is not model else cp.batch_labels.complete(model, arguments, cp.last_only)
 
 
 @leaves_graph

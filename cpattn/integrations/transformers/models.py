@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cpattn.errors import CPError, UnsupportedError
-from cpattn.integrations.transformers.active import ContextError
+from cpattn.integrations.transformers.context_error import ContextError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
