@@ -13,7 +13,7 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.layout_hints import hint_head_major, is_head_major
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.page_checks import check_lines, check_page_shapes, check_page_table
-from cpattn.tensor_kinds import check_kind, is_fp8
+from cpattn.tensor_kinds import check_kind, in_words, is_fp8
 
 
 def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
@@ -61,8 +61,7 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
         if new is None:
             continue
         if not isinstance(cached, Tensor) or cached.ndim != 3:
-            what = f"has shape {tuple(cached.shape)}" if isinstance(cached, Tensor) else f"is a {type(cached).__name__}"
-            raise PrefixError(f"kv_cache.{name} {what}; pass a tensor [prefix tokens, heads, head_dim]")
+            raise PrefixError(f"kv_cache.{name} {in_words(cached)}; pass a tensor [prefix tokens, heads, head_dim]")
         check_kind(f"kv_cache.{name}", cached)
         if cached.shape[0] != needed:
             raise PrefixError(
@@ -70,6 +69,7 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
                 "pack the prefix of every request, request after request, without padding, the same on every rank"
             )
         _check_like(f"kv_cache.{name}", cached, name, new)
+        check_no_grad(**{f"kv_cache.{name}": cached})
 
 
 def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
@@ -83,4 +83,3 @@ def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
             f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
             f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same{hint_head_major(name) if head_major else ''}"
         )
-    check_no_grad(**{name: cached})

@@ -22,7 +22,7 @@ from cpattn.errors import (
 from cpattn.layout_hints import hint_heads
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.tensor_kinds import check_kind
+from cpattn.tensor_kinds import check_kind, in_words
 from cpattn.transports.transport import Transport
 
 # All that ranks tell each other of a call has to fit into a small message.
@@ -52,8 +52,7 @@ def check_group(meta: CPMetadata, communicator: Transport) -> None:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    if isinstance(x, Tensor):
-        check_kind(name, x)
+    check_kind(name, x)
     if not isinstance(x, Tensor) or x.ndim == 0:
         what = "a tensor without an axis" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise TensorMismatchError(f"{name} is {what}; pass a torch tensor [rows, ...]")
@@ -122,30 +121,34 @@ def check_no_grad(**tensors: Tensor) -> None:
 
 def check_kv(k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
     """Checks new keys and values by themselves."""
-    for name, x in (("k", k), ("v", v)):
-        if x is not None or name != "v":
-            check_heads(name, x, meta)
-    check_no_grad(**{name: x for name, x in (("k", k), ("v", v)) if x is not None})
-    check_qkv(k, k, v, k.shape[2] if v is None else None, meta)
+    _check_each({"k": k, "v": v}, meta)
+    _check_together(k, k, v, k.shape[2] if v is None else None)
 
 
 def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
     """The kind, shape and device of q, k or v."""
-    if isinstance(x, Tensor):
-        check_kind(name, x)
+    check_kind(name, x)
     if not isinstance(x, Tensor) or x.ndim != 3:
-        what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         hint = hint_heads(name, x, meta.rows) if isinstance(x, Tensor) else ""
-        raise TensorMismatchError(f"{name} {what}; pass a tensor [rows, heads, head_dim], without a batch axis{hint}")
+        raise TensorMismatchError(f"{name} {in_words(x)}; pass a tensor [rows, heads, head_dim], without a batch axis{hint}")
     check_rows(name, x, meta, f"{_SHARD_FIRST}{hint_heads(name, x, meta.rows)}")
     check_device(name, x, meta)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    _check_each({"q": q, "k": k, "v": v}, meta)
+    _check_together(q, k, v, v_dim)
+
+
+def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
+    """Each by itself; V may be a part of K, and so None."""
+    for name, x in tensors.items():
         if x is not None or name != "v":
             check_heads(name, x, meta)
-    check_no_grad(**{name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None})
+    check_no_grad(**{name: x for name, x in tensors.items() if x is not None})
+
+
+def _check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any) -> None:
     if not q.dtype.is_floating_point or q.dtype != k.dtype or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")
     if v is None:

@@ -18,18 +18,16 @@ from cpattn.layout_hints import hint_head_major, hint_pages
 from cpattn.memory_overlap import overlaps_itself
 from cpattn.metadata.batch import IntArray, is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.tensor_kinds import check_kind, check_no_fp8
+from cpattn.tensor_kinds import check_kind, check_no_fp8, in_words
 
 
 def check_page_shapes(cache: PagedKV) -> None:
     """The kind and shape of the pages alone."""
     for name, x in _pages(cache):
-        if isinstance(x, Tensor):
-            check_kind(name, x)
+        check_kind(name, x)
         if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
-            what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
             hint = hint_pages(x) if isinstance(x, Tensor) else ""
-            raise PageTableError(f"{name} {what}; pass a tensor [num_pages, page_size, heads, head_dim]{hint}")
+            raise PageTableError(f"{name} {in_words(x)}; pass a tensor [num_pages, page_size, heads, head_dim]{hint}")
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise PageTableError(f"{name} has strides {x.stride()}; the last must be 1, as rows are written in place")
         if x.shape[:2] != cache.k_pages.shape[:2]:
@@ -68,8 +66,7 @@ def parse_page_size(page_size: Any) -> int:
 
 def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
     """The form of a page table and that it is wide enough, on every rank alike."""
-    if isinstance(table, Tensor):
-        check_kind("kv_cache.page_table", table)
+    check_kind("kv_cache.page_table", table)
     if not isinstance(table, Tensor) or table.ndim != 2 or table.dtype not in (torch.int32, torch.int64):
         what = f"is {tuple(table.shape)} {table.dtype}" if isinstance(table, Tensor) else f"is a {type(table).__name__}"
         raise PageTableError(f"kv_cache.page_table {what}; pass an int32 or int64 tensor [num_requests, max_pages]")

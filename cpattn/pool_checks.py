@@ -118,8 +118,7 @@ def parse_shape(shape: Any, lines: int, width: int) -> tuple[int, int]:
 def check_layer(layer: Any, num_layers: int, page_table: Any) -> None:
     if not is_integer(layer) or not 0 <= layer < num_layers:
         raise CPError(f"layer={shown(layer)}, but the pool has {num_layers} layers; pass an integer from 0 to {num_layers - 1}")
-    if isinstance(page_table, Tensor):
-        check_kind("page_table", page_table)
+    check_kind("page_table", page_table)
     if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.dtype not in (torch.int32, torch.int64):
         what = f"is {tuple(page_table.shape)} {page_table.dtype}" if isinstance(page_table, Tensor) else f"is a {type(page_table).__name__}"
         raise PageTableError(

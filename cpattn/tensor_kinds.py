@@ -13,13 +13,14 @@ from cpattn.errors import TensorMismatchError, UnsupportedError
 _PLAIN = Tensor.__torch_dispatch__
 
 
-def check_kind(name: str, x: Tensor) -> None:
+def check_kind(name: str, x: Any) -> None:
     """Raises TensorMismatchError for a tensor that is not plain memory, UnsupportedError within a transform of torch.func.
 
-    A subclass of Tensor without a dispatch of its own, such as Parameter, is fine.
+    A subclass of Tensor without a dispatch of its own, such as Parameter, is fine. What is no tensor is for others to refuse.
     """
-    if torch.compiler.is_compiling():
-        return  # the tensors of a trace stand for real ones, which are looked at when it runs
+    # The tensors of a trace stand for real ones, which are looked at when it runs.
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return
     if type(x).__torch_dispatch__ is not _PLAIN:
         raise TensorMismatchError(f"{name} is a {type(x).__name__}, {_instead_of_a_subclass(name, x)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -52,6 +53,15 @@ def _instead_of_a_subclass(name: str, x: Any) -> str:
     if type(x).__name__ == "AsyncCollectiveTensor":
         return f"the result of a collective that nobody has waited for; pass {name}.wait()"
     return "whose memory kernels cannot read; pass a plain torch.Tensor of the same values"
+
+
+def in_words(x: Any) -> str:
+    """What was passed for a tensor of another shape, for messages.
+
+    >>> in_words(torch.zeros(2, 3)), in_words([2, 3])
+    ('has shape (2, 3)', 'is a list')
+    """
+    return f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
