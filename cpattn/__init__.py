@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cpattn.metadata.cp_metadata import CPMetadata
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
-    from cpattn.transports.groups import release
+    from cpattn.transports.groups import release, transport
     from cpattn.transports.loopback import LoopbackGroup
     from cpattn.transports.process_group import ProcessGroupCommunicator
     from cpattn.transports.transport import Communicator, Transport
@@ -90,6 +90,7 @@ __all__ = [
     "required_rows",
     "shard",
     "slot_mapping",
+    "transport",
     "unshard",
     "write_kv",
 ]
@@ -110,7 +111,7 @@ _NAMES = {
     "metadata.cp_metadata": "CPMetadata",
     "metadata.plan": "Chunk Plan build_metadata plan required_rows",
     "serving": "attend gather_kv slot_mapping write_kv",
-    "transports.groups": "release",
+    "transports.groups": "release transport",
     "transports.loopback": "LoopbackGroup",
     "transports.process_group": "ProcessGroupCommunicator",
     "transports.transport": "Communicator Transport",

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "KVPool"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
-    "Groups": ("cpattn", ["Transport", "LoopbackGroup", "release", "Communicator", "ProcessGroupCommunicator"]),
+    "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "Communicator", "ProcessGroupCommunicator"]),
     "Errors": (
         "cpattn",
         [

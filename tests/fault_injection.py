@@ -15,8 +15,8 @@ from cpattn.transports.in_flight import InFlight
 
 PACKAGE = str(Path(cpattn.__file__).parent)
 # What starts a transfer or waits for one: where it raises the transfer itself has failed, which is another matter.
-TRANSPORT = tuple(f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback"))
-BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "_view_of_buffer", "reuse", "release"}
+TRANSPORT = tuple(f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback", "part"))
+BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "reuse", "release", "allocate"}
 
 
 class Injected(RuntimeError):

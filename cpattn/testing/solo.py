@@ -23,6 +23,13 @@ class SoloCommunicator(Transport):
     torch.Size([16, 2, 8])
     """
 
+    kind = "solo"
+
+    def _make_part(self, ranks: tuple[int, ...]) -> Transport:
+        part = type(self)(ranks.index(self.rank), len(ranks))
+        part.state, part.part = self.state, ranks
+        return part
+
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         # One copy to all parts. x may be this rank's own, which is then copied onto itself; torch lets an expanded source.
         transfer = super().prepare_all_gather(out, x)

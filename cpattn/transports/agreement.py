@@ -42,9 +42,9 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
             cpattn's) that names it.
         DisagreementError: the ranks say different things; the message names the ranks.
     """
-    state, refusal = in_flight.transport.state, account.refusal
+    calls_of, part, refusal = in_flight.transport.state.calls, in_flight.transport.part, account.refusal
     in_flight.expect(lambda: [_records(in_flight.transport, "accounts", device).transfer], counts=False)
-    said = [str(state.calls), account.label, account.fingerprint, account.arguments, _named(refusal)]
+    said = [str(calls_of[part]), account.label, account.fingerprint, account.arguments, _named(refusal)]
     texts = _exchange(in_flight, "accounts", device, "\0".join(said))
     if refusal is not None:
         raise refusal
@@ -57,7 +57,7 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
             name, _, rest = message.partition(": ")
             raise getattr(errors, name, DisagreementError)(f"rank {rank} refused this call: {rest}")
     # Whoever goes on after this error counts from here.
-    state.calls = max(map(int, calls))
+    calls_of[part] = max(map(int, calls))
     _compare("label of this call", labels, "a rank has skipped a call, or swapped two: make the same calls in the same order on every rank")
     _compare(
         "number of calls so far on this group",

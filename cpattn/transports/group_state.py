@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,16 +18,17 @@ _FIX = (
 
 
 class GroupState:
-    """Shared by all transports over one process group, as what they send meets on the same wire.
+    """Shared by all transports over one process group and over parts of it, as what they send meets on the same wire.
 
     Attributes:
-        calls: that have begun to send over the group so far; as many on every rank, as long as the ranks are in step.
+        calls: that have begun to send so far, over the group (under ``()``) and over each of its parts (under its ranks);
+            as many on every rank of these, as long as the ranks are in step.
         failure: why the group was given up, or None.
         leave: called where a call ends.
     """
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls: Counter[tuple[int, ...]] = Counter()
         self.failure: str | None = None
         # Held while a call is under way.
         self._under_way = threading.Lock()
@@ -60,8 +62,8 @@ class GroupState:
             self.give_up("two calls were made on it at once, from two threads, or one from within the other")
             raise GroupError(
                 "another call is under way on this group; calls on a group follow each other, in the same order on every rank: give "
-                "each thread a process group of its own (torch.distributed.new_group); a second transport over the same group is "
-                f"not enough. Now this group cannot be used any more: {_FIX}"
+                "each thread a process group of its own (torch.distributed.new_group); a second transport over the same group, "
+                f"or a part of it, is not enough. Now this group cannot be used any more: {_FIX}"
             )
 
     def keep_until_done(self, memory: torch.Tensor) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpattn.errors import GroupError
+from cpattn.errors import GroupError, OptionError, UnknownNameError, shown
 from cpattn.graphs import leaves_graph
 from cpattn.transports.group_state import state_of
 from cpattn.transports.loopback import LoopbackGroup
@@ -18,11 +18,49 @@ from cpattn.transports.transport import Transport, living_transports
 
 # What a ``group`` argument takes.
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport | None"
+# What can carry the bytes of a process group.
+Kind: TypeAlias = Literal["auto", "collectives"]
+_KINDS = ", ".join(map(repr, get_args(Kind)))
 
 # One for each thread that works without a group, so that its buffers serve all layers and batches.
 _alone = threading.local()
 # One transport a group, so that its buffers serve all layers and batches.
 _transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
+
+
+@leaves_graph
+def transport(group: Group = None, kind: Kind = "auto") -> Transport:
+    """The one transport that serves all calls over a group: what carries their bytes, and the memory that these lie in.
+
+    Every ``group=`` takes it, as it takes the group. It is for what a group alone does not have, such as :meth:`Transport.split`
+    and :attr:`Transport.bytes_sent`. To ask for it sends nothing, and each rank may do so by itself.
+
+    >>> import cpattn
+    >>> rank_2 = cpattn.LoopbackGroup(6).transport(2)
+    >>> cpattn.transport(rank_2) is rank_2
+    True
+
+    Args:
+        group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
+        kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"auto"``: what is best; today these.
+
+    Raises:
+        GroupError: there is no such group, this process is not in it, or it has been destroyed.
+        UnknownNameError: there is no such kind.
+        OptionError: the kind is no string, or group is a transport of another kind.
+    """
+    if not isinstance(kind, str):
+        raise OptionError(f"kind={shown(kind)}; pass the name of a kind of transport: {_KINDS}")
+    if kind not in get_args(Kind):
+        raise UnknownNameError(f"kind={kind!r} is unknown; choose one of {_KINDS}")
+    if isinstance(group, Transport):
+        if kind not in ("auto", group.kind):
+            raise OptionError(
+                f"kind={kind!r}, but group is a transport already, of kind {group.kind!r}; pass its process group, or leave kind out"
+            )
+    elif group is None and not (dist.is_available() and dist.is_initialized()):
+        raise GroupError("there is no process group: call torch.distributed.init_process_group(), or pass group=")
+    return as_transport(group, cp_size=0)
 
 
 def as_transport(group: Group, cp_size: int) -> Transport:
@@ -47,7 +85,7 @@ def as_transport(group: Group, cp_size: int) -> Transport:
     group = _process_group(group)
     transport = _transports.get(group)
     if transport is None:
-        transport = _transports[group] = ProcessGroupTransport(group)
+        transport = _transports.setdefault(group, ProcessGroupTransport(group))
     transport.check_usable()
     return transport
 
@@ -63,8 +101,8 @@ def release(group: Group = None) -> None:
     >>> cpattn.release()
 
     Args:
-        group: a ProcessGroup (of all transports over it), one axis of a DeviceMesh, a Transport (its own alone), or
-            None for everything but what calls of other threads are using.
+        group: a ProcessGroup (of all transports over it), one axis of a DeviceMesh, a Transport (its own and its parts'),
+            or None for everything but what calls of other threads are using.
 
     Raises:
         GroupError: group is none of these, or a call is under way on it.
@@ -72,7 +110,7 @@ def release(group: Group = None) -> None:
     if group is None:
         transports = [transport for transport in living_transports() if not transport.state.is_in_use]
     elif isinstance(group, Transport):
-        transports = [group]
+        transports = [group, *group.parts()]
     else:
         state = state_of(_process_group(group))
         transports = [transport for transport in living_transports() if transport.state is state]
@@ -100,7 +138,12 @@ def _process_group(group: Any) -> dist.ProcessGroup:
             "group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not in the group; "
             f"{_MEMBERS_ONLY}"
         )
-    raise GroupError(f"group is a {type(group).__name__}; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Transport")
+    fix = (
+        "one rank's end of it, group.transport(rank)"
+        if isinstance(group, LoopbackGroup)
+        else ("a ProcessGroup this process belongs to, a DeviceMesh axis or a Transport")
+    )
+    raise GroupError(f"group is a {type(group).__name__}; pass {fix}")
 
 
 def _alone_here() -> Transport:

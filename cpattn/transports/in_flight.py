@@ -56,7 +56,7 @@ class InFlight:
             make: makes them, with the memory that they send from and to.
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
-        self.transport.state.calls += counts
+        self.transport.state.calls[self.transport.part] += counts
         try:
             self._expected += make()
         except BaseException as failure:
@@ -90,7 +90,7 @@ class InFlight:
     def __enter__(self) -> InFlight:
         state = self.transport.state
         state.enter()
-        self.transport.call_captures = self._captures
+        self.transport.arena.call_captures = self._captures
         # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
         if self._device.type == "cuda" and not self._captures:
             try:
@@ -116,7 +116,7 @@ class InFlight:
             self._leave()
 
     def _leave(self) -> None:
-        self.transport.call_captures = None
+        self.transport.arena.call_captures = None
         self.transport.state.leave()
         # They refer to this: without the cycle all is freed at once.
         self._works.clear()

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from cpattn.errors import GroupError
 from cpattn.metadata.batch import is_integer
+from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.transport import Transport, Work
+
+
+class _Key(NamedTuple):
+    """The n-th message of one rank to another."""
+
+    sender: int
+    receiver: int
+    number: int
+
+
+class _Message:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.is_read = False
 
 
 class LoopbackGroup:
@@ -35,11 +50,11 @@ class LoopbackGroup:
         self.size = size
         self.timeout = timeout
         self._changed = threading.Condition()
-        # A message and the ranks that have yet to read it, by collective and sender.
-        self._posted: dict[tuple[int, int], tuple[Tensor, set[int]]] = {}
+        self._posted: dict[_Key, _Message] = {}
+        # By sender and receiver, the number of the last message that the one has posted, and that the other waits for.
+        self._sent: dict[tuple[int, int], int] = {}
+        self._expected: dict[tuple[int, int], int] = {}
         self._aborted = False
-        # Collectives that each rank has begun.
-        self._begun = [0] * size
         self._transports: WeakValueDictionary[int, Transport] = WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -66,32 +81,43 @@ class LoopbackGroup:
             self._aborted = True
             self._changed.notify_all()
 
-    def post(self, rank: int, x: Tensor, readers: set[int]) -> int:
-        """Offers a rank's message to these ranks; returns the number of the collective."""
+    def post(self, sender: int, messages: Mapping[int, Tensor]) -> list[_Key]:
+        """Offers a rank's messages to others, by receiver."""
         with self._changed:
-            call = self._begun[rank]
-            self._begun[rank] += 1
-            self._posted[call, rank] = (x, readers)
+            keys = [self._next(self._sent, sender, receiver) for receiver in messages]
+            self._posted.update((key, _Message(x)) for key, x in zip(keys, messages.values(), strict=True))
             self._changed.notify_all()
-            return call
+            return keys
 
-    def read(self, call: int, rank: int, reader: int, out: Tensor, part: int | None = None) -> None:
-        """Waits for a rank's message and copies it, or one part of it, for the rank ``reader``."""
+    def expect(self, receiver: int, senders: Iterable[int]) -> list[_Key]:
+        """Which messages a rank receives next from these."""
         with self._changed:
-            self._await(lambda: (call, rank) in self._posted, f"rank {rank}'s message")
-            posted, readers = self._posted[call, rank]
-            x = posted if part is None else posted[part]
-            if x.shape != out.shape:
-                raise RuntimeError(f"rank {rank} sent {len(x)} bytes in collective {call}, where {len(out)} were expected")
-            out.copy_(x)
-            readers.discard(reader)
+            return [self._next(self._expected, sender, receiver) for sender in senders]
+
+    def read(self, key: _Key, out: Tensor) -> None:
+        """Waits for a message and copies it."""
+        with self._changed:
+            self._await(lambda: key in self._posted, f"rank {key.sender}'s message")
+            message = self._posted[key]
+            if message.x.shape != out.shape:
+                raise RuntimeError(
+                    f"rank {key.sender} sent {len(message.x)} bytes as message {key.number} to rank {key.receiver}, where {len(out)} were "
+                    "expected"
+                )
+            out.copy_(message.x)
+            message.is_read = True
             self._changed.notify_all()
 
-    def retire(self, call: int, rank: int) -> None:
-        """Waits until all have read a rank's message, so that its memory is free again."""
+    def retire(self, key: _Key) -> None:
+        """Waits until a message has been read, so that its memory is free again."""
         with self._changed:
-            self._await(lambda: not self._posted[call, rank][1], f"the readers of rank {rank}'s message")
-            del self._posted[call, rank]
+            self._await(lambda: self._posted[key].is_read, f"rank {key.receiver}, which reads a message of rank {key.sender}")
+            del self._posted[key]
+
+    @staticmethod
+    def _next(counts: dict[tuple[int, int], int], sender: int, receiver: int) -> _Key:
+        number = counts[sender, receiver] = counts.get((sender, receiver), -1) + 1
+        return _Key(sender, receiver, number)
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
         if self._changed.wait_for(lambda: condition() or self._aborted, self.timeout):
@@ -101,32 +127,24 @@ class LoopbackGroup:
             raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
 
 
-class _LoopbackTransport(Transport):
+class _LoopbackTransport(PairwiseTransport):
+    kind = "loopback"
+
     def __init__(self, group: LoopbackGroup, rank: int) -> None:
         super().__init__(rank, group.size)
         self._group = group
 
-    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        parts = out.view(self.size, -1)
-        everyone = range(self.size)
-        return self._start(x, set(everyone), {rank: parts[rank] for rank in everyone})
-
-    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        return self._start(x, {(self.rank + by) % self.size}, {(self.rank - by) % self.size: out})
-
-    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        return self._start(x, set(range(self.size)), dict(enumerate(out)), part=self.rank)
-
-    def _start(self, x: Tensor, readers: set[int], receive: dict[int, Tensor], part: int | None = None) -> Work:
-        call = self._group.post(self.rank, x, readers)
-        left = list(receive.items())
+    def _exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Work:
+        sent = self._group.post(self.rank, send)
+        left = list(zip(self._group.expect(self.rank, receive), receive.values(), strict=True))
 
         def wait() -> None:
             # An interrupted wait goes on where it was.
             while left:
-                rank, out = left[-1]
-                self._group.read(call, rank, self.rank, out, part)
+                self._group.read(*left[-1])
                 left.pop()
-            self._group.retire(call, self.rank)
+            while sent:
+                self._group.retire(sent[-1])
+                sent.pop()
 
         return Work(wait)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from cpattn.errors import GroupError
 from cpattn.transports.group_state import state_of
-from cpattn.transports.transport import Transport, Work
+from cpattn.transports.part import PairwiseTransport
+from cpattn.transports.transport import Work
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,8 +32,10 @@ def _rank_and_size(group: dist.ProcessGroup) -> tuple[int, int]:
         raise GroupError(_DESTROYED) from None
 
 
-class ProcessGroupTransport(Transport):
+class ProcessGroupTransport(PairwiseTransport):
     """Over a torch.distributed process group of any backend; gloo and NCCL are the ones tested."""
+
+    kind = "collectives"
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(*_rank_and_size(group))
@@ -64,19 +68,13 @@ class ProcessGroupTransport(Transport):
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         return _work([_all_gather_single(out, x, group=self.group, async_op=True)], x)
 
-    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        return self._send_and_receive({(self.rank + by) % self.size: x}, {(self.rank - by) % self.size: out})
-
-    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        # As point-to-point transfers, which every backend has; it is what NCCL makes of an all-to-all as well.
-        out[self.rank].copy_(x[self.rank])
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        return self._send_and_receive({rank: x[rank] for rank in others}, {rank: out[rank] for rank in others})
-
-    def _send_and_receive(self, send: dict[int, Tensor], receive: dict[int, Tensor]) -> Work:
-        group = self.group
-        operations = [dist.P2POp(dist.isend, x, self._global_ranks[rank], group) for rank, x in send.items()]
-        operations += [dist.P2POp(dist.irecv, out, self._global_ranks[rank], group) for rank, out in receive.items()]
+    def _exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Work:
+        # Point to point, which every backend has; it is what NCCL makes of an all-to-all as well.
+        group, rank, ranks = self.group, self.rank, self._global_ranks
+        if rank in receive and receive[rank].data_ptr() != send[rank].data_ptr():
+            receive[rank].copy_(send[rank])
+        operations = [dist.P2POp(dist.isend, x, ranks[to], group) for to, x in send.items() if to != rank]
+        operations += [dist.P2POp(dist.irecv, out, ranks[source], group) for source, out in receive.items() if source != rank]
         works = dist.batch_isend_irecv(operations) if operations else []
         return _work(works, next(iter(send.values()), None))
 

@@ -1,4 +1,4 @@
-"""Transport: the three collectives that the exchange needs, and the memory that they send from and to.
+"""Transport: the collectives that an exchange needs, whatever carries them.
 
 A message is a contiguous tensor of any dtype; it travels as bytes, so that nothing below has to know the dtype.
 """
@@ -8,23 +8,26 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from cpattn.current import is_capturing
+from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.transports.arena import Arena
+from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
 
 T = TypeVar("T")
 
+# What reduce_scatter adds up.
+_SUMMED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 _living: WeakSet[Transport] = WeakSet()
 # Another thread may make one while they are counted.
 _living_changes = threading.Lock()
-# A graph may outlive whoever captured it, and the memory that it replays over must not be freed.
-_with_captured: set[Transport] = set()
 
 
 class Work:
@@ -42,45 +45,54 @@ class Transfer(NamedTuple):
     """A transfer between two messages that stay where they are; :meth:`Transport.start` starts it, again and again.
 
     Attributes:
-        begin: ``begin(transport, *arguments)``. It is kept with the transport's buffers, and so has no reference to it.
+        begin: ``begin(transport, *arguments)``. It may be kept with the transport's buffers, and so has no reference to it.
         nbytes: that are sent.
         fill_missing: writes what stands for the message if this rank could not make it: NaN. None where it is there before
             the call, or was received from another rank.
+        part: whose it is: :attr:`Transport.part` of the transport that has prepared it.
     """
 
     begin: Callable[..., Work]
     nbytes: int
     arguments: tuple[Any, ...]
     fill_missing: Callable[[], object] | None = None
+    part: tuple[int, ...] = ()
 
 
 class Transport(ABC):
-    """One rank's end of a context-parallel group.
+    """One rank's end of a context-parallel group: how bytes get from rank to rank. Every ``group=`` takes one.
 
     Every rank must make the same calls in the same order with the same sizes. One call of ``cp_attention`` uses a
-    transport at a time; its buffers are reused by the next.
+    transport at a time; its memory is reused by the next.
+
+    A subclass has ``_all_gather``, ``_shift`` and ``_all_to_all``, which start a transfer of bytes and return its Work.
 
     Attributes:
         rank, size: within the group.
         state: of the group, as far as this process knows it.
-        call_captures: whether a CUDA graph captures the call that is under way; None between calls.
+        arena: the memory that messages lie in.
+        part: of a part of a group (see :meth:`split`) its ranks within the whole; empty for a whole group.
+        kind: what carries the bytes, as ``cpattn.transport(kind=)`` calls it.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
     """
 
+    kind: str = "custom"
     state: GroupState
+    part: tuple[int, ...] = ()
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.state = GroupState()
+        self.arena = Arena(self)
         self.bytes_sent = 0
-        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
-        # What was last made of them under each name, for which sizes; see reuse.
-        self._made: dict[str, tuple[Hashable, Any]] = {}
-        self._captured: list[Tensor] = []
-        self.call_captures: bool | None = None
+        self._parts: dict[tuple[int, ...], Transport] = {}
         with _living_changes:
             _living.add(self)
+
+    def __repr__(self) -> str:
+        part = f", ranks {', '.join(map(str, self.part))} of a larger group" if self.part else ""
+        return f"{type(self).__name__}(rank {self.rank} of {self.size}{part})"
 
     def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their transports
         """Raises GroupError where what it sends over is gone."""
@@ -99,24 +111,110 @@ class Transport(ABC):
         are ``[size, ...]``."""
         return self.start(self.prepare_all_to_all(out, x))
 
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
+        """Starts to bring part r of every rank's ``x`` to rank r, where ``out`` is their sum: ``x`` is ``[size, ...]`` of
+        fp64, fp32, bf16 or fp16, ``out`` one such part.
+
+        The sum is made in the order of ranks, in fp32 (of fp64 in fp64), and rounded once: the same bits over any transport.
+
+        >>> import cpattn, torch
+        >>> alone = cpattn.LoopbackGroup(1).transport(0)
+        >>> out = torch.empty(2)
+        >>> alone.reduce_scatter(out, torch.tensor([[1.0, 2.0]])).wait()
+        >>> out
+        tensor([1., 2.])
+
+        Raises TensorMismatchError where the two do not fit each other.
+        """
+        return self.start(self.prepare_reduce_scatter(out, x))
+
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         """An :meth:`all_gather` of these two, to be started any number of times: to view a message as bytes takes the host
         several microseconds, and all layers of a batch send from and to the same memory."""
-        return Transfer(type(self)._all_gather, (self.size - 1) * x.nbytes, (_as_bytes(out), _as_bytes(x)))
+        return Transfer(type(self)._all_gather, (self.size - 1) * x.nbytes, (_as_bytes(out), _as_bytes(x)), part=self.part)
 
     def prepare_shift(self, out: Tensor, x: Tensor, by: int = 1) -> Transfer:
         """A :meth:`shift` of these two, to be started any number of times."""
-        return Transfer(type(self)._shift, x.nbytes, (_as_bytes(out), _as_bytes(x), by % self.size))
+        return Transfer(type(self)._shift, x.nbytes, (_as_bytes(out), _as_bytes(x), by % self.size), part=self.part)
 
     def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
         """An :meth:`all_to_all` of these two, to be started any number of times."""
         parts = _as_bytes(out).view(self.size, -1), _as_bytes(x).view(self.size, -1)
-        return Transfer(type(self)._all_to_all, x.nbytes // self.size * (self.size - 1), parts)
+        return Transfer(type(self)._all_to_all, x.nbytes // self.size * (self.size - 1), parts, part=self.part)
+
+    def prepare_reduce_scatter(self, out: Tensor, x: Tensor, scratch: str = "reduce_scatter") -> Transfer:
+        """A :meth:`reduce_scatter` of these two, to be started any number of times, and NaN for the others where this rank
+        fails to make ``x``.
+
+        Args:
+            scratch: names the memory of the arena that the others' parts come into, and that the sum is made in. Two that
+                are in flight at once need different names.
+        """
+        if x.shape != (self.size, *out.shape) or x.dtype != out.dtype or x.device != out.device or x.dtype not in _SUMMED:
+            raise TensorMismatchError(
+                f"reduce_scatter over {self.size} ranks: x is {x.dtype} {list(x.shape)} on {x.device}, and out {out.dtype} "
+                f"{list(out.shape)} on {out.device}; x must be [{self.size}, *out.shape] of out's dtype, which is fp64, fp32, "
+                "bf16 or fp16, on its device"
+            )
+        received = self.arena.buffer(f"{scratch} received", tuple(x.shape), x.dtype, x.device)
+        exact = x.dtype in (torch.float32, torch.float64)
+        total = out if exact else self.arena.buffer(f"{scratch} sum", tuple(out.shape), torch.float32, x.device)
+        exchange = self.prepare_all_to_all(received, x)
+        arguments = exchange, received, total, out
+        return exchange._replace(begin=_reduce_scatter, arguments=arguments, fill_missing=partial(x.fill_, torch.nan))
 
     def start(self, transfer: Transfer) -> Work:
-        """Starts what this transport has prepared."""
+        """Starts what this transport has prepared, or a part of its group, or the whole that it is a part of; the bytes
+        count as this one's."""
         self.bytes_sent += transfer.nbytes
-        return transfer.begin(self, *transfer.arguments)
+        return transfer.begin(self if transfer.part == self.part else self._member(transfer.part), *transfer.arguments)
+
+    def split(self, *sizes: int) -> tuple[Transport, ...]:
+        """The group in two dimensions or more: for each axis a transport of the ranks that differ in that coordinate only.
+
+        Ranks are laid out with the last axis innermost: of ``split(2, 3)`` rank 4 has the coordinates (1, 1), its first
+        transport has ranks 1 and 4, and its second one ranks 3, 4 and 5.
+
+        >>> import cpattn
+        >>> def program(group):
+        ...     outer, inner = group.split(2, 3)
+        ...     return outer.rank, inner.rank, inner.split(3)[0] is inner
+        >>> cpattn.testing.run_loopback(program, size=6)[4]
+        (1, 1, True)
+
+        Nothing is sent to make them, the same sizes give the same transports again, and they end with the group. They send
+        over the group's own process group, and so share its state: a call on one of them excludes calls on the group and on
+        its other parts meanwhile, and a failure that gives up one gives up all. (Only the number of calls that ranks compare
+        with ``check=True`` is each one's own.) What a part has prepared the whole can start: a call over the group may use
+        transfers along its axes. Over NCCL the first transfer over a process group waits for all of its ranks, also where
+        it is one of a part; afterwards parts do not wait for each other.
+
+        Raises:
+            OptionError: the sizes are no integers of at least 1.
+            GroupError: they do not multiply to the size of the group, or it has been destroyed.
+            UnsupportedError: a transport of one's own that has no parts.
+        """
+        self.check_usable()
+        return tuple(self if len(ranks) == self.size else self._kept_part(ranks) for ranks in ranks_of_axes(self.rank, self.size, sizes))
+
+    def parts(self) -> list[Transport]:
+        """All that :meth:`split` has made so far."""
+        return list(self._parts.values())
+
+    def _kept_part(self, ranks: tuple[int, ...]) -> Transport:
+        part = self._parts.get(ranks)
+        return self._parts.setdefault(ranks, self._make_part(ranks)) if part is None else part
+
+    def _make_part(self, ranks: tuple[int, ...]) -> Transport:
+        """The end of these ranks, this one among them, by themselves."""
+        raise UnsupportedError(
+            f"{type(self).__name__} cannot be split: it does not say how to send between any two of its ranks; derive it from "
+            "cpattn.transports.part.PairwiseTransport"
+        )
+
+    def _member(self, part: tuple[int, ...]) -> Transport:
+        """The transport of that part of the same group."""
+        return self._parts[part]
 
     @abstractmethod
     def _all_gather(self, out: Tensor, x: Tensor) -> Work: ...
@@ -127,61 +225,27 @@ class Transport(ABC):
     @abstractmethod
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work: ...
 
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor:
+        """Memory for the arena, uint8 ``[nbytes]``, of a kind that this transport can send from and to."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def peer(self, rank: int, buffer: Tensor) -> Tensor | None:
+        """Another rank's buffer of that place in its arena, where this rank can read it; None where it cannot."""
+        return None
+
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.
-
-        What a CUDA graph has captured is never freed, even where a larger batch has since needed more.
-        """
-        key = shape, dtype, device
-        return self.reuse(f"buffer {name}", key, device, lambda: self._view_of_buffer(name, shape, dtype, device))
-
-    def _view_of_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        kept = self._buffers.get((name, device))
-        if kept is None or len(kept) < size:
-            if kept is not None:
-                self.state.keep_until_done(kept)
-            # A little more than asked for, so that slowly growing batches do not allocate at every step.
-            kept = self._buffers[name, device] = torch.empty(size + size // 8, dtype=torch.uint8, device=device)
-            # Views of what it replaces would keep that alive.
-            self._made.clear()
-        if self._captures(device) and not any(kept is x for x in self._captured):
-            self._captured.append(kept)
-            _with_captured.add(self)
-        return kept[:size].view(dtype).view(shape)
+        """:meth:`Arena.buffer` of this transport's arena: uninitialised memory of that shape, kept under ``name`` and given
+        again to whoever asks for that name."""
+        return self.arena.buffer(name, shape, dtype, device)
 
     def reuse(self, name: str, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """``make()``, or what it returned when it was last called under that name, if that was for an equal key.
-
-        For views of :meth:`buffer` and transfers between them, which are the same in all layers of a batch: each view takes
-        the host a microsecond or two. What a CUDA graph captures is made anew, so that its buffers are known.
-
-        Args:
-            key: all that the result depends on.
-            make: asks for buffers and makes views of them; nothing else.
-        """
-        last = self._made.get(name)
-        if last is not None and last[0] == key and not self._captures(device):
-            made: T = last[1]
-            return made
-        # Memory made under inference_mode could not be written outside of it.
-        with torch.inference_mode(False):
-            made = make()
-        self._made[name] = key, made
-        return made
-
-    def _captures(self, device: torch.device) -> bool:
-        """Whether a CUDA graph captures; within a call it was asked as it began, as asking takes the host half a microsecond."""
-        return is_capturing(device) if self.call_captures is None else self.call_captures
+        """:meth:`Arena.reuse` of this transport's arena: ``make()``, or what it returned when it was last called under that
+        name, if that was for an equal key."""
+        return self.arena.reuse(name, key, device, make)
 
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
-        for memory in self._buffers.values():
-            self.state.keep_until_done(memory)
-        self._buffers.clear()
-        self._made.clear()
+        self.arena.release()
 
 
 # The name that it had first, for those who use or subclass it.
@@ -192,6 +256,21 @@ def living_transports() -> list[Transport]:
     """All of this process."""
     with _living_changes:
         return list(_living)
+
+
+def _reduce_scatter(transport: Transport, exchange: Transfer, received: Tensor, total: Tensor, out: Tensor) -> Work:
+    work = exchange.begin(transport, *exchange.arguments)
+
+    def wait() -> None:
+        work.wait()
+        # One after another: what torch.sum adds first is each device's own affair.
+        total.copy_(received[0])
+        for part in received[1:]:
+            total.add_(part)
+        if total is not out:
+            out.copy_(total)
+
+    return Work(wait)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

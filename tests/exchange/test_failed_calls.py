@@ -134,7 +134,7 @@ def test_memory_for_messages_that_comes_at_the_second_try(monkeypatch: pytest.Mo
 
     def program(group: cpattn.Communicator) -> Any:
         if group.rank == 1:
-            memory, tries = group._view_of_buffer, []
+            memory, tries = group.allocate, []
 
             def scarce(*arguments: Any) -> Tensor:
                 tries.append(arguments)
@@ -142,7 +142,7 @@ def test_memory_for_messages_that_comes_at_the_second_try(monkeypatch: pytest.Mo
                     raise torch.OutOfMemoryError("no memory for the message")
                 return memory(*arguments)
 
-            monkeypatch.setattr(group, "_view_of_buffer", scarce)
+            monkeypatch.setattr(group, "allocate", scarce)
         meta = plan.metadata(group.rank)
         q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
         first = None
@@ -166,7 +166,7 @@ def test_memory_for_messages_that_never_comes_gives_the_group_up(monkeypatch: py
     def none(*arguments: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory at all")
 
-    monkeypatch.setattr(group, "_view_of_buffer", none)
+    monkeypatch.setattr(group, "allocate", none)
     with pytest.raises(torch.OutOfMemoryError, match="no memory at all"):
         cpattn.cp_attention(x, x, x, meta, group=group)
     with pytest.raises(cpattn.GroupError, match=r"cannot be used any more: a rank could not make the memory of its messages.*at all"):

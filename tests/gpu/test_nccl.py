@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import rank_programs as programs
+import split_programs
 import torch
 from cases import AttentionCase
 from torch import Tensor
@@ -59,3 +60,30 @@ def test_pages_over_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None
 def test_check_over_nccl(ranks: ProcessRanks) -> None:
     for error in ranks.run(programs.disagree_on_gpu):
         assert "the ranks disagree on the plan" in error
+
+
+def test_collectives_along_each_axis_over_nccl(ranks: ProcessRanks) -> None:
+    for sizes in split_programs.SPLITS[ranks.size]:
+        results = ranks.run(split_programs.in_group, ranks.size, split_programs.use_axes, sizes, torch.device("cuda"), torch.float32)
+        split_programs.check_axes(ranks.size, sizes, results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reduce_scatter_over_nccl(ranks: ProcessRanks, dtype: torch.dtype) -> None:
+    """The bits of any other transport, and what torch's own gives up to the order of its sum."""
+    results = ranks.run(split_programs.in_group, ranks.size, split_programs.reduce_scatter, torch.device("cuda"), dtype)
+    for (out, sent), want in zip(results, split_programs.reduce_scatter_sums(ranks.size, dtype), strict=True):
+        assert torch.equal(out, want)
+        assert sent == (ranks.size - 1) * want.nbytes
+    xs = torch.stack(split_programs.reduce_scatter_inputs(ranks.size, dtype)).double()
+    # Each of the sum's steps rounds once, to a number no larger than the sum of magnitudes.
+    bound = ranks.size * torch.finfo(dtype).eps * xs.abs().sum(0)
+    for theirs, exact, most in zip(ranks.run(split_programs.reduce_scatter_as_torch_does, dtype), xs.sum(0), bound, strict=True):
+        assert ((theirs.double() - exact).abs() <= most).all()
+
+
+def test_a_graph_along_an_axis(ranks: ProcessRanks) -> None:
+    """It replays over memory that was released, and grown over, after it was captured."""
+    n = 2 if ranks.size == 2 else ranks.size // 2
+    for seen in ranks.run(split_programs.replay_along_an_axis, (ranks.size // n, n)):
+        assert seen == [[float(n * turn)] * 3 for turn in range(1, 4)]

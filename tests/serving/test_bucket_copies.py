@@ -97,7 +97,7 @@ def test_copied_batches_compute_what_fresh_metadata_do(cp_size: int, strategy: s
         outputs = []
         for case, plan in zip(cases, plans, strict=True):
             reused.copy_(plan)
-            for buffer in communicator._buffers.values():
+            for buffer in communicator.arena.blocks():
                 buffer.fill_(255)  # NaN in every floating dtype
             output = case.on_rank(plan, communicator.rank, communicator, strategy, "reference", meta=reused)
             fresh = plan.metadata(communicator.rank, bucket=BUCKET)

@@ -67,7 +67,7 @@ def test_a_small_batch_after_a_large_one_sees_nothing_of_it(strategy: str) -> No
         outputs = []
         for case, plan in zip(cases, plans, strict=True):
             outputs.append(case.on_rank(plan, communicator.rank, communicator, strategy, "cpu"))
-            for buffer in communicator._buffers.values():
+            for buffer in communicator.arena.blocks():
                 buffer.fill_(255)
         return outputs
 

@@ -15,7 +15,7 @@ from cpattn.transports.groups import as_transport
 
 
 def memory_of(communicator: cpattn.Communicator) -> int:
-    return sum(len(memory) for memory in communicator._buffers.values())
+    return sum(map(len, communicator.arena.blocks()))
 
 
 def test_a_communicator_s_memory_and_everyone_s() -> None:

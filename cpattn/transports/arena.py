@@ -1,0 +1,163 @@
+"""Arena: the memory that one transport's messages lie in, kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from cpattn.current import is_capturing
+from cpattn.transports.group_state import GroupState
+
+T = TypeVar("T")
+
+# A graph may outlive whoever captured it, the transport and its group, and the memory that it replays over must not be freed.
+_of_graphs: dict[int, Tensor] = {}
+
+
+class Owner(Protocol):
+    """What an arena needs of its transport."""
+
+    state: GroupState
+
+    def allocate(self, nbytes: int, device: torch.device) -> Tensor: ...
+
+
+class _View(NamedTuple):
+    """What was last made of a block."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tensor: Tensor
+
+
+class Arena:
+    """Named blocks of memory on any device. Each grows when more is asked of it, and is never smaller again until :meth:`release`.
+
+    Whoever keeps views of it from one call to the next keeps :attr:`generation` with them::
+
+        with arena.noting() as blocks:
+            message = arena.buffer("message", (1024, 64), torch.bfloat16, device)
+        made_in = arena.generation
+        ...
+        if arena.generation != made_in:  # the views are of memory that messages no longer lie in: make them anew
+        if torch.cuda.is_current_stream_capturing():
+            arena.keep_for_graph(blocks)
+
+    Attributes:
+        generation: rises whenever memory that views may refer to was replaced or released.
+        call_captures: whether a CUDA graph captures the call that is under way; None between calls.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self.generation = 0
+        self.call_captures: bool | None = None
+        # Without the cycle a transport is freed as soon as nobody holds it.
+        self._owner = ref(owner)
+        self._blocks: dict[tuple[str, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.device], _View] = {}
+        # What was last made of them under each name, for which sizes; see reuse.
+        self._made: dict[str, tuple[Hashable, Any]] = {}
+        # The lists of those who are noting, the innermost last.
+        self._noted: list[list[Tensor]] = []
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.
+
+        What a CUDA graph has captured is never freed, even where a larger batch has since needed more.
+        """
+        key = name, device
+        last = self._views.get(key)
+        if last is not None and last.shape == shape and last.dtype == dtype and not self._watches(device):
+            return last.tensor
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            nbytes = dtype.itemsize
+            for length in shape:
+                nbytes *= length
+            view = self._block(key, nbytes)[:nbytes].view(dtype).view(shape)
+        self._views[key] = _View(shape, dtype, view)
+        return view
+
+    def _block(self, key: tuple[str, torch.device], nbytes: int) -> Tensor:
+        block = self._blocks.get(key)
+        if block is None or len(block) < nbytes:
+            owner = self._owner()
+            if owner is None:
+                raise RuntimeError("this arena's transport is gone")
+            # A little more than asked for, so that slowly growing batches do not allocate at every step.
+            larger = owner.allocate(nbytes + nbytes // 8, key[1])
+            if block is not None:
+                self._forget_views()
+                owner.state.keep_until_done(block)
+            block = self._blocks[key] = larger
+        if self._captures(key[1]):
+            self.keep_for_graph([block])
+        for noted in self._noted:
+            if not any(block is x for x in noted):
+                noted.append(block)
+        return block
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Tensor]]:
+        """Collects the blocks that are handed out meanwhile, each once, for :meth:`keep_for_graph`."""
+        blocks: list[Tensor] = []
+        self._noted.append(blocks)
+        try:
+            yield blocks
+        finally:
+            self._noted.pop()
+
+    def keep_for_graph(self, blocks: Iterable[Tensor]) -> None:
+        """Has blocks that a CUDA graph captures never be freed. Of what is asked for while a graph captures it is done anyway."""
+        _of_graphs.update((id(block), block) for block in blocks)
+
+    def reuse(self, name: str, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """``make()``, or what it returned when it was last called under that name, if that was for an equal key.
+
+        For views of :meth:`buffer` and transfers between them, which are the same in all layers of a batch: each view takes
+        the host a microsecond or two. What a CUDA graph captures is made anew, so that its buffers are known.
+
+        Args:
+            key: all that the result depends on.
+            make: asks for buffers and makes views of them; nothing else.
+        """
+        last = self._made.get(name)
+        if last is not None and last[0] == key and not self._watches(device):
+            made: T = last[1]
+            return made
+        with torch.inference_mode(False):
+            made = make()
+        self._made[name] = key, made
+        return made
+
+    def blocks(self) -> list[Tensor]:
+        """All the memory that it holds, each block as uint8 ``[nbytes]``."""
+        return list(self._blocks.values())
+
+    def release(self) -> None:
+        """Frees the blocks that no CUDA graph has captured; whoever asks for a buffer next has it made anew."""
+        owner = self._owner()
+        for block in self._blocks.values():
+            if owner is not None:
+                owner.state.keep_until_done(block)
+        self._forget_views()
+        self._blocks.clear()
+
+    def _forget_views(self) -> None:
+        """Of what is about to be replaced: they would keep it alive."""
+        self.generation += 1
+        self._views.clear()
+        self._made.clear()
+
+    def _watches(self, device: torch.device) -> bool:
+        """Whether somebody has to know every block that is handed out now."""
+        return bool(self._noted) or self._captures(device)
+
+    def _captures(self, device: torch.device) -> bool:
+        """Whether a CUDA graph captures; within a call it was asked as it began, as asking takes the host half a microsecond."""
+        return is_capturing(device) if self.call_captures is None else self.call_captures

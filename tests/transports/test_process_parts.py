@@ -1,0 +1,157 @@
+"""Parts of groups of real processes over gloo, also where the group is only a part of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import split_programs as programs
+import torch
+import torch.distributed as dist
+from cases import AttentionCase
+from failed_calls import Faults, check_partly_failed
+from torch.distributed.device_mesh import DeviceMesh
+
+import cpattn
+from cpattn.testing import ProcessRanks
+
+CPU = torch.device("cpu")
+WORLD = 6
+GIVEN_UP = "this group cannot be used any more"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ProcessRanks]:
+    """One world for all sizes: smaller groups are its last ranks."""
+    with ProcessRanks(WORLD, timeout=60) as started:
+        yield started
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(size, sizes) for size, splits in programs.SPLITS.items() for sizes in splits], ids=str)
+def test_collectives_along_each_axis(ranks: ProcessRanks, size: int, sizes: tuple[int, ...]) -> None:
+    results = ranks.run(programs.in_group, size, programs.use_axes, sizes, CPU, torch.float32)
+    assert results[: WORLD - size] == [None] * (WORLD - size)
+    programs.check_axes(size, sizes, results[WORLD - size :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_reduce_scatter_has_the_bits_of_any_other_transport(ranks: ProcessRanks, size: int, dtype: torch.dtype) -> None:
+    results = ranks.run(programs.in_group, size, programs.reduce_scatter, CPU, dtype)[WORLD - size :]
+    for (out, sent), want in zip(results, programs.reduce_scatter_sums(size, dtype), strict=True):
+        assert torch.equal(out, want)
+        assert sent == (size - 1) * want.nbytes
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "pass_q_ring"])
+def test_attention_along_each_axis(ranks: ProcessRanks, strategy: str) -> None:
+    """Of four ranks in a world of six."""
+    cases = [AttentionCase([(0, 40), (12, 23)], seed=n) for n in range(3)]
+    results = ranks.run(programs.in_group, 4, programs.attend_along_axes, (2, 2), cases, strategy)[2:]
+    lines: list[list[list[int]]] = [[[0, 2], [1, 3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]]]
+    for n, (case, parts) in enumerate(zip(cases, lines, strict=True)):
+        for members in parts:
+            case.check([results[rank][n] for rank in members], case.plan(len(members)), strategy, "cpu")
+
+
+@pytest.mark.parametrize("line", [0, 60])
+def test_a_rank_that_raises_in_a_part(ranks: ProcessRanks, line: int) -> None:
+    case = AttentionCase([(0, 40), (12, 23)])
+    arguments = (2, 3), case, Faults({4: line}), "ring"
+    results = ranks.run(programs.in_group, WORLD, programs.fail_along_an_axis, *arguments)
+    for members in ([0, 1, 2], [3, 4, 5]):
+        check_partly_failed(case, case.plan(3), "ring", [results[rank][0] for rank in members])
+        case.check([results[rank][1] for rank in members], case.plan(3), "ring", "cpu")
+    case.check([result[2] for result in results], case.plan(WORLD), "ring", "cpu")
+
+
+def _identities() -> list[bool]:
+    world = cpattn.transport()
+    mesh = DeviceMesh("cpu", torch.arange(WORLD).view(2, 3), mesh_dim_names=("dp", "cp"))
+    axis = cpattn.transport(mesh["cp"])
+    groups_before = len(dist.distributed_c10d._world.pg_names)
+    parts = world.split(2, 3)
+    return [
+        cpattn.transport() is world,
+        cpattn.transport(dist.group.WORLD, kind="collectives") is world,
+        cpattn.transport(world, kind="collectives") is world,
+        world.split(2, 3) == parts,
+        axis.size == 3 and axis.part == () and cpattn.transport(mesh["cp"].get_group()) is axis,
+        # The mesh's axis and the world's part have the same ranks, and each its own messages.
+        axis is not parts[1] and axis.rank == parts[1].rank,
+        # torch's own groups, and so its timeouts, are as they were.
+        len(dist.distributed_c10d._world.pg_names) == groups_before,
+    ]
+
+
+def test_one_transport_for_each_group(ranks: ProcessRanks) -> None:
+    assert ranks.run(_identities) == [[True] * 7] * WORLD
+
+
+def _with_unlike_memberships() -> list[float]:
+    """Ranks that are in different numbers of groups, as in pipelines. torch names a group that only its members make after that
+    number: those of parts would not find each other."""
+    dist.new_group([0, 4])
+    part = cpattn.transport().split(3, 2)[1]
+    out = torch.empty(2)
+    part.all_gather(out, torch.tensor([float(dist.get_rank())])).wait()
+    return out.tolist()
+
+
+def test_ranks_in_different_numbers_of_groups(ranks: ProcessRanks) -> None:
+    assert ranks.run(_with_unlike_memberships) == [[rank // 2 * 2, rank // 2 * 2 + 1] for rank in range(WORLD)]
+
+
+def _unshard(transport: cpattn.Transport) -> None:
+    meta = cpattn.build_metadata([(0, 12)], transport.size, transport.rank)
+    cpattn.unshard(torch.zeros(meta.rows, 1), meta, group=transport)
+
+
+def _said(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except cpattn.GroupError as error:
+        return str(error)
+    return "right"
+
+
+def _after_the_group_is_destroyed() -> list[str]:
+    group: Any = dist.new_group()
+    whole = cpattn.transport(group)
+    outer, inner = whole.split(2, 3)
+    inner.all_gather(torch.empty(3), torch.zeros(1)).wait()
+    dist.destroy_process_group(group)
+    said = [_said(partial(_unshard, part)) for part in (outer, inner)]
+    said += [_said(partial(part.split, 1, part.size)) for part in (whole, inner)]
+    another: Any = dist.new_group()
+    part = cpattn.transport(another).split(2, 3)[1]
+    out = torch.empty(3)
+    part.all_gather(out, torch.tensor([float(part.rank)])).wait()
+    return [*said, str(out.tolist())]
+
+
+def test_parts_end_with_their_group(ranks: ProcessRanks) -> None:
+    for *said, works in ranks.run(_after_the_group_is_destroyed):
+        assert len(said) == 4
+        assert all(message.startswith("this process group has been destroyed") for message in said)
+        assert works == "[0.0, 1.0, 2.0]"
+
+
+def test_a_rank_that_is_gone_gives_up_its_part_and_the_whole() -> None:
+    """Those of the other part go on until they need it."""
+    with ProcessRanks(4, timeout=3) as few:
+        outcomes = few.outcomes(_go_on_without_rank_3)
+    assert not outcomes[3][0]
+    assert outcomes[0] == (True, ["right", GIVEN_UP, GIVEN_UP])
+    assert outcomes[1] == (True, ["right", GIVEN_UP, GIVEN_UP])
+    assert outcomes[2] == (True, [GIVEN_UP] * 3)
+
+
+def _go_on_without_rank_3() -> list[str]:
+    whole = cpattn.transport()
+    part = whole.split(2, 2)[1]
+    if whole.rank == 3:
+        raise SystemExit(1)
+    return [_said(partial(_unshard, transport)).split(":")[0] for transport in (part, whole, part)]
