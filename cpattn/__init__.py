@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpattn.api import cp_attention, explain, shard, unshard
+    from cpattn.attention.backend import Backend
     from cpattn.attention.custom import custom_backend
     from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from cpattn.exchange.registry import STRATEGIES
+    from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
     from cpattn.kv_pool import KVPool
     from cpattn.metadata.batch import Request
     from cpattn.metadata.bucket import Bucket
     from cpattn.metadata.cp_metadata import CPMetadata
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
+    from cpattn.options import AttentionOptions
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
+    from cpattn.spans import Spans
     from cpattn.transports.groups import release, transport
     from cpattn.transports.loopback import LoopbackGroup
     from cpattn.transports.process_group import ProcessGroupCommunicator
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "STRATEGIES",
+    "AttentionOptions",
+    "Backend",
     "BackendError",
     "BatchError",
     "Bucket",
@@ -60,6 +66,7 @@ __all__ = [
     "GroupError",
     "HeadCountError",
     "KVPool",
+    "Keys",
     "LoopbackGroup",
     "OptionError",
     "PackedKV",
@@ -74,6 +81,7 @@ __all__ = [
     "RankError",
     "Request",
     "RowCountError",
+    "Spans",
     "TensorMismatchError",
     "Transport",
     "UnknownNameError",
@@ -98,19 +106,23 @@ __all__ = [
 # Where each name comes from: the imports above, for those who run this; a test compares the two.
 _NAMES = {
     "api": "cp_attention explain shard unshard",
+    "attention.backend": "Backend",
     "attention.custom": "custom_backend",
-    "attention.registry": "BACKENDS",
     "attention.ragged_rows": "RaggedRows",
+    "attention.registry": "BACKENDS",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.registry": "STRATEGIES",
+    "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
     "kv_pool": "KVPool",
     "metadata.batch": "Request",
     "metadata.bucket": "Bucket",
     "metadata.cp_metadata": "CPMetadata",
     "metadata.plan": "Chunk Plan build_metadata plan required_rows",
+    "options": "AttentionOptions",
     "serving": "attend gather_kv slot_mapping write_kv",
+    "spans": "Spans",
     "transports.groups": "release transport",
     "transports.loopback": "LoopbackGroup",
     "transports.process_group": "ProcessGroupCommunicator",

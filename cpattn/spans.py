@@ -96,7 +96,7 @@ class Spans:
     a window ``W`` those from number ``diagonal[i] + j - W`` on. The diagonal is thus the number of keys that the span's
     first query would see in a range without end; it may lie beyond the range (all keys are in the past) or below 1.
 
-    Where the keys lie is said by :class:`cpattn.keys.Keys`. In pages all key ranges begin at 0, and a span reads the
+    Where the keys lie is said by :class:`cpattn.Keys`. In pages all key ranges begin at 0, and a span reads the
     pages of its request.
 
     Attributes:

@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "KVPool"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
+    "A backend of one's own": ("cpattn", ["Backend", "Spans", "Keys", "AttentionOptions"]),
     "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "Communicator", "ProcessGroupCommunicator"]),
     "Errors": (
         "cpattn",
@@ -145,23 +146,17 @@ def _class_entry(name: str, value: type, module: Any) -> str:
     if not inspect.isabstract(value):
         parts.append(_signature(name, value))
     parts.append(_documentation(name, inspect.cleandoc(value.__doc__ or "")))
-    for member_name, member in _members(value).items():
+    for member_name, member in vars(value).items():
         function = inspect.unwrap(member.__func__) if isinstance(member, classmethod) else getattr(member, "func", member)
         function = member.fget if isinstance(member, property) else function
-        if member_name.startswith("_") or not inspect.isfunction(function):
+        # What is a field's default is no method.
+        if member_name.startswith("_") or not inspect.isfunction(function) or member_name in getattr(value, "__dataclass_fields__", {}):
             continue
         heading = f"#### `{name}.{member_name}`\n"
         shown = "" if function is not member and not isinstance(member, classmethod) else _signature(member_name, function)
         parts += [heading, shown] if shown else [heading]
         parts.append(_documentation(f"{name}.{member_name}", inspect.getdoc(function)))
     return "\n".join(parts)
-
-
-def _members(value: type) -> dict[str, Any]:
-    """What a class defines, and inherits from the library's classes that have no entry of their own."""
-    entries = [getattr(importlib.import_module(module), name) for module, names in GROUPS.values() for name in names]
-    kept = [base for base in value.__mro__ if base is value or (base.__module__.startswith("cpattn.") and base not in entries)]
-    return {name: member for base in kept for name, member in vars(base).items() if name not in vars(value) or base is value}
 
 
 def _constant_docstring(name: str, module: Any) -> str | None:

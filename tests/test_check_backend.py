@@ -251,7 +251,7 @@ def direct(run: Any) -> Backend:
     return replace(REFERENCE, attend=as_backend)
 
 
-EMPTY = {"empty key ranges among others", "rows of a bucket", "all keys in the past", "any diagonal", "sinks beside empty key ranges"}
+EMPTY = {"empty key ranges among others", "spans of a bucket", "all keys in the past", "any diagonal", "sinks beside empty key ranges"}
 
 
 def test_what_queries_without_keys_get_is_checked() -> None:
@@ -368,7 +368,7 @@ def test_scenarios_are_what_their_names_say() -> None:
     assert alignments["any diagonal"] == "any"
     assert {alignment for name, alignment in alignments.items() if "any diagonal" not in name and "past" not in name} == {"bottom_right"}
     assert [part.alignment for part in problems["merged halves are the whole"].parts] == ["full", "bottom_right"]
-    assert problems["rows of a bucket"].spans.fixed
+    assert problems["spans of a bucket"].spans.fixed
     assert not problems["strided q, k and v"].q.is_contiguous()
     view = problems["V is a view of K"].keys
     assert view.v.data_ptr() == view.k.data_ptr()

@@ -1,1 +1,1 @@
-"""Layer 3: causal varlen attention over ragged rows, by one of several backends, returning (out, LSE)."""
+"""Layer 3: causal varlen attention over spans, by one of several backends, returning (out, LSE)."""

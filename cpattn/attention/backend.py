@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -72,11 +73,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Backend:
-    """A varlen attention kernel and what it can do.
+    """A varlen attention kernel and what it can do. ``backend=`` takes one as it takes a name.
 
     Attributes:
         name: what ``backend=`` takes.
-        attend: the kernel's wrapper.
+        attend: the kernel's wrapper, ``(q, keys, spans, options, out_dtype) -> (out, lse)``: q is ``[T, Hq, D]``, keys are
+            :class:`cpattn.Keys`, spans :class:`cpattn.Spans`, options :class:`cpattn.AttentionOptions`; out is ``[T, Hq, Dv]`` in
+            ``out_dtype``, lse fp32 ``[T, Hq]``, natural log (fp64 for fp64 inputs). A query that sees no key gets 0 and -inf.
         device_types: of the tensors that it takes; None for any.
         dtypes: that it takes.
         alignments: of spans that it can express; see :data:`cpattn.spans.Alignment`.
@@ -88,13 +91,17 @@ class Backend:
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
-        accumulate: the kernel's way of merging into earlier results, if it has one.
+        accumulate: the kernel's way of merging into an earlier result, if it has one: ``(q, keys, spans, options, acc, lse)``
+            changes acc and lse in place, both fp32.
         unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call can not be served, or None.
         describe: what the installed package is and lacks, in a line for ``cpattn env``, or None; asked for when needed.
         callers: whether what it returns is checked in every call, and compared with the reference by ``check=True``. Leave it
             alone: it is set for whatever is not one of :data:`cpattn.BACKENDS`.
         how: what :func:`cpattn.explain` says of how it serves a call, or None.
+
+    Raises:
+        OptionError: it was made with ``run=``, which was a function of ``(q, k, v, rows, ...)``.
     """
 
     name: str
@@ -164,3 +171,7 @@ class Backend:
         if call.fixed and call.page_size is not None and not self.reads_pages(call):
             return f"it can not read pages of {call.page_size} tokens, and a bucket's graph can not copy what changes in size"
         return self.refuses(call)
+
+
+# That of __new__ says nothing.
+Backend.__signature__ = signature(Backend.__init__)  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ class RaggedRows(Spans):
     ``[num_pages, page_size, heads, head_dim]``, and key ``s`` of row ``i`` is in page ``page_table[request[i], s //
     page_size]`` at ``s % page_size``; all key ranges then begin at 0.
 
-    They are :class:`cpattn.spans.Spans`, and what is derived from either is derived for both.
+    They are :class:`cpattn.Spans` and have all that those have; what is derived from either is derived for both.
 
     Attributes:
         cu_seqlens_q: int32 ``[n + 1]``, begins with 0.

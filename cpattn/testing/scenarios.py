@@ -1,7 +1,7 @@
 """What strategies ask of a kernel, as small problems with names.
 
 All head dims are ones that FlashAttention kernels take, too; lengths are primes where they may be anything, and some
-ranges are longer than a tile of keys. Key ranges, diagonals and rows are in the words of
+ranges are longer than a tile of keys. Key ranges and diagonals are those of
 :class:`cpattn.spans.Spans`.
 """
 
@@ -20,8 +20,8 @@ from cpattn.keys import Keys
 from cpattn.spans import Spans, SpanTable, find_alignment
 from cpattn.testing.judge import Problem
 
-# A row of work: queries, first key, keys, diagonal.
-Row = tuple[int, int, int, int]
+# A span: queries, first key, keys, diagonal.
+Span = tuple[int, int, int, int]
 
 _UNCOVERED = 7  # keys after the last range
 _GARBAGE = 2**30  # in the page table, beyond a request's pages
@@ -33,8 +33,8 @@ class Scenario:
 
     Attributes:
         name: what it is about, for the report.
-        rows: the work, which covers all of q.
-        requests: whose pages each row reads; each row its own if empty.
+        spans: the work, which covers all of q.
+        requests: whose pages each span reads; each its own if empty.
         parts: the same work in several launches, each over some of the keys; their results are merged.
         accumulate: whether the kernel itself merges the parts.
         heads, dims: (Hq, Hkv) and (D, Dv).
@@ -44,16 +44,16 @@ class Scenario:
         page_size: of the pages that the keys lie in; None where they are packed.
         table: how the page table lies in memory: int32 and whole, int64, or columns of a wider one.
         shared_pool: whether the pages are ``pool[:, 0]`` and ``pool[:, 1]``, so that K and V of a page lie side by side.
-        fixed: whether the rows are a bucket's, with room for longer ones.
+        fixed: whether the spans are a bucket's, with room for longer ones.
         fp32_out: whether the result is asked for in fp32 whatever the inputs.
-        nan_padding, nan_uncovered, nan_key: what holds NaN: queries of empty rows, keys of no row, one key that is seen.
+        nan_padding, nan_uncovered, nan_key: what holds NaN: queries of empty spans, keys of no span, one key that is seen.
         may_refuse: whether a kernel may lack this and raise, though it has no flag to say so.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    spans: tuple[Span, ...]
     requests: tuple[int, ...] = ()
-    parts: tuple[tuple[Row, ...], ...] = ()
+    parts: tuple[tuple[Span, ...], ...] = ()
     accumulate: bool = False
     heads: tuple[int, int] = (4, 2)
     dims: tuple[int, int] = (64, 64)
@@ -74,25 +74,25 @@ class Scenario:
     may_refuse: bool = False
 
 
-_REQUEST: Row = (37, 0, 37, 1)
-_RAGGED: tuple[Row, ...] = ((1, 0, 1, 1), (17, 1, 149, 133), (1, 150, 31, 31), (29, 181, 29, 1))
-_WITH_EMPTY: tuple[Row, ...] = ((5, 0, 0, 0), (13, 3, 71, 59), (0, 9, 11, 12), (3, 40, 0, -2), (7, 2, 7, 1), (3, 0, 0, 0))
-_PAST: tuple[Row, ...] = ((13, 0, 71, 71), (5, 7, 23, 40), (3, 0, 0, 0))
-_ANY: tuple[Row, ...] = ((13, 0, 31, -4), (19, 3, 17, 5), (5, 0, 7, 9), (4, 20, 11, -9), (11, 1, 97, 60))
+_REQUEST: Span = (37, 0, 37, 1)
+_RAGGED: tuple[Span, ...] = ((1, 0, 1, 1), (17, 1, 149, 133), (1, 150, 31, 31), (29, 181, 29, 1))
+_WITH_EMPTY: tuple[Span, ...] = ((5, 0, 0, 0), (13, 3, 71, 59), (0, 9, 11, 12), (3, 40, 0, -2), (7, 2, 7, 1), (3, 0, 0, 0))
+_PAST: tuple[Span, ...] = ((13, 0, 71, 71), (5, 7, 23, 40), (3, 0, 0, 0))
+_ANY: tuple[Span, ...] = ((13, 0, 31, -4), (19, 3, 17, 5), (5, 0, 7, 9), (4, 20, 11, -9), (11, 1, 97, 60))
 # A chunk of a request, its earlier keys on another rank; and a request that has no keys there.
-_WHOLE: tuple[Row, ...] = ((23, 0, 84, 62), (7, 84, 7, 1))
-_HALVES: tuple[tuple[Row, ...], ...] = (((23, 0, 61, 61), (7, 84, 0, 0)), ((23, 61, 23, 1), (7, 84, 7, 1)))
+_WHOLE: tuple[Span, ...] = ((23, 0, 84, 62), (7, 84, 7, 1))
+_HALVES: tuple[tuple[Span, ...], ...] = (((23, 0, 61, 61), (7, 84, 0, 0)), ((23, 61, 23, 1), (7, 84, 7, 1)))
 # In pages two chunks may belong to one request, and a request may have nothing.
-_CACHED: tuple[Row, ...] = ((1, 0, 50, 50), (17, 0, 131, 115), (3, 0, 0, 0), (11, 0, 11, 1))
+_CACHED: tuple[Span, ...] = ((1, 0, 50, 50), (17, 0, 131, 115), (3, 0, 0, 0), (11, 0, 11, 1))
 _CACHED_REQUESTS = (2, 0, 1, 2)
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("one request, causal", (_REQUEST,)),
     Scenario("LSE is natural, as [rows, Hq]", ((8, 0, 8, 1),), heads=(8, 8)),
-    Scenario("ragged rows, some of one query", _RAGGED),
+    Scenario("ragged spans, some of one query", _RAGGED),
     Scenario("key ranges that overlap", ((13, 0, 79, 67), (7, 11, 41, 35), (5, 0, 5, 1))),
     Scenario("empty key ranges among others", _WITH_EMPTY),
-    Scenario("rows of a bucket", _WITH_EMPTY, fixed=True),
+    Scenario("spans of a bucket", _WITH_EMPTY, fixed=True),
     Scenario("all keys in the past", _PAST),
     Scenario("any diagonal", _ANY),
     Scenario("window", _RAGGED, window=11, may_refuse=True),
@@ -124,7 +124,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -> Problem:
     """The tensors of a scenario, the same every time, with NaN where it says."""
     generator = torch.Generator().manual_seed(0)
-    table = np.array(scenario.rows, dtype=np.int64)
+    table = np.array(scenario.spans, dtype=np.int64)
     num_queries, num_keys = int(table[:, 0].sum()), int((table[:, 1] + table[:, 2]).max()) + _UNCOVERED
     (heads, kv_heads), (head_dim, v_head_dim) = scenario.heads, scenario.dims
     q = torch.randn(num_queries, heads, head_dim, generator=generator)
@@ -154,12 +154,12 @@ def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -
         page_table = _laid_out(page_table, scenario)
     sinks = torch.randn(heads, generator=generator).to(device, torch.promote_types(dtype, torch.float32)) if scenario.sinks else None
     options = AttentionOptions(head_dim**-0.5 if scenario.scale is None else scenario.scale, scenario.window, scenario.softcap, sinks)
-    spans = _spans(scenario.rows, requests, scenario.fixed, device)
+    spans = _spans(scenario.spans, requests, scenario.fixed, device)
     return Problem(q, Keys(k, v, page_table), spans, options, [_spans(part, requests, False, device) for part in scenario.parts])
 
 
-def _spans(rows: tuple[Row, ...], requests: IntArray, fixed: bool, device: torch.device) -> Spans:
-    q_len, k_start, k_len, diagonal = np.array(rows, dtype=np.int64).T
+def _spans(spans: tuple[Span, ...], requests: IntArray, fixed: bool, device: torch.device) -> Spans:
+    q_len, k_start, k_len, diagonal = np.array(spans, dtype=np.int64).T
     table = SpanTable(q_len, k_start, k_len, diagonal, requests, find_alignment(q_len, k_start, k_len, diagonal))
     longer = (2 * int(q_len.max()), 2 * int(k_len.max())) if fixed else None
     return Spans.build_all([table], device, longer)[0]

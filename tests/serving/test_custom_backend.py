@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -266,3 +268,10 @@ def test_queries_without_keys_are_known_whatever_the_kernel_says() -> None:
     assert torch.equal(lse[:2], sinks.expand(2, 2))
     assert (out[:2] == 0).all()
     assert lse[2].isfinite().all()
+
+
+def test_a_backend_with_run_is_told_what_has_taken_its_place() -> None:
+    message = r"run=...\) is no more; pass attend=, a function \(q, keys, spans, options, out_dtype\) .*custom_backend"
+    with pytest.raises(cpattn.OptionError, match=message):
+        replace(cpattn.BACKENDS["reference"], run=kernel)  # type: ignore[call-arg]
+    assert "attend" in inspect.signature(cpattn.Backend).parameters
