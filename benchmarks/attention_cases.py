@@ -47,7 +47,8 @@ def all_gather_spans(meta: cpattn.CPMetadata, half: str = "both") -> tuple[Tenso
     """The spans of an all-gather launch, over the rank's "front" chunks, its "back" chunks or "both"; and which of the
     rank's query rows they are."""
     table = meta.chunk_host
-    is_front = table.column < meta.plan.cp_size
+    # The plans are of zigzag: the front chunk of a request comes first.
+    is_front = np.diff(table.request, prepend=-1) > 0
     picked = {"both": is_front | ~is_front, "front": is_front, "back": ~is_front}[half]
     index = np.flatnonzero(np.repeat(picked, table.q_len))
     q_len, k_len = table.q_len[picked], table.k_len[picked]

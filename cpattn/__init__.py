@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cpattn.kv_pool import KVPool
     from cpattn.metadata.batch import Request
     from cpattn.metadata.bucket import Bucket
+    from cpattn.metadata.chunks import Chunks
     from cpattn.metadata.cp_metadata import CPMetadata
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
     from cpattn.options import AttentionOptions
@@ -61,6 +62,7 @@ __all__ = [
     "CPError",
     "CPMetadata",
     "Chunk",
+    "Chunks",
     "Communicator",
     "DisagreementError",
     "GroupError",
@@ -118,6 +120,7 @@ _NAMES = {
     "kv_pool": "KVPool",
     "metadata.batch": "Request",
     "metadata.bucket": "Bucket",
+    "metadata.chunks": "Chunks",
     "metadata.cp_metadata": "CPMetadata",
     "metadata.plan": "Chunk Plan build_metadata plan required_rows",
     "options": "AttentionOptions",

@@ -18,6 +18,7 @@ from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV, TableLines
 from cpattn.memo import Memo
 from cpattn.metadata.devices import parse_device
+from cpattn.metadata.partition import Partition
 from cpattn.metadata.plan import Plan, plan
 from cpattn.pool_history import Before, History, pages_written
 from cpattn.pool_pages import CachedRequest, PageBooks
@@ -160,7 +161,7 @@ class KVPool:
         cached = self._of(request)
         self._cut(cached, pool_checks.parse_length(length, request, len(cached.owners)))
 
-    def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str = "zigzag", pad_to: int = 1) -> Plan:
+    def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str | Partition = "zigzag", pad_to: int = 1) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to.
 
         Where new tokens go to a part-filled page that other requests share, the request gets a page of its own with a copy of

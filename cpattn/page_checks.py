@@ -18,6 +18,7 @@ from cpattn.layout_hints import hint_head_major, hint_pages
 from cpattn.memory_overlap import overlaps_itself
 from cpattn.metadata.batch import IntArray, is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
 from cpattn.tensor_kinds import check_kind, check_no_fp8, in_words
 
 
@@ -88,7 +89,7 @@ def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
 
 def _most_held(meta: CPMetadata) -> IntArray:
     """The tokens that pages hold of each request after the call, on the rank that holds the most."""
-    plan = meta.plan
+    plan: Layout = meta.plan
     return (plan.shard_lens + plan.rank_extends).max(axis=1, initial=0) if plan.sharded else plan.total_lens
 
 

@@ -21,6 +21,7 @@ import torch
 from cases import EXCHANGES, AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 from fault_injection import Injected
+from own_partitions import OwnPartition
 
 import cpattn
 from cpattn.testing import ProcessRanks, run_loopback
@@ -103,7 +104,7 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     # Drawn in any case, as all that follows depends on how much was drawn before.
     drawn_size = int(rng.choice([1, 2, 3, 4, 5, 7]))
     cp_size = drawn_size if cp_size is None else cp_size
-    options = {"partition": str(rng.choice(["zigzag", "contiguous"])), "pad_to": int(rng.choice([1, 1, 4, 16]))}
+    options = {"partition": ["zigzag", "contiguous", OwnPartition(number)][rng.integers(3)], "pad_to": int(rng.choice([1, 1, 4, 16]))}
     faults = None
     if rng.random() < 0.5:
         failing = rng.permutation(cp_size)[: rng.choice([1, 1, cp_size])]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
+from own_partitions import OwnPartition
 
 Batch = list[tuple[int, int]]
 
@@ -67,5 +68,11 @@ pad_tos = st.sampled_from([1, 2, 3, 8, 64])
 
 
 def plan_options() -> st.SearchStrategy[dict[str, Any]]:
-    """All arguments of ``cpattn.plan`` but the batch."""
+    """All arguments of ``cpattn.plan`` but the batch, with the partitions that have names."""
     return st.fixed_dictionaries({"cp_size": cp_sizes, "partition": partitions, "remainder": remainders, "pad_to": pad_tos})
+
+
+def any_plan_options() -> st.SearchStrategy[dict[str, Any]]:
+    """Those, or a caller's own partition, which has no remainder rule."""
+    own = st.builds(OwnPartition, st.integers(0, 10**6))
+    return plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": own, "pad_to": pad_tos})

@@ -41,7 +41,7 @@ def test_shard_refuses_another_number_of_rows() -> None:
     with pytest.raises(cpattn.TensorMismatchError, match="x is on meta, but the metadata is on cpu"):
         cpattn.shard(torch.zeros(6, 2, device="meta"), meta)
     with pytest.raises(cpattn.CPError, match=r"meta is a Plan; pass the CPMetadata of this rank: plan.metadata"):
-        cpattn.shard(torch.zeros(6, 2), meta.plan)  # type: ignore[arg-type]
+        cpattn.shard(torch.zeros(6, 2), meta.plan)
 
 
 def test_without_a_launcher_the_error_says_how_to_launch() -> None:

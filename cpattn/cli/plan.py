@@ -83,7 +83,7 @@ def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
         "cpattn": cpattn.__version__,
         "batch": [request._asdict() for request in plan.batch],
         "cp_size": plan.cp_size,
-        "partition": plan.partition,
+        "partition": str(plan.partition),
         "remainder": plan.remainder,
         "pad_to": plan.pad_to,
         "num_tokens": plan.num_tokens,
@@ -153,7 +153,7 @@ def _print_comparison(plans: list[Plan], shape: Shape) -> None:
     best = min(plan.pair_imbalance for plan in plans)
     print_title("query-key pairs, and what each rank sends")
     cells = [_comparison_column(plan, shape, best) for plan in plans]
-    print_table(["partition", *(plan.partition for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
+    print_table(["partition", *(str(plan.partition) for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
     print()
     say(f"bytes are those of one attention call, {shape}")
 

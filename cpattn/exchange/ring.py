@@ -27,7 +27,7 @@ def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) 
 
 
 def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, cp_size, rank = in_flight.transport, meta.plan.cp_size, meta.cp_rank
+    communicator, cp_size, rank = in_flight.transport, int(meta.plan.cp_size), meta.cp_rank
     pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
     sharded = pages if meta.plan.sharded else None
     spans, moves = shard_spans(meta, inputs.window), moves_for(inputs.format.device)
@@ -93,6 +93,9 @@ def why_not_shards(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: i
     """What no strategy can serve that takes one rank's shard at a time."""
     if meta.plan.sharded and window is not None:
         return "a sharded cache does not know its tokens' positions, which a window needs"
+    if meta.plan.is_callers and meta.bucket is not None and window is not None:
+        # A launch for each chunk that an owner has of a request.
+        return "with a window its launches over a partition of your own change in number from batch to batch, and a bucket's graph can not"
     return None
 
 

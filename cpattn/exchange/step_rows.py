@@ -4,7 +4,7 @@ Keys lie in one of three orders: all of a batch (each request's prefix and exten
 one rank's shard: for each request what this rank holds of the prefix, then the chunks that it owns, in sequence order.
 What a chunk of queries sees of a shard is a beginning of its request's piece, one key range, whether it is none, one
 chunk or all. A sliding window breaks this, since a shard has gaps in position: with a window a shard is as many
-launches as a rank owns chunks of a request.
+launches as a rank may own chunks of a request.
 In pages each request has a line of its own, so that all key ranges begin at 0.
 
 The last span of every table is the padding of q: queries without keys, for which every backend gives 0 and LSE -inf.
@@ -20,7 +20,7 @@ from cpattn.device_tables import exclusive_cumsum
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Plan
+from cpattn.metadata.layout import Layout
 from cpattn.spans import Alignment, Spans, SpanTable
 
 
@@ -110,31 +110,37 @@ def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> 
     return meta.derive(("gathered source spans", window, paged), build)
 
 
-def launches_per_shard(plan: Plan, window: int | None) -> int:
+def launches_per_shard(plan: Layout, window: int | None) -> int:
     """How many launches one shard takes."""
-    return 1 if window is None else plan.rank_columns.shape[1]
+    return 1 if window is None else plan.most_chunks
 
 
-def _shard_ranges(plan: Plan, source: int, owner: int, window: int | None) -> list[KeyRanges]:
+def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None) -> list[KeyRanges]:
     """The queries of ``source`` over the shard of ``owner``, for each launch."""
-    chunks = chunk_tables(plan, source)
-    columns = plan.rank_columns[owner]
-    lengths = plan.lengths[chunks.request[:, None], columns]
-    cached = plan.shard_lens[:, owner]
-    begins = exclusive_cumsum(cached + plan.rank_extends[:, owner])[chunks.request]
-    cached = cached[chunks.request]
+    chunks, keys = chunk_tables(plan, source), chunk_tables(plan, owner)
+    cached, extends = plan.shard_lens[:, owner], plan.rank_extends[:, owner]
+    begins = exclusive_cumsum(cached + extends)[chunks.request]
+    first_new = exclusive_cumsum(extends)
+    key_rows = plan.chunk_rows.take(keys.entry)
     if window is None:
-        before = cached + np.where(columns < chunks.column[:, None], lengths, 0).sum(axis=1)
+        # The new tokens of all the owner's chunks before this one, less those of earlier requests.
+        new_before = np.append(key_rows, extends.sum()).take(keys.entry.searchsorted(chunks.entry))
+        before = new_before + (cached - first_new)[chunks.request]
         if owner == source:
             return [KeyRanges(begins, before + chunks.q_len, before + 1, "bottom_right")]
         return [KeyRanges(begins, before, before, "full")]
     # Cached tokens of a shard may be from anywhere in the sequence; a strategy refuses them with a window.
+    # Where the owner has fewer chunks of a request than another rank has, an entry behind the last stands for one without a token.
+    count = len(keys.entry)
+    entry, start, q_len, offset = columns = np.zeros((4, count + 1), dtype=np.int64)
+    columns[:, :count] = keys.entry, keys.start, keys.q_len, key_rows - first_new[keys.request]
+    bounds = keys.request.searchsorted(np.arange(len(plan.batch) + 1))
     launches = []
-    for nth, column in enumerate(columns):
-        k_start = begins + lengths[:, :nth].sum(axis=1)
-        k_len = np.where(column <= chunks.column, lengths[:, nth], 0)
-        diagonal = chunks.start - plan.starts[chunks.request, column] + 1
-        launches.append(_within_window(k_start, k_len, diagonal, window))
+    for nth in range(plan.most_chunks):
+        nth_of_request = bounds[:-1] + nth
+        key = np.where(nth_of_request < bounds[1:], nth_of_request, count)[chunks.request]
+        k_len = np.where(entry[key] <= chunks.entry, q_len[key], 0)
+        launches.append(_within_window(begins + offset[key], k_len, chunks.start - start[key] + 1, window))
     return launches
 
 

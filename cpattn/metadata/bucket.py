@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpattn.errors import PlanError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
-
-if TYPE_CHECKING:
-    from cpattn.metadata.plan import Plan
+from cpattn.metadata.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class Bucket:
             # Integers of numpy may be too narrow for products.
             object.__setattr__(self, name, int(value))
 
-    def why_not(self, plan: Plan) -> str | None:
+    def why_not(self, plan: Layout) -> str | None:
         """What of a plan is too large for this bucket, or None if it fits."""
-        if not hasattr(plan, "rank_chunks"):
+        if not isinstance(plan, Layout):
             raise PlanError(f"a bucket is asked about a {type(plan).__name__}; pass a Plan, which cpattn.plan makes of a batch")
         needs = {
             "max_requests": len(plan.batch),
@@ -62,7 +60,7 @@ class Bucket:
             too_large.append(f"{plan.cp_size} ranks of {self.max_rows} rows are more than {MAX_TOKENS} (row numbers are int32)")
         return "; ".join(too_large) or None
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Layout) -> None:
         """Raises PlanError if the plan does not fit; the same on every rank."""
         reason = self.why_not(plan)
         if reason:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from cpattn.metadata.batch import IntArray
-
-if TYPE_CHECKING:
-    from cpattn.metadata.plan import Plan
+from cpattn.device_tables import IntArray
+from cpattn.metadata.layout import Layout
 
 
 class ChunkTables(NamedTuple):
     """The chunks with a token on one rank, in local order, as int64 arrays ``[c]``.
 
     Attributes:
+        entry: of ``plan.chunk_table``, ascending: what lies before a chunk in its request has a smaller one.
         request: of the batch.
-        column: which of its request's chunks it is.
         start: its first token within the request's extend.
         q_len: its tokens.
         k_len: the keys that its last query sees.
     """
 
+    entry: IntArray
     request: IntArray
-    column: IntArray
     start: IntArray
     q_len: IntArray
     k_len: IntArray
 
 
-def chunk_tables(plan: Plan, rank: int) -> ChunkTables:
+def chunk_tables(plan: Layout, rank: int) -> ChunkTables:
     """The chunks of one rank."""
-    columns = plan.rank_columns[rank]
-    lengths = plan.lengths[:, columns]
-    request, nth = lengths.nonzero()
-    column = columns[nth]
-    start = plan.starts[request, column]
-    q_len = lengths[request, nth]
-    return ChunkTables(request, column, start, q_len, plan.prefix_lens[request] + start + q_len)
+    entry = plan.by_rank.entries(rank)
+    request, start, q_len, _ = (column.take(entry) for column in plan.chunk_table)
+    return ChunkTables(entry, request, start, q_len, plan.prefix_lens[request] + start + q_len)

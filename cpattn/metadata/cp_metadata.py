@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
+from cpattn.current import is_capturing
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.memo import Memo
-from cpattn.metadata.batch import IntArray
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
-
-if TYPE_CHECKING:
-    from cpattn.metadata.plan import Plan
+from cpattn.metadata.layout import Layout
 
 T = TypeVar("T")
 
@@ -48,8 +46,11 @@ class CPMetadata:
         token_count ``[1]``: num_tokens, on the device.
     """
 
+    # A Plan, which is more than the Layout that is all that is used of it here: as Any its users may ask it for the rest.
+    plan: Any
+
     @leaves_graph
-    def __init__(self, plan: Plan, cp_rank: int, device: torch.device, bucket: Bucket | None = None) -> None:
+    def __init__(self, plan: Layout, cp_rank: int, device: torch.device, bucket: Bucket | None = None) -> None:
         self.cp_rank = cp_rank
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
@@ -70,13 +71,13 @@ class CPMetadata:
         """Copied and pickled as what it was made from, without what calls have derived: that refers to code and to the device."""
         return CPMetadata, (self.plan, self.cp_rank, self.device, self.bucket)
 
-    def _work_out(self, plan: Plan) -> None:
+    def _work_out(self, plan: Layout) -> None:
         """All that follows from the plan, on the host."""
         self.plan = plan
         self.rows = plan.rows if self.bucket is None else self.bucket.max_rows
         # What a call worked out for this batch, on the host.
         self.memo: Memo[Hashable, Any] = Memo(_MOST_REMEMBERED)
-        request, _, chunk_start, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
+        _, request, chunk_start, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
         cu_seqlens_q = np.zeros(len(q_len) + 1, dtype=np.int64)
         q_len.cumsum(out=cu_seqlens_q[1:])
 
@@ -86,12 +87,14 @@ class CPMetadata:
         # What a window is compared with: the longest request, prefix included, that this metadata may come to hold.
         self.longest_request = int(plan.total_lens.max(initial=0)) if self.bucket is None else self.bucket.max_seqlen
         # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones.
-        held = plan.shard_lens[request, self.cp_rank] + cu_seqlens_q[:-1] - plan.local_starts[request, plan.rank_columns[self.cp_rank, 0]]
+        extends = np.bincount(request, q_len, minlength=len(plan.batch)).astype(np.int64)
+        held = cu_seqlens_q[:-1] + (plan.shard_lens[:, self.cp_rank] - exclusive_cumsum(extends))[request]
+        k_starts = self.k_starts
         of_chunks = {
             "chunk_request": request,
             "q_len": q_len,
             "k_len": k_len,
-            "k_start": self.k_starts[request],
+            "k_start": k_starts[request],
             "token_start": exclusive_cumsum(plan.extend_lens)[request] + chunk_start,
             "position_start": k_len - q_len,
             "held_start": held,
@@ -99,29 +102,29 @@ class CPMetadata:
         # Runs over the whole batch: where its chunks lie in the gathered buffer, and where each request's extend and
         # prefix lie among the keys in order.
         of_gathered = {
-            "gathered_start": (plan.chunk_rank * self.rows + plan.local_starts).ravel(),
-            "chunk_length": plan.lengths.ravel(),
+            "gathered_start": plan.chunk_table.rank * self.rows + plan.chunk_rows,
+            "chunk_length": plan.chunk_table.length,
         }
         of_requests = {
             "request": np.arange(len(plan.batch)),
-            "extend_key": self.k_starts + plan.prefix_lens,
+            "extend_key": k_starts + plan.prefix_lens,
             "extend_len": plan.extend_lens,
-            "prefix_key": self.k_starts,
+            "prefix_key": k_starts,
             "prefix_len": plan.prefix_lens,
             "total_len": plan.total_lens,
-            "shard_len": plan.shard_lens[:, self.cp_rank] + plan.rank_extends[:, self.cp_rank],
+            "shard_len": plan.shard_lens[:, self.cp_rank] + extends,
             "zero": np.zeros(len(plan.batch), dtype=np.int64),
         }
         if self.bucket is not None:
             of_chunks = _padded(of_chunks, self.bucket.max_chunks)
-            of_gathered = _padded(of_gathered, self.bucket.max_requests * plan.lengths.shape[1])
+            of_gathered = _padded(of_gathered, plan.cp_size * self.bucket.max_chunks)
             of_requests = _padded(of_requests, self.bucket.max_requests)
             cu_seqlens_q = np.pad(cu_seqlens_q, (0, self.bucket.max_chunks + 1 - len(cu_seqlens_q)), mode="edge")
         token_count = np.array([self.num_tokens])
         self._host = {"cu_seqlens_q": cu_seqlens_q, "token_count": token_count, **of_chunks, **of_gathered, **of_requests}
 
     @leaves_graph
-    def copy_(self, other: Plan | CPMetadata) -> None:
+    def copy_(self, other: Layout | CPMetadata) -> None:
         """Puts another batch into this bucket: the same addresses, what the last batch left is cleared.
 
         Ordered with the current stream and without waiting for it, so that a graph captured with this metadata, replayed
@@ -135,15 +138,15 @@ class CPMetadata:
                 on every rank.
         """
         plan: Any = other.plan if isinstance(other, CPMetadata) else other
-        # A plan is known by what its users ask of it: its module imports this one.
-        if not hasattr(plan, "rank_columns"):
+        if not isinstance(plan, Layout):
             raise PlanError(f"copy_ got a {type(plan).__name__}; pass the Plan of the next batch, or any rank's CPMetadata of it")
         if self.bucket is None:
             raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
-        for name in ("cp_size", "partition", "sharded"):
+        for name in ("cp_size", "kind", "sharded"):
             mine, theirs = getattr(self.plan, name), getattr(plan, name)
             if mine != theirs:
-                raise PlanError(f"the plan has {name}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
+                shown = "partition" if name == "kind" else name
+                raise PlanError(f"the plan has {shown}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
         self.bucket.check(plan)
         held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
         if self._has_no_cache and plan.num_prefix_tokens:
@@ -282,7 +285,7 @@ class CPMetadata:
 
     @leaves_graph
     def _make(self, key: Hashable, build: Callable[[], Any]) -> None:
-        if self.token_count.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.token_count.device):
             raise CPError(
                 f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
                 "make the same call once with the same metadata before capturing it"
@@ -294,7 +297,8 @@ class CPMetadata:
     @property
     def _capacity(self) -> int:
         """Of tables with an entry for each token of the batch."""
-        return self.plan.num_tokens if self.bucket is None else self.plan.cp_size * self.rows
+        plan: Layout = self.plan
+        return plan.num_tokens if self.bucket is None else plan.cp_size * self.rows
 
     def _expand(self, first: str, lengths: str, total: int, capacity: int, *, step: int = 1, fill: int = -1) -> Tensor:
         """Token-level numbers from two of the small tables: runs, in steps of 1 or 0, filled up to ``capacity``."""

@@ -1,32 +1,62 @@
-"""Which rank owns which tokens: every request's extend is cut into chunks, and each chunk has an owner.
+"""Which rank owns which tokens: functions from a batch to chunks.
 
-A partition is the owner of each chunk, ``chunk_rank [num_chunks]``, the same for every request. How long the chunks
-are, given that a length seldom divides by their number, is the remainder rule's affair.
+A partition is called with the batch ``[n, 2]`` (prefix and new tokens of each request) and the number of ranks, and returns a
+:class:`Chunks`. Those with a name cut every request alike: into as many chunks, of which each has the same owner in every
+request. How long the chunks are, given that a length seldom divides by their number, is the remainder rule's affair.
 Causal load balance by pairing a front with a back chunk is that of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
-from cpattn.metadata.batch import IntArray
+from cpattn.device_tables import IntArray, exclusive_cumsum
+from cpattn.metadata.chunks import Chunks
+
+Partition: TypeAlias = Callable[[IntArray, int], Chunks]
 
 
-def zigzag(cp_size: int) -> IntArray:
-    """2 * cp_size chunks; rank r owns chunks r and 2 * cp_size - 1 - r: an early cheap one and a late dear one."""
-    ranks = np.arange(cp_size)
+def zigzag_owners(cp_size: int) -> IntArray:
+    """The owner of each of 2 * cp_size chunks; rank r owns chunks r and 2 * cp_size - 1 - r: an early cheap one and a late
+    expensive one."""
+    ranks = np.arange(cp_size, dtype=np.int64)
     return np.concatenate([ranks, ranks[::-1]])
 
 
-def contiguous(cp_size: int) -> IntArray:
-    """cp_size chunks; rank r owns chunk r. Even in tokens, not in causal work: later ranks compute more."""
-    return np.arange(cp_size)
+def contiguous_owners(cp_size: int) -> IntArray:
+    """The owner of each of cp_size chunks; rank r owns chunk r. Even in tokens, not in causal work: later ranks compute more."""
+    return np.arange(cp_size, dtype=np.int64)
 
 
-PARTITIONS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag, "contiguous": contiguous}
+def zigzag(batch: IntArray, cp_size: int, remainder: str = "balanced", dealer: int = 0) -> Chunks:
+    """See :func:`zigzag_owners`."""
+    return _cut_alike(batch, zigzag_owners(cp_size), cp_size, remainder, dealer)
+
+
+def contiguous(batch: IntArray, cp_size: int, remainder: str = "balanced", dealer: int = 0) -> Chunks:
+    """See :func:`contiguous_owners`."""
+    return _cut_alike(batch, contiguous_owners(cp_size), cp_size, remainder, dealer)
+
+
+PARTITIONS: dict[str, Callable[[IntArray, int, str, int], Chunks]] = {"zigzag": zigzag, "contiguous": contiguous}
+OWNERS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag_owners, "contiguous": contiguous_owners}
 REMAINDERS = ("balanced", "first")
+
+
+def _cut_alike(batch: IntArray, owners: IntArray, cp_size: int, remainder: str, dealer: int) -> Chunks:
+    lengths = chunk_lengths(batch[:, 1], owners, cp_size, remainder, dealer)
+    held = lengths > 0
+    per_request = held.sum(axis=1)
+    length, rank = lengths.ravel(), np.tile(owners, len(batch))
+    kept = held.ravel().nonzero()[0]
+    if len(kept) < len(length):
+        length, rank = length.take(kept), rank.take(kept)
+    # Counted over the whole batch, less what the requests before have.
+    start = exclusive_cumsum(length) - exclusive_cumsum(batch[:, 1]).repeat(per_request)
+    return Chunks(np.arange(len(batch)).repeat(per_request), start, length, rank)
 
 
 def first_dealt(extend_lens: IntArray, shard_lens: IntArray) -> int:
@@ -40,12 +70,12 @@ def first_dealt(extend_lens: IntArray, shard_lens: IntArray) -> int:
     return int(np.argmin(costs))
 
 
-def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, remainder: str, dealer: int = 0) -> IntArray:
-    """Cuts every request into ``len(chunk_rank)`` chunks whose lengths differ by at most one token.
+def chunk_lengths(extend_lens: IntArray, owners: IntArray, cp_size: int, remainder: str, dealer: int = 0) -> IntArray:
+    """Cuts every request into ``len(owners)`` chunks whose lengths differ by at most one token.
 
     Args:
         extend_lens: ``[num_requests]`` new tokens of each request.
-        chunk_rank: ``[num_chunks]`` the owner of each chunk; in every run of cp_size chunks each rank stands once.
+        owners: ``[num_chunks]`` the owner of each chunk; in every run of cp_size chunks each rank stands once.
         remainder: ``"first"`` gives the tokens left over to the first chunks of each request. ``"balanced"`` deals
             them to ranks in turn and goes on with the next request where the last one stopped, as one deals cards;
             so any two ranks differ by at most one token over the whole batch.
@@ -54,7 +84,7 @@ def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, rem
     Returns:
         ``[num_requests, num_chunks]`` int64.
     """
-    num_chunks = len(chunk_rank)
+    num_chunks = len(owners)
     base, left_over = np.divmod(extend_lens, num_chunks)
     if remainder == "first":
         gets_one = np.arange(num_chunks) < left_over[:, None]
@@ -67,5 +97,5 @@ def chunk_lengths(extend_lens: IntArray, chunk_rank: IntArray, cp_size: int, rem
         rank_extra = everyone[:, None] + (turn < some[:, None])
         # A rank with one token left over for its several chunks puts it in the earliest.
         nth_of_rank = np.arange(num_chunks) // cp_size
-        gets_one = nth_of_rank < rank_extra[:, chunk_rank]
+        gets_one = nth_of_rank < rank_extra[:, owners]
     return base[:, None] + gets_one

@@ -2,137 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError, RankError, shown
 from cpattn.graphs import leaves_graph
-from cpattn.metadata.batch import MAX_TOKENS, IntArray, Request, is_integer, parse_batch, parse_prefix_shards
+from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.draw import draw_plan, summarize_plan
-from cpattn.metadata.partition import PARTITIONS, REMAINDERS, chunk_lengths, first_dealt
+from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
+from cpattn.metadata.layout import Chunk as Chunk
+from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths
 
 
-class Chunk(NamedTuple):
-    """A contiguous run of one request's extend tokens that one rank owns: tokens start .. start + length - 1 of them."""
-
-    request: int
-    start: int
-    length: int
-    rank: int
-
-
-_LIMITS = {
-    "cp_size": (2**16, "a plan has tables of all ranks; cp_size is the size of the context-parallel group"),
-    "pad_to": (MAX_TOKENS, "row numbers are int32"),
-}
-# Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.
-_MOST_SHARES = 2**27
-
-
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Layout):
     """The layout of a batch over ``cp_size`` ranks. Frozen, hashable, and the same on every rank.
 
-    Made by :func:`plan`, which explains the arguments. All else is worked out from them when first asked for.
+    Made by :func:`plan`, which explains the arguments. All else is worked out from them when first asked for. Of a partition
+    of your own a plan keeps the chunks: plans are equal where those are, and can be pickled whatever the function was.
     """
-
-    batch: tuple[Request, ...]
-    cp_size: int
-    partition: str = "zigzag"
-    remainder: str = "balanced"
-    pad_to: int = 1
-    prefix_shards: tuple[tuple[int, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        pairs = parse_batch(self.batch)
-        for name in ("cp_size", "pad_to"):
-            value: Any = getattr(self, name)
-            if not _is_size(name, value):
-                limit, why = _LIMITS[name]
-                if is_integer(value) and value > limit:
-                    raise PlanError(f"{name}={shown(value)}; the limit is {limit} ({why})")
-                raise PlanError(f"{name}={shown(value)}; it must be an integer of at least 1")
-            object.__setattr__(self, name, int(value))
-        if len(pairs) * self.cp_size > _MOST_SHARES:
-            raise PlanError(
-                f"{len(pairs)} requests over cp_size={self.cp_size} ranks are {len(pairs) * self.cp_size} shares; the limit is "
-                f"{_MOST_SHARES} (a plan has tables of them); split the batch"
-            )
-        for name, known in (("partition", tuple(PARTITIONS)), ("remainder", REMAINDERS)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise PlanError(f"{name}={shown(value)} is unknown; choose one of {', '.join(map(repr, known))}")
-            # The plain str that it equals: a subclass may print itself otherwise, and the fingerprint is made of text.
-            object.__setattr__(self, name, known[known.index(value)])
-        object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
-        # Seeds the cached property, which would make the same array from the tuple again.
-        self.__dict__["_pairs"] = _frozen(pairs)
-        if self.prefix_shards is not None:
-            shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
-            object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
-            self.__dict__["shard_lens"] = _frozen(shards)
-        if self.cp_size * self.rows > MAX_TOKENS:
-            raise PlanError(
-                f"{self.cp_size} ranks of {self.rows} rows are {self.cp_size * self.rows} rows; the limit is {MAX_TOKENS} "
-                "(row numbers are int32); split the batch or lower pad_to"
-            )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
-        return Plan, (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards)
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
-            f"partition={self.partition!r}, remainder={self.remainder!r}, pad_to={self.pad_to}, rows={self.rows}"
-            f"{', sharded prefixes' if self.sharded else ''})"
-        )
-
-    # What a reader asks of a plan.
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """New tokens in the batch, over all requests and ranks."""
-        return int(self.extend_lens.sum())
-
-    @cached_property
-    def num_prefix_tokens(self) -> int:
-        """Tokens of the batch that lie in the KV cache already."""
-        return int(self.prefix_lens.sum())
-
-    @cached_property
-    def rank_tokens(self) -> tuple[int, ...]:
-        """The tokens (logical rows) of each rank."""
-        per_rank = np.zeros(self.cp_size, dtype=np.int64)
-        np.add.at(per_rank, self.chunk_rank, self.lengths.sum(axis=0))
-        return tuple(per_rank.tolist())
-
-    @cached_property
-    def rows(self) -> int:
-        """Physical rows: the tokens of the fullest rank, rounded up to a multiple of ``pad_to``. The same on every rank."""
-        return -(-max(self.rank_tokens) // self.pad_to) * self.pad_to
-
-    @cached_property
-    def rank_chunks(self) -> tuple[int, ...]:
-        """The chunks with a token on each rank."""
-        per_rank = np.zeros(self.cp_size, dtype=np.int64)
-        np.add.at(per_rank, self.chunk_rank, (self.lengths > 0).sum(axis=0))
-        return tuple(per_rank.tolist())
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each rank holds a part of the prefixes only (``prefix_shards``), rather than all of them."""
-        return self.prefix_shards is not None
 
     def fits(self, bucket: Bucket) -> bool:
         """Whether the metadata of every rank fit into a bucket; the answer is the same on every rank.
@@ -143,44 +41,6 @@ class Plan:
         """
         _check_bucket(bucket)
         return bucket.why_not(self) is None
-
-    @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """All chunks that hold a token, in the order of the batch and, within a request, of the sequence."""
-        request, column = np.nonzero(self.lengths)
-        table = (request, self.starts[request, column], self.lengths[request, column], self.chunk_rank[column])
-        return tuple(map(Chunk._make, np.stack(table, axis=1).tolist()))
-
-    @cached_property
-    def rank_pairs(self) -> tuple[int, ...]:
-        """The query-key pairs that each rank computes: a query at absolute position p sees p + 1 keys."""
-        first_seen = self.prefix_lens[:, None] + self.starts + 1
-        pairs = self.lengths * first_seen + self.lengths * (self.lengths - 1) // 2
-        per_rank = np.zeros(self.cp_size, dtype=np.int64)
-        np.add.at(per_rank, self.chunk_rank, pairs.sum(axis=0))
-        return tuple(per_rank.tolist())
-
-    @property
-    def token_imbalance(self) -> float:
-        """Tokens of the fullest rank over the mean; 1.0 is perfect, and what an empty batch has."""
-        return _max_over_mean(self.rank_tokens)
-
-    @property
-    def pair_imbalance(self) -> float:
-        """Query-key pairs of the busiest rank over the mean; 1.0 is perfect, and what an empty batch has."""
-        return _max_over_mean(self.rank_pairs)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """32 hex digits, the same on every machine; equal exactly when the plans are equal (BLAKE2b, 128 bits)."""
-        digest = hashlib.blake2b(digest_size=16)
-        # A change to the rules of the layout must change this number: ranks of two versions then find out.
-        digest.update(b"layout 2")
-        digest.update(repr((self.cp_size, self.partition, self.remainder, self.pad_to, self.sharded)).encode())
-        digest.update(self._pairs.astype("<i8").tobytes())
-        if self.sharded:
-            digest.update(self.shard_lens.astype("<i8").tobytes())
-        return digest.hexdigest()
 
     @leaves_graph
     def metadata(self, cp_rank: int, device: torch.device | str = "cpu", bucket: Bucket | None = None) -> CPMetadata:
@@ -210,82 +70,42 @@ class Plan:
         """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank."""
         return draw_plan(self, width)
 
-    # What the layers above build their tables from: small numpy arrays, never written to after they are made.
-
-    @cached_property
-    def _pairs(self) -> IntArray:
-        return _frozen(np.array(self.batch, dtype=np.int64).reshape(-1, 2))
-
-    @property
-    def prefix_lens(self) -> IntArray:
-        """``[num_requests]`` int64."""
-        return self._pairs[:, 0]
-
-    @property
-    def extend_lens(self) -> IntArray:
-        """``[num_requests]`` int64."""
-        return self._pairs[:, 1]
-
-    @property
-    def total_lens(self) -> IntArray:
-        """``[num_requests]`` int64: prefix and extend together."""
-        total: IntArray = self._pairs.sum(axis=1)
-        return total
-
-    @cached_property
-    def shard_lens(self) -> IntArray:
-        """``[num_requests, cp_size]`` the prefix tokens of each request that each rank holds; 0 where prefixes are not sharded."""
-        return _frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
-
-    @cached_property
-    def rank_extends(self) -> IntArray:
-        """``[num_requests, cp_size]`` the new tokens of each request that each rank owns."""
-        return _frozen(self.lengths[:, self.rank_columns].sum(axis=2))
-
-    @cached_property
-    def shard_totals(self) -> IntArray:
-        """``[cp_size]`` the tokens that each rank holds once it has its new ones: its shard of the prefixes and of the extends."""
-        return _frozen((self.shard_lens + self.rank_extends).sum(axis=0))
-
-    @property
-    def largest_shard(self) -> int:
-        """The tokens of the rank that holds the most."""
-        return int(self.shard_totals.max())
+    # Of zigzag and contiguous alone, which cut all requests alike. ``chunk_table`` says the same of any partition.
 
     @cached_property
     def chunk_rank(self) -> IntArray:
-        """``[num_chunks]`` the rank that owns each chunk; the same for every request."""
-        return _frozen(PARTITIONS[self.partition](self.cp_size))
+        """``[num_chunks]`` the rank that owns each chunk; the same for every request. This and the next four are for zigzag and
+        contiguous, and raise PlanError where a partition of your own made the chunks: those are in ``chunk_table``."""
+        if not isinstance(self.partition, str):
+            raise PlanError(
+                f"partition {self.partition!r} need not cut all requests alike; plan.chunk_table has the chunks of any partition"
+            )
+        return frozen(OWNERS[self.partition](self.cp_size))
 
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        dealer = first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
-        return _frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, dealer))
+        return frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, self._dealer))
 
     @cached_property
     def starts(self) -> IntArray:
         """``[num_requests, num_chunks]`` where each chunk begins within its request's extend."""
-        return _frozen(self.lengths.cumsum(axis=1) - self.lengths)
+        return frozen(self.lengths.cumsum(axis=1) - self.lengths)
 
     @cached_property
     def rank_columns(self) -> IntArray:
         """``[cp_size, chunks per rank]`` the columns of ``lengths`` that each rank owns, in sequence order."""
-        return _frozen(np.argsort(self.chunk_rank, kind="stable").reshape(self.cp_size, -1))
+        return frozen(np.argsort(self.chunk_rank, kind="stable").reshape(self.cp_size, -1))
 
     @cached_property
     def local_starts(self) -> IntArray:
         """``[num_requests, num_chunks]`` the row at which each chunk begins on the rank that owns it."""
-        num_requests, num_chunks = self.lengths.shape
-        columns = self.rank_columns.ravel()
-        by_request = (num_requests, self.cp_size, num_chunks // self.cp_size)
-        # [rank, request, nth chunk of the rank]: the order in which each rank's rows lie.
-        per_rank = self.lengths[:, columns].reshape(by_request).transpose(1, 0, 2)
-        flat = per_rank.reshape(self.cp_size, num_requests * by_request[2])
-        begins = (flat.cumsum(axis=1) - flat).reshape(per_rank.shape)
-        local = np.empty((num_requests, num_chunks), dtype=np.int64)
-        local[:, columns] = begins.transpose(1, 0, 2).reshape(num_requests, num_chunks)
-        return _frozen(local)
+        lengths, columns = self.lengths, self.rank_columns
+        local = np.empty_like(lengths)
+        for mine in columns:
+            flat = lengths[:, mine].ravel()
+            local[:, mine] = (flat.cumsum() - flat).reshape(len(lengths), len(mine))
+        return frozen(local)
 
 
 @leaves_graph
@@ -293,7 +113,7 @@ def plan(
     batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
     cp_size: int,
     *,
-    partition: str = "zigzag",
+    partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
@@ -313,7 +133,9 @@ def plan(
             2 * cp_size are all legal.
         cp_size: number of ranks, at least 1.
         partition: ``"zigzag"`` cuts each request into 2 * cp_size chunks and gives rank r chunks r and
-            2 * cp_size - 1 - r, so that causal work is even; ``"contiguous"`` cuts it into cp_size chunks.
+            2 * cp_size - 1 - r, so that causal work is even; ``"contiguous"`` cuts it into cp_size chunks. Or a function of
+            your own: it is called with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on
+            every rank.
         remainder: where the tokens go that a division into equal chunks leaves over. ``"balanced"``: any two ranks
             differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request.
         pad_to: physical rows are a multiple of this.
@@ -323,7 +145,7 @@ def plan(
 
     Raises:
         BatchError: not integer pairs, or a negative length.
-        PlanError: an option out of its range.
+        PlanError: an option out of its range; a partition of your own returned no layout of the batch.
     """
     return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards)  # type: ignore[arg-type]
 
@@ -333,7 +155,7 @@ def required_rows(
     batch: Sequence[tuple[int, int]] | Sequence[Request] | npt.NDArray[Any],
     cp_size: int,
     *,
-    partition: str = "zigzag",
+    partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
 ) -> int:
@@ -347,12 +169,13 @@ def required_rows(
     8
     """
     sizes = {"cp_size": cp_size, "pad_to": pad_to}
-    if remainder == "balanced" and partition in tuple(PARTITIONS) and all(map(_is_size, sizes, sizes.values())):
+    named = isinstance(partition, str) and partition in tuple(PARTITIONS)
+    if named and remainder == "balanced" and all(map(is_size, sizes, sizes.values())):
         pairs = parse_batch(batch)
         # Integers of numpy may be too narrow for what is computed with them.
         ranks, multiple = int(cp_size), int(pad_to)
         rows = -(-int(pairs[:, 1].sum()) // (ranks * multiple)) * multiple
-        if ranks * rows <= MAX_TOKENS and ranks * len(pairs) <= _MOST_SHARES:
+        if ranks * rows <= MAX_TOKENS and ranks * len(pairs) <= MOST_SHARES:
             return rows
     # The plan does what is left, and says what is wrong.
     return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
@@ -365,7 +188,7 @@ def build_metadata(
     cp_rank: int,
     device: torch.device | str = "cpu",
     *,
-    partition: str = "zigzag",
+    partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
@@ -381,21 +204,6 @@ def build_metadata(
     return planned.metadata(cp_rank, device, bucket)
 
 
-def _is_size(name: str, value: Any) -> bool:
-    return is_integer(value) and bool(1 <= value <= _LIMITS[name][0])
-
-
 def _check_bucket(bucket: Any) -> None:
     if not isinstance(bucket, Bucket):
         raise PlanError(f"bucket is a {type(bucket).__name__}; pass a cpattn.Bucket(max_requests, max_rows, max_chunks), or None")
-
-
-def _frozen(table: IntArray) -> IntArray:
-    """The same array, which can not be written to any more: a plan does not change."""
-    table.setflags(write=False)
-    return table
-
-
-def _max_over_mean(values: tuple[int, ...]) -> float:
-    total = sum(values)
-    return max(values) * len(values) / total if total else 1.0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cpattn.metadata.draw import describe_partition
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
 from cpattn.viz.palette import INK, PADDING, ink_on, rank_color, rank_hatch, tint
@@ -39,7 +40,7 @@ def draw_chunks(plan: Plan, path: str | Path) -> None:
         pale = " Pale: keys of the prefix." if plan.num_prefix_tokens else ""
         write(
             0.45,
-            f"{plan.cp_size} ranks, {plan.partition} partition, {plan.remainder} remainder. Colours and numbers: ranks.{pale}{left_out}",
+            f"{plan.cp_size} ranks, {describe_partition(plan)}. Colours and numbers: ranks.{pale}{left_out}",
         )
         for number, request in enumerate(shown):
             line, column = divmod(number, across)
@@ -89,8 +90,7 @@ def _draw_request(axis: Any, plan: Plan, request: int, inches: float) -> None:
 
 def _draw_rows(axis: Any, plan: Plan) -> None:
     rows = max(1, plan.rows)
-    tokens = np.zeros((plan.cp_size, len(plan.batch)), dtype=np.int64)
-    np.add.at(tokens, plan.chunk_rank, plan.lengths.T)
+    tokens = plan.rank_extends.T
     for rank in range(plan.cp_size):
         begin = 0
         color = rank_color(rank)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cpattn.viz.canvas import PictureError, canvas
 from cpattn.viz.palette import INK, ink_on, rank_color, rank_hatch, tint
-from cpattn.viz.ring_schedule import RingSchedule, Stretch, is_sharded
+from cpattn.viz.ring_schedule import RingSchedule, Stretch
 
 _COMPUTE_HEIGHT, _SEND_HEIGHT = 0.48, 0.24
 _INCHES_A_RANK, _WIDTH = 0.62, 8.4
@@ -35,7 +35,7 @@ def draw_ring_picture(schedule: RingSchedule, path: str | Path) -> None:
         axis = figure.add_axes((_LEFT / _WIDTH, _BELOW / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, lanes / height))
         end = schedule.end or 1.0
         for stretch in schedule.computing:
-            prefix = " and cached ones" if stretch.hop == 0 and plan.num_prefix_tokens and not is_sharded(plan) else ""
+            prefix = " and cached ones" if stretch.hop == 0 and plan.num_prefix_tokens and not plan.sharded else ""
             texts = [f"keys of rank {stretch.owner}{prefix}", f"keys of rank {stretch.owner}", f"rank {stretch.owner}", f"{stretch.owner}"]
             _bar(axis, stretch, stretch.rank, _COMPUTE_HEIGHT, end, texts, rank_color(stretch.owner), 9.0)
         for stretch in schedule.sending:

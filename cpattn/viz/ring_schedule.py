@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.errors import PlanError
-from cpattn.metadata.batch import IntArray
 from cpattn.metadata.plan import Plan
 
 _MOST_RANKS, _LONGEST_TRANSFER = 256, 10**6
@@ -95,24 +95,18 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
 def pairs_by_owner(plan: Plan) -> tuple[IntArray, IntArray]:
     """``[cp_size, cp_size]`` the query-key pairs of each rank's queries and each rank's new keys, and ``[cp_size]`` those
     of its queries and prefixes that lie on every rank; of a sharded cache, each rank's shard counts among its keys."""
+    request, _, length, rank = plan.chunk_table
     pairs = np.zeros((plan.cp_size, plan.cp_size), dtype=np.int64)
     prefix_pairs = np.zeros(plan.cp_size, dtype=np.int64)
-    if is_sharded(plan):
-        queries = np.zeros((plan.cp_size, len(plan.batch)), dtype=np.int64)
-        np.add.at(queries, plan.chunk_rank, plan.lengths.T)
-        shards: IntArray = getattr(plan, "shard_lens", np.zeros((len(plan.batch), plan.cp_size), dtype=np.int64))
-        pairs += queries @ shards
+    if plan.sharded:
+        pairs += plan.rank_extends.T @ plan.shard_lens
     else:
-        np.add.at(prefix_pairs, plan.chunk_rank, (plan.lengths * plan.prefix_lens[:, None]).sum(axis=0))
-    for q_column, q_rank in enumerate(plan.chunk_rank):
-        lengths = plan.lengths[:, q_column]
-        pairs[q_rank, q_rank] += int((lengths * (lengths + 1) // 2).sum())
-        # All of each earlier chunk is seen by all of this one.
-        seen = (lengths[:, None] * plan.lengths[:, :q_column]).sum(axis=0)
-        np.add.at(pairs[q_rank], plan.chunk_rank[:q_column], seen)
+        prefix_pairs = plan.rank_extends.T @ plan.prefix_lens
+    first = np.searchsorted(request, request)  # of each chunk's request
+    for owner in range(plan.cp_size):
+        owned = np.where(rank == owner, length, 0)
+        owned_before = exclusive_cumsum(owned)
+        # All of each earlier chunk of the request is seen by all of a later one; its own, by half.
+        seen = length * (owned_before - owned_before[first]) + owned * (owned + 1) // 2
+        pairs[:, owner] += plan.by_rank.sums(seen)
     return pairs, prefix_pairs
-
-
-def is_sharded(plan: Plan) -> bool:
-    """Whether each rank holds a part of the cached prefixes only; plans that can not say so have them on every rank."""
-    return bool(getattr(plan, "sharded", False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpattn.metadata.draw import describe_partition
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
 from cpattn.viz.palette import INK, rank_color, rank_hatch
@@ -36,7 +37,7 @@ def draw_work_picture(plans: Sequence[Plan], path: str | Path) -> None:
             axis.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 2)))
             axis.annotate("mean", (1.0, 1.0), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points")
             axis.set_title(
-                f"{plan.partition} partition, {plan.remainder} remainder\nthe busiest rank has {plan.pair_imbalance:.2f} times the mean",
+                f"{describe_partition(plan)}\nthe busiest rank has {plan.pair_imbalance:.2f} times the mean",
                 pad=16, loc="left",
             )  # fmt: skip
             axis.set_ylim(plan.cp_size - 0.4, -0.6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_partitions import OwnPartition
 from strategies import Batch, non_empty_batches
 
 import cpattn
@@ -56,12 +57,12 @@ def take(steps: Steps) -> list[Step]:
 @given(
     batch=non_empty_batches(),
     cp_size=st.integers(1, 6),
-    partition=st.sampled_from(["zigzag", "contiguous"]),
+    partition=st.sampled_from(["zigzag", "contiguous"]) | st.builds(OwnPartition, st.integers(0, 10**6)),
     window=st.none() | st.integers(1, 90),
 )
 @settings(max_examples=40, deadline=None)
 def test_steps_are_as_many_and_of_the_alignment_that_the_strategy_says(
-    strategy: str, batch: Batch, cp_size: int, partition: str, window: int | None
+    strategy: str, batch: Batch, cp_size: int, partition: str | OwnPartition, window: int | None
 ) -> None:
     plan = cpattn.plan(batch, cp_size, partition=partition)
     promised = cpattn.STRATEGIES[strategy].alignments(plan, window)

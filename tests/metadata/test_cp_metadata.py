@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches, named_batches, plan_options
+from strategies import Batch, any_plan_options, batches, named_batches
 from torch import Tensor
 
 import cpattn
@@ -66,7 +66,7 @@ def assert_as_defined(meta: CPMetadata) -> None:
 
 
 class TestAgainstTheDefinition:
-    @given(batches(max_requests=6, max_prefix=40, max_extend=40), plan_options())
+    @given(batches(max_requests=6, max_prefix=40, max_extend=40), any_plan_options())
     @settings(max_examples=500, deadline=None)
     def test_any_batch(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
@@ -96,7 +96,7 @@ class TestAgainstTheDefinition:
         for cp_rank in range(cp_size):
             assert_as_defined(plan.metadata(cp_rank))
 
-    @given(batches(max_requests=4), plan_options(), st.data())
+    @given(batches(max_requests=4), any_plan_options(), st.data())
     def test_build_metadata_is_both_in_one_call(self, batch: Batch, options: dict[str, Any], data: st.DataObject) -> None:
         cp_rank = data.draw(st.integers(0, options["cp_size"] - 1))
         meta = cpattn.build_metadata(batch, cp_rank=cp_rank, **options)
@@ -132,7 +132,7 @@ class TestAgainstTheDefinition:
         assert meta.position_ids.tolist() == ([1000] if cp_rank == 0 else [0])
         assert meta.cu_seqlens_q.tolist() == ([0, 1] if cp_rank == 0 else [0])
 
-    @given(batches(), plan_options())
+    @given(batches(), any_plan_options())
     @settings(deadline=None)
     def test_prefix_lengths_do_not_depend_on_padding(self, batch: Batch, options: dict[str, Any]) -> None:
         plans = [cpattn.plan(batch, **options | {"pad_to": pad_to}) for pad_to in (1, 8, 64)]
@@ -151,7 +151,7 @@ class TestAgainstTheDefinition:
                     assert torch.equal(tokens, getattr(metas[0], name)[: meta.num_tokens]), name
                     assert (padding == fill).all(), name
 
-    @given(batches(), plan_options())
+    @given(batches(), any_plan_options())
     @settings(deadline=None)
     def test_rows_and_restore_index_are_the_same_on_every_rank(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
@@ -165,7 +165,7 @@ class TestAgainstTheDefinition:
 
 
 class TestThereAndBack:
-    @given(batches(), plan_options())
+    @given(batches(), any_plan_options())
     @settings(max_examples=500, deadline=None)
     def test_shards_restore_to_the_original(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
@@ -185,7 +185,7 @@ class TestThereAndBack:
         assert torch.equal(placed, x)
         assert (times == 1).all()
 
-    @given(batches(max_requests=6, max_prefix=40, max_extend=40), plan_options())
+    @given(batches(max_requests=6, max_prefix=40, max_extend=40), any_plan_options())
     @settings(deadline=None)
     def test_key_rows_put_each_request_s_keys_in_order(self, batch: Batch, options: dict[str, Any]) -> None:
         """Keys are numbered (request, position); gathered rows and prefixes together fill each row once."""
@@ -290,7 +290,7 @@ class TestTables:
         assert meta.derive("nothing", lambda: calls.append(0)) is None
         assert len(calls) == 1
 
-    @given(batches(), plan_options())
+    @given(batches(), any_plan_options())
     @settings(deadline=None)
     def test_chunk_tensors_are_aligned_views_of_one_buffer(self, batch: Batch, options: dict[str, Any]) -> None:
         meta = cpattn.plan(batch, **options).metadata(0)
@@ -328,7 +328,7 @@ class TestTables:
             assert expanded.dtype == torch.int32
             assert expanded.tolist() == expected
 
-    @given(batches(max_requests=6), plan_options())
+    @given(batches(max_requests=6), any_plan_options())
     @settings(max_examples=25, deadline=None)
     def test_tables_of_another_device_are_made_alike(self, batch: Batch, options: dict[str, Any]) -> None:
         """Elsewhere than on the CPU the token tables are made on the device; here, on CPU tensors that do not know it."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches, cp_sizes, named_batches, plan_options
+from strategies import Batch, any_plan_options, batches, cp_sizes, named_batches
 
 import cpattn
 from cpattn import Plan
@@ -49,13 +49,13 @@ class TestDraw:
     def test_no_requests(self) -> None:
         assert cpattn.plan([], 3).draw() == "(no requests)"
 
-    @given(batches(max_prefix=30, max_extend=40), plan_options())
+    @given(batches(max_prefix=30, max_extend=40), any_plan_options())
     def test_token_by_token(self, batch: Batch, options: dict[str, Any]) -> None:
         """With a mark for each token the picture is the plan."""
         plan = cpattn.plan(batch, **options)
         assert not batch or parse(plan.draw(width=70)) == [(owners, 1) for owners in owners_of(plan)]
 
-    @given(batches(max_prefix=1000, max_extend=300), plan_options(), st.integers(-1, 120))
+    @given(batches(max_prefix=1000, max_extend=300), any_plan_options(), st.integers(-1, 120))
     @settings(deadline=None)
     def test_any_plan_at_any_width(self, batch: Batch, options: dict[str, Any], width: int) -> None:
         plan = cpattn.plan(batch, **options)
@@ -116,7 +116,7 @@ class TestSummary:
             "imbalance (fullest rank over the mean): tokens 1.0909, pairs 1.0000",
         ]
 
-    @given(batches(max_prefix=3000, max_extend=3000), plan_options())
+    @given(batches(max_prefix=3000, max_extend=3000), any_plan_options())
     def test_numbers_are_those_of_the_plan(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         text = plan.summary().replace(",", "")
@@ -132,7 +132,8 @@ class TestSummary:
                 assert share == "-"
         assert [int(cell) for cell in table["all"]] == [plan.num_tokens, plan.cp_size * plan.rows - plan.num_tokens, sum(plan.rank_pairs)]
         assert f"tokens {plan.token_imbalance:.4f} pairs {plan.pair_imbalance:.4f}" in text
-        for word in (plan.partition, plan.remainder, f"{plan.rows} rows", f"multiple of {plan.pad_to}", f"{len(batch)} request"):
+        remainder = "" if plan.is_callers else plan.remainder
+        for word in (str(plan.partition), remainder, f"{plan.rows} rows", f"multiple of {plan.pad_to}", f"{len(batch)} request"):
             assert word in text
 
     @pytest.mark.parametrize("batch", [*named_batches(), pytest.param([(1_000_000, 131_072)] * 64, id="long-contexts")])

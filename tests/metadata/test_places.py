@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_caches import random_shards
-from strategies import Batch, batches, plan_options
+from strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn
 from cpattn import CPMetadata, Plan
 
-BUCKET = cpattn.Bucket(max_requests=20, max_rows=700, max_chunks=40)
+BUCKET = cpattn.Bucket(max_requests=20, max_rows=700, max_chunks=160)
 
 
 def pairs(places: tuple[Tensor, Tensor]) -> list[tuple[int, int]]:
@@ -55,7 +55,9 @@ def check(meta: CPMetadata) -> None:
     assert pairs(meta.shard_places) == filled([(i, n) for i, count in enumerate(held) for n in range(count)], plan.largest_shard)
 
 
-@given(batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=plan_options(), sharded=st.booleans(), seed=st.integers(0, 99))
+@given(
+    batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=any_plan_options(), sharded=st.booleans(), seed=st.integers(0, 99)
+)
 @settings(max_examples=150, deadline=None)
 def test_places(batch: Batch, options: dict[str, Any], sharded: bool, seed: int) -> None:
     plan = cpattn.plan(batch, **options, prefix_shards=random_shards(batch, options["cp_size"], seed) if sharded else None)
@@ -67,7 +69,7 @@ def test_places(batch: Batch, options: dict[str, Any], sharded: bool, seed: int)
 @given(
     first=batches(max_requests=6, max_prefix=40, max_extend=40),
     second=batches(max_requests=6, max_prefix=40, max_extend=40),
-    options=plan_options(),
+    options=any_plan_options(),
     sharded=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from hypothesis import given, settings
-from strategies import Batch, batches, plan_options
+from strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn
@@ -54,7 +54,7 @@ def test_the_pieces_are_cp_attention(cp_size: int, v_in_k: bool, bucket: cpattn.
     assert set(run_loopback(program, cp_size)) == {(cp_size - 1) * rows * case.k.shape[1] * width * 2}
 
 
-@given(batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=plan_options())
+@given(batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=any_plan_options())
 @settings(max_examples=100, deadline=None)
 def test_slots_are_in_the_order_of_the_gathered_buffer(batch: Batch, options: dict[str, Any]) -> None:
     plan = cpattn.plan(batch, **options)

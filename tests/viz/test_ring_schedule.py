@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches, plan_options
+from strategies import Batch, any_plan_options, batches
 
 import cpattn
 from cpattn.viz import ring_as_text, ring_schedule, work_as_text
@@ -31,7 +31,7 @@ def counted(plan: cpattn.Plan) -> tuple[list[list[int]], list[int]]:
     return pairs, prefix_pairs
 
 
-@given(batches(max_requests=4, max_prefix=20, max_extend=24), plan_options())
+@given(batches(max_requests=4, max_prefix=20, max_extend=24), any_plan_options())
 def test_pairs_are_those_one_counts(batch: Batch, options: dict[str, Any]) -> None:
     plan = cpattn.plan(batch, **options)
     pairs, prefix_pairs = pairs_by_owner(plan)
@@ -39,7 +39,7 @@ def test_pairs_are_those_one_counts(batch: Batch, options: dict[str, Any]) -> No
     assert tuple((pairs.sum(axis=1) + prefix_pairs).tolist()) == plan.rank_pairs
 
 
-@given(batches(), plan_options(), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
+@given(batches(), any_plan_options(), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 def test_a_rank_waits_for_its_keys(batch: Batch, options: dict[str, Any], transfer: float) -> None:
     plan = cpattn.plan(batch, **options)
     schedule = ring_schedule(plan, transfer)
@@ -84,7 +84,7 @@ def test_a_negative_transfer_is_refused() -> None:
             ring_schedule(cpattn.plan([(0, 4)], 2), wrong)
 
 
-@given(batches(), plan_options(), st.integers(1, 80))
+@given(batches(), any_plan_options(), st.integers(1, 80))
 def test_texts_are_as_wide_as_asked(batch: Batch, options: dict[str, Any], width: int) -> None:
     plan = cpattn.plan(batch, **options)
     lines = ring_as_text(ring_schedule(plan), width).splitlines()

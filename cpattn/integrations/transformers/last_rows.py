@@ -34,11 +34,10 @@ def last_rows(meta: CPMetadata) -> LastRows:
 def _build(meta: CPMetadata) -> LastRows:
     plan = meta.plan
     request = plan.extend_lens.nonzero()[0]
-    lengths = plan.lengths[request]
-    # The last chunk of each request that is not empty.
-    column = lengths.shape[1] - 1 - (lengths[:, ::-1] > 0).argmax(axis=1)
-    row = plan.local_starts[request, column] + lengths[np.arange(len(request)), column] - 1
-    rank = plan.chunk_rank[column]
+    # The last chunk of each request.
+    entry = np.searchsorted(plan.chunk_table.request, request, side="right") - 1
+    row = plan.chunk_rows[entry] + plan.chunk_table.length[entry] - 1
+    rank = plan.chunk_table.rank[entry]
 
     held = np.bincount(rank, minlength=plan.cp_size)
     count = int(held.max())

@@ -1,0 +1,87 @@
+"""Chunks as one flat table: all that a layout is. What everything else groups by stands here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.device_tables import IntArray
+
+
+class Chunks(NamedTuple):
+    """Who owns which new tokens: flat int64 arrays ``[c]``, an entry a chunk, by request and then by position.
+
+    A chunk is a run of tokens of one request that one rank owns. Only chunks that hold a token are listed.
+
+    >>> import cpattn
+    >>> cpattn.plan([(0, 5), (7, 1)], cp_size=2, partition="contiguous").chunk_table
+    Chunks(request=array([0, 0, 1]), start=array([0, 3, 0]), length=array([3, 2, 1]), rank=array([0, 1, 1]))
+
+    Attributes:
+        request: which request of the batch.
+        start: the first of the chunk's tokens, counted within the new tokens of its request.
+        length: how many tokens, at least 1.
+        rank: who owns them.
+    """
+
+    request: IntArray
+    start: IntArray
+    length: IntArray
+    rank: IntArray
+
+
+class ByRank(NamedTuple):
+    """The chunks of a table sorted by rank, each rank's in the order of the table, which is that of its rows.
+
+    Attributes:
+        order ``[c]``: the entries of the table, sorted.
+        bounds ``[cp_size + 1]``: rank r has ``order[bounds[r] : bounds[r + 1]]``.
+        rows ``[c]``: for each entry of the table, the row at which the chunk begins on its rank.
+        tokens ``[cp_size]``: of each rank.
+    """
+
+    order: IntArray
+    bounds: IntArray
+    rows: IntArray
+    tokens: IntArray
+
+    @classmethod
+    def of(cls, chunks: Chunks, cp_size: int) -> ByRank:
+        """Sorts the chunks."""
+        num_chunks = len(chunks.rank)
+        per_rank = np.bincount(chunks.rank, minlength=cp_size)
+        bounds = np.zeros(cp_size + 1, dtype=np.int64)
+        per_rank.cumsum(out=bounds[1:])
+        # numpy sorts numbers of 8 and of 16 bits in linear time, and a rank is one.
+        order = chunks.rank.astype(np.min_scalar_type(cp_size - 1)).argsort(kind="stable")
+        ends = np.zeros(num_chunks + 1, dtype=np.int64)
+        chunks.length.take(order).cumsum(out=ends[1:])
+        at_bounds = ends[bounds]
+        rows = np.empty(num_chunks, dtype=np.int64)
+        rows[order] = ends[:-1] - at_bounds[:-1].repeat(per_rank)
+        return cls(order, bounds, rows, np.diff(at_bounds))
+
+    def entries(self, rank: int) -> IntArray:
+        """The entries of one rank's chunks, ascending."""
+        return self.order[self.bounds[rank] : self.bounds[rank + 1]]
+
+    def sums(self, values: IntArray) -> IntArray:
+        """``[cp_size]`` the sum over each rank's chunks of ``values [c]``, exact to 63 bits."""
+        ends = np.zeros(len(values) + 1, dtype=np.int64)
+        values.take(self.order).cumsum(out=ends[1:])
+        return np.diff(ends[self.bounds])
+
+
+def tokens_by_rank(chunks: Chunks, num_requests: int, cp_size: int) -> IntArray:
+    """``[num_requests, cp_size]`` the tokens of each request that each rank owns."""
+    share = chunks.request * cp_size + chunks.rank
+    # Sums in float64 are exact: they are at most 2**31.
+    tokens = np.bincount(share, chunks.length, minlength=num_requests * cp_size)
+    return tokens.astype(np.int64).reshape(num_requests, cp_size)
+
+
+def most_of_a_share(chunks: Chunks, cp_size: int) -> int:
+    """The most chunks of one request that one rank owns; 1 if there are none."""
+    _, counts = np.unique(chunks.request * cp_size + chunks.rank, return_counts=True)
+    return int(counts.max(initial=1))

@@ -1,0 +1,268 @@
+"""What a plan is: a batch, options, and the chunks that follow from them. All that is worked out from those is here too."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpattn.device_tables import IntArray
+from cpattn.errors import PlanError, shown
+from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, parse_prefix_shards
+from cpattn.metadata.callers_partition import CallersPartition
+from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, tokens_by_rank
+from cpattn.metadata.partition import OWNERS, PARTITIONS, REMAINDERS, Partition, first_dealt
+
+
+class Chunk(NamedTuple):
+    """A contiguous run of one request's extend tokens that one rank owns: tokens start .. start + length - 1 of them."""
+
+    request: int
+    start: int
+    length: int
+    rank: int
+
+
+_LIMITS = {
+    "cp_size": (2**16, "a plan has tables of all ranks; cp_size is the size of the context-parallel group"),
+    "pad_to": (MAX_TOKENS, "row numbers are int32"),
+}
+# Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.
+MOST_SHARES = 2**27
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a batch over ``cp_size`` ranks: what a :class:`cpattn.Plan` is, without what can be made of it."""
+
+    batch: tuple[Request, ...]
+    cp_size: int
+    partition: str | Partition = "zigzag"
+    remainder: str = "balanced"
+    pad_to: int = 1
+    prefix_shards: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        pairs = parse_batch(self.batch)
+        for name in ("cp_size", "pad_to"):
+            value: Any = getattr(self, name)
+            if not is_size(name, value):
+                limit, why = _LIMITS[name]
+                if is_integer(value) and value > limit:
+                    raise PlanError(f"{name}={shown(value)}; the limit is {limit} ({why})")
+                raise PlanError(f"{name}={shown(value)}; it must be an integer of at least 1")
+            object.__setattr__(self, name, int(value))
+        if len(pairs) * self.cp_size > MOST_SHARES:
+            raise PlanError(
+                f"{len(pairs)} requests over cp_size={self.cp_size} ranks are {len(pairs) * self.cp_size} shares; the limit is "
+                f"{MOST_SHARES} (a plan has tables of them); split the batch"
+            )
+        callers = not isinstance(self.partition, str) and callable(self.partition)
+        if not callers:
+            _choose(self, "partition", tuple(PARTITIONS), ", or pass a function of (batch, cp_size) that returns cpattn.Chunks")
+        _choose(self, "remainder", REMAINDERS)
+        object.__setattr__(self, "batch", tuple(map(Request._make, pairs.tolist())))
+        # Seeds the cached property, which would make the same array from the tuple again.
+        self.__dict__["_pairs"] = frozen(pairs)
+        if self.prefix_shards is not None:
+            shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
+            object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
+            self.__dict__["shard_lens"] = frozen(shards)
+        if callers:
+            if self.remainder != "balanced":
+                raise PlanError(
+                    f"remainder={self.remainder!r} beside a partition of your own, which says itself where each token goes; leave it out"
+                )
+            object.__setattr__(self, "partition", CallersPartition.of(self.partition, pairs, self.cp_size))  # type: ignore[arg-type]
+        if self.cp_size * self.rows > MAX_TOKENS:
+            raise PlanError(
+                f"{self.cp_size} ranks of {self.rows} rows are {self.cp_size * self.rows} rows; the limit is {MAX_TOKENS} "
+                "(row numbers are int32); split the batch or lower pad_to"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
+        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
+            f"partition={self.partition!r}, {'' if self.is_callers else f'remainder={self.remainder!r}, '}pad_to={self.pad_to}, "
+            f"rows={self.rows}{', sharded prefixes' if self.sharded else ''})"
+        )
+
+    @property
+    def is_callers(self) -> bool:
+        """Whether a caller's own partition made the chunks, rather than one that has a name."""
+        return isinstance(self.partition, CallersPartition)
+
+    @property
+    def kind(self) -> str:
+        """The name of its partition, or that it is a caller's: those may follow each other in a bucket, whatever they are."""
+        return self.partition if isinstance(self.partition, str) else "a caller's"
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """New tokens in the batch, over all requests and ranks."""
+        return int(self.extend_lens.sum())
+
+    @cached_property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of the batch that lie in the KV cache already."""
+        return int(self.prefix_lens.sum())
+
+    @cached_property
+    def rank_tokens(self) -> tuple[int, ...]:
+        """The tokens (logical rows) of each rank."""
+        return tuple(self.by_rank.tokens.tolist())
+
+    @cached_property
+    def rows(self) -> int:
+        """Physical rows: the tokens of the fullest rank, rounded up to a multiple of ``pad_to``. The same on every rank."""
+        return -(-max(self.rank_tokens) // self.pad_to) * self.pad_to
+
+    @cached_property
+    def rank_chunks(self) -> tuple[int, ...]:
+        """The chunks with a token on each rank."""
+        return tuple(np.diff(self.by_rank.bounds).tolist())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the prefixes only (``prefix_shards``), rather than all of them."""
+        return self.prefix_shards is not None
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks that hold a token, in the order of the batch and, within a request, of the sequence."""
+        return tuple(map(Chunk._make, np.stack(self.chunk_table, axis=1).tolist()))
+
+    @cached_property
+    def rank_pairs(self) -> tuple[int, ...]:
+        """The query-key pairs that each rank computes: a query at absolute position p sees p + 1 keys."""
+        request, start, length, _ = self.chunk_table
+        pairs = length * (self.prefix_lens[request] + start + 1) + length * (length - 1) // 2
+        return tuple(self.by_rank.sums(pairs).tolist())
+
+    @property
+    def token_imbalance(self) -> float:
+        """Tokens of the fullest rank over the mean; 1.0 is perfect, and what an empty batch has."""
+        return _max_over_mean(self.rank_tokens)
+
+    @property
+    def pair_imbalance(self) -> float:
+        """Query-key pairs of the busiest rank over the mean; 1.0 is perfect, and what an empty batch has."""
+        return _max_over_mean(self.rank_pairs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits, the same on every machine; equal exactly when the plans are equal (BLAKE2b, 128 bits)."""
+        digest = hashlib.blake2b(digest_size=16)
+        # A change to the rules of the layout must change this number: ranks of two versions then find out.
+        digest.update(b"layout 3")
+        digest.update(repr((self.cp_size, self.kind, self.remainder, self.pad_to, self.sharded)).encode())
+        digest.update(self._pairs.astype("<i8").tobytes())
+        if self.sharded:
+            digest.update(self.shard_lens.astype("<i8").tobytes())
+        if isinstance(self.partition, CallersPartition):
+            digest.update(self.partition.to_bytes())
+        return digest.hexdigest()
+
+    # Small numpy arrays that the layers above build their tables from, never written to after they are made.
+
+    @cached_property
+    def chunk_table(self) -> Chunks:
+        """All chunks as a :class:`cpattn.Chunks`: what ``chunks`` holds, as four arrays. What a partition of your own returns."""
+        if isinstance(self.partition, CallersPartition):
+            return self.partition.chunks
+        assert isinstance(self.partition, str)
+        table = PARTITIONS[self.partition](self._pairs, self.cp_size, self.remainder, self._dealer)
+        return Chunks._make(map(frozen, table))
+
+    @property
+    def _dealer(self) -> int:
+        return first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
+
+    @cached_property
+    def by_rank(self) -> ByRank:
+        """The entries of ``chunk_table`` that each rank owns, and where they lie on it."""
+        return ByRank._make(map(frozen, ByRank.of(self.chunk_table, self.cp_size)))
+
+    @property
+    def chunk_rows(self) -> IntArray:
+        """``[c]`` for each entry of ``chunk_table`` the row at which it begins on the rank that owns it."""
+        return self.by_rank.rows
+
+    @cached_property
+    def most_chunks(self) -> int:
+        """The most chunks of one request that a rank may own, whatever the batch: 2 of zigzag, 1 of contiguous. Of a caller's
+        partition as many as there are in this batch."""
+        if isinstance(self.partition, str):
+            return len(OWNERS[self.partition](1))
+        return most_of_a_share(self.chunk_table, self.cp_size)
+
+    @cached_property
+    def _pairs(self) -> IntArray:
+        return frozen(np.array(self.batch, dtype=np.int64).reshape(-1, 2))
+
+    @property
+    def prefix_lens(self) -> IntArray:
+        """``[num_requests]`` int64."""
+        return self._pairs[:, 0]
+
+    @property
+    def extend_lens(self) -> IntArray:
+        """``[num_requests]`` int64."""
+        return self._pairs[:, 1]
+
+    @cached_property
+    def total_lens(self) -> IntArray:
+        """``[num_requests]`` int64: prefix and extend together."""
+        return frozen(self.prefix_lens + self.extend_lens)
+
+    @cached_property
+    def shard_lens(self) -> IntArray:
+        """``[num_requests, cp_size]`` the prefix tokens of each request that each rank holds; 0 where prefixes are not sharded."""
+        return frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
+
+    @cached_property
+    def rank_extends(self) -> IntArray:
+        """``[num_requests, cp_size]`` the new tokens of each request that each rank owns."""
+        return frozen(tokens_by_rank(self.chunk_table, len(self.batch), self.cp_size))
+
+    @cached_property
+    def shard_totals(self) -> IntArray:
+        """``[cp_size]`` the tokens that each rank holds once it has its new ones: its shard of the prefixes and of the extends."""
+        return frozen((self.shard_lens + self.rank_extends).sum(axis=0))
+
+    @property
+    def largest_shard(self) -> int:
+        """The tokens of the rank that holds the most."""
+        return int(self.shard_totals.max())
+
+
+def is_size(name: str, value: Any) -> bool:
+    """Whether a value is within the limits of ``cp_size`` or ``pad_to``."""
+    return is_integer(value) and bool(1 <= value <= _LIMITS[name][0])
+
+
+def _choose(layout: Layout, name: str, known: tuple[str, ...], more: str = "") -> None:
+    """Puts the plain str in the place of one that equals it: a subclass may print itself otherwise, and the fingerprint is
+    made of text. Raises PlanError for any other value."""
+    value = getattr(layout, name)
+    if not isinstance(value, str) or value not in known:
+        raise PlanError(f"{name}={shown(value)} is unknown; choose one of {', '.join(map(repr, known))}{more}")
+    object.__setattr__(layout, name, known[known.index(value)])
+
+
+def frozen(table: IntArray) -> IntArray:
+    """The same array, which can not be written to any more: a plan does not change."""
+    table.setflags(write=False)
+    return table
+
+
+def _max_over_mean(values: tuple[int, ...]) -> float:
+    total = sum(values)
+    return max(values) * len(values) / total if total else 1.0
