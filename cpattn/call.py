@@ -18,13 +18,14 @@ from cpattn.attention.registry import choose_backend
 from cpattn.attention.verify import verified
 from cpattn.cache_checks import check_cache
 from cpattn.current import is_capturing, is_on_current_device
-from cpattn.errors import BackendError, UnsupportedError
+from cpattn.errors import BackendError, PlanError, UnsupportedError
 from cpattn.exchange.driver import Driver, Precision
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.registry import candidate_strategies, only_decodes
 from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Steps, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
 from cpattn.page_checks import check_writable
 from cpattn.page_contents import check_page_contents
 from cpattn.slow_reference import warn_of_reference
@@ -257,7 +258,7 @@ def run(
         q, k, v = _last_axis_contiguous(q), _last_axis_contiguous(k), None if v is None else _last_axis_contiguous(v)
         cache = _packed(cache) if isinstance(cache, PackedKV) else cache
     if meta.bucket is not None and is_capturing(q.device):
-        meta.remember_cache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
+        meta.on_copy(CapturedCache(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None))
     if not decision.sizes.has_cache:
         cache = None
     options = decision.options
@@ -276,6 +277,29 @@ def run(
     if sinks is not None:
         _pad_lse_(lse, meta)
     return out, lse
+
+
+@dataclass(frozen=True)
+class CapturedCache:
+    """A graph has captured a call with a page table for ``fits`` tokens of a request, or, with None, without any cache. It can
+    not look again, so that a plan that does not go with it is refused."""
+
+    fits: int | None
+
+    def __call__(self, plan: Layout) -> None:
+        if self.fits is None:
+            if plan.num_prefix_tokens:
+                raise PlanError(
+                    f"the plan has {plan.num_prefix_tokens} prefix tokens, but a graph was captured without a kv_cache; capture with one"
+                )
+            return
+        held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
+        longest = int(held.max(initial=0))
+        if longest > self.fits:
+            raise PlanError(
+                f"the plan has a request of {longest} tokens, but a graph was captured with a page table for {self.fits}; "
+                "capture with a wider one"
+            )
 
 
 def validated(

@@ -55,8 +55,8 @@ class CPMetadata:
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
         self._derived: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
-        self._has_no_cache = False
-        self._page_table_fits: int | None = None
+        # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
+        self._checks: dict[Callable[[Layout], None], None] = {}
         self._work_out(plan)
         self._tables = DeviceTables(self._host, device)
         self.chunk_request = self._tables["chunk_request"]
@@ -135,7 +135,7 @@ class CPMetadata:
 
         Raises:
             PlanError: this metadata has no bucket, the plan does not fit it, or it is laid out for other ranks; the same
-                on every rank.
+                on every rank. Or a graph that was captured with this metadata cannot compute it.
         """
         plan: Any = other.plan if isinstance(other, CPMetadata) else other
         if not isinstance(plan, Layout):
@@ -148,29 +148,17 @@ class CPMetadata:
                 shown = "partition" if name == "kind" else name
                 raise PlanError(f"the plan has {shown}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
         self.bucket.check(plan)
-        held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
-        if self._has_no_cache and plan.num_prefix_tokens:
-            raise PlanError(
-                f"the plan has {plan.num_prefix_tokens} prefix tokens, but a graph was captured without a kv_cache; capture with one"
-            )
-        if self._page_table_fits is not None and int(held.max(initial=0)) > self._page_table_fits:
-            raise PlanError(
-                f"the plan has a request of {int(held.max())} tokens, but a graph was captured with a page table for "
-                f"{self._page_table_fits}; capture with a wider one"
-            )
+        for check in self._checks:
+            check(plan)
         self._work_out(plan)
         self._tables.copy_(self._host)
         for build, derived in self._derived.values():
             _refill(derived, build())
 
-    @leaves_graph
-    def remember_cache(self, fits: int | None) -> None:
-        """A graph has captured a call with a page table for so many tokens of a request, or without any cache. It can not
-        look again, so that :meth:`copy_` refuses what does not go with it."""
-        if fits is None:
-            self._has_no_cache = True
-        else:
-            self._page_table_fits = fits if self._page_table_fits is None else min(fits, self._page_table_fits)
+    def on_copy(self, check: Callable[[Layout], None]) -> None:
+        """Asks ``check`` in every :meth:`copy_` from now on, before anything has changed: it raises PlanError for a plan that may
+        not follow, for reasons of whoever asks. Equal checks count once."""
+        self._checks.setdefault(check)
 
     @leaves_graph
     def __repr__(self) -> str:
