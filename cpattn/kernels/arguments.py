@@ -46,3 +46,10 @@ class Words(NamedTuple):
             return self.source.view(self.dtype)
         rows = self.source.unsqueeze(1) if self.source.ndim == 1 else self.source.flatten(1)
         return rows.view(self.dtype)
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
+    *strides, _ = x.stride()
+    unit = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides) and x.numel() > 0

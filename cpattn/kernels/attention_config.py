@@ -1,0 +1,85 @@
+"""What an attention kernel is compiled for: one object of constants, which its device code is handed as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+# In capitals, as device code writes its constants. Frozen, as compiled kernels are found by it; no NamedTuple, which Triton would
+# take for a tuple of arguments.
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Of both kernels.
+
+    Attributes:
+        NUM_HEADS, GROUP, PACK: query heads; those that share a KV head; and those of them that share a tile.
+        D, DV: head dims of q and k, and of v.
+        D_PADDED, DV_PADDED: what they are computed in; see :class:`cpattn.kernels.tile_shapes.PaddedDims`.
+        BLOCK_N: keys of a block.
+        Q_SIGN: what q is multiplied by: the sign of the scale.
+        WINDOW, SOFTCAP, SINKS, INTO: whether there is one; INTO: an earlier result, into which this one is merged.
+        PAGE_SIZE: 0 if keys lie in no pages.
+    """
+
+    NUM_HEADS: int
+    GROUP: int
+    PACK: int
+    D: int
+    DV: int
+    D_PADDED: int
+    DV_PADDED: int
+    BLOCK_N: int
+    Q_SIGN: int
+    WINDOW: bool
+    SOFTCAP: bool
+    SINKS: bool
+    INTO: bool
+    PAGE_SIZE: int
+
+    @property
+    def HEADS(self) -> int:
+        """Items of a tile."""
+        return self.NUM_HEADS // self.PACK
+
+    @property
+    def SKIPS(self) -> bool:
+        """Whether queries that see no key are left as they are."""
+        return self.INTO and not self.SINKS
+
+
+@dataclass(frozen=True)
+class RaggedConfig(AttentionConfig):
+    """Of the Triton kernel.
+
+    Attributes:
+        D_TAIL, D_TAIL_PADDED: columns of q and k that are computed apart; 0 if there are none.
+        BLOCK_M: rows of a tile.
+        TMA: k and v are tensor descriptors.
+        V_IN_K: v is k's first columns.
+    """
+
+    D_TAIL: int
+    D_TAIL_PADDED: int
+    BLOCK_M: int
+    TMA: bool
+    V_IN_K: bool
+
+    @property
+    def D_MAIN(self) -> int:
+        """Columns of q and k without the tail."""
+        return self.D - self.D_TAIL
+
+
+@dataclass(frozen=True)
+class HopperConfig(AttentionConfig):
+    """Of the kernel for Hopper.
+
+    Attributes:
+        STAGES: key blocks that shared memory holds.
+        Q_TMA: q is a tensor descriptor.
+        PAGE_KEYS: keys of a block that lie in one page for certain.
+    """
+
+    STAGES: int
+    Q_TMA: bool
+    PAGE_KEYS: int

@@ -1,0 +1,79 @@
+"""Device code: the attention kernel for Hopper, in Gluon: what :mod:`cpattn.kernels.ragged_kernel` computes, with roles for
+the warps.
+
+The arithmetic and its order are those of that kernel, and so are the bits of the result; what differs is who waits for
+what. One warp brings queries and key blocks into shared memory; two warpgroups own 64 rows of the tile each, so that one's
+products run during the other's softmax. A program has a multiprocessor to itself. It
+computes one item after another, so that the next one's keys are on their way while a result is written, and draws them
+from a queue, so that all are busy to the end and items that share keys run side by side. In long launches it ends after a
+while and gives way.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from cpattn.kernels.hopper_channels import ITEMS, Channels, allocate, initialize
+from cpattn.kernels.hopper_consumer import QueryRows, consume
+from cpattn.kernels.hopper_producer import Queue, Sources, produce
+from cpattn.kernels.online_softmax import Output, Scoring
+from cpattn.kernels.tiles import WARPGROUP_ROWS
+
+_ROWS = gl.constexpr(WARPGROUP_ROWS)
+
+
+@gluon.jit
+def _make_channels(k_dtype: gl.constexpr, v_dtype: gl.constexpr, C: gl.constexpr):
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    D_PADDED: gl.constexpr = C.D_PADDED
+    DV_PADDED: gl.constexpr = C.DV_PADDED
+    STAGES: gl.constexpr = C.STAGES
+    # With a descriptor, rows of whole tokens.
+    TOKENS: gl.constexpr = _ROWS // C.PACK if C.Q_TMA else _ROWS
+    HEADS: gl.constexpr = C.PACK if C.Q_TMA else 1
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEADS, D_PADDED], k_dtype)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, D_PADDED], k_dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, DV_PADDED], v_dtype)
+    q_smem = gl.allocate_shared_memory(k_dtype, [2, TOKENS, HEADS, D_PADDED], q_layout)
+    k_smem = gl.allocate_shared_memory(k_dtype, [STAGES, 1, BLOCK_N, D_PADDED], k_layout)
+    v_smem = gl.allocate_shared_memory(v_dtype, [STAGES, 1, BLOCK_N, DV_PADDED], v_layout)
+    items = allocate(gl.allocate_shared_memory(gl.int32, [ITEMS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])), ITEMS)
+    q = allocate(q_smem, 2)
+    v_edge = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k = allocate(k_smem, STAGES)
+    v = allocate(v_smem, STAGES)
+    mbarrier.init(v_edge.index(0), count=1)
+    initialize(items, ITEMS, 2)
+    initialize(q, 2, 1)
+    initialize(k, STAGES, 2)
+    initialize(v, STAGES, 2)
+    fence_async_shared()
+    return Channels(items, q, k, v, v_edge.index(0))
+
+
+@gluon.jit(do_not_specialize=["window"])
+def hopper_attention_kernel(
+    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, page_table, page_table_stride_request, page_table_stride_page,
+    q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
+    tanh_scale, exponent_scale, window, C: gl.constexpr,
+):  # fmt: skip
+    """One of the programs that share all items, ``tile * heads + head`` each. ``counter``, numbers drawn and
+    programs that have ended, is 0 before and after a launch. C is a :class:`cpattn.kernels.attention_config.HopperConfig`."""
+    channels = _make_channels(k.dtype, v.dtype, C)
+    sources = Sources(q, k, v, page_table, page_table_stride_request, page_table_stride_page)
+    queries = QueryRows(q_pointer, q_stride_row, q_stride_head)
+    output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
+    scoring = Scoring(tanh_scale, exponent_scale)
+    # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 240, and 24 for the producer.
+    gl.warp_specialize(
+        [
+            (consume, (queries, output, tiles, channels, scoring, window, 0, C)),
+            (consume, (queries, output, tiles, channels, scoring, window, 1, C)),
+            (produce, (sources, Queue(tiles, limits, counter), channels, window, C)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

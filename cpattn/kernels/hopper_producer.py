@@ -1,0 +1,290 @@
+"""Device code for Hopper: the warp that draws items from the queue, and brings their queries and key blocks.
+
+Suffixes: none of its values is a matrix but those it clears.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from cpattn.kernels.hopper_channels import put_item, wait_empty
+from cpattn.kernels.tile_keys import PageLine, find_in_run, keys_seen, load_page_line, load_run, load_tile, page_entry
+from cpattn.kernels.tiles import WARPGROUP_ROWS
+
+_ROWS = gl.constexpr(WARPGROUP_ROWS)
+# Keys and dims of a part of a key block, by which pages are loaded and keys outside of the range cleared.
+_PART_KEYS = gl.constexpr(16)
+PART_DIMS = gl.constexpr(64)
+# Triton 3.6 has these under other names than later ones.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+class Sources(NamedTuple):
+    """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA."""
+
+    q: Any
+    k: Any
+    v: Any
+    page_table: Any
+    stride_request: Any
+    stride_page: Any
+
+
+class Queue(NamedTuple):
+    """The work: tiles; ``limits``, which says how many there are and how many items a program may compute; and two
+    counters, numbers drawn and programs that have ended."""
+
+    tiles: Any
+    limits: Any
+    counter: Any
+
+
+class Item(NamedTuple):
+    """What is brought for an item: where its queries begin and how many there are, its heads, and its keys."""
+
+    q_begin: Any
+    q_count: Any
+    first_head: Any
+    kv_head: Any
+    k_start: Any
+    keys: Any
+    line: Any
+
+
+class Brought(NamedTuple):
+    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear."""
+
+    blocks: Any
+    queries0: Any
+    queries1: Any
+    edges: Any
+
+
+@gluon.jit
+def _reinterpret(smem, COUNT: gl.constexpr, KEYS: gl.constexpr, LEADING: gl.constexpr):
+    """Buffers of key blocks as ``COUNT`` parts ``[KEYS, PART_DIMS]``, with two unit axes before them if LEADING.
+
+    In shared memory a block lies as columns of PART_DIMS, each of all its keys.
+    """
+    if LEADING:
+        paged_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, KEYS, PART_DIMS], smem.dtype)
+        if _CAN_REINTERPRET:
+            parts = smem.reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
+        else:
+            parts = smem._reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
+    else:
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, PART_DIMS], smem.dtype)
+        if _CAN_REINTERPRET:
+            parts = smem.reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
+        else:
+            parts = smem._reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
+    return parts
+
+
+@gluon.jit
+def _find(item, key, C: gl.constexpr):
+    """The page of the keys ``key .. key + C.PAGE_KEYS - 1`` and where in it they begin; instead of keys outside of the range,
+    whose entries may be anything, those of the nearest inside."""
+    KEYS: gl.constexpr = C.PAGE_KEYS
+    PAGE_SIZE: gl.constexpr = C.PAGE_SIZE
+    key = gl.maximum(gl.minimum(key, item.keys.end - 1), item.keys.first) // KEYS * KEYS
+    return gl.load(page_entry(item.line, key, PAGE_SIZE)), key % PAGE_SIZE
+
+
+@gluon.jit
+def _load_pages(source, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
+    """Brings a key block in parts of C.PAGE_KEYS keys, which lie in one page each."""
+    KEYS: gl.constexpr = C.PAGE_KEYS
+    STAGES: gl.constexpr = C.STAGES
+    DOWN: gl.constexpr = C.BLOCK_N // KEYS
+    ACROSS: gl.constexpr = PADDED // PART_DIMS
+    parts = _reinterpret(smem, STAGES * DOWN * ACROSS, KEYS, True)
+    for down in range(DOWN):
+        page, in_page = _find(item, block + down * KEYS, C)
+        for across in gl.static_range(ACROSS):
+            part = parts.index((stage * ACROSS + across) * DOWN + down)
+            _tma_load(source, [page.to(gl.int32), item.kv_head, in_page, across * PART_DIMS], full, part)
+
+
+@gluon.jit
+def _load_block(source, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
+    """Brings a block of K or of V into a stage; once it is there, ``full`` says so."""
+    BYTES: gl.constexpr = C.BLOCK_N * PADDED * smem.dtype.primitive_bitwidth // 8
+    mbarrier.expect(full, BYTES)
+    if C.PAGE_SIZE:
+        _load_pages(source, item, block, stage, smem, full, PADDED, C)
+    else:
+        _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
+
+
+@gluon.jit
+def _bring_queries(brought, item, sources, q, C: gl.constexpr):
+    """Brings an item's queries. Rows after the tile's end are others' queries, or 0: what they give is not written."""
+    BYTES: gl.constexpr = _ROWS * C.D_PADDED * q.smem.dtype.primitive_bitwidth // 8
+    TOKENS: gl.constexpr = _ROWS // C.PACK
+    queries0 = brought.queries0
+    queries1 = brought.queries1
+    mbarrier.wait(q.empty.index(0), queries0 & 1 ^ 1)
+    mbarrier.expect(q.full.index(0), BYTES)
+    _tma_load(sources.q, [item.q_begin, item.first_head, 0], q.full.index(0), q.smem.index(0))
+    queries0 += 1
+    if item.q_count > TOKENS:
+        mbarrier.wait(q.empty.index(1), queries1 & 1 ^ 1)
+        mbarrier.expect(q.full.index(1), BYTES)
+        _tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
+        queries1 += 1
+    return Brought(brought.blocks, queries0, queries1, brought.edges)
+
+
+@gluon.jit
+def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
+    """Puts 0 in the place of a block's values outside of the key range, once they have come: a weight of 0 times NaN is NaN."""
+    DV_PADDED: gl.constexpr = C.DV_PADDED
+    STAGES: gl.constexpr = C.STAGES
+    DOWN: gl.constexpr = C.BLOCK_N // _PART_KEYS
+    ACROSS: gl.constexpr = DV_PADDED // PART_DIMS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    stage = i % STAGES
+    parts = _reinterpret(v.smem, STAGES * DOWN * ACROSS, _PART_KEYS, False)
+    mbarrier.wait(v_edge, edges & 1)
+    for down in range(DOWN):
+        first = block + down * _PART_KEYS
+        if first < keys.first or first + _PART_KEYS > keys.end:
+            key = first + gl.arange(0, _PART_KEYS, gl.SliceLayout(1, layout))
+            inside = ((key >= keys.first) & (key < keys.end))[:, None]
+            for across in gl.static_range(ACROSS):
+                part = parts.index((stage * ACROSS + across) * DOWN + down)
+                values = part.load(layout)
+                part.store(gl.where(inside, values, gl.zeros_like(values)))
+    fence_async_shared()
+    mbarrier.arrive(v.full.index(stage), count=1)
+
+
+@gluon.jit
+def _bring(brought, block, item, sources, channels, C: gl.constexpr):
+    """Brings one key block, and with an item's first one the queries; values that have to be cleared come with
+    ``channels.v_edge``. Returns the new counts of what has been brought."""
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    STAGES: gl.constexpr = C.STAGES
+    i = brought.blocks
+    stage = i % STAGES
+    wait_empty(channels.k, i, STAGES)
+    # K may hold anything outside of the range: its scores are masked.
+    _load_block(sources.k, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
+    if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
+        # After the first keys, which need not wait until the warpgroups are done with the last queries.
+        if block == item.keys.begin:
+            brought = _bring_queries(brought, item, sources, channels.q, C)
+    wait_empty(channels.v, i, STAGES)
+    is_edge = block < item.keys.first or block + BLOCK_N > item.keys.end
+    if is_edge:
+        _load_block(sources.v, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
+    else:
+        _load_block(sources.v, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
+    edges = brought.edges
+    if C.WINDOW:  # noqa: SIM102
+        # The last block is cleared later, when the next item is known.
+        if is_edge and block + BLOCK_N < item.keys.end:
+            _clear(channels.v, i, block, item.keys, channels.v_edge, edges, C)
+            edges += 1
+    return Brought(i + 1, brought.queries0, brought.queries1, edges)
+
+
+@gluon.jit
+def _draw(counter, draws):
+    """The number of the next item in the queue, in the first of 32 places: so that no thread waits for it until
+    :func:`_drawn` asks for it."""
+    place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.atomic_add(counter + place * 0, place * 0 + 1, mask=(place == 0) & draws, sem="relaxed")
+
+
+@gluon.jit
+def _drawn(places, draws, num_items):
+    """The number that was drawn; ``num_items``, of which there is no item, if none was."""
+    place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.where(draws, gl.max(gl.where(place == 0, places, 0), 0), num_items)
+
+
+@gluon.jit
+def _leave(counter):
+    """The last program to end leaves the counters as they were."""
+    if gl.atomic_add(counter + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+@gluon.jit
+def _find_item(number, run, C: gl.constexpr):
+    """The ``number``-th item as ``tile * C.HEADS + head``."""
+    tile, head = find_in_run(number, run, C)
+    return tile * C.HEADS + head
+
+
+@gluon.jit
+def _item_of(number, tile, k_start, sources, tiles, window, C: gl.constexpr):
+    """What to bring for an item."""
+    first_head = number % C.HEADS * C.PACK
+    line = PageLine(sources.page_table, sources.stride_page)
+    if C.PAGE_SIZE:
+        pointer = load_page_line(sources.page_table, sources.stride_request, tiles, number // C.HEADS)
+        line = PageLine(pointer, sources.stride_page)
+    return Item(tile.q_begin, tile.q_count, first_head, first_head // C.GROUP, k_start, keys_seen(tile, window, C), line)
+
+
+@gluon.jit
+def produce(sources, queue, channels, window, C: gl.constexpr):
+    """Draws items and brings what they need, until there are none.
+
+    An item is drawn when the one before has three blocks to go: late, so that no program keeps one from another that would
+    be sooner, but early enough for three reads of memory that follow from each other: the number, the run, the tile.
+    Where there is a program for each item there is no queue: those reads would come before the first keys.
+    So the last blocks are written out: draw, the last but one, find the run, the last, load the tile, and only then clear
+    the last block's values, which takes as long as that load.
+    """
+    HEADS: gl.constexpr = C.HEADS
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    n = 0
+    brought = Brought(0, 0, 0, 0)
+    # Fixed spans have tiles to spare.
+    num_items = gl.load(queue.limits) * HEADS
+    quota = gl.load(queue.limits + 1)
+    has_queue = num_items > gl.num_programs(0)
+    number = gl.program_id(0)
+    item_number = number
+    tile, k_start = load_tile(queue.tiles, item_number // HEADS)
+    if has_queue:
+        number = _drawn(_draw(queue.counter, True), True, num_items)
+        run = load_run(queue.tiles, gl.minimum(number, num_items - 1), C)
+        item_number = _find_item(gl.minimum(number, num_items - 1), run, C)
+        tile, k_start = load_tile(queue.tiles, item_number // HEADS)
+    while number < num_items:
+        put_item(channels.items, n, item_number)
+        n += 1
+        item = _item_of(item_number, tile, k_start, sources, queue.tiles, window, C)
+        begin = item.keys.begin
+        end = item.keys.end
+        last = begin + gl.maximum(end - begin - 1, 0) // BLOCK_N * BLOCK_N
+        for block in range(begin, last - BLOCK_N, BLOCK_N):
+            brought = _bring(brought, block, item, sources, channels, C)
+        draws = has_queue & (n < quota)
+        places = _draw(queue.counter, draws)
+        for block in range(gl.maximum(begin, last - BLOCK_N), last, BLOCK_N):
+            brought = _bring(brought, block, item, sources, channels, C)
+        number = _drawn(places, draws, num_items)
+        run = load_run(queue.tiles, gl.minimum(number, num_items - 1), C)
+        for block in range(last, end, BLOCK_N):
+            brought = _bring(brought, block, item, sources, channels, C)
+        item_number = _find_item(gl.minimum(number, num_items - 1), run, C)
+        tile, k_start = load_tile(queue.tiles, item_number // HEADS)
+        if last < end and (last < item.keys.first or last + BLOCK_N > end):
+            _clear(channels.v, brought.blocks - 1, last, item.keys, channels.v_edge, brought.edges, C)
+            brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1)
+    put_item(channels.items, n, -1)
+    if has_queue:
+        _leave(queue.counter)

@@ -1,0 +1,38 @@
+"""Kernels that can be read: their functions take a few values, not forty names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import cpattn.kernels
+
+MOST = 10
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(Path(cpattn.kernels.__path__[0]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield path.name, node
+
+
+def is_entry_point(function: ast.FunctionDef) -> bool:
+    """What the host launches takes tensors and strides one by one."""
+    return function.name.endswith("_kernel") and any("jit" in ast.unparse(each) for each in function.decorator_list)
+
+
+def test_no_function_takes_more_than_ten() -> None:
+    entry_points = [f.name for _, f in functions() if is_entry_point(f)]
+    assert {"ragged_attention_kernel", "hopper_attention_kernel"} <= set(entry_points)
+    for path, f in functions():
+        taken = len(f.args.posonlyargs) + len(f.args.args) + len(f.args.kwonlyargs)
+        assert taken <= MOST or is_entry_point(f), f"{path}: {f.name} takes {taken}"
+
+
+def test_an_entry_point_is_called_by_no_kernel() -> None:
+    entry_points = {f.name for _, f in functions() if is_entry_point(f)}
+    for path, f in functions():
+        called = {node.func.id for node in ast.walk(f) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert not called & entry_points, path
