@@ -56,7 +56,7 @@ class CPMetadata:
         # Tables on the device that are made when first asked for, each with what makes it.
         self._derived: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
         # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
-        self._checks: dict[Callable[[Layout], None], None] = {}
+        self._checks: dict[Callable[[Any], None], None] = {}
         self._work_out(plan)
         self._tables = DeviceTables(self._host, device)
         self.chunk_request = self._tables["chunk_request"]
@@ -117,7 +117,10 @@ class CPMetadata:
         }
         if self.bucket is not None:
             of_chunks = _padded(of_chunks, self.bucket.max_chunks)
-            of_gathered = _padded(of_gathered, plan.cp_size * self.bucket.max_chunks)
+            most = self.bucket.max_chunks
+            if not plan.is_callers:
+                most = min(most, self.bucket.max_requests * plan.most_chunks)
+            of_gathered = _padded(of_gathered, plan.cp_size * most)
             of_requests = _padded(of_requests, self.bucket.max_requests)
             cu_seqlens_q = np.pad(cu_seqlens_q, (0, self.bucket.max_chunks + 1 - len(cu_seqlens_q)), mode="edge")
         token_count = np.array([self.num_tokens])
@@ -155,9 +158,9 @@ class CPMetadata:
         for build, derived in self._derived.values():
             _refill(derived, build())
 
-    def on_copy(self, check: Callable[[Layout], None]) -> None:
-        """Asks ``check`` in every :meth:`copy_` from now on, before anything has changed: it raises PlanError for a plan that may
-        not follow, for reasons of whoever asks. Equal checks count once."""
+    def on_copy(self, check: Callable[[Any], None]) -> None:
+        """Has :meth:`copy_` call ``check`` with each plan from now on, before anything changes; it raises PlanError for a plan that
+        may not follow. What may not is known to whoever registers: a call that a graph has captured. Equal checks count once."""
         self._checks.setdefault(check)
 
     @leaves_graph

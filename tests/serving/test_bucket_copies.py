@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,32 @@ def test_a_plan_fits_where_every_rank_s_metadata_do(batch: Batch, options: dict[
             for rank in range(plan.cp_size):
                 with pytest.raises(cpattn.PlanError, match=f"{name} is {need - 1}, the plan needs {need}; ask plan.fits"):
                     plan.metadata(rank, bucket=tight)
+
+
+def test_whoever_asks_may_refuse_a_copy_before_anything_has_changed() -> None:
+    meta = cpattn.build_metadata([(0, 6)], 2, 0, bucket=BUCKET)
+    asked: list[cpattn.Plan] = []
+
+    def check(plan: cpattn.Plan) -> None:
+        asked.append(plan)
+        if len(plan.batch) > 1:
+            raise cpattn.PlanError("one request at a time")
+
+    meta.on_copy(check)
+    meta.on_copy(check)
+    other = cpattn.plan([(1, 2)], 2)
+    meta.copy_(other)
+    assert asked == [other]
+    before = meta.plan, meta.token_index.clone()
+    with pytest.raises(cpattn.PlanError, match="one request at a time"):
+        meta.copy_(cpattn.plan([(0, 3), (0, 4)], 2))
+    assert meta.plan == before[0]
+    assert torch.equal(meta.token_index, before[1])
+    # What does not fit is refused first, and of copies nobody has asked for anything.
+    with pytest.raises(cpattn.PlanError, match="does not fit the bucket"):
+        meta.copy_(cpattn.plan([(0, 6)] * 6, 2))
+    copy.deepcopy(meta).copy_(cpattn.plan([(0, 3), (0, 4)], 2))
+    assert len(asked) == 2
 
 
 def test_a_bucket_s_metadata_as_an_engine_sees_them() -> None:
