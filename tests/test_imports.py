@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,16 +17,56 @@ import cpattn
 PACKAGE = Path(cpattn.__file__).parent
 OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "matplotlib", "transformers", "rich"]
 
-GROUND_FLOOR = {"errors", "version", "kv_cache", "memo", "installed", "graphs", "current", "device_tables", "spans", "keys", "options"}
-# Beside itself and the ground floor a layer may import these.
-MAY_IMPORT = {
-    "metadata": set(),
-    "attention": {"metadata", "kernels", "moves"},
-    "moves": {"metadata", "kernels"},
-    "kernels": {"metadata"},
-    "transports": {"metadata", "attention", "kernels"},
-    "exchange": {"metadata", "attention", "kernels", "moves", "transports"},
-}
+# Folders and files of the package, the highest layer first. Each may import its own layer and those below.
+LAYERS = (
+    {"__main__", "cli", "integrations", "testing", "viz"},
+    {"__init__"},
+    {"api", "serving", "kv_pool", "pool_checks", "pool_history", "pool_pages"},
+    {"call", "cache_checks", "checks", "page_checks", "page_contents", "slow_reference"},
+    {"exchange"},
+    {"transports"},
+    {"attention"},
+    {"moves"},
+    {"kernels"},
+    {"metadata"},
+    {
+        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "layout_hints", "memo", "memory_overlap",
+        "options", "other_words", "spans", "tensor_kinds", "version",
+    },
+)  # fmt: skip
+DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package, by the name that it is imported by."""
+    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in files.items()}
+
+
+def place(module: str) -> str:
+    """The folder or file right in the package that a module is or is in."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports() -> dict[str, set[str]]:
+    """What each file imports of the package, within functions and for type checkers as well."""
+    files = modules()
+    found: dict[str, set[str]] = {}
+    for module, file in files.items():
+        named: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{module} has a relative import"
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                # What is no module is a name in one.
+                named |= {name if name in files else str(node.module) for name in inside}
+            elif isinstance(node, ast.Constant) and str(node.value).startswith("cpattn."):
+                # Meant to be imported by its name.
+                named.add(str(node.value))
+        found[module] = (named & set(files)) - {module}
+    return found
 
 
 def test_importing_cpattn_imports_nothing_optional() -> None:
@@ -42,14 +83,26 @@ print([name for name in {OPTIONAL} if name in set(sys.modules) - before])
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("layer", MAY_IMPORT)
-def test_layers_import_downwards_only(layer: str) -> None:
-    allowed = MAY_IMPORT[layer] | GROUND_FLOOR | {layer}
-    for file in (PACKAGE / layer).glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", [])]
-            imported = {name.split(".")[1] for name in names if name.startswith("cpattn.")}
-            assert imported <= allowed, f"{file.name} imports {imported - allowed}"
+def test_every_file_has_a_layer() -> None:
+    assert sum(map(len, LAYERS)) == len(DEPTH)
+    assert {place(module) for module in modules()} == set(DEPTH)
+
+
+def test_imports_point_down() -> None:
+    upwards = [
+        f"{module} imports {other}"
+        for module, others in imports().items()
+        for other in others
+        if DEPTH[place(other)] < DEPTH[place(module)]
+    ]
+    assert not upwards
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter(imports()).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_the_oracle_is_not_imported_by_what_it_judges() -> None:

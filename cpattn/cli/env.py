@@ -69,7 +69,7 @@ def report() -> dict[str, Any]:
         "transports": transports,
         "backends": backends,
         "triton": triton_release,
-        "strategies": lambda: list(__import__("cpattn").STRATEGIES),
+        "strategies": strategies,
     }
     return {name: guarded(probe, lambda failure: {"failure": failure}) for name, probe in probes.items()}
 
@@ -217,6 +217,13 @@ def triton_release() -> dict[str, dict[str, Any]]:
 def _verdict(gate: Any) -> dict[str, Any]:
     found: dict[str, Any] = gate.verdict()._asdict()
     return found
+
+
+def strategies() -> list[str]:
+    """What ``strategy=`` takes by name."""
+    from cpattn.exchange.registry import STRATEGIES
+
+    return list(STRATEGIES)
 
 
 def print_report(as_json: bool) -> int:

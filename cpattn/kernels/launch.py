@@ -19,12 +19,10 @@ from triton import knobs
 
 from cpattn.kernels.arguments import Blocks, Words
 from cpattn.kernels.direct_launch import Compiled, NotAsExpectedError, again_form, compiled_form
-from cpattn.kernels.release import DIRECT_LAUNCH
+from cpattn.kernels.release import COMPILER_OPTIONS, DIRECT_LAUNCH
 from cpattn.memo import Memo
 
 _ALIGNMENT = 16
-# Triton fuses multiplications and additions by default, and from 3.10 on it does not: results would have other bits, and take longer.
-COMPILER_OPTIONS = {"enable_fp_fusion": True}
 # Launches that a kernel's wrapper remembers: a few batches' worth.
 _MOST_PREPARED = 256
 
@@ -181,3 +179,13 @@ def _kind(value: Any, role: str) -> Any:
     if role == "free":
         return is_short
     return 1 if value == 1 else 2 + (value % _ALIGNMENT == 0) + 2 * is_short
+
+
+def _problem(device: torch.device) -> str | None:
+    """It compiles kernels: imported only where it is needed."""
+    from cpattn.kernels.self_check import problem_of_direct_launch
+
+    return problem_of_direct_launch(device, Launcher)
+
+
+DIRECT_LAUNCH.check = _problem

@@ -187,3 +187,13 @@ def _blocks(x_SHD: Tensor, block_n: int, padded: int) -> Blocks:
     """Blocks ``[1 head, block_n keys, padded]``; the unit axis leads, so that the compiler can drop it."""
     tokens, heads, dim = x_SHD.shape
     return Blocks(x_SHD, [heads, tokens, dim], [x_SHD.stride(1), x_SHD.stride(0), 1], (1, block_n, padded), TensorDescriptor)
+
+
+def _problem(device: torch.device) -> str | None:
+    """It compiles kernels: imported only where it is needed."""
+    from cpattn.kernels.self_check import problem_of_hopper_kernel
+
+    return problem_of_hopper_kernel(device, ragged_attention)
+
+
+HOPPER_KERNEL.check = _problem

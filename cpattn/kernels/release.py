@@ -2,7 +2,7 @@
 
 Both rest on parts of Triton that change from release to release: Gluon, in which that kernel is written, is experimental,
 and how a compiled kernel is launched is internal. This is the one gate. On releases that are known, :data:`KNOWN` says what
-works; what a newer one makes of them is found out by a self-check at first use (:mod:`cpattn.kernels.self_check`); and
+works; what a newer one makes of them is found out at first use by a check that belongs to what is used; and
 where one of them is off, something slower that is right takes its place, with a warning.
 """
 
@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,8 @@ from cpattn.current import is_capturing
 from cpattn.kernels.cuda_driver import why_missing
 
 Release = tuple[int, int]
+# Triton fuses multiplications and additions by default, and from 3.10 on it does not: results would have other bits, and take longer.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 class SlowKernelWarning(UserWarning):
@@ -68,7 +69,8 @@ class Gate:
 
     Args:
         known: for each release that is known None, or the reason why the way is not taken.
-        check: what finds out on a newer one, on a device: None if all is right, or what is not.
+        check: what finds out on a newer one, on a device: None if all is right, or what is not. Set by the module that takes
+            the way, before it asks.
         precondition: a reason that has nothing to do with Triton, or None.
         release: by default that of the Triton that is installed; None where kernels are interpreted.
     """
@@ -76,12 +78,12 @@ class Gate:
     def __init__(
         self,
         known: Mapping[Release, str | None],
-        check: Callable[[torch.device], str | None],
+        check: Callable[[torch.device], str | None] = lambda device: "there is nothing that could check it",
         precondition: Callable[[], str | None] = lambda: None,
         release: Callable[[], Release | None] | None = None,
     ) -> None:
         self._known = known
-        self._check = check
+        self.check = check
         self._precondition = precondition
         self._release = release or (lambda: running_release())
         self._verdict: Verdict | None = None
@@ -139,7 +141,7 @@ class Gate:
         assert release is not None  # it would not have to be checked
         self._is_checking = True
         try:
-            problem = self._check(device)
+            problem = self.check(device)
         except Exception as error:  # a release to come may raise anything
             lines = str(error).strip().splitlines()
             problem = f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -171,20 +173,8 @@ def _text(release: Release) -> str:
     return ".".join(map(str, release))
 
 
-def _self_check(name: str) -> Callable[[torch.device], str | None]:
-    """It compiles kernels: imported only where it is needed."""
-
-    def check(device: torch.device) -> str | None:
-        problem: str | None = getattr(import_module("cpattn.kernels.self_check"), name)(device)
-        return problem
-
-    return check
-
-
-HOPPER_KERNEL = Gate({release: known.hopper_kernel for release, known in KNOWN.items()}, _self_check("problem_of_hopper_kernel"))
-DIRECT_LAUNCH = Gate(
-    {release: known.direct_launch for release, known in KNOWN.items()}, _self_check("problem_of_direct_launch"), why_missing
-)
+HOPPER_KERNEL = Gate({release: known.hopper_kernel for release, known in KNOWN.items()})
+DIRECT_LAUNCH = Gate({release: known.direct_launch for release, known in KNOWN.items()}, precondition=why_missing)
 
 
 def describe(has_hopper_kernel: bool) -> str:

@@ -7,6 +7,7 @@ slow way if anything is raised here.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.kernels.arguments import Blocks
-from cpattn.kernels.launch import COMPILER_OPTIONS, Launcher
+from cpattn.kernels.release import COMPILER_OPTIONS
 from cpattn.kernels.tile_shapes import tile_shapes
 from cpattn.keys import Keys
 from cpattn.options import AttentionOptions
@@ -42,15 +43,17 @@ def _probe_kernel(
     tl.store(out + place, value)
 
 
-def problem_of_direct_launch(device: torch.device) -> str | None:
-    """What is wrong with launches by the CUDA driver, or None: they must give what Triton's own launches give, and Triton
-    must tell apart what :func:`cpattn.kernels.launch._kind` tells apart, and nothing else."""
+def problem_of_direct_launch(device: torch.device, make_launcher: Callable[[Any], Any]) -> str | None:
+    """What is wrong with launches by the CUDA driver, which :class:`cpattn.kernels.launch.Launcher` makes, or None.
+
+    They must give what Triton's own launches give, and Triton must tell apart what :func:`cpattn.kernels.launch._kind` tells
+    apart, and nothing else.
+    """
     with torch.cuda.device(device):
         has_descriptors = torch.cuda.get_device_capability(device)[0] >= 9
-        launcher = Launcher(_probe_kernel)
+        launcher = make_launcher(_probe_kernel)
         compiled: dict[int, Any] = {}
         generator = torch.Generator(device).manual_seed(0)
-        # The first two are of one kind, the others each of one of its own.
         # The first two are of one kind, each other of a kind of its own.
         for case, (rows, number, multiple, wide, free, skip) in enumerate([
             (32, 2, 16, 2**41, 1, 0), (48, 2**31 - 1, 2**30, 2**62, 16, 16), (32, 3, 16, 2**41, 2**33, 0), (32, 3, 16, 2**41, 7, 1),
@@ -81,10 +84,9 @@ def problem_of_direct_launch(device: torch.device) -> str | None:
     return None
 
 
-def problem_of_hopper_kernel(device: torch.device) -> str | None:
-    """What is wrong with the kernel for Hopper, or None: its error must be that of the plain kernel."""
-    from cpattn.kernels.ragged_attention import ragged_attention
-
+def problem_of_hopper_kernel(device: torch.device, attend: Callable[..., tuple[Tensor, Tensor]]) -> str | None:
+    """What is wrong with the kernel for Hopper, or None: its error must be that of the plain kernel. Both are launched by ``attend``,
+    :func:`cpattn.kernels.ragged_attention.ragged_attention`."""
     heads, kv_heads, dim, page_size = 4, 2, 128, 64
     num_queries, num_keys = 300, 450
     with torch.cuda.device(device):
@@ -102,8 +104,7 @@ def problem_of_hopper_kernel(device: torch.device) -> str | None:
             expected = _attention(q, k[:num_keys], v[:num_keys], dim**-0.5, window)
             options = AttentionOptions(dim**-0.5, window)
             fast, plain = (
-                _error(ragged_attention(q, keys, spans, options, shapes=(each,))[0], expected)
-                for each in (shape, shape._replace(specialized=False))
+                _error(attend(q, keys, spans, options, shapes=(each,))[0], expected) for each in (shape, shape._replace(specialized=False))
             )
             if not fast <= _SLACK * plain:
                 return f"its error is {fast:.1e}, that of the plain kernel {plain:.1e}"

@@ -227,21 +227,23 @@ assert not {"cpattn.kernels.self_check", "cpattn.kernels.launch", "cpattn.kernel
 def gpu(device: str) -> torch.device:
     if device == "cpu":
         pytest.skip("needs a GPU")
+    # What takes the two ways has brought its checks.
+    from cpattn.kernels import ragged_attention
+
+    assert ragged_attention
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def test_the_checks_pass_where_the_release_is_known(gpu: torch.device) -> None:
     """They are what a release to come is trusted by. Twice, as kernels that are compiled already must not mislead them."""
-    from cpattn.kernels import self_check
-
     at = release.running_release()
     assert at in KNOWN
     state = torch.cuda.get_rng_state()
     for _ in range(2):
         if release.DIRECT_LAUNCH.verdict().used:
-            assert self_check.problem_of_direct_launch(gpu) is None
+            assert release.DIRECT_LAUNCH.check(gpu) is None
         if release.HOPPER_KERNEL.verdict().used and torch.cuda.get_device_capability() == (9, 0):
-            assert self_check.problem_of_hopper_kernel(gpu) is None
+            assert release.HOPPER_KERNEL.check(gpu) is None
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
@@ -259,30 +261,30 @@ def test_a_release_that_is_not_known_is_found_right(gpu: torch.device, monkeypat
 
 def test_a_launch_that_goes_wrong_is_found_out(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the release passed numbers in another way."""
-    from cpattn.kernels import direct_launch, self_check
+    from cpattn.kernels import direct_launch
 
     if not release.DIRECT_LAUNCH.verdict().used:
         pytest.skip("is not used here")
     right = direct_launch._word
     monkeypatch.setattr(direct_launch, "_word", lambda value: right(value + 1) if type(value) is int else right(value))
-    assert self_check.problem_of_direct_launch(gpu) == "a launch by the CUDA driver gave another result than one by Triton"
+    assert release.DIRECT_LAUNCH.check(gpu) == "a launch by the CUDA driver gave another result than one by Triton"
 
 
 def test_a_rule_of_specialization_that_changed_is_found_out(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Triton told fewer numbers apart than we do, or more."""
-    from cpattn.kernels import launch, self_check
+    from cpattn.kernels import launch
 
     if not release.DIRECT_LAUNCH.verdict().used:
         pytest.skip("is not used here")
     right = launch._kind
     monkeypatch.setattr(launch, "_kind", lambda value, role: (right(value, role), value if type(value) is int else None))
-    assert self_check.problem_of_direct_launch(gpu) == "kernels are specialized on something else"
+    assert release.DIRECT_LAUNCH.check(gpu) == "kernels are specialized on something else"
 
 
 def test_a_wrong_kernel_is_found_out(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if not release.HOPPER_KERNEL.verdict().used or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("is not used here")
-    from cpattn.kernels import hopper_attention, self_check
+    from cpattn.kernels import hopper_attention
 
     right = hopper_attention.launch
 
@@ -290,4 +292,4 @@ def test_a_wrong_kernel_is_found_out(gpu: torch.device, monkeypatch: pytest.Monk
         return right(*args, arguments=arguments | {"exponent_scale": arguments["exponent_scale"] * 1.01}, **others)
 
     monkeypatch.setattr(hopper_attention, "launch", wrong)
-    assert "its error is" in str(self_check.problem_of_hopper_kernel(gpu))
+    assert "its error is" in str(release.HOPPER_KERNEL.check(gpu))
