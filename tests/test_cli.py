@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from cpattn.cli import demo
+from cpattn.cli.main import main
+
 
 def cpattn(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "cpattn", *arguments], capture_output=True, text=True, check=False)
@@ -26,9 +29,6 @@ def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
 
 
 def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from cpattn.cli import demo
-    from cpattn.cli.main import main
-
     honest = demo._in_order
 
     def with_two_tokens_swapped(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -53,13 +53,22 @@ def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, 
         pytest.param("[[0, 1.5]]", "extend_len=1.5 (float), which is not an integer", id="not an integer"),
     ],
 )
-def test_a_bad_batch_file_is_refused_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_bad_batch_file_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
     batch = tmp_path / "batch.json"
     if content is not None:
         batch.write_text(content)
-    done = cpattn("demo", "--batch", str(batch))
+    assert main(["demo", "--batch", str(batch)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_refusal_is_the_exit_code_of_the_process(tmp_path: Path) -> None:
+    done = cpattn("demo", "--batch", str(tmp_path / "none.json"))
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "can not read the batch file" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -70,11 +79,15 @@ def test_a_bad_batch_file_is_refused_in_one_line(tmp_path: Path, content: str | 
         (["--cp", "100"], "would start as many processes"),
         (["--heads", "6", "--kv-heads", "4"], "query heads must be a multiple"),
         (["--head-dim", "0"], "it must be at least 1"),
-        (["--dtype", "int8"], "invalid choice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
-    done = cpattn("demo", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_choice_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--dtype", "int8"])
+    assert "invalid choice" in capsys.readouterr().err

@@ -13,11 +13,22 @@ import pytest
 from cpattn.cli.main import main
 
 COMMANDS = ["plan", "picture", "demo", "env", "bench"]
+_END = "-- the end of a command --"
 PLAN = ["plan", "--batch", "0+3670, 4096+128, 77+1", "--cp", "8"]
 
 
 def run_in_terminal(arguments: list[str], columns: int, **environment: str) -> str:
     """What the command writes to a pseudo-terminal of that width."""
+    return in_terminal([sys.executable, "-m", "cpattn", *arguments], columns, **environment)
+
+
+def one_after_another(commands: list[list[str]]) -> list[str]:
+    """A program that runs these commands, each followed by a line that is none of its own; a process takes seconds to start."""
+    runs = "; ".join(f"assert main({command!r}) == 0; print({_END!r}, flush=True)" for command in commands)
+    return [sys.executable, "-c", f"from cpattn.cli.main import main; {runs}"]
+
+
+def in_terminal(command: list[str], columns: int, **environment: str) -> str:
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     import fcntl
@@ -26,9 +37,7 @@ def run_in_terminal(arguments: list[str], columns: int, **environment: str) -> s
 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cpattn", *arguments], stdout=theirs, stdin=theirs, env=kept | {"TERM": "xterm-256color"} | environment
-    )
+    process = subprocess.Popen(command, stdout=theirs, stdin=theirs, env=kept | {"TERM": "xterm-256color"} | environment)
     os.close(theirs)
     written = b""
     try:
@@ -46,30 +55,28 @@ def without_colors(text: str) -> str:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-@pytest.mark.parametrize(
-    "arguments",
-    [PLAN, [*PLAN, "--compare", "--pad-to", "128"], ["picture", "ring", *PLAN[1:]], ["env"], ["bench", "metadata", "--seconds", "0.1"]],
-    ids=" ".join,
-)
-def test_a_terminal_gets_colours_and_no_line_is_too_wide(arguments: list[str], columns: int) -> None:
+def test_a_terminal_gets_colours_and_no_line_is_too_wide(columns: int) -> None:
     pytest.importorskip("rich")
-    text = run_in_terminal(arguments, columns)
-    assert "\x1b[" in text
-    plain = without_colors(text)
-    assert "\x1b" not in plain
-    assert max(map(len, plain.splitlines())) <= columns
+    plans = [PLAN, [*PLAN, "--compare", "--pad-to", "128"], ["picture", "ring", *PLAN[1:]]]
+    commands = [*plans, ["env"], ["bench", "metadata", "--seconds", "0.1"]]
+    *texts, rest = in_terminal(one_after_another(commands), columns).split(_END + "\n")
+    assert (len(texts), rest) == (len(commands), "")
+    for command, text in zip(commands, texts, strict=True):
+        assert "\x1b[" in text, command
+        plain = without_colors(text)
+        assert "\x1b" not in plain, command
+        assert max(map(len, plain.splitlines())) <= columns, command
 
 
 def test_no_color_is_respected() -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", run_in_terminal(PLAN, 80, NO_COLOR="1"))
 
 
-@pytest.mark.parametrize("arguments", [PLAN, [*PLAN, "--compare"], ["env"], ["picture", "work", *PLAN[1:]]], ids=" ".join)
-def test_a_file_gets_plain_text(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cpattn", *arguments], capture_output=True, check=True, env=os.environ | {"FORCE_COLOR": "1"}
-    )
+def test_a_file_gets_plain_text() -> None:
+    commands = one_after_another([PLAN, [*PLAN, "--compare"], ["env"], ["picture", "work", *PLAN[1:]]])
+    done = subprocess.run(commands, capture_output=True, check=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
+    assert all(part.strip() for part in done.stdout.split(_END.encode())[:-1])
     assert done.stderr == b""
     assert done.stdout.isascii()
 

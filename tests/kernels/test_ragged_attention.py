@@ -58,7 +58,12 @@ def test_random_rows(seed: int, device: str) -> None:
     check(q, k, v, rows, options, out, lse)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# In the interpreter both half precisions have the same shapes and products in fp32; random rows are of all.
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=compiled_only), torch.float32],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (72, 8)], ids=str)
 def test_default_shapes(dims: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     rows = make_rows([200, 1, 40], [0, 3, 100], [300, 200, 200], [101, 200, 20], device)
@@ -188,11 +193,11 @@ def test_bits_do_not_depend_on_the_tile(window: int | None, pack: bool, device: 
     """Each query has the same bits as a whole, in rows cut anywhere, and in another batch."""
     heads = (4, 1) if pack else (2, 2)
     shapes = (TileShape(32, 16, 4, 2),)
-    tokens, keys = 75, 120
+    tokens, keys = (75, 120) if device != "cpu" else (43, 70)
     whole = make_rows([tokens], [0], [keys], [keys - tokens + 1], device)
     q, k, v = make_qkv(whole, keys, heads, (32, 32), torch.bfloat16, device, 5, padding=0)
     out, lse = launch_attention(q, k, v, whole, scale=0.2, window=window, shapes=shapes)
-    for cuts in ([1] * tokens, [30, 45], [7, 1, 60, 7]):
+    for cuts in ([1] * tokens, [30, tokens - 30], [7, 1, tokens - 15, 7]):
         ends = np.cumsum(cuts)
         begins = ends - cuts
         # Half of the rows know only the keys up to their own end: later keys must not matter either.
