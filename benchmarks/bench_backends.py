@@ -27,7 +27,7 @@ import cpattn
 from cpattn.attention import flash_attn3
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.fa3_build import find_build
-from cpattn.exchange.step_rows import causal_spans
+from cpattn.exchange.step_spans import causal_spans
 from cpattn.keys import Keys
 
 BACKENDS = ["flash_attn4", "flash_attn3", "triton"]

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpattn.api import cp_attention, explain, shard, unshard
+    from cpattn.api import cp_attention, explain, prepare, shard, unshard
     from cpattn.attention.backend import Backend
     from cpattn.attention.custom import custom_backend
     from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
+    from cpattn.call.prepared import PreparedCall
     from cpattn.errors import (
         BackendError,
         BatchError,
@@ -78,6 +79,7 @@ __all__ = [
     "PlanError",
     "PoolFullError",
     "PrefixError",
+    "PreparedCall",
     "ProcessGroupCommunicator",
     "RaggedRows",
     "RankError",
@@ -96,6 +98,7 @@ __all__ = [
     "explain",
     "gather_kv",
     "plan",
+    "prepare",
     "release",
     "required_rows",
     "shard",
@@ -107,11 +110,12 @@ __all__ = [
 
 # Where each name comes from: the imports above, for those who run this; a test compares the two.
 _NAMES = {
-    "api": "cp_attention explain shard unshard",
+    "api": "cp_attention explain prepare shard unshard",
     "attention.backend": "Backend",
     "attention.custom": "custom_backend",
     "attention.ragged_rows": "RaggedRows",
     "attention.registry": "BACKENDS",
+    "call.prepared": "PreparedCall",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.registry": "STRATEGIES",

@@ -7,17 +7,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cpattn import checks
-from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import explain_choice
-from cpattn.call import Arguments, BackendChoice, Decision, decide, describe, expect, on_device_of, refusal_of, run, validated
+from cpattn.call import checks
+from cpattn.call.agreed import describe, refusal_of, validated
+from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
+from cpattn.call.choose import choose, problem_of
+from cpattn.call.find import check_arguments, check_contents, find_call, prepare_call
+from cpattn.call.other_words import refuse_words
+from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.current import is_capturing
 from cpattn.graphs import compiler_is_loaded, leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for, whole_rows
-from cpattn.other_words import refuse_words
-from cpattn.transports.agreement import share_verdicts
+from cpattn.transports.agreement import expect_verdicts, share_verdicts
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
@@ -34,6 +37,7 @@ KEYWORDS = (
     "window",
     "softcap",
     "sinks",
+    "out",
     "return_lse",
     "check",
     "label",
@@ -111,10 +115,10 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         RowCountError, TensorMismatchError, GroupError, UnsupportedError (a gradient is required), DisagreementError.
     """
     checks.check_metadata(meta)
-    communicator = as_transport(group, meta.plan.cp_size)
+    transport = as_transport(group, meta.plan.cp_size)
 
     def validate() -> str:
-        checks.check_group(meta, communicator)
+        checks.check_group(meta, transport)
         checks.check_tensor("x", x)
         whole = " (x has all tokens of the batch already)" * (len(x) == meta.plan.num_tokens)
         fix = f"unshard takes this rank's rows, as cp_attention returns them, with the metadata of that call{whole}"
@@ -123,7 +127,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         checks.check_no_grad(x=x)
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
-    with InFlight(communicator, meta.device) as in_flight:
+    with InFlight(transport, meta.device) as in_flight:
         validated(validate, str, meta, in_flight, check, label)
         if meta.plan.cp_size == 1 and meta.bucket is None:
             return x[: meta.num_tokens].clone()
@@ -144,13 +148,14 @@ def cp_attention(
     group: Group = ...,
     v_dim: int | None = ...,
     kv_cache: PackedKV | PagedKV | None = ...,
-    strategy: str = ...,
+    strategy: StrategyChoice = ...,
     backend: BackendChoice = ...,
     overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    out: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     check: bool = ...,
     label: str | None = ...,
@@ -167,13 +172,14 @@ def cp_attention(
     group: Group = ...,
     v_dim: int | None = ...,
     kv_cache: PackedKV | PagedKV | None = ...,
-    strategy: str = ...,
+    strategy: StrategyChoice = ...,
     backend: BackendChoice = ...,
     overlap: int | None = ...,
     scale: float | None = ...,
     window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    out: Tensor | None = ...,
     return_lse: Literal[True],
     check: bool = ...,
     label: str | None = ...,
@@ -190,13 +196,14 @@ def cp_attention(
     group: Group = None,
     v_dim: int | None = None,
     kv_cache: PackedKV | PagedKV | None = None,
-    strategy: str = "auto",
+    strategy: StrategyChoice = "auto",
     backend: BackendChoice = "auto",
     overlap: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     check: bool = False,
     label: str | None = None,
@@ -227,7 +234,7 @@ def cp_attention(
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
             plan has ``prefix_shards``, each rank's own.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
-            do, for a sharded cache; or ``"auto"``.
+            do, for a sharded cache; ``"auto"``; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that the attention of one group runs while the
@@ -237,6 +244,7 @@ def cp_attention(
         window: each query sees the last ``window`` keys up to and with its own; all if None.
         softcap: scores become ``softcap * tanh(scores / softcap)``, as in Gemma 2 (arXiv:2408.00118); none if None.
         sinks: floating ``[Hq]``, one more logit without a value in each query's softmax, as in gpt-oss; none if None.
+        out: ``[meta.rows, Hq, Dv]`` in q's dtype, any strides: memory that the result is written to, and that is returned.
         return_lse: also return the log-sum-exp of the scaled (and capped) scores, sinks included.
         check: compare plan and arguments of all ranks first, in one small collective that waits for the device, so that
             a mistake on one rank raises on all instead of hanging the others; and a few rows of what a caller's own kernel
@@ -262,32 +270,92 @@ def cp_attention(
     NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
     included. After that all ranks can go on with the group.
     """
-    checks.check_metadata(meta)
-    communicator = as_transport(group, meta.plan.cp_size)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks)
+    if type(meta) is not CPMetadata:
+        checks.check_metadata(meta)
+    transport = as_transport(group, meta.plan.cp_size)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
+    with InFlight(transport, meta.device) as in_flight:
+        if check or unknown or label is not None:
 
-    def validate() -> Decision:
-        if unknown:
-            refuse_words("cp_attention", unknown, KEYWORDS)
-        return decide(arguments, meta, communicator, check=check)
+            def validate() -> PreparedCall:
+                if unknown:
+                    refuse_words("cp_attention", unknown, KEYWORDS)
+                return find_call(arguments, meta, transport, check=check)
 
-    with InFlight(communicator, meta.device) as in_flight:
-        decision: Decision = validated(
-            validate,
-            lambda decision: describe(arguments, decision, meta),
-            meta,
-            in_flight,
-            check,
-            label,
-        )
-        expect(decision, meta, in_flight, check)
-        problems: list[str] | None = [] if check else None
-        out, lse = run(arguments, decision, meta, in_flight, decision.strategy.steps, problems)
-        if problems is not None:
+            call = validated(validate, lambda call: describe(call, meta), meta, in_flight, check, label)
+        else:
+            call = find_call(arguments, meta, transport)
+        if check:
+            in_flight.expect(lambda: [*call.transfers(), *expect_verdicts(transport, meta.device)])
+            problems: list[str] = []
+            result, lse = call.run(arguments, in_flight, problems)
             share_verdicts(in_flight, meta.device, refusal_of(problems))
-    if not return_lse:
-        return out
-    return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse
+        else:
+            in_flight.expect(call.transfers)
+            result, lse = call.run(arguments, in_flight)
+    return (result, call.lse_of(result, lse)) if return_lse else result
+
+
+@leaves_graph
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    meta: CPMetadata,
+    *,
+    group: Group = None,
+    v_dim: int | None = None,
+    kv_cache: PackedKV | PagedKV | None = None,
+    strategy: StrategyChoice = "auto",
+    backend: BackendChoice = "auto",
+    overlap: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    check: bool = False,
+    label: str | None = None,
+    **unknown: Any,
+) -> PreparedCall:
+    """A :func:`cp_attention` call to hold: validated and chosen here, made as often as it is called. It spares each layer the
+    lookup, and can be looked at.
+
+    >>> import cpattn, torch
+    >>> meta = cpattn.build_metadata([(0, 5), (0, 3)], cp_size=1, cp_rank=0)
+    >>> q, k, v = torch.randn(8, 4, 64), torch.randn(8, 2, 64), torch.randn(8, 2, 64)
+    >>> attention = cpattn.prepare(q, k, v, meta)
+    >>> attention(q, k, v).shape
+    torch.Size([8, 4, 64])
+    >>> attention.strategy.name, attention.backend.name
+    ('all_gather', 'cpu')
+
+    Arguments and errors are those of :func:`cp_attention`. Of the tensors only kinds and layouts are looked at: those of each
+    layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None)``, which returns what cp_attention
+    would. Nothing is computed or sent, but for ``check``, with which the ranks compare what they have prepared.
+
+    Returns:
+        A :class:`PreparedCall`. It is valid as long as ``meta`` and the group: for metadata with a bucket also after
+        ``meta.copy_(...)``.
+    """
+    checks.check_metadata(meta)
+    transport = as_transport(group, meta.plan.cp_size)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
+
+    def validate() -> PreparedCall:
+        if unknown:
+            refuse_words("prepare", unknown, KEYWORDS)
+        if torch.is_grad_enabled() and arguments.requires_grad():
+            checks.check_no_grad(**{name: x for name, x in arguments._asdict().items() if isinstance(x, Tensor)})
+        call = prepare_call(arguments, meta, transport)
+        if check or not q.is_cuda:
+            check_contents(arguments, meta)
+        return call
+
+    with InFlight(transport, meta.device) as in_flight:
+        call = validated(validate, lambda call: describe(call, meta), meta, in_flight, check, label)
+    return call.hold(meta, returns_lse=return_lse)
 
 
 @leaves_graph
@@ -299,7 +367,7 @@ def explain(
     *,
     v_dim: int | None = None,
     kv_cache: PackedKV | PagedKV | None = None,
-    strategy: str = "auto",
+    strategy: StrategyChoice = "auto",
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -318,5 +386,7 @@ def explain(
     The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
     checks.check_metadata(meta)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, "auto", None, None, window, softcap, sinks)
-    return explain_choice(decide(arguments, meta, None).call)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks)
+    options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
+    choice = choose(arguments, problem_of(arguments, meta, options), meta.plan)
+    return explain_choice(choice.problem, choice.workload)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpattn.call.tensor_kinds import check_kind
 from cpattn.errors import BatchError, CPError, PageTableError, RankError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
-from cpattn.tensor_kinds import check_kind
 
 
 def parse_size(name: str, value: Any, least: int = 1) -> int:

@@ -11,26 +11,27 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cpattn import checks
-from cpattn.attention.merge import lse_with_nan
-from cpattn.call import Arguments, BackendChoice, decide, refusal_of, run, validated
+from cpattn.call import checks
+from cpattn.call.agreed import refusal_of, validated
+from cpattn.call.arguments import Arguments, BackendChoice
+from cpattn.call.find import find_call
+from cpattn.call.other_words import refuse_words
+from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
+from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.errors import UnsupportedError
-from cpattn.exchange.all_gather import gathered_buffers, over_pages, start_gather
+from cpattn.exchange.all_gather import Gathered, gathered_keys
 from cpattn.exchange.message import KVFormat
-from cpattn.exchange.strategy import Steps
+from cpattn.exchange.resident import RESIDENT
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for
-from cpattn.other_words import refuse_words
-from cpattn.page_checks import check_attend, check_page_table, check_write, parse_page_size
-from cpattn.page_contents import check_slot_pages, check_slots
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer
 
 # What attend takes by keyword.
-_ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "return_lse", "check")
+_ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "out", "return_lse", "check")
 
 
 @leaves_graph
@@ -63,10 +64,10 @@ def gather_kv(
     Of a rank that fails in the middle of the call, K arrives as NaN and V as 0.
     """
     checks.check_metadata(meta)
-    communicator = as_transport(group, meta.plan.cp_size)
+    transport = as_transport(group, meta.plan.cp_size)
 
     def validate() -> KVFormat:
-        checks.check_group(meta, communicator)
+        checks.check_group(meta, transport)
         checks.check_kv(k, v, meta)
         v_head_dim = k.shape[2] if v is None else v.shape[2]
         return KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
@@ -74,16 +75,22 @@ def gather_kv(
     def describe(kv: KVFormat) -> str:
         return f"gather_kv, {kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
-    with InFlight(communicator, meta.device) as in_flight:
+    with InFlight(transport, meta.device) as in_flight:
         kv = validated(validate, describe, meta, in_flight, check, label)
 
+        made: list[Gathered] = []
+
         def make() -> list[Transfer]:
-            return [gathered.transfer for gathered in gathered_buffers(communicator, kv, meta)] if meta.rows else []
+            made[:] = gathered_keys(transport, kv, meta)
+            return [gathered.transfer for gathered in made] if meta.rows else []
 
         in_flight.expect(make)
-        (gathered,) = gathered_buffers(communicator, kv, meta)
+        (gathered,) = made
         if meta.rows:
-            start_gather(gathered, k, v, meta, in_flight).wait()
+            # The message is packed where the gather would put it, which spares a copy of it.
+            num_tokens = meta.num_tokens if meta.bucket is None else meta.token_count
+            moves_for(k.device).pack(gathered.own, k, v, num_tokens)
+            in_flight.start().wait()
         return gathered.all.parts
 
 
@@ -150,7 +157,7 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
     check_write(k, v, kv_cache, slots)
     if check or slots.device.type == "cpu":
         check_slots(kv_cache, slots)
-    moves_for(slots.device).write_pages(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
+    moves_for(k.device).write_pages(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
 
 
 @overload
@@ -165,6 +172,7 @@ def attend(
     window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    out: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     check: bool = ...,
 ) -> Tensor: ...
@@ -182,6 +190,7 @@ def attend(
     window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    out: Tensor | None = ...,
     return_lse: Literal[True],
     check: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -199,6 +208,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     check: bool = False,
     **unknown: Any,
@@ -231,20 +241,15 @@ def attend(
     checks.check_metadata(meta)
     if meta.plan.sharded:
         raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")
-    k, v = check_attend(q, kv_cache, meta)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, "all_gather", backend, 1, scale, window, softcap, sinks)
-    # Any one rank can do this alone: it is told of no group.
-    decision = decide(arguments, meta, None, check=check)
-
-    def steps(inputs: object, meta: CPMetadata, in_flight: InFlight) -> Steps:
-        yield over_pages(kv_cache, decision.format, decision.reads_pages, meta, in_flight.transport)
-
+    # Any one rank can do this alone.
+    transport = as_transport(None, 1)
+    arguments = Arguments(q, None, None, v_dim, kv_cache, RESIDENT, backend, None, scale, window, softcap, sinks, out)
     problems: list[str] = []
-    with InFlight(as_transport(None, 1), meta.device) as in_flight:
-        out, lse = run(arguments, decision, meta, in_flight, steps, problems if check else None)
+    with InFlight(transport, meta.device) as in_flight:
+        call = find_call(arguments, meta, transport, check=check)
+        in_flight.expect(call.transfers)
+        result, lse = call.run(arguments, in_flight, problems if check else None)
     refusal = refusal_of(problems)
     if refusal is not None:
         raise refusal
-    if not return_lse:
-        return out
-    return out, lse_with_nan(out, lse) if decision.nan_in_out_alone else lse
+    return (result, call.lse_of(result, lse)) if return_lse else result

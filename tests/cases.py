@@ -11,6 +11,10 @@ from paged_caches import RankPages, random_shards
 from torch import Tensor
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
+from cpattn.exchange.registry import find_strategy
+from cpattn.exchange.schedule import num_results
+from cpattn.problem import Problem
 from cpattn.testing import oracle_attention, relative_rmse, rmse, rmse_bound, run_loopback, single_device_bound
 
 # Each strategy with the caches that it serves.
@@ -89,6 +93,21 @@ class AttentionCase:
             options["prefix_shards"] = random_shards(self.batch, cp_size, self.seed)
         return cpattn.plan(self.batch, cp_size, **options)
 
+    def problem(self, plan: cpattn.Plan) -> Problem:
+        """What its calls ask for."""
+        return Problem(
+            torch.device(self.device),
+            self.dtype,
+            rows=plan.rows,
+            q_heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v.shape[2],
+            v_in_k=self.v_in_k,
+            cache="packed" if self.cache == "packed" else "paged",
+            window=self.window,
+        )
+
     def pages(self, plan: cpattn.Plan, rank: int, **options: Any) -> RankPages:
         """A rank's pages, with the prefix in them."""
         new_v, prefix_v = (None, None) if self.v_in_k else (self.v, self.prefix_v)
@@ -99,7 +118,7 @@ class AttentionCase:
         plan: cpattn.Plan,
         rank: int,
         communicator: cpattn.Communicator | None,
-        strategy: str,
+        strategy: StrategyChoice,
         backend: Any,
         check: bool = False,
         meta: cpattn.CPMetadata | None = None,
@@ -151,7 +170,12 @@ class AttentionCase:
         return self._rmse(alone.on_rank(cpattn.plan(self.batch, 1), 0, None, "all_gather", backend))
 
     def check(
-        self, outputs: list[tuple[Tensor, Tensor]], plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False
+        self,
+        outputs: list[tuple[Tensor, Tensor]],
+        plan: cpattn.Plan,
+        strategy: StrategyChoice,
+        backend: str,
+        rounded_partials: bool = False,
     ) -> float:
         """Every rank's unsharded output and LSE: the same on all, and within the bound of the backend's own error. Returns
         the larger of both errors over its bound.
@@ -162,7 +186,7 @@ class AttentionCase:
         for out, lse in outputs[1:]:
             assert torch.equal(out, outputs[0][0])
             assert torch.equal(lse, outputs[0][1])
-        steps = cpattn.STRATEGIES[strategy].num_steps(plan, self.window)
+        steps = num_results(find_strategy(strategy).schedule(self.problem(plan), plan))
         own, own_lse = self.single_device_rmse(backend)
         # The baseline runs the same code, so a mistake that both make would raise the bound: it has a bound of its own.
         lse = self.expected[1]
@@ -186,7 +210,7 @@ class AttentionCase:
         assert error_lse <= bound_lse, (error_lse, own_lse)
         return max(error / bound, error_lse / bound_lse)
 
-    def check_loopback(self, plan: cpattn.Plan, strategy: str, backend: str, rounded_partials: bool = False) -> None:
+    def check_loopback(self, plan: cpattn.Plan, strategy: StrategyChoice, backend: str, rounded_partials: bool = False) -> None:
         """Runs all ranks in threads and checks them."""
         outputs = run_loopback(lambda c: self.on_rank(plan, c.rank, c, strategy, backend), plan.cp_size)
         self.check(outputs, plan, strategy, backend, rounded_partials)

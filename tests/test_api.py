@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import AttentionCase
+from problems import problem, workload
 
 import cpattn
-from cpattn.attention.backend import Call
 from cpattn.attention.registry import choose_backend
 
 
@@ -135,9 +135,8 @@ def test_outputs_are_fresh_memory() -> None:
 
 
 def test_an_unsupported_dtype_is_refused_with_every_backend_s_reason() -> None:
-    fp8 = Call(torch.device("cpu"), torch.float8_e4m3fn, 16, 16, False, False, False, frozenset({"bottom_right"}), merges=False)
     with pytest.raises(cpattn.UnsupportedError, match=r"no backend can serve this call: cpu: it takes .*; reference: it takes"):
-        choose_backend("auto", fp8)
+        choose_backend("auto", problem(dtype=torch.float8_e4m3fn), workload())
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), True, "1"])

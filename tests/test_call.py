@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import cpattn
-from cpattn import call
 from cpattn.attention.backend import AttentionOptions
-from cpattn.call import Arguments
+from cpattn.call import find
+from cpattn.call.arguments import Arguments
+from cpattn.call.prepared import PreparedCall
 from cpattn.kv_cache import TableLines
 from cpattn.testing import SoloCommunicator
 
@@ -39,6 +40,7 @@ def arguments(**changes: Any) -> Arguments:
     given = {
         "q": torch.randn(14, 4, 16), "k": torch.randn(14, 2, 16), "v": torch.randn(14, 2, 16), "v_dim": None, "kv_cache": packed(3, 2, 16),
         "strategy": "ring", "backend": "auto", "overlap": None, "scale": None, "window": None, "softcap": None, "sinks": None,
+        "out": None,
     }  # fmt: skip
     return Arguments(**given | changes)
 
@@ -57,8 +59,9 @@ def in_inference_mode(x: Tensor) -> Tensor:
 PAGES, TABLE = torch.randn(4, 4, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
 LINES = TableLines(np.zeros((2, 1), dtype=np.int64), sharded=False)
 NEW, SINKS, CACHED = torch.randn(14, 2, 16), torch.randn(4), torch.randn(3, 2, 16)
+OUT = torch.empty(14, 4, 16)
 # What a call differs in from another that is as given on the left.
-SIGNATURES: dict[str, tuple[Changes, Changes]] = {
+KEYS: dict[str, tuple[Changes, Changes]] = {
     "kind of q": ({}, {"q": torch.nn.Parameter(torch.randn(14, 4, 16), requires_grad=False)}),
     "kind of k": ({}, {"k": torch.nn.Parameter(NEW, requires_grad=False)}),
     "kind of v": ({}, {"v": torch.nn.Parameter(NEW, requires_grad=False)}),
@@ -83,6 +86,12 @@ SIGNATURES: dict[str, tuple[Changes, Changes]] = {
     "sinks strides": ({"sinks": SINKS}, {"sinks": torch.randn(8)[::2]}),
     "sinks dtype": ({"sinks": SINKS}, {"sinks": SINKS.half()}),
     "sinks device": ({"sinks": SINKS}, {"sinks": SINKS.to("meta")}),
+    "out": ({}, {"out": OUT}),
+    "out shape": ({"out": OUT}, {"out": OUT[:, :2]}),
+    "out strides": ({"out": OUT}, {"out": strided(OUT)}),
+    "out dtype": ({"out": OUT}, {"out": OUT.half()}),
+    "out device": ({"out": OUT}, {"out": OUT.to("meta")}),
+    "out of inference mode": ({"out": OUT}, {"out": in_inference_mode(OUT)}),
     "no cache": ({}, {"kv_cache": None}),
     "what is no cache": ({"kv_cache": None}, {"kv_cache": CACHED}),
     "kind of cache": ({}, {"kv_cache": paged()}),
@@ -113,23 +122,23 @@ SIGNATURES: dict[str, tuple[Changes, Changes]] = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), list(SIGNATURES.values()), ids=list(SIGNATURES))
-def test_a_signature_says_all_that_a_decision_depends_on(first: Changes, second: Changes) -> None:
-    assert arguments(**first).signature() == arguments(**first).signature()
-    assert arguments(**first).signature() != arguments(**first | second).signature()
+@pytest.mark.parametrize(("first", "second"), list(KEYS.values()), ids=list(KEYS))
+def test_the_key_says_all_that_a_prepared_call_depends_on(first: Changes, second: Changes) -> None:
+    assert arguments(**first).key() == arguments(**first).key()
+    assert arguments(**first).key() != arguments(**first | second).key()
 
 
 @pytest.fixture
-def decided(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
-    """The calls that were decided anew."""
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
+    """The calls that were prepared anew."""
     found: list[Arguments] = []
-    decide = call._decide
+    prepare = find.prepare_call
 
-    def recorded(arguments: Arguments, *rest: Any, **options: Any) -> call.Decision:
+    def recorded(arguments: Arguments, *rest: Any) -> PreparedCall:
         found.append(arguments)
-        return decide(arguments, *rest, **options)
+        return prepare(arguments, *rest)
 
-    monkeypatch.setattr(call, "_decide", recorded)
+    monkeypatch.setattr(find, "prepare_call", recorded)
     return found
 
 
@@ -150,7 +159,7 @@ LAYERS: dict[str, Changes] = {
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 @pytest.mark.parametrize("changes", list(LAYERS.values()), ids=list(LAYERS))
-def test_a_layer_of_another_layout_is_decided_anew(changes: Changes, strategy: str, decided: list[Arguments]) -> None:
+def test_a_layer_of_another_layout_is_prepared_anew(changes: Changes, strategy: str, prepared: list[Arguments]) -> None:
     last_strides: set[int] = set()
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, out_dtype: torch.dtype, **options: Any) -> Any:
@@ -167,22 +176,22 @@ def test_a_layer_of_another_layout_is_decided_anew(changes: Changes, strategy: s
         if changed:
             given = given._replace(**{name: change(getattr(given, name)) for name, change in changes.items()})
         got = run(given, shared, group)
-        assert len(decided) == number
+        assert len(prepared) == number
         want = run(given, PLAN.metadata(0), SoloCommunicator(0, 2))
-        assert decided.pop() is not None
+        assert prepared.pop() is not None
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
     assert last_strides == {1}
 
 
-def test_a_decision_of_one_rank_is_not_another_s(decided: list[Arguments]) -> None:
-    meta = PLAN.metadata(0)
-    call.decide(arguments(), meta, SoloCommunicator(0, 2))
-    call.decide(arguments(), meta, SoloCommunicator(0, 2))
-    assert len(decided) == 1
+def test_a_call_of_one_rank_is_not_another_s(prepared: list[Arguments]) -> None:
+    meta, group = PLAN.metadata(0), SoloCommunicator(0, 2)
+    find.find_call(arguments(), meta, group)
+    find.find_call(arguments(), meta, group)
+    assert len(prepared) == 1
     with pytest.raises(cpattn.GroupError, match="this process is rank 1 of the group"):
-        call.decide(arguments(), meta, SoloCommunicator(1, 2))
+        find.find_call(arguments(), meta, SoloCommunicator(1, 2))
     with pytest.raises(cpattn.GroupError, match="the group has 3 ranks"):
-        call.decide(arguments(), meta, SoloCommunicator(0, 3))
+        find.find_call(arguments(), meta, SoloCommunicator(0, 3))
 
 
 def separate_pages(change: Any = lambda pages: pages) -> cpattn.PagedKV:
@@ -192,26 +201,26 @@ def separate_pages(change: Any = lambda pages: pages) -> cpattn.PagedKV:
     return paged(change(k_pages), change(v_pages), table)
 
 
-def test_a_table_on_the_cpu_is_looked_at_in_every_layer(decided: list[Arguments]) -> None:
-    """The decision itself is remembered: it does not depend on what the table holds."""
-    meta = PLAN.metadata(0)
+def test_a_table_on_the_cpu_is_looked_at_in_every_layer(prepared: list[Arguments]) -> None:
+    """What is prepared is remembered: it does not depend on what the table holds."""
+    meta, group = PLAN.metadata(0), SoloCommunicator(0, 2)
     cache = separate_pages()
     for _ in range(2):
-        call.decide(arguments(kv_cache=cache), meta, SoloCommunicator(0, 2))
+        find.find_call(arguments(kv_cache=cache), meta, group)
     for page, message in ((8, "page_table\\[1, 0\\] is 8, but there are pages 0 to 7"), (3, "new token 8 of request 0 and new token 0 of")):
         cache.page_table[1, 0] = page
         with pytest.raises(cpattn.PageTableError, match=message):
-            call.decide(arguments(kv_cache=cache), meta, SoloCommunicator(0, 2))
-    assert len(decided) == 1
+            find.find_call(arguments(kv_cache=cache), meta, group)
+    assert len(prepared) == 1
 
 
-def test_pages_of_inference_mode_are_not_taken_for_others(decided: list[Arguments]) -> None:
+def test_pages_of_inference_mode_are_not_taken_for_others(prepared: list[Arguments]) -> None:
     meta = PLAN.metadata(0)
     with torch.inference_mode():
         made_there = separate_pages()
-    call.decide(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
+    find.find_call(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
     with pytest.raises(cpattn.PageTableError, match=r"k_pages was made under torch.inference_mode\(\), and cannot be written outside"):
-        call.decide(arguments(kv_cache=made_there), meta, SoloCommunicator(0, 2))
+        find.find_call(arguments(kv_cache=made_there), meta, SoloCommunicator(0, 2))
     # Nothing is written where pages are only attended to.
     q = torch.randn(14, 4, 16)
     assert cpattn.attend(q, made_there, meta).shape == q.shape
@@ -220,12 +229,12 @@ def test_pages_of_inference_mode_are_not_taken_for_others(decided: list[Argument
 def test_expanded_pages_are_not_taken_for_others() -> None:
     meta = PLAN.metadata(0)
     expanded = separate_pages(lambda pages: pages[:1].expand(8, -1, -1, -1))
-    call.decide(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
+    find.find_call(arguments(kv_cache=separate_pages()), meta, SoloCommunicator(0, 2))
     for _ in range(2):
         with pytest.raises(cpattn.PageTableError, match="several tokens lie in the same memory"):
-            call.decide(arguments(kv_cache=expanded), meta, SoloCommunicator(0, 2))
-    # Neither does a decision about reading them say that they can be written.
-    attend = arguments(kv_cache=expanded)
-    call.decide(attend, meta, None)
+            find.find_call(arguments(kv_cache=expanded), meta, SoloCommunicator(0, 2))
+    # Neither does a call that reads them say that they can be written.
+    q = torch.randn(14, 4, 16)
+    assert cpattn.attend(q, expanded, meta).shape == q.shape
     with pytest.raises(cpattn.PageTableError, match="several tokens lie in the same memory"):
-        call.decide(attend, meta, SoloCommunicator(0, 2))
+        find.find_call(arguments(kv_cache=expanded), meta, SoloCommunicator(0, 2))

@@ -18,7 +18,7 @@ from cpattn.keys import Keys
 from cpattn.spans import Spans
 from cpattn.testing import BackendReport, check_backend, oracle_attention
 from cpattn.testing.judge import spans_attention, why_wrong
-from cpattn.testing.scenarios import SCENARIOS, Scenario, make_problem
+from cpattn.testing.scenarios import SCENARIOS, Scenario, make_trial
 
 REFERENCE = cpattn.BACKENDS["reference"]
 CPU = torch.device("cpu")
@@ -328,7 +328,7 @@ def test_what_is_no_backend_is_refused() -> None:
 @pytest.mark.parametrize("features", [{}, {"window": 5}, {"softcap": 2.0}, {"sinks": True}], ids=str)
 def test_the_judge_is_the_oracle_where_rows_are_requests(features: dict[str, Any]) -> None:
     rows = ((21, 0, 30, 10), (13, 30, 13, 1), (1, 43, 8, 8))
-    problem = make_problem(Scenario("requests", rows, **features), CPU, torch.float64)
+    problem = make_trial(Scenario("requests", rows, **features), CPU, torch.float64)
     q, (k, v, *_), _, options, _ = problem
     batch = [(9, 21), (0, 13), (7, 1)]
     prefix, extend = [*range(9), *range(43, 50)], [*range(9, 30), *range(30, 43), 50]
@@ -349,7 +349,7 @@ def test_half_precision_hides_no_query_left_out() -> None:
 @pytest.mark.parametrize("size", [1e-6, 1e-4], ids=str)
 def test_half_precision_results_below_the_normal_numbers_are_right(size: float) -> None:
     """A grid of fixed width, not of a relative one, is what they are rounded to."""
-    problem = make_problem(Scenario("requests", ((21, 0, 30, 10),)), CPU, torch.float16)
+    problem = make_trial(Scenario("requests", ((21, 0, 30, 10),)), CPU, torch.float16)
     problem = problem._replace(keys=problem.keys._replace(v=problem.keys.v * size))
     truth = spans_attention(problem)
     assert why_wrong(problem, truth, truth.out.half(), truth.lse.float()) is None
@@ -362,7 +362,7 @@ def test_half_precision_results_below_the_normal_numbers_are_right(size: float) 
 
 def test_scenarios_are_what_their_names_say() -> None:
     assert len(set(NAMES)) == len(NAMES)
-    problems = {scenario.name: make_problem(scenario, CPU, torch.float32) for scenario in SCENARIOS}
+    problems = {scenario.name: make_trial(scenario, CPU, torch.float32) for scenario in SCENARIOS}
     alignments = {name: problem.spans.alignment for name, problem in problems.items()}
     assert alignments["all keys in the past"] == "full"
     assert alignments["any diagonal"] == "any"

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from problems import problem
 
 import cpattn
 from cpattn.attention import registry
-from cpattn.attention.backend import Call
 from cpattn.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -142,8 +142,7 @@ def test_readme_picture_is_the_plan_of_the_example() -> None:
 
 def test_readme_backend_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
-    one_step = frozenset[Any]({"bottom_right"})
-    two_head_dims = Call(torch.device("cuda"), torch.bfloat16, 128, 64, False, False, False, one_step, merges=False)
+    two_head_dims = problem("cuda", torch.bfloat16, head_dim=128, v_head_dim=64)
     rows = table(README, "backend")
     assert list(rows) == list(cpattn.BACKENDS)
     short = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

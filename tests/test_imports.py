@@ -22,7 +22,7 @@ LAYERS = (
     {"__main__", "cli", "integrations", "testing", "viz"},
     {"__init__"},
     {"api", "serving", "kv_pool", "pool_checks", "pool_history", "pool_pages"},
-    {"call", "cache_checks", "checks", "page_checks", "page_contents", "slow_reference"},
+    {"call"},
     {"exchange"},
     {"transports"},
     {"attention"},
@@ -30,8 +30,7 @@ LAYERS = (
     {"kernels"},
     {"metadata"},
     {
-        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "layout_hints", "memo", "memory_overlap",
-        "options", "other_words", "spans", "tensor_kinds", "version",
+        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "memo", "options", "problem", "spans", "version",
     },
 )  # fmt: skip
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpattn.memory_overlap import overlaps_itself, share_elements
+from cpattn.call.memory_overlap import overlaps_itself, share_elements
 
 STORAGE = torch.zeros(2000, dtype=torch.uint8)
 

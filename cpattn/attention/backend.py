@@ -14,6 +14,7 @@ from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.errors import OptionError
 from cpattn.keys import Keys
 from cpattn.options import AttentionOptions as AttentionOptions
+from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
 
 
@@ -40,35 +41,6 @@ class AttentionFunction(Protocol):
     """
 
     def __call__(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Call:
-    """One ``cp_attention`` call as the choice of a backend sees it: kinds and sizes, the same on every rank.
-
-    Attributes:
-        alignments: of the spans that the strategy's steps will have.
-        merges: more than one step, so that partial results are merged.
-        page_size: of the cache, where there are pages.
-        fixed: whether a CUDA graph is to replay other batches, for which pages can not be copied first.
-        decodes: whether each request has a few new tokens at most.
-        new_tokens: of a request, and pairs: of queries and keys, both on a rank and in the mean.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    v_head_dim: int
-    window: bool
-    softcap: bool
-    sinks: bool
-    alignments: frozenset[Alignment]
-    merges: bool
-    page_size: int | None = None
-    fixed: bool = False
-    decodes: bool = False
-    new_tokens: int = 0
-    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,15 +86,15 @@ class Backend:
     native_sinks: bool
     v_head_dim: bool
     fp32_out: bool
-    reads_pages: Callable[[Call], bool] = lambda call: False
+    reads_pages: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
     propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
-    refuses: Callable[[Call], str | None] = lambda call: None
+    refuses: Callable[[Problem], str | None] = lambda problem: None
     describe: Callable[[], str | None] = lambda: None
     callers: bool = False
-    how: Callable[[Call], str | None] = lambda call: None
+    how: Callable[[Problem], str | None] = lambda problem: None
 
     def __new__(cls, *arguments: Any, **named: Any) -> Backend:
         """A new one; only to say what has taken the place of ``run=``."""
@@ -147,30 +119,30 @@ class Backend:
         """
         return self.attend(q, Keys(k, v, rows.page_table), rows, options, out_dtype)
 
-    def why_not(self, call: Call) -> str | None:
-        """The reason why this backend can not serve the call, or None if it can."""
-        if self.device_types is not None and call.device.type not in self.device_types:
-            return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {call.device.type} ones"
+    def why_not(self, problem: Problem, alignments: frozenset[Alignment]) -> str | None:
+        """The reason why this backend can not serve a call with spans of these alignments, or None if it can."""
+        if self.device_types is not None and problem.device.type not in self.device_types:
+            return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {problem.device.type} ones"
         reason = self.unavailable()
         if reason:
             return reason
-        if call.dtype not in self.dtypes:
+        if problem.dtype not in self.dtypes:
             known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-            return f"it takes {known}, not {str(call.dtype).removeprefix('torch.')}"
-        if call.window and not self.window:
+            return f"it takes {known}, not {str(problem.dtype).removeprefix('torch.')}"
+        if problem.window and not self.window:
             return "it has no sliding window"
-        if call.softcap and not self.softcap:
+        if problem.softcap and not self.softcap:
             return "it has no softcap"
-        if call.head_dim != call.v_head_dim and not self.v_head_dim:
-            return f"it needs v's head_dim to be that of q and k ({call.v_head_dim} is not {call.head_dim})"
-        if not call.alignments <= self.alignments:
-            needed = ", ".join(sorted(call.alignments - self.alignments))
+        if problem.head_dim != problem.v_head_dim and not self.v_head_dim:
+            return f"it needs v's head_dim to be that of q and k ({problem.v_head_dim} is not {problem.head_dim})"
+        if not alignments <= self.alignments:
+            needed = ", ".join(sorted(alignments - self.alignments))
             return f"the strategy has spans of alignment {needed!r}, which it can not express"
-        if call.fixed and self.loops_on_host and call.device.type == "cuda":
+        if problem.fixed and self.loops_on_host and problem.device.type == "cuda":
             return "its launches follow from the batch, and a bucket is for graphs that replay other batches"
-        if call.fixed and call.page_size is not None and not self.reads_pages(call):
-            return f"it can not read pages of {call.page_size} tokens, and a bucket's graph can not copy what changes in size"
-        return self.refuses(call)
+        if problem.fixed and problem.page_size is not None and not self.reads_pages(problem):
+            return f"it can not read pages of {problem.page_size} tokens, and a bucket's graph can not copy what changes in size"
+        return self.refuses(problem)
 
 
 # That of __new__ says nothing.

@@ -99,7 +99,7 @@ def custom_backend(
         native_sinks=True,
         v_head_dim=True,
         fp32_out=True,
-        reads_pages=lambda call: page_sizes is not None and call.page_size is not None and page_sizes(call.page_size),
+        reads_pages=lambda problem: page_sizes is not None and problem.page_size is not None and page_sizes(problem.page_size),
         callers=True,
     )
 

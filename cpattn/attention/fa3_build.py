@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import Call
 from cpattn.attention.fa3_functions import call_functions
 from cpattn.current import is_capturing
 from cpattn.installed import is_installed
+from cpattn.problem import Problem
 
 FIX = "pip install 'cpattn[fa3]' beside a torch for CUDA 13, or build the hopper folder of the flash-attention repository"
 
@@ -61,27 +61,32 @@ class Build:
         """Whether it was made with a feature, by the name of its configuration; where there is none, it is believed to be."""
         return self.left_out is None or feature not in self.left_out
 
-    def refuses(self, call: Call) -> str | None:
+    def refuses(self, problem: Problem) -> str | None:
         """What the call needs and the build lacks, in words; None if it can serve it."""
         who = f"this build of FlashAttention-3 ({self.module}) has"
-        needed = {"VARLEN": True, "FP16": call.dtype == torch.float16, "LOCAL": call.window, "SOFTCAP": call.softcap}
+        needed = {
+            "VARLEN": True,
+            "FP16": problem.dtype == torch.float16,
+            "LOCAL": problem.window is not None,
+            "SOFTCAP": problem.softcap is not None,
+        }
         for feature, needs in needed.items():
             if needs and not self.has(feature):
                 return f"{who} {_LACKING[feature]}"
-        head_dim, v_head_dim = call.head_dim, call.v_head_dim
+        head_dim, v_head_dim = problem.head_dim, problem.v_head_dim
         most = max((size for size in _HEAD_DIMS if self.has(f"HDIM{size}")), default=0)
         if head_dim > most:
             return f"{who} head dims up to {most}, not {head_dim}"
         if head_dim != v_head_dim and not self.has("HDIMDIFF64" if head_dim <= 64 else "HDIMDIFF192"):
             return f"{who} one head_dim for q, k and v ({v_head_dim} is not {head_dim})"
-        failure = None if self.left_out is not None else _failure(self, _Trial.of(call, paged=False), call.device)
+        failure = None if self.left_out is not None else _failure(self, _Trial.of(problem, paged=False), problem.device)
         return f"{who} no configuration, and a try failed: {failure}" if failure else None
 
-    def reads_pages(self, call: Call) -> bool:
+    def reads_pages(self, problem: Problem) -> bool:
         """Whether it can attend to pages."""
         if self.left_out is not None:
             return self.has("PAGEDKV")
-        return _failure(self, _Trial.of(call, paged=True), call.device) is None
+        return _failure(self, _Trial.of(problem, paged=True), problem.device) is None
 
     def __str__(self) -> str:
         """The module, how it is called, and what it was made without: a line for ``cpattn env``."""
@@ -102,8 +107,8 @@ class _Trial(NamedTuple):
     paged: bool
 
     @classmethod
-    def of(cls, call: Call, paged: bool) -> _Trial:
-        return cls(call.dtype, call.head_dim, call.v_head_dim, call.window, call.softcap, paged)
+    def of(cls, problem: Problem, paged: bool) -> _Trial:
+        return cls(problem.dtype, problem.head_dim, problem.v_head_dim, problem.window is not None, problem.softcap is not None, paged)
 
 
 def why_no_build() -> str | None:

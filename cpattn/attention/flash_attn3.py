@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.fa3_build import find_build, why_no_build
 from cpattn.attention.flash_varlen import flash_backend, packs_heads, varlen_call
 from cpattn.keys import Keys
+from cpattn.problem import Problem
 from cpattn.spans import HostSpans, Spans
 
 _TILE = 128  # query rows of a tile, those of a group's heads together; 192 for head dims up to 96
@@ -109,8 +110,8 @@ def _starts(spans: Spans, page_size: int) -> Tensor | None:
     return spans.k_start_padded[:-1] if any(page_size % tile == 0 for tile in _KEY_TILES) else None
 
 
-def _reads_pages(call: Call) -> bool:
-    return find_build().reads_pages(call)
+def _reads_pages(problem: Problem) -> bool:
+    return find_build().reads_pages(problem)
 
 
 def _refuses_head_dims(head_dim: int, v_head_dim: int, major: int) -> str | None:
@@ -126,9 +127,9 @@ def _refuses_head_dims(head_dim: int, v_head_dim: int, major: int) -> str | None
     return f"of head dims that differ it takes up to 64 and 512, or 136 to 192 and 104 to 128, not {head_dim} and {v_head_dim}"
 
 
-def _refuses(call: Call) -> str | None:
+def _refuses(problem: Problem) -> str | None:
     try:
-        return find_build().refuses(call)
+        return find_build().refuses(problem)
     except ImportError as failure:
         return str(failure)
 

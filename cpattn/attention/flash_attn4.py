@@ -7,9 +7,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.flash_varlen import NO_WINDOW, capability, flash_backend, missing, packs_heads, varlen_call
 from cpattn.keys import Keys
+from cpattn.problem import Problem
 from cpattn.spans import Spans
 
 # The package compiles kernels in the calling thread at their first use, which is not safe in two threads at once.
@@ -49,10 +50,10 @@ def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, pack_
     return out, lse_HT.transpose(0, 1)
 
 
-def _reads_pages(call: Call) -> bool:
+def _reads_pages(problem: Problem) -> bool:
     """Pages as long as its key tiles it loads whole, and what lies after a sequence in its last page must then be finite,
     which no one promises; others it loads row by row. SM80 and SM120 have no pages."""
-    return capability(call.device)[0] in (9, 10, 11) and call.page_size not in _KEY_TILES
+    return capability(problem.device)[0] in (9, 10, 11) and problem.page_size not in _KEY_TILES
 
 
 def _unavailable() -> str | None:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionFunction, AttentionOptions, Backend, Call
+from cpattn.attention.backend import AttentionFunction, AttentionOptions, Backend
 from cpattn.installed import is_installed
 from cpattn.keys import Keys
+from cpattn.problem import Problem
 from cpattn.spans import Spans
 
 NO_WINDOW = -1
@@ -79,18 +80,18 @@ def flash_backend(
     softcap: bool,
     native_sinks: bool = False,
     refuses_head_dims: Callable[[int, int, int], str | None],
-    refuses_call: Callable[[Call], str | None] = lambda call: None,
-    reads_pages: Callable[[Call], bool] = lambda call: False,
+    refuses_call: Callable[[Problem], str | None] = lambda problem: None,
+    reads_pages: Callable[[Problem], bool] = lambda problem: False,
     describe: Callable[[], str | None] = lambda: None,
 ) -> Backend:
     """A backend over a FlashAttention kernel: half precision in and out, aligned to the bottom right or not masked."""
 
-    def refuses(call: Call) -> str | None:
-        have = capability(call.device)
+    def refuses(problem: Problem) -> str | None:
+        have = capability(problem.device)
         if have < least_capability:
             needs = f"{least_capability[0]}.{least_capability[1]}"
             return f"it needs a GPU of compute capability {needs} or newer, this one has {have[0]}.{have[1]}"
-        return refuses_head_dims(call.head_dim, call.v_head_dim, have[0]) or refuses_call(call)
+        return refuses_head_dims(problem.head_dim, problem.v_head_dim, have[0]) or refuses_call(problem)
 
     return Backend(
         name=name,

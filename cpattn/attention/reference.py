@@ -75,6 +75,6 @@ BACKEND = Backend(
     native_sinks=True,
     v_head_dim=True,
     fp32_out=True,
-    reads_pages=lambda call: True,
+    reads_pages=lambda problem: True,
     loops_on_host=True,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cpattn.attention import cpu, flash_attn2, flash_attn3, flash_attn4, reference, torch_flash, triton
-from cpattn.attention.backend import Backend, Call
+from cpattn.attention.backend import Backend
 from cpattn.attention.custom import AttentionCallable, as_callers, custom_backend
 from cpattn.attention.flash_varlen import capability
 from cpattn.errors import UnknownNameError, UnsupportedError
+from cpattn.problem import Problem
+from cpattn.spans import Alignment
 
 BACKENDS: dict[str, Backend] = {
     module.BACKEND.name: module.BACKEND for module in (flash_attn4, flash_attn3, flash_attn2, torch_flash, triton, cpu, reference)
@@ -41,27 +45,44 @@ LONG_TOKENS = 1024
 LONG_PAIRS = 2**23
 
 
-def auto_order(call: Call) -> list[Backend]:
+class Workload(NamedTuple):
+    """What a schedule makes of a problem and a plan, as far as the choice of a backend goes by it; the same on every rank.
+
+    Attributes:
+        alignments: of the spans that the hops will have.
+        merges: whether there is more than one result for a query.
+        decodes: whether each request has a few new tokens at most.
+        new_tokens: of a request, and pairs: of queries and keys, both on a rank and in the mean.
+    """
+
+    alignments: frozenset[Alignment]
+    merges: bool = False
+    decodes: bool = False
+    new_tokens: int = 0
+    pairs: int = 0
+
+
+def auto_order(problem: Problem, workload: Workload) -> list[Backend]:
     """The backends in the order in which ``"auto"`` tries them where the call's tensors lie."""
-    if call.device.type != "cuda":
+    if problem.device.type != "cuda":
         return [BACKENDS[name] for name in _CPU_ORDER]
-    major = capability(call.device)[0]
-    order = _HOPPER_ORDERS[_kind(call)] if major == 9 else _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])
+    major = capability(problem.device)[0]
+    order = _HOPPER_ORDERS[_kind(problem, workload)] if major == 9 else _GPU_ORDERS.get(major, _GPU_ORDERS[max(_GPU_ORDERS)])
     return [BACKENDS[name] for name in order]
 
 
-def _kind(call: Call) -> str:
+def _kind(problem: Problem, workload: Workload) -> str:
     """What decides the order on compute capability 9; it follows from the plan and the arguments, so alike on every rank."""
-    if call.decodes:
+    if workload.decodes:
         return "decoding"
-    if call.merges or call.sinks:
+    if workload.merges or problem.sinks:
         return "merging or sinks"
-    if call.page_size is not None:
+    if problem.page_size is not None:
         return "pages"
-    return "long" if call.new_tokens >= LONG_TOKENS and call.pairs >= LONG_PAIRS else "short"
+    return "long" if workload.new_tokens >= LONG_TOKENS and workload.pairs >= LONG_PAIRS else "short"
 
 
-def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backend:
+def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, workload: Workload) -> Backend:
     """The backend of that name, or for ``"auto"`` the first that can serve the call; or a caller's own.
 
     Raises:
@@ -69,17 +90,21 @@ def choose_backend(name: str | Backend | AttentionCallable, call: Call) -> Backe
         UnsupportedError: the named one can not serve the call; an explicit choice never falls back.
     """
     if name == "auto":
-        able = [backend for backend in auto_order(call) if backend.why_not(call) is None]
+        able = [backend for backend in auto_order(problem, workload) if backend.why_not(problem, workload.alignments) is None]
         if not able:
-            reasons = "; ".join(f"{backend.name}: {backend.why_not(call)}" for backend in auto_order(call))
+            reasons = "; ".join(
+                f"{backend.name}: {backend.why_not(problem, workload.alignments)}" for backend in auto_order(problem, workload)
+            )
             raise UnsupportedError(f"no backend can serve this call: {reasons}")
         # A copy of all pages costs more than any of the faster kernels would gain, where there are few queries.
-        readers = [backend for backend in able if call.page_size is not None and backend.reads_pages(call) and not backend.loops_on_host]
+        readers = [
+            backend for backend in able if problem.page_size is not None and backend.reads_pages(problem) and not backend.loops_on_host
+        ]
         return (readers or able)[0]
     backend = find_backend(name)
-    reason = backend.why_not(call)
+    reason = backend.why_not(problem, workload.alignments)
     if reason:
-        others = [other.name for other in auto_order(call) if other.why_not(call) is None]
+        others = [other.name for other in auto_order(problem, workload) if other.why_not(problem, workload.alignments) is None]
         raise UnsupportedError(
             f"backend={backend.name!r} can not serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could"
         )
@@ -100,23 +125,27 @@ def find_backend(name: str | Backend | AttentionCallable) -> Backend:
     raise UnknownNameError(f"backend={name!r} is unknown; choose one of {known}, or pass a function (q, k, v, rows, **options)")
 
 
-def explain_choice(call: Call) -> dict[str, str]:
+def explain_choice(problem: Problem, workload: Workload) -> dict[str, str]:
     """For each backend ``"chosen"``, ``"able"``, or the reason why it can not serve the call; in the order of ``"auto"``,
     and after those the ones that are not for such a device."""
-    order = [backend.name for backend in auto_order(call)]
+    order = [backend.name for backend in auto_order(problem, workload)]
     names = order + [name for name in BACKENDS if name not in order]
-    reasons = {name: BACKENDS[name].why_not(call) or f"able{_how(BACKENDS[name], call)}" for name in names}
-    chosen = choose_backend("auto", call)
-    kind = f", the order is that for {_kind(call)}" if call.device.type == "cuda" and capability(call.device)[0] == 9 else ""
-    return reasons | {chosen.name: f"chosen{_how(chosen, call)}{kind}"}
+    reasons = {name: BACKENDS[name].why_not(problem, workload.alignments) or f"able{_how(BACKENDS[name], problem)}" for name in names}
+    chosen = choose_backend("auto", problem, workload)
+    kind = (
+        f", the order is that for {_kind(problem, workload)}"
+        if problem.device.type == "cuda" and capability(problem.device)[0] == 9
+        else ""
+    )
+    return reasons | {chosen.name: f"chosen{_how(chosen, problem)}{kind}"}
 
 
-def _how(backend: Backend, call: Call) -> str:
+def _how(backend: Backend, problem: Problem) -> str:
     """What it does with pages, where there are any, and what else is to be said of it."""
     parts = []
-    if call.page_size is not None:
-        parts.append("reads the pages" if backend.reads_pages(call) else f"reads a packed copy of the pages of {call.page_size}")
-    how = backend.how(call)
+    if problem.page_size is not None:
+        parts.append("reads the pages" if backend.reads_pages(problem) else f"reads a packed copy of the pages of {problem.page_size}")
+    how = backend.how(problem)
     if how:
         parts.append(how)
     return "".join(f", {part}" for part in parts)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions, Backend, Call
+from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.flash_varlen import capability, missing
 from cpattn.kernels.tile_shapes import has_specialized
 from cpattn.keys import Keys
+from cpattn.problem import Problem
 from cpattn.spans import Spans
 
 # A tile's accumulator of this head dim takes half of the register file.
@@ -38,26 +39,27 @@ def _unavailable() -> str | None:
     return missing("triton", "pip install 'cpattn[triton]'")
 
 
-def _refuses(call: Call) -> str | None:
-    if capability(call.device) < (8, 0):
+def _refuses(problem: Problem) -> str | None:
+    if capability(problem.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
-    widest = max(call.head_dim, call.v_head_dim)
+    widest = max(problem.head_dim, problem.v_head_dim)
     if widest <= _MAX_HEAD_DIM:
         return None
-    if capability(call.device) != (9, 0) or call.dtype == torch.float32:
+    if capability(problem.device) != (9, 0) or problem.dtype == torch.float32:
         return f"it has head dims up to {_MAX_HEAD_DIM}, not {widest}, but for half precision on compute capability 9.0"
-    if call.head_dim > _MAX_LATENT_DIMS[0] or call.v_head_dim > _MAX_LATENT_DIMS[1]:
-        return (
-            f"it has head dims up to {_MAX_LATENT_DIMS[0]}, and of v up to {_MAX_LATENT_DIMS[1]}, not {call.head_dim} and {call.v_head_dim}"
-        )
+    if problem.head_dim > _MAX_LATENT_DIMS[0] or problem.v_head_dim > _MAX_LATENT_DIMS[1]:
+        most, most_of_v = _MAX_LATENT_DIMS
+        return f"it has head dims up to {most}, and of v up to {most_of_v}, not {problem.head_dim} and {problem.v_head_dim}"
     return None
 
 
-def _how(call: Call) -> str:
+def _how(problem: Problem) -> str:
     """Which kernel, and how it is launched: both follow from the release of Triton."""
     from cpattn.kernels.release import describe
 
-    return describe(has_specialized(call.head_dim, call.v_head_dim, call.dtype, capability(call.device), call.page_size or 0))
+    return describe(
+        has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
+    )
 
 
 BACKEND = Backend(
@@ -71,7 +73,7 @@ BACKEND = Backend(
     native_sinks=True,
     v_head_dim=True,
     fp32_out=True,
-    reads_pages=lambda call: True,
+    reads_pages=lambda problem: True,
     accumulate=triton_accumulate,
     unavailable=_unavailable,
     refuses=_refuses,

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from cpattn.attention.backend import Backend, Call
+from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
+from cpattn.problem import Problem
+from cpattn.spans import Alignment
 
 _PAGE_SIZE = 16
-# What a flag of a call is known as, if not by its own name.
-_NAMES = {"fixed": "buckets"}
-# What else a call may ask for, beside the flags that Call has.
-_OTHER_FEATURES: dict[str, dict[str, Any]] = {
-    "fp32": {"dtype": torch.float32},
-    "Dv!=D": {"v_head_dim": 64},
-    "ring": {"alignments": frozenset({"bottom_right", "full"}), "merges": True},
-    "ring+window": {"alignments": frozenset({"any"}), "merges": True, "window": True},
+# What a call may ask for: what of it differs from a plain one, and the alignments of its spans.
+_PLAIN: frozenset[Alignment] = frozenset({"bottom_right"})
+_FEATURES: dict[str, tuple[dict[str, Any], frozenset[Alignment]]] = {
+    "window": ({"window": 16}, _PLAIN),
+    "softcap": ({"softcap": 30.0}, _PLAIN),
+    "sinks": ({"sinks": True}, _PLAIN),
+    "buckets": ({"fixed": True}, _PLAIN),
+    "fp32": ({"dtype": torch.float32}, _PLAIN),
+    "Dv!=D": ({"v_head_dim": 64}, _PLAIN),
+    "ring": ({}, frozenset({"bottom_right", "full"})),
+    "ring+window": ({"window": 16}, frozenset({"any"})),
 }
 
 
@@ -39,42 +44,17 @@ def backend_features(guarded: Callable[[Callable[[], Any], Callable[[str], Any]]
 def _features(backend: Backend, has_gpu: bool) -> dict[str, Any]:
     on_gpu = has_gpu if backend.device_types is None else "cuda" in backend.device_types
     device = "cuda" if on_gpu else "cpu"
-    call = _plain_call(torch.device(device))
-    why_not = backend.why_not(call)
+    plain = Problem(torch.device(device), torch.bfloat16, rows=1, q_heads=8, kv_heads=8, head_dim=128, v_head_dim=128)
+    why_not = backend.why_not(plain, _PLAIN)
     if why_not is None and on_gpu and not has_gpu:
         why_not = "there is no CUDA device"
-    features = {} if why_not else {name: backend.why_not(replace(call, **asked)) for name, asked in _asked().items()}
-    # Not every version of cpattn has pages.
-    reads_pages = getattr(backend, "reads_pages", None)
-    if features and reads_pages is not None:
-        paged: dict[str, Any] = {"page_size": _PAGE_SIZE}
-        reads = reads_pages(replace(call, **paged))
+    features: dict[str, str | None] = {}
+    if not why_not:
+        features = {name: backend.why_not(replace(plain, **asked), alignments) for name, (asked, alignments) in _FEATURES.items()}
+        reads = backend.reads_pages(replace(plain, cache="paged", page_size=_PAGE_SIZE))
         features["pages"] = None if reads else f"it does not read pages of {_PAGE_SIZE} tokens as they are; it is given a packed copy"
     return {"device": device, "usable": why_not is None, "why_not": why_not, "features": features}
 
 
 def _broken(failure: str) -> dict[str, Any]:
     return {"device": None, "usable": False, "why_not": failure, "features": {}}
-
-
-def _plain_call(device: torch.device) -> Call:
-    """bf16 heads of 128, one step, and nothing else asked for; flags that are new here are off."""
-    plain: dict[str, Any] = {
-        "device": device,
-        "dtype": torch.bfloat16,
-        "head_dim": 128,
-        "v_head_dim": 128,
-        "alignments": frozenset({"bottom_right"}),
-    }
-    plain |= {field.name: False for field in fields(Call) if field.name not in plain and field.default is MISSING}
-    return Call(**plain)
-
-
-def _asked() -> dict[str, dict[str, Any]]:
-    """The fields of a call that differ from the plain one, by feature."""
-    flags: dict[str, dict[str, Any]] = {
-        _NAMES.get(field.name, field.name): {field.name: True}
-        for field in fields(Call)
-        if field.type in ("bool", bool) and field.name != "merges"
-    }
-    return flags | _OTHER_FEATURES

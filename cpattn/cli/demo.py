@@ -18,8 +18,9 @@ from cpattn.cli.console import Cell, Styled, print_table, print_title, say
 from cpattn.cli.options import DTYPES, add_shape_options, shape_from
 from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
-from cpattn.cli.traffic import Shape
+from cpattn.cli.traffic import Shape, problem_of
 from cpattn.errors import CPError, PlanError, shown
+from cpattn.exchange.schedule import num_results
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
 from cpattn.transports.groups import as_transport
 
@@ -121,7 +122,8 @@ def _measure(setting: Setting) -> tuple[list[list[Cell]], bool]:
                 results = ranks.run(rank_program, setting, name)
                 out, lse = _in_order(plan, results)
                 error = relative_rmse(out, expected)
-                bound = rmse_bound(alone_rmse, setting.dtype, strategy.num_steps(plan, None), expected_lse)
+                results_merged = num_results(strategy.schedule(problem_of(plan, setting.shape), plan))
+                bound = rmse_bound(alone_rmse, setting.dtype, results_merged, expected_lse)
                 # The LSE is fp32 whatever the dtype, so its own bound is that of fp32 sums; absolute, as it may be near 0.
                 lse_bound = rmse_bound(0.0, torch.float32, plan.cp_size + setting.shape.head_dim, expected_lse)
                 fine = error <= bound and rmse(lse, expected_lse) <= lse_bound and all(result.restored for result in results)

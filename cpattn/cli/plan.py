@@ -11,7 +11,8 @@ from typing import Any
 import cpattn
 from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title, say
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
-from cpattn.cli.traffic import TRAFFIC, Shape, in_words, strategy_bytes
+from cpattn.cli.traffic import Shape, in_words, strategy_bytes
+from cpattn.exchange.registry import STRATEGIES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 from cpattn.metadata.plan import Plan
@@ -125,7 +126,7 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
     sent = strategy_bytes(plan, shape)
     print_table(
         ["strategy", "what travels", "bytes", "that is"],
-        [[name, TRAFFIC[name].travels, f"{size:,}", in_words(size)] for name, size in sent.items()],
+        [[name, STRATEGIES[name].travels, f"{size:,}", in_words(size)] for name, size in sent.items()],
         left=(0, 1),
     )
 

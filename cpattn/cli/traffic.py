@@ -1,19 +1,18 @@
-"""What one rank sends in one attention call, in bytes: a function for each strategy.
+"""What one rank sends in one attention call, in bytes: what each strategy's schedule says.
 
-The rows that travel are physical ones, ``plan.rows`` of every rank whatever its share, so each rank sends as much as any other.
-A cached prefix is taken to
-lie on every rank, and then does not travel.
+A cached prefix is taken to lie on every rank, and then does not travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import cpattn
-from cpattn.metadata.plan import Plan
+import torch
 
-_FP32_BYTES = 4
+from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.schedule import bytes_sent
+from cpattn.metadata.plan import Plan
+from cpattn.problem import Problem
 
 
 class Shape(NamedTuple):
@@ -31,37 +30,24 @@ class Shape(NamedTuple):
         return f"{self.heads} query and {self.kv_heads} key/value heads of {dims}, {self.dtype}"
 
 
-def pass_kv(plan: Plan, shape: Shape) -> int:
-    """Its keys and values to every other rank, or as many of the others' passed on, as one message each."""
-    message = plan.rows * shape.kv_heads * (shape.head_dim + shape.v_head_dim) * shape.itemsize
-    return (plan.cp_size - 1) * message
-
-
-def pass_q(plan: Plan, shape: Shape) -> int:
-    """Its queries to every other rank, and to each of those what it computed for it: an fp32 output and an LSE a head."""
-    queries = plan.rows * shape.heads * shape.head_dim * shape.itemsize
-    partials = plan.rows * shape.heads * (shape.v_head_dim + 1) * _FP32_BYTES
-    return (plan.cp_size - 1) * (queries + partials)
-
-
-class Traffic(NamedTuple):
-    """What travels, in words, and how many bytes of it a rank sends."""
-
-    travels: str
-    bytes_sent: Callable[[Plan, Shape], int]
-
-
-TRAFFIC: dict[str, Traffic] = {
-    "all_gather": Traffic("keys and values", pass_kv),
-    "ring": Traffic("keys and values", pass_kv),
-    "pass_q": Traffic("queries, and partial outputs back", pass_q),
-    "pass_q_ring": Traffic("queries, and partial outputs back", pass_q),
-}
+def problem_of(plan: Plan, shape: Shape) -> Problem:
+    """What such a call asks for."""
+    return Problem(
+        device=torch.device("cpu"),
+        dtype=getattr(torch, shape.dtype),
+        rows=plan.rows,
+        q_heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        cache="packed" if plan.num_prefix_tokens else None,
+    )
 
 
 def strategy_bytes(plan: Plan, shape: Shape) -> dict[str, int]:
-    """The bytes that each rank sends in one call, by strategy, of those that this version has."""
-    return {name: TRAFFIC[name].bytes_sent(plan, shape) for name in cpattn.STRATEGIES if name in TRAFFIC}
+    """The bytes that a rank sends in one call, by strategy: those of the rank that sends the most."""
+    problem = problem_of(plan, shape)
+    return {name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for name, strategy in STRATEGIES.items()}
 
 
 def in_words(num_bytes: int) -> str:

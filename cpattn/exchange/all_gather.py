@@ -8,88 +8,182 @@ at once, and the attention of the first group runs while the next is in flight.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from torch import Tensor
 
-from cpattn.exchange.message import KVFormat, Message, message_buffer
-from cpattn.exchange.own_keys import own_rows
-from cpattn.exchange.step_rows import causal_spans
-from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
+from cpattn.exchange.attend import Attend
+from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer, pages_of_heads
+from cpattn.exchange.own_keys import OwnKeys, WholePages
+from cpattn.exchange.schedule import Hop, Schedule, sends
+from cpattn.exchange.step_spans import causal_spans
+from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Plan
-from cpattn.moves.moves import moves_for
-from cpattn.spans import Alignment
-from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer, Transport, Work
+from cpattn.metadata.layout import Layout
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.problem import Problem
+from cpattn.spans import Spans
+from cpattn.transports.transport import Transfer, Transport
 
 
-def _is_alone(sizes: ExchangeSizes, meta: CPMetadata) -> bool:
+def _schedule(problem: Problem, plan: Layout) -> Schedule:
+    message = 0 if _is_alone(problem, plan) else problem.rows * problem.key_bytes
+    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(plan, (plan.cp_size - 1) * message)),)
+
+
+def _is_alone(problem: Problem, plan: Layout) -> bool:
     """Whether a rank's new keys are all that is missing, and no others have to be put in order with them."""
-    return meta.plan.cp_size == 1 and (sizes.is_paged or not sizes.has_cache)
+    return plan.cp_size == 1 and problem.cache != "packed"
 
 
-def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
-    if _is_alone(sizes, meta):
-        return []
-    return [gathered.transfer for gathered in gathered_buffers(communicator, sizes.group, meta, sizes.overlap)]
+def _prepare(setup: Setup) -> _Alone | _AllGather:
+    if _is_alone(setup.problem, setup.meta.plan):
+        return _Alone.of(setup)
+    problem, meta = setup.problem, setup.meta
+    kv = setup.kv.group(problem.overlap)
+    all_gathered = gathered_keys(setup.transport, kv, meta, problem.overlap)
+    groups = []
+    for number, gathered in enumerate(all_gathered):
+        kv_heads = q_heads = None
+        if problem.overlap > 1:
+            kv_heads = slice(number * kv.heads, (number + 1) * kv.heads)
+            queries_a_key = problem.q_heads // problem.kv_heads
+            q_heads = slice(kv_heads.start * queries_a_key, kv_heads.stop * queries_a_key)
+        groups.append(_Group(gathered, kv_heads, q_heads))
+    order = _IntoPages.of(setup, kv) if problem.cache == "paged" else _InOrder.of(setup, kv)
+    return _AllGather(
+        transfers=tuple(gathered.transfer for gathered in all_gathered),
+        groups=tuple(groups),
+        num_tokens=setup.num_tokens,
+        moves=moves_for(problem.device),
+        order=order,
+        prefix=_Prefix(order.ordered.whole, meta.prefix_key_rows, order.moves) if isinstance(order, _InOrder) and problem.cache else None,
+    )
 
 
-def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    cache, communicator, moves = inputs.cache, in_flight.transport, moves_for(inputs.format.device)
-    if _is_alone(inputs.sizes, meta):
-        if isinstance(cache, PagedKV):
-            moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *meta.gathered_places, inputs.k, inputs.v)
-            yield over_pages(cache, inputs.format, inputs.reads_pages, meta, communicator)
-        else:
-            yield Step(Keys(*own_rows(inputs, meta, communicator)), [causal_spans(meta, paged=False)])
+def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
+    if isinstance(held, _Alone):
+        attend(held.keys(io), held.spans)
         return
-    groups, kv = inputs.sizes.overlap, inputs.sizes.group
-    # None for all heads, which spares the slicing.
-    group_heads = [None] if groups == 1 else [slice(group * kv.heads, (group + 1) * kv.heads) for group in range(groups)]
-    all_gathered = gathered_buffers(communicator, kv, meta, groups)
-    gathers = [
-        start_gather(gathered, _heads_of(inputs.k, heads), _heads_of(inputs.v, heads), meta, in_flight)
-        for gathered, heads in zip(all_gathered, group_heads, strict=True)
-    ]
-    for gathered, heads, gather in zip(all_gathered, group_heads, gathers, strict=True):
-        if isinstance(cache, PackedKV):
-            # One group's keys in order at a time: its attention has read them before the next group's take their place.
-            ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-            moves.pack(ordered.whole, _heads_of(cache.k, heads), _heads_of(cache.v, heads), cache.k.shape[0], meta.prefix_key_rows)
-        gather.wait()
-        query_heads = None
-        if heads is not None:
-            queries_a_key = inputs.q.shape[1] // inputs.format.heads
-            query_heads = slice(heads.start * queries_a_key, heads.stop * queries_a_key)
-        if isinstance(cache, PagedKV):
-            pages = cache
-            if heads is not None:
-                v_pages = None if cache.v_pages is None else cache.v_pages[:, :, heads]
-                pages = PagedKV(cache.k_pages[:, :, heads], v_pages, cache.page_table)
-            moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *meta.gathered_places, *gathered.all.parts)
-            yield over_pages(pages, kv, inputs.reads_pages, meta, communicator, query_heads)
-            continue
-        restore_index = meta.restore_index
-        if cache is None:
-            ordered = message_buffer(communicator, "ordered", kv, restore_index.shape[0])
-        # From rank-major order to each request's prefix and extend in one piece, K and V at once.
-        moves.gather_rows(ordered.whole, gathered.all.whole, restore_index, None if cache is None else meta.extend_key_rows)
-        yield Step(Keys(*ordered.pair), [causal_spans(meta, paged=False)], query_heads)
+    _, groups, num_tokens, moves, order, prefix = held
+    works = []
+    for gathered, kv_heads, _ in groups:
+        # The message is packed where the gather would put it, which spares a copy of it.
+        k, v = (io.k, io.v) if kv_heads is None else (heads_of(io.k, kv_heads), heads_of(io.v, kv_heads))
+        moves.pack(gathered.own, k, v, num_tokens)
+        works.append(io.start())
+    for (gathered, kv_heads, q_heads), work in zip(groups, works, strict=True):
+        if prefix is not None:
+            # It is there, and the new keys are still on their way.
+            prefix.put(io, kv_heads)
+        work.wait()
+        keys = order.keys(io, gathered.all, kv_heads)
+        if q_heads is None:
+            attend(keys, order.spans)
+        else:
+            attend.heads(keys, order.spans, q_heads)
 
 
-@overload
-def _heads_of(x: Tensor, heads: slice | None) -> Tensor: ...
+class _Alone(NamedTuple):
+    """A group of one rank, whose keys are attended to where they are.
+
+    Attributes:
+        pages: where they are written first, and attended to there; places: where in them.
+    """
+
+    own: OwnKeys
+    pages: WholePages | None
+    places: tuple[Tensor, Tensor] | None
+    spans: Spans
+    moves: Moves
+    transfers: tuple[Transfer, ...] = ()
+
+    @classmethod
+    def of(cls, setup: Setup) -> _Alone:
+        own, moves = OwnKeys.of(setup), moves_for(setup.problem.device)
+        if setup.problem.cache is None:
+            return cls(own, None, None, causal_spans(setup.meta, paged=False), moves)
+        pages = WholePages.of(setup, setup.kv)
+        return cls(own, pages, setup.meta.gathered_places, pages.spans, moves)
+
+    def keys(self, io: IO) -> Keys:
+        """All there are."""
+        if self.pages is None or self.places is None:
+            return self.own.keys(io)
+        assert isinstance(io.cache, PagedKV)
+        self.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *self.places, io.k, io.v)
+        return self.pages.keys(io.cache)
 
 
-@overload
-def _heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None: ...
+class _InOrder(NamedTuple):
+    """From rank-major order to each request's prefix and extend in one piece, K and V at once.
+
+    Attributes:
+        ordered: memory for the keys of one group of heads: its attention has read them before the next group's take their place.
+        restore_index: the row of each token among the gathered ones.
+        rows: where they go; None where new keys are all that there is.
+    """
+
+    spans: Spans
+    ordered: Message
+    restore_index: Tensor
+    rows: Tensor | None
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup, kv: KVFormat) -> _InOrder:
+        meta, arena, moves = setup.meta, setup.transport.arena, moves_for(setup.problem.device)
+        spans = causal_spans(meta, paged=False)
+        if setup.problem.cache is None:
+            return cls(spans, message_buffer(arena, "ordered", kv, meta.restore_index.shape[0]), meta.restore_index, None, moves)
+        ordered = message_buffer(arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
+        return cls(spans, ordered, meta.restore_index, meta.extend_key_rows, moves)
+
+    def keys(self, io: IO, gathered: Message, heads: slice | None) -> Keys:
+        """What has arrived, put in order."""
+        self.moves.gather_rows(self.ordered.whole, gathered.whole, self.restore_index, self.rows)
+        return self.ordered.keys
 
 
-def _heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None:
-    return x if x is None or heads is None else x[:, heads]
+class _Prefix(NamedTuple):
+    """Cached keys that are put in order beside the new ones: the memory for both, and where the cached ones go."""
+
+    ordered: Tensor
+    rows: Tensor
+    moves: Moves
+
+    def put(self, io: IO, heads: slice | None) -> None:
+        """Of one group of heads."""
+        cache = io.cache
+        assert isinstance(cache, PackedKV)
+        self.moves.pack(self.ordered, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], self.rows)
+
+
+class _IntoPages(NamedTuple):
+    """Into the slots of pages, and attended to there.
+
+    Attributes:
+        places: the request and the position of each gathered row.
+    """
+
+    spans: Spans
+    pages: WholePages
+    places: tuple[Tensor, Tensor]
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup, kv: KVFormat) -> _IntoPages:
+        pages = WholePages.of(setup, kv)
+        return cls(pages.spans, pages, setup.meta.gathered_places, moves_for(setup.problem.device))
+
+    def keys(self, io: IO, gathered: Message, heads: slice | None) -> Keys:
+        """What has arrived, in its slots."""
+        assert isinstance(io.cache, PagedKV)
+        cache = pages_of_heads(io.cache, heads)
+        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *gathered.parts)
+        return self.pages.keys(cache)
 
 
 class Gathered(NamedTuple):
@@ -100,56 +194,40 @@ class Gathered(NamedTuple):
     transfer: Transfer
 
 
-def gathered_buffers(communicator: Transport, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
-    """Reused memory for ``groups`` groups of KV heads; ``kv`` is of one of them."""
-    all_rows = communicator.size * meta.rows
+class _Group(NamedTuple):
+    """A group of KV heads, and the query heads that they belong to; None for all, which spares the slicing."""
 
-    def make() -> list[Gathered]:
-        # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
-        buffer = communicator.buffer("gathered", (groups, all_rows, kv.heads, kv.width), kv.dtype, kv.device)
-        owns = [gathered.narrow(0, communicator.rank * meta.rows, meta.rows) for gathered in buffer]
-        transfers = [communicator.prepare_all_gather(gathered, own) for gathered, own in zip(buffer, owns, strict=True)]
-        return [
-            Gathered(Message.of(gathered, kv), own, transfer._replace(fill_missing=partial(kv.fill_missing_, own)))
-            for gathered, own, transfer in zip(buffer, owns, transfers, strict=True)
-        ]
-
-    return communicator.reuse("gathered", (kv, all_rows, groups), kv.device, make)
+    gathered: Gathered
+    kv_heads: slice | None
+    q_heads: slice | None
 
 
-def start_gather(gathered: Gathered, k: Tensor, v: Tensor | None, meta: CPMetadata, in_flight: InFlight) -> Work:
-    """Starts to bring every rank's K and V together, which is the transfer that comes next."""
-    # The message is packed where the gather would put it, which spares a copy of it.
-    moves_for(k.device).pack(gathered.own, k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
-    return in_flight.start()
+class _AllGather(NamedTuple):
+    transfers: tuple[Transfer, ...]
+    groups: tuple[_Group, ...]
+    num_tokens: int | Tensor
+    moves: Moves
+    order: _InOrder | _IntoPages
+    prefix: _Prefix | None
 
 
-def over_pages(
-    pages: PagedKV, kv: KVFormat, reads_pages: bool, meta: CPMetadata, communicator: Transport, heads: slice | None = None
-) -> Step:
-    """All keys where they lie in the pages, or a copy of them in order for a backend that can not read those."""
-    if reads_pages:
-        return Step(Keys(*kv.pair(pages.k_pages, pages.v_pages), pages.page_table), [causal_spans(meta, paged=True)], heads)
-    ordered = message_buffer(communicator, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-    moves_for(kv.device).read_pages(pages.k_pages, pages.v_pages, pages.page_table, *meta.key_places, *ordered.parts)
-    return Step(Keys(*ordered.pair), [causal_spans(meta, paged=False)], heads)
+def gathered_keys(transport: Transport, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
+    """Memory for ``groups`` groups of KV heads; ``kv`` is of one of them."""
+    # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
+    shape = groups, transport.size * meta.rows, kv.heads, kv.width
+    buffer = transport.arena.buffer("gathered", shape, kv.dtype, kv.device)
+    made = []
+    for gathered in buffer:
+        own = gathered.narrow(0, transport.rank * meta.rows, meta.rows)
+        transfer = transport.prepare_all_gather(gathered, own)._replace(fill_missing=partial(kv.fill_missing_, own))
+        made.append(Gathered(Message.of(gathered, kv), own, transfer))
+    return made
 
 
-def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
-    if meta.plan.sharded:
+def _why_not(problem: Problem, plan: Layout) -> str | None:
+    if plan.sharded:
         return "it would bring the whole of a sharded cache to every rank"
     return None
 
 
-def _alignments(plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]:
-    return frozenset({"bottom_right"})
-
-
-ALL_GATHER = Strategy(
-    name="all_gather",
-    transfers=_transfers,
-    steps=_steps,
-    num_steps=lambda plan, window, fixed=False: 1,
-    alignments=_alignments,
-    why_not=_why_not,
-)
+ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values")

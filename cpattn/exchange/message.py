@@ -5,12 +5,15 @@ Where V is a part of K, the message is K alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from cpattn.transports.transport import Transport
+from cpattn.keys import Keys
+from cpattn.kv_cache import PagedKV
+from cpattn.problem import Problem
+from cpattn.transports.arena import Arena
 
 
 class KVFormat(NamedTuple):
@@ -27,22 +30,27 @@ class KVFormat(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, problem: Problem) -> KVFormat:
+        """As a call has them."""
+        return cls(problem.kv_heads, problem.head_dim, problem.v_head_dim, problem.v_in_k, problem.dtype, problem.device)
+
+    def group(self, groups: int) -> KVFormat:
+        """Of one of so many groups of heads."""
+        return self if groups == 1 else self._replace(heads=self.heads // groups)
+
     @property
     def width(self) -> int:
         """Numbers that a token's K and V take up in a message, for each head."""
         return self.head_dim if self.v_in_k else self.head_dim + self.v_head_dim
 
-    def split(self, message: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V as views of a message."""
-        return self.pair(message[..., : self.head_dim], None if self.v_in_k else message[..., self.head_dim :])
-
     def parts(self, message: Tensor) -> tuple[Tensor, Tensor | None]:
         """K and V as views of a message, V only where it is not in K: what has to be copied."""
         return message[..., : self.head_dim], None if self.v_in_k else message[..., self.head_dim :]
 
-    def pair(self, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def keys(self, k: Tensor, v: Tensor | None, page_table: Tensor | None = None) -> Keys:
         """K and V to attend to."""
-        return k, k[..., : self.v_head_dim] if v is None else v
+        return Keys(k, k[..., : self.v_head_dim] if v is None else v, page_table)
 
     def fill_missing_(self, message: Tensor) -> None:
         """What stands for keys that a rank could not make: whoever sees one of them gets NaN, and LSE NaN.
@@ -63,22 +71,39 @@ class Message(NamedTuple):
 
     Attributes:
         whole: ``[rows, Hkv, width]``.
-        pair: K and V to attend to; parts: what has to be copied, without a V that is in K.
+        keys: K and V to attend to; parts: what has to be copied, without a V that is in K.
     """
 
     whole: Tensor
-    pair: tuple[Tensor, Tensor]
+    keys: Keys
     parts: tuple[Tensor, Tensor | None]
 
     @classmethod
     def of(cls, whole: Tensor, kv: KVFormat) -> Message:
-        return cls(whole, kv.split(whole), kv.parts(whole))
+        parts = kv.parts(whole)
+        return cls(whole, kv.keys(*parts), parts)
 
 
-def message_buffer(communicator: Transport, name: str, kv: KVFormat, rows: int) -> Message:
-    """Reused memory for a message of that many rows."""
+def message_buffer(arena: Arena, name: str, kv: KVFormat, rows: int) -> Message:
+    """Memory for a message of that many rows."""
+    return Message.of(arena.buffer(name, (rows, kv.heads, kv.width), kv.dtype, kv.device), kv)
 
-    def make() -> Message:
-        return Message.of(communicator.buffer(name, (rows, kv.heads, kv.width), kv.dtype, kv.device), kv)
 
-    return communicator.reuse(name, (kv, rows), kv.device, make)
+@overload
+def heads_of(x: Tensor, heads: slice | None) -> Tensor: ...
+
+
+@overload
+def heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None: ...
+
+
+def heads_of(x: Tensor | None, heads: slice | None) -> Tensor | None:
+    """Some of the heads of K or V; None for all of them."""
+    return x if x is None or heads is None else x[:, heads]
+
+
+def pages_of_heads(cache: PagedKV, heads: slice | None) -> PagedKV:
+    """Some of the heads of pages; None for all of them."""
+    if heads is None:
+        return cache
+    return PagedKV(cache.k_pages[:, :, heads], None if cache.v_pages is None else cache.v_pages[:, :, heads], cache.page_table)

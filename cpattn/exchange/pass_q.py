@@ -17,136 +17,185 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import message_buffer
-from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
-from cpattn.exchange.ring import num_merges, shard_alignments, why_not_shards
-from cpattn.exchange.step_rows import gathered_source_spans, source_spans
-from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Partials, Step, Steps, Strategy
-from cpattn.keys import Keys
-from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.transports.in_flight import InFlight
+from cpattn.exchange.own_keys import OwnKeys, OwnShard, Prefixes
+from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
+from cpattn.exchange.schedule import Hop, Schedule, sends
+from cpattn.exchange.step_spans import gathered_source_spans, source_spans
+from cpattn.exchange.strategy import IO, Setup, Strategy
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+from cpattn.spans import Alignment, Spans
 from cpattn.transports.transport import Transfer, Transport
 
 
-def _gather_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
-    if communicator.size == 1:
-        return []
-    return [_gathered_queries(sizes, communicator).transfer, _all_results(sizes, communicator).transfer]
+def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
+    others = plan.cp_size - 1
+    queries, results = (sends(plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
+    own = shard_hop(problem, plan, 0, 0, queries)
+    if not others:
+        return (*prefix_hop(problem, plan), own)
+    alignment: Alignment = "full" if problem.window is None else "any"
+    return (*prefix_hop(problem, plan), own, Hop("others", 0, alignment, others * own.results, results))
 
 
-def _gather_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, sizes = in_flight.transport, inputs.sizes
-    keys = _keys_at_hand(inputs, meta, communicator)
-    gathering = _gathered_queries(sizes, communicator)
-    work = None
-    if communicator.size > 1:
-        gathering.own.copy_(inputs.q)
-        work = in_flight.start()
-    prefix = prefix_step(inputs, meta, communicator)
-    if prefix is not None:
-        yield prefix
-    yield Step(keys, source_spans(meta, inputs.window, keys.page_table is not None)[meta.cp_rank])
-    if work is None:
+class _PassQ(NamedTuple):
+    """
+    Attributes:
+        own_spans: this rank's queries over its own keys, launch after launch; spans: all other ranks' queries, rank after rank.
+        queries: memory for all ranks' queries ``[cp_size * rows, Hq, D]``; own: this rank's part of it. None for one rank.
+    """
+
+    transfers: tuple[Transfer, ...]
+    keys: OwnKeys | OwnShard
+    prefixes: Prefixes | None
+    own_spans: list[Spans]
+    spans: list[Spans]
+    queries: Tensor | None
+    own: Tensor | None
+    sent: _Results | None
+    received: _Results | None
+
+
+def _prepare_gather(setup: Setup) -> _PassQ:
+    problem, meta, transport = setup.problem, setup.meta, setup.transport
+    is_paged = _attends_to_pages(setup)
+    own_spans = source_spans(meta, problem.window, is_paged)[meta.cp_rank]
+    keys, prefixes = _keys_at_hand(setup), Prefixes.of(setup)
+    if transport.size == 1:
+        return _PassQ((), keys, prefixes, own_spans, [], None, None, None, None)
+    shape = transport.size, problem.rows, problem.q_heads, problem.head_dim
+    queries = transport.arena.buffer("queries", shape, problem.dtype, problem.device)
+    own = queries[transport.rank]
+    sent, received = (_Results.of(setup, f"results {end}", transport.size) for end in ("sent", "received"))
+    gather = transport.prepare_all_gather(queries, own)._replace(fill_missing=partial(own.fill_, torch.nan))
+    exchange = transport.prepare_all_to_all(received.message, sent.message)
+    exchange = exchange._replace(fill_missing=partial(sent.message.fill_, torch.nan))
+    return _PassQ(
+        transfers=(gather, exchange),
+        keys=keys,
+        prefixes=prefixes,
+        own_spans=own_spans,
+        spans=gathered_source_spans(meta, problem.window, is_paged),
+        queries=queries.flatten(0, 1),
+        own=own,
+        sent=sent,
+        received=received,
+    )
+
+
+def _forward_gather(held: _PassQ, io: IO, attend: Attend) -> None:
+    keys = held.keys.keys(io)
+    arriving = None
+    if held.own is not None:
+        held.own.copy_(io.q)
+        arriving = io.start()
+    if held.prefixes is not None:
+        held.prefixes.attend(io, attend)
+    for spans in held.own_spans:
+        attend(keys, spans)
+    if arriving is None or held.queries is None or held.sent is None or held.received is None:
         return
-    work.wait()
-    result = yield Step(keys, gathered_source_spans(meta, inputs.window, keys.page_table is not None), q=gathering.all)
-    assert result is not None  # a step with q is answered
-    results = _all_results(sizes, communicator)
-    results.sent.put(*result)
-    in_flight.start().wait()
-    yield results.received.partials
+    arriving.wait()
+    held.sent.put(*attend.others(held.queries, keys, held.spans))
+    io.start().wait()
+    attend.merge(*held.received.partials)
 
 
-def _ring_transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
-    """In each hop the queries of the next one set out before the results of this one go back."""
-    if communicator.size == 1:
-        return []
-    _, shifts = _hop_queries(sizes, communicator)
-    returns = [_hop_results(sizes, communicator, hop).transfer for hop in range(1, communicator.size)]
-    return [shifts[0], *(transfer for pair in zip(shifts[1:], returns, strict=False) for transfer in pair), returns[-1]]
+def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
+    queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    hops = []
+    for hop in range(plan.cp_size):
+        # The queries of the next hop set out before it; its own results go back after it.
+        sent = queries * (hop + 1 < plan.cp_size) + results * (hop > 0)
+        hops.append(shard_hop(problem, plan, hop, 0, sends(plan, sent)))
+    return (*prefix_hop(problem, plan), *hops)
 
 
-def _ring_steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, sizes, cp_size = in_flight.transport, inputs.sizes, meta.plan.cp_size
-    keys = _keys_at_hand(inputs, meta, communicator)
-    spans = source_spans(meta, inputs.window, keys.page_table is not None)
-    queries, _ = _hop_queries(sizes, communicator) if cp_size > 1 else ([], [])
-    if queries:
-        queries[0].copy_(inputs.q)
+class _PassQRing(NamedTuple):
+    """
+    Attributes:
+        spans: of each hop its launches.
+        queries: two buffers ``[rows, Hq, D]`` that take turns: what is there, and what is on its way.
+        sent, received: results, of two hops each, that take turns.
+    """
+
+    transfers: tuple[Transfer, ...]
+    keys: OwnKeys | OwnShard
+    prefixes: Prefixes | None
+    spans: list[list[Spans]]
+    queries: tuple[Tensor, ...]
+    sent: tuple[_Results, ...]
+    received: tuple[_Results, ...]
+
+
+def _prepare_ring(setup: Setup) -> _PassQRing:
+    problem, meta, transport = setup.problem, setup.meta, setup.transport
+    size = transport.size
+    by_source = source_spans(meta, problem.window, _attends_to_pages(setup))
+    spans = [by_source[(meta.cp_rank - hop) % size] for hop in range(size)]
+    keys, prefixes = _keys_at_hand(setup), Prefixes.of(setup)
+    if size == 1:
+        return _PassQRing((), keys, prefixes, spans, (), (), ())
+    shape = problem.rows, problem.q_heads, problem.head_dim
+    queries = tuple(transport.arena.buffer(f"queries {n}", shape, problem.dtype, problem.device) for n in range(2))
+    sent, received = (tuple(_Results.of(setup, f"results {n} {end}", 1) for n in range(2)) for end in ("sent", "received"))
+    shifts = [_shift_queries(transport, queries, hop) for hop in range(size - 1)]
+    returns = [_return_results(transport, sent[hop % 2], received[hop % 2], hop) for hop in range(1, size)]
+    # In each hop the queries of the next one set out before the results of this one go back.
+    in_turn = [transfer for pair in zip(shifts[1:], returns, strict=False) for transfer in pair]
+    return _PassQRing((shifts[0], *in_turn, returns[-1]), keys, prefixes, spans, queries, sent, received)
+
+
+def _shift_queries(transport: Transport, queries: tuple[Tensor, ...], hop: int) -> Transfer:
+    transfer = transport.prepare_shift(queries[1 - hop % 2], queries[hop % 2])
+    # All that comes later was received.
+    return transfer if hop else transfer._replace(fill_missing=partial(queries[0].fill_, torch.nan))
+
+
+def _return_results(transport: Transport, sent: _Results, received: _Results, hop: int) -> Transfer:
+    transfer = transport.prepare_shift(received.message, sent.message, by=-hop)
+    return transfer._replace(fill_missing=partial(sent.message.fill_, torch.nan))
+
+
+def _forward_ring(held: _PassQRing, io: IO, attend: Attend) -> None:
+    keys = held.keys.keys(io)
+    if held.queries:
+        held.queries[0].copy_(io.q)
     returning = None
-    for hop in range(cp_size):
-        source = (meta.cp_rank - hop) % cp_size
-        shift = in_flight.start() if hop + 1 < cp_size else None
+    for hop, launches in enumerate(held.spans):
+        arriving = io.start() if hop + 1 < len(held.spans) else None
         if hop == 0:
-            prefix = prefix_step(inputs, meta, communicator)
-            if prefix is not None:
-                yield prefix
-            yield Step(keys, spans[source])
+            if held.prefixes is not None:
+                held.prefixes.attend(io, attend)
+            for spans in launches:
+                attend(keys, spans)
         else:
-            result = yield Step(keys, spans[source], q=queries[hop % 2])
-            assert result is not None  # a step with q is answered
+            result = attend.others(held.queries[hop % 2], keys, launches)
             if returning is not None:
-                work, received = returning
-                work.wait()
-                yield received.partials
-            results = _hop_results(sizes, communicator, hop)
-            results.sent.put(*result)
-            returning = in_flight.start(), results.received
-        if shift is not None:
-            shift.wait()
+                returning.wait()
+                attend.merge(*held.received[(hop - 1) % 2].partials)
+            held.sent[hop % 2].put(*result)
+            returning = io.start()
+        if arriving is not None:
+            arriving.wait()
     if returning is not None:
-        work, received = returning
-        work.wait()
-        yield received.partials
+        returning.wait()
+        attend.merge(*held.received[(len(held.spans) - 1) % 2].partials)
 
 
-def _keys_at_hand(inputs: ExchangeInputs, meta: CPMetadata, communicator: Transport) -> Keys:
-    """K and V that this rank holds."""
-    cache, kv = inputs.cache, inputs.format
-    if not (meta.plan.sharded and isinstance(cache, PagedKV)):
-        return Keys(*own_rows(inputs, meta, communicator))
-    write_own(cache, inputs, meta)
-    if inputs.reads_pages:
-        return Keys(*kv.pair(cache.k_pages, cache.v_pages), cache.page_table)
-    shard = message_buffer(communicator, "shard", kv, meta.plan.largest_shard)
-    read_shard_(shard, cache, meta)
-    return Keys(*shard.pair)
+def _attends_to_pages(setup: Setup) -> bool:
+    return setup.problem.cache == "paged" and setup.meta.plan.sharded and setup.reads_pages
 
 
-class _Queries(NamedTuple):
-    """Memory for all ranks' queries ``[cp_size * rows, Hq, D]``, this rank's part of it, and the transfer of the others'."""
-
-    all: Tensor
-    own: Tensor
-    transfer: Transfer
-
-
-def _gathered_queries(sizes: ExchangeSizes, communicator: Transport) -> _Queries:
-    shape, kv = sizes.q_shape, sizes.format
-
-    def make() -> _Queries:
-        queries = communicator.buffer("queries", (communicator.size, *shape), kv.dtype, kv.device)
-        own = queries[communicator.rank]
-        transfer = communicator.prepare_all_gather(queries, own)._replace(fill_missing=partial(own.fill_, torch.nan))
-        return _Queries(queries.flatten(0, 1), own, transfer)
-
-    return communicator.reuse("queries", (shape, kv.dtype, kv.device), kv.device, make)
-
-
-def _hop_queries(sizes: ExchangeSizes, communicator: Transport) -> tuple[list[Tensor], list[Transfer]]:
-    """The two buffers that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
-    shape, kv = sizes.q_shape, sizes.format
-
-    def make() -> tuple[list[Tensor], list[Transfer]]:
-        queries = [communicator.buffer(f"queries {n}", shape, kv.dtype, kv.device) for n in range(2)]
-        turns = [communicator.prepare_shift(queries[1 - n], queries[n]) for n in range(2)]
-        transfers = [turns[hop % 2] for hop in range(communicator.size - 1)]
-        # All that comes later was received.
-        transfers[0] = transfers[0]._replace(fill_missing=partial(queries[0].fill_, torch.nan))
-        return queries, transfers
-
-    return communicator.reuse("hop queries", (shape, kv.dtype, kv.device), kv.device, make)
+def _keys_at_hand(setup: Setup) -> OwnKeys | OwnShard:
+    """What this rank holds."""
+    plan = setup.meta.plan
+    if not (plan.sharded and setup.problem.cache == "paged"):
+        return OwnKeys.of(setup)
+    copy = None if setup.reads_pages else message_buffer(setup.transport.arena, "shard", setup.kv, plan.largest_shard)
+    return OwnShard.of(setup, copy)
 
 
 class _Results(NamedTuple):
@@ -159,72 +208,28 @@ class _Results(NamedTuple):
     message: Tensor
     out: Tensor
     lse: Tensor
-    partials: Partials
+    partials: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, setup: Setup, name: str, ranks: int) -> _Results:
+        problem = setup.problem
+        shape = ranks, problem.rows, problem.q_heads, problem.v_head_dim + 1
+        message = setup.transport.arena.buffer(name, shape, problem.merge_dtype, problem.device)
+        flat = message.flatten(0, 1)
+        return cls(message, flat[..., :-1], flat[..., -1], (message[..., :-1], message[..., -1]))
 
     def put(self, out: Tensor, lse: Tensor) -> None:
+        """Fills the message."""
         self.out.copy_(out)
         self.lse.copy_(lse)
 
 
-class _Exchange(NamedTuple):
-    """Memory for results that are sent and that are received, and the transfer."""
-
-    sent: _Results
-    received: _Results
-    transfer: Transfer
-
-
-def _all_results(sizes: ExchangeSizes, communicator: Transport) -> _Exchange:
-    """Each rank's results to where its queries came from, between all ranks at once."""
-    return _results("results", communicator.size, sizes, communicator)
-
-
-def _hop_results(sizes: ExchangeSizes, communicator: Transport, hop: int) -> _Exchange:
-    """The results of one hop, back to where its queries came from; two hops' memory takes turns."""
-    return _results(f"results {hop % 2}", 1, sizes, communicator, shift=-hop)
-
-
-def _results(name: str, ranks: int, sizes: ExchangeSizes, communicator: Transport, shift: int | None = None) -> _Exchange:
-    kv = sizes.format
-    # Results stay fp32 until all are merged.
-    dtype = torch.promote_types(kv.dtype, torch.float32)
-    shape = ranks, *sizes.q_shape[:2], kv.v_head_dim + 1
-
-    def make() -> _Exchange:
-        both = []
-        for end in ("sent", "received"):
-            message = communicator.buffer(f"{name} {end}", shape, dtype, kv.device)
-            flat = message.flatten(0, 1)
-            both.append(_Results(message, flat[..., :-1], flat[..., -1], Partials(message[..., :-1], message[..., -1])))
-        sent, received = both
-        if shift is None:
-            transfer = communicator.prepare_all_to_all(received.message, sent.message)
-        else:
-            transfer = communicator.prepare_shift(received.message, sent.message, by=shift)
-        return _Exchange(sent, received, transfer._replace(fill_missing=partial(sent.message.fill_, torch.nan)))
-
-    return communicator.reuse(name if shift is None else f"{name} by {shift}", (shape, dtype, kv.device), kv.device, make)
-
-
-def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
-    if isinstance(cache, PagedKV) and not meta.plan.sharded:
+def _why_not(problem: Problem, plan: Layout) -> str | None:
+    if problem.cache == "paged" and not plan.sharded:
         return "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (prefix_shards)"
-    return why_not_shards(meta, cache, window)
+    return why_not_shards(problem, plan)
 
 
-PASS_Q = Strategy(
-    name="pass_q",
-    transfers=_gather_transfers,
-    steps=_gather_steps,
-    num_steps=num_merges,
-    alignments=shard_alignments,
-    why_not=_why_not,
-)
-PASS_Q_RING = Strategy(
-    name="pass_q_ring",
-    transfers=_ring_transfers,
-    steps=_ring_steps,
-    num_steps=num_merges,
-    alignments=shard_alignments,
-    why_not=_why_not,
-)
+_TRAVELS = "queries, and partial outputs back"
+PASS_Q = Strategy("pass_q", _gather_schedule, _prepare_gather, _forward_gather, _why_not, _TRAVELS)
+PASS_Q_RING = Strategy("pass_q_ring", _ring_schedule, _prepare_ring, _forward_ring, _why_not, _TRAVELS)

@@ -1,18 +1,17 @@
-"""The strategies there are, and which one ``"auto"`` stands for."""
+"""The strategies there are, and which ones ``"auto"`` tries, the preferred first."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
 from cpattn.errors import UnknownNameError, UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
-from cpattn.exchange.message import KVFormat
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
+from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.strategy import Strategy
-from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Plan
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
 
 STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING)}
 """What ``strategy=`` takes by name: ``all_gather`` and ``ring`` (keys travel), ``pass_q`` and ``pass_q_ring`` (queries do).
@@ -27,46 +26,53 @@ AUTO_GATHER_QUERIES_LIMIT = 256 * 2**20
 DECODE_TOKENS = 16
 
 
-def candidate_strategies(
-    name: str, q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None
-) -> list[Strategy]:
-    """The strategy of that name; for ``"auto"`` those that can serve the plan, the preferred first.
+def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) -> list[Strategy]:
+    """The strategy of that name, or that is given; for ``"auto"`` those that can serve the plan, the preferred first.
 
-    Raises UnknownNameError, or UnsupportedError where the one that is named, or any, can not serve the plan.
+    Raises UnknownNameError, or UnsupportedError where the one that is asked for, or any, cannot serve the plan.
     """
-    if name != "auto" and (not isinstance(name, str) or name not in STRATEGIES):
-        raise UnknownNameError(f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, ['auto', *STRATEGIES]))}")
-    reasons = {strategy.name: strategy.why_not(meta, cache, window) for strategy in STRATEGIES.values()}
-    able = [other for other in STRATEGIES if reasons[other] is None]
-    if name != "auto":
-        if reasons[name] is not None:
-            others = ", ".join(map(repr, able)) or "none"
-            raise UnsupportedError(f"strategy={name!r} can not serve this call: {reasons[name]}; {others} could")
-        return [STRATEGIES[name]]
-    if not able:
-        raise UnsupportedError("no strategy can serve this call: " + "; ".join(f"{other}: {reason}" for other, reason in reasons.items()))
-    return [STRATEGIES[other] for other in _preferred(q, kv, meta, cache) if other in able]
+    if isinstance(given, str) and given == "auto":
+        reasons = {strategy.name: strategy.why_not(problem, plan) for strategy in STRATEGIES.values()}
+        preferred = [strategy for strategy in _preferred(problem, plan) if reasons[strategy.name] is None]
+        if not preferred:
+            said = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+            raise UnsupportedError(f"no strategy can serve this call: {said}")
+        return preferred
+    strategy = find_strategy(given)
+    reason = strategy.why_not(problem, plan)
+    if reason is not None:
+        able = ", ".join(repr(other.name) for other in STRATEGIES.values() if other.why_not(problem, plan) is None)
+        raise UnsupportedError(f"strategy={strategy.name!r} can not serve this call: {reason}; {able or 'none'} could")
+    return [strategy]
 
 
-def _preferred(q: Tensor, kv: KVFormat, meta: CPMetadata, cache: PackedKV | PagedKV | None) -> list[str]:
-    rows, heads, head_dim = q.shape
-    token_bytes = kv.heads * kv.width * kv.dtype.itemsize
-    if not meta.plan.sharded:
+def find_strategy(given: Any) -> Strategy:
+    """The strategy of that name, or a caller's own as it is; raises UnknownNameError if it is neither."""
+    if isinstance(given, Strategy):
+        return given
+    if isinstance(given, str) and given in STRATEGIES:
+        return STRATEGIES[given]
+    known = ", ".join(map(repr, ["auto", *STRATEGIES]))
+    raise UnknownNameError(f"strategy={given!r} is unknown; choose one of {known}, or pass a Strategy of your own")
+
+
+def _preferred(problem: Problem, plan: Layout) -> list[Strategy]:
+    if not plan.sharded:
         # Pages are not copied, at least where a backend reads them.
-        copied = 0 if isinstance(cache, PagedKV) else meta.plan.num_prefix_tokens
-        gathered = (meta.plan.cp_size * meta.rows + copied) * token_bytes
-        return ["all_gather", "ring"] if gathered <= AUTO_GATHER_LIMIT else ["ring", "all_gather"]
-    # What one rank sends to another: queries and fp32 results, or a shard of keys.
-    query_bytes = rows * heads * (head_dim * kv.dtype.itemsize + 4 * (kv.v_head_dim + 1))
-    pass_q = ["pass_q", "pass_q_ring"] if meta.plan.cp_size * query_bytes <= AUTO_GATHER_QUERIES_LIMIT else ["pass_q_ring", "pass_q"]
-    if only_decodes(meta.plan):
+        copied = 0 if problem.cache == "paged" else plan.num_prefix_tokens
+        gathered = (plan.cp_size * problem.rows + copied) * problem.key_bytes
+        return [ALL_GATHER, RING] if gathered <= AUTO_GATHER_LIMIT else [RING, ALL_GATHER]
+    gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
+    pass_q = [PASS_Q, PASS_Q_RING] if gathered <= AUTO_GATHER_QUERIES_LIMIT else [PASS_Q_RING, PASS_Q]
+    if only_decodes(plan):
         # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two
         # H100, 256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes
         # are fewer, but it still copies, waits for each hop and merges.
         return pass_q
-    return [*pass_q, "ring"] if query_bytes <= meta.plan.largest_shard * token_bytes else ["ring", *pass_q]
+    sent = {strategy.name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for strategy in (PASS_Q, RING)}
+    return [*pass_q, RING] if sent[PASS_Q.name] <= sent[RING.name] else [RING, *pass_q]
 
 
-def only_decodes(plan: Plan) -> bool:
+def only_decodes(plan: Layout) -> bool:
     """Whether each request has a few new tokens at most, as in decoding and speculation."""
     return bool((plan.extend_lens <= DECODE_TOKENS).all())

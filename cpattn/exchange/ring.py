@@ -1,108 +1,146 @@
-"""Strategy ``ring``: K and V travel from rank to rank; each hop is computed while the next is in flight (pass-KV).
+"""Strategy ``ring``: keys and values go around, and each rank computes on what it has while the next is in flight.
 
-Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889. Memory for keys stays at two messages.
-Prefixes that every rank has are a step of their own. Of a sharded cache each rank's shard travels with its new tokens.
+Liu et al., Ring Attention, arXiv:2310.01889; with zigzag chunks every hop is about as much work on every rank. Of a
+sharded cache each rank's shard travels; whole prefixes stay where they are, and are computed first.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
+from torch import Tensor
+
+from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat, Message, message_buffer
-from cpattn.exchange.own_keys import own_rows, prefix_step, read_shard_, write_own
-from cpattn.exchange.step_rows import launches_per_shard, shard_spans
-from cpattn.exchange.strategy import ExchangeInputs, ExchangeSizes, Step, Steps, Strategy
-from cpattn.keys import Keys
-from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Plan
-from cpattn.moves.moves import moves_for
-from cpattn.spans import Alignment
-from cpattn.transports.in_flight import InFlight
+from cpattn.exchange.own_keys import OwnKeys, OwnShard, Prefixes
+from cpattn.exchange.schedule import Hop, Schedule, sends
+from cpattn.exchange.step_spans import launches_per_shard, shard_spans
+from cpattn.exchange.strategy import IO, Setup, Strategy
+from cpattn.kv_cache import PagedKV
+from cpattn.metadata.batch import IntArray
+from cpattn.metadata.layout import Layout
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.problem import Problem
+from cpattn.spans import Alignment, Spans
 from cpattn.transports.transport import Transfer, Transport
 
 
-def _transfers(sizes: ExchangeSizes, meta: CPMetadata, communicator: Transport) -> list[Transfer]:
-    return _hop_buffers(communicator, sizes.format, meta)[1]
+def _schedule(problem: Problem, plan: Layout) -> Schedule:
+    message = sends(plan, _message_rows(problem, plan) * problem.key_bytes)
+    hops = [shard_hop(problem, plan, 0, hop, message * (hop + 1 < plan.cp_size)) for hop in range(plan.cp_size)]
+    return (*prefix_hop(problem, plan), *hops)
 
 
-def _steps(inputs: ExchangeInputs, meta: CPMetadata, in_flight: InFlight) -> Steps:
-    communicator, cp_size, rank = in_flight.transport, int(meta.plan.cp_size), meta.cp_rank
-    pages = inputs.cache if isinstance(inputs.cache, PagedKV) else None
-    sharded = pages if meta.plan.sharded else None
-    spans, moves = shard_spans(meta, inputs.window), moves_for(inputs.format.device)
-    messages, _ = _hop_buffers(communicator, inputs.format, meta)
-    if sharded:
-        write_own(sharded, inputs, meta)
-        read_shard_(messages[0], sharded, meta)
-        hop_keys = messages[0].pair
+def _message_rows(problem: Problem, plan: Layout) -> int:
+    return plan.largest_shard if plan.sharded else problem.rows
+
+
+def prefix_hop(problem: Problem, plan: Layout) -> Schedule:
+    """Over whole prefixes, where there are any. Where the batch is to change under a captured graph, one without a prefix may
+    be followed by one that has some."""
+    if plan.sharded or not (problem.fixed or plan.num_prefix_tokens):
+        return ()
+    alignment: Alignment = "full" if problem.window is None else "any"
+    return (Hop(queries=0, keys="prefix", alignment=alignment, results=1, sent=sends(plan, 0)),)
+
+
+def shard_hop(problem: Problem, plan: Layout, queries: int, keys: int, sent: IntArray) -> Hop:
+    """Over the shard of one rank; with a window it may take several launches."""
+    own = queries == keys
+    alignment: Alignment = "any" if problem.window is not None else "bottom_right" if own else "full"
+    return Hop(queries, keys, alignment, launches_per_shard(plan, problem.window), sent)
+
+
+class _Ring(NamedTuple):
+    """
+    Attributes:
+        transfers: of each hop but the last, from one message to the other.
+        messages: two that take turns: what is there, and what is on its way.
+        prefixes: that stay where they are, if there are any.
+        shard: what this rank holds of a sharded cache, which is what travels then; None if its new tokens travel.
+        own: this rank's new tokens.
+        spans: of each hop its launches.
+        places: of each hop where the keys at hand go in pages that every rank has whole; None without such pages.
+    """
+
+    transfers: tuple[Transfer, ...]
+    messages: tuple[Message, Message]
+    prefixes: Prefixes | None
+    shard: OwnShard | None
+    own: OwnKeys
+    spans: list[list[Spans]]
+    places: list[tuple[Tensor, Tensor]] | None
+    num_tokens: int | Tensor
+    moves: Moves
+
+
+def _prepare(setup: Setup) -> _Ring:
+    problem, meta, plan = setup.problem, setup.meta, setup.meta.plan
+    messages, transfers = _turns(setup.transport, setup.kv, _message_rows(problem, plan) if plan.sharded or plan.cp_size > 1 else 0)
+    is_sharded = problem.cache == "paged" and plan.sharded
+    owners = [(meta.cp_rank - hop) % plan.cp_size for hop in range(plan.cp_size)]
+    spans, places = shard_spans(meta, problem.window), meta.gathered_places_by_rank
+    return _Ring(
+        transfers=transfers,
+        messages=messages,
+        prefixes=Prefixes.of(setup),
+        shard=OwnShard.of(setup, messages[0]) if is_sharded else None,
+        own=OwnKeys.of(setup),
+        spans=[spans[owner] for owner in owners],
+        places=[places[owner] for owner in owners] if problem.cache == "paged" and not is_sharded else None,
+        num_tokens=setup.num_tokens,
+        moves=moves_for(problem.device),
+    )
+
+
+def _forward(ring: _Ring, io: IO, attend: Attend) -> None:
+    if ring.shard is not None:
+        keys = ring.shard.keys(io)
     else:
-        if cp_size > 1:
-            moves.pack(messages[0].whole, inputs.k, inputs.v, meta.num_tokens if meta.bucket is None else meta.token_count)
-        hop_keys = own_rows(inputs, meta, communicator)
-    places = [] if pages is None or sharded else meta.gathered_places_by_rank
-    for hop in range(cp_size):
-        owner = (rank - hop) % cp_size
-        shift = in_flight.start() if hop + 1 < cp_size else None
-        if hop == 0:
-            prefix = prefix_step(inputs, meta, communicator)
-            if prefix is not None:
-                yield prefix
-        if pages is not None and not sharded:
+        if ring.transfers:
+            ring.moves.pack(ring.messages[0].whole, io.k, io.v, ring.num_tokens)
+        keys = ring.own.keys(io)
+    for hop, launches in enumerate(ring.spans):
+        arriving = io.start() if hop < len(ring.transfers) else None
+        if hop == 0 and ring.prefixes is not None:
+            ring.prefixes.attend(io, attend)
+        if ring.places is not None:
             # Every rank holds every token: what passes by is written, too.
-            k, v = (inputs.k, inputs.v) if hop == 0 else messages[hop % 2].parts
-            moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *places[owner], k, v)
-        yield Step(Keys(*hop_keys), spans[owner])
-        if shift is not None:
-            shift.wait()
-        hop_keys = messages[(hop + 1) % 2].pair
+            assert isinstance(io.cache, PagedKV)
+            k, v = (io.k, io.v) if hop == 0 else ring.messages[hop % 2].parts
+            ring.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *ring.places[hop], k, v)
+        for spans in launches:
+            attend(keys, spans)
+        if arriving is not None:
+            arriving.wait()
+        keys = ring.messages[(hop + 1) % 2].keys
 
 
-def _hop_buffers(communicator: Transport, kv: KVFormat, meta: CPMetadata) -> tuple[list[Message], list[Transfer]]:
-    """The two messages that take turns: what is there, and what is on its way; and each hop's transfer from one to the other."""
-    cp_size = meta.plan.cp_size
-    rows = meta.plan.largest_shard if meta.plan.sharded else meta.rows if cp_size > 1 else 0
-
-    def make() -> tuple[list[Message], list[Transfer]]:
-        messages = [message_buffer(communicator, f"ring {n}", kv, rows) for n in range(2)]
-        turns = [communicator.prepare_shift(messages[1 - n].whole, messages[n].whole) for n in range(2)]
-        transfers = [turns[hop % 2] for hop in range(cp_size - 1)]
-        if transfers:
-            # All that comes later was received.
-            transfers[0] = transfers[0]._replace(fill_missing=partial(kv.fill_missing_, messages[0].whole))
-        return messages, transfers
-
-    return communicator.reuse("ring", (kv, rows), kv.device, make)
+def _turns(transport: Transport, kv: KVFormat, rows: int) -> tuple[tuple[Message, Message], tuple[Transfer, ...]]:
+    messages = message_buffer(transport.arena, "ring 0", kv, rows), message_buffer(transport.arena, "ring 1", kv, rows)
+    turns = [transport.prepare_shift(messages[1 - n].whole, messages[n].whole) for n in range(2)]
+    transfers = [turns[hop % 2] for hop in range(transport.size - 1)]
+    if transfers:
+        # All that comes later was received.
+        transfers[0] = transfers[0]._replace(fill_missing=partial(kv.fill_missing_, messages[0].whole))
+    return messages, tuple(transfers)
 
 
-def num_merges(plan: Plan, window: int | None, fixed: bool = False) -> int:
-    """Results that are merged for a query where each shard gives one (with a window several), and whole prefixes another.
-    Where the batch is to change under a captured graph, one without a prefix may be followed by one that has some."""
-    whole_prefixes = not plan.sharded and (fixed or bool(plan.prefix_lens.any()))
-    return plan.cp_size * launches_per_shard(plan, window) + whole_prefixes
-
-
-def shard_alignments(plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]:
-    """Of the rows over all shards and whole prefixes."""
-    if window is not None:
-        return frozenset({"any"})
-    return frozenset({"bottom_right"} if num_merges(plan, window, fixed) == 1 else {"bottom_right", "full"})
-
-
-def why_not_shards(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
+def why_not_shards(problem: Problem, plan: Layout) -> str | None:
     """What no strategy can serve that takes one rank's shard at a time."""
-    if meta.plan.sharded and window is not None:
+    if plan.sharded and problem.window is not None:
         return "a sharded cache does not know its tokens' positions, which a window needs"
-    if meta.plan.is_callers and meta.bucket is not None and window is not None:
+    if plan.is_callers and problem.fixed and problem.window is not None:
         # A launch for each chunk that an owner has of a request.
         return "with a window its launches over a partition of your own change in number from batch to batch, and a bucket's graph can not"
     return None
 
 
-def _why_not(meta: CPMetadata, cache: PackedKV | PagedKV | None, window: int | None) -> str | None:
-    if meta.plan.sharded and meta.bucket is not None:
+def _why_not(problem: Problem, plan: Layout) -> str | None:
+    if plan.sharded and problem.fixed:
         return "the shards that travel change in size from batch to batch, and a bucket's graph can not"
-    return why_not_shards(meta, cache, window)
+    return why_not_shards(problem, plan)
 
 
-RING = Strategy(name="ring", transfers=_transfers, steps=_steps, num_steps=num_merges, alignments=shard_alignments, why_not=_why_not)
+RING = Strategy("ring", _schedule, _prepare, _forward, _why_not, "keys and values")

@@ -1,108 +1,75 @@
-"""What a strategy is: a sequence of steps, and what they will ask of a backend."""
+"""What a strategy is: a schedule as data, what one call needs of memory and transfers, and a plain function that makes the call.
+
+A strategy brings queries and keys together. It says of each call in advance what it will send (``prepare``), so that a
+rank on which the call raises can still carry all of it out; and it attends to what is at hand by calling ``attend``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
+from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat
-from cpattn.keys import Keys
+from cpattn.exchange.schedule import Schedule
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.plan import Plan
-from cpattn.spans import Alignment, Spans
-from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+from cpattn.transports.transport import Transfer, Transport, Work
 
 
-# Named tuples, as they are made anew in every call.
-class Step(NamedTuple):
-    """Attention over the keys at hand, one launch for each of ``spans``.
-
-    Without ``q`` this rank's own queries attend, and the result is merged with what they have seen before. ``heads``
-    are then the query heads that the step is about, where it is for some KV heads only; the keys hold just those.
-    With ``q``, other ranks' queries attend, and their result ``(out, lse)`` goes back to the strategy: fp32 as far as
-    the backend gives it.
-    """
-
-    keys: Keys
-    spans: list[Spans]
-    heads: slice | None = None
-    q: Tensor | None = None
-
-
-class Partials(NamedTuple):
-    """What this rank's queries have seen elsewhere, to be merged: out ``[n, rows, Hq, Dv]``, lse ``[n, rows, Hq]``."""
-
-    out: Tensor
-    lse: Tensor
-
-
-# What a strategy yields; a Step with q is answered with its result.
-Steps: TypeAlias = Generator[Step | Partials, "tuple[Tensor, Tensor] | None", None]
-
-
-class ExchangeSizes(NamedTuple):
-    """What the memory of a call's messages follows from, the same on every rank.
+class Setup(NamedTuple):
+    """What a strategy prepares a kind of call from.
 
     Attributes:
-        q_shape: of a rank's queries ``[rows, Hq, D]``.
-        format: of K and V, and the device of all.
-        has_cache: whether prefixes come with the call.
-        is_paged: whether they lie in pages.
-        overlap: groups of KV heads into which an all-gather is split.
-        group: the format of one of them.
+        problem: what the call asks for.
+        meta: this rank's metadata; its tables stay where they are, whatever batch a bucket's metadata come to hold.
+        transport: over which the call goes; its ``arena`` has the memory.
+        reads_pages: whether the backend attends to pages of the cache as they are.
     """
 
-    q_shape: torch.Size
-    format: KVFormat
-    has_cache: bool
-    is_paged: bool
-    overlap: int
-    group: KVFormat
+    problem: Problem
+    meta: CPMetadata
+    transport: Transport
+    reads_pages: bool
 
-    @classmethod
-    def of(cls, q_shape: torch.Size, format: KVFormat, has_cache: bool, is_paged: bool, overlap: int) -> ExchangeSizes:
-        """Worked out once for all layers that are decided alike."""
-        return cls(q_shape, format, has_cache, is_paged, overlap, format._replace(heads=format.heads // overlap))
+    @property
+    def kv(self) -> KVFormat:
+        """How K and V of the call travel."""
+        return KVFormat.of(self.problem)
+
+    @property
+    def num_tokens(self) -> int | Tensor:
+        """The rows of this rank that are tokens: a number, or of a bucket's batch a tensor of one element on the device."""
+        return self.meta.num_tokens if self.meta.bucket is None else self.meta.token_count
 
 
-class ExchangeInputs(NamedTuple):
-    """What a rank brings to the exchange, and how the exchange is to be made.
+class IO(NamedTuple):
+    """What one call brings.
 
     Attributes:
-        q, k, v: its physical rows; v is None where V is the first columns of K.
-        format: of K and V.
+        q, k, v: this rank's physical rows; v is None where V is the first columns of K.
         cache: of the whole batch, or, where prefixes are sharded, of what this rank holds; None if there is none.
-        reads_pages: whether the backend can attend to the cache's pages as they are.
-        window: of the attention, or None.
-        sizes: of what is sent.
+        start: starts the next of the transfers that were prepared, in their order.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor | None
-    format: KVFormat
     cache: PackedKV | PagedKV | None
-    reads_pages: bool
-    window: int | None
-    sizes: ExchangeSizes
+    start: Callable[[], Work]
 
 
-class CountSteps(Protocol):
-    """How many results are merged for a query."""
+class Prepared(Protocol):
+    """What ``prepare`` returns: any object with the call's transfers; all else in it is the strategy's own."""
 
-    def __call__(self, plan: Plan, window: int | None, fixed: bool = False) -> int: ...
-
-
-class FindAlignments(Protocol):
-    """The alignments of the spans in a strategy's steps."""
-
-    def __call__(self, plan: Plan, window: int | None, fixed: bool = False) -> frozenset[Alignment]: ...
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """All that one call sends, in order: as many on every rank."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +77,19 @@ class Strategy:
     """A way of bringing queries and keys together.
 
     Attributes:
-        name: what ``strategy=`` takes.
-        transfers: all that one call will send, in order: as many on every rank.
-        steps: yields the steps of one call, given what the rank brings, its metadata and the transfers in flight.
-            Before it yields a step it starts the transfer that the next one needs; whoever takes the steps computes
-            each before asking for the next. It starts all transfers, in their order, and waits for each.
-        num_steps: how many results are merged for a query, for a plan and a window; the same on every rank. ``fixed`` says
-            that it is to be as many as for any plan that a bucket's graph may replay.
-        alignments: of the spans in these steps, for a plan and a window, or any plan that may be replayed; the same on every
-            rank.
-        why_not: the reason why it can not serve a plan with such a cache, window and bucket, or None if it can; the same
-            on every rank.
+        name: what ``strategy=`` takes, and messages say.
+        schedule: the hops of a call, the same on every rank. It must hold for all batches that a bucket's graph may replay
+            where the problem is ``fixed``.
+        prepare: memory, spans and transfers of a kind of call, made once and used by all layers of a batch.
+        forward: makes one call, given what was prepared, what the call brings, and ``attend``. It starts all transfers, in
+            their order, each before the attention that hides it, and waits for each before its memory is read.
+        why_not: the reason why it cannot serve a problem and plan, or None; the same on every rank.
+        travels: what it sends, in words.
     """
 
     name: str
-    transfers: Callable[[ExchangeSizes, CPMetadata, Transport], list[Transfer]]
-    steps: Callable[[ExchangeInputs, CPMetadata, InFlight], Steps]
-    num_steps: CountSteps
-    alignments: FindAlignments
-    why_not: Callable[[CPMetadata, PackedKV | PagedKV | None, int | None], str | None]
+    schedule: Callable[[Problem, Layout], Schedule]
+    prepare: Callable[[Setup], Prepared]
+    forward: Callable[[Any, IO, Attend], None]
+    why_not: Callable[[Problem, Layout], str | None] = lambda problem, plan: None
+    travels: str = ""

@@ -54,7 +54,7 @@ class CPMetadata:
         self.cp_rank = cp_rank
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
-        self._derived: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self._derived: dict[Hashable, tuple[Callable[[], Any] | None, Any]] = {}
         # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
         self._checks: dict[Callable[[Any], None], None] = {}
         self._work_out(plan)
@@ -156,6 +156,7 @@ class CPMetadata:
         self._work_out(plan)
         self._tables.copy_(self._host)
         for build, derived in self._derived.values():
+            assert build is not None  # there is a bucket
             _refill(derived, build())
 
     def on_copy(self, check: Callable[[Any], None]) -> None:
@@ -283,7 +284,8 @@ class CPMetadata:
             )
         # Tensors made under inference_mode could not be refilled outside of it.
         with torch.inference_mode(False):
-            self._derived[key] = build, build()
+            # What makes them refers to this, and so do they then: kept only where copy_ will ask for it.
+            self._derived[key] = build if self.bucket is not None else None, build()
 
     @property
     def _capacity(self) -> int:

@@ -12,15 +12,16 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from cpattn.attention.backend import Backend, Call
+from cpattn.attention.backend import Backend
 from cpattn.attention.custom import AttentionCallable
 from cpattn.attention.merge import merge_
 from cpattn.attention.registry import find_backend
 from cpattn.attention.returned import check_returned
 from cpattn.errors import BackendError, OptionError
+from cpattn.problem import Problem
 from cpattn.spans import Spans
-from cpattn.testing.judge import Problem, spans_attention, why_wrong
-from cpattn.testing.scenarios import SCENARIOS, Scenario, make_problem
+from cpattn.testing.judge import Trial, spans_attention, why_wrong
+from cpattn.testing.scenarios import SCENARIOS, Scenario, make_trial
 
 Verdict: TypeAlias = Literal["holds", "fails", "refuses", "not claimed"]
 
@@ -125,48 +126,50 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check(backend: Backend, scenario: Scenario, device: torch.device, dtype: torch.dtype) -> CheckedScenario:
-    problem = make_problem(scenario, device, dtype)
-    reason = _not_claimed(backend, scenario, problem)
+    trial = make_trial(scenario, device, dtype)
+    reason = _not_claimed(backend, scenario, trial)
     if reason:
         return CheckedScenario(scenario.name, "not claimed", reason, True)
-    truth = spans_attention(problem)
+    truth = spans_attention(trial)
     is_cuda = device.type == "cuda"
     try:
         # Kernels are launched on the current device, and what they do wrong is raised at the latest when they are waited for.
-        with torch.cuda.device(problem.q.device) if is_cuda else nullcontext():
-            out, lse = _result(backend, scenario, problem)
+        with torch.cuda.device(trial.q.device) if is_cuda else nullcontext():
+            out, lse = _result(backend, scenario, trial)
             if is_cuda:
                 torch.cuda.synchronize()
     except BackendError as error:
         return CheckedScenario(scenario.name, "fails", str(error), False)
     except Exception as error:
         return CheckedScenario(scenario.name, "refuses", f"{type(error).__name__}: {error}", scenario.may_refuse)
-    wrong = why_wrong(problem, truth, out, lse)
+    wrong = why_wrong(trial, truth, out, lse)
     return CheckedScenario(scenario.name, "fails" if wrong else "holds", wrong or "", not wrong)
 
 
-def _not_claimed(backend: Backend, scenario: Scenario, problem: Problem) -> str | None:
+def _not_claimed(backend: Backend, scenario: Scenario, trial: Trial) -> str | None:
     """The reason, from the backend's own description, why it is not asked for this."""
-    launches = problem.parts or [problem.spans]
-    call = Call(
-        device=problem.q.device,
-        dtype=problem.q.dtype,
+    launches = trial.parts or [trial.spans]
+    problem = Problem(
+        device=trial.q.device,
+        dtype=trial.q.dtype,
+        rows=trial.q.shape[0],
+        q_heads=trial.q.shape[1],
+        kv_heads=trial.keys.k.shape[-2],
         head_dim=scenario.dims[0],
         v_head_dim=scenario.dims[1],
-        window=scenario.window is not None,
-        softcap=scenario.softcap is not None,
+        window=scenario.window,
+        softcap=scenario.softcap,
         sinks=scenario.sinks,
-        alignments=frozenset(spans.alignment for spans in launches),
-        merges=len(launches) > 1,
+        cache=None if scenario.page_size is None else "paged",
         page_size=scenario.page_size,
         fixed=scenario.fixed,
     )
-    reason = backend.why_not(call)
+    reason = backend.why_not(problem, frozenset(spans.alignment for spans in launches))
     if reason:
         return reason
     if scenario.sinks and not backend.native_sinks:
         return "it has no sinks; they are applied to its result"
-    if scenario.page_size is not None and not backend.reads_pages(call):
+    if scenario.page_size is not None and not backend.reads_pages(problem):
         return f"it reads no pages of {scenario.page_size}, and is given a packed copy"
     if scenario.fp32_out and not backend.fp32_out:
         return "it returns its result in q's dtype"
@@ -177,26 +180,26 @@ def _not_claimed(backend: Backend, scenario: Scenario, problem: Problem) -> str 
     return None
 
 
-def _result(backend: Backend, scenario: Scenario, problem: Problem) -> tuple[Tensor, Tensor]:
-    """What the kernel makes of the problem, in one launch or merged from several."""
-    precise = torch.promote_types(problem.q.dtype, torch.float32)
-    if not problem.parts:
-        return _launch(backend, problem, problem.spans, precise if scenario.fp32_out else problem.q.dtype)
-    first, *others = problem.parts
-    out_dtype = precise if backend.fp32_out else problem.q.dtype
-    out, lse = _launch(backend, problem, first, out_dtype)
+def _result(backend: Backend, scenario: Scenario, trial: Trial) -> tuple[Tensor, Tensor]:
+    """What the kernel makes of the trial, in one launch or merged from several."""
+    precise = torch.promote_types(trial.q.dtype, torch.float32)
+    if not trial.parts:
+        return _launch(backend, trial, trial.spans, precise if scenario.fp32_out else trial.q.dtype)
+    first, *others = trial.parts
+    out_dtype = precise if backend.fp32_out else trial.q.dtype
+    out, lse = _launch(backend, trial, first, out_dtype)
     out = out.to(precise)
     for spans in others:
         if scenario.accumulate:
             assert backend.accumulate is not None  # it is claimed
-            backend.accumulate(problem.q, problem.keys, spans, problem.options, out, lse)
+            backend.accumulate(trial.q, trial.keys, spans, trial.options, out, lse)
         else:
-            merge_(out, lse, *_launch(backend, problem, spans, out_dtype))
+            merge_(out, lse, *_launch(backend, trial, spans, out_dtype))
     return out, lse
 
 
-def _launch(backend: Backend, problem: Problem, spans: Spans, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    q, keys, _, options, _ = problem
+def _launch(backend: Backend, trial: Trial, spans: Spans, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q, keys, _, options, _ = trial
     out, lse = check_returned(backend.name, backend.attend(q, keys, spans, options, out_dtype), q, keys.v)
     if out.dtype != out_dtype:
         raise BackendError(f"backend={backend.name!r} returned out in {out.dtype}, where it was asked for {out_dtype}; convert it")

@@ -15,7 +15,7 @@ from cpattn.keys import Keys
 from cpattn.spans import Spans
 
 
-class Problem(NamedTuple):
+class Trial(NamedTuple):
     """What a kernel is given, as :class:`cpattn.attention.backend.AttentionFunction` has it.
 
     Attributes:
@@ -38,15 +38,15 @@ class Truth(NamedTuple):
     sizes: Sizes
 
 
-def spans_attention(problem: Problem) -> Truth:
+def spans_attention(trial: Trial) -> Truth:
     """A query at a time, with the words of :class:`Spans` and :class:`Keys`."""
-    q, k, v = (x.detach().cpu().double() for x in (problem.q, problem.keys.k, problem.keys.v))
-    options, table = problem.options, None if problem.keys.page_table is None else problem.keys.page_table.cpu().long()
+    q, k, v = (x.detach().cpu().double() for x in (trial.q, trial.keys.k, trial.keys.v))
+    options, table = trial.options, None if trial.keys.page_table is None else trial.keys.page_table.cpu().long()
     sinks = None if options.sinks is None else options.sinks.cpu().double()
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full(q.shape[:2], -torch.inf) if sinks is None else sinks.expand(q.shape[:2]).clone()
     sizes = Sizes(*(torch.zeros_like(x) for x in (lse, lse, out, out, lse[:, :1])))
-    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in problem.spans.host), strict=True):
+    for q_start, q_len, k_start, k_len, diagonal, request in zip(*(column.tolist() for column in trial.spans.host), strict=True):
         for j in range(q_len):
             sees_to = min(max(diagonal + j, 0), k_len)
             sees_from = 0 if options.window is None else max(0, diagonal + j - options.window)
@@ -67,14 +67,14 @@ def spans_attention(problem: Problem) -> Truth:
     return Truth(out, lse, sizes)
 
 
-def why_wrong(problem: Problem, truth: Truth, out: Tensor, lse: Tensor) -> str | None:
+def why_wrong(trial: Trial, truth: Truth, out: Tensor, lse: Tensor) -> str | None:
     """In what a result is not the truth, and by how much; None if rounding explains the difference.
 
     Each LSE and each element of the output is judged by itself. What only GPUs round is allowed on a GPU alone.
     """
-    is_gpu, (dtype, head_dim) = problem.q.is_cuda, (problem.q.dtype, problem.q.shape[2])
+    is_gpu, (dtype, head_dim) = trial.q.is_cuda, (trial.q.dtype, trial.q.shape[2])
     out, lse = out.cpu().double(), lse.cpu().double()
-    sees = problem.spans.sees_keys(problem.options.window).cpu()
+    sees = trial.spans.sees_keys(trial.options.window).cpu()
     reason = _blind_wrong(out[~sees], lse[~sees], truth.lse[~sees])
     if reason:
         return reason
@@ -84,7 +84,7 @@ def why_wrong(problem: Problem, truth: Truth, out: Tensor, lse: Tensor) -> str |
     if reason:
         return reason
     out_bound, lse_bound = rounding_bounds(
-        truth.sizes, truth.lse, dtype, head_dim, problem.options.softcap, fast=is_gpu, launches=max(len(problem.parts), 1)
+        truth.sizes, truth.lse, dtype, head_dim, trial.options.softcap, fast=is_gpu, launches=max(len(trial.parts), 1)
     )
     return _lse_wrong(truth, lse, lse_bound, sees) or _out_wrong(truth, out, out_bound, sees)
 

@@ -18,7 +18,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.device_tables import IntArray
 from cpattn.keys import Keys
 from cpattn.spans import Spans, SpanTable, find_alignment
-from cpattn.testing.judge import Problem
+from cpattn.testing.judge import Trial
 
 # A span: queries, first key, keys, diagonal.
 Span = tuple[int, int, int, int]
@@ -29,7 +29,7 @@ _GARBAGE = 2**30  # in the page table, beyond a request's pages
 
 @dataclass(frozen=True)
 class Scenario:
-    """One problem; see :func:`make_problem`.
+    """One trial; see :func:`make_trial`.
 
     Attributes:
         name: what it is about, for the report.
@@ -121,7 +121,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 )
 
 
-def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -> Problem:
+def make_trial(scenario: Scenario, device: torch.device, dtype: torch.dtype) -> Trial:
     """The tensors of a scenario, the same every time, with NaN where it says."""
     generator = torch.Generator().manual_seed(0)
     table = np.array(scenario.spans, dtype=np.int64)
@@ -155,7 +155,7 @@ def make_problem(scenario: Scenario, device: torch.device, dtype: torch.dtype) -
     sinks = torch.randn(heads, generator=generator).to(device, torch.promote_types(dtype, torch.float32)) if scenario.sinks else None
     options = AttentionOptions(head_dim**-0.5 if scenario.scale is None else scenario.scale, scenario.window, scenario.softcap, sinks)
     spans = _spans(scenario.spans, requests, scenario.fixed, device)
-    return Problem(q, Keys(k, v, page_table), spans, options, [_spans(part, requests, False, device) for part in scenario.parts])
+    return Trial(q, Keys(k, v, page_table), spans, options, [_spans(part, requests, False, device) for part in scenario.parts])
 
 
 def _spans(spans: tuple[Span, ...], requests: IntArray, fixed: bool, device: torch.device) -> Spans:

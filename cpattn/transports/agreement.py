@@ -100,13 +100,10 @@ class _Records(NamedTuple):
 
 
 def _records(transport: Transport, name: str, device: torch.device) -> _Records:
-    def make() -> _Records:
-        everyone = transport.buffer(name, (transport.size, _RECORD), torch.uint8, device)
-        own = everyone[transport.rank]
-        # A rank that fails before it has written its line sends an empty one.
-        return _Records(everyone, own, transport.prepare_all_gather(everyone, own)._replace(fill_missing=own.zero_))
-
-    return transport.reuse(name, device, device, make)
+    everyone = transport.arena.buffer(name, (transport.size, _RECORD), torch.uint8, device)
+    own = everyone[transport.rank]
+    # A rank that fails before it has written its line sends an empty one.
+    return _Records(everyone, own, transport.prepare_all_gather(everyone, own)._replace(fill_missing=own.zero_))
 
 
 def _exchange(in_flight: InFlight, name: str, device: torch.device, text: str) -> list[str]:

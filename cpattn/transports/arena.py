@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
-from weakref import ref
+from typing import NamedTuple, Protocol
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
 from cpattn.transports.group_state import GroupState
-
-T = TypeVar("T")
 
 # A graph may outlive whoever captured it, the transport and its group, and the memory that it replays over must not be freed.
 _of_graphs: dict[int, Tensor] = {}
@@ -27,6 +25,13 @@ class Owner(Protocol):
     def allocate(self, nbytes: int, device: torch.device) -> Tensor: ...
 
 
+class KeepsViews(Protocol):
+    """Who keeps views of an arena's memory from one call to the next."""
+
+    def memory_changed(self) -> None:
+        """Messages no longer lie where views say: forget them, as they would keep that memory alive."""
+
+
 class _View(NamedTuple):
     """What was last made of a block."""
 
@@ -38,32 +43,29 @@ class _View(NamedTuple):
 class Arena:
     """Named blocks of memory on any device. Each grows when more is asked of it, and is never smaller again until :meth:`release`.
 
-    Whoever keeps views of it from one call to the next keeps :attr:`generation` with them::
+    Whoever keeps views of it from one call to the next asks to be told when they are of memory that messages no longer lie
+    in, and says what a CUDA graph captures::
 
         with arena.noting() as blocks:
             message = arena.buffer("message", (1024, 64), torch.bfloat16, device)
-        made_in = arena.generation
+        arena.tell_of_changes(self)  # calls self.memory_changed(), which forgets the message
         ...
-        if arena.generation != made_in:  # the views are of memory that messages no longer lie in: make them anew
         if torch.cuda.is_current_stream_capturing():
             arena.keep_for_graph(blocks)
 
     Attributes:
-        generation: rises whenever memory that views may refer to was replaced or released.
         call_captures: whether a CUDA graph captures the call that is under way; None between calls.
     """
 
     def __init__(self, owner: Owner) -> None:
-        self.generation = 0
         self.call_captures: bool | None = None
         # Without the cycle a transport is freed as soon as nobody holds it.
         self._owner = ref(owner)
         self._blocks: dict[tuple[str, torch.device], Tensor] = {}
         self._views: dict[tuple[str, torch.device], _View] = {}
-        # What was last made of them under each name, for which sizes; see reuse.
-        self._made: dict[str, tuple[Hashable, Any]] = {}
         # The lists of those who are noting, the innermost last.
         self._noted: list[list[Tensor]] = []
+        self._keep_views: WeakSet[KeepsViews] = WeakSet()
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.
@@ -116,24 +118,9 @@ class Arena:
         """Has blocks that a CUDA graph captures never be freed. Of what is asked for while a graph captures it is done anyway."""
         _of_graphs.update((id(block), block) for block in blocks)
 
-    def reuse(self, name: str, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """``make()``, or what it returned when it was last called under that name, if that was for an equal key.
-
-        For views of :meth:`buffer` and transfers between them, which are the same in all layers of a batch: each view takes
-        the host a microsecond or two. What a CUDA graph captures is made anew, so that its buffers are known.
-
-        Args:
-            key: all that the result depends on.
-            make: asks for buffers and makes views of them; nothing else.
-        """
-        last = self._made.get(name)
-        if last is not None and last[0] == key and not self._watches(device):
-            made: T = last[1]
-            return made
-        with torch.inference_mode(False):
-            made = make()
-        self._made[name] = key, made
-        return made
+    def tell_of_changes(self, keeper: KeepsViews) -> None:
+        """Has it called whenever memory is replaced or released, as long as it lives."""
+        self._keep_views.add(keeper)
 
     def blocks(self) -> list[Tensor]:
         """All the memory that it holds, each block as uint8 ``[nbytes]``."""
@@ -150,9 +137,9 @@ class Arena:
 
     def _forget_views(self) -> None:
         """Of what is about to be replaced: they would keep it alive."""
-        self.generation += 1
         self._views.clear()
-        self._made.clear()
+        for keeper in list(self._keep_views):
+            keeper.memory_changed()
 
     def _watches(self, device: torch.device) -> bool:
         """Whether somebody has to know every block that is handed out now."""

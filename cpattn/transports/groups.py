@@ -82,7 +82,7 @@ def as_transport(group: Group, cp_size: int) -> Transport:
                 "or pass group="
             )
         group = dist.group.WORLD
-    group = _process_group(group)
+    group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
     transport = _transports.get(group)
     if transport is None:
         transport = _transports.setdefault(group, ProcessGroupTransport(group))

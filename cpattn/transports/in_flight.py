@@ -35,12 +35,12 @@ class InFlight:
     Raises GroupError where the group was given up, or another call is under way on it.
     """
 
-    __slots__ = ("_captures", "_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "transport")
+    __slots__ = ("_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "captures", "transport")
 
     def __init__(self, transport: Transport, device: torch.device) -> None:
         self.transport = transport
         self._device = device
-        self._captures = device.type == "cuda" and is_capturing(device)
+        self.captures = is_capturing(device)
         self._expected: list[Transfer] = []
         self._works: list[_ExpectedWork] = []
         # Until the call has said what it will send, only its ranks' arguments tell, which an interrupt may hide.
@@ -90,13 +90,14 @@ class InFlight:
     def __enter__(self) -> InFlight:
         state = self.transport.state
         state.enter()
-        self.transport.arena.call_captures = self._captures
+        self.transport.arena.call_captures = self.captures
         # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
-        if self._device.type == "cuda" and not self._captures:
+        if self._device.type == "cuda" and not self.captures:
             try:
                 state.follow_last_call(self._device)
             except BaseException:
-                self._leave()
+                self.transport.arena.call_captures = None
+                state.leave()
                 raise
         return self
 
@@ -113,18 +114,15 @@ class InFlight:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
         finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        self.transport.arena.call_captures = None
-        self.transport.state.leave()
-        # They refer to this: without the cycle all is freed at once.
-        self._works.clear()
+            self.transport.arena.call_captures = None
+            state.leave()
+            # They refer to this: without the cycle all is freed at once.
+            self._works.clear()
 
     def _settle_after(self, error: BaseException) -> None:
         """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""
         what = _in_a_line(error)
-        if self._captures:
+        if self.captures:
             return  # nothing was sent: a capture that fails is never replayed
         if self._is_starting:
             self._give_up(f"a call was interrupted as it began a transfer ({what})")

@@ -53,7 +53,7 @@ class ProcessGroupTransport(PairwiseTransport):
         """
         try:
             # What torch looks up for a group that it still knows, in one step.
-            dist.get_group_rank(self.group, self._global_rank)
+            dist.get_group_rank(self._weak_group() or self.group, self._global_rank)
         except ValueError as error:
             raise error if isinstance(error, GroupError) else GroupError(_DESTROYED) from None
 
@@ -66,7 +66,14 @@ class ProcessGroupTransport(PairwiseTransport):
         return group
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        return _work([_all_gather_single(out, x, group=self.group, async_op=True)], x)
+        # Asked for in every call, so without the property, which says what is wrong.
+        return _work([_all_gather_single(out, x, group=self._weak_group() or self.group, async_op=True)], x)
+
+    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
+        group, rank, ranks = self._weak_group() or self.group, self.rank, self._global_ranks
+        send = dist.P2POp(dist.isend, x, ranks[(rank + by) % self.size], group)
+        receive = dist.P2POp(dist.irecv, out, ranks[(rank - by) % self.size], group)
+        return _work(dist.batch_isend_irecv([send, receive]), x)
 
     def _exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Work:
         # Point to point, which every backend has; it is what NCCL makes of an all-to-all as well.

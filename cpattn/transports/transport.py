@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -19,8 +19,6 @@ from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
-
-T = TypeVar("T")
 
 # What reduce_scatter adds up.
 _SUMMED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -238,11 +236,6 @@ class Transport(ABC):
         again to whoever asks for that name."""
         return self.arena.buffer(name, shape, dtype, device)
 
-    def reuse(self, name: str, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """:meth:`Arena.reuse` of this transport's arena: ``make()``, or what it returned when it was last called under that
-        name, if that was for an equal key."""
-        return self.arena.reuse(name, key, device, make)
-
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
         self.arena.release()
@@ -274,4 +267,6 @@ def _reduce_scatter(transport: Transport, exchange: Transfer, received: Tensor, 
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+    # A view in another dtype that is made under inference_mode could not be written outside of it, as a failed call has to.
+    with torch.inference_mode(False):
+        return x.view(-1).view(torch.uint8)

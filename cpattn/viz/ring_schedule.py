@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from cpattn.device_tables import IntArray, exclusive_cumsum
+from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError
+from cpattn.exchange.ring import RING
+from cpattn.exchange.schedule import hop_pairs
 from cpattn.metadata.plan import Plan
+from cpattn.problem import Problem
 
 _MOST_RANKS, _LONGEST_TRANSFER = 256, 10**6
 
@@ -68,7 +72,7 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
             f"a ring over {cp_size} ranks has as many hops, too many to show; {_MOST_RANKS} ranks at most: a smaller cp_size shows the "
             "same pattern"
         )
-    pairs, prefix_pairs = pairs_by_owner(plan)
+    pairs = _pairs_by_hop(plan)
     transfer_time = transfer * sum(plan.rank_pairs) / cp_size**2 if plan.rows else 0.0
     computing: list[Stretch] = []
     sending: list[Stretch] = []
@@ -77,7 +81,7 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
         ready = []
         for rank in range(cp_size):
             owner = (rank - hop) % cp_size
-            work = float(pairs[rank, owner]) + (float(prefix_pairs[rank]) if hop == 0 else 0.0)
+            work = float(pairs[hop][rank])
             computing.append(Stretch(rank, hop, owner, begins[rank], begins[rank] + work))
             ready.append(begins[rank] + work)
         if hop + 1 == cp_size:
@@ -92,21 +96,14 @@ def ring_schedule(plan: Plan, transfer: float = 0.5) -> RingSchedule:
     raise AssertionError("a plan has at least one rank")
 
 
-def pairs_by_owner(plan: Plan) -> tuple[IntArray, IntArray]:
-    """``[cp_size, cp_size]`` the query-key pairs of each rank's queries and each rank's new keys, and ``[cp_size]`` those
-    of its queries and prefixes that lie on every rank; of a sharded cache, each rank's shard counts among its keys."""
-    request, _, length, rank = plan.chunk_table
-    pairs = np.zeros((plan.cp_size, plan.cp_size), dtype=np.int64)
-    prefix_pairs = np.zeros(plan.cp_size, dtype=np.int64)
-    if plan.sharded:
-        pairs += plan.rank_extends.T @ plan.shard_lens
-    else:
-        prefix_pairs = plan.rank_extends.T @ plan.prefix_lens
-    first = np.searchsorted(request, request)  # of each chunk's request
-    for owner in range(plan.cp_size):
-        owned = np.where(rank == owner, length, 0)
-        owned_before = exclusive_cumsum(owned)
-        # All of each earlier chunk of the request is seen by all of a later one; its own, by half.
-        seen = length * (owned_before - owned_before[first]) + owned * (owned + 1) // 2
-        pairs[:, owner] += plan.by_rank.sums(seen)
-    return pairs, prefix_pairs
+def _pairs_by_hop(plan: Plan) -> list[IntArray]:
+    """``[cp_size]`` what each rank computes in each hop of a ring; prefixes that lie on every rank, in the first."""
+    problem = Problem(torch.device("cpu"), torch.bfloat16, rows=plan.rows, q_heads=1, kv_heads=1, head_dim=1, v_head_dim=1)
+    before, pairs = np.zeros(plan.cp_size, dtype=np.int64), []
+    for hop in RING.schedule(problem, plan):
+        if hop.keys == "prefix":
+            before = hop_pairs(plan, hop)
+        else:
+            pairs.append(before + hop_pairs(plan, hop))
+            before = np.zeros_like(before)
+    return pairs

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem, workload
 from torch import Tensor
 
 import cpattn
 from cpattn.attention import registry
-from cpattn.attention.backend import AttentionOptions, Call
+from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.registry import BACKENDS, choose_backend, explain_choice
-from cpattn.call import Arguments, decide
+from cpattn.call.arguments import Arguments
+from cpattn.call.choose import choose
 from cpattn.errors import UnsupportedError
+from cpattn.problem import Problem
 from cpattn.testing import relative_rmse
 
 SOME_KEYS = 60
@@ -101,69 +105,55 @@ def test_half_precision_can_return_fp32(name: str, dtype: torch.dtype) -> None:
     assert relative_rmse(precise, expected) < 1e-6 < torch.finfo(dtype).eps / 10 < relative_rmse(rounded, expected)
 
 
-def call(**changes: object) -> Call:
-    usual = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "head_dim": 64,
-        "v_head_dim": 64,
-        "window": False,
-        "softcap": False,
-        "sinks": False,
-        "alignments": frozenset({"bottom_right"}),
-        "merges": False,
-    }
-    return Call(**(usual | changes))  # type: ignore[arg-type]
-
-
 def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
-    assert choose_backend("auto", call()).name == "cpu"
-    assert choose_backend("auto", call(window=True)).name == "reference"
-    assert choose_backend("auto", call(dtype=torch.float64)).name == "reference"
-    reasons = explain_choice(call(window=True))
+    assert choose_backend("auto", problem(), workload()).name == "cpu"
+    assert choose_backend("auto", problem(window=3), workload()).name == "reference"
+    assert choose_backend("auto", problem(dtype=torch.float64), workload()).name == "reference"
+    reasons = explain_choice(problem(window=3), workload())
     assert reasons["cpu"] == "it has no sliding window"
     assert reasons["reference"] == "chosen"
-    assert explain_choice(call()) | {"cpu": "chosen", "reference": "able"} == explain_choice(call())
-    assert explain_choice(call())["flash_attn4"] == "it runs on cuda tensors, not on cpu ones"
+    plain = explain_choice(problem(), workload())
+    assert plain | {"cpu": "chosen", "reference": "able"} == plain
+    assert plain["flash_attn4"] == "it runs on cuda tensors, not on cpu ones"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"window": True}, "it has no sliding window"),
-        ({"softcap": True}, "it has no softcap"),
+        ({"window": 3}, "it has no sliding window"),
+        ({"softcap": 3.0}, "it has no softcap"),
         ({"dtype": torch.float64}, "it takes bfloat16, float16, float32, not float64"),
         ({"device": torch.device("cuda", 0)}, "it runs on cpu tensors, not on cuda ones"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_explicit_choice_never_falls_back(changes: dict[str, object], reason: str) -> None:
+def test_explicit_choice_never_falls_back(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=f"backend='cpu' can not serve this call: {reason}; .*'reference'.* could"):
-        choose_backend("cpu", call(**changes))
+        choose_backend("cpu", problem(**changes), workload())
 
 
-def hopper_call(**changes: object) -> Call:
-    return call(**({"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128} | changes))
+def on_hopper(**changes: Any) -> Problem:
+    return problem("cuda", torch.bfloat16, **{"head_dim": 128, "v_head_dim": 128} | changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "first"),
+    ("asked", "made", "first"),
     [
-        ({"decodes": True, "page_size": 64}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({"page_size": 64}, {"decodes": True}, ["flash_attn3", "triton", "flash_attn4"]),
         # Also where the results of sharded keys are merged.
-        ({"decodes": True, "merges": True, "sinks": True}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
-        ({"sinks": True, "page_size": 64}, ["triton", "flash_attn4", "flash_attn3"]),
-        ({"page_size": 64, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
-        ({"new_tokens": 1024, "pairs": 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
-        ({"new_tokens": 1023, "pairs": 2**30}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({"new_tokens": 2**15, "pairs": 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({"sinks": True}, {"decodes": True, "merges": True}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({"sinks": True, "page_size": 64}, {}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({"page_size": 64}, {"new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
+        ({}, {"new_tokens": 1024, "pairs": 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
+        ({}, {"new_tokens": 1023, "pairs": 2**30}, ["flash_attn3", "triton", "flash_attn4"]),
+        ({}, {"new_tokens": 2**15, "pairs": 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
     ],
     ids=["decode", "decode and merge", "ring", "sinks", "pages", "long", "many short", "few pairs"],
 )
-def test_the_order_on_hopper(changes: dict[str, object], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_on_hopper(asked: dict[str, Any], made: dict[str, Any], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
-    assert [backend.name for backend in registry.auto_order(hopper_call(**changes))][:3] == first
+    assert [backend.name for backend in registry.auto_order(on_hopper(**asked), workload(**made))][:3] == first
 
 
 def test_all_orders_on_hopper_are_of_the_same_backends() -> None:
@@ -173,9 +163,9 @@ def test_all_orders_on_hopper_are_of_the_same_backends() -> None:
 def test_what_is_chosen_on_hopper_says_for_which_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
     for name, backend in registry.BACKENDS.items():
-        able = replace(backend, unavailable=lambda: None, refuses=lambda call: None, how=lambda call: None)
+        able = replace(backend, unavailable=lambda: None, refuses=lambda problem: None, how=lambda problem: None)
         monkeypatch.setitem(registry.BACKENDS, name, able)
-    reasons = explain_choice(hopper_call(decodes=True))
+    reasons = explain_choice(on_hopper(), workload(decodes=True))
     assert reasons["flash_attn3"] == "chosen, the order is that for decoding"
     assert list(reasons)[:3] == ["flash_attn3", "triton", "flash_attn4"]
     assert reasons["triton"] == "able"
@@ -194,6 +184,7 @@ def test_what_is_chosen_on_hopper_says_for_which_kind(monkeypatch: pytest.Monkey
 def test_sizes_of_a_call_are_alike_on_every_rank(batch: list[tuple[int, int]], decodes: bool, new_tokens: int, pairs: int) -> None:
     for rank in range(2):
         meta = cpattn.build_metadata(batch, 2, rank)
-        q = torch.randn(meta.rows, 2, 16)
-        made = decide(Arguments(q, q, q, None, None, "all_gather", "auto", None, None, None, None, None), meta, None).call
+        x = torch.empty(0)
+        problem_here = problem(rows=meta.rows, cache="packed")
+        made = choose(Arguments(x, x, x, strategy="all_gather"), problem_here, meta.plan).workload
         assert (made.decodes, made.new_tokens, made.pairs) == (decodes, new_tokens, pairs)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
+from problems import problem, workload
 
 from cpattn.attention import fa3_build, flash_attn3
-from cpattn.attention.backend import AttentionOptions, Backend, Call
+from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.keys import Keys
+from cpattn.problem import Problem
 from cpattn.testing import check_backend
 
 SINKS = ",Tensor? sinks = None"
@@ -58,10 +60,12 @@ def on_any_device() -> Backend:
     return replace(flash_attn3.BACKEND, device_types=None)
 
 
-def call(**changes: Any) -> Call:
-    plain: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
-    plain |= {"window": False, "softcap": False, "sinks": False, "alignments": frozenset({"bottom_right"}), "merges": False}
-    return Call(**plain | changes)
+def asked(**changes: Any) -> Problem:
+    plain: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
+    return problem(**plain | changes)
+
+
+CAUSAL = workload().alignments
 
 
 def test_each_build_does_all_that_it_claims(build: FakeBuild) -> None:
@@ -99,17 +103,17 @@ def test_what_a_build_lacks_is_refused_in_words(
 ) -> None:
     monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
     with installed_as(fake, monkeypatch, operator=True), pytest.raises(AssertionError, match=reason):
-        raise AssertionError(on_any_device().why_not(call(**changes)))
+        raise AssertionError(on_any_device().why_not(asked(**changes), CAUSAL))
 
 
 def test_what_a_build_has_is_not_refused(full: FakeBuild) -> None:
     for changes in ({}, {"dtype": torch.float16}, {"window": True}, {"head_dim": 96, "v_head_dim": 96}, {"page_size": 64, "fixed": True}):
-        assert on_any_device().why_not(call(**changes)) is None
+        assert on_any_device().why_not(asked(**changes), CAUSAL) is None
 
 
 def test_it_is_for_hopper_alone(full: FakeBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (10, 0))
-    assert on_any_device().why_not(call()) == "it is for compute capability 9, this GPU has 10"
+    assert on_any_device().why_not(asked(), CAUSAL) == "it is for compute capability 9, this GPU has 10"
     assert not full.calls
 
 
@@ -117,11 +121,11 @@ def test_features_are_tried_once_where_there_is_no_configuration(monkeypatch: py
     monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
     with installed_as(replace(FULL, has_config=False), monkeypatch, operator=True) as fake:
         for _ in range(3):
-            assert on_any_device().why_not(call(window=True)) is None
-            assert on_any_device().reads_pages(call(page_size=64))
+            assert on_any_device().why_not(asked(window=3), CAUSAL) is None
+            assert on_any_device().reads_pages(asked(page_size=64))
         assert len(fake.calls) == 2
         monkeypatch.setattr(fa3_build, "is_capturing", lambda device: True)
-        reason = on_any_device().why_not(call(softcap=True))
+        reason = on_any_device().why_not(asked(softcap=3.0), CAUSAL)
         assert reason is not None
         assert "cannot be tried while a CUDA graph captures; make the call once before" in reason
         assert len(fake.calls) == 2
@@ -135,7 +139,7 @@ def test_a_result_that_is_wrong_in_a_try_is_no_feature(monkeypatch: pytest.Monke
             return super().forward(**given | {"window_size_left": -1})
 
     with installed_as(IgnoresWindows("flash_attn", "", has_config=False), monkeypatch, operator=True):
-        assert "a try failed: its result is wrong" in str(on_any_device().why_not(call(window=True)))
+        assert "a try failed: its result is wrong" in str(on_any_device().why_not(asked(window=3), CAUSAL))
 
 
 def test_a_module_that_passes_on_another_builds_functions_is_that_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +163,7 @@ def test_a_build_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatc
     fa3_build._find_build.cache_clear()
     try:
         assert on_any_device().unavailable() is None
-        reason = on_any_device().why_not(call())
+        reason = on_any_device().why_not(asked(), CAUSAL)
         assert reason is not None
         assert reason.startswith("broken_fa3 cannot be imported (OSError: libcudart.so.13: cannot open shared object file); pip install")
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,8 @@ from strategies import non_empty_batches
 from torch import Tensor
 
 import cpattn
+from cpattn import api
 from cpattn.attention.backend import AttentionOptions
-from cpattn.exchange.strategy import Steps
 from cpattn.testing import run_loopback
 from cpattn.transports import in_flight
 
@@ -220,7 +221,7 @@ def test_an_interrupt_before_anything_is_sent(size: int, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpattn.api, "decide", interrupted)
+        patch.setattr(api, "find_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cpattn.cp_attention(x, x, x, meta, group=group)
     if size == 1:
@@ -316,10 +317,7 @@ def test_a_kernel_may_make_a_call_of_its_own_without_a_group() -> None:
 
 
 def test_a_strategy_that_starts_too_few_transfers_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*arguments: Any) -> Steps:
-        yield from ()
-
-    forgetful = replace(cpattn.STRATEGIES["all_gather"], steps=nothing)
+    forgetful = replace(cpattn.STRATEGIES["all_gather"], forward=lambda held, io, attend: None)
     monkeypatch.setitem(cpattn.STRATEGIES, "all_gather", forgetful)
     meta = [cpattn.build_metadata([(0, 8)], 2, rank) for rank in range(2)]
     x = torch.zeros(4, 1, 8)
@@ -327,5 +325,23 @@ def test_a_strategy_that_starts_too_few_transfers_is_found_out(monkeypatch: pyte
     def program(group: cpattn.Communicator) -> None:
         with pytest.raises(AssertionError, match="has not started all the transfers that it announced"):
             cpattn.cp_attention(x, x, x, meta[group.rank], group=group, strategy="all_gather")
+
+    run_loopback(program, 2, timeout=5)
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["", "checked"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
+def test_a_call_that_fails_in_inference_mode_is_carried_out_as_well(strategy: str, check: bool) -> None:
+    """What is left of it is sent by a thread, which is in that mode no longer."""
+    meta = [cpattn.build_metadata([(0, 8)], 2, rank) for rank in range(2)]
+    x = torch.ones(4, 1, 8)
+
+    def program(group: cpattn.Transport) -> None:
+        with torch.inference_mode():
+            for fails in (True, False):
+                backend = FailsAt(0) if fails and group.rank == 1 else "reference"
+                with pytest.raises((MemoryError, cpattn.DisagreementError)) if fails and (check or group.rank == 1) else nullcontext():
+                    cpattn.cp_attention(x, x, x, meta[group.rank], group=group, strategy=strategy, backend=backend, check=check)
+        assert group.state.failure is None
 
     run_loopback(program, 2, timeout=5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from cpattn.exchange.step_rows import causal_spans
+from cpattn.exchange.step_spans import causal_spans
 from cpattn.testing import SoloCommunicator, check_backend
 
 # They load whole tiles of keys through the tensor memory accelerator, and multiply those after a range by 0.

@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import AttentionCase
 from paged_caches import RankPages
+from problems import problem, workload
 
 import cpattn
 from cpattn.attention import fa3_build, flash_attn3
-from cpattn.attention.backend import Call
+from cpattn.problem import Problem
 from cpattn.testing import check_backend
 
 BACKEND = cpattn.BACKENDS["flash_attn3"]
@@ -31,16 +32,18 @@ def build() -> Iterator[fa3_build.Build]:
     fa3_build._tried.cache_clear()
 
 
-def call(**changes: object) -> Call:
-    plain: dict[str, object] = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
-    plain |= {"window": False, "softcap": False, "sinks": False, "alignments": frozenset({"bottom_right"}), "merges": False}
-    return Call(**plain | changes)  # type: ignore[arg-type]
+def asked(**changes: Any) -> Problem:
+    plain: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
+    return problem(torch.device("cuda", 0), **plain | changes)
 
 
-FEATURES: dict[str, tuple[dict[str, object], str]] = {
+CAUSAL = workload().alignments
+
+
+FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "FP16": ({"dtype": torch.float16}, "no fp16"),
-    "LOCAL": ({"window": True}, "no sliding window"),
-    "SOFTCAP": ({"softcap": True}, "no softcap"),
+    "LOCAL": ({"window": 3}, "no sliding window"),
+    "SOFTCAP": ({"softcap": 3.0}, "no softcap"),
     "HDIMDIFF192": ({"head_dim": 192}, "one head_dim"),
     "HDIMDIFF64": ({"head_dim": 64, "v_head_dim": 256}, "one head_dim"),
 }
@@ -49,7 +52,7 @@ FEATURES: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_what_the_build_lacks_is_refused_in_words(build: fa3_build.Build, feature: str) -> None:
     changes, words = FEATURES[feature]
-    reason = BACKEND.why_not(call(**changes))
+    reason = BACKEND.why_not(asked(**changes), CAUSAL)
     if build.has(feature):
         assert reason is None
     else:
@@ -64,9 +67,9 @@ def test_a_try_finds_what_the_configuration_says(build: fa3_build.Build, monkeyp
     monkeypatch.setattr(fa3_build, "_left_out", lambda config: None)
     fa3_build._find_build.cache_clear()
     if feature == "PAGEDKV":
-        assert BACKEND.reads_pages(call(page_size=64)) == had
+        assert BACKEND.reads_pages(asked(page_size=64)) == had
     else:
-        reason = BACKEND.why_not(call(**FEATURES[feature][0]))
+        reason = BACKEND.why_not(asked(**FEATURES[feature][0]), CAUSAL)
         assert reason is None or not had
         assert reason is not None or had or "HDIMDIFF" in feature
 
@@ -79,8 +82,8 @@ def test_both_ways_of_calling_it_pass(monkeypatch: pytest.MonkeyPatch, dtype: to
         fa3_build._find_build.cache_clear()
     elif not fa3_build.find_build().is_operator:
         pytest.skip("its operator is not as cpattn knows it")
-    if BACKEND.why_not(call(dtype=dtype)):
-        pytest.skip(str(BACKEND.why_not(call(dtype=dtype))))
+    if BACKEND.why_not(asked(dtype=dtype), CAUSAL):
+        pytest.skip(str(BACKEND.why_not(asked(dtype=dtype), CAUSAL)))
     report = check_backend("flash_attn3", "cuda", dtype=dtype)
     # It loads whole tiles of keys, and multiplies those after a range by 0. Strategies give it no NaN there.
     assert {row.name for row in report.rows if not row.passes} <= {"NaN in keys of no range"}, str(report)
@@ -94,7 +97,7 @@ def test_nan_after_the_last_token_of_a_page_does_not_matter(head_dim: int, page_
     case = AttentionCase(
         batch, heads=8, kv_heads=2, head_dim=head_dim, dtype=torch.bfloat16, device="cuda", cache="paged", page_size=page_size
     )
-    if not BACKEND.reads_pages(call(page_size=page_size)):
+    if not BACKEND.reads_pages(asked(page_size=page_size)):
         pytest.skip("this build reads no pages")
     for window in (None, 100):
         case.options["window"] = case.window = window
@@ -127,7 +130,7 @@ def test_rows_that_are_split_are_exact(monkeypatch: pytest.MonkeyPatch, strategy
 
 def test_a_graph_whose_rows_were_split_replays_other_batches() -> None:
     """As many parts as there were at the capture, at most; the kernel takes fewer for rows that are shorter."""
-    if not BACKEND.reads_pages(call(page_size=16)):
+    if not BACKEND.reads_pages(asked(page_size=16)):
         pytest.skip("this build reads no pages")
     bucket = cpattn.Bucket(max_requests=8, max_rows=16, max_chunks=16, max_seqlen=20480)
     meta = cpattn.plan([(20000, 1)], 1).metadata(0, "cuda", bucket=bucket)

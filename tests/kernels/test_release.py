@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from problems import problem
 
 from cpattn.attention import triton as backend
-from cpattn.attention.backend import Call
 from cpattn.kernels import release
 from cpattn.kernels.release import KNOWN, Gate, Release, SlowKernelWarning, Verdict, describe, parse_release, warn_if_slow
 
@@ -156,8 +156,8 @@ def test_explain_says_which(monkeypatch: pytest.MonkeyPatch, kernel: Gate, launc
     set_gates(monkeypatch, kernel, launch)
     assert describe(hopper) == expected
     monkeypatch.setattr(backend, "capability", lambda device: (9, 0) if hopper else (8, 0))
-    call = Call(DEVICE, torch.bfloat16, 128, 128, False, False, False, frozenset({"bottom_right"}), merges=False)
-    assert backend.BACKEND.how(call) == expected
+    asked = problem(DEVICE, torch.bfloat16, head_dim=128, v_head_dim=128)
+    assert backend.BACKEND.how(asked) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_explain_names_the_kernel_only_where_it_could_serve(
     set_gates(monkeypatch, gate((3, 6)), gate((3, 6)))
     monkeypatch.setattr(backend, "capability", lambda device: (9, 0))
     arguments: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "page_size": None} | changes
-    call = Call(device=DEVICE, window=False, softcap=False, sinks=False, alignments=frozenset({"bottom_right"}), merges=False, **arguments)
-    assert ("kernel for Hopper" in str(backend.BACKEND.how(call))) == is_hopper
+    asked = problem(DEVICE, **arguments)
+    assert ("kernel for Hopper" in str(backend.BACKEND.how(asked))) == is_hopper
 
 
 def test_it_warns_once_with_all_that_is_slow_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

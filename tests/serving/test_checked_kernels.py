@@ -14,7 +14,8 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.registry import find_backend
-from cpattn.call import Arguments, decide
+from cpattn.call.arguments import Arguments
+from cpattn.call.find import find_call
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 from cpattn.testing import SoloCommunicator, run_loopback
@@ -93,13 +94,13 @@ def test_a_backend_object_of_the_callers_is_checked_and_compared() -> None:
 def test_a_callers_backend_is_wrapped_once() -> None:
     """Not in every layer."""
     backend = replace(REFERENCE, name="own")
-    meta = cpattn.build_metadata([(0, 4)], 1, 0)
-    decisions = []
+    meta, group = cpattn.build_metadata([(0, 4)], 1, 0), SoloCommunicator(0, 1)
+    calls = []
     for _ in range(2):
         x = torch.randn(4, 2, 8)
         given = Arguments(x, x, x, None, None, "all_gather", backend, 1, None, None, None, None)
-        decisions.append(decide(given, meta, SoloCommunicator(0, 1)))
-    assert decisions[0] is decisions[1]
+        calls.append(find_call(given, meta, group))
+    assert calls[0] is calls[1]
 
 
 def test_attend_compares_too() -> None:

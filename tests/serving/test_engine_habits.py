@@ -94,7 +94,7 @@ def test_ranks_with_different_buckets_find_out() -> None:
 
 
 def test_a_bucket_refuses_what_a_graph_over_it_could_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpattn.call.is_capturing", lambda device: True)
+    monkeypatch.setattr("cpattn.transports.in_flight.is_capturing", lambda device: True)
     bucket = cpattn.Bucket(4, 16, 8, max_seqlen=4096)
     x = torch.randn(16, 2, 8)
     bare = cpattn.build_metadata([(0, 8)], 1, 0, bucket=bucket)

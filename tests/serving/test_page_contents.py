@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paged_caches import random_shards
 
 import cpattn
-from cpattn.page_contents import check_page_contents
+from cpattn.call.page_contents import check_page_contents
 
 _TOKEN = r"(new|cached) token (\d+) of request (\d+)(?: \(counted on this rank\))?"
 _MESSAGE = re.compile(rf"puts {_TOKEN} and {_TOKEN} into the same slot, place (\d+) of page (\d+) ")

@@ -30,22 +30,35 @@ def address(block: torch.Tensor) -> int:
     return block.untyped_storage().data_ptr()
 
 
-def test_growth_and_release_raise_the_generation_and_nothing_else_does(group: cpattn.Transport) -> None:
-    arena = group.arena
+class Keeper:
+    """Counts how often it was told."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def memory_changed(self) -> None:
+        self.told += 1
+
+
+def test_who_keeps_views_is_told_of_growth_and_release_and_of_nothing_else(group: cpattn.Transport) -> None:
+    arena, keeper = group.arena, Keeper()
+    arena.tell_of_changes(keeper)
     view = arena.buffer("a", (10,), torch.float32, CPU)
     arena.buffer("b", (1000,), torch.float32, CPU)
-    made_in = arena.generation
     assert arena.buffer("a", (10,), torch.float32, CPU) is view
     # Another shape, and a little more: the block has room.
     arena.buffer("a", (5, 2), torch.int32, CPU)
     arena.buffer("a", (11,), torch.float32, CPU)
     arena.buffer("c", (1000,), torch.float32, CPU)
-    assert arena.generation == made_in
+    assert keeper.told == 0
     arena.buffer("a", (1000,), torch.float32, CPU)
-    assert arena.generation > made_in
-    made_in = arena.generation
+    assert keeper.told == 1
     arena.release()
-    assert arena.generation > made_in
+    assert keeper.told == 2
+    alive = weakref.ref(keeper)
+    del keeper
+    assert alive() is None
+    arena.release()
 
 
 def test_memory_that_is_replaced_outlasts_its_views_and_no_more(group: cpattn.Transport) -> None:
@@ -62,16 +75,13 @@ def test_noting_collects_each_block_once(group: cpattn.Transport) -> None:
     arena = group.arena
     arena.buffer("before", (4,), torch.float32, CPU)
 
-    def views() -> torch.Tensor:
-        return arena.buffer("b", (8,), torch.float32, CPU)[:2]
-
-    arena.reuse("views", 1, CPU, views)
+    arena.buffer("b", (8,), torch.float32, CPU)
     with arena.noting() as blocks:
         a = arena.buffer("a", (4,), torch.float32, CPU)
         arena.buffer("a", (4,), torch.float32, CPU)
         with arena.noting() as inner:
             # What was made before is noted all the same.
-            b = arena.reuse("views", 1, CPU, views)
+            b = arena.buffer("b", (8,), torch.float32, CPU)
     arena.buffer("after", (4,), torch.float32, CPU)
     assert [address(x) for x in inner] == [address(b)]
     assert [address(x) for x in blocks] == [address(a), address(b)]
@@ -99,10 +109,9 @@ def test_what_is_kept_for_a_graph_is_never_freed(group: cpattn.Transport, kept_f
 def test_what_is_asked_for_while_a_graph_captures_is_kept_for_it(group: cpattn.Transport, kept_for_graphs: dict[int, torch.Tensor]) -> None:
     arena = group.arena
     views = {name: arena.buffer(name, (10,), torch.float32, CPU) for name in ("a", "b", "c")}
-    made = arena.reuse("half", 1, CPU, lambda: arena.buffer("c", (10,), torch.float32, CPU)[:5])
     arena.call_captures = True
     assert address(arena.buffer("a", (10,), torch.float32, CPU)) == address(views["a"])
-    assert arena.reuse("half", 1, CPU, lambda: arena.buffer("c", (10,), torch.float32, CPU)[:5]) is not made
+    assert address(arena.buffer("c", (5,), torch.float32, CPU)) == address(views["c"])
     assert {address(x) for x in kept_for_graphs.values()} == {address(views["a"]), address(views["c"])}
 
 

@@ -137,34 +137,6 @@ def test_buffers_are_reused_and_grow() -> None:
     assert communicator.buffer("a", (10, 2), torch.float32, device).data_ptr() == large.data_ptr()
 
 
-def test_what_is_made_of_buffers_is_reused_until_they_are_replaced() -> None:
-    communicator = cpattn.LoopbackGroup(1).communicator(0)
-    device = torch.device("cpu")
-    made = 0
-
-    def half(length: int) -> torch.Tensor:
-        def make() -> torch.Tensor:
-            nonlocal made
-            made += 1
-            return communicator.buffer("a", (length,), torch.float32, device)[: length // 2]
-
-        return communicator.reuse("half", length, device, make)
-
-    with torch.inference_mode():
-        view = half(10)
-    assert not view.is_inference()
-    assert half(10) is view
-    assert half(8) is not view
-    assert half(10).data_ptr() == view.data_ptr()
-    assert made == 3
-    # Another buffer's growth is no harm; its own moves the views along.
-    large = communicator.buffer("a", (1000,), torch.float32, device)
-    assert half(10).data_ptr() == large.data_ptr() != view.data_ptr()
-    view = half(10)
-    communicator.release()
-    assert half(10) is not view
-
-
 def test_transfers_can_be_started_again_and_count_each_time() -> None:
     def program(communicator: cpattn.Communicator) -> list[list[float]]:
         x, gathered, shifted = torch.zeros(1), torch.zeros(3), torch.zeros(1)

@@ -11,32 +11,32 @@ from hypothesis import strategies as st
 from strategies import Batch, any_plan_options, batches
 
 import cpattn
+from cpattn.exchange.schedule import prefix_pairs, shard_pairs
 from cpattn.viz import ring_as_text, ring_schedule, work_as_text
-from cpattn.viz.ring_schedule import pairs_by_owner
 
 
 def counted(plan: cpattn.Plan) -> tuple[list[list[int]], list[int]]:
-    """The same as pairs_by_owner, one query-key pair after another."""
+    """The same as shard_pairs and prefix_pairs, one query-key pair after another."""
     pairs = [[0] * plan.cp_size for _ in range(plan.cp_size)]
-    prefix_pairs = [0] * plan.cp_size
+    prefixes = [0] * plan.cp_size
     for request, (prefix_len, extend_len) in enumerate(plan.batch):
         owner = [0] * extend_len
         for chunk in plan.chunks:
             if chunk.request == request:
                 owner[chunk.start : chunk.start + chunk.length] = [chunk.rank] * chunk.length
         for query in range(extend_len):
-            prefix_pairs[owner[query]] += prefix_len
+            prefixes[owner[query]] += prefix_len
             for key in range(query + 1):
                 pairs[owner[query]][owner[key]] += 1
-    return pairs, prefix_pairs
+    return pairs, prefixes
 
 
 @given(batches(max_requests=4, max_prefix=20, max_extend=24), any_plan_options())
 def test_pairs_are_those_one_counts(batch: Batch, options: dict[str, Any]) -> None:
     plan = cpattn.plan(batch, **options)
-    pairs, prefix_pairs = pairs_by_owner(plan)
-    assert (pairs.tolist(), prefix_pairs.tolist()) == counted(plan)
-    assert tuple((pairs.sum(axis=1) + prefix_pairs).tolist()) == plan.rank_pairs
+    pairs, prefixes = shard_pairs(plan), prefix_pairs(plan)
+    assert (pairs.tolist(), prefixes.tolist()) == counted(plan)
+    assert tuple((pairs.sum(axis=1) + prefixes).tolist()) == plan.rank_pairs
 
 
 @given(batches(), any_plan_options(), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
@@ -74,7 +74,7 @@ def test_slow_transfers_are_what_it_waits_for() -> None:
     plan = cpattn.plan([(0, 3000)], 3)
     schedule = ring_schedule(plan, transfer=10)
     hop = sum(plan.rank_pairs) / 9
-    last = pairs_by_owner(plan)[0][np.arange(3), [1, 2, 0]].max()
+    last = shard_pairs(plan)[np.arange(3), [1, 2, 0]].max()
     assert schedule.end == pytest.approx(2 * 10 * hop + last)
 
 

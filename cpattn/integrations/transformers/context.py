@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn import checks
 from cpattn.api import cp_attention, shard, unshard
-from cpattn.call import validated
+from cpattn.call import checks
+from cpattn.call.agreed import validated
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.context_error import ContextError

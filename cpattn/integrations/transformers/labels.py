@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpattn import checks
 from cpattn.api import shard
+from cpattn.call import checks
 from cpattn.device_tables import DeviceTables
 from cpattn.errors import RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.metadata.cp_metadata import CPMetadata

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
+from cpattn.call.layout_hints import hint_heads
+from cpattn.call.memory_overlap import overlaps_itself
+from cpattn.call.tensor_kinds import check_kind, in_words
 from cpattn.errors import (
     CPError,
     GroupError,
@@ -19,10 +22,8 @@ from cpattn.errors import (
     UnsupportedError,
     shown,
 )
-from cpattn.layout_hints import hint_heads
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.tensor_kinds import check_kind, in_words
 from cpattn.transports.transport import Transport
 
 # All that ranks tell each other of a call has to fit into a small message.
@@ -37,16 +38,16 @@ def check_metadata(meta: Any) -> None:
         raise CPError(f"meta is a {type(meta).__name__}; pass the CPMetadata of this rank: plan.metadata(cp_rank, device)")
 
 
-def check_group(meta: CPMetadata, communicator: Transport) -> None:
+def check_group(meta: CPMetadata, transport: Transport) -> None:
     plan = meta.plan
-    if communicator.size != plan.cp_size:
+    if transport.size != plan.cp_size:
         raise GroupError(
-            f"the group has {communicator.size} ranks, but the plan has cp_size={plan.cp_size}; "
+            f"the group has {transport.size} ranks, but the plan has cp_size={plan.cp_size}; "
             "pass the context-parallel group, or plan for its size"
         )
-    if communicator.rank != meta.cp_rank:
+    if transport.rank != meta.cp_rank:
         raise GroupError(
-            f"this process is rank {communicator.rank} of the group, but the metadata is that of cp_rank {meta.cp_rank}; "
+            f"this process is rank {transport.rank} of the group, but the metadata is that of cp_rank {meta.cp_rank}; "
             "build the metadata with the rank within the context-parallel group (not the global or tensor-parallel one)"
         )
 
@@ -122,7 +123,7 @@ def check_no_grad(**tensors: Tensor) -> None:
 def check_kv(k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
     """Checks new keys and values by themselves."""
     _check_each({"k": k, "v": v}, meta)
-    _check_together(k, k, v, k.shape[2] if v is None else None)
+    check_together(k, k, v, k.shape[2] if v is None else None)
 
 
 def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
@@ -137,7 +138,7 @@ def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
     _check_each({"q": q, "k": k, "v": v}, meta)
-    _check_together(q, k, v, v_dim)
+    check_together(q, k, v, v_dim)
 
 
 def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
@@ -148,25 +149,26 @@ def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
     check_no_grad(**{name: x for name, x in tensors.items() if x is not None})
 
 
-def _check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any) -> None:
+def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any) -> None:
+    """That the dtypes, heads and head dims of q, k and v go together; k and v may be pages, too: their last axes count."""
     if not q.dtype.is_floating_point or q.dtype != k.dtype or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")
     if v is None:
-        if not is_integer(v_dim) or not 0 < v_dim <= k.shape[2]:
+        if not is_integer(v_dim) or not 0 < v_dim <= k.shape[-1]:
             raise TensorMismatchError(
-                f"v is None and v_dim={shown(v_dim)}; where V is the first columns of K (MLA), v_dim says how many: from 1 to {k.shape[2]}"
+                f"v is None and v_dim={shown(v_dim)}; where V is the first columns of K (MLA), v_dim says how many: from 1 to {k.shape[-1]}"
             )
-    elif v_dim is not None and v_dim != v.shape[2]:
-        raise TensorMismatchError(f"v_dim={shown(v_dim)}, but v has head_dim {v.shape[2]}; v_dim is for v=None, where V is a part of K")
-    v_head_dim = v_dim if v is None else v.shape[2]
-    if q.shape[2] != k.shape[2] or 0 in (q.shape[2], v_head_dim):
+    elif v_dim is not None and v_dim != v.shape[-1]:
+        raise TensorMismatchError(f"v_dim={shown(v_dim)}, but v has head_dim {v.shape[-1]}; v_dim is for v=None, where V is a part of K")
+    v_head_dim = v_dim if v is None else v.shape[-1]
+    if q.shape[2] != k.shape[-1] or 0 in (q.shape[2], v_head_dim):
         raise TensorMismatchError(
-            f"q has head_dim {q.shape[2]}, k has {k.shape[2]}, v has {v_head_dim}; q and k must have the same, and none may be 0"
+            f"q has head_dim {q.shape[2]}, k has {k.shape[-1]}, v has {v_head_dim}; q and k must have the same, and none may be 0"
         )
-    if v is not None and k.shape[1] != v.shape[1]:
-        raise HeadCountError(f"k has {k.shape[1]} heads, v has {v.shape[1]}; they must have the same")
-    if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
-        raise HeadCountError(f"q has {q.shape[1]} heads, k and v have {k.shape[1]}; query heads must be a multiple of key/value heads")
+    if v is not None and k.shape[-2] != v.shape[-2]:
+        raise HeadCountError(f"k has {k.shape[-2]} heads, v has {v.shape[-2]}; they must have the same")
+    if 0 in (q.shape[1], k.shape[-2]) or q.shape[1] % k.shape[-2]:
+        raise HeadCountError(f"q has {q.shape[1]} heads, k and v have {k.shape[-2]}; query heads must be a multiple of key/value heads")
 
 
 def check_label(label: Any) -> None:
@@ -180,6 +182,29 @@ def check_label(label: Any) -> None:
 def check_overlap(overlap: Any, k: Tensor) -> None:
     if overlap is not None and (not is_integer(overlap) or overlap < 1 or k.shape[1] % overlap):
         raise OptionError(f"overlap={shown(overlap)}; pass a divisor of the {k.shape[1]} KV heads, 1 for no overlap, or None")
+
+
+def check_out(out: Any, q: Tensor, v_head_dim: int) -> None:
+    """Memory for a result ``[rows, Hq, Dv]``."""
+    shape = (*q.shape[:2], v_head_dim)
+    if not isinstance(out, Tensor):
+        raise TensorMismatchError(f"out is a {type(out).__name__}; pass a tensor {shape} that the result is written to, or None")
+    check_kind("out", out)
+    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
+        raise TensorMismatchError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; the result is {shape} {q.dtype} on {q.device}: pass memory for that"
+        )
+    check_no_grad(out=out)
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise TensorMismatchError(
+            "out was made under torch.inference_mode(), and cannot be written outside of it; make it before entering that mode, or "
+            "make this call within it"
+        )
+    if overlaps_itself(out):
+        raise TensorMismatchError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}, so that several results lie in the same memory; pass a "
+            "tensor with an element of memory for each"
+        )
 
 
 def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:

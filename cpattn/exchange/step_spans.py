@@ -45,6 +45,20 @@ def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
     return meta.derive(("causal spans", paged), build)
 
 
+def all_causal_spans(meta: CPMetadata) -> Spans:
+    """The queries of all ranks, rank after rank, over all keys of the batch."""
+
+    def build() -> Spans:
+        parts = []
+        for source in range(meta.plan.cp_size):
+            chunks = chunk_tables(meta.plan, source)
+            ranges = KeyRanges(meta.k_starts[chunks.request], chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
+            parts.append(_with_padding(meta, chunks, ranges))
+        return _build(meta, [_one_after_another(parts)], paged=False)[0]
+
+    return meta.derive("all causal spans", build)
+
+
 def prefix_spans(meta: CPMetadata, window: int | None, paged: bool) -> Spans:
     """This rank's queries over the prefixes."""
 
@@ -99,12 +113,9 @@ def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> 
             for source in range(meta.plan.cp_size):
                 ranges = _shard_ranges(meta.plan, source, meta.cp_rank, window)[launch]
                 if source == meta.cp_rank:
-                    ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+                    ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len), alignment="full" if window is None else "any")
                 parts.append(_table(meta, source, ranges))
-            q_len, k_start, k_len, diagonal, request = (
-                np.concatenate(columns) for columns in zip(*(part[:5] for part in parts), strict=True)
-            )
-            tables.append(SpanTable(q_len, k_start, k_len, diagonal, request, "full" if window is None else "any"))
+            tables.append(_one_after_another(parts))
         return _build(meta, tables, paged)
 
     return meta.derive(("gathered source spans", window, paged), build)
@@ -147,6 +158,13 @@ def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None) -> 
 def _within_window(k_start: IntArray, k_len: IntArray, diagonal: IntArray, window: int) -> KeyRanges:
     """Empties the ranges that lie before the first query's window, and so before every query's."""
     return KeyRanges(k_start, np.where(diagonal - window >= k_len, 0, k_len), diagonal, "any")
+
+
+def _one_after_another(parts: list[SpanTable]) -> SpanTable:
+    """Of queries that lie one after another; what holds for all of them is the widest alignment."""
+    q_len, k_start, k_len, diagonal, request = (np.concatenate(columns) for columns in zip(*(part[:5] for part in parts), strict=True))
+    kinds = {part.alignment for part in parts}
+    return SpanTable(q_len, k_start, k_len, diagonal, request, kinds.pop() if len(kinds) == 1 else "any")
 
 
 def _own_table(meta: CPMetadata, ranges: KeyRanges) -> SpanTable:

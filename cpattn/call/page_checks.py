@@ -1,6 +1,6 @@
 """What is refused of the form of pages and of their table: it follows from types, shapes, dtypes and strides alone.
 
-What is in them is looked at in :mod:`cpattn.page_contents`.
+What is in them is looked at in :mod:`cpattn.call.page_contents`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.checks import check_device, check_heads, check_no_grad
+from cpattn.call.checks import check_device, check_heads, check_no_grad, check_together
+from cpattn.call.layout_hints import hint_head_major, hint_pages
+from cpattn.call.memory_overlap import overlaps_itself
+from cpattn.call.tensor_kinds import check_kind, check_no_fp8, in_words
 from cpattn.errors import HeadCountError, PageTableError, PrefixError, TensorMismatchError
 from cpattn.kv_cache import PagedKV
-from cpattn.layout_hints import hint_head_major, hint_pages
-from cpattn.memory_overlap import overlaps_itself
 from cpattn.metadata.batch import IntArray, is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
-from cpattn.tensor_kinds import check_kind, check_no_fp8, in_words
 
 
 def check_page_shapes(cache: PagedKV) -> None:
@@ -129,8 +129,8 @@ def check_lines(cache: PagedKV, meta: CPMetadata) -> None:
         )
 
 
-def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tensor | None]:
-    """Checks pages that are attended to as they are; returns a K and V of no rows that stand for what would be new."""
+def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
+    """Checks queries and pages that are attended to as they are."""
     _check_is_paged(cache)
     check_page_shapes(cache)
     check_heads("q", q, meta)
@@ -141,11 +141,11 @@ def check_attend(q: Tensor, cache: Any, meta: CPMetadata) -> tuple[Tensor, Tenso
             f"key/value heads{hint_head_major('kv_cache.k_pages')}"
         )
     check_no_fp8("kv_cache.k_pages", cache.k_pages.dtype)
+    check_no_fp8("q", q.dtype)
+    check_no_grad(q=q)
+    check_together(q, cache.k_pages, cache.v_pages, v_dim)
     check_lines(cache, meta)
     check_page_table(cache.page_table, cache.page_size, meta)
-    k = cache.k_pages.new_empty(1, *cache.k_pages.shape[2:]).expand(meta.rows, -1, -1)
-    v = None if cache.v_pages is None else cache.v_pages.new_empty(1, *cache.v_pages.shape[2:]).expand(meta.rows, -1, -1)
-    return k, v
 
 
 def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.checks import check_no_grad
+from cpattn.call.checks import check_no_grad
+from cpattn.call.layout_hints import hint_head_major, is_head_major
+from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table
+from cpattn.call.tensor_kinds import check_kind, in_words, is_fp8
 from cpattn.errors import PrefixError, TensorMismatchError, UnsupportedError
 from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.layout_hints import hint_head_major, is_head_major
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.page_checks import check_lines, check_page_shapes, check_page_table
-from cpattn.tensor_kinds import check_kind, in_words, is_fp8
 
 
 def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from cpattn.call.memory_overlap import share_elements
 from cpattn.device_tables import expand_runs_on_host
 from cpattn.errors import PageTableError
 from cpattn.kv_cache import PagedKV
-from cpattn.memory_overlap import share_elements
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.cp_metadata import CPMetadata
 

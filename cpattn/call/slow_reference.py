@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-from cpattn.attention.backend import Backend, Call
+from cpattn.attention.backend import Backend
 from cpattn.attention.reference import BLOCK
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.problem import Problem
 
 # Kinds of calls that this process was warned of: one warning each, as a model has many layers.
 _warned: set[tuple[object, ...]] = set()
@@ -17,26 +18,26 @@ _FLOPS, _BYTES_PER_SECOND, _PASSES = 4e13, 2.5e12, 12
 _FP32 = 4
 
 
-def warn_of_reference(backend: Backend, call: Call, q_heads: int, kv_heads: int, meta: CPMetadata) -> None:
+def warn_of_reference(backend: Backend, problem: Problem, meta: CPMetadata) -> None:
     """Warns once of each kind of call that ``auto`` gives to the reference backend on a GPU.
 
     Args:
         backend: what was chosen; nothing is said of any other.
-        q_heads, kv_heads: of the call.
     """
-    kind = (call.dtype, call.head_dim, call.v_head_dim, call.window, call.softcap)
-    if backend.name != "reference" or call.device.type != "cuda" or kind in _warned:
+    q_heads, kv_heads = problem.q_heads, problem.kv_heads
+    kind = (problem.dtype, problem.head_dim, problem.v_head_dim, problem.window is not None, problem.softcap is not None)
+    if backend.name != "reference" or problem.device.type != "cuda" or kind in _warned:
         return
     _warned.add(kind)
     keys, queries = meta.max_seqlen_k, min(BLOCK, meta.max_seqlen_q)
-    memory = _FP32 * keys * (_COPIES * queries * q_heads + kv_heads * (call.head_dim + call.v_head_dim))
-    per_pair = 2 * (call.head_dim + call.v_head_dim) / _FLOPS + _FP32 * _PASSES / _BYTES_PER_SECOND
+    memory = _FP32 * keys * (_COPIES * queries * q_heads + kv_heads * (problem.head_dim + problem.v_head_dim))
+    per_pair = 2 * (problem.head_dim + problem.v_head_dim) / _FLOPS + _FP32 * _PASSES / _BYTES_PER_SECOND
     seconds = meta.plan.rank_pairs[meta.cp_rank] * q_heads * per_pair
-    dtype = str(call.dtype).removeprefix("torch.")
+    dtype = str(problem.dtype).removeprefix("torch.")
     warnings.warn(
-        f"backend='auto' is left with 'reference', which is plain torch, for heads of {call.head_dim}/{call.v_head_dim} in {dtype} on "
-        f"{call.device}: for this batch about {memory / 2**30:.2g} GiB beside the tensors, and {seconds:.1g} s in each layer at least; "
-        "cpattn.explain(q, k, v, meta) says why kernels were passed over, and backend='reference' asks for it without this warning",
+        f"backend='auto' is left with 'reference', which is plain torch, for heads of {problem.head_dim}/{problem.v_head_dim} in {dtype} "
+        f"on {problem.device}: for this batch about {memory / 2**30:.2g} GiB beside the tensors, and {seconds:.1g} s in each layer at "
+        "least; cpattn.explain(q, k, v, meta) says why kernels were passed over, and backend='reference' asks for it without this warning",
         RuntimeWarning,
         stacklevel=2,
     )

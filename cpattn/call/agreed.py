@@ -1,0 +1,55 @@
+"""A validation whose outcome all ranks share: what ``check=True`` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from cpattn.call import checks
+from cpattn.call.prepared import PreparedCall
+from cpattn.errors import BackendError
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.transports.agreement import Account, agree
+from cpattn.transports.in_flight import InFlight
+
+T = TypeVar("T")
+_CACHES = {"packed": "PackedKV", "paged": "PagedKV", None: "none"}
+
+
+def validated(
+    validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, in_flight: InFlight, check: bool, label: str | None
+) -> T:
+    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
+    if not check:
+        if label is not None:
+            checks.check_label(label)
+        return validate()
+    account = Account("", meta.plan.fingerprint, "")
+    try:
+        checks.check_label(label)
+        account = account._replace(label=label or "")
+        value = validate()
+    except Exception as refusal:
+        agree(in_flight, meta.device, account._replace(refusal=refusal))
+        raise
+    agree(in_flight, meta.device, account._replace(arguments=describe(value)))
+    return value
+
+
+def describe(call: PreparedCall, meta: CPMetadata) -> str:
+    """What must be the same on every rank for the results to fit together. The backend is each rank's own affair."""
+    problem = call.problem
+    return (
+        f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
+        f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
+        f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={'in k' if problem.v_in_k else 'given'}, "
+        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}"
+    )
+
+
+def refusal_of(problems: list[str]) -> BackendError | None:
+    """What a checked call raises where a caller's kernel is wrong."""
+    if not problems:
+        return None
+    more = f" ({len(problems) - 1} more launches differ)" if len(problems) > 1 else ""
+    return BackendError(f"{problems[0]}{more}; cpattn.testing.check_backend says in a table what holds of a kernel and what does not")

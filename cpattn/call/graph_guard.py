@@ -1,0 +1,36 @@
+"""What a captured graph asks of the batches that are put into its bucket later: it cannot look again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpattn.errors import PlanError
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.layout import Layout
+
+
+@dataclass(frozen=True)
+class CapturedCache:
+    """A graph has captured a call with a page table for ``fits`` tokens of a request, or, with None, without any cache. A plan
+    that does not go with it is refused."""
+
+    fits: int | None
+
+    @classmethod
+    def of(cls, cache: PackedKV | PagedKV | None) -> CapturedCache:
+        return cls(cache.page_table.shape[1] * cache.page_size if isinstance(cache, PagedKV) else None)
+
+    def __call__(self, plan: Layout) -> None:
+        if self.fits is None:
+            if plan.num_prefix_tokens:
+                raise PlanError(
+                    f"the plan has {plan.num_prefix_tokens} prefix tokens, but a graph was captured without a kv_cache; capture with one"
+                )
+            return
+        held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
+        longest = int(held.max(initial=0))
+        if longest > self.fits:
+            raise PlanError(
+                f"the plan has a request of {longest} tokens, but a graph was captured with a page table for {self.fits}; "
+                "capture with a wider one"
+            )

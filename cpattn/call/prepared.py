@@ -1,0 +1,254 @@
+"""A prepared call: the one place where a kind of call over a batch is remembered."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.merge import lse_with_nan
+from cpattn.attention.verify import verified
+from cpattn.call.arguments import Arguments
+from cpattn.call.checks import check_no_grad
+from cpattn.call.choose import Choice
+from cpattn.call.graph_guard import CapturedCache
+from cpattn.call.page_contents import check_page_contents
+from cpattn.current import is_on_current_device
+from cpattn.errors import CPError, TensorMismatchError
+from cpattn.exchange.attend import Attend, Attention
+from cpattn.exchange.strategy import IO, Prepared, Setup
+from cpattn.graphs import leaves_graph
+from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer, Transport
+
+
+class PreparedCall:
+    """A kind of call over a batch: what was chosen for it, and the spans, memory and transfers that it needs. All layers whose
+    tensors have the kinds and layouts of those that it was made for share it.
+
+    :func:`cpattn.cp_attention` makes and finds them by itself; :func:`cpattn.prepare` gives one to hold and to call.
+
+    It is valid as long as its metadata and its group: over metadata with a bucket also after :meth:`CPMetadata.copy_` has
+    put another batch in their place, for which it keeps what it has chosen. Memory that :func:`cpattn.release` has freed is
+    made anew by the next call.
+
+    Attributes:
+        problem: what the call asks for, in kinds and sizes.
+        strategy, backend: what was chosen.
+        schedule: the hops of one call as data.
+        workload: what the backend was chosen for.
+        transport: over which it goes.
+    """
+
+    def __init__(self, arguments: Arguments, choice: Choice, options: AttentionOptions, meta: CPMetadata, transport: Transport) -> None:
+        self._key = arguments.key()
+        self._options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
+        self._returns_lse = False
+        self.problem, self.strategy, self.schedule, self.workload, self.backend = choice
+        self.transport = transport
+        # It is remembered with the metadata, which a reference from here would keep alive.
+        self._meta = weakref.ref(meta)
+        self._held: CPMetadata | None = None
+        problem, backend = self.problem, self.backend
+        # Further layers come with sinks of their own.
+        options = AttentionOptions(options.scale, options.window, options.softcap)
+        self._attention = Attention.of(backend, options, problem.v_head_dim, self.workload.merges, problem.dtype, problem.sinks)
+        # A NaN in the result may be missing in its LSE: the kernel's, or since a value of NaN is a part of a key that some of
+        # the queries in its tile do not see.
+        self._nan_in_out_alone = not backend.propagates_nan or (problem.v_in_k and problem.v_head_dim == problem.head_dim)
+        self._reads_pages = problem.cache == "paged" and backend.reads_pages(problem)
+        cache = arguments.kv_cache
+        attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
+        # Backends need a contiguous last axis.
+        self._copies = any(x is not None and x.stride(-1) != 1 for x in attended)
+        self._exchange: Prepared | None = None
+        # What of the arena's memory the exchange has views of.
+        self._memory: list[Tensor] = []
+        transport.arena.tell_of_changes(self)
+
+    def __repr__(self) -> str:
+        valid = "whatever batch its bucket's metadata hold" if self.problem.fixed else "for the batch of its metadata"
+        return f"PreparedCall(strategy={self.strategy.name!r}, backend={self.backend.name!r}, {self.problem.rows} rows; valid {valid})"
+
+    @leaves_graph
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        kv_cache: PackedKV | PagedKV | None = None,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """:func:`cpattn.cp_attention` for these tensors, as it was prepared: a collective call.
+
+        Args:
+            q, k, v, kv_cache, sinks, out: of the shapes, strides, dtypes and devices of those that it was prepared with.
+
+        Returns:
+            What cp_attention returns.
+
+        Raises:
+            TensorMismatchError: a tensor has another layout; the message says which.
+            CPError: in its other subclasses, for what cp_attention looks at in every call, and what it raises in the midst of it.
+        """
+        meta = self._held
+        if meta is None:
+            raise CPError("this prepared call belongs to cp_attention; ask cpattn.prepare(q, k, v, meta, ...) for one to hold")
+        arguments = Arguments(q, k, v, kv_cache=kv_cache, sinks=sinks, out=out, **self._options)
+        self.transport.check_usable()
+        with InFlight(self.transport, meta.device) as in_flight:
+            self._check_same(arguments)
+            if kv_cache is not None and isinstance(kv_cache, PagedKV) and not q.is_cuda:
+                check_page_contents(kv_cache, meta, written=True)
+            in_flight.expect(self.transfers)
+            result, lse = self.run(arguments, in_flight)
+        return (result, self.lse_of(result, lse)) if self._returns_lse else result
+
+    def hold(self, meta: CPMetadata, *, returns_lse: bool) -> PreparedCall:
+        """The same for a caller who keeps it, and with it the metadata."""
+        self._held, self._returns_lse = meta, returns_lse
+        return self
+
+    def _check_same(self, arguments: Arguments) -> None:
+        """Raises what cp_attention would, or TensorMismatchError where the arguments are fine, but others than were prepared."""
+        try:
+            key = arguments.key()
+        except (TypeError, AttributeError, RuntimeError):
+            key = None
+        if torch.is_grad_enabled() and key is not None and arguments.requires_grad():
+            check_no_grad(**{name: x for name, x in arguments._asdict().items() if isinstance(x, Tensor)})
+        if key != self._key:
+            raise TensorMismatchError(f"{_difference(key, self._key)}; prepare a call for such tensors with cpattn.prepare")
+
+    def transfers(self) -> list[Transfer]:
+        """All that one call sends, in order, with memory for it; what :meth:`run` must find in flight."""
+        # A plan without any row has nothing to send, on no rank.
+        if not self.problem.rows:
+            return []
+        if self._exchange is None:
+            self._prepare()
+        assert self._exchange is not None
+        return list(self._exchange.transfers)
+
+    def _prepare(self) -> None:
+        meta, arena = self._meta(), self.transport.arena
+        assert meta is not None  # whoever calls has it
+        # Memory made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False), arena.noting() as memory:
+            self._exchange = self.strategy.prepare(Setup(self.problem, meta, self.transport, self._reads_pages))
+        self._memory = memory
+
+    def memory_changed(self) -> None:
+        """The arena has replaced or freed memory: views of it would keep it alive."""
+        self._exchange = None
+        self._memory = []
+
+    def run(self, arguments: Arguments, in_flight: InFlight, problems: list[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Makes the call, whose transfers are expected: ``out [rows, Hq, Dv]`` in q's dtype and ``lse [rows, Hq]``.
+
+        Args:
+            arguments: of the same key.
+            problems: if given, a caller's own kernel is compared with the reference, and what is wrong becomes a line here.
+        """
+        q, k, v, _, cache, *_, sinks, out = arguments
+        problem, attention = self.problem, self._attention
+        if self._copies:
+            q, k, v, cache = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), _contiguous_cache(cache)
+        if sinks is not None:
+            sinks = sinks.to(attention.merged).contiguous()
+        if problems is not None and self.backend.callers:
+            attention = attention._replace(backend=verified(self.backend, problems))
+        if in_flight.captures:
+            self._captured(arguments)
+        attend = Attend(attention, q, sinks)
+        if problem.rows:
+            # Where nothing is new, k is None, and nobody looks at it.
+            io = IO(q, cast("Tensor", k), v, cache if problem.cache is not None else None, in_flight.start)
+            if (not q.is_cuda or is_on_current_device(q)) and not torch.is_autocast_enabled(problem.device.type):
+                # As a rule; entering two contexts that do nothing takes a microsecond.
+                self.strategy.forward(self._exchange, io, attend)
+            else:
+                with _no_autocast(problem.device.type), on_device_of(q):
+                    self.strategy.forward(self._exchange, io, attend)
+        result, lse = attend.result(out)
+        if sinks is not None:
+            self._pad_(lse)
+        return result, lse
+
+    def lse_of(self, out: Tensor, lse: Tensor) -> Tensor:
+        """The LSE to return beside a result: NaN where that is."""
+        return lse_with_nan(out, lse) if self._nan_in_out_alone else lse
+
+    def _captured(self, arguments: Arguments) -> None:
+        """A CUDA graph captures the call, and will replay it over this memory, whatever batch a bucket then holds."""
+        self.transport.arena.keep_for_graph(self._memory)
+        meta = self._meta()
+        if self.problem.fixed and meta is not None:
+            meta.on_copy(CapturedCache.of(arguments.kv_cache))
+
+    def _pad_(self, lse: Tensor) -> None:
+        """A sink is a logit of every query, but padding is none."""
+        meta = self._meta()
+        assert meta is not None
+        if meta.bucket is None:
+            lse[meta.num_tokens :] = -torch.inf
+        else:
+            lse.masked_fill_((meta.token_index < 0)[:, None], -torch.inf)
+
+
+# What of the arguments is no tensor.
+_OPTIONS = ("v_dim", "strategy", "backend", "overlap", "scale", "window", "softcap")
+_COMPARED = ("q", "k", "v", "sinks", "out", "kv_cache")
+
+
+def _difference(given: Any, prepared: Any) -> str:
+    """Which of the tensors differs from what a call was prepared with, in words."""
+    if given is None:
+        return "the tensors are not of the kinds that this call was prepared with"
+    for name, mine, theirs in zip(_COMPARED, given, prepared, strict=False):
+        if mine != theirs:
+            return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
+    return "torch.inference_mode() is another than when this call was prepared"
+
+
+def _layout(x: Any) -> str:
+    if x is None:
+        return "None"
+    if isinstance(x[0], type):  # of a cache
+        return f"a {x[0].__name__} with k {_layout(x[1:])}"
+    shape, strides, dtype, device, *_ = x
+    return f"{tuple(shape)} {dtype} on {device} with strides {strides}"
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensors'."""
+    return nullcontext() if is_on_current_device(x) else torch.cuda.device(x.device)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would send parts of a backend to half precision."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+@overload
+def _contiguous_rows(x: Tensor) -> Tensor: ...
+
+
+@overload
+def _contiguous_rows(x: Tensor | None) -> Tensor | None: ...
+
+
+def _contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """With a contiguous last axis."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous_cache(cache: PackedKV | PagedKV | None) -> PackedKV | PagedKV | None:
+    return PackedKV(_contiguous_rows(cache.k), _contiguous_rows(cache.v)) if isinstance(cache, PackedKV) else cache

@@ -1,0 +1,154 @@
+"""What a strategy attends with: any backend, and the merging of what it gives.
+
+Results stay fp32 until all are merged; sinks count once a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_, merge_all_
+from cpattn.keys import Keys
+from cpattn.spans import Spans
+
+
+class Attention(NamedTuple):
+    """How the attention of a kind of call is computed.
+
+    Attributes:
+        backend: that computes it.
+        options: scale, window, softcap; sinks come with each layer.
+        v_head_dim: of the result.
+        merges: whether there is more than one result for a query.
+        dtype: of q and of what is returned.
+        merged: the dtype that results are merged in: fp32, or fp64 for fp64 inputs.
+        step: the dtype that the backend is asked for.
+        native_sinks: whether the backend counts the sinks; else they are put on the finished result.
+    """
+
+    backend: Backend
+    options: AttentionOptions
+    v_head_dim: int
+    merges: bool
+    dtype: torch.dtype
+    merged: torch.dtype
+    step: torch.dtype
+    native_sinks: bool
+
+    @classmethod
+    def of(cls, backend: Backend, options: AttentionOptions, v_head_dim: int, merges: bool, dtype: torch.dtype, sinks: bool) -> Attention:
+        native_sinks = backend.native_sinks and not merges
+        merged = torch.promote_types(dtype, torch.float32)
+        step = merged if (merges or (sinks and not native_sinks)) and backend.fp32_out else dtype
+        return cls(backend, options, v_head_dim, merges, dtype, merged, step, native_sinks)
+
+
+class Attend:
+    """One call's attention: ``attend(keys, spans)`` lets this rank's queries see some keys, and merges with what they have
+    seen before.
+
+    Args:
+        how: to compute it.
+        q: ``[rows, Hq, D]`` of this rank.
+        sinks: ``[Hq]`` in ``how.merged``, or None.
+    """
+
+    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_sinks_after")
+
+    def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None) -> None:
+        self._how = how
+        self._q = q
+        self._launch, self._accumulate = how.backend.attend, how.backend.accumulate
+        self._options, self._sinks_after = how.options, sinks
+        if sinks is not None and how.native_sinks:
+            self._options, self._sinks_after = replace(how.options, sinks=sinks), None
+        # What this rank's queries have seen so far; None before the first result.
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    def __call__(self, keys: Keys, spans: Spans) -> None:
+        """This rank's queries over some keys, in one launch."""
+        if spans.max_seqlen_k == 0:
+            return
+        if self._out is None or self._lse is None:
+            out, self._lse = self._partial(self._q, keys, spans, self._options)
+            self._out = out.to(self._how.merged) if self._how.merges else out
+        elif self._accumulate is not None:
+            self._accumulate(self._q, keys, spans, self._options, self._out, self._lse)
+        else:
+            merge_(self._out, self._lse, *self._partial(self._q, keys, spans, self._options))
+
+    def heads(self, keys: Keys, spans: Spans, heads: slice) -> None:
+        """The same for some of the query heads, all that there is for them: the keys are of their KV heads alone."""
+        if self._out is None or self._lse is None:
+            rows, q_heads, _ = self._q.shape
+            self._out = self._q.new_empty(rows, q_heads, self._how.v_head_dim, dtype=self._how.step)
+            self._lse = self._q.new_empty(rows, q_heads, dtype=self._how.merged)
+        if spans.max_seqlen_k:
+            self._out[:, heads], self._lse[:, heads] = self._launch(self._q[:, heads], keys, spans, self._options_of(heads), self._how.step)
+        else:
+            self._out[:, heads], self._lse[:, heads] = 0, -torch.inf
+
+    def others(self, q: Tensor, keys: Keys, launches: Sequence[Spans], heads: slice | None = None) -> tuple[Tensor, Tensor]:
+        """The partial result of other ranks' queries, to be sent back: out ``[n, heads, Dv]`` as precise as the backend gives
+        it, and lse ``[n, heads]``.
+
+        Args:
+            q: ``[n, heads, D]``.
+            launches: spans over all of q, one launch after another; the results are merged.
+            heads: which of the query heads q has, if not all.
+        """
+        out: Tensor | None = None
+        lse: Tensor | None = None
+        options = self._options if heads is None else self._options_of(heads)
+        for spans in launches:
+            if spans.max_seqlen_k == 0:
+                continue
+            if out is None or lse is None:
+                out, lse = self._partial(q, keys, spans, options)
+                out = out.to(self._how.merged) if self._how.merges else out
+            elif self._accumulate is not None:
+                self._accumulate(q, keys, spans, options, out, lse)
+            else:
+                merge_(out, lse, *self._partial(q, keys, spans, options))
+        return self._nothing_seen(q) if out is None or lse is None else (out, lse)
+
+    def merge(self, out: Tensor, lse: Tensor) -> None:
+        """What this rank's queries have seen elsewhere: out ``[parts, rows, Hq, Dv]``, lse ``[parts, rows, Hq]``."""
+        if self._out is None or self._lse is None:
+            self._out, self._lse = self._nothing_seen(self._q)
+        merge_all_(self._out, self._lse, out, lse)
+
+    def result(self, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``out [rows, Hq, Dv]`` in q's dtype, ``into`` if that is given, and ``lse [rows, Hq]`` in fp32; 0 and -inf for queries
+        that saw nothing."""
+        out, lse = self._out, self._lse
+        if out is None or lse is None:
+            out, lse = self._nothing_seen(self._q)
+        if self._sinks_after is not None:
+            apply_sinks_(out, lse, self._sinks_after)
+        # A conversion to the same dtype takes more than a microsecond.
+        if into is not None:
+            out = into.copy_(out)
+        elif out.dtype != self._how.dtype:
+            out = out.to(self._how.dtype)
+        return out, lse if lse.dtype == torch.float32 else lse.to(torch.float32)
+
+    def _partial(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+        out, lse = self._launch(q, keys, spans, options, self._how.step)
+        # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
+        return out, lse_with_nan(out, lse) if self._how.merges and not self._how.backend.propagates_nan else lse
+
+    def _options_of(self, heads: slice) -> AttentionOptions:
+        sinks = self._options.sinks
+        return self._options if sinks is None else replace(self._options, sinks=sinks[heads])
+
+    def _nothing_seen(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        out = q.new_zeros(q.shape[0], q.shape[1], self._how.v_head_dim, dtype=self._how.merged)
+        return out, q.new_full(q.shape[:2], -torch.inf, dtype=self._how.merged)

@@ -1,0 +1,69 @@
+"""Problem: what a call asks for, in kinds and sizes. All that is decided about a call follows from it and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Of one call, the same on every rank; hashable.
+
+    >>> kv = Problem(torch.device("cpu"), torch.bfloat16, rows=8, q_heads=16, kv_heads=1, head_dim=576, v_head_dim=512, v_in_k=True)
+    >>> kv.key_bytes
+    1152
+
+    Attributes:
+        device, dtype: of q, k and v.
+        rows: physical rows of each rank.
+        q_heads, kv_heads, head_dim, v_head_dim: of q ``[rows, q_heads, head_dim]`` and v ``[rows, kv_heads, v_head_dim]``.
+        v_in_k: whether V is the first columns of K, as in multi-head latent attention.
+        scale: of the scores.
+        cache: in which form cached keys come with the call; None if there are none.
+        page_size: tokens of a page, where there are pages.
+        window: the keys that a query sees, its own included; None for all.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; None for no cap.
+        sinks: whether each head has one more logit without a value.
+        fixed: whether a CUDA graph may replay the call over other batches of the same bucket.
+        overlap: groups of KV heads into which an all-gather is split.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    v_in_k: bool = False
+    scale: float = 1.0
+    cache: Literal["packed", "paged"] | None = None
+    page_size: int | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    fixed: bool = False
+    overlap: int = 1
+
+    @property
+    def merge_dtype(self) -> torch.dtype:
+        """In which partial results are merged, and in which they travel: fp32, or fp64 for fp64 inputs."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def query_bytes(self) -> int:
+        """Of one row of queries."""
+        return self.q_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        """Of the K and V of one token."""
+        return self.kv_heads * (self.head_dim + (0 if self.v_in_k else self.v_head_dim)) * self.dtype.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        """Of the partial result of one row: its output and the LSE of each head."""
+        return self.q_heads * (self.v_head_dim + 1) * self.merge_dtype.itemsize
