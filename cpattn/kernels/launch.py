@@ -42,6 +42,9 @@ class Launcher:
         self.prepared: Memo[Hashable, LaunchFunction] = Memo(_MOST_PREPARED)
         # For each kind what has been compiled, or None where only Triton's own launch will do.
         self.compiled: dict[Hashable, Compiled | None] = {}
+        # All that Triton has compiled. From 3.8 on it unloads what nobody holds, and threads that launch the same kind for the first
+        # time side by side each compile it: one would be dropped, which others may have prepared launches of by then.
+        self.kernels: dict[int, Any] = {}
         # In the interpreter kernels have no parameters to look at.
         self.roles = {
             p.name: "constant" if p.is_constexpr else "free" if p.do_not_specialize else "number" for p in getattr(kernel, "params", [])
@@ -117,6 +120,7 @@ class _Prepared:
         kind = device, *self._options.values(), *(_kind(ordered[name], role) for name, role in launcher.roles.items())
         if kind not in launcher.compiled:
             kernel = self._ordinary(tensors)
+            launcher.kernels[id(kernel)] = kernel
             if DIRECT_LAUNCH.is_open(torch.device("cuda", device)):
                 launcher.compiled[kind] = _form_or_none(kernel, ordered, launcher.roles)
             elif DIRECT_LAUNCH.verdict().used is False:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -235,6 +236,30 @@ def test_another_device_is_another_kind_and_each_launch_has_its_stream(recorder:
     for recorder.device in (0, 1):
         launch(memory, memory)
         assert recorder.launched[-1].stream == 100 + recorder.device
+
+
+def test_what_threads_compile_side_by_side_is_kept(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton, from 3.8 on, unloads a kernel that nobody holds, and its function can not be launched any more."""
+    memory = torch.zeros(64)
+    first, second = recorder.prepare(memory, memory), recorder.prepare(memory, memory)
+    modules: list[weakref.ref[Any]] = []
+    ordinary = launch._Prepared._ordinary
+
+    def compile(prepared: Any, tensors: Any) -> Any:
+        kernel = ordinary(prepared, tensors)
+        kernel.module = type("Module", (), {})()
+        modules.append(weakref.ref(kernel.module))
+        if len(modules) == 1:
+            # Meanwhile another thread compiles the same, and prepares another launch of it.
+            second(memory, memory)
+            second(memory, memory)
+        return kernel
+
+    monkeypatch.setattr(launch._Prepared, "_ordinary", compile)
+    first(memory, memory)
+    second(memory, memory)
+    assert (len(recorder.compiled), len(recorder.launched)) == (2, 2)
+    assert all(module() for module in modules)
 
 
 def test_what_triton_alone_can_launch_goes_through_it(recorder: Recorder) -> None:
