@@ -1,4 +1,5 @@
-"""Backends beside each other through cp_attention, on one GPU: dense, ragged, over pages, decoding; the host's time as well.
+"""Backends beside each other through cp_attention, on one GPU: dense, ragged, over pages, decoding, merging, with sinks; the host's
+time as well.
 
 It is what decides their order in ``"auto"``. Backends whose packages do not fit one machine are timed on two, both times beside
 ``triton``.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from attention_cases import HEAD_DIM, HEADS, KV_HEADS
 from bench_layer import host_seconds
+from bench_serving import GPU, one_rank_of
 from gpu_report import RESULTS, write_gpu_report
 from gpu_timing import gpu_seconds
 from torch import Tensor
@@ -29,6 +31,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.fa3_build import find_build
 from cpattn.exchange.step_spans import causal_spans
 from cpattn.keys import Keys
+from cpattn.testing import SoloCommunicator
 
 BACKENDS = ["flash_attn4", "flash_attn3", "triton"]
 HEADER = ["batch", "backend", "graph p20, us", "graph p50, us", "graph p80, us", "to triton", "eager p50, us", "host a call, us"]
@@ -36,10 +39,14 @@ HEADER = ["batch", "backend", "graph p20, us", "graph p50, us", "graph p80, us",
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of one rank that has everything; over pages of so many tokens, or packed."""
+    """A batch over pages of so many tokens, or packed: of one rank that has everything, or one rank's part of it."""
 
     batch: list[tuple[int, int]]
     page_size: int | None = None
+    cp_size: int = 1
+    strategy: str = "all_gather"
+    sinks: bool = False
+    window: int | None = None
 
 
 def _lengths(count: int, low: int, high: int) -> list[int]:
@@ -62,6 +69,22 @@ CASES = {
     "64 x (0.2k to 32k + 1), pages of 64": Case([(length, 1) for length in _lengths(64, 200, 32768)], 64),
     "256 x (8k + 1), pages of 16": Case([(8192, 1)] * 256, 16),
     "128 x (8k + 1), 30k + 1,920, pages of 64": Case([(8192, 1)] * 128 + [(30720, 1920)], 64),
+    "1 x 8k, ring of 4": Case([(0, 8192)], cp_size=4, strategy="ring"),
+    "1 x 32k, ring of 4": Case([(0, 32768)], cp_size=4, strategy="ring"),
+    "1 x 128k, ring of 8": Case([(0, 131072)], cp_size=8, strategy="ring"),
+    "8 x (8k + 2k), ring of 4": Case([(8192, 2048)] * 8, cp_size=4, strategy="ring"),
+    "64 x 512, ring of 4": Case([(0, 512)] * 64, cp_size=4, strategy="ring"),
+    "8 x (8k + 1k), pages of 64, pass_q of 4": Case([(8192, 1024)] * 8, 64, 4, "pass_q"),
+    "256 x (8k + 1), pages of 64, pass_q of 4": Case([(8192, 1)] * 256, 64, 4, "pass_q"),
+    "32 x (8k + 1), pages of 64, pass_q of 4": Case([(8192, 1)] * 32, 64, 4, "pass_q"),
+    "4 x (32k + 1), pages of 64, pass_q of 4": Case([(32768, 1)] * 4, 64, 4, "pass_q"),
+    "1 x (128k + 1), pages of 64, pass_q of 4": Case([(131072, 1)], 64, 4, "pass_q"),
+    "1 x 1k, sinks": Case([(0, 1024)], sinks=True),
+    "1 x 32k, sinks": Case([(0, 32768)], sinks=True),
+    "1 x 32k, sinks and a window of 1k": Case([(0, 32768)], sinks=True, window=1024),
+    "64 x 512, sinks": Case([(0, 512)] * 64, sinks=True),
+    "8 x (8k + 1k), pages of 64, sinks": Case([(8192, 1024)] * 8, 64, sinks=True),
+    "256 x (8k + 1), pages of 64, sinks": Case([(8192, 1)] * 256, 64, sinks=True),
 }
 
 
@@ -84,7 +107,8 @@ def main() -> None:
         "Backends through cp_attention",
         HEADER,
         table,
-        f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}, cp_size 1; over pages the new keys are written as well, and "
+        f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}, cp_size 1, or one rank in the middle of a ring or of pass_q, "
+        "whose cache is sharded, with transfers as local copies; over pages the new keys are written as well, and "
         "a backend that does not read pages of that size copies them first. Graphs and eager calls are medians of runs interleaved "
         "in random order, the L2 cache flushed before each, after a rest. Eager: a single call to a device that waits for it. Host: the "
         "median of means over calls one after another that are not waited for. Launches alone, of flash_attn3: rows split into at most so "
@@ -111,8 +135,15 @@ def measure(name: str, case: Case, backends: list[str], rounds: int) -> list[lis
 
 def variants_of(case: Case, backends: list[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     """Calls of cp_attention by backend, and launches of flash_attn3 alone in different ways."""
-    plan = cpattn.plan(case.batch, 1)
-    meta = plan.metadata(0, "cuda")
+    if case.strategy == "pass_q":
+        assert case.page_size == GPU.page_size
+
+        def step(name: str) -> Callable[[], Any]:
+            return one_rank_of(case.batch, replace(GPU, backend=name), case.cp_size, "pass_q", sharded=True).run
+
+        return able(step, backends), {}
+    plan = cpattn.plan(case.batch, case.cp_size)
+    meta = plan.metadata(case.cp_size // 2, "cuda")
     torch.manual_seed(0)
     q, k, v = (normal(meta.rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     cache: cpattn.PackedKV | cpattn.PagedKV
@@ -124,15 +155,19 @@ def variants_of(case: Case, backends: list[str]) -> tuple[dict[str, Callable[[],
         table[np.arange(table.shape[1]) < counts[:, None]] = np.random.default_rng(0).permutation(int(counts.sum()))
         shape = (int(counts.sum()), case.page_size, KV_HEADS, HEAD_DIM)
         cache = cpattn.PagedKV(normal(*shape), normal(*shape), torch.from_numpy(table).cuda())
-    calls: dict[str, Callable[[], Any]] = {}
-    for name in backends:
-        run = partial(cpattn.cp_attention, q, k, v, meta, kv_cache=cache, strategy="all_gather", backend=name)
-        try:
-            run()
-        except cpattn.UnsupportedError as refusal:
-            print(name, refusal)
-            continue
-        calls[name] = run
+    options: dict[str, Any] = {
+        "kv_cache": cache, "group": SoloCommunicator(meta.cp_rank, case.cp_size), "strategy": case.strategy, "window": case.window,
+        "sinks": torch.randn(HEADS, device="cuda") if case.sinks else None,
+    }  # fmt: skip
+
+    def prepare(name: str) -> Callable[[], Any]:
+        run = partial(cpattn.cp_attention, q, k, v, meta, backend=name, **options)
+        run()
+        return run
+
+    calls = able(prepare, backends)
+    if case.cp_size > 1 or case.sinks:
+        return calls, {}
     launches: dict[str, Callable[[], Any]] = {}
     if "flash_attn3" in calls and isinstance(cache, cpattn.PagedKV) and find_build().has("PAGEDKV"):
         spans = causal_spans(meta, paged=True)
@@ -149,6 +184,19 @@ def variants_of(case: Case, backends: list[str]) -> tuple[dict[str, Callable[[],
         for packed in (True, False):
             launches[f"flash_attn3 launch, heads {'packed' if packed else 'not packed'}"] = partial(launch, packed)
     return calls, launches
+
+
+def able(prepare: Callable[[str], Callable[[], Any]], backends: list[str]) -> dict[str, Callable[[], Any]]:
+    """The calls of the backends that can serve them."""
+    calls = {}
+    for name in backends:
+        try:
+            run = prepare(name)
+        except cpattn.UnsupportedError as refusal:
+            print(name, refusal)
+            continue
+        calls[name] = run
+    return calls
 
 
 def normal(*shape: int) -> Tensor:

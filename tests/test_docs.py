@@ -177,16 +177,18 @@ def test_readme_has_the_order_in_which_auto_tries_backends() -> None:
 def test_readme_quotients_of_backends_are_in_the_results() -> None:
     """The least and the largest of each kind of call, of the times through cp_attention."""
     no_launch = r"^\| ([^|]*) \| (flash_attn\d) \|(?: [^|]* \|){3} ([\d.]+) \|"
-    kinds = {"+ 1)": "decoding", "pages": "pages", "1 x 1k": "short", "64 x 512": "short", "": "long"}
+    kinds = {"+ 1)": "decoding", "ring": "merging", "pass_q": "merging", "pages": "pages", "1 x 1k": "short", "64 x 512": "short"}
+    with_sinks = {"long": "long with sinks", "pages": "sinks", "short": "sinks"}
     found: dict[tuple[str, str], list[float]] = {}
-    for file in ("backends_gpu_fa3.md", "backends_gpu_fa4.md"):
+    for file in ("backends_gpu_fa3.md", "backends_gpu_fa4.md", "backends_gpu_merging.md"):
         for batch, backend, quotient in re.findall(no_launch, (ROOT / "benchmarks" / "results" / file).read_text(), re.MULTILINE):
-            kind = "pages" if "1,920" in batch else next(kinds[word] for word in kinds if word in batch)
+            kind = "pages" if "1,920" in batch else next((kinds[word] for word in kinds if word in batch), "long")
+            kind = with_sinks.get(kind, kind) if "sinks" in batch else kind
             found.setdefault((kind, f"`{backend}`"), []).append(float(quotient))
     for kind, row in table(README, "on 9, kind of call").items():
         for backend in ("`flash_attn3`", "`flash_attn4`"):
-            values = found.get((kind.split(":")[0], backend))
-            assert row[backend] == (f"{min(values):.2f} to {max(values):.2f}" if values else "not measured"), (kind, backend)
+            values = found[kind.split(":")[0], backend]
+            assert row[backend] == f"{min(values):.2f} to {max(values):.2f}", (kind, backend)
 
 
 def test_readme_figures_are_in_the_results() -> None:

@@ -24,13 +24,17 @@ _GPU_ORDERS = {
     8: ["flash_attn2", "torch_flash", "triton", "flash_attn4", "reference"],
     10: ["flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
 }
-# On 9 (H100, H200) no backend is the fastest at everything. What the quotients are of: benchmarks/results/backends_gpu_fa3.md and
-# backends_gpu_fa4.md, times as graphs, of flash_attn3 or flash_attn4 to those of triton.
+# On 9 (H100, H200) no backend is the fastest at everything. What the quotients are of: benchmarks/results/backends_gpu_fa3.md,
+# backends_gpu_fa4.md and backends_gpu_merging.md, times as graphs, of flash_attn3 or flash_attn4 to those of triton.
 _HOPPER_ORDERS = {
-    # flash_attn3 0.20 to 1.00, as it splits long spans; flash_attn4 1.03 to 3.05.
+    # flash_attn3 0.20 to 1.14, as it splits long spans (above 1 where results are merged as well); flash_attn4 1.03 to 3.05.
     "decoding": ["flash_attn3", "triton", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
-    # triton merges partial results and takes sinks in its kernel; flash_attn3 needs a pass over its result for either.
-    "merging or sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 1.02 to 1.53, flash_attn4 1.02 to 1.74: triton merges partial results in its kernel, others in a pass of their own.
+    "merging": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 1.01 to 1.50, as it needs a pass over its result; flash_attn4 0.95.
+    "long with sinks": ["flash_attn4", "triton", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
+    # flash_attn3 1.14 to 2.16; flash_attn4 0.79 to 1.33, and of the host's time 3 times as much.
+    "sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 1.06 to 1.07, flash_attn4 1.00 to 2.22.
     "pages": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 0.95 to 0.97, flash_attn4 0.95 to 0.97.
@@ -75,11 +79,14 @@ def _kind(problem: Problem, workload: Workload) -> str:
     """What decides the order on compute capability 9; it follows from the plan and the arguments, so alike on every rank."""
     if workload.decodes:
         return "decoding"
-    if workload.merges or problem.sinks:
-        return "merging or sinks"
+    if workload.merges:
+        return "merging"
+    is_long = problem.page_size is None and workload.new_tokens >= LONG_TOKENS and workload.pairs >= LONG_PAIRS
+    if problem.sinks:
+        return "long with sinks" if is_long else "sinks"
     if problem.page_size is not None:
         return "pages"
-    return "long" if workload.new_tokens >= LONG_TOKENS and workload.pairs >= LONG_PAIRS else "short"
+    return "long" if is_long else "short"
 
 
 def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, workload: Workload) -> Backend:

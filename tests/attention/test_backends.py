@@ -142,14 +142,29 @@ def on_hopper(**changes: Any) -> Problem:
         ({"page_size": 64}, {"decodes": True}, ["flash_attn3", "triton", "flash_attn4"]),
         # Also where the results of sharded keys are merged.
         ({"sinks": True}, {"decodes": True, "merges": True}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
-        ({"sinks": True, "page_size": 64}, {}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
+        ({"sinks": True}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
+        ({"sinks": True}, {"new_tokens": 1024, "pairs": 2**23}, ["flash_attn4", "triton", "flash_attn3"]),
+        ({"sinks": True}, {"new_tokens": 1023, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
+        ({"sinks": True, "page_size": 64}, {"new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
         ({"page_size": 64}, {"new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
         ({}, {"new_tokens": 1024, "pairs": 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
         ({}, {"new_tokens": 1023, "pairs": 2**30}, ["flash_attn3", "triton", "flash_attn4"]),
         ({}, {"new_tokens": 2**15, "pairs": 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
     ],
-    ids=["decode", "decode and merge", "ring", "sinks", "pages", "long", "many short", "few pairs"],
+    ids=[
+        "decode",
+        "decode and merge",
+        "ring",
+        "ring with sinks",
+        "long with sinks",
+        "short with sinks",
+        "pages with sinks",
+        "pages",
+        "long",
+        "many short",
+        "few pairs",
+    ],
 )
 def test_the_order_on_hopper(asked: dict[str, Any], made: dict[str, Any], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
