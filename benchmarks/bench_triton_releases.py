@@ -1,7 +1,8 @@
 """Backend triton under the release of Triton that is at hand: speed, host time, error. Run it under each release in turn; each
-run adds its rows to the table, in place of earlier ones of its release.
+run puts its rows in place of earlier ones of its release, or with --add beside them. A card and a host have good and bad minutes:
+to compare releases, run each several times, one after another.
 
-PYTHONPATH=.:/path/to/another/triton python benchmarks/bench_triton_releases.py [--results FOLDER] [--merge TABLE.csv ...]
+PYTHONPATH=.:/path/to/another/triton python benchmarks/bench_triton_releases.py [--add] [--results FOLDER] [--merge TABLE.csv ...]
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing, and take over the rows of these tables")
+    parser.add_argument("--add", action="store_true", help="keep earlier runs of this release; the table has medians of all")
     parser.add_argument("--note", default="", help="a sentence for the table")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "triton_releases.csv"
     for rows in map(read, options.merge) if options.merge else [measure(options.rounds)]:
-        kept = [row for row in read(path) if row["triton"] not in {new["triton"] for new in rows}]
+        kept = [row for row in read(path) if options.add or row["triton"] not in {new["triton"] for new in rows}]
         write(path, sorted(kept + rows, key=lambda row: [int(part) for part in row["triton"].split(".")]), options.note)
 
 
@@ -133,15 +135,18 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def column(rows: list[dict[str, str]], field: str) -> list[float]:
+    return [float(row[field]) for row in rows]
+
+
 def write(path: Path, rows: list[dict[str, str]], note: str) -> None:
     """The table as CSV, and as Markdown with ratios to the reference."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    reference = {row["batch"]: row for row in rows if row["triton"].startswith(REFERENCE)}
-    header = ["batch", "Triton", "kernel", "launch", "TFLOP/s", f"to {REFERENCE}", "host a call, us", f"to {REFERENCE}",
-              "launched by Triton, us", "difference from torch_flash"]  # fmt: skip
+    header = ["batch", "Triton", "kernel", "launch", "runs", "TFLOP/s", "least to most", f"to {REFERENCE}", "host a call, us",
+              "least to most", f"to {REFERENCE}", "launched by Triton, us", "difference from torch_flash"]  # fmt: skip
     lines = [
         "# Backend triton under releases of Triton",
         "",
@@ -152,17 +157,25 @@ def write(path: Path, rows: list[dict[str, str]], note: str) -> None:
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}: one rank's layer by all-gather, the transfers local copies. "
         "TFLOP/s are of causal work in the whole call as a graph, medians of runs after a flush of the L2 cache and a rest. Host "
         f"times are medians of means over {_CALLS} eager calls that are not waited for; beside them those of the same calls with every "
-        f"launch left to Triton. The kernel for Hopper needs another Gluon than that of Triton 3.5. {note}".rstrip(),
+        f"launch left to Triton. Of several runs the table has medians. The kernel for Hopper needs another Gluon than that of Triton 3.5. "
+        f"{note}".rstrip(),
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
     ]
     for batch in dict.fromkeys(row["batch"] for row in rows):
+        runs: dict[str, list[dict[str, str]]] = {}
         for row in (row for row in rows if row["batch"] == batch):
-            base = reference.get(batch)
-            ratios = [f"{float(row[field]) / float(base[field]):.2f}" if base else "-" for field in ("tflops", "host_us")]
-            cells = [batch, row["triton"], row["kernel"], row["launch"], row["tflops"], ratios[0], row["host_us"], ratios[1]]
-            lines.append("| " + " | ".join([*cells, row["host_us_by_triton"], row["error"]]) + " |")
+            runs.setdefault(row["triton"], []).append(row)
+        reference = [row for name, same in runs.items() if name.startswith(REFERENCE) for row in same]
+        for name, same in runs.items():
+            cells = [batch, name, same[0]["kernel"], same[0]["launch"], str(len(same))]
+            for field in ("tflops", "host_us"):
+                values, base = column(same, field), column(reference, field)
+                ratio = f"{np.median(values) / np.median(base):.3f}" if base else "-"
+                cells += [f"{np.median(values):.0f}", f"{min(values):.0f} to {max(values):.0f}", ratio]
+            by_triton, error = np.median(column(same, "host_us_by_triton")), max(column(same, "error"))
+            lines.append("| " + " | ".join([*cells, f"{by_triton:.0f}", f"{error:.1e}"]) + " |")
     text = "\n".join([*lines, ""])
     print(text)
     path.with_suffix(".md").write_text(text)
