@@ -42,7 +42,8 @@ class Known(NamedTuple):
 
 
 # Releases that were tried on a Hopper GPU; their speed: benchmarks/results/triton_releases.md, which says as well why long prompts
-# took 2 to 3% longer with 3.9 than with 3.6, far less than with the plain kernel. torch 2.9 ships 3.5, 2.10 and 2.11 3.6, 2.13 3.7, 2.14 3.8.
+# took 2 to 3% longer with 3.9 than with 3.6, far less than with the plain kernel.
+# torch 2.9 ships 3.5, 2.10 and 2.11 3.6, 2.13 3.7, 2.14 3.8.
 KNOWN: dict[Release, Known] = {
     (3, 5): Known(hopper_kernel="its Gluon has another form of warp_specialize"),
     (3, 6): Known(),
