@@ -15,28 +15,24 @@ from torch import Tensor
 from cpattn.kernels.available import has_kernels
 
 
-def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out_THD: Tensor, lse_TH: Tensor) -> None:
-    """Adds the partial result ``(out, lse)`` to ``(acc, acc_lse)`` in place; see :func:`merge_all_`."""
-    _merge_for(acc_THD.device, acc_THD.dtype)(acc_THD, acc_lse_TH, out_THD, lse_TH)
-
-
-def merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
-    """Adds N partial results to ``(acc, acc_lse)`` in place, in their order.
+def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Adds a partial result, or several in their order, to ``(acc, acc_lse)`` in place.
 
     A row of LSE -inf has no keys and changes nothing, whatever ``out`` holds there, NaN included; where no part has keys,
     acc keeps its bits. The weights are taken relative to the largest LSE, so nothing overflows.
 
     Args:
         acc_THD, acc_lse_TH: fp32 (the twin takes fp64 as well); what acc holds where its LSE is -inf does not matter.
-        out_NTHD: of any floating dtype; a lower precision than acc's costs what it costs. The last axis is contiguous.
-        lse_NTH: any strides.
+        out: ``[T, H, D]`` or ``[N, T, H, D]`` of any floating dtype; a lower precision than acc's costs what it costs. The last
+            axis is contiguous.
+        lse: ``[T, H]`` or ``[N, T, H]``, any strides.
     """
-    _merge_for(acc_THD.device, acc_THD.dtype)(acc_THD, acc_lse_TH, out_NTHD, lse_NTH)
+    merge_for(acc_THD.device, acc_THD.dtype)(acc_THD, acc_lse_TH, out, lse)
 
 
 @cache
-def _merge_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """What merges into results of this dtype on this device: the kernel, or what defines it."""
+def merge_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """What :func:`merge_` does for results of this dtype on this device: the kernel, or what defines it."""
     if has_kernels(device) and dtype == torch.float32:
         # Triton need not be there.
         from cpattn.kernels.merge import merge_all
@@ -46,7 +42,7 @@ def _merge_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Te
 
 
 def torch_merge_all_(acc_THD: Tensor, acc_lse_TH: Tensor, out_NTHD: Tensor, lse_NTH: Tensor) -> None:
-    """:func:`merge_all_`, or :func:`merge_` where there is no axis of parts, in plain torch, which defines them."""
+    """:func:`merge_` in plain torch, which defines it."""
     if out_NTHD.ndim == 3:
         out_NTHD, lse_NTH = out_NTHD[None], lse_NTH[None]
     if not len(out_NTHD):

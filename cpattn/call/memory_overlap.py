@@ -24,6 +24,11 @@ def share_elements(x: Tensor, y: Tensor) -> bool:
 
     Strides made up so that the search takes too long count as having none in common.
     """
+    # As a rule each has memory of its own.
+    one, other = x.untyped_storage(), y.untyped_storage()
+    first, second = one.data_ptr(), other.data_ptr()
+    if first + one.nbytes() <= second or second + other.nbytes() <= first:
+        return False
     return _meet(_bytes_of(x), _bytes_of(y))
 
 
@@ -63,7 +68,7 @@ class _Memory:
             "data": (x.data_ptr(), True),
             "typestr": f"|V{size}",
             "shape": tuple(x.shape),
-            "strides": tuple(stride * size for stride in x.stride()),
+            "strides": tuple(map(size.__mul__, x.stride())),
         }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_, merge_all_
+from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_for
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 
@@ -82,7 +82,8 @@ class Attend:
         elif self._accumulate is not None:
             self._accumulate(self._q, keys, spans, self._options, self._out, self._lse)
         else:
-            merge_(self._out, self._lse, *self._partial(self._q, keys, spans, self._options))
+            out, lse = self._partial(self._q, keys, spans, self._options)
+            merge_for(self._out.device, self._out.dtype)(self._out, self._lse, out, lse)
 
     def heads(self, keys: Keys, spans: Spans, heads: slice) -> None:
         """The same for some of the query heads, all that there is for them: the keys are of their KV heads alone."""
@@ -116,14 +117,14 @@ class Attend:
             elif self._accumulate is not None:
                 self._accumulate(q, keys, spans, options, out, lse)
             else:
-                merge_(out, lse, *self._partial(q, keys, spans, options))
+                merge_for(out.device, out.dtype)(out, lse, *self._partial(q, keys, spans, options))
         return self._nothing_seen(q) if out is None or lse is None else (out, lse)
 
     def merge(self, out: Tensor, lse: Tensor) -> None:
         """What this rank's queries have seen elsewhere: out ``[parts, rows, Hq, Dv]``, lse ``[parts, rows, Hq]``."""
         if self._out is None or self._lse is None:
             self._out, self._lse = self._nothing_seen(self._q)
-        merge_all_(self._out, self._lse, out, lse)
+        merge_for(self._out.device, self._out.dtype)(self._out, self._lse, out, lse)
 
     def result(self, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``out [rows, Hq, Dv]`` in q's dtype, ``into`` if that is given, and ``lse [rows, Hq]`` in fp32; 0 and -inf for queries

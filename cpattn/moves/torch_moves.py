@@ -14,27 +14,21 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 def pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
     """See :meth:`cpattn.moves.moves.Moves.pack`."""
-    for part, source in ((message[..., : k.shape[2]], k), (message[..., k.shape[2] :], v)):
-        if source is not None:
-            _pack_part(part, source, num_tokens, slots)
-
-
-def _pack_part(part: Tensor, source: Tensor, num_tokens: int | Tensor, slots: Tensor | None) -> None:
-    if isinstance(num_tokens, int):
-        if slots is not None:
-            slots = slots[:num_tokens]
-            _put_rows(part, (slots.clamp(min=0),), source[:num_tokens], slots >= 0)
-        else:
-            part[:num_tokens] = source[:num_tokens]
-            part[num_tokens:] = 0
-        return
-    rows = min(len(part if slots is None else slots), len(source))
-    is_token = torch.arange(rows, device=part.device) < num_tokens
+    parts = [(message[..., : k.shape[2]], k)]
+    if v is not None:
+        parts.append((message[..., k.shape[2] :], v))
+    rows, is_token = num_tokens, None
+    if isinstance(num_tokens, Tensor):
+        # How many there are is known on the device alone: of all rows that may be tokens some are taken.
+        rows = min(len(message) if slots is None else len(slots), *[len(source) for _, source in parts])
+        is_token = torch.arange(rows, device=message.device) < num_tokens
     if slots is not None:
         slots = slots[:rows]
-        _put_rows(part, (slots.clamp(min=0),), source[:rows], is_token & (slots >= 0))
-    else:
-        part[:rows] = torch.where(is_token[:, None, None], source[:rows], 0)
+        is_row = slots >= 0 if is_token is None else (slots >= 0) & is_token
+        _put_rows([(part, source[:rows]) for part, source in parts], (slots.clamp(min=0),), is_row)
+        return
+    for part, source in parts:
+        part[:rows] = source[:rows] if is_token is None else torch.where(is_token[:, None, None], source[:rows], 0)
         part[rows:] = 0
 
 
@@ -62,7 +56,7 @@ def _put_or_copy(out: Tensor, values: Tensor, slots: Tensor | None) -> None:
     if slots is None:
         out.copy_(values)
     else:
-        _put_rows(out, (slots.clamp(min=0),), values, slots >= 0)
+        _put_rows([(out, values)], (slots.clamp(min=0),), slots >= 0)
 
 
 def _zero_rows(x: Tensor, is_zero: Tensor) -> Tensor:
@@ -85,9 +79,10 @@ def write_pages(
     if not k_pages.numel():
         return
     is_token, slot = _slots(k_pages, page_table, request, position)
-    _put_rows(k_pages, slot, k[: len(position)], is_token)
+    parts = [(k_pages, k[: len(position)])]
     if v_pages is not None and v is not None:
-        _put_rows(v_pages, slot, v[: len(position)], is_token)
+        parts.append((v_pages, v[: len(position)]))
+    _put_rows(parts, slot, is_token)
 
 
 def read_pages(
@@ -125,18 +120,21 @@ def _slots(k_pages: Tensor, page_table: Tensor | None, request: Tensor | None, p
     return is_token, (page, position % page_size)
 
 
-def _put_rows(out: Tensor, index: tuple[Tensor, ...], values: Tensor, is_row: Tensor) -> None:
-    """``out[index[0][i], index[1][i], ...] = values[i]`` where ``is_row[i]``, without waiting for the device; the others' index
-    must lie inside of out, too."""
-    if out.device.type == "cpu":
-        out[tuple(axis[is_row] for axis in index)] = values[is_row]
+def _put_rows(parts: list[tuple[Tensor, Tensor]], index: tuple[Tensor, ...], is_row: Tensor) -> None:
+    """``out[index[0][i], index[1][i], ...] = values[i]`` where ``is_row[i]``, for each ``(out, values)``, without waiting for the
+    device; the others' index must lie inside of out, too."""
+    if is_row.device.type == "cpu":
+        to = tuple([axis[is_row] for axis in index])
+        for out, values in parts:
+            out[to] = values[is_row]
         return
-    if not values.numel():
+    if not len(is_row):
         return
     # How many rows there are is known on the device alone: the others repeat the first one, or, where there is none,
     # write back what the first place of out holds.
     first = is_row.int().argmax()
     any_row = is_row[first]
-    source = torch.where(is_row, torch.arange(len(is_row), device=out.device), first)
-    to = tuple(torch.where(any_row, axis[source], 0) for axis in index)
-    out[to] = torch.where(any_row, values[source], out[(0,) * len(index)])
+    source = torch.where(is_row, torch.arange(len(is_row), device=is_row.device), first)
+    to = tuple([torch.where(any_row, axis[source], 0) for axis in index])
+    for out, values in parts:
+        out[to] = torch.where(any_row, values[source], out[(0,) * len(index)])

@@ -438,7 +438,7 @@ def test_a_second_layer_prepares_nothing(
     monkeypatch.setattr(moves, "has_kernels", lambda device: True)
     monkeypatch.setattr("cpattn.attention.merge.has_kernels", lambda device: True)
     # What is chosen once a device is chosen anew, here and after the test.
-    for choice in (moves.moves_for, merge_of_parts._merge_for):
+    for choice in (moves.moves_for, merge_of_parts.merge_for):
         choice.cache_clear()
         request.addfinalizer(choice.cache_clear)
     # Without its own way of merging, so that results of several steps go through that kernel, too.
