@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpattn.attention.fa3_functions import call_functions
+from cpattn.attention.fa3_functions import OperatorArguments, call_functions
 from cpattn.current import is_capturing
 from cpattn.installed import is_installed
 from cpattn.problem import Problem
@@ -34,7 +33,7 @@ class Names(NamedTuple):
 NAMES = (Names("flash_attn_interface", "flash_attn_config", "flash_attn_3"), Names("fa3_fwd_interface", "fa3_fwd_config", "fa3_fwd"))
 
 # The arguments that the operator is called with; one that lacks any is left to the package's own functions.
-_NEEDED = frozenset(inspect.signature(call_functions).parameters) - {"interface"}
+_NEEDED = frozenset(OperatorArguments._fields)
 # What is said of a call that needs what a build was made without, by the name that its configuration has for it.
 _LACKING = {"VARLEN": "no ragged batches", "FP16": "no fp16", "LOCAL": "no sliding window", "SOFTCAP": "no softcap"}
 _HEAD_DIMS = (64, 96, 128, 192, 256)

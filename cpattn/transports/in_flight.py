@@ -40,7 +40,7 @@ class InFlight:
     def __init__(self, transport: Transport, device: torch.device) -> None:
         self.transport = transport
         self._device = device
-        self.captures = is_capturing(device)
+        self.captures = device.type == "cuda" and is_capturing(device)
         self._expected: list[Transfer] = []
         self._works: list[_ExpectedWork] = []
         # Until the call has said what it will send, only its ranks' arguments tell, which an interrupt may hide.

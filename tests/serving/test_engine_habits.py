@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.backend import AttentionOptions
 from cpattn.testing import oracle_attention, run_loopback
+from cpattn.transports.in_flight import InFlight
 
 BATCH = [(40, 30), (0, 33), (5, 1)]
 
@@ -94,7 +96,12 @@ def test_ranks_with_different_buckets_find_out() -> None:
 
 
 def test_a_bucket_refuses_what_a_graph_over_it_could_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpattn.transports.in_flight.is_capturing", lambda device: True)
+    class Capturing(InFlight):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.captures = True
+
+    monkeypatch.setattr("cpattn.api.InFlight", Capturing)
     bucket = cpattn.Bucket(4, 16, 8, max_seqlen=4096)
     x = torch.randn(16, 2, 8)
     bare = cpattn.build_metadata([(0, 8)], 1, 0, bucket=bucket)
