@@ -104,13 +104,3 @@ def test_a_search_that_would_take_too_long_is_given_up() -> None:
     strides = [10_007 + 95_028 * i + 101 * i * i for i in range(14)]
     x = torch.empty(1 + 2 * sum(strides), dtype=torch.uint8).as_strided((3,) * 14, strides)
     assert not share_elements(x, x[..., :1])
-
-
-def test_memory_that_two_storages_know_of() -> None:
-    """As where a tensor is made of another library's memory."""
-    memory = bytearray(64)
-    whole, end = torch.frombuffer(memory, dtype=torch.uint8), torch.frombuffer(memory, dtype=torch.uint8, offset=32)
-    assert share_elements(whole, end)
-    assert share_elements(end, whole)
-    assert not share_elements(whole[:32], end)
-    assert not share_elements(whole, torch.zeros(64, dtype=torch.uint8))
