@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from cpattn.exchange.registry import STRATEGIES
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
-    from cpattn.kv_pool import KVPool
     from cpattn.metadata.batch import Request
     from cpattn.metadata.bucket import Bucket
     from cpattn.metadata.chunks import Chunks
     from cpattn.metadata.cp_metadata import CPMetadata
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
     from cpattn.options import AttentionOptions
+    from cpattn.pool.kv_pool import KVPool
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
     from cpattn.spans import Spans
     from cpattn.transports.groups import release, transport
@@ -121,7 +121,7 @@ _NAMES = {
     "exchange.registry": "STRATEGIES",
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
-    "kv_pool": "KVPool",
+    "pool.kv_pool": "KVPool",
     "metadata.batch": "Request",
     "metadata.bucket": "Bucket",
     "metadata.chunks": "Chunks",

@@ -21,7 +21,7 @@ OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "fa3_fwd_interface",
 LAYERS = (
     {"__main__", "cli", "integrations", "testing", "viz"},
     {"__init__"},
-    {"api", "serving", "kv_pool", "pool_checks", "pool_history", "pool_pages"},
+    {"api", "serving", "pool"},
     {"call"},
     {"exchange"},
     {"transports"},
@@ -121,7 +121,7 @@ assert not hasattr(cpattn, "no_such_name")
 assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
 assert "torch" not in sys.modules
 # A module may be the first that is asked for: it asks for others in the same way.
-from cpattn import kv_pool
+from cpattn import spans
 assert "cpattn.serving" not in sys.modules
 # What is a folder is there as an attribute, with the modules in it that public names come from.
 assert cpattn.metadata.plan.plan is cpattn.plan is sys.modules["cpattn.metadata.plan"].plan

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer, pages_of_heads
-from cpattn.exchange.own_keys import OwnKeys, WholePages
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import causal_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy

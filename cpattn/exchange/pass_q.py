@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.keys_at_hand import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import message_buffer
-from cpattn.exchange.own_keys import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import gathered_source_spans, source_spans

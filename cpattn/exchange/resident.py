@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpattn.exchange.attend import Attend
-from cpattn.exchange.own_keys import WholePages
+from cpattn.exchange.keys_at_hand import WholePages
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.kv_cache import PagedKV

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.keys_at_hand import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, Message, message_buffer
-from cpattn.exchange.own_keys import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import launches_per_shard, shard_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy

@@ -10,8 +10,8 @@ from torch import Tensor, dtype, int8, int16, int32, uint8
 
 from cpattn.kernels.arguments import Words
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
+from cpattn.kernels.move_pages import pages_kernel
 from cpattn.kernels.move_rows import gather_kernel, pack_kernel
-from cpattn.kernels.pages import pages_kernel
 
 # Bytes that a thread moves at a time, where rows are aligned to it.
 _ACCESS = 16

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn import pool_checks
 from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
 from cpattn.graphs import leaves_graph
@@ -20,8 +19,9 @@ from cpattn.memo import Memo
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.partition import Partition
 from cpattn.metadata.plan import Plan, plan
-from cpattn.pool_history import Before, History, pages_written
-from cpattn.pool_pages import CachedRequest, PageBooks
+from cpattn.pool import checks
+from cpattn.pool.books import CachedRequest, PageBooks
+from cpattn.pool.history import Before, History, pages_written
 
 _TABLES_REMEMBERED = 64
 
@@ -90,22 +90,22 @@ class KVPool:
         sharded: bool = False,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "kv_heads": kv_heads}
-        shape = [pool_checks.parse_size(name, size) for name, size in sizes.items()]
-        head_dim = pool_checks.parse_size("head_dim", head_dim)
-        v_head_dim = head_dim if v_head_dim is None else pool_checks.parse_size("v_head_dim", v_head_dim, least=0)
-        pool_checks.check_flag("sharded", sharded)
-        pool_checks.check_dtype(dtype)
+        shape = [checks.parse_size(name, size) for name, size in sizes.items()]
+        head_dim = checks.parse_size("head_dim", head_dim)
+        v_head_dim = head_dim if v_head_dim is None else checks.parse_size("v_head_dim", v_head_dim, least=0)
+        checks.check_flag("sharded", sharded)
+        checks.check_dtype(dtype)
         device = parse_device(device)
-        pool_checks.check_holds_data(device)
+        checks.check_holds_data(device)
         self.page_size = shape[2]
-        self.cp_size = pool_checks.parse_size("cp_size", cp_size)
-        self.cp_rank = pool_checks.parse_rank(cp_rank, self.cp_size)
+        self.cp_size = checks.parse_size("cp_size", cp_size)
+        self.cp_rank = checks.parse_rank(cp_rank, self.cp_size)
         self.sharded = sharded
         # Pages made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
-            self.k_pages = pool_checks.make_pages((*shape, head_dim), dtype, device)
-            self.v_pages = pool_checks.make_pages((*shape, v_head_dim), dtype, device) if v_head_dim else None
+            self.k_pages = checks.make_pages((*shape, head_dim), dtype, device)
+            self.v_pages = checks.make_pages((*shape, v_head_dim), dtype, device) if v_head_dim else None
         self._holders = self.cp_size if sharded else 1
         self._here = self.cp_rank if sharded else 0
         self._books = PageBooks(self._holders, shape[1])
@@ -146,7 +146,7 @@ class KVPool:
         """
         source = self._of(parent)
         self._check_unused(child)
-        owners = source.owners[: pool_checks.parse_length(length, parent, len(source.owners))].copy()
+        owners = source.owners[: checks.parse_length(length, parent, len(source.owners))].copy()
         pages = [pages[:count] for pages, count in zip(source.pages, self._pages_for(self._held(owners)), strict=True)]
         for holder, shared in enumerate(pages):
             self._books.share(holder, shared)
@@ -159,7 +159,7 @@ class KVPool:
         there are.
         """
         cached = self._of(request)
-        self._cut(cached, pool_checks.parse_length(length, request, len(cached.owners)))
+        self._cut(cached, checks.parse_length(length, request, len(cached.owners)))
 
     def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str | Partition = "zigzag", pad_to: int = 1) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to.
@@ -170,7 +170,7 @@ class KVPool:
         Raises PoolFullError if some rank has too few free pages, CPError for a request that is unknown or named twice;
         nothing has changed.
         """
-        pairs = pool_checks.parse_extends(extends)
+        pairs = checks.parse_extends(extends)
         names = [name for name, _ in pairs]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
@@ -229,9 +229,9 @@ class KVPool:
             shape: of the table, where it has to be that of a bucket; lines and pages that are not there are 0. Raises
                 CPError if it is too small.
         """
-        cached = [self._of(name) for name in pool_checks.parse_names(requests)]
+        cached = [self._of(name) for name in checks.parse_names(requests)]
         width = max((len(pages) for request in cached for pages in request.pages), default=0)
-        size = (len(cached), max(width, 1)) if shape is None else pool_checks.parse_shape(shape, len(cached), width)
+        size = (len(cached), max(width, 1)) if shape is None else checks.parse_shape(shape, len(cached), width)
         table = np.zeros(size, dtype=np.int32)
         for line, request in zip(table, cached, strict=False):
             pages = request.pages[self._here]
@@ -247,7 +247,7 @@ class KVPool:
 
     def layer(self, layer: int, page_table: Tensor) -> PagedKV:
         """One layer's pages, as ``kv_cache`` of a step; the page table is made once a step and serves all layers."""
-        pool_checks.check_layer(layer, len(self.k_pages), page_table)
+        checks.check_layer(layer, len(self.k_pages), page_table)
         made = self._tables.get(id(page_table))
         # An id may be that of a tensor that is gone, and a table of a fixed address may have been written to since.
         is_as_made = made is not None and made.table() is page_table and made.version == page_table._version
@@ -255,13 +255,13 @@ class KVPool:
         return PagedKV(self.k_pages[layer], None if self.v_pages is None else self.v_pages[layer], page_table, lines)
 
     def _of(self, request: Hashable) -> CachedRequest:
-        pool_checks.check_name(request)
+        checks.check_name(request)
         if request not in self._requests:
             raise CPError(f"request {request!r} is not in the pool; admit it first")
         return self._requests[request]
 
     def _check_unused(self, request: Hashable) -> None:
-        pool_checks.check_name(request)
+        checks.check_name(request)
         if request in self._requests:
             raise CPError(f"request {request!r} is in the pool already; release it first, or choose another name")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
 from cpattn.metadata.plan import Plan
-from cpattn.pool_pages import CachedRequest, Inherited
+from cpattn.pool.books import CachedRequest, Inherited
 
 
 class Before(NamedTuple):

@@ -1,0 +1,1 @@
+"""KVPool: the books of an engine's pages."""
