@@ -11,8 +11,9 @@ from cpattn.attention.registry import explain_choice
 from cpattn.call import checks
 from cpattn.call.agreed import describe, refusal_of, validated
 from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
+from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
-from cpattn.call.find import check_arguments, check_contents, find_call, prepare_call
+from cpattn.call.find import check_contents, find_call, prepare_call
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.current import is_capturing
@@ -333,7 +334,8 @@ def prepare(
 
     Arguments and errors are those of :func:`cp_attention`. Of the tensors only kinds and layouts are looked at: those of each
     layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None)``, which returns what cp_attention
-    would. Nothing is computed or sent, but for ``check``, with which the ranks compare what they have prepared.
+    would, within torch.inference_mode() or outside of it. Nothing is computed or sent, but for ``check``, with which the ranks
+    compare what they have prepared.
 
     Returns:
         A :class:`PreparedCall`. It is valid as long as ``meta`` and the group: for metadata with a bucket also after
@@ -347,7 +349,7 @@ def prepare(
         if unknown:
             refuse_words("prepare", unknown, KEYWORDS)
         if torch.is_grad_enabled() and arguments.requires_grad():
-            checks.check_no_grad(**{name: x for name, x in arguments._asdict().items() if isinstance(x, Tensor)})
+            checks.check_no_grad(**arguments.tensors())
         call = prepare_call(arguments, meta, transport)
         if check or not q.is_cuda:
             check_contents(arguments, meta)

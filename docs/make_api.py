@@ -84,6 +84,9 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
+# Of classes whose objects a function makes, what users call.
+CALLED = {"PreparedCall": ["__call__"]}
+
 _HEAD = """\
 # API
 
@@ -143,20 +146,34 @@ def _class_entry(name: str, value: type, module: Any) -> str:
         return "\n".join([*parts, _inline(f"Another name of :class:`{value.__name__}`.") + "\n"])
     if issubclass(value, Exception):
         return "\n".join([*parts, _documentation(name, value.__doc__)])
-    if not inspect.isabstract(value):
+    if not inspect.isabstract(value) and name not in CALLED:
         parts.append(_signature(name, value))
     parts.append(_documentation(name, inspect.cleandoc(value.__doc__ or "")))
-    for member_name, member in vars(value).items():
+    for member_name, member in _members(value).items():
         function = inspect.unwrap(member.__func__) if isinstance(member, classmethod) else getattr(member, "func", member)
         function = member.fget if isinstance(member, property) else function
         # What is a field's default is no method.
-        if member_name.startswith("_") or not inspect.isfunction(function) or member_name in getattr(value, "__dataclass_fields__", {}):
+        hidden = member_name.startswith("_") and member_name != "__call__"
+        if hidden or not inspect.isfunction(function) or member_name in getattr(value, "__dataclass_fields__", {}):
             continue
         heading = f"#### `{name}.{member_name}`\n"
         shown = "" if function is not member and not isinstance(member, classmethod) else _signature(member_name, function)
         parts += [heading, shown] if shown else [heading]
         parts.append(_documentation(f"{name}.{member_name}", inspect.getdoc(function)))
     return "\n".join(parts)
+
+
+def _members(value: type) -> dict[str, Any]:
+    """Its own and those of the classes of cpattn that it is made from and that have no entry; of what is made by a function alone, what
+    its users call."""
+    if value.__name__ in CALLED:
+        return {name: vars(value)[name] for name in CALLED[value.__name__]}
+    public = {name for _, names in GROUPS.values() for name in names}
+    classes = [base for base in value.__mro__ if base.__module__.startswith("cpattn") and (base is value or base.__name__ not in public)]
+    members: dict[str, Any] = {}
+    for base in classes:
+        members |= {name: member for name, member in vars(base).items() if name not in members and (base is value or name != "__call__")}
+    return members
 
 
 def _constant_docstring(name: str, module: Any) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.call import find
 from cpattn.call.arguments import Arguments
 from cpattn.call.prepared import PreparedCall
-from cpattn.kv_cache import TableLines
 from cpattn.testing import SoloCommunicator
 
 Changes: TypeAlias = "dict[str, Any]"
@@ -57,7 +55,6 @@ def in_inference_mode(x: Tensor) -> Tensor:
 
 
 PAGES, TABLE = torch.randn(4, 4, 2, 16), torch.zeros(2, 5, dtype=torch.int32)
-LINES = TableLines(np.zeros((2, 1), dtype=np.int64), sharded=False)
 NEW, SINKS, CACHED = torch.randn(14, 2, 16), torch.randn(4), torch.randn(3, 2, 16)
 OUT = torch.empty(14, 4, 16)
 # What a call differs in from another that is as given on the left.
@@ -67,7 +64,6 @@ KEYS: dict[str, tuple[Changes, Changes]] = {
     "kind of v": ({}, {"v": torch.nn.Parameter(NEW, requires_grad=False)}),
     "kind of sinks": ({"sinks": SINKS}, {"sinks": torch.nn.Parameter(SINKS, requires_grad=False)}),
     "kind of pages": ({"kv_cache": paged()}, {"kv_cache": paged(k=torch.nn.Parameter(PAGES, requires_grad=False))}),
-    "what is known of the table": ({"kv_cache": paged(table=TABLE)}, {"kv_cache": cpattn.PagedKV(PAGES, PAGES, TABLE, LINES)}),
     "q shape": ({}, {"q": torch.randn(14, 4, 16)[:, :2]}),
     "q strides": ({}, {"q": strided(torch.randn(14, 4, 16))}),
     "q dtype": ({}, {"q": torch.randn(14, 4, 16).half()}),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.testing import SoloCommunicator, run_loopback
+from cpattn.transports.transport import living_transports
 
 EXCHANGES = [
     ("all_gather", "packed"), ("all_gather", "paged"), ("ring", "packed"), ("ring", "sharded"), ("pass_q", "sharded"),
@@ -109,7 +112,7 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "q": ((X.half(), X, X), r"q is \(6, 2, 8\) torch.float16 on cpu .*, but this call was prepared with \(6, 2, 8\) torch.float32"),
     "k strides": ((X, torch.empty(6, 2, 16)[..., :8], X), r"k is .* with strides \(32, 16, 1\), but .* strides \(16, 8, 1\)"),
     "no v": ((X, X, None), r"v is None, but this call was prepared with \(6, 2, 8\)"),
-    "cache": ((X, X, X, cpattn.PackedKV(X[:0], X[:0])), "kv_cache is a PackedKV .*, but this call was prepared with None"),
+    "cache": ((X, X, X, cpattn.PackedKV(X[:0], X[:0])), "kv_cache is a PackedKV, but this call was prepared with None"),
     "sinks": ((X, X, X, None, torch.zeros(2)), "sinks is .*, but this call was prepared with None"),
     "out": ((X, X, X, None, None, torch.empty_like(X)), "out is .*, but this call was prepared with None"),
     "no tensor": (([], X, X), "the tensors are not of the kinds that this call was prepared with"),
@@ -218,3 +221,184 @@ def test_it_can_be_looked_at() -> None:
     assert (held.strategy.name, held.backend.name, held.problem.q_heads) == ("ring", "reference", 2)
     assert [hop.keys for hop in held.schedule] == [0]
     assert repr(held) == "PreparedCall(strategy='ring', backend='reference', 6 rows; valid for the batch of its metadata)"
+
+
+BUCKET = cpattn.Bucket(max_requests=2, max_rows=8, max_chunks=4, max_seqlen=64)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ring"])
+def test_a_batch_that_comes_later_is_looked_at(strategy: str) -> None:
+    meta, x = cpattn.build_metadata([(0, 8)], 1, 0, bucket=BUCKET), torch.randn(8, 2, 8)
+    held = cpattn.prepare(x, x, x, meta, strategy=strategy)
+    held(x, x, x)
+    meta.copy_(cpattn.plan([(5, 8)], 1))
+    with pytest.raises(cpattn.PrefixError, match="the batch has 5 prefix tokens, but kv_cache is None"):
+        held(x, x, x)
+    meta.copy_(cpattn.plan([(0, 3)], 1))
+    held(x, x, x)
+
+
+def test_a_table_that_a_later_batch_does_not_fit_is_refused() -> None:
+    meta, x = cpattn.build_metadata([(0, 8)], 1, 0, bucket=BUCKET), torch.randn(8, 2, 8)
+    cache = cpattn.PagedKV(torch.zeros(4, 4, 2, 8), torch.zeros(4, 4, 2, 8), torch.arange(4, dtype=torch.int32).view(2, 2))
+    held = cpattn.prepare(x, x, x, meta, kv_cache=cache, backend="reference")
+    held(x, x, x, cache)
+    meta.copy_(cpattn.plan([(20, 8)], 1))
+    with pytest.raises(cpattn.PageTableError, match="has 2 pages of 4 tokens for each request, 8 in all, but request 0 has 28"):
+        held(x, x, x, cache)
+
+
+def test_it_serves_the_steps_of_a_pool() -> None:
+    """Each step's table says other things of its lines, which are looked at for every table."""
+    pool = cpattn.KVPool(num_pages=8, page_size=4, num_layers=2, kv_heads=2, head_dim=8)
+    pool.admit("a")
+    meta = cpattn.build_metadata([(0, 6)], 1, 0, bucket=BUCKET)
+    held = None
+    for extend in (6, 1, 1):
+        meta.copy_(pool.plan([("a", extend)]))
+        table, x = pool.page_table(["a"], shape=(2, 4)), torch.randn(8, 2, 8)
+        held = held or cpattn.prepare(x, x, x, meta, kv_cache=pool.layer(0, table), backend="reference")
+        expected = cpattn.cp_attention(x, x, x, meta, kv_cache=pool.layer(1, table), backend="reference")
+        assert torch.equal(held(x, x, x, pool.layer(0, table)), expected)  # type: ignore[arg-type]
+    before = table
+    meta.copy_(pool.plan([("a", 4)]))
+    with pytest.raises(cpattn.PageTableError, match=r"line 0 of kv_cache\.page_table has pages for 8 tokens"):
+        held(x, x, x, pool.layer(0, before))
+
+
+def test_a_cache_that_needs_a_gradient_is_refused() -> None:
+    meta = cpattn.build_metadata([(2, 6)], 1, 0)
+    cached = torch.randn(2, 2, 8)
+    held = cpattn.prepare(X, X, X, meta, kv_cache=cpattn.PackedKV(cached, cached))
+    needing = cached.clone().requires_grad_()
+    with pytest.raises(cpattn.UnsupportedError, match=r"kv_cache\.k requires a gradient"):
+        held(X, X, X, cpattn.PackedKV(needing, cached))
+
+
+def test_inference_mode_may_be_entered_after_it_was_prepared() -> None:
+    held = cpattn.prepare(X, X, X, META)
+    expected = held(X, X, X)
+    with torch.inference_mode():
+        assert torch.equal(held(X, X, X), expected)  # type: ignore[arg-type]
+        pages = torch.zeros(2, 4, 2, 8)
+    table = torch.arange(2, dtype=torch.int32)[None]
+    outside = cpattn.PagedKV(torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8), table)
+    held = cpattn.prepare(X, X, X, META, kv_cache=outside)
+    with pytest.raises(cpattn.TensorMismatchError, match=r"kv_cache\.k is"):
+        held(X, X, X, cpattn.PagedKV(pages, pages.clone(), table))
+
+
+def test_calls_without_new_keys_are_attend_s_alone() -> None:
+    cache = cpattn.PagedKV(torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8), torch.arange(2, dtype=torch.int32)[None])
+    none: Any = None
+    for make in (cpattn.cp_attention, cpattn.prepare):
+        with pytest.raises(cpattn.TensorMismatchError, match="k is a NoneType"):
+            make(X, none, None, META, kv_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ((X, X), "kv_cache is a tuple, but this call was prepared with a PagedKV"),
+        (cpattn.PackedKV(X[:0], X[:0]), "kv_cache is a PackedKV, but this call was prepared with a PagedKV"),
+        (
+            cpattn.PagedKV(torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8), torch.zeros(1, 3, dtype=torch.int32)),
+            r"kv_cache.page_table is \(1, 3\)",
+        ),
+        (cpattn.PagedKV(torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 16)[..., :8], torch.zeros(1, 2, dtype=torch.int32)), "kv_cache.v is"),
+    ],
+    ids=["tuple", "packed", "table", "v"],
+)
+def test_of_a_cache_the_part_that_differs_is_named(cache: Any, message: str) -> None:
+    held = cpattn.prepare(
+        X, X, X, META, kv_cache=cpattn.PagedKV(torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8), torch.arange(2, dtype=torch.int32)[None])
+    )
+    with pytest.raises(cpattn.TensorMismatchError, match=message):
+        held(X, X, X, cache)
+
+
+def test_what_refers_to_metadata_does_not_keep_them() -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, meta: cpattn.CPMetadata, **options: Any) -> Any:
+        out_dtype = options.pop("out_dtype")
+        return cpattn.BACKENDS["reference"].run(q, k, v, rows, cpattn.AttentionOptions(**options), out_dtype)
+
+    meta = cpattn.build_metadata([(0, 6)], 1, 0)
+    cpattn.cp_attention(X, X, X, meta, backend=partial(kernel, meta=meta))
+    alive = weakref.ref(meta)
+    del meta
+    gc.collect()
+    assert alive() is None
+
+
+def test_calls_within_calls_are_not_kept() -> None:
+    inner, before = cpattn.build_metadata([(0, 6)], 1, 0), len(living_transports())
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, **options: Any) -> Any:
+        cpattn.cp_attention(X, X, X, inner, strategy="ring", backend="reference")
+        out_dtype = options.pop("out_dtype")
+        return cpattn.BACKENDS["reference"].run(q, k, v, rows, cpattn.AttentionOptions(**options), out_dtype)
+
+    for _ in range(5):
+        cpattn.cp_attention(X, X, X, META, backend=kernel)
+    gc.collect()
+    assert len(living_transports()) <= before + 1
+
+
+def test_a_kernel_s_own_memory_is_not_merged_into() -> None:
+    kept: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def attend(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        out, lse = cpattn.BACKENDS["reference"].attend(*arguments, **more)
+        mine = kept.setdefault(out.shape, (torch.empty_like(out), torch.empty_like(lse)))
+        return mine[0].copy_(out), mine[1].copy_(lse)
+
+    own = replace(cpattn.BACKENDS["reference"], name="own", attend=attend)
+    meta, cached = cpattn.build_metadata([(9, 6)], 1, 0), torch.randn(9, 2, 8)
+    options: dict[str, Any] = {"kv_cache": cpattn.PackedKV(cached, cached), "strategy": "ring"}
+    torch.testing.assert_close(
+        cpattn.cp_attention(X, X, X, meta, backend=own, **options), cpattn.cp_attention(X, X, X, meta, backend="reference", **options)
+    )
+
+
+def starts_one_too_many(held: Any, io: Any, attend: Any) -> None:
+    cpattn.STRATEGIES["ring"].forward(held, io, attend)
+    io.start()
+
+
+def waits_for_none(held: Any, io: Any, attend: Any) -> None:
+    for _ in held.transfers:
+        io.start()
+
+
+FORGETFUL: dict[str, tuple[Any, str]] = {
+    "one start too many": (starts_one_too_many, "has started more transfers than it announced"),
+    "no wait": (waits_for_none, "has not waited for all the transfers that it started"),
+    "no start": (lambda held, io, attend: None, "has not started all the transfers that it announced"),
+}
+
+
+@pytest.mark.parametrize(("forward", "message"), list(FORGETFUL.values()), ids=list(FORGETFUL))
+def test_a_strategy_that_miscounts_its_transfers_is_found_out(forward: Any, message: str) -> None:
+    wrong = replace(cpattn.STRATEGIES["ring"], name="wrong", forward=forward)
+
+    def program(group: cpattn.Transport) -> None:
+        meta, x = cpattn.build_metadata([(0, 12)], 2, group.rank), torch.randn(6, 2, 8)
+        with pytest.raises(AssertionError, match=message):
+            cpattn.cp_attention(x, x, x, meta, group=group, strategy=wrong)
+        cpattn.cp_attention(x, x, x, meta, group=group, strategy="ring")
+
+    run_loopback(program, 2, timeout=5)
+
+
+def test_a_strategy_that_attends_more_often_than_it_says_is_found_out() -> None:
+    ring = cpattn.STRATEGIES["ring"]
+    wrong = replace(ring, schedule=lambda problem, plan: ring.schedule(problem, plan)[:1])
+    with pytest.raises(cpattn.CPError, match="has attended twice with the same queries"):
+        cpattn.cp_attention(X, X, X, cpattn.build_metadata([(0, 12)], 2, 0), group=SoloCommunicator(0, 2), strategy=wrong)
+
+
+def test_a_strategy_that_prepares_nothing_is_found_out() -> None:
+    nothing: Any = lambda setup: None  # noqa: E731
+    wrong = replace(cpattn.STRATEGIES["ring"], prepare=nothing)
+    with pytest.raises(cpattn.CPError, match="strategy='ring' prepared a NoneType; return an object with transfers"):
+        cpattn.cp_attention(X, X, X, META, strategy=wrong)

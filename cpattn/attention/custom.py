@@ -108,7 +108,9 @@ def as_callers(backend: Backend) -> Backend:
     """A caller's own Backend, so that what it returns is checked as that of a function is."""
 
     def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return check_returned(backend.name, backend.attend(q, keys, spans, options, out_dtype), q, keys.v)
+        out, lse = check_returned(backend.name, backend.attend(q, keys, spans, options, out_dtype), q, keys.v)
+        # It may be memory of its own, and the result is merged into.
+        return out.clone(), lse.clone()
 
     return replace(backend, attend=attend, callers=True)
 

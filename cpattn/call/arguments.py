@@ -68,18 +68,25 @@ class Arguments(NamedTuple):
             return cache.k.requires_grad or (cache.v is not None and cache.v.requires_grad)
         return isinstance(cache, PagedKV) and (cache.k_pages.requires_grad or (cache.v_pages is not None and cache.v_pages.requires_grad))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by the names that messages have for them."""
+        found = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        cache = self.kv_cache
+        parts = ("k", "v") if isinstance(cache, PackedKV) else ("k_pages", "v_pages") if isinstance(cache, PagedKV) else ()
+        return found | {f"kv_cache.{name}": getattr(cache, name) for name in parts if getattr(cache, name) is not None}
+
 
 def _cache_key(cache: Any) -> Any:
     if isinstance(cache, PackedKV):
-        k, v, table, lines = cache.k, cache.v, None, None
+        k, v, table = cache.k, cache.v, None
     elif isinstance(cache, PagedKV):
-        k, v, table, lines = cache.k_pages, cache.v_pages, cache.page_table, cache.lines
+        # What a pool says of its table's lines changes with each step, and is looked at beside the key.
+        k, v, table = cache.k_pages, cache.v_pages, cache.page_table
     else:
         return type(cache)  # the checks say what it should be
     return (
         cache.__class__,
-        k.shape, k.stride(), k.dtype, k.device, k.__class__, k.is_inference(),
+        (k.shape, k.stride(), k.dtype, k.device, k.__class__, k.is_inference()),
         None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__, v.is_inference()),
         None if table is None else (table.shape, table.stride(), table.dtype, table.device, table.__class__),
-        lines,
     )  # fmt: skip

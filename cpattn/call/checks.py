@@ -136,8 +136,9 @@ def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
     check_device(name, x, meta)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
+def check_qkv(q: Tensor, k: Tensor | None, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
     _check_each({"q": q, "k": k, "v": v}, meta)
+    assert k is not None  # checked
     check_together(q, k, v, v_dim)
 
 

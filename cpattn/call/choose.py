@@ -10,7 +10,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.registry import Workload, choose_backend
 from cpattn.call.arguments import Arguments
 from cpattn.errors import UnsupportedError
-from cpattn.exchange.registry import candidate_strategies, only_decodes
+from cpattn.exchange.auto import candidate_strategies, only_decodes
 from cpattn.exchange.schedule import Schedule, alignments, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.kv_cache import PagedKV

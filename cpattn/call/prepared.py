@@ -13,17 +13,20 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.verify import verified
 from cpattn.call.arguments import Arguments
+from cpattn.call.check_call import check_arguments, check_written
 from cpattn.call.checks import check_no_grad
 from cpattn.call.choose import Choice
 from cpattn.call.graph_guard import CapturedCache
+from cpattn.call.page_checks import check_lines
 from cpattn.call.page_contents import check_page_contents
 from cpattn.current import is_on_current_device
-from cpattn.errors import CPError, TensorMismatchError
+from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transfer, Transport
 
@@ -47,7 +50,10 @@ class PreparedCall:
     """
 
     def __init__(self, arguments: Arguments, choice: Choice, options: AttentionOptions, meta: CPMetadata, transport: Transport) -> None:
-        self._key = arguments.key()
+        self._key: Any = arguments.key()
+        # What was last looked at beside the key.
+        self._checked_plan: Layout = meta.plan
+        self._checked_lines = getattr(arguments.kv_cache, "lines", None)
         self._options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
         self._returns_lse = False
         self.problem, self.strategy, self.schedule, self.workload, self.backend = choice
@@ -104,8 +110,9 @@ class PreparedCall:
         arguments = Arguments(q, k, v, kv_cache=kv_cache, sinks=sinks, out=out, **self._options)
         self.transport.check_usable()
         with InFlight(self.transport, meta.device) as in_flight:
-            self._check_same(arguments)
-            if kv_cache is not None and isinstance(kv_cache, PagedKV) and not q.is_cuda:
+            self._check_same(arguments, meta)
+            self.check_batch(arguments, meta)
+            if isinstance(kv_cache, PagedKV) and not q.is_cuda:
                 check_page_contents(kv_cache, meta, written=True)
             in_flight.expect(self.transfers)
             result, lse = self.run(arguments, in_flight)
@@ -116,16 +123,36 @@ class PreparedCall:
         self._held, self._returns_lse = meta, returns_lse
         return self
 
-    def _check_same(self, arguments: Arguments) -> None:
+    def _check_same(self, arguments: Arguments, meta: CPMetadata) -> None:
         """Raises what cp_attention would, or TensorMismatchError where the arguments are fine, but others than were prepared."""
         try:
-            key = arguments.key()
+            key: Any = arguments.key()
+            needs_grad = torch.is_grad_enabled() and arguments.requires_grad()
         except (TypeError, AttributeError, RuntimeError):
-            key = None
-        if torch.is_grad_enabled() and key is not None and arguments.requires_grad():
-            check_no_grad(**{name: x for name, x in arguments._asdict().items() if isinstance(x, Tensor)})
-        if key != self._key:
+            key, needs_grad = None, False
+        if needs_grad:
+            check_no_grad(**arguments.tensors())
+        if key == self._key:
+            return
+        if key is None or key[:-1] != self._key[:-1]:
             raise TensorMismatchError(f"{_difference(key, self._key)}; prepare a call for such tensors with cpattn.prepare")
+        # Within torch.inference_mode() or outside of it, other than so far: what is written is looked at again.
+        check_arguments(arguments, meta)
+        check_written(arguments)
+        self._key = key
+
+    def check_batch(self, arguments: Arguments, meta: CPMetadata) -> None:
+        """Looks again at what depends on the batch, where another has been put into the metadata's bucket, or at the lines of a
+        pool's table, which change with each step."""
+        lines = getattr(arguments.kv_cache, "lines", None)
+        if meta.plan is not self._checked_plan:
+            check_arguments(arguments, meta)
+            reason = self.strategy.why_not(self.problem, meta.plan)
+            if reason is not None:
+                raise UnsupportedError(f"strategy={self.strategy.name!r} can not serve this batch: {reason}")
+        elif lines is not self._checked_lines and isinstance(arguments.kv_cache, PagedKV):
+            check_lines(arguments.kv_cache, meta)
+        self._checked_plan, self._checked_lines = meta.plan, lines
 
     def transfers(self) -> list[Transfer]:
         """All that one call sends, in order, with memory for it; what :meth:`run` must find in flight."""
@@ -143,6 +170,8 @@ class PreparedCall:
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
             self._exchange = self.strategy.prepare(Setup(self.problem, meta, self.transport, self._reads_pages))
+        if not hasattr(self._exchange, "transfers"):
+            raise CPError(f"strategy={self.strategy.name!r} prepared a {type(self._exchange).__name__}; return an object with transfers")
         self._memory = memory
 
     def memory_changed(self) -> None:
@@ -213,16 +242,22 @@ def _difference(given: Any, prepared: Any) -> str:
     if given is None:
         return "the tensors are not of the kinds that this call was prepared with"
     for name, mine, theirs in zip(_COMPARED, given, prepared, strict=False):
-        if mine != theirs:
-            return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
-    return "torch.inference_mode() is another than when this call was prepared"
+        if mine == theirs:
+            continue
+        both = all(isinstance(x, tuple) and isinstance(x[0], type) for x in (mine, theirs))
+        if name == "kv_cache" and both and mine[0] is theirs[0]:
+            parts = zip(("k", "v", "page_table"), mine[1:], theirs[1:], strict=False)
+            name, mine, theirs = next((f"kv_cache.{part}", x, y) for part, x, y in parts if x != y)
+        return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
+    return "an option is another than when this call was prepared"
 
 
 def _layout(x: Any) -> str:
-    if x is None:
-        return "None"
-    if isinstance(x[0], type):  # of a cache
-        return f"a {x[0].__name__} with k {_layout(x[1:])}"
+    """Of a tensor's part of a key, or of a cache's."""
+    if isinstance(x, tuple) and isinstance(x[0], type):
+        return f"a {x[0].__name__}"
+    if not isinstance(x, tuple):
+        return "None" if x is None else f"a {x.__name__}"
     shape, strides, dtype, device, *_ = x
     return f"{tuple(shape)} {dtype} on {device} with strides {strides}"
 

@@ -20,6 +20,7 @@ from cpattn.cli.plan import print_layout, print_shares
 from cpattn.cli.progress import Progress
 from cpattn.cli.traffic import Shape, problem_of
 from cpattn.errors import CPError, PlanError, shown
+from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import num_results
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, rmse, rmse_bound, single_device_bound
 from cpattn.transports.groups import as_transport
@@ -108,7 +109,8 @@ def run(options: argparse.Namespace) -> int:
 def _measure(setting: Setting) -> tuple[list[list[Cell]], bool]:
     """A line for one process and for each strategy; and whether all are exact."""
     plan = setting.plan
-    with Progress(2 + len(cpattn.STRATEGIES)) as progress:
+    strategies = able_strategies(problem_of(plan, setting.shape), plan)
+    with Progress(2 + len(strategies)) as progress:
         progress.step("one process, and the oracle in float64")
         expected, expected_lse, alone, alone_seconds = _single_process(setting)
         alone_rmse = relative_rmse(alone, expected)
@@ -117,9 +119,9 @@ def _measure(setting: Setting) -> tuple[list[list[Cell]], bool]:
         table = [_line("one process", _error(alone, expected), alone_rmse, alone_bound, all_fine, alone_seconds, "")]
         progress.step(f"starting {plan.cp_size} processes")
         with ProcessRanks(plan.cp_size) as ranks:
-            for name, strategy in cpattn.STRATEGIES.items():
-                progress.step(f"strategy {name}")
-                results = ranks.run(rank_program, setting, name)
+            for strategy in strategies:
+                progress.step(f"strategy {strategy.name}")
+                results = ranks.run(rank_program, setting, strategy.name)
                 out, lse = _in_order(plan, results)
                 error = relative_rmse(out, expected)
                 results_merged = num_results(strategy.schedule(problem_of(plan, setting.shape), plan))
@@ -129,7 +131,7 @@ def _measure(setting: Setting) -> tuple[list[list[Cell]], bool]:
                 fine = error <= bound and rmse(lse, expected_lse) <= lse_bound and all(result.restored for result in results)
                 all_fine &= fine
                 seconds, sent = max(result.seconds for result in results), max(result.bytes_sent for result in results)
-                table.append(_line(name, _error(out, expected), error, bound, fine, seconds, f"{sent:,}"))
+                table.append(_line(strategy.name, _error(out, expected), error, bound, fine, seconds, f"{sent:,}"))
     return table, all_fine
 
 

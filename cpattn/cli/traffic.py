@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
@@ -47,7 +47,7 @@ def problem_of(plan: Plan, shape: Shape) -> Problem:
 def strategy_bytes(plan: Plan, shape: Shape) -> dict[str, int]:
     """The bytes that a rank sends in one call, by strategy: those of the rank that sends the most."""
     problem = problem_of(plan, shape)
-    return {name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for name, strategy in STRATEGIES.items()}
+    return {strategy.name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for strategy in able_strategies(problem, plan)}
 
 
 def in_words(num_bytes: int) -> str:

@@ -30,7 +30,7 @@ from cpattn.transports.transport import Transfer, Transport
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
     message = 0 if _is_alone(problem, plan) else problem.rows * problem.key_bytes
-    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(plan, (plan.cp_size - 1) * message)),)
+    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, (plan.cp_size - 1) * message)),)
 
 
 def _is_alone(problem: Problem, plan: Layout) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_for
+from cpattn.errors import CPError
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 
@@ -79,6 +80,8 @@ class Attend:
         if self._out is None or self._lse is None:
             out, self._lse = self._partial(self._q, keys, spans, self._options)
             self._out = out.to(self._how.merged) if self._how.merges else out
+        elif not self._how.merges:
+            raise CPError("a strategy has attended twice with the same queries, but its schedule says that there is one result")
         elif self._accumulate is not None:
             self._accumulate(self._q, keys, spans, self._options, self._out, self._lse)
         else:
@@ -118,7 +121,12 @@ class Attend:
                 self._accumulate(q, keys, spans, options, out, lse)
             else:
                 merge_for(out.device, out.dtype)(out, lse, *self._partial(q, keys, spans, options))
-        return self._nothing_seen(q) if out is None or lse is None else (out, lse)
+        if out is None or lse is None:
+            return self._nothing_seen(q)
+        if not self._how.merges and not self._how.backend.propagates_nan:
+            # Whoever gets it merges it with nothing, and would take NaN with an LSE of -inf for a query without keys.
+            lse = lse_with_nan(out, lse)
+        return out, lse
 
     def merge(self, out: Tensor, lse: Tensor) -> None:
         """What this rank's queries have seen elsewhere: out ``[parts, rows, Hq, Dv]``, lse ``[parts, rows, Hq]``."""

@@ -32,7 +32,7 @@ from cpattn.transports.transport import Transfer, Transport
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
     others = plan.cp_size - 1
-    queries, results = (sends(plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
+    queries, results = (sends(problem, plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
     own = shard_hop(problem, plan, 0, 0, queries)
     if not others:
         return (*prefix_hop(problem, plan), own)
@@ -109,7 +109,7 @@ def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
     for hop in range(plan.cp_size):
         # The queries of the next hop set out before it; its own results go back after it.
         sent = queries * (hop + 1 < plan.cp_size) + results * (hop > 0)
-        hops.append(shard_hop(problem, plan, hop, 0, sends(plan, sent)))
+        hops.append(shard_hop(problem, plan, hop, 0, sends(problem, plan, sent)))
     return (*prefix_hop(problem, plan), *hops)
 
 

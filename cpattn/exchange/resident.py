@@ -20,7 +20,7 @@ class _Resident(NamedTuple):
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
-    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(plan, 0)),)
+    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, 0)),)
 
 
 def _prepare(setup: Setup) -> _Resident:

@@ -27,7 +27,7 @@ from cpattn.transports.transport import Transfer, Transport
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
-    message = sends(plan, _message_rows(problem, plan) * problem.key_bytes)
+    message = sends(problem, plan, _message_rows(problem, plan) * problem.key_bytes)
     hops = [shard_hop(problem, plan, 0, hop, message * (hop + 1 < plan.cp_size)) for hop in range(plan.cp_size)]
     return (*prefix_hop(problem, plan), *hops)
 
@@ -42,7 +42,7 @@ def prefix_hop(problem: Problem, plan: Layout) -> Schedule:
     if plan.sharded or not (problem.fixed or plan.num_prefix_tokens):
         return ()
     alignment: Alignment = "full" if problem.window is None else "any"
-    return (Hop(queries=0, keys="prefix", alignment=alignment, results=1, sent=sends(plan, 0)),)
+    return (Hop(queries=0, keys="prefix", alignment=alignment, results=1, sent=sends(problem, plan, 0)),)
 
 
 def shard_hop(problem: Problem, plan: Layout, queries: int, keys: int, sent: IntArray) -> Hop:
@@ -80,7 +80,9 @@ def _prepare(setup: Setup) -> _Ring:
     messages, transfers = _turns(setup.transport, setup.kv, _message_rows(problem, plan) if plan.sharded or plan.cp_size > 1 else 0)
     is_sharded = problem.cache == "paged" and plan.sharded
     owners = [(meta.cp_rank - hop) % plan.cp_size for hop in range(plan.cp_size)]
-    spans, places = shard_spans(meta, problem.window), meta.gathered_places_by_rank
+    spans = shard_spans(meta, problem.window)
+    # Pages that every rank has whole get all keys that pass by.
+    places = meta.gathered_places_by_rank if problem.cache == "paged" and not is_sharded else None
     return _Ring(
         transfers=transfers,
         messages=messages,
@@ -88,7 +90,7 @@ def _prepare(setup: Setup) -> _Ring:
         shard=OwnShard.of(setup, messages[0]) if is_sharded else None,
         own=OwnKeys.of(setup),
         spans=[spans[owner] for owner in owners],
-        places=[places[owner] for owner in owners] if problem.cache == "paged" and not is_sharded else None,
+        places=None if places is None else [places[owner] for owner in owners],
         num_tokens=setup.num_tokens,
         moves=moves_for(problem.device),
     )

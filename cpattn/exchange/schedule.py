@@ -13,6 +13,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
 from cpattn.spans import Alignment
 
 
@@ -39,9 +40,9 @@ class Hop(NamedTuple):
 Schedule: TypeAlias = Sequence[Hop]
 
 
-def sends(plan: Layout, num_bytes: int) -> IntArray:
-    """Every rank sends as much: rows that travel are physical ones, of which all ranks have as many."""
-    return np.full(plan.cp_size, num_bytes if plan.rows else 0, dtype=np.int64)
+def sends(problem: Problem, plan: Layout, num_bytes: int) -> IntArray:
+    """Every rank sends as much: rows that travel are physical ones, of which all ranks have as many. Without any, nothing."""
+    return np.full(plan.cp_size, num_bytes if problem.rows else 0, dtype=np.int64)
 
 
 def num_results(schedule: Schedule) -> int:

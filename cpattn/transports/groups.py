@@ -153,5 +153,7 @@ def _alone_here() -> Transport:
         transport = _alone.transport = LoopbackGroup(1).transport(0)
     elif transport.state.is_in_use:
         # A caller's kernel may make a call of its own, which needs buffers of its own.
-        return LoopbackGroup(1).transport(0)
+        brief = LoopbackGroup(1).transport(0)
+        brief.lasts = False
+        return brief
     return transport

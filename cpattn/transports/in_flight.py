@@ -66,12 +66,19 @@ class InFlight:
                 self._expected += make()
                 self._has_begun = self._has_begun or counts
             except BaseException:
-                self._give_up(f"a rank could not make the memory of its messages ({_in_a_line(failure)})")
+                what = (
+                    "make the memory of its messages"
+                    if isinstance(failure, (MemoryError, torch.OutOfMemoryError))
+                    else "prepare its messages"
+                )
+                self._give_up(f"a rank could not {what} ({_in_a_line(failure)})")
             raise
         self._has_begun = self._has_begun or counts
 
     def start(self) -> Work:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
+        if len(self._works) == len(self._expected):
+            raise AssertionError("a strategy has started more transfers than it announced")
         self._is_starting = True
         try:
             work = _ExpectedWork(self.transport.start(self._expected[len(self._works)]), self)
@@ -104,10 +111,11 @@ class InFlight:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         state = self.transport.state
         try:
-            if error is None and len(self._works) < len(self._expected):
-                error = AssertionError("a strategy has not started all the transfers that it announced")
-                self._settle_after(error)
-                raise error
+            if error is None:
+                error = self._unfinished()
+                if error is not None:
+                    self._settle_after(error)
+                    raise error
             if error is not None:
                 self._settle_after(error)
             elif state.failure is not None:
@@ -118,6 +126,15 @@ class InFlight:
             state.leave()
             # They refer to this: without the cycle all is freed at once.
             self._works.clear()
+
+    def _unfinished(self) -> AssertionError | None:
+        """What a strategy has forgotten of its transfers."""
+        if len(self._works) < len(self._expected):
+            return AssertionError("a strategy has not started all the transfers that it announced")
+        for work in self._works:
+            if not work.is_done:
+                return AssertionError("a strategy has not waited for all the transfers that it started")
+        return None
 
     def _settle_after(self, error: BaseException) -> None:
         """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""

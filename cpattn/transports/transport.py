@@ -71,12 +71,14 @@ class Transport(ABC):
         arena: the memory that messages lie in.
         part: of a part of a group (see :meth:`split`) its ranks within the whole; empty for a whole group.
         kind: what carries the bytes, as ``cpattn.transport(kind=)`` calls it.
+        lasts: whether further calls will use it, so that what is prepared for one can be kept.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
     """
 
     kind: str = "custom"
     state: GroupState
     part: tuple[int, ...] = ()
+    lasts: bool = True
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank

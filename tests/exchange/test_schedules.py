@@ -18,7 +18,7 @@ from torch import Tensor
 import cpattn
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import prepare_call
-from cpattn.exchange.registry import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
+from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.schedule import Schedule, alignments, bytes_sent, hop_pairs, num_results
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
@@ -231,8 +231,9 @@ def schedule_and_call(strategy: str, plan: cpattn.Plan, form: str, bucket: cpatt
 def test_what_is_sent_is_what_the_schedule_says(strategy: str, cache: str, form: str) -> None:
     from cpattn.testing import run_loopback
 
-    batch = [(7 if cache != "none" else 0, 11), (0, 1), (30 if cache != "none" else 0, 2)]
-    for cp_size in (1, 2, 3):
+    new = [(7 if cache != "none" else 0, 11), (0, 1), (30 if cache != "none" else 0, 2)]
+    # A bucket sends its rows, also where its batch has nothing new.
+    for batch, cp_size in ((new, 1), (new, 2), (new, 3), ([(prefix, 0) for prefix, _ in new], 2)):
         shards = [[prefix - (cp_size - 1), *[1] * (cp_size - 1)] if prefix else [0] * cp_size for prefix, _ in batch]
         plan = cpattn.plan(batch, cp_size, prefix_shards=shards if cache == "sharded" else None)
         problem = problem_of(plan, cache="paged" if form == "pages" or plan.sharded else None)

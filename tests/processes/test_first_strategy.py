@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 from cases import AttentionCase
 from first_strategy import attend, ulysses
+from torch import Tensor
 
 import cpattn
 from cpattn.testing import ProcessRanks
@@ -27,3 +32,30 @@ def test_it_says_what_it_cannot_serve() -> None:
         cpattn.UnsupportedError, match="strategy='ulysses' can not serve this call: it divides heads among ranks, and 3/3 do"
     ):
         cpattn.cp_attention(q, k, v, meta, group=cpattn.testing.SoloCommunicator(0, 2), strategy=ulysses())
+
+
+def test_what_a_rank_fails_to_compute_comes_out_as_nan() -> None:
+    """Also with a kernel that says of NaN what it says of a query without keys."""
+    plan, strategy = cpattn.plan([(0, 12)], 2), ulysses()
+
+    def kernel_of_nan(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        out, lse = cpattn.BACKENDS["reference"].attend(*arguments, **more)
+        return out, torch.where(lse.isnan(), -torch.inf, lse)
+
+    kernel = replace(cpattn.BACKENDS["reference"], name="own", attend=kernel_of_nan, propagates_nan=False)
+
+    def no_forward(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    def program(group: cpattn.Transport) -> None:
+        meta, x = plan.metadata(group.rank), torch.randn(6, 2, 8)
+        if group.rank == 0:
+            failing = replace(strategy, forward=no_forward)
+            with pytest.raises(ZeroDivisionError):
+                cpattn.cp_attention(x, x, x, meta, group=group, strategy=failing, backend=kernel)
+            return
+        out, lse = cpattn.cp_attention(x, x, x, meta, group=group, strategy=strategy, backend=kernel, return_lse=True)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+
+    cpattn.testing.run_loopback(program, 2, timeout=10)

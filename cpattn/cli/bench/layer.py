@@ -7,6 +7,7 @@ from functools import partial
 import cpattn
 from cpattn.cli.bench.device import device, median_seconds
 from cpattn.cli.bench.sizes import CP_SIZE, batches, flops, sizes, speed
+from cpattn.exchange.registry import able_strategies
 from cpattn.testing import SoloCommunicator
 
 TITLE = "one rank's whole call of cp_attention, with each strategy"
@@ -25,9 +26,10 @@ def measure(tokens: int, seconds: float) -> tuple[list[str], list[list[str]], st
         q, k, v = used.tensors(meta.rows)
         cache = cpattn.PackedKV(*used.tensors(plan.num_prefix_tokens)[1:])
         group = SoloCommunicator(rank, CP_SIZE)
+        problem = cpattn.prepare(q, k, v, meta, group=group, kv_cache=cache).problem
         variants = {
-            strategy: partial(cpattn.cp_attention, q, k, v, meta, group=group, kv_cache=cache, strategy=strategy)
-            for strategy in cpattn.STRATEGIES
+            strategy.name: partial(cpattn.cp_attention, q, k, v, meta, group=group, kv_cache=cache, strategy=strategy.name)
+            for strategy in able_strategies(problem, plan)
         }
         for strategy, median in median_seconds(variants, seconds / len(named)).items():
             table.append([name, strategy, f"{median * 1e3:,.2f}", speed(flops(plan, rank, used), median)])

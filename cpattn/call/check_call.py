@@ -1,0 +1,42 @@
+"""What is refused of the arguments of a call, whichever strategy and backend could serve it."""
+
+from __future__ import annotations
+
+from cpattn.attention.backend import AttentionOptions
+from cpattn.call import checks
+from cpattn.call.arguments import Arguments
+from cpattn.call.cache_checks import check_cache
+from cpattn.call.page_checks import check_attend, check_writable
+from cpattn.call.tensor_kinds import check_no_fp8
+from cpattn.exchange.resident import RESIDENT
+from cpattn.kv_cache import PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+
+
+def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool = True) -> AttentionOptions:
+    """What is refused of the arguments of a call, but for what no strategy or backend can serve.
+
+    Args:
+        with_cache: whether a cache that the plan needs may not be missing.
+    """
+    q, k, v, cache = arguments.q, arguments.k, arguments.v, arguments.kv_cache
+    if arguments.strategy is RESIDENT:
+        check_attend(q, cache, arguments.v_dim, meta)
+    else:
+        checks.check_qkv(q, k, v, arguments.v_dim, meta)
+        assert k is not None  # checked
+        check_no_fp8("q", q.dtype)
+        if with_cache:
+            check_cache(cache, k, v, meta)
+        checks.check_overlap(arguments.overlap, k)
+    options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks)
+    if arguments.out is not None:
+        v_like = v if v is not None else cache.v_pages if k is None and isinstance(cache, PagedKV) else None
+        checks.check_out(arguments.out, q, int(arguments.v_dim or 0) if v_like is None else v_like.shape[-1])
+    return options
+
+
+def check_written(arguments: Arguments) -> None:
+    """That the pages that a call writes can be written."""
+    if isinstance(arguments.kv_cache, PagedKV) and arguments.strategy is not RESIDENT:
+        check_writable(arguments.kv_cache)
