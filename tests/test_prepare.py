@@ -260,6 +260,7 @@ def test_it_serves_the_steps_of_a_pool() -> None:
         held = held or cpattn.prepare(x, x, x, meta, kv_cache=pool.layer(0, table), backend="reference")
         expected = cpattn.cp_attention(x, x, x, meta, kv_cache=pool.layer(1, table), backend="reference")
         assert torch.equal(held(x, x, x, pool.layer(0, table)), expected)  # type: ignore[arg-type]
+    assert held is not None
     before = table
     meta.copy_(pool.plan([("a", 4)]))
     with pytest.raises(cpattn.PageTableError, match=r"line 0 of kv_cache\.page_table has pages for 8 tokens"):
