@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cpattn.attention.registry import explain_choice
+from cpattn.attention.auto import explain_choice
 from cpattn.call import checks
 from cpattn.call.agreed import describe, refusal_of, validated
 from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cpattn.attention.registry import Workload
+from cpattn.attention.auto import Workload
 from cpattn.problem import Problem
 
 

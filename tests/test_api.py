@@ -11,7 +11,7 @@ from cases import AttentionCase
 from problems import problem, workload
 
 import cpattn
-from cpattn.attention.registry import choose_backend
+from cpattn.attention.auto import choose_backend
 
 
 def test_one_rank_needs_no_process_group() -> None:

@@ -17,7 +17,7 @@ import torch
 from problems import problem
 
 import cpattn
-from cpattn.attention import registry
+from cpattn.attention import auto
 from cpattn.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -166,12 +166,12 @@ def test_readme_has_the_order_in_which_auto_tries_backends() -> None:
     rows = table(README, "compute capability")
     column = next(name for name in next(iter(rows.values())) if name.startswith("backends"))
     listed = {capability.split()[0]: re.findall(r"`(\w+)`", row[column]) for capability, row in rows.items()}
-    assert listed == {str(major): order for major, order in registry._GPU_ORDERS.items()} | {"9": [], "none:": registry._CPU_ORDER}
+    assert listed == {str(major): order for major, order in auto._GPU_ORDERS.items()} | {"9": [], "none:": auto._CPU_ORDER}
     kinds = {kind.split(":")[0]: re.findall(r"`(\w+)`", row[column]) for kind, row in table(README, "on 9, kind of call").items()}
-    assert kinds == registry._HOPPER_ORDERS
+    assert kinds == auto._HOPPER_ORDERS
     # The first line that fits counts.
-    assert list(kinds) == list(registry._HOPPER_ORDERS)
-    assert f"{registry.LONG_TOKENS:,} new tokens a request and {registry.LONG_PAIRS / 1e6:.0f} million pairs" in README
+    assert list(kinds) == list(auto._HOPPER_ORDERS)
+    assert f"{auto.LONG_TOKENS:,} new tokens a request and {auto.LONG_PAIRS / 1e6:.0f} million pairs" in README
 
 
 def test_readme_quotients_of_backends_are_in_the_results() -> None:

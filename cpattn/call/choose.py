@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpattn.attention.auto import Workload, choose_backend
 from cpattn.attention.backend import AttentionOptions, Backend
-from cpattn.attention.registry import Workload, choose_backend
 from cpattn.call.arguments import Arguments
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.auto import candidate_strategies, only_decodes

@@ -14,10 +14,11 @@ from problems import problem, workload
 from torch import Tensor
 
 import cpattn
-from cpattn.attention import registry
+from cpattn.attention import auto
+from cpattn.attention.auto import choose_backend, explain_choice
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.ragged_rows import RaggedRows
-from cpattn.attention.registry import BACKENDS, choose_backend, explain_choice
+from cpattn.attention.registry import BACKENDS
 from cpattn.call.arguments import Arguments
 from cpattn.call.choose import choose
 from cpattn.errors import UnsupportedError
@@ -167,19 +168,19 @@ def on_hopper(**changes: Any) -> Problem:
     ],
 )
 def test_the_order_on_hopper(asked: dict[str, Any], made: dict[str, Any], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
-    assert [backend.name for backend in registry.auto_order(on_hopper(**asked), workload(**made))][:3] == first
+    monkeypatch.setattr(auto, "capability", lambda device: (9, 0))
+    assert [backend.name for backend in auto.auto_order(on_hopper(**asked), workload(**made))][:3] == first
 
 
 def test_all_orders_on_hopper_are_of_the_same_backends() -> None:
-    assert len({frozenset(order) for order in registry._HOPPER_ORDERS.values()}) == 1
+    assert len({frozenset(order) for order in auto._HOPPER_ORDERS.values()}) == 1
 
 
 def test_what_is_chosen_on_hopper_says_for_which_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
-    for name, backend in registry.BACKENDS.items():
+    monkeypatch.setattr(auto, "capability", lambda device: (9, 0))
+    for name, backend in BACKENDS.items():
         able = replace(backend, unavailable=lambda: None, refuses=lambda problem: None, how=lambda problem: None)
-        monkeypatch.setitem(registry.BACKENDS, name, able)
+        monkeypatch.setitem(BACKENDS, name, able)
     reasons = explain_choice(on_hopper(), workload(decodes=True))
     assert reasons["flash_attn3"] == "chosen, the order is that for decoding"
     assert list(reasons)[:3] == ["flash_attn3", "triton", "flash_attn4"]

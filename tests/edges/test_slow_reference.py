@@ -11,7 +11,7 @@ import torch
 from problems import problem, workload
 
 import cpattn
-from cpattn.attention.registry import choose_backend
+from cpattn.attention.auto import choose_backend
 from cpattn.call import slow_reference
 from cpattn.call.slow_reference import warn_of_reference
 from cpattn.problem import Problem
@@ -23,7 +23,7 @@ WIDE = problem(torch.device("cuda", 0), torch.bfloat16, q_heads=32, head_dim=512
 @pytest.fixture(autouse=True)
 def _nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow_reference, "_warned", set())
-    for module in ("flash_varlen", "registry", "triton", "flash_attn2", "flash_attn3", "flash_attn4", "torch_flash"):
+    for module in ("flash_varlen", "auto", "triton", "flash_attn2", "flash_attn3", "flash_attn4", "torch_flash"):
         monkeypatch.setattr(f"cpattn.attention.{module}.capability", lambda device: (8, 0), raising=False)
 
 
