@@ -49,59 +49,28 @@ class OwnKeys(NamedTuple):
         return self.kv.keys(io.k[: self.cut], None if io.v is None else io.v[: self.cut])
 
 
-class OwnShard(NamedTuple):
-    """What this rank holds of a cache that is sharded over pages, its new tokens included.
+class PagedKeys(NamedTuple):
+    """Keys that lie in pages: attended to as they are, or copied in order for a backend that cannot read those.
 
     Attributes:
-        new_places: where new tokens go: after what its pages hold of their requests.
-        all_places: where all of it lies, request after request.
-        copy: memory for a copy of it, where the pages are not attended to as they are.
+        copy: memory for the copy, or None.
+        places: where the copied keys lie in the pages.
     """
 
     kv: KVFormat
-    new_places: tuple[Tensor, Tensor]
-    all_places: tuple[Tensor, Tensor] | None
-    copy: Message | None
-    moves: Moves
-
-    @classmethod
-    def of(cls, setup: Setup, copy: Message | None) -> OwnShard:
-        meta = setup.meta
-        all_places = None if copy is None else meta.shard_places
-        return cls(setup.kv, meta.held_places, all_places, copy, moves_for(setup.problem.device))
-
-    def keys(self, io: IO) -> Keys:
-        """Writes the new tokens, and gives all that is held."""
-        cache = io.cache
-        assert isinstance(cache, PagedKV)
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.new_places, io.k, io.v)
-        if self.copy is None or self.all_places is None:
-            return self.kv.keys(cache.k_pages, cache.v_pages, cache.page_table)
-        self.moves.read_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.all_places, *self.copy.parts)
-        return self.copy.keys
-
-
-class WholePages(NamedTuple):
-    """All keys of the batch where they lie in pages, or a copy of them in order for a backend that cannot read those.
-
-    Attributes:
-        copy, places: memory for the copy, and where its keys lie in the pages.
-    """
-
-    kv: KVFormat
-    spans: Spans
     copy: Message | None
     places: tuple[Tensor, Tensor] | None
     moves: Moves
 
     @classmethod
-    def of(cls, setup: Setup, kv: KVFormat) -> WholePages:
-        meta, moves = setup.meta, moves_for(setup.problem.device)
-        spans = causal_spans(meta, paged=setup.reads_pages)
-        if setup.reads_pages:
-            return cls(kv, spans, None, None, moves)
-        copy = message_buffer(setup.transport.arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-        return cls(kv, spans, copy, meta.key_places, moves)
+    def as_they_are(cls, kv: KVFormat) -> PagedKeys:
+        """In pages that the backend reads."""
+        return cls(kv, None, None, moves_for(kv.device))
+
+    @classmethod
+    def copied(cls, kv: KVFormat, copy: Message, places: tuple[Tensor, Tensor]) -> PagedKeys:
+        """In the order of ``places``."""
+        return cls(kv, copy, places, moves_for(kv.device))
 
     def keys(self, cache: PagedKV) -> Keys:
         """What to attend to."""
@@ -111,42 +80,73 @@ class WholePages(NamedTuple):
         return self.copy.keys
 
 
-class Prefixes(NamedTuple):
-    """The prefixes that this rank has whole.
+class OwnShard(NamedTuple):
+    """What this rank holds of a cache that is sharded over pages, its new tokens included.
 
     Attributes:
-        copy, places: memory for those that lie in pages which are not attended to as they are, and where they lie.
+        new_places: where new tokens go: after what its pages hold of their requests.
+        held: all of it, request after request.
     """
 
-    kv: KVFormat
+    new_places: tuple[Tensor, Tensor]
+    held: PagedKeys
+
+    @classmethod
+    def of(cls, setup: Setup, copy: Message | None) -> OwnShard:
+        meta, kv = setup.meta, setup.kv
+        held = PagedKeys.as_they_are(kv) if copy is None else PagedKeys.copied(kv, copy, meta.shard_places)
+        return cls(meta.held_places, held)
+
+    def keys(self, io: IO) -> Keys:
+        """Writes the new tokens, and gives all that is held."""
+        cache = io.cache
+        assert isinstance(cache, PagedKV)
+        self.held.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.new_places, io.k, io.v)
+        return self.held.keys(cache)
+
+
+class WholePages(NamedTuple):
+    """All keys of the batch where they lie in pages, and what this rank's queries see of them."""
+
+    pages: PagedKeys
     spans: Spans
-    copy: Message | None
-    places: tuple[Tensor, Tensor] | None
-    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup, kv: KVFormat) -> WholePages:
+        meta = setup.meta
+        spans = causal_spans(meta, paged=setup.reads_pages)
+        if setup.reads_pages:
+            return cls(PagedKeys.as_they_are(kv), spans)
+        copy = message_buffer(setup.transport.arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
+        return cls(PagedKeys.copied(kv, copy, meta.key_places), spans)
+
+    def keys(self, cache: PagedKV) -> Keys:
+        """What to attend to."""
+        return self.pages.keys(cache)
+
+
+class Prefixes(NamedTuple):
+    """The prefixes that this rank has whole, in pages or packed, and what its queries see of them."""
+
+    pages: PagedKeys
+    spans: Spans
 
     @classmethod
     def of(cls, setup: Setup) -> Prefixes | None:
         """None where there are none, and never will be."""
-        problem, meta = setup.problem, setup.meta
+        problem, meta, kv = setup.problem, setup.meta, setup.kv
         if problem.cache is None or meta.plan.sharded or (meta.bucket is None and not meta.plan.num_prefix_tokens):
             return None
-        moves = moves_for(problem.device)
         reads_pages = problem.cache == "paged" and setup.reads_pages
         spans = prefix_spans(meta, problem.window, paged=reads_pages)
         if problem.cache == "packed" or reads_pages:
-            return cls(setup.kv, spans, None, None, moves)
-        copy = message_buffer(setup.transport.arena, "prefix", setup.kv, meta.plan.num_prefix_tokens)
-        return cls(setup.kv, spans, copy, meta.prefix_places, moves)
+            return cls(PagedKeys.as_they_are(kv), spans)
+        copy = message_buffer(setup.transport.arena, "prefix", kv, meta.plan.num_prefix_tokens)
+        return cls(PagedKeys.copied(kv, copy, meta.prefix_places), spans)
 
     def attend(self, io: IO, attend: Attend) -> None:
         """Lets this rank's queries see them."""
-        attend(self._keys(io.cache), self.spans)
-
-    def _keys(self, cache: PackedKV | PagedKV | None) -> Keys:
-        if isinstance(cache, PackedKV):
-            return self.kv.keys(cache.k, cache.v)
-        assert cache is not None
-        if self.copy is None or self.places is None:
-            return self.kv.keys(cache.k_pages, cache.v_pages, cache.page_table)
-        self.moves.read_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *self.copy.parts)
-        return self.copy.keys
+        cache = io.cache
+        assert cache is not None  # there are prefixes
+        keys = self.pages.kv.keys(cache.k, cache.v) if isinstance(cache, PackedKV) else self.pages.keys(cache)
+        attend(keys, self.spans)
