@@ -150,7 +150,7 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
 
     Raises:
         TensorMismatchError: k, v, pages and slots do not go together.
-        PageTableError: pages that can not be written: of the wrong form, or an expanded view. Where the slots are looked at: a slot
+        PageTableError: pages that cannot be written: of the wrong form, or an expanded view. Where the slots are looked at: a slot
             twice, or beyond the pages; K and V pages with an element in common.
         CPError: in its other subclasses, for what is no PagedKV or needs a gradient.
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# What a signed number of 32 bits can not hold.
+# What a signed number of 32 bits cannot hold.
 LIMIT = 2**31
 # Not in Python's mmap before 3.13.
 _MAP_NORESERVE = 0x4000

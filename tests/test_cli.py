@@ -44,12 +44,12 @@ def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(None, "can not read the batch file", id="no file"),
+        pytest.param(None, "cannot read the batch file", id="no file"),
         pytest.param("[[0, 1", "is not a JSON file", id="not JSON"),
         pytest.param('{"a": 1}', "holds a JSON dict; a batch file is a list", id="not a list"),
         pytest.param("[[0, 1], [2]]", r"request 1 is [2]", id="not a pair"),
         pytest.param('[{"prefix_len": 3}]', "request 0 has no extend_len", id="missing key"),
-        pytest.param("[[0, -1]]", "request 0 has extend_len=-1; a length can not be negative", id="negative"),
+        pytest.param("[[0, -1]]", "request 0 has extend_len=-1; a length cannot be negative", id="negative"),
         pytest.param("[[0, 1.5]]", "extend_len=1.5 (float), which is not an integer", id="not an integer"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_bad_batch_file_is_refused_in_one_line(
 def test_a_refusal_is_the_exit_code_of_the_process(tmp_path: Path) -> None:
     done = cpattn("demo", "--batch", str(tmp_path / "none.json"))
     assert done.returncode == 2
-    assert "can not read the batch file" in done.stderr
+    assert "cannot read the batch file" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

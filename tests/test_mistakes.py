@@ -1,6 +1,6 @@
 """The ten mistakes that a new user is likeliest to make, each made as they would, and what they are told.
 
-Where the library can not see a mistake, that is tested as well, so that docs/troubleshooting.md says what is so.
+Where the library cannot see a mistake, that is tested as well, so that docs/troubleshooting.md says what is so.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ import cpattn
 def test_cpu_tensors_with_a_gpu_backend(backend: str) -> None:
     meta = rank_1_of_2()
     q, k, v = (cpattn.shard(x, meta) for x in tensors())
-    message = rf"backend='{backend}' can not serve this call: it runs on cuda tensors, not on cpu ones; 'cpu', 'reference' could"
+    message = rf"backend='{backend}' cannot serve this call: it runs on cuda tensors, not on cpu ones; 'cpu', 'reference' could"
     with pytest.raises(cpattn.UnsupportedError, match=message):
         cpattn.cp_attention(q, k, v, meta, group=group_of(2, 1), kv_cache=cache(), backend=backend)
 

@@ -88,7 +88,7 @@ def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, wo
 
     Raises:
         UnknownNameError: there is no backend of that name.
-        UnsupportedError: the named one can not serve the call; an explicit choice never falls back.
+        UnsupportedError: the named one cannot serve the call; an explicit choice never falls back.
     """
     if name == "auto":
         able = [backend for backend in auto_order(problem, workload) if backend.why_not(problem, workload.alignments) is None]
@@ -106,14 +106,12 @@ def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, wo
     reason = backend.why_not(problem, workload.alignments)
     if reason:
         others = [other.name for other in auto_order(problem, workload) if other.why_not(problem, workload.alignments) is None]
-        raise UnsupportedError(
-            f"backend={backend.name!r} can not serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could"
-        )
+        raise UnsupportedError(f"backend={backend.name!r} cannot serve this call: {reason}; {', '.join(map(repr, others)) or 'none'} could")
     return backend
 
 
 def explain_choice(problem: Problem, workload: Workload) -> dict[str, str]:
-    """For each backend ``"chosen"``, ``"able"``, or the reason why it can not serve the call; in the order of ``"auto"``,
+    """For each backend ``"chosen"``, ``"able"``, or the reason why it cannot serve the call; in the order of ``"auto"``,
     and after those the ones that are not for such a device."""
     order = [backend.name for backend in auto_order(problem, workload)]
     names = order + [name for name in BACKENDS if name not in order]

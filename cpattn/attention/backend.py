@@ -65,8 +65,8 @@ class Backend:
             say for a query without keys.
         accumulate: the kernel's way of merging into an earlier result, if it has one: ``(q, keys, spans, options, acc, lse)``
             changes acc and lse in place, both fp32.
-        unavailable: a reason why it can not be used on this machine at all, or None; asked for when needed.
-        refuses: a further reason that this call can not be served, or None.
+        unavailable: a reason why it cannot be used on this machine at all, or None; asked for when needed.
+        refuses: a further reason that this call cannot be served, or None.
         describe: what the installed package is and lacks, in a line for ``cpattn env``, or None; asked for when needed.
         callers: whether what it returns is checked in every call, and compared with the reference by ``check=True``. Leave it
             alone: it is set for whatever is not one of :data:`cpattn.BACKENDS`.
@@ -120,7 +120,7 @@ class Backend:
         return self.attend(q, Keys(k, v, rows.page_table), rows, options, out_dtype)
 
     def why_not(self, problem: Problem, alignments: frozenset[Alignment]) -> str | None:
-        """The reason why this backend can not serve a call with spans of these alignments, or None if it can."""
+        """The reason why this backend cannot serve a call with spans of these alignments, or None if it can."""
         if self.device_types is not None and problem.device.type not in self.device_types:
             return f"it runs on {'/'.join(sorted(self.device_types))} tensors, not on {problem.device.type} ones"
         reason = self.unavailable()
@@ -137,11 +137,11 @@ class Backend:
             return f"it needs v's head_dim to be that of q and k ({problem.v_head_dim} is not {problem.head_dim})"
         if not alignments <= self.alignments:
             needed = ", ".join(sorted(alignments - self.alignments))
-            return f"the strategy has spans of alignment {needed!r}, which it can not express"
+            return f"the strategy has spans of alignment {needed!r}, which it cannot express"
         if problem.fixed and self.loops_on_host and problem.device.type == "cuda":
             return "its launches follow from the batch, and a bucket is for graphs that replay other batches"
         if problem.fixed and problem.page_size is not None and not self.reads_pages(problem):
-            return f"it can not read pages of {problem.page_size} tokens, and a bucket's graph can not copy what changes in size"
+            return f"it cannot read pages of {problem.page_size} tokens, and a bucket's graph cannot copy what changes in size"
         return self.refuses(problem)
 
 

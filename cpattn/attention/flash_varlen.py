@@ -132,11 +132,11 @@ def same_head_dim(head_dim: int, v_head_dim: int, major: int, most: int = 256) -
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device; (0, 0) where torch can not use one."""
+    """The compute capability of a CUDA device; (0, 0) where torch cannot use one."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 @cache
 def missing(module: str, fix: str) -> str | None:
-    """Why a module can not be imported, with what to do about it; None if it is there."""
+    """Why a module cannot be imported, with what to do about it; None if it is there."""
     return None if is_installed(module) else f"{module} is not installed; {fix}"

@@ -54,7 +54,7 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
             "the plan has prefix_shards, but kv_cache is a PackedKV, which every rank has whole; pass this rank's pages: PagedKV"
         )
     if meta.bucket is not None and (needed or len(cache.k)):
-        raise PrefixError("a PackedKV changes in size from batch to batch, and a bucket's graph can not; pass a PagedKV")
+        raise PrefixError("a PackedKV changes in size from batch to batch, and a bucket's graph cannot; pass a PagedKV")
     if (cache.v is None) != (v is None):
         raise PrefixError("of v and kv_cache.v one is None and the other is not; both are None where V is a part of K")
     for name, cached, new in (("k", cache.k, k), ("v", cache.v, v)):

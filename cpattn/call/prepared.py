@@ -149,7 +149,7 @@ class PreparedCall:
             check_arguments(arguments, meta)
             reason = self.strategy.why_not(self.problem, meta.plan)
             if reason is not None:
-                raise UnsupportedError(f"strategy={self.strategy.name!r} can not serve this batch: {reason}")
+                raise UnsupportedError(f"strategy={self.strategy.name!r} cannot serve this batch: {reason}")
         elif lines is not self._checked_lines and isinstance(arguments.kv_cache, PagedKV):
             check_lines(arguments.kv_cache, meta)
         self._checked_plan, self._checked_lines = meta.plan, lines

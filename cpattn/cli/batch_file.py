@@ -60,7 +60,7 @@ def _integer(digits: str) -> int:
 def read_batch_file(path: Path) -> list[tuple[int, int]]:
     """The (prefix_len, extend_len) pairs of a batch file. Other keys of a request, such as a note, are passed over.
 
-    Raises BatchError if the file can not be read or is of another form.
+    Raises BatchError if the file cannot be read or is of another form.
     """
     try:
         # Editors of one system begin a file with a mark that is no part of it.
@@ -71,7 +71,7 @@ def read_batch_file(path: Path) -> list[tuple[int, int]]:
         raise BatchError(f"{path} has lists within lists, too deep to read; {_FORM}") from None
     except OSError as error:
         raise BatchError(
-            f"can not read the batch file {path}: {error.strerror}; name a JSON file, or write the requests as {_EXAMPLE}"
+            f"cannot read the batch file {path}: {error.strerror}; name a JSON file, or write the requests as {_EXAMPLE}"
         ) from None
     except ValueError as error:
         raise BatchError(f"{path} is not a JSON file: {error}; {_FORM}") from None

@@ -33,7 +33,7 @@ _PACKAGES = {
 }
 _DESCRIPTION = """\
 Reports versions, devices, transports, and which backends can be used for
-what, and why the others can not. Paste it into a bug report. It never fails:
+what, and why the others cannot. Paste it into a bug report. It never fails:
 what is broken is part of the report, and the exit code is 0.
 """
 
@@ -85,7 +85,7 @@ def versions() -> dict[str, dict[str, str | None]]:
         version = next(filter(None, (guarded(partial(_installed_version, name), lambda failure: None) for name in names)), None)
         problem = None
         if module is not None and (version is not None or guarded(partial(_exists, module), lambda failure: False)):
-            problem = guarded(partial(_import, module), lambda failure: f"can not be imported: {failure}")
+            problem = guarded(partial(_import, module), lambda failure: f"cannot be imported: {failure}")
             # What runs says more than what was installed: torch 2.13.0+cpu is not any 2.13.0.
             version = guarded(partial(_running_version, module), lambda failure: None) or version or "unknown"
         elif purpose == "needed":
@@ -170,7 +170,7 @@ def _gpu(number: int) -> dict[str, Any]:
 
 
 def transports() -> dict[str, dict[str, str | None]]:
-    """What carries messages between ranks: version, or why it can not."""
+    """What carries messages between ranks: version, or why it cannot."""
 
     def gloo() -> dict[str, str | None]:
         import torch.distributed as dist

@@ -37,7 +37,7 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     reason = strategy.why_not(problem, plan)
     if reason is not None:
         able = ", ".join(repr(other.name) for other in able_strategies(problem, plan))
-        raise UnsupportedError(f"strategy={strategy.name!r} can not serve this call: {reason}; {able or 'none'} could")
+        raise UnsupportedError(f"strategy={strategy.name!r} cannot serve this call: {reason}; {able or 'none'} could")
     return [strategy]
 
 

@@ -135,13 +135,13 @@ def why_not_shards(problem: Problem, plan: Layout) -> str | None:
         return "a sharded cache does not know its tokens' positions, which a window needs"
     if plan.is_callers and problem.fixed and problem.window is not None:
         # A launch for each chunk that an owner has of a request.
-        return "with a window its launches over a partition of your own change in number from batch to batch, and a bucket's graph can not"
+        return "with a window its launches over a partition of your own change in number from batch to batch, and a bucket's graph cannot"
     return None
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
     if plan.sharded and problem.fixed:
-        return "the shards that travel change in size from batch to batch, and a bucket's graph can not"
+        return "the shards that travel change in size from batch to batch, and a bucket's graph cannot"
     return why_not_shards(problem, plan)
 
 

@@ -51,11 +51,11 @@ def driver() -> Any:
 
 @cache
 def why_missing() -> str | None:
-    """Why launches can not go to the driver, or None if they can."""
+    """Why launches cannot go to the driver, or None if they can."""
     try:
         driver()
     except OSError:
-        return "libcuda.so.1 can not be loaded"
+        return "libcuda.so.1 cannot be loaded"
     except AttributeError as error:
         return f"the CUDA driver is older than 12.4 ({error}); update it"
     return None

@@ -120,7 +120,7 @@ class Gate:
         try:
             release = self._release()
         except ImportError as error:
-            return Verdict(False, f"Triton can not be imported: {error}")
+            return Verdict(False, f"Triton cannot be imported: {error}")
         if release is None:
             return Verdict(False, "Triton's interpreter runs the kernels")
         reason = self._precondition()
@@ -129,7 +129,7 @@ class Gate:
         if release in self._known:
             reason = self._known[release]
             return (
-                Verdict(False, f"Triton {_text(release)} can not: {reason}")
+                Verdict(False, f"Triton {_text(release)} cannot: {reason}")
                 if reason
                 else Verdict(True, f"tested with Triton {_text(release)}")
             )

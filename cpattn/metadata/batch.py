@@ -97,7 +97,7 @@ def _parse_each(requests: Sequence[Any]) -> list[tuple[int, int]]:
             if not is_integer(length):
                 raise BatchError(f"request {i} has {name}={shown(length)} ({type(length).__name__}), which is not an integer; {_RULE}")
             if length < 0:
-                raise BatchError(f"request {i} has {name}={shown(length)}; a length can not be negative; {_RULE}")
+                raise BatchError(f"request {i} has {name}={shown(length)}; a length cannot be negative; {_RULE}")
             if length > MAX_TOKENS:
                 raise BatchError(f"request {i} has {name}={shown(length)}; the limit is {MAX_TOKENS} (row numbers are int32)")
         pairs.append((int(lengths[0]), int(lengths[1])))

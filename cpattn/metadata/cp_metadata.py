@@ -149,7 +149,7 @@ class CPMetadata:
             mine, theirs = getattr(self.plan, name), getattr(plan, name)
             if mine != theirs:
                 shown = "partition" if name == "kind" else name
-                raise PlanError(f"the plan has {shown}={theirs!r}, this metadata {mine!r}; a graph can not be replayed over another layout")
+                raise PlanError(f"the plan has {shown}={theirs!r}, this metadata {mine!r}; a graph cannot be replayed over another layout")
         self.bucket.check(plan)
         for check in self._checks:
             check(plan)
@@ -196,7 +196,7 @@ class CPMetadata:
 
     def _require_no_bucket(self) -> None:
         if self.bucket is not None:
-            raise PlanError("tables of all cached tokens change in size from batch to batch, and those of a bucket can not")
+            raise PlanError("tables of all cached tokens change in size from batch to batch, and those of a bucket cannot")
 
     @property
     def prefix_key_rows(self) -> Tensor:

@@ -260,7 +260,7 @@ def _choose(layout: Layout, name: str, known: tuple[str, ...], more: str = "") -
 
 
 def frozen(table: IntArray) -> IntArray:
-    """The same array, which can not be written to any more: a plan does not change."""
+    """The same array, which cannot be written to any more: a plan does not change."""
     table.setflags(write=False)
     return table
 

@@ -104,7 +104,7 @@ def _work(works: list[Any], x: Tensor | None) -> Work:
 
 class _InterruptibleWork(Work):
     """Transfers whose end the host waits for. Ctrl-C ends the wait, which torch's own do not let it; whoever waits again goes
-    on with the same wait, as torch's can not be made twice."""
+    on with the same wait, as torch's cannot be made twice."""
 
     def __init__(self, works: list[Any]) -> None:
         self._works = works

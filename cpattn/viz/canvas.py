@@ -31,7 +31,7 @@ _SETTINGS: Any = {
 
 
 class PictureError(CPError):
-    """A picture can not be made: no matplotlib, a kind of file that is not known, or a place that can not be written to."""
+    """A picture cannot be made: no matplotlib, a kind of file that is not known, or a place that cannot be written to."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise PictureError(f"can not draw to {path}: a picture's name ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise PictureError(f"cannot draw to {path}: a picture's name ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -58,4 +58,4 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Any]:
         try:
             figure.savefig(path, metadata=dict.fromkeys(unset))
         except OSError as error:
-            raise PictureError(f"can not write {path}: {error.strerror}; choose a folder that exists and is yours") from None
+            raise PictureError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is yours") from None

@@ -129,7 +129,7 @@ def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_explicit_choice_never_falls_back(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"backend='cpu' can not serve this call: {reason}; .*'reference'.* could"):
+    with pytest.raises(UnsupportedError, match=f"backend='cpu' cannot serve this call: {reason}; .*'reference'.* could"):
         choose_backend("cpu", problem(**changes), workload())
 
 

@@ -29,9 +29,9 @@ def test_text(text: str, batch: list[tuple[int, int]]) -> None:
         ("0+12,", "request 1 of the batch is ''"),
         ("1+2+3", "request 0 of the batch is '1\\+2\\+3'"),
         ("-1+5", "request 0 of the batch is '-1\\+5'"),
-        ("12", 'can not read the batch file 12: No such file or directory; name a JSON file, or write the requests as "0\\+512'),
+        ("12", 'cannot read the batch file 12: No such file or directory; name a JSON file, or write the requests as "0\\+512'),
         (" ", "the batch is empty"),
-        (".", "can not read the batch file"),
+        (".", "cannot read the batch file"),
     ],
 )
 def test_what_is_no_batch_is_refused(text: str, message: str) -> None:

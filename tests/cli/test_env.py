@@ -58,15 +58,15 @@ def test_which_kernel_and_launch_are_used(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for name, answer in (("HOPPER_KERNEL", Verdict(False, "Triton 3.5 can not: x")), ("DIRECT_LAUNCH", Verdict(None, "not known"))):
+    for name, answer in (("HOPPER_KERNEL", Verdict(False, "Triton 3.5 cannot: x")), ("DIRECT_LAUNCH", Verdict(None, "not known"))):
         monkeypatch.setattr(f"cpattn.kernels.release.{name}", SimpleNamespace(verdict=lambda answer=answer: answer))
     section = env.triton_release()
-    assert section == {kernel: {"used": False, "why": "Triton 3.5 can not: x"}, launch: {"used": None, "why": "not known"}}
+    assert section == {kernel: {"used": False, "why": "Triton 3.5 cannot: x"}, launch: {"used": None, "why": "not known"}}
     print_section("triton", section)
     printed = capsys.readouterr().out
     assert f"{kernel}  no" in printed
     assert "to be checked" in printed
-    assert f"{kernel}: Triton 3.5 can not: x" in printed
+    assert f"{kernel}: Triton 3.5 cannot: x" in printed
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert env.triton_release()[kernel] == {"used": False, "why": "there is no GPU of compute capability 9.0"}
     monkeypatch.setattr("cpattn.kernels.release.DIRECT_LAUNCH", SimpleNamespace(verdict=raising(SystemExit("gone"))))
@@ -97,7 +97,7 @@ def test_a_broken_package_is_named(
     monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
     entry = found(capsys)["versions"]["flash-attn-3"]
     assert entry["version"] == "unknown"
-    assert entry["problem"].startswith(f"can not be imported: {type(failure).__name__}")
+    assert entry["problem"].startswith(f"cannot be imported: {type(failure).__name__}")
     assert "\n" not in entry["problem"]
 
 
@@ -120,7 +120,7 @@ def test_an_interrupt_is_not_swallowed() -> None:
 @pytest.mark.parametrize("module", ["torch", "numpy"])
 @pytest.mark.parametrize("failure", ["OSError('libcudart.so.12: cannot open shared object file')", "SystemExit(3)"])
 def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) -> None:
-    """Most of cpattn itself can not be imported then."""
+    """Most of cpattn itself cannot be imported then."""
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(f"raise {failure}")
     path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
@@ -133,7 +133,7 @@ def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) ->
             env=os.environ | {"PYTHONPATH": path},
         )
         assert done.returncode == 0, done.stderr
-        assert f"can not be imported: {failure.split('(')[0]}" in done.stdout
+        assert f"cannot be imported: {failure.split('(')[0]}" in done.stdout
         assert done.stderr == ""
     assert json.loads(done.stdout)["versions"]["rich"]
 

@@ -121,8 +121,8 @@ def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--batch", "0+1", "--cp", "2", "--pad-to", "9" * 4000], "9...; the limit is 2147483647"),
         (["--batch", "0+1", "--cp", "2", "--head-dim", "9" * 4000], "9...: it can be 1,048,576 at most"),
         (["--batch", "0+1", "--cp", "2", "--heads", "9" * 4000], "9...: it can be 1,048,576 at most"),
-        (["--batch", "0+1", "--cp", "2", "--draw", "plan.bmp"], "can not draw to plan.bmp: a picture's name ends in .png, .svg or .pdf"),
-        (["--batch", "0+1", "--cp", "2", "--draw", "/no/such/folder/plan.png"], "can not write /no/such/folder/plan.png"),
+        (["--batch", "0+1", "--cp", "2", "--draw", "plan.bmp"], "cannot draw to plan.bmp: a picture's name ends in .png, .svg or .pdf"),
+        (["--batch", "0+1", "--cp", "2", "--draw", "/no/such/folder/plan.png"], "cannot write /no/such/folder/plan.png"),
     ],
 )
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

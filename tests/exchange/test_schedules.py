@@ -197,7 +197,7 @@ def test_an_unknown_strategy_of_any_type_is_refused() -> None:
 def test_a_strategy_of_the_caller_is_taken_as_it_is() -> None:
     own = replace(cpattn.STRATEGIES["ring"], name="mine", why_not=lambda problem, plan: "it is Monday" if plan.num_tokens == 4 else None)
     assert candidate_strategies(own, problem_of(cpattn.plan([(0, 5)], 1)), cpattn.plan([(0, 5)], 1)) == [own]
-    with pytest.raises(cpattn.UnsupportedError, match="strategy='mine' can not serve this call: it is Monday; 'all_gather', 'ring', "):
+    with pytest.raises(cpattn.UnsupportedError, match="strategy='mine' cannot serve this call: it is Monday; 'all_gather', 'ring', "):
         candidates(cpattn.plan([(0, 4)], 1), own)
 
 

@@ -1,4 +1,4 @@
-"""What the adapter can not honour it refuses, in words that say what to do."""
+"""What the adapter cannot honour it refuses, in words that say what to do."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_call_from_another_thread(model: Any) -> None:
             cp.gather(local)
 
 
-# What can not be sharded.
+# What cannot be sharded.
 
 
 @pytest.mark.parametrize(

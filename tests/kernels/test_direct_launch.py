@@ -156,4 +156,4 @@ def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ctypes.CDLL", missing)
     cuda_driver.driver.cache_clear()
-    assert cuda_driver.why_missing.__wrapped__() == "libcuda.so.1 can not be loaded"
+    assert cuda_driver.why_missing.__wrapped__() == "libcuda.so.1 cannot be loaded"

@@ -239,7 +239,7 @@ def test_another_device_is_another_kind_and_each_launch_has_its_stream(recorder:
 
 
 def test_what_threads_compile_side_by_side_is_kept(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton, from 3.8 on, unloads a kernel that nobody holds, and its function can not be launched any more."""
+    """Triton, from 3.8 on, unloads a kernel that nobody holds, and its function cannot be launched any more."""
     memory = torch.zeros(64)
     first, second = recorder.prepare(memory, memory), recorder.prepare(memory, memory)
     modules: list[weakref.ref[Any]] = []

@@ -46,7 +46,7 @@ def test_versions(version: str, expected: Release) -> None:
     ("of", "used", "why"),
     [
         (gate((3, 6)), True, "tested with Triton 3.6"),
-        (gate((3, 5)), False, "Triton 3.5 can not: no such thing"),
+        (gate((3, 5)), False, "Triton 3.5 cannot: no such thing"),
         (gate((3, 4)), False, "Triton 3.4 is older than 3.5"),
         (gate((3, 10)), True, "Triton 3.10 is not known yet; the self-check passed"),
         (gate((4, 0), "wrong bits"), False, "Triton 4.0 is not known yet, and the self-check failed: wrong bits"),
@@ -86,7 +86,7 @@ def test_a_missing_triton_is_no_error() -> None:
         raise ImportError("No module named 'triton'")
 
     assert Gate({(3, 6): None}, lambda device: None, release=missing).verdict() == Verdict(
-        False, "Triton can not be imported: No module named 'triton'"
+        False, "Triton cannot be imported: No module named 'triton'"
     )
 
 
@@ -143,7 +143,7 @@ def set_gates(monkeypatch: pytest.MonkeyPatch, kernel: Gate, launch: Gate) -> No
     [
         (gate((3, 6)), gate((3, 6)), True, "the kernel for Hopper, launched by the CUDA driver"),
         (gate((3, 6)), gate((3, 6)), False, "launched by the CUDA driver"),
-        (gate((3, 5)), gate((3, 6)), True, "the plain kernel (Triton 3.5 can not: no such thing), launched by the CUDA driver"),
+        (gate((3, 5)), gate((3, 6)), True, "the plain kernel (Triton 3.5 cannot: no such thing), launched by the CUDA driver"),
         (gate((3, 6)), gate((3, 6), precondition="no driver"), True, "the kernel for Hopper, launched by Triton (no driver)"),
         (
             gate((3, 10)), gate((3, 6)), True,
@@ -183,8 +183,8 @@ def test_it_warns_once_with_all_that_is_slow_and_the_fix(monkeypatch: pytest.Mon
             warn_if_slow(has_hopper_kernel=True)
     assert [warning.category for warning in caught] == [SlowKernelWarning]
     text = str(caught[0].message)
-    assert "the plain kernel runs instead of the one for Hopper, at three quarters of its speed, since Triton 3.5 can not" in text
-    assert "launches go through Triton, which takes two to three times as long on the host, since Triton 3.5 can not" in text
+    assert "the plain kernel runs instead of the one for Hopper, at three quarters of its speed, since Triton 3.5 cannot" in text
+    assert "launches go through Triton, which takes two to three times as long on the host, since Triton 3.5 cannot" in text
     assert "Known to be fast are Triton 3.6 to " in text
 
 

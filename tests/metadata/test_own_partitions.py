@@ -254,7 +254,7 @@ class TestBuckets:
 
     def test_one_of_ours_and_a_caller_s_may_not(self) -> None:
         meta = planned().metadata(1, bucket=self.BUCKET)
-        with pytest.raises(PlanError, match=r"""the plan has partition='zigzag', this metadata "a caller's"; a graph can not"""):
+        with pytest.raises(PlanError, match=r"""the plan has partition='zigzag', this metadata "a caller's"; a graph cannot"""):
             meta.copy_(cpattn.plan(BATCH, 3))
 
     def test_what_does_not_fit(self) -> None:

@@ -366,9 +366,9 @@ PAIR_RULE = r"a batch is a sequence of \(prefix_len, extend_len\) pairs of integ
 
 # What is passed, and what the message must say about it.
 BAD_BATCHES: dict[str, tuple[Any, str]] = {
-    "negative prefix": ([(0, 4), (-3, 5)], r"request 1 has prefix_len=-3; a length can not be negative"),
-    "negative extend": ([(0, 4), (1, 5), (2, -1), (-1, -1)], r"request 2 has extend_len=-1; a length can not be negative"),
-    "negative in an array": (np.array([[0, 4], [2, -7]]), r"request 1 has extend_len=-7; a length can not be negative"),
+    "negative prefix": ([(0, 4), (-3, 5)], r"request 1 has prefix_len=-3; a length cannot be negative"),
+    "negative extend": ([(0, 4), (1, 5), (2, -1), (-1, -1)], r"request 2 has extend_len=-1; a length cannot be negative"),
+    "negative in an array": (np.array([[0, 4], [2, -7]]), r"request 1 has extend_len=-7; a length cannot be negative"),
     "float": ([(0, 4), (1, 2.0)], r"request 1 has extend_len=2\.0 \(float\), which is not an integer"),
     "float array": (np.array([[1.0, 2.0]]), r"request 0 has prefix_len=1\.0 \(float\), which is not an integer"),
     "NaN": ([(0, float("nan"))], r"request 0 has extend_len=nan"),
@@ -404,7 +404,7 @@ BAD_BATCHES: dict[str, tuple[Any, str]] = {
     "2**63": ([(0, 4), (0, 2**63)], r"request 1 has extend_len=9223372036854775808; the limit is 2147483647"),
     "2**100": ([(0, 4), (2**100, 0)], r"request 1 has prefix_len=1267650600228229401496703205376; the limit is 2147483647"),
     "sums beyond int64": (np.full((4, 2), 2**62), r"request 0 has prefix_len=4611686018427387904; the limit is 2147483647"),
-    "the first fault is a negative one": ([(0, 4), (0, -3), (1,)], r"request 1 has extend_len=-3; a length can not be negative"),
+    "the first fault is a negative one": ([(0, 4), (0, -3), (1,)], r"request 1 has extend_len=-3; a length cannot be negative"),
 }
 
 

@@ -29,7 +29,7 @@ def test_it_says_what_it_cannot_serve() -> None:
     case = AttentionCase([(0, 6)], heads=3, kv_heads=3)
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
     with pytest.raises(
-        cpattn.UnsupportedError, match="strategy='ulysses' can not serve this call: it divides heads among ranks, and 3/3 do"
+        cpattn.UnsupportedError, match="strategy='ulysses' cannot serve this call: it divides heads among ranks, and 3/3 do"
     ):
         cpattn.cp_attention(q, k, v, meta, group=cpattn.testing.SoloCommunicator(0, 2), strategy=ulysses())
 

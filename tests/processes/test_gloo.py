@@ -84,7 +84,7 @@ MISTAKES = [
     ("prefix heads", "TensorMismatchError", r"kv_cache.k is \(5, 1, 16\).*must be the same"),
     ("strategy", "UnknownNameError", "strategy='star' is unknown; choose one of 'auto', 'all_gather', 'ring'"),
     ("backend", "UnknownNameError", "backend='flash_attn9' is unknown; choose one of 'auto', "),
-    ("feature", "UnsupportedError", "backend='cpu' can not serve this call: it has no softcap; .*'reference' could"),
+    ("feature", "UnsupportedError", "backend='cpu' cannot serve this call: it has no softcap; .*'reference' could"),
     ("window", "OptionError", "window=0; pass the number of keys"),
     ("softcap", "OptionError", "softcap=-1.0; pass a positive number"),
     ("scale", "OptionError", "scale=nan; pass a positive number"),
@@ -99,7 +99,7 @@ MISTAKES = [
         r"kv_cache.page_table\[0, 1\] is 1000, but there are pages 0 to \d+; request 0 needs 3 pages",
     ),
     ("page size", "PageTableError", r"k_pages has \(\d+, 16\) pages of tokens, v_pages \(\d+, 8\); they must agree"),
-    ("pass_q over whole pages", "UnsupportedError", "strategy='pass_q' can not serve this call: it moves no keys.*shard the cache"),
+    ("pass_q over whole pages", "UnsupportedError", "strategy='pass_q' cannot serve this call: it moves no keys.*shard the cache"),
     ("whole prefix of a sharded plan", "PrefixError", "the plan has prefix_shards, but kv_cache is a PackedKV"),
     (
         "v_dim",

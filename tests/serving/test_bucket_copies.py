@@ -185,7 +185,7 @@ def test_a_bucket_s_metadata_as_an_engine_sees_them() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (cpattn.plan([(0, 4)], 3), "the plan has cp_size=3, this metadata 2; a graph can not be replayed over another layout"),
+        (cpattn.plan([(0, 4)], 3), "the plan has cp_size=3, this metadata 2; a graph cannot be replayed over another layout"),
         (cpattn.plan([(0, 4)], 2, partition="contiguous"), "the plan has partition='contiguous', this metadata 'zigzag'"),
         (cpattn.plan([(4, 4)], 2, prefix_shards=[(2, 2)]), "the plan has sharded=True, this metadata False"),
         (cpattn.plan([(0, 100)], 2), "max_rows is 40, the plan needs 50; max_seqlen is 90, the plan needs 100; ask plan.fits"),
@@ -239,7 +239,7 @@ def test_what_changes_in_size_is_refused() -> None:
     cache = case.pages(meta.plan, 0, max_requests=4).cache
     with pytest.raises(cpattn.PageTableError, match="page_table has 4 lines, one a request, but the bucket has 5 requests"):
         cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=cache)
-    with pytest.raises(cpattn.UnsupportedError, match="it can not read pages of 16 tokens, and a bucket's graph can not copy"):
+    with pytest.raises(cpattn.UnsupportedError, match="it cannot read pages of 16 tokens, and a bucket's graph cannot copy"):
         cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.pages(meta.plan, 0, max_requests=5).cache, backend="cpu")
     case.cache = "sharded"
     sharded = case.plan(2)

@@ -118,7 +118,7 @@ def test_a_kernel_that_knows_one_alignment_is_kept_from_the_others() -> None:
     case.check(run_loopback(lambda c: case.on_rank(plan, c.rank, c, "all_gather", backend), 2), plan, "all_gather", "reference")
 
     def program(communicator: cpattn.Communicator) -> int:
-        message = "backend='causal only' can not serve this call: the strategy has spans of alignment 'full', which it can not express"
+        message = "backend='causal only' cannot serve this call: the strategy has spans of alignment 'full', which it cannot express"
         with pytest.raises(cpattn.UnsupportedError, match=message):
             case.on_rank(plan, communicator.rank, communicator, "ring", backend)
         return communicator.bytes_sent

@@ -116,7 +116,7 @@ def test_a_bucket_refuses_what_a_graph_over_it_could_not_compute(monkeypatch: py
     with pytest.raises(cpattn.PlanError, match="a page table for 8"):
         paged.copy_(cpattn.plan([(4, 5)], 1))
     paged.copy_(cpattn.plan([(3, 5)], 1))
-    with pytest.raises(cpattn.PlanError, match="those of a bucket can not"):
+    with pytest.raises(cpattn.PlanError, match="those of a bucket cannot"):
         _ = paged.key_places
 
 

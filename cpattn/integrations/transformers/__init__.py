@@ -16,7 +16,7 @@
 >>> logits.shape, next_token.shape
 (torch.Size([7, 99]), torch.Size([2]))
 
-Sliding windows, softcap and sinks of the model are honoured; what can not be is refused with a :class:`cpattn.CPError`.
+Sliding windows, softcap and sinks of the model are honoured; what cannot be is refused with a :class:`cpattn.CPError`.
 There is no KV cache: every request starts at its first token.
 """
 

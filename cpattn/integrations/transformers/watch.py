@@ -63,7 +63,7 @@ def _start(model: nn.Module, complete: Complete) -> _Watch:
     @wraps(of_class)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) > before_labels or kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
-            # torch 2.9's Dynamo can not trace zip with strict=.
+            # torch 2.9's Dynamo cannot trace zip with strict=.
             kwargs = complete(self, {**dict(zip(names, args)), **kwargs})  # noqa: B905
             args = ()
         # By its class: a copy of the model that is made meanwhile takes this function along.
