@@ -15,6 +15,14 @@ from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.integrations.transformers.masks import CausalMask, describe_mask
 
 
+def packed_causal_mask_function() -> masking_utils.Callable:
+    """That of several sequences in one row, by what transformers has for it: 5.20, the last for Python 3.10, puts two masks together."""
+    sequences = torch.zeros(1, 5, dtype=torch.int64)
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        return masking_utils.packed_sequence_compatibility_function(masking_utils.causal_mask_function, sequences, sequences)
+    return masking_utils.and_masks(masking_utils.packed_sequence_mask_function(sequences), masking_utils.causal_mask_function)
+
+
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 4096])
 def test_causal_masks_are_taken(window: int | None) -> None:
     function = masking_utils.causal_mask_function if window is None else masking_utils.sliding_window_causal_mask_function(window)
@@ -32,12 +40,7 @@ def test_causal_masks_are_taken(window: int | None) -> None:
         (masking_utils.sliding_window_causal_mask_function(7), 8),
         (masking_utils.sliding_window_causal_mask_function(7), None),
         (masking_utils.causal_mask_function, 7),
-        (
-            masking_utils.packed_sequence_compatibility_function(
-                masking_utils.causal_mask_function, torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64)
-            ),
-            None,
-        ),
+        (packed_causal_mask_function(), None),
     ],
     ids=["bidirectional", "bidirectional window", "chunked", "longer window", "forgotten window", "no window", "packed"],
 )
