@@ -1,0 +1,67 @@
+"""The sdist holds all that builds and tests it, and its page on an index has links that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import cpattn
+
+ROOT = Path(__file__).parents[1]
+# Of use to those who have the repository alone.
+NOT_SHIPPED = re.compile(r"\.github/|\.gitignore$")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a checkout: only git knows what there should be")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return {name for name in listed if name and (ROOT / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def shipped(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The text of each file of an sdist; "" for those that are none. Made from a copy: setuptools writes beside what it reads."""
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("sdist")
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    program = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (copy / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        found = {member.name.partition("/")[2]: files.extractfile(member) for member in files if member.isfile()}
+        return {name: file.read().decode(errors="ignore") if file else "" for name, file in found.items()}
+
+
+def test_the_sdist_holds_all_that_git_has(tracked: set[str], shipped: dict[str, str]) -> None:
+    made = {name for name in shipped if name == "PKG-INFO" or name.startswith("cpattn.egg-info/")}
+    assert set(shipped) - made == {name for name in tracked if not NOT_SHIPPED.match(name)}
+
+
+def test_links_of_an_index_page_name_files_of_this_version(tracked: set[str], shipped: dict[str, str]) -> None:
+    about = HeaderParser().parsestr(shipped["PKG-INFO"])
+    addresses = dict(line.split(", ", 1) for line in about.get_all("Project-URL", []))
+    repository = addresses["Repository"]
+    assert all(address.startswith(repository) for address in addresses.values())
+    page = about.get_payload()
+    assert isinstance(page, str)
+    readme = (ROOT / "README.md").read_text()
+    within = [link for link in re.findall(r"\]\(([^)\s]+)\)", readme) if not link.startswith(("https://", "#"))]
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert all(link.startswith(("https://", "#")) for link in links)
+    own = [link for link in links if link.startswith(f"{repository}/")]
+    assert [re.sub(r".*?/(blob|raw)/[^/]*/", "", link) for link in own] == within
+    assert {link.removeprefix(f"{repository}/").split("/")[1] for link in own} == {f"v{cpattn.__version__}"}
+    assert {Path(link).suffix for link in own if "/raw/" in link} <= {".svg", ".png"}
+    assert about["Description-Content-Type"] == "text/markdown"
