@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DIST_VENV := .venv-dist
 
-.PHONY: help demo test test-gpu fuzz faults sanitize lint clean
+.PHONY: help demo test test-gpu fuzz faults sanitize lint dist clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over 4 processes, checked against float64"
@@ -12,7 +13,8 @@ help:
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
-	@echo "make clean  remove $(VENV)"
+	@echo "make dist   build sdist and wheel, check them, and run the README's code with the wheel alone"
+	@echo "make clean  remove $(VENV), $(DIST_VENV) and dist"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -58,5 +60,20 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel is installed with what it depends on and nothing more, with the torch that constraints.txt names, and runs the first
+# Python block of the README away from the checkout (-I), so that it is the wheel that is imported.
+dist:
+	rm -rf dist $(DIST_VENV)
+	$(PYTHON) -m venv $(DIST_VENV)/tools
+	$(DIST_VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(DIST_VENV)/tools/bin/python -m build
+	$(DIST_VENV)/tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST_VENV)/wheel
+	$(DIST_VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	$(DIST_VENV)/wheel/bin/python -m pip check
+	awk '/^```python$$/ {on = 1; next} /^```$$/ && on {exit} on' README.md > $(DIST_VENV)/readme.py
+	echo 'print(cpattn.__version__, cpattn.__file__, tuple(everything.shape))' >> $(DIST_VENV)/readme.py
+	cd $(DIST_VENV) && wheel/bin/python -I readme.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DIST_VENV) dist
