@@ -22,7 +22,7 @@ def merge_(acc_THD: Tensor, acc_lse_TH: Tensor, out: Tensor, lse: Tensor) -> Non
     acc keeps its bits. The weights are taken relative to the largest LSE, so nothing overflows.
 
     Args:
-        acc_THD, acc_lse_TH: fp32 (the twin takes fp64 as well); what acc holds where its LSE is -inf does not matter.
+        acc_THD, acc_lse_TH: fp32 (or both fp64, in plain torch); what acc holds where its LSE is -inf does not matter.
         out: ``[T, H, D]`` or ``[N, T, H, D]`` of any floating dtype; a lower precision than acc's costs what it costs. The last
             axis is contiguous.
         lse: ``[T, H]`` or ``[N, T, H]``, any strides.

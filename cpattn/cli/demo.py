@@ -145,15 +145,15 @@ def rank_program(setting: Setting, strategy: str) -> RankResult:
     q, k, v, prefix = setting.tensors()
     meta = setting.plan.metadata(dist.get_rank())
     q_local, k_local, v_local = (cpattn.shard(x, meta) for x in (q, k, v))
-    communicator = as_transport(None, setting.plan.cp_size)
+    transport = as_transport(None, setting.plan.cp_size)
 
     def attend() -> tuple[Tensor, Tensor]:
         return cpattn.cp_attention(q_local, k_local, v_local, meta, kv_cache=prefix, strategy=strategy, return_lse=True, check=False)
 
     cpattn.cp_attention(q_local, k_local, v_local, meta, kv_cache=prefix, strategy=strategy, check=True)
-    sent_before = communicator.bytes_sent
+    sent_before = transport.bytes_sent
     out, lse = attend()
-    bytes_sent = communicator.bytes_sent - sent_before
+    bytes_sent = transport.bytes_sent - sent_before
     seconds = _median_seconds(attend)
     # What a model does at its end: bring everything back into the original order, on every rank.
     restored = torch.equal(cpattn.unshard(q_local, meta), q)

@@ -1,4 +1,4 @@
-"""Whether tensors are moved and merged by the Triton kernels; each of those has a twin in plain torch, which defines it."""
+"""Whether tensors are moved and merged by the Triton kernels; each of those has its definition in plain torch."""
 
 from __future__ import annotations
 

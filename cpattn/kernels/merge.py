@@ -75,7 +75,7 @@ _merge = Launcher(_merge_kernel)
 
 
 def merge_all(acc: Tensor, acc_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """The twin of :func:`cpattn.attention.merge.torch_merge_all_`; see :func:`cpattn.attention.merge.merge_`."""
+    """The same bits as :func:`cpattn.attention.merge.torch_merge_all_`; see :func:`cpattn.attention.merge.merge_`."""
     key = (
         acc.shape, acc.stride(), acc_lse.stride(), out.shape, out.stride(), lse.shape, lse.stride(), acc.dtype, acc_lse.dtype, out.dtype,
         lse.dtype,

@@ -40,11 +40,11 @@ class ContextParallel:
             )
         if not meta.plan.num_tokens:
             raise CPError("the batch has no new token; there is nothing to run a model on: skip it on every rank")
-        self._communicator = as_transport(group, meta.plan.cp_size)
-        checks.check_group(meta, self._communicator)
+        self._transport = as_transport(group, meta.plan.cp_size)
+        checks.check_group(meta, self._transport)
         self.decoder = check_model(model)
         self.meta = meta
-        self._options: dict[str, Any] = {"group": self._communicator, "strategy": strategy, "backend": backend, "check": check}
+        self._options: dict[str, Any] = {"group": self._transport, "strategy": strategy, "backend": backend, "check": check}
         # Which of the rows are tokens. That it is this tensor proves to the mask function that the inputs are ours.
         self._token_mask = (torch.arange(meta.rows, device=meta.device) < meta.num_tokens)[None]
         self.last_only = False
@@ -132,7 +132,7 @@ class ContextParallel:
             checks.check_no_grad(loss=share)
             return share
 
-        with InFlight(self._communicator, self.meta.device) as in_flight:
+        with InFlight(self._transport, self.meta.device) as in_flight:
             share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta, in_flight, self._options["check"], None)
             # In float64, so that the sum has the precision of its parts.
             return gather_whole(in_flight, "loss", share.double()[None]).sum().to(share.dtype)
@@ -154,7 +154,7 @@ class ContextParallel:
                 "the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do"
             )
         rows = self._rows(logits, self.meta.rows)
-        return unshard(rows, self.meta, group=self._communicator, check=self._options["check"])
+        return unshard(rows, self.meta, group=self._transport, check=self._options["check"])
 
     def gather_last(self, logits: Tensor) -> Tensor:
         """The logits of each request's last token, on every rank. A collective call that sends no other rows.
@@ -173,7 +173,7 @@ class ContextParallel:
         if not self.last_only:
             rows = rows.index_select(0, last.keep)
         checks.check_no_grad(logits=rows)
-        with InFlight(self._communicator, rows.device) as in_flight:
+        with InFlight(self._transport, rows.device) as in_flight:
             gathered = gather_whole(in_flight, "last logits", rows)
         out = rows.new_full((len(self.meta.plan.batch), *rows.shape[1:]), float("nan"))
         return out.index_copy_(0, last.request, gathered.index_select(0, last.place))
