@@ -25,6 +25,7 @@ from cpattn.transports.agreement import expect_verdicts, share_verdicts
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transport import Transfer
 
 # What cp_attention takes by keyword.
 KEYWORDS = (
@@ -287,7 +288,13 @@ def cp_attention(
         else:
             call = find_call(arguments, meta, transport)
         if check:
-            in_flight.expect(lambda: [*call.transfers(), *expect_verdicts(transport, meta.device)])
+
+            def make() -> list[Transfer]:
+                # First the memory of the verdicts: to make it after the call's could take that away again.
+                verdicts = expect_verdicts(transport, meta.device)
+                return [*call.transfers(), *verdicts]
+
+            in_flight.expect(make)
             problems: list[str] = []
             result, lse = call.run(arguments, in_flight, problems)
             share_verdicts(in_flight, meta.device, refusal_of(problems))
