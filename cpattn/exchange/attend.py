@@ -77,16 +77,9 @@ class Attend:
         """This rank's queries over some keys, in one launch."""
         if spans.max_seqlen_k == 0:
             return
-        if self._out is None or self._lse is None:
-            out, self._lse = self._partial(self._q, keys, spans, self._options)
-            self._out = out.to(self._how.merged) if self._how.merges else out
-        elif not self._how.merges:
+        if self._out is not None and not self._how.merges:
             raise CPError("a strategy has attended twice with the same queries, but its schedule says that there is one result")
-        elif self._accumulate is not None:
-            self._accumulate(self._q, keys, spans, self._options, self._out, self._lse)
-        else:
-            out, lse = self._partial(self._q, keys, spans, self._options)
-            merge_for(self._out.device, self._out.dtype)(self._out, self._lse, out, lse)
+        self._out, self._lse = self._seen(self._q, keys, spans, self._options, self._out, self._lse)
 
     def heads(self, keys: Keys, spans: Spans, heads: slice) -> None:
         """The same for some of the query heads, all that there is for them: the keys are of their KV heads alone."""
@@ -112,15 +105,8 @@ class Attend:
         lse: Tensor | None = None
         options = self._options if heads is None else self._options_of(heads)
         for spans in launches:
-            if spans.max_seqlen_k == 0:
-                continue
-            if out is None or lse is None:
-                out, lse = self._partial(q, keys, spans, options)
-                out = out.to(self._how.merged) if self._how.merges else out
-            elif self._accumulate is not None:
-                self._accumulate(q, keys, spans, options, out, lse)
-            else:
-                merge_for(out.device, out.dtype)(out, lse, *self._partial(q, keys, spans, options))
+            if spans.max_seqlen_k:
+                out, lse = self._seen(q, keys, spans, options, out, lse)
         if out is None or lse is None:
             return self._nothing_seen(q)
         if not self._how.merges and not self._how.backend.propagates_nan:
@@ -149,10 +135,22 @@ class Attend:
             out = out.to(self._how.dtype)
         return out, lse if lse.dtype == torch.float32 else lse.to(torch.float32)
 
-    def _partial(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-        out, lse = self._launch(q, keys, spans, options, self._how.step)
-        # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
-        return out, lse_with_nan(out, lse) if self._how.merges and not self._how.backend.propagates_nan else lse
+    def _seen(
+        self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor | None, lse: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What queries have seen after one launch more: its result, merged into what there was before."""
+        how = self._how
+        if out is not None and lse is not None and self._accumulate is not None:
+            self._accumulate(q, keys, spans, options, out, lse)
+            return out, lse
+        part, part_lse = self._launch(q, keys, spans, options, how.step)
+        if how.merges and not how.backend.propagates_nan:
+            # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
+            part_lse = lse_with_nan(part, part_lse)
+        if out is None or lse is None:
+            return part.to(how.merged) if how.merges else part, part_lse
+        merge_for(out.device, out.dtype)(out, lse, part, part_lse)
+        return out, lse
 
     def _options_of(self, heads: slice) -> AttentionOptions:
         sinks = self._options.sinks

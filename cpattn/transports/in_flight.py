@@ -111,14 +111,13 @@ class InFlight:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         state = self.transport.state
         try:
-            if error is None:
-                error = self._unfinished()
-                if error is not None:
-                    self._settle_after(error)
-                    raise error
-            if error is not None:
-                self._settle_after(error)
-            elif state.failure is not None:
+            forgotten = self._unfinished() if error is None else None
+            raised = forgotten if error is None else error
+            if raised is not None:
+                self._settle_after(raised)
+            if forgotten is not None:
+                raise forgotten
+            if error is None and state.failure is not None:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
         finally:
