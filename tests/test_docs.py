@@ -21,7 +21,9 @@ from cpattn.attention import auto
 from cpattn.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, CONCEPTS, CHOOSING, PERFORMANCE = (
+    (ROOT / page).read_text() for page in ("README.md", "docs/concepts.md", "docs/choosing.md", "docs/performance.md")
+)
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # A fenced block: its language, and what is in it.
@@ -70,7 +72,7 @@ def test_commands_exist(page: Path) -> None:
         elif program in ("cpattn", ".venv/bin/cpattn"):
             assert {"demo", "bench", "env"} & set(arguments) or _run(arguments)[0] == 0, line
         elif program == "pip":
-            assert all(extra in extras for extra in re.findall(r"cpattn\[(.*?)\]", line)), line
+            assert all(extra in extras for listed in re.findall(r"cpattn\[(.*?)\]", line) for extra in listed.split(",")), line
         else:
             program = program.removeprefix(".venv/bin/").removeprefix(".venv-dist/tools/bin/")
             assert program in ("git", "python", "cd", ".ci/run", "torchrun"), line
@@ -92,6 +94,13 @@ def _run(arguments: list[str]) -> tuple[int, str]:
         [sys.executable, "-m", "cpattn", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout
+
+
+# Words.
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.split()) <= 1500
 
 
 # Links.
@@ -122,6 +131,11 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert set(PAGES) - {ROOT / "CONTRIBUTING.md"} <= seen
 
 
+def test_the_readme_lists_every_page_of_the_docs() -> None:
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)\s#]+\.md)", README[README.index("## Where to go next") :])}
+    assert set((ROOT / "docs").rglob("*.md")) <= linked
+
+
 # Tables and pictures.
 
 
@@ -133,18 +147,18 @@ def table(text: str, first_header: str) -> dict[str, dict[str, str]]:
     return {row[0].split("`")[1] if row[0].startswith("`") else row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
-def test_readme_picture_is_the_plan_of_the_example() -> None:
+def test_the_picture_of_the_layout_is_the_plan_of_the_example() -> None:
     requests = json.loads((ROOT / "examples" / "batches" / "mixed.json").read_text())
     plan = cpattn.plan([(request["prefix_len"], request["extend_len"]) for request in requests], cp_size=4)
-    assert plan.draw() in README
-    assert ", ".join(map(str, plan.rank_tokens)) in README
-    assert f"{plan.pair_imbalance:.4f}" in README
+    assert plan.draw() in CONCEPTS
+    assert ", ".join(map(str, plan.rank_tokens)) in CONCEPTS
+    assert f"{plan.pair_imbalance:.4f}" in CONCEPTS
 
 
-def test_readme_backend_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
     two_head_dims = problem("cuda", torch.bfloat16, head_dim=128, v_head_dim=64)
-    rows = table(README, "backend")
+    rows = table(CHOOSING, "backend")
     assert list(rows) == list(cpattn.BACKENDS)
     short = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     for name, backend in cpattn.BACKENDS.items():
@@ -159,23 +173,23 @@ def test_readme_backend_table_is_what_the_backends_say(monkeypatch: pytest.Monke
         assert row["partial results"].startswith("fp32" if backend.fp32_out else "half"), name
 
 
-def test_readme_strategy_table_names_all() -> None:
-    assert list(table(README, "strategy")) == list(cpattn.STRATEGIES)
+def test_the_strategy_table_names_all() -> None:
+    assert list(table(CHOOSING, "strategy")) == list(cpattn.STRATEGIES)
 
 
-def test_readme_has_the_order_in_which_auto_tries_backends() -> None:
-    rows = table(README, "compute capability")
+def test_the_page_has_the_order_in_which_auto_tries_backends() -> None:
+    rows = table(CHOOSING, "compute capability")
     column = next(name for name in next(iter(rows.values())) if name.startswith("backends"))
     listed = {capability.split()[0]: re.findall(r"`(\w+)`", row[column]) for capability, row in rows.items()}
     assert listed == {str(major): order for major, order in auto._GPU_ORDERS.items()} | {"9": [], "none:": auto._CPU_ORDER}
-    kinds = {kind.split(":")[0]: re.findall(r"`(\w+)`", row[column]) for kind, row in table(README, "on 9, kind of call").items()}
+    kinds = {kind.split(":")[0]: re.findall(r"`(\w+)`", row[column]) for kind, row in table(CHOOSING, "on 9, kind of call").items()}
     assert kinds == auto._HOPPER_ORDERS
     # The first line that fits counts.
     assert list(kinds) == list(auto._HOPPER_ORDERS)
-    assert f"{auto.LONG_TOKENS:,} new tokens a request and {auto.LONG_PAIRS / 1e6:.0f} million pairs" in README
+    assert f"{auto.LONG_TOKENS:,} new tokens a request and {auto.LONG_PAIRS / 1e6:.0f} million pairs" in CHOOSING
 
 
-def test_readme_quotients_of_backends_are_in_the_results() -> None:
+def test_quotients_of_backends_are_in_the_results() -> None:
     """The least and the largest of each kind of call, of the times through cp_attention."""
     no_launch = r"^\| ([^|]*) \| (flash_attn\d) \|(?: [^|]* \|){3} ([\d.]+) \|"
     kinds = {"+ 1)": "decoding", "ring": "merging", "pass_q": "merging", "pages": "pages", "1 x 1k": "short", "64 x 512": "short"}
@@ -186,27 +200,26 @@ def test_readme_quotients_of_backends_are_in_the_results() -> None:
             kind = "pages" if "1,920" in batch else next((kinds[word] for word in kinds if word in batch), "long")
             kind = with_sinks.get(kind, kind) if "sinks" in batch else kind
             found.setdefault((kind, f"`{backend}`"), []).append(float(quotient))
-    for kind, row in table(README, "on 9, kind of call").items():
+    for kind, row in table(CHOOSING, "on 9, kind of call").items():
         for backend in ("`flash_attn3`", "`flash_attn4`"):
             values = found[kind.split(":")[0], backend]
             assert row[backend] == f"{min(values):.2f} to {max(values):.2f}", (kind, backend)
 
 
-def test_readme_figures_are_in_the_results() -> None:
-    """The numbers of the README's two tables of figures stand in the result files that it names."""
+def test_figures_of_a_launch_are_in_the_results() -> None:
     results = (ROOT / "benchmarks" / "results" / "attention_gpu.md").read_text()
     chosen = {name: f"{name}, one launch" for name in ("flash_attn3", "flash_attn4", "triton", "torch_flash")}
     cases = {"1 request of 128k, cp 8": "1 x 128k, cp 8", "8 requests of 8k over 8k cached, cp 4": "8 x (8k + 8k), cp 4"}
     cases |= {"64 ragged requests (about 0.9k over 4k cached), cp 4": "64 ragged, cp 4"}
     cases |= {"1 request of 32k over 96k cached, cp 8": "1 x (96k + 32k), cp 8"}
-    for case, row in table(README, "batch").items():
+    for case, row in table(PERFORMANCE, "batch").items():
         for backend, variant in chosen.items():
             line = next(line for line in results.splitlines() if line.startswith(f"| {cases[case]} | {variant} |"))
             *_, rate, sustained = line.strip("| ").split(" | ")
             assert row[f"`{backend}`"] == f"{rate} ({sustained})", (case, backend)
 
 
-def test_readme_layer_figures_are_in_the_results() -> None:
+def test_figures_of_a_layer_are_in_the_results() -> None:
     lines = (ROOT / "benchmarks" / "results" / "layer_gpu.md").read_text().splitlines()
     measured = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| [\d,]+ \|", line)]
 
@@ -214,9 +227,10 @@ def test_readme_layer_figures_are_in_the_results() -> None:
         values = [float(line[column]) for line in measured if line[0] == tokens and line[3] == strategy and line[4] in backends]
         return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
-    text = " ".join(README.split())
+    text = " ".join(PERFORMANCE.split())
     both = "flash_attn4 triton"
-    assert f"takes {span('131,072', 'all_gather', both, 8, 2)} times the launch alone with all-gather" in text
+    for page in (text, " ".join(README.split())):
+        assert f"takes {span('131,072', 'all_gather', both, 8, 2)} times the launch alone with all-gather" in page
     assert f"and {span('131,072', 'ring', 'triton', 8, 2)} times with a ring on `triton`" in text
     assert f"a ring on `flash_attn4` takes {span('131,072', 'ring', 'flash_attn4', 8, 2)} times" in text
     assert f"adds {span('1,024', 'all_gather', both, 7, 0)} us to the launch as a CUDA graph with all-gather" in text
@@ -224,16 +238,35 @@ def test_readme_layer_figures_are_in_the_results() -> None:
     assert f"and {span('1,024', 'ring', 'triton', 11, 0)} us with a ring" in text
 
 
-def test_readme_serving_figures_are_in_the_results() -> None:
+def test_figures_of_a_servers_step_are_in_the_results() -> None:
     lines = (ROOT / "benchmarks" / "results" / "serving_gpu.md").read_text().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     measured = {tuple(line[:3]): line for line in cells}
-    for step, row in table(README, "step").items():
+    for step, row in table(PERFORMANCE, "step").items():
         replicated, sharded = measured[step, "replicated", "all_gather"], measured[step, "sharded", "pass_q"]
         assert row["one rank alone"] == measured[step, "-", "one rank"][4]
         assert row["replicated, `all_gather`"] == replicated[4]
         assert row["sharded, `pass_q`"] == sharded[4]
         assert row["MB of pages: replicated, sharded"] == f"{replicated[-1]}, {sharded[-1]}"
+
+
+def test_figures_between_two_gpus_are_in_the_results() -> None:
+    file = ROOT / "benchmarks" / "results" / "nccl_two_h100.md"
+    eager, decode = (found.split("\n\n")[0] for found in file.read_text().split("| variant |")[1::2])
+    measured = table("| variant |" + eager, "variant") | table("| variant |" + decode, "variant")
+    section = PERFORMANCE[PERFORMANCE.index("## Between two GPUs") :]
+    quoted = [table(part, "variant") for part in (section, section[section.index("| variant | ms |") :])]
+    assert [len(rows) for rows in quoted] == [4, 4]
+    for name, row in (item for rows in quoted for item in rows.items()):
+        assert row.items() <= measured[name].items(), name
+
+
+def test_the_readme_lists_the_extras_of_the_package() -> None:
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE)) - {"test", "lint"}
+    begin = README.index("| extra |")
+    listed = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in README[begin:].split("\n\n")[0].splitlines()))
+    assert sorted(listed) == sorted(extras)
 
 
 def test_citation_has_the_version() -> None:
