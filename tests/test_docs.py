@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ README, CONCEPTS, CHOOSING, PERFORMANCE = (
     (ROOT / page).read_text() for page in ("README.md", "docs/concepts.md", "docs/choosing.md", "docs/performance.md")
 )
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")), *sorted((ROOT / "docs").glob("*.md"))]
+# Made from docstrings, or a list of what has been: the others are written to be read from end to end.
+WRITTEN = [page for page in PAGES if page.name not in ("api.md", "CHANGELOG.md")]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # A fenced block: its language, and what is in it.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -99,8 +102,28 @@ def _run(arguments: list[str]) -> tuple[int, str]:
 # Words.
 
 
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a page, code in line as one word; each cell of a table and each point of a list begins a new one."""
+    text = re.sub(r"^#.*$|^>.*$", "\n\n", BLOCK.sub("\n\n", text), flags=re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "code", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) |\|", "\n\n", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from re.split(r"(?<=[.!?])[\")*]*\s+(?=[A-Z\"(*c])", paragraph.strip())
+
+
 def test_the_readme_is_read_in_five_minutes() -> None:
     assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=[str(page.relative_to(ROOT)) for page in WRITTEN])
+def test_sentences_are_short(page: Path) -> None:
+    assert [sentence for sentence in sentences(page.read_text()) if len(sentence.split()) > 30] == []
+
+
+def test_a_long_sentence_is_found() -> None:
+    long = "Word " * 30 + "word."
+    page = f"One. {long} `code` is one word.\n\n| a cell | {long} |\n- {long}"
+    assert [len(one.split()) for one in sentences(page) if one] == [1, 31, 4, 2, 31, 31]
 
 
 # Links.
