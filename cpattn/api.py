@@ -226,7 +226,7 @@ def cp_attention(
             :func:`shard` orders them. Padding rows may hold anything, here and in k and v.
         k: ``[meta.rows, Hkv, D]``, rotated by ``meta.position_ids`` where the model rotates; Hq must be a multiple of Hkv.
         v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
-            DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512): the latent then travels once.
+            DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512). The latent then travels once.
         meta: this rank's metadata, on the tensors' device.
         group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group. With
             cp_size 1 none is needed. Calls over one group follow each other, in the same order on every rank; for several at
@@ -248,9 +248,9 @@ def cp_attention(
         sinks: floating ``[Hq]``, one more logit without a value in each query's softmax, as in gpt-oss; none if None.
         out: ``[meta.rows, Hq, Dv]`` in q's dtype, any strides: memory that the result is written to, and that is returned.
         return_lse: also return the log-sum-exp of the scaled (and capped) scores, sinks included.
-        check: compare plan and arguments of all ranks first, in one small collective that waits for the device, so that
-            a mistake on one rank raises on all instead of hanging the others; and a few rows of what a caller's own kernel
-            returns with the reference. What a page table on a GPU holds is then looked at as well. For tests and bring-up. (A
+        check: compare plan and arguments of all ranks first, in one small collective that waits for the device. A mistake
+            on one rank then raises on all, instead of hanging the others. A few rows of what a caller's own kernel returns
+            are compared with the reference. What a page table on a GPU holds is then looked at as well. For tests and bring-up. (A
             rank that passes another group cannot tell the others.)
         label: a name of this call, such as ``"step 17, layer 3"``, which ``check`` compares as well, beside a running number of
             the calls over the group. By its label a layer is found that one rank has skipped or swapped.
@@ -261,13 +261,13 @@ def cp_attention(
 
     Raises:
         CPError: in its subclasses (see :mod:`cpattn.errors`), before anything is sent or written. On the CPU, and on a GPU
-            with ``check``, this includes a page that does not exist, a slot that is written for two tokens, and K and V pages that
-            have an element in common.
+            with ``check``, so do a page that does not exist, a slot that is written for two tokens, and K and V pages with
+            an element in common.
         GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
         BackendError: in the middle of a call, where a caller's kernel returns what is no result, or, with ``check``, a wrong
             one.
 
-    What else is raised in the middle of a call (by a caller's kernel, or for want of memory) leaves only after this rank
+    A caller's kernel may raise in the middle of a call, or memory may run out. The exception leaves only after this rank
     has carried out its part of the call's transfers, with NaN for what it could not compute. So the other ranks return:
     NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
     included. After that all ranks can go on with the group.
@@ -339,8 +339,8 @@ def prepare(
     >>> attention.strategy.name, attention.backend.name
     ('all_gather', 'cpu')
 
-    Arguments and errors are those of :func:`cp_attention`. Of the tensors only kinds and layouts are looked at: those of each
-    layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None)``, which returns what cp_attention
+    Arguments and errors are those of :func:`cp_attention`. Of the tensors only kinds and layouts are looked at. Those of each
+    layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None)``. It returns what cp_attention
     would, within torch.inference_mode() or outside of it. Nothing is computed or sent, but for ``check``, with which the ranks
     compare what they have prepared.
 
@@ -382,8 +382,9 @@ def explain(
     sinks: Tensor | None = None,
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
-    ``"able"``, or the reason why it was passed over; with a PagedKV also whether it reads the pages or a packed copy of
-    them, of ``triton`` which kernel and which launch it uses, and on an H100 or H200 for which kind of call the order is.
+    ``"able"``, or the reason why it was passed over. With a PagedKV it also says whether the backend reads the pages or a
+    packed copy of them, and of ``triton`` which kernel and which launch it uses. On an H100 or H200 it says for which kind
+    of call the order is.
     Needs no group and computes nothing.
 
     >>> import cpattn, torch

@@ -60,7 +60,7 @@ class PoolFullError(CPError):
 
 
 class GroupError(CPError):
-    """The process group does not fit the metadata (another size, another rank, or none at all), or cannot be used: two calls were
+    """The process group does not fit the metadata (another size, another rank, or none at all), or cannot be used. Two calls were
     made on it at once, or a transfer failed or was interrupted. Then it is given up, and every later call on it raises this."""
 
 

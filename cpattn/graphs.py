@@ -1,6 +1,6 @@
 """What ``torch.compile`` leaves out of its graphs: a call has collectives, memory of its own and decisions on the host.
 
-``torch.compiler.disable`` does the same, but imports torch's compiler, and with it Triton, as soon as it is called, and
+``torch.compiler.disable`` does the same, but imports torch's compiler, and with it Triton, as soon as it is called. It
 costs every call more than a microsecond (1.25 us on the CPU that the tests run on). The two marks here cost nothing:
 one stops the compiler from inlining a function, the other from compiling it, and what it calls, when it runs by itself.
 """

@@ -39,7 +39,7 @@ class TableLines:
 
     Attributes:
         tokens: int64 ``[lines, holders]``: of how many tokens of its request each line has the pages, new ones included, on each
-            rank of a sharded cache; one holder stands for all ranks of a replicated one.
+            rank of a sharded cache. One holder stands for all ranks of a replicated one.
         sharded: whether each rank has pages of its own tokens alone, or of all.
     """
 
@@ -53,8 +53,8 @@ class PagedKV:
 
     Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
     rank holds everything, t is the token's absolute position. Where the plan says that prefixes are sharded
-    (``prefix_shards``), each rank has pages of its own, and t counts the tokens that this rank holds of the request, in
-    the order of the sequence; the new tokens that it owns come after them.
+    (``prefix_shards``), each rank has pages of its own. Then t counts the tokens that this rank holds of the request, in
+    the order of the sequence. The new tokens that it owns come after them.
 
     >>> import cpattn, torch
     >>> pages = torch.zeros(8, 16, 2, 64)

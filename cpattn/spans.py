@@ -94,7 +94,7 @@ class Spans:
     k_start[i] + k_len[i] - 1``. Query ranges follow each other; key ranges may lie anywhere and overlap.
     Query ``j`` of the span (from 0) sees the first ``clamp(diagonal[i] + j, 0, k_len[i])`` keys of its range, and with
     a window ``W`` those from number ``diagonal[i] + j - W`` on. The diagonal is thus the number of keys that the span's
-    first query would see in a range without end; it may lie beyond the range (all keys are in the past) or below 1.
+    first query would see in a range without end. It may lie beyond the range (all keys are in the past) or below 1.
 
     Where the keys lie is said by :class:`cpattn.Keys`. In pages all key ranges begin at 0, and a span reads the
     pages of its request.
@@ -147,7 +147,7 @@ class Spans:
 
     def tiled_pairs(self, tile: int, pack: int) -> float:
         """Query-key pairs that a kernel computes whose tiles hold ``tile`` rows, where a query takes up ``pack`` of them
-        (that many heads share a tile); the padding of the last tile of each span is computed as well."""
+        (that many heads share a tile). The padding of the last tile of each span is computed as well."""
         return float((-(-self.host.q_len * pack // tile) * tile / pack * self.host.k_len).sum())
 
     def derive(self, key: Hashable, make: Callable[..., T], *arguments: Any) -> T:

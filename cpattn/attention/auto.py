@@ -111,8 +111,8 @@ def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, wo
 
 
 def explain_choice(problem: Problem, workload: Workload) -> dict[str, str]:
-    """For each backend ``"chosen"``, ``"able"``, or the reason why it cannot serve the call; in the order of ``"auto"``,
-    and after those the ones that are not for such a device."""
+    """For each backend ``"chosen"``, ``"able"``, or the reason why it cannot serve the call. They are in the order of
+    ``"auto"``, and after those come the ones that are not for such a device."""
     order = [backend.name for backend in auto_order(problem, workload)]
     names = order + [name for name in BACKENDS if name not in order]
     reasons = {name: BACKENDS[name].why_not(problem, workload.alignments) or f"able{_how(BACKENDS[name], problem)}" for name in names}

@@ -100,7 +100,7 @@ class Backend:
         """A new one; only to say what has taken the place of ``run=``."""
         if "run" in named:
             raise OptionError(
-                "Backend(run=...) is no more; pass attend=, a function (q, keys, spans, options, out_dtype) -> (out, lse), or make the "
+                "Backend(run=...) was removed; pass attend=, a function (q, keys, spans, options, out_dtype) -> (out, lse), or make the "
                 "backend of a function (q, k, v, rows, **options) with cpattn.custom_backend"
             )
         return super().__new__(cls)

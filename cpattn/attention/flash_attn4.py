@@ -51,8 +51,8 @@ def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, pack_
 
 
 def _reads_pages(problem: Problem) -> bool:
-    """Pages as long as its key tiles it loads whole, and what lies after a sequence in its last page must then be finite,
-    which no one promises; others it loads row by row. SM80 and SM120 have no pages."""
+    """Pages as long as its key tiles it loads whole. What lies after a sequence in its last page must then be finite,
+    which no one promises. Others it loads row by row. SM80 and SM120 have no pages."""
     return capability(problem.device)[0] in (9, 10, 11) and problem.page_size not in _KEY_TILES
 
 

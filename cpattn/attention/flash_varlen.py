@@ -1,7 +1,7 @@
 """What the FlashAttention kernels have in common: how a call is built from spans and keys, and how their results are evened out.
 
-All of them take, for each span, a start in K and V (``cu_seqlens_k``) and a length from there (``seqused_k``),
-which are independent; so ranges may overlap, and one launch serves all chunks of all requests. "Causal" means
+All of them take, for each span, a start in K and V (``cu_seqlens_k``) and a length from there (``seqused_k``).
+The two are independent, so ranges may overlap, and one launch serves all chunks of all requests. "Causal" means
 aligned to the bottom right: the last query sees the range's last key.
 """
 

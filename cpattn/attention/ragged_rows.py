@@ -21,7 +21,7 @@ class RaggedRows(Spans):
     k_start[i] + k_len[i] - 1``. Query ranges follow each other; key ranges may lie anywhere and overlap.
     Query ``j`` of the row (from 0) sees the first ``clamp(diagonal[i] + j, 0, k_len[i])`` keys of its range, and with
     a window ``W`` those from number ``diagonal[i] + j - W`` on. The diagonal is thus the number of keys that the row's
-    first query would see in a range without end; it may lie beyond the range (all keys are in the past) or below 1.
+    first query would see in a range without end. It may lie beyond the range (all keys are in the past) or below 1.
 
     Without a page table, K and V are ``[S, heads, head_dim]`` and key ``s`` is their row s. With one they are pages
     ``[num_pages, page_size, heads, head_dim]``, and key ``s`` of row ``i`` is in page ``page_table[request[i], s //

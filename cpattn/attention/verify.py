@@ -96,9 +96,10 @@ def _difference(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, 
     hint = lse_hint(lse[index], lambda x: fits and bool((_is_close(x, want_lse, lse_bound) | ~usable).all()), exchanged)
     return (
         f"query {query}, number {query - int(spans.host.q_start[span])} of span {span}, differs from the reference in head {head}: "
-        f"LSE {lse[query, head]:.7g} and {want_lse[n, head]:.7g}, where rounding explains {lse_bound[n, head]:.2g}; "
-        f"out[{worst}] {out[query, head, worst]:.4g} and {want[n, head, worst]:.4g}, where it explains {out_bound[n, head, worst]:.2g} "
-        f"({int(wrong.sum())} of {wrong.numel()} compared results differ){hint}"
+        f"LSE {lse[query, head]:.7g} in place of {want_lse[n, head]:.7g} (rounding explains {lse_bound[n, head]:.2g}), "
+        f"out[{worst}] {out[query, head, worst]:.4g} in place of {want[n, head, worst]:.4g} "
+        f"(rounding explains {out_bound[n, head, worst]:.2g}); "
+        f"{int(wrong.sum())} of {wrong.numel()} compared results differ{hint}"
     )
 
 

@@ -81,7 +81,7 @@ def check_k_and_v_apart(cache: PagedKV) -> None:
     if cache.v_pages is not None and share_elements(cache.k_pages, cache.v_pages):
         raise PageTableError(
             "kv_cache.k_pages and v_pages have elements in common, so that K and V overwrite each other; pass memory of its own for each, "
-            "views of one tensor such as pool[:, 0] and pool[:, 1], or v=None and v_pages=None where V is a part of K"
+            "such as the views pool[:, 0] and pool[:, 1]. Where V is a part of K, pass v=None and v_pages=None"
         )
 
 

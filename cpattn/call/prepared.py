@@ -249,7 +249,7 @@ def _difference(given: Any, prepared: Any) -> str:
             parts = zip(("k", "v", "page_table"), mine[1:], theirs[1:], strict=False)
             name, mine, theirs = next((f"kv_cache.{part}", x, y) for part, x, y in parts if x != y)
         return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
-    return "an option is another than when this call was prepared"
+    return "an option differs from the one that this call was prepared with"
 
 
 def _layout(x: Any) -> str:

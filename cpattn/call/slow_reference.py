@@ -36,8 +36,9 @@ def warn_of_reference(backend: Backend, problem: Problem, meta: CPMetadata) -> N
     dtype = str(problem.dtype).removeprefix("torch.")
     warnings.warn(
         f"backend='auto' is left with 'reference', which is plain torch, for heads of {problem.head_dim}/{problem.v_head_dim} in {dtype} "
-        f"on {problem.device}: for this batch about {memory / 2**30:.2g} GiB beside the tensors, and {seconds:.1g} s in each layer at "
-        "least; cpattn.explain(q, k, v, meta) says why kernels were passed over, and backend='reference' asks for it without this warning",
+        f"on {problem.device}. For this batch it takes about {memory / 2**30:.2g} GiB beside the tensors, and {seconds:.1g} s in each "
+        "layer at least. cpattn.explain(q, k, v, meta) says why kernels were passed over; backend='reference' asks for it without this "
+        "warning",
         RuntimeWarning,
         stacklevel=2,
     )

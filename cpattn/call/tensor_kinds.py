@@ -25,7 +25,7 @@ def check_kind(name: str, x: Any) -> None:
         raise TensorMismatchError(f"{name} is a {type(x).__name__}, {_instead_of_a_subclass(name, x)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UnsupportedError(
-            f"{name} belongs to a transform of torch.func (vmap, grad, jvp), which cpattn's kernels cannot follow; make this call outside "
+            f"{name} belongs to a transform of torch.func (vmap, grad, jvp), which cpattn's kernels cannot follow. Make this call outside "
             "of it: one call takes any number of requests, and computes the forward pass only"
         )
     # Before the layout, which some of these do not say.

@@ -1,7 +1,7 @@
 """A strategy's schedule as data: which queries meet which keys in each hop, on every rank at once, and what travels meanwhile.
 
-The number of merges, the alignments that a backend must have, the bytes that are sent, the choice of a strategy and the
-picture of a ring all come from it.
+From it come the number of merges, the alignments that a backend must have, the bytes that are sent, the choice of a
+strategy, and the picture of a ring.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The spans of a strategy's steps: which of a rank's queries see which keys of those at hand.
 
 Keys lie in one of three orders: all of a batch (each request's prefix and extend in one piece), the prefixes alone, or
-one rank's shard: for each request what this rank holds of the prefix, then the chunks that it owns, in sequence order.
+one rank's shard. A shard is, for each request, what this rank holds of the prefix, then its chunks in sequence order.
 What a chunk of queries sees of a shard is a beginning of its request's piece, one key range, whether it is none, one
 chunk or all. A sliding window breaks this, since a shard has gaps in position: with a window a shard is as many
 launches as a rank may own chunks of a request.

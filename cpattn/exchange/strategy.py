@@ -1,7 +1,7 @@
 """What a strategy is: a schedule as data, what one call needs of memory and transfers, and a plain function that makes the call.
 
 A strategy brings queries and keys together. It says of each call in advance what it will send (``prepare``), so that a
-rank on which the call raises can still carry all of it out; and it attends to what is at hand by calling ``attend``.
+rank on which the call raises can still carry all of it out. It attends to what is at hand by calling ``attend``.
 """
 
 from __future__ import annotations

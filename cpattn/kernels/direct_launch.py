@@ -1,11 +1,11 @@
 """A kernel that Triton has compiled, launched by the CUDA driver's own function.
 
-Of Triton this takes what has not changed since 3.5 and follows from what a compiled kernel is: its handle, how many warps
-and how much shared memory it wants, and how its descriptors lie in shared memory. Which parameters it has and how wide
+Of Triton this takes what has not changed since 3.5 and follows from what a compiled kernel is. That is its handle, how many
+warps and how much shared memory it wants, and how its descriptors lie in shared memory. Which parameters it has and how wide
 they are the driver says; where that is not what the arguments make, Triton launches it.
 
-A launch takes 1.2 us of the host beside the driver's own time, and Triton 3.6's C function, called with the same
-arguments, 2.4 (the Hopper kernel's 41 parameters, one x86 core).
+A launch takes 1.2 us of the host beside the driver's own time. Triton 3.6's C function, called with the same arguments,
+takes 2.4 (the Hopper kernel's 41 parameters, one x86 core).
 """
 
 from __future__ import annotations

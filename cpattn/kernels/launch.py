@@ -3,8 +3,8 @@
 A kernel's wrapper prepares a launch once for each layout of its arguments, and keeps it: all layers of a batch then only
 put their tensors' addresses in. Of those Triton specializes on whether they are multiples of 16, of the other arguments
 on dtypes, constants, and whether integers are multiples of 16. The first launch of each such kind goes through Triton,
-which compiles; later ones go to the CUDA driver (:mod:`cpattn.kernels.direct_launch`), where the release of Triton is one
-with which that is right (:mod:`cpattn.kernels.release`), and the kernel is as expected.
+which compiles. Later ones go to the CUDA driver (:mod:`cpattn.kernels.direct_launch`), if that is right with this release
+of Triton (:mod:`cpattn.kernels.release`), and the kernel is as expected.
 """
 
 # mypy: allow-untyped-calls
@@ -57,7 +57,7 @@ class Launcher:
         Args:
             options: of the compiler, such as ``num_warps``.
             tensors: for each of the kernel's parameters that change from launch to launch, which of the tensors that are
-                given then it is; what it does not name among the parameters stays as it is. They keep all but their addresses.
+                given then it is. Parameters that it does not name stay as they are. They keep all but their addresses.
             arguments: all of the kernel's parameters, as in the first of these launches.
         """
         if not grid[0] * grid[1]:

@@ -7,7 +7,7 @@ Suffixes: M rows of a query tile, N keys of a block, D and V the padded head dim
 
 Same bits in every batch: a query's key blocks lie at multiples of C.BLOCK_N from the start of its key range, and a block
 in which it sees nothing leaves its state as it is. Its running maximum then does not change, so that the state is
-multiplied by exp2(0) = 1 and 0 is added to it; fused multiply-adds are written out, so that the loops with
+multiplied by exp2(0) = 1 and 0 is added to it. Fused multiply-adds are written out, so that the loops with
 and without a mask cannot be contracted differently.
 """
 
@@ -193,8 +193,8 @@ def ragged_attention_kernel(
     page_table_stride_request, page_table_stride_page, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window, C: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile and head: of a run of tiles, which have the same keys, all for one head after another, so
-    that they run side by side and share those keys in the L2 cache. C is a
+    """One program for each tile and head. The tiles of a run have the same keys, and come all for one head, then for the
+    next, so that they run side by side and share those keys in the L2 cache. C is a
     :class:`cpattn.kernels.attention_config.RaggedConfig`."""
     BLOCK_M: tl.constexpr = C.BLOCK_M
     DV_PADDED: tl.constexpr = C.DV_PADDED

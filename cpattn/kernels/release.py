@@ -2,8 +2,8 @@
 
 Both rest on parts of Triton that change from release to release: Gluon, in which that kernel is written, is experimental,
 and how a compiled kernel is launched is internal. This is the one gate. On releases that are known, :data:`KNOWN` says what
-works; what a newer one makes of them is found out at first use by a check that belongs to what is used; and
-where one of them is off, something slower that is right takes its place, with a warning.
+works. With a newer one, a check that belongs to what is used finds out at first use. Where one of them is off, something
+slower that is right takes its place, with a warning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cutting spans into tiles of queries on the host.
 
 An *item* of work is a tile and a query head, or the heads that share the tile: item ``tile * heads + head``. Tiles of one
-span that are about as long follow each other and make a *run*; for the cache's sake a run's items are computed head after
+span that are about as long follow each other and make a *run*. For the cache's sake a run's items are computed head after
 head, all of its tiles for each.
 """
 
@@ -135,8 +135,8 @@ def choose(
     """The shape and packing that finish first by estimate, and their tiles with the key blocks that each visits.
 
     The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
-    the tensor cores best; small ones waste less on short query ranges and spread few queries over more processors;
-    packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
+    the tensor cores best. Small ones waste less on short query ranges, and spread few queries over more processors.
+    Packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
     """
     best: tuple[float, TileShape, int, Tiles, IntArray] | None = None
     for pack in packs:

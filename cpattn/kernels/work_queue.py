@@ -1,7 +1,7 @@
 """Counters on the device from which the programs of a launch draw their work, each taking what comes next.
 
 A counter is two numbers: what has been drawn, and how many programs have ended. A kernel leaves both at 0, as it found
-them. So launches that follow each other can share one, but launches that may run at the same time cannot: each stream has
+them. So launches that follow each other can share one, but launches that may run at the same time cannot. Each stream has
 a counter of its own, and so has each launch that a CUDA graph captures, as its replays may run beside anything. (A capture has to
 begin as ``torch.cuda.graph`` begins it, when the device is done with what came before: with setting counters to 0, too.)
 """

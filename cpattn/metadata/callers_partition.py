@@ -13,8 +13,8 @@ from cpattn.metadata.batch import MAX_TOKENS
 from cpattn.metadata.chunks import Chunks
 
 _RULE = (
-    "a partition is called with the batch [n, 2] and cp_size, and returns cpattn.Chunks(request, start, length, rank): four flat integer "
-    "arrays, an entry a chunk, by request and then by start, in which each new token stands once"
+    "a partition is called with the batch [n, 2] and cp_size, and returns cpattn.Chunks(request, start, length, rank). These are four flat "
+    "integer arrays with an entry for each chunk, by request and then by start, and each new token stands in one chunk"
 )
 
 

@@ -256,8 +256,8 @@ class CPMetadata:
 
     @property
     def shard_places(self) -> tuple[Tensor, Tensor]:
-        """The request of each token that this rank holds, cached and new, request after request, and its number among
-        them; -1 up to the number of the rank that holds the most."""
+        """Of each token that this rank holds, cached and new, request after request: its request, and its number among the
+        tokens of that. Then -1, up to the number of the rank that holds the most."""
         self._require_no_bucket()
         total = int(self.plan.shard_totals[self.cp_rank])
         return self.derive("shard_places", lambda: self._runs_of_requests("shard_len", total, self.plan.largest_shard))
@@ -279,7 +279,7 @@ class CPMetadata:
     def _make(self, key: Hashable, build: Callable[[], Any]) -> None:
         if is_capturing(self.token_count.device):
             raise CPError(
-                f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and by every replay again; "
+                f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and again by every replay; "
                 "make the same call once with the same metadata before capturing it"
             )
         # Tensors made under inference_mode could not be refilled outside of it.

@@ -92,8 +92,8 @@ def draw_plan(plan: Layout, width: int) -> str:
 
 
 def _mark(begin: int, end: int, ends: IntArray, ranks: IntArray) -> str:
-    """The mark for tokens begin .. end - 1, given where the prefix and each chunk end: the rank that owns most of the
-    new ones, which are not lost among cached ones."""
+    """The mark for tokens begin .. end - 1, given where the prefix and each chunk end. It is the rank that owns most of the
+    new ones, so that these are not lost among cached ones."""
     covered = np.diff(np.clip(ends, begin, end), prepend=begin)[1:]
     if not covered.any():
         return _PREFIX

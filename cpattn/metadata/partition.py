@@ -20,7 +20,7 @@ Partition: TypeAlias = Callable[[IntArray, int], Chunks]
 
 
 def zigzag_owners(cp_size: int) -> IntArray:
-    """The owner of each of 2 * cp_size chunks; rank r owns chunks r and 2 * cp_size - 1 - r: an early cheap one and a late
+    """The owner of each of 2 * cp_size chunks. Rank r owns chunks r and 2 * cp_size - 1 - r: an early cheap one and a late
     expensive one."""
     ranks = np.arange(cp_size, dtype=np.int64)
     return np.concatenate([ranks, ranks[::-1]])
@@ -60,8 +60,8 @@ def _cut_alike(batch: IntArray, owners: IntArray, cp_size: int, remainder: str, 
 
 
 def first_dealt(extend_lens: IntArray, shard_lens: IntArray) -> int:
-    """The rank to deal the first left-over token to where caches are sharded (``shard_lens [num_requests, cp_size]``): that
-    from which the tokens go to ranks that hold the fewest of their requests, so that decoding spreads each request."""
+    """The rank to deal the first left-over token to where caches are sharded (``shard_lens [num_requests, cp_size]``). From
+    there tokens go to the ranks that hold the fewest of their requests, so that decoding spreads each request."""
     cp_size = shard_lens.shape[1]
     deals = extend_lens % cp_size > 0
     turns = (extend_lens.cumsum() - extend_lens)[deals] % cp_size
@@ -77,8 +77,8 @@ def chunk_lengths(extend_lens: IntArray, owners: IntArray, cp_size: int, remaind
         extend_lens: ``[num_requests]`` new tokens of each request.
         owners: ``[num_chunks]`` the owner of each chunk; in every run of cp_size chunks each rank stands once.
         remainder: ``"first"`` gives the tokens left over to the first chunks of each request. ``"balanced"`` deals
-            them to ranks in turn and goes on with the next request where the last one stopped, as one deals cards;
-            so any two ranks differ by at most one token over the whole batch.
+            them to ranks in turn and goes on with the next request where the last one stopped, as one deals cards.
+            So any two ranks differ by at most one token over the whole batch.
         dealer: the rank that is dealt the first of them.
 
     Returns:

@@ -133,7 +133,7 @@ def plan(
             2 * cp_size are all legal.
         cp_size: number of ranks, at least 1.
         partition: ``"zigzag"`` cuts each request into 2 * cp_size chunks and gives rank r chunks r and
-            2 * cp_size - 1 - r, so that causal work is even; ``"contiguous"`` cuts it into cp_size chunks. Or a function of
+            2 * cp_size - 1 - r, so that causal work is even. ``"contiguous"`` cuts it into cp_size chunks. Or a function of
             your own: it is called with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on
             every rank.
         remainder: where the tokens go that a division into equal chunks leaves over. ``"balanced"``: any two ranks

@@ -22,8 +22,8 @@ class Moves(Protocol):
     each, in which each row is read once and written once. Neither waits for the device."""
 
     def pack(self, message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
-        """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them; or, with ``slots``, row i
-        into row slots[i] of the message, where that is not negative, and nothing else.
+        """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them. With ``slots`` row i
+        goes into row slots[i] of the message, where that is not negative, and nothing else is written.
 
         Padding may hold NaN, and a kernel that loads whole tiles would multiply it by a weight of 0, which is NaN.
 

@@ -106,8 +106,8 @@ class History:
         later = next((count for count, step in enumerate(reversed(self._steps)) if step.plan() is plan), None)
         if later is None:
             raise CPError(
-                "this plan is not of a step that the pool can take back: the step is undone already, or before one whose plan is gone, or "
-                "the plan is another's or a copy; pass the very Plan that the last call of pool.plan returned"
+                "this plan is not of a step that the pool can take back: the step is undone already, or a later step's plan is gone, or "
+                "this is a copy or another pool's plan; pass the same Plan object that the last call of pool.plan returned"
             )
         if later:
             raise CPError(f"this plan is not of the last step: {later} came after it and still stand; undo the last step first")

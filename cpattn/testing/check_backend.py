@@ -115,7 +115,7 @@ def check_backend(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations on a CPU gain nothing from a second thread, and on a busy machine each waits for it: the
+    """Thousands of tiny operations on a CPU gain nothing from a second thread, and on a busy machine each waits for it. The
     reference took 1.2 s with one thread and 14 to 41 s with two, on two cores that others used as well."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -51,9 +51,9 @@ def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, ls
     """The largest relative RMSE against float64 that a result may have which was split over ranks.
 
     1.05 times the same backend's on one device, plus the rounding of the merges. A merge weighs two partial results
-    with exp(lse - total): LSEs of size L are known to L * u (u: unit roundoff of the dtype merged in), so two of them
-    put 2 * L * u into each weight, and the exp, product and sum another 3 * u; L is taken in the mean square, as the error
-    is. Merges are independent, so their errors add up in squares. Where there is one step, another order of sums still
+    with exp(lse - total). LSEs of size L are known to L * u (u: unit roundoff of the dtype merged in), so two of them
+    put 2 * L * u into each weight. The exp, product and sum put in another 3 * u. L is taken in the mean square, as the
+    error is. Merges are independent, so their errors add up in squares. Where there is one step, another order of sums still
     costs one such rounding.
 
     >>> rmse_bound(1e-3, torch.bfloat16, num_steps=1, lse=torch.tensor([4.0])) < 1.051e-3
@@ -64,7 +64,7 @@ def rmse_bound(single_device_rmse: float, dtype: torch.dtype, num_steps: int, ls
         dtype: of q, k and v.
         num_steps: that the strategy takes.
         lse: of the result, for the size of its entries; -inf is passed over.
-        score_size: of the largest scores, where LSEs may be far smaller: beside a sink, a score of size S has a weight
+        score_size: of the largest scores, where LSEs may be far smaller. Beside a sink, a score of size S has a weight
             that is known to S * u, whatever the LSE of both.
     """
     unit_roundoff = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2

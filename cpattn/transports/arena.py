@@ -43,8 +43,8 @@ class _View(NamedTuple):
 class Arena:
     """Named blocks of memory on any device. Each grows when more is asked of it, and is never smaller again until :meth:`release`.
 
-    Whoever keeps views of it from one call to the next asks to be told when they are of memory that messages no longer lie
-    in, and says what a CUDA graph captures::
+    Whoever keeps views of it from one call to the next asks to be told when messages no longer lie in that memory, and says
+    what a CUDA graph captures::
 
         with arena.noting() as blocks:
             message = arena.buffer("message", (1024, 64), torch.bfloat16, device)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cpattn.errors import GroupError
 
 _FIX = (
-    "its ranks may be out of step, so every call on it is refused: destroy it and make a new one on every rank "
+    "its ranks may be out of step, so every call on it is refused. Destroy it and make a new one on every rank "
     "(torch.distributed.destroy_process_group, new_group), or start the processes anew"
 )
 
@@ -21,8 +21,8 @@ class GroupState:
     """Shared by all transports over one process group and over parts of it, as what they send meets on the same wire.
 
     Attributes:
-        calls: that have begun to send so far, over the group (under ``()``) and over each of its parts (under its ranks);
-            as many on every rank of these, as long as the ranks are in step.
+        calls: that have begun to send so far, over the group (under ``()``) and over each of its parts (under its ranks).
+            They are as many on every rank of these, as long as the ranks are in step.
         failure: why the group was given up, or None.
         leave: called where a call ends.
     """
@@ -61,8 +61,8 @@ class GroupState:
         if not self._under_way.acquire(blocking=False):
             self.give_up("two calls were made on it at once, from two threads, or one from within the other")
             raise GroupError(
-                "another call is under way on this group; calls on a group follow each other, in the same order on every rank: give "
-                "each thread a process group of its own (torch.distributed.new_group); a second transport over the same group, "
+                "another call is under way on this group; calls on a group follow each other, in the same order on every rank. Give "
+                "each thread a process group of its own (torch.distributed.new_group): a second transport over the same group, "
                 f"or a part of it, is not enough. Now this group cannot be used any more: {_FIX}"
             )
 

@@ -101,8 +101,8 @@ def release(group: Group = None) -> None:
     >>> cpattn.release()
 
     Args:
-        group: a ProcessGroup (of all transports over it), one axis of a DeviceMesh, a Transport (its own and its parts'),
-            or None for everything but what calls of other threads are using.
+        group: a ProcessGroup (all transports over it), one axis of a DeviceMesh, or a Transport (its own and its parts').
+            None is for everything but what calls of other threads are using.
 
     Raises:
         GroupError: group is none of these, or a call is under way on it.

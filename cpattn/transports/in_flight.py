@@ -1,8 +1,8 @@
 """One call over a group: what it will send is known before it begins, and is sent whatever happens.
 
 A rank that stopped in the middle of a call would leave its peers waiting, or let its next call meet the rest of this
-one. So a call says which transfers it will make, in order; if anything raises, those that are left are carried out all
-the same, with NaN for what this rank could not make, and only then the exception leaves. All ranks stay in step,
+one. So a call says which transfers it will make, in order. If anything raises, those that are left are carried out all
+the same, with NaN for what this rank could not make. Only then the exception leaves. All ranks stay in step,
 whichever transfer each of them had come to.
 """
 

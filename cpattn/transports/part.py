@@ -41,7 +41,7 @@ class GroupPart(PairwiseTransport):
     """Some ranks of a group, as :meth:`Transport.split` gives them.
 
     It has no process group of its own. torch names one that only its members make after the number of groups that each of
-    them is in, so that ranks that differ there would wait for each other in vain; and over NCCL to destroy a group is a
+    them is in, so that ranks that differ there would wait for each other in vain. And over NCCL to destroy a group is a
     collective, which nobody would call for one that is hidden in here.
     """
 

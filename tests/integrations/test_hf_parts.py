@@ -45,7 +45,7 @@ def test_causal_masks_are_taken(window: int | None) -> None:
     ids=["bidirectional", "bidirectional window", "chunked", "longer window", "forgotten window", "no window", "packed"],
 )
 def test_other_masks_are_refused(function: masking_utils.Callable, size: int | None) -> None:
-    with pytest.raises(cpattn.UnsupportedError, match="that is not causal with or without a sliding window"):
+    with pytest.raises(cpattn.UnsupportedError, match="that is not causal, with or without a sliding window"):
         describe_mask(function, size, overlaid=False)
 
 

@@ -234,7 +234,7 @@ def with_inputs(**changes: Any) -> Callable[[Any, cpattn_hf.ContextParallel], An
         (
             with_inputs(attention_mask=None),
             cpattn_hf.ContextError,
-            r"no attention_mask.*instead of padding give the requests in one packed",
+            r"no attention_mask.*Instead of padding give the requests in one packed",
         ),
         (
             with_inputs(attention_mask=torch.ones(1, 1, 16, 16)),

@@ -214,7 +214,7 @@ def test_what_is_no_layout_of_the_batch(given: Any, message: str) -> None:
     for make in (cpattn.plan, cpattn.required_rows, partial(cpattn.build_metadata, cp_rank=0)):
         with pytest.raises(PlanError, match=f"partition mine:? {message}") as refusal:
             make(BATCH, 3, partition=mine)
-        assert "by request and then by start, in which each new token stands once" in str(refusal.value)
+        assert "by request and then by start, and each new token stands in one chunk" in str(refusal.value)
 
 
 @given(batches(max_requests=4, max_extend=12), plan_options())

@@ -271,7 +271,7 @@ def test_queries_without_keys_are_known_whatever_the_kernel_says() -> None:
 
 
 def test_a_backend_with_run_is_told_what_has_taken_its_place() -> None:
-    message = r"run=...\) is no more; pass attend=, a function \(q, keys, spans, options, out_dtype\) .*custom_backend"
+    message = r"run=...\) was removed; pass attend=, a function \(q, keys, spans, options, out_dtype\) .*custom_backend"
     with pytest.raises(cpattn.OptionError, match=message):
         replace(cpattn.BACKENDS["reference"], run=kernel)  # type: ignore[call-arg]
     assert "attend" in inspect.signature(cpattn.Backend).parameters

@@ -111,7 +111,9 @@ def test_only_the_very_plan_of_a_step_undoes_it() -> None:
     plan = pool.plan([("a", 5)])
     equal = other.plan([("a", 5)])
     assert plan == equal
-    message = "this plan is not of a step that the pool can take back: .*; pass the very Plan that the last call of pool.plan returned"
+    message = (
+        "this plan is not of a step that the pool can take back: .*; pass the same Plan object that the last call of pool.plan returned"
+    )
     wrong: Any
     for wrong in (equal, copy.copy(plan), cpattn.plan([(0, 5)], cp_size=1)):
         refused(pool, wrong, message)
@@ -309,7 +311,7 @@ def test_no_step_before_one_whose_plan_is_gone_is_undone() -> None:
     refused(pool, first, "this plan is not of the last step: 1 came after it")
     third = pool.plan([("a", 1)])
     pool.undo(third)
-    refused(pool, first, "before one whose plan is gone")
+    refused(pool, first, "a later step's plan is gone")
 
 
 def test_a_pool_keeps_no_plan_alive_and_a_plan_no_pool() -> None:

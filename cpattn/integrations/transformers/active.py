@@ -47,12 +47,12 @@ def active_context(config: Any) -> ContextParallel:
         if other.decoder.has_config(config):
             error = ContextError(
                 f"the model was called in thread {here!r}, but its context_parallel was entered in thread {there!r}, and holds in that "
-                "thread alone; call the model where the context was entered, or enter one in the thread that calls it"
+                "thread alone. Call the model where the context was entered, or enter one in the thread that calls it"
             )
             other.missed = error
             raise error
     raise ContextError(
-        'a model with attn_implementation="cpattn" was called outside of a context, so that its batch is unknown; call it as '
+        'a model with attn_implementation="cpattn" was called outside of a context, so that its batch is unknown. Call it as '
         "`with context_parallel(model, meta) as cp: model(**cp.inputs(input_ids))`, or give it another attention: "
         'model.set_attn_implementation("sdpa")'
     )

@@ -122,8 +122,8 @@ def mask_forward(
     if not context.is_token_mask(attention_mask):
         what = "no attention_mask" if attention_mask is None else f"an attention_mask of shape {tuple(attention_mask.shape)}"
         raise ContextError(
-            f"the model was called with {what}, not with that of cp.inputs(input_ids); call model(**cp.inputs(input_ids)), and instead "
-            "of padding give the requests in one packed row, whose lengths the batch of the plan says (generate() is not supported)"
+            f"the model was called with {what}, not with that of cp.inputs(input_ids); call model(**cp.inputs(input_ids)). Instead of "
+            "padding give the requests in one packed row: the batch of the plan has their lengths. generate() is not supported"
         )
     if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
         raise UnsupportedError(

@@ -23,7 +23,7 @@ from cpattn.transports.in_flight import InFlight
 
 _NOT_REACHED = (
     "no layer called cpattn's attention since the inputs were made: either the model did not run, or it has another attention, which "
-    'saw this rank\'s rows alone; load it with attn_implementation="cpattn", or call model.set_attn_implementation("cpattn")'
+    'saw this rank\'s rows alone. Load it with attn_implementation="cpattn", or call model.set_attn_implementation("cpattn")'
 )
 
 

@@ -95,7 +95,7 @@ class BatchLabels:
         if made is None or made.version != _version(labels):
             why = "were not made by cp.labels of this context" if made is None else "have been written to since cp.labels made them"
             raise UnsupportedError(
-                f"shift_labels {why}, so that the number of labels of the whole batch, by which the loss is divided, is unknown; "
+                f"shift_labels {why}. The loss is divided by the number of labels of the whole batch, which is then unknown; "
                 "pass cp.labels(labels), with -100 where none is wanted, or that number as num_items_in_batch="
             )
         return made.total
@@ -131,6 +131,6 @@ class LabelsElsewhere:
 
 def _refuse_own_loss() -> NoReturn:
     raise UnsupportedError(
-        "the model computes its loss from labels, not from shift_labels, so that it would shift them within this rank's rows; call it "
+        "the model computes its loss from labels, not from shift_labels, so that it would shift them within this rank's rows. Call it "
         "without labels, and compute the loss from its logits and cp.labels(input_ids)"
     )

@@ -30,8 +30,8 @@ class CausalMask:
         if all(part in (slice(None), slice(0, None)) for part in index):
             return self
         raise UnsupportedError(
-            f"the model cuts queries off in the middle of its layers (its mask is sliced by {index}); use cp.inputs(input_ids, "
-            "last_only=True) where only the last tokens are wanted, and no logits_to_keep of your own"
+            f"the model cuts queries off in the middle of its layers (its mask is sliced by {index}). Where only the last tokens are "
+            "wanted, use cp.inputs(input_ids, last_only=True), and no logits_to_keep of your own"
         )
 
 
@@ -52,8 +52,8 @@ def describe_mask(mask_function: MaskFunction, local_size: int | None, overlaid:
     if overlaid or not _is_causal(mask_function, local_size):
         size = "" if local_size is None else f" (local size {local_size})"
         raise UnsupportedError(
-            f"the model asks for an attention mask{size} that is not causal with or without a sliding window: "
-            "chunked, bidirectional (of images, say), or one that it reads itself; cpattn has no such attention"
+            f"the model asks for an attention mask{size} that is not causal, with or without a sliding window. "
+            "It may be chunked, bidirectional (of images, say), or one that it reads itself; cpattn has no such attention"
         )
     return CausalMask(local_size)
 
