@@ -18,7 +18,6 @@ from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 from cpattn.metadata.plan import Plan
 from cpattn.viz.palette import rank_text_color
 
-_MOST_REQUESTS_DRAWN = 100
 _DESCRIPTION = """\
 Prints how a batch is laid out over the ranks: each rank's tokens and
 query-key pairs, how far the busiest is from the mean, what each strategy
@@ -135,12 +134,9 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
 
 
 def print_layout(plan: Plan) -> None:
-    """The plan as a text picture that fits the terminal; a batch of very many requests is not drawn."""
-    if len(plan.batch) > _MOST_REQUESTS_DRAWN:
-        say(f"{len(plan.batch):,} requests are too many to draw here; `cpattn picture plan -o FILE` draws those with the most work")
-        return
+    """The plan as a text picture that fits the terminal."""
     # What stands beside the marks; with a single mark it is widest, as that stands for the most tokens.
-    beside = max(map(len, plan.draw(1).splitlines()[1:]), default=0) - 1
+    beside = max((len(line) for line in plan.draw(1).splitlines() if "|" in line), default=0) - 1
     width = max(10, min(60 if columns() <= 120 else 150, columns() - beside))
     print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_text_color(rank) for rank in range(plan.cp_size)})
 

@@ -7,16 +7,28 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from cpattn.device_tables import IntArray
+from cpattn.metadata.kinds import Kind, kinds_of, most_work
 from cpattn.metadata.layout import Layout
 
 _RANK_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PREFIX = "."
 _LEGEND = f"{_PREFIX} cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark"
+# A batch of more requests is drawn by kind, and in no more lines than a terminal has.
+_MOST_LINES = 24
 
 
 def rank_mark(rank: int) -> str:
     """The letter or digit that stands for a rank."""
     return _RANK_MARKS[rank % len(_RANK_MARKS)]
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and what it counts.
+
+    >>> counted(1, "rank"), counted(4096, "row")
+    ('1 rank', '4,096 rows')
+    """
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
@@ -38,11 +50,10 @@ def summarize_plan(plan: Layout) -> str:
 
 def describe_plan(plan: Layout) -> str:
     """Two lines: the batch, and the layout."""
-    requests = "1 request" if len(plan.batch) == 1 else f"{len(plan.batch):,} requests"
     return (
-        f"{requests}: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones\n"
-        f"{plan.cp_size} ranks, {describe_partition(plan)}, "
-        f"{plan.rows:,} rows a rank (a multiple of {plan.pad_to})"
+        f"{counted(len(plan.batch), 'request')}: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones\n"
+        f"{counted(plan.cp_size, 'rank')}, {describe_partition(plan)}, "
+        f"{counted(plan.rows, 'row')} a rank (a multiple of {plan.pad_to})"
     )
 
 
@@ -68,27 +79,45 @@ def describe_imbalance(plan: Layout) -> str:
 
 
 def draw_plan(plan: Layout, width: int) -> str:
-    """See :meth:`cpattn.Plan.draw`; a long request is drawn to its own scale, a short one token by token."""
+    """See :meth:`cpattn.Plan.draw`."""
     if not plan.batch:
         return "(no requests)"
+    if len(plan.batch) <= _MOST_LINES:
+        kinds = [Kind(*lengths, (number,)) for number, lengths in enumerate(plan.batch)]
+    else:
+        kinds = most_work(kinds_of(plan, cut_alike=True), _MOST_LINES)
+    number_width = len(str(max(kind.requests[0] for kind in kinds)))
     labels = [
-        f"request {i:>{len(str(len(plan.batch) - 1))}}: {prefix_len} + {extend_len}"
-        for i, (prefix_len, extend_len) in enumerate(plan.batch)
+        (f"request {kind.requests[0]:>{number_width}}" if len(kind.requests) == 1 else counted(len(kind.requests), "request"))
+        + f": {kind.prefix_len} + {kind.extend_len}"
+        for kind in kinds
     ]
     label_width = max(map(len, labels))
-    lines = [_LEGEND]
-    request, start, length, rank = plan.chunk_table
-    bounds = np.searchsorted(request, np.arange(len(plan.batch) + 1))
-    for i, (prefix_len, extend_len) in enumerate(plan.batch):
-        tokens_a_mark = max(1, -(-(prefix_len + extend_len) // max(1, width)))
-        own = slice(bounds[i], bounds[i + 1])
-        ends = prefix_len + np.concatenate([[0], start[own] + length[own]])
-        marks = "".join(
-            _mark(at, min(at + tokens_a_mark, prefix_len + extend_len), ends, rank[own])
-            for at in range(0, prefix_len + extend_len, tokens_a_mark)
-        )
-        lines.append(f"{labels[i].ljust(label_width)} |{marks}|" + (f" x{tokens_a_mark}" if tokens_a_mark > 1 else ""))
+    lines = [_legend(plan.cp_size)]
+    for kind, label in zip(kinds, labels, strict=True):
+        tokens_a_mark = max(1, -(-(kind.prefix_len + kind.extend_len) // max(1, width)))
+        marks = _marks(plan, kind, tokens_a_mark)
+        lines.append(f"{label.ljust(label_width)} |{marks}|" + (f" x{tokens_a_mark}" if tokens_a_mark > 1 else ""))
+    left_out = len(plan.batch) - sum(len(kind.requests) for kind in kinds)
+    if left_out:
+        lines.append(f"and {left_out:,} more")
     return "\n".join(lines)
+
+
+def _legend(cp_size: int) -> str:
+    """What the marks mean."""
+    if cp_size <= len(_RANK_MARKS):
+        return _LEGEND
+    return f"{_LEGEND}\n{len(_RANK_MARKS)} ranks have a mark of their own; rank {len(_RANK_MARKS)} has that of rank 0, and so on"
+
+
+def _marks(plan: Layout, kind: Kind, tokens_a_mark: int) -> str:
+    """The bar of a kind, from its first request."""
+    request, start, length, rank = plan.chunk_table
+    own = slice(*np.searchsorted(request, [kind.requests[0], kind.requests[0] + 1]))
+    ends = kind.prefix_len + np.concatenate([[0], start[own] + length[own]])
+    total = kind.prefix_len + kind.extend_len
+    return "".join(_mark(at, min(at + tokens_a_mark, total), ends, rank[own]) for at in range(0, total, tokens_a_mark))
 
 
 def _mark(begin: int, end: int, ends: IntArray, ranks: IntArray) -> str:

@@ -67,7 +67,19 @@ class Plan(Layout):
 
     @leaves_graph
     def draw(self, width: int = 60) -> str:
-        """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank."""
+        """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank.
+
+        Of more than 24 requests those that are alike share a line, and 24 lines are drawn, those with the most work.
+
+        >>> import cpattn
+        >>> print(cpattn.plan([(4, 1)] * 40, cp_size=2).draw())
+        . cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark
+        20 requests: 4 + 1 |....0|
+        20 requests: 4 + 1 |....1|
+
+        Args:
+            width: how many marks a line has at most.
+        """
         return draw_plan(self, width)
 
     # Of zigzag and contiguous alone, which cut all requests alike. ``chunk_table`` says the same of any partition.

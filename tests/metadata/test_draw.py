@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -98,6 +99,38 @@ class TestDraw:
         plan = cpattn.plan([(4, 8), (2, 1), (11, 1)], 2, partition="contiguous")
         assert parse(plan.draw(width=3)) == [(".01", 4), ("..0", 1), ("..1", 4)]
 
+    def test_equal_requests_share_a_line(self) -> None:
+        _, *lines = cpattn.plan([(9, 1)] * 255 + [(0, 4), (9, 1)], 4, partition="contiguous").draw().splitlines()
+        assert lines == [
+            *(f"64 requests: 9 + 1 |.........{rank}|" for rank in range(4)),
+            "request 255: 0 + 4 |0123|",
+        ]
+
+    @given(batches(max_requests=80), any_plan_options())
+    @settings(deadline=None)
+    def test_a_long_batch_is_drawn_in_few_lines_that_leave_nothing_out_unsaid(self, batch: Batch, options: dict[str, Any]) -> None:
+        plan = cpattn.plan(batch, **options)
+        lines = plan.draw(width=200).splitlines()[1:]
+        assert len(lines) <= 25
+        more = re.fullmatch(r"and ([\d,]+) more", lines[-1]) if lines else None
+        drawn: Counter[tuple[str, str, str]] = Counter()
+        for line in lines[:-1] if more else lines:
+            fields = re.fullmatch(r"(?:request +\d+|([\d,]+) requests): (\d+) \+ (\d+) +\|(.*)\|", line)
+            assert fields, line
+            drawn[fields[2], fields[3], fields[4]] += int((fields[1] or "1").replace(",", ""))
+        assert drawn.total() + int(more[1] if more else 0) == len(batch)
+        there = Counter((str(prefix), str(extend), owners) for (prefix, extend), owners in zip(plan.batch, owners_of(plan), strict=True))
+        assert drawn <= there
+
+    def test_of_a_long_batch_those_with_the_most_work_are_drawn(self) -> None:
+        lines = cpattn.plan([(0, 1 + number) for number in range(60)], 3).draw().splitlines()
+        assert [re.split(" +|:", line)[1] for line in lines[1:-1]] == [str(number) for number in range(36, 60)]
+        assert lines[-1] == "and 36 more"
+
+    def test_the_legend_says_where_marks_come_again(self) -> None:
+        assert "rank 62 has that of rank 0" in cpattn.plan([(0, 70)], 63).draw()
+        assert "rank 62" not in cpattn.plan([(0, 70)], 62).draw()
+
 
 class TestSummary:
     def test_a_small_plan(self) -> None:
@@ -133,7 +166,7 @@ class TestSummary:
         assert [int(cell) for cell in table["all"]] == [plan.num_tokens, plan.cp_size * plan.rows - plan.num_tokens, sum(plan.rank_pairs)]
         assert f"tokens {plan.token_imbalance:.4f} pairs {plan.pair_imbalance:.4f}" in text
         remainder = "" if plan.is_callers else plan.remainder
-        for word in (str(plan.partition), remainder, f"{plan.rows} rows", f"multiple of {plan.pad_to}", f"{len(batch)} request"):
+        for word in (str(plan.partition), remainder, f"{plan.rows} row", f"multiple of {plan.pad_to}", f"{len(batch)} request"):
             assert word in text
 
     @pytest.mark.parametrize("batch", [*named_batches(), pytest.param([(1_000_000, 131_072)] * 64, id="long-contexts")])

@@ -1,0 +1,44 @@
+"""Requests of a batch that are alike, so that a long batch can be shown in few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.metadata.layout import Layout
+
+
+class Kind(NamedTuple):
+    """Requests of the same lengths, by their numbers in the batch."""
+
+    prefix_len: int
+    extend_len: int
+    requests: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        """The query-key pairs of all of them."""
+        return len(self.requests) * (self.extend_len * self.prefix_len + self.extend_len * (self.extend_len + 1) // 2)
+
+
+def kinds_of(plan: Layout, cut_alike: bool = False) -> list[Kind]:
+    """The kinds of a plan's requests, in the order of the first of each.
+
+    Args:
+        cut_alike: whether the requests of a kind must have the same chunks on the same ranks as well.
+    """
+    bounds = np.searchsorted(plan.chunk_table.request, np.arange(len(plan.batch) + 1))
+    found: dict[tuple[int, int, bytes], list[int]] = {}
+    for number, (prefix_len, extend_len) in enumerate(plan.batch):
+        own = slice(bounds[number], bounds[number + 1])
+        cut = b"".join(column[own].tobytes() for column in plan.chunk_table[1:]) if cut_alike else b""
+        found.setdefault((prefix_len, extend_len, cut), []).append(number)
+    return [Kind(prefix_len, extend_len, tuple(requests)) for (prefix_len, extend_len, _), requests in found.items()]
+
+
+def most_work(kinds: Sequence[Kind], most: int) -> list[Kind]:
+    """At most that many of the kinds, those with the most query-key pairs, in the order given."""
+    ranked = sorted(range(len(kinds)), key=lambda number: -kinds[number].pairs)
+    return [kinds[number] for number in sorted(ranked[:most])]
