@@ -10,7 +10,7 @@ from cpattn.device_tables import IntArray
 from cpattn.metadata.kinds import Kind, kinds_of, most_work
 from cpattn.metadata.layout import Layout
 
-_RANK_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+RANK_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PREFIX = "."
 _LEGEND = f"{_PREFIX} cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark"
 # A batch of more requests is drawn by kind, and in no more lines than a terminal has.
@@ -19,7 +19,7 @@ _MOST_LINES = 24
 
 def rank_mark(rank: int) -> str:
     """The letter or digit that stands for a rank."""
-    return _RANK_MARKS[rank % len(_RANK_MARKS)]
+    return RANK_MARKS[rank % len(RANK_MARKS)]
 
 
 def counted(number: int, thing: str) -> str:
@@ -78,6 +78,13 @@ def describe_imbalance(plan: Layout) -> str:
     return f"imbalance (fullest rank over the mean): tokens {plan.token_imbalance:.4f}, pairs {plan.pair_imbalance:.4f}"
 
 
+def describe_busiest(plan: Layout) -> str:
+    """How much work the rank with the most of it has."""
+    if not any(plan.rank_pairs):
+        return "nothing to compute"
+    return f"the busiest rank has {plan.pair_imbalance:.2f} times the mean"
+
+
 def draw_plan(plan: Layout, width: int) -> str:
     """See :meth:`cpattn.Plan.draw`."""
     if not plan.batch:
@@ -106,9 +113,9 @@ def draw_plan(plan: Layout, width: int) -> str:
 
 def _legend(cp_size: int) -> str:
     """What the marks mean."""
-    if cp_size <= len(_RANK_MARKS):
+    if cp_size <= len(RANK_MARKS):
         return _LEGEND
-    return f"{_LEGEND}\n{len(_RANK_MARKS)} ranks have a mark of their own; rank {len(_RANK_MARKS)} has that of rank 0, and so on"
+    return f"{_LEGEND}\n{len(RANK_MARKS)} ranks have a mark of their own; rank {len(RANK_MARKS)} has that of rank 0, and so on"
 
 
 def _marks(plan: Layout, kind: Kind, tokens_a_mark: int) -> str:

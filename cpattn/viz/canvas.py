@@ -11,10 +11,11 @@ from cpattn.errors import CPError
 from cpattn.viz.palette import INK
 
 SUFFIXES = (".png", ".svg", ".pdf")
+FONT = "DejaVu Sans"  # comes with matplotlib
 
 # What a reader's own matplotlib settings must not change, and what makes the files repeatable.
 _SETTINGS: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": FONT,
     "font.size": 9.0,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -34,6 +35,14 @@ class PictureError(CPError):
     """A picture cannot be made: no matplotlib, a kind of file that is not known, or a place that cannot be written to."""
 
 
+def need_matplotlib() -> None:
+    """Raises PictureError where it cannot be imported."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise PictureError(f"drawing needs matplotlib ({error}); pip install 'cpattn[viz]'") from None
+
+
 @contextmanager
 def canvas(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib Figure of that size in inches, written to ``path`` at the end. It never opens a window.
@@ -43,11 +52,10 @@ def canvas(path: str | Path, width: float, height: float) -> Iterator[Any]:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise PictureError(f"cannot draw to {path}: a picture's name ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PictureError(f"drawing needs matplotlib ({error}); pip install 'cpattn[viz]'") from None
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)

@@ -16,7 +16,7 @@ def draw_plan_picture(plan: Plan, path: str | Path) -> None:
     """Draws a panel a request, queries down and keys across, and below them the rows that each rank holds.
 
     A small plan is drawn token by token, with each token's position; a large one chunk by chunk, each request to its own
-    scale, and of many requests those with the most work.
+    scale. Equal requests share a panel, and of many panels those with the most work are drawn.
 
     Args:
         plan: any plan.

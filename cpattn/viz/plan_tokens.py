@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from cpattn.metadata.draw import counted
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
+from cpattn.viz.captions import wrapped
 from cpattn.viz.palette import FAINT, INK, MASKED, PADDING, PREFIX, ink_on, rank_color, tint
 
 _INCH = 0.27  # of a cell, the unit of everything here
@@ -15,6 +19,8 @@ _LEFT = 3.2  # beside a request's cells, for the names of ranks
 _LEAST_WIDTH = 9.0  # of a request, so that its title fits
 _ABOVE = 3.4  # a request's cells, for its title and the keys' positions
 _GAP = 1.6
+_CAPTION_STEP = 0.75
+_NAMED = 3  # rows of a request that have room for its name
 
 
 class _Place(NamedTuple):
@@ -28,7 +34,10 @@ class _Place(NamedTuple):
 def draw_tokens(plan: Plan, path: str | Path) -> None:
     """See :func:`cpattn.viz.draw_plan_picture`."""
     places, width, height = _flow(plan)
-    width = max(width, _LEFT + 1 + plan.rows + 6, 31.0)
+    width = max(width, _LEFT + 1 + plan.rows + 4, 31.0)
+    caption = wrapped(_caption(plan), width * _INCH)
+    down = _CAPTION_STEP * (len(caption) - 1)
+    places, height = [place._replace(y=place.y + down) for place in places], height + down
     rows_at = height + 1.6
     bottom = rows_at + 2.1 * plan.cp_size + 1.2
     with canvas(path, (width + 0.6) * _INCH, (bottom + 2.6) * _INCH) as figure:
@@ -37,16 +46,31 @@ def draw_tokens(plan: Plan, path: str | Path) -> None:
         axis.set_ylim(bottom, -2.6)
         axis.axis("off")
         axis.text(0, -1.6, "Which rank computes what: a row is a query, a column a key", fontsize=10.5, weight="bold", va="center")
-        axis.text(
-            0, -0.55, f"{plan.cp_size} ranks, {plan.partition} partition. Numbers: positions in the request. Pale: keys of the prefix. "
-            "White: not seen. Black lines: chunks.",
-            va="center",
-        )  # fmt: skip
+        for number, text in enumerate(caption):
+            axis.text(0, number * _CAPTION_STEP - 0.55, text, va="center")
         for place in places:
             _draw_request(axis, plan, place)
-        axis.text(0, rows_at - 0.1, "The rows that each rank holds", fontsize=10.5, weight="bold", va="center")
+        axis.text(0, rows_at - 0.1, _rows_title(plan), fontsize=10.5, weight="bold", va="center")
         for rank in range(plan.cp_size):
             _draw_rows(axis, plan, rank, rows_at + 0.8 + 2.1 * rank)
+
+
+def _caption(plan: Plan) -> list[str]:
+    """Sentences, each where it is true."""
+    queries = bool(plan.num_tokens)
+    return [
+        f"{counted(plan.cp_size, 'rank')}, {plan.partition} partition.",
+        "Numbers: positions in the request." if plan.batch else "No requests.",
+        "Pale: keys of the prefix." if any(request.prefix_len and request.extend_len for request in plan.batch) else "",
+        "White: not seen." if any(request.extend_len > 1 for request in plan.batch) else "",
+        "Black lines: chunks." if queries else "",
+    ]
+
+
+def _rows_title(plan: Plan) -> str:
+    """Explains the short names as well, if there are any."""
+    short = next((int(request) for request in np.flatnonzero(((plan.rank_extends > 0) & (plan.rank_extends < _NAMED)).any(axis=1))), None)
+    return "The rows that each rank holds" + (f"; r{short}: request {short}" if short is not None else "")
 
 
 def _flow(plan: Plan) -> tuple[list[_Place], float, float]:
@@ -94,7 +118,8 @@ def _draw_request(axis: Any, plan: Plan, place: _Place) -> None:
         if chunk.request == request:
             axis.text(x - 1.45, y + chunk.start + chunk.length / 2, f"rank {chunk.rank}", ha="right", va="center")
             axis.plot([left + 0.4, x + prefix_len + extend_len], [y + chunk.start] * 2, color=INK, linewidth=1.2)
-    axis.plot([left + 0.4, x + prefix_len + extend_len], [y + extend_len] * 2, color=INK, linewidth=1.2)
+    if extend_len:
+        axis.plot([left + 0.4, x + prefix_len + extend_len], [y + extend_len] * 2, color=INK, linewidth=1.2)
     if prefix_len and extend_len:
         axis.plot([x + prefix_len] * 2, [y, y + extend_len], color=INK, linewidth=1.2)
     if not extend_len:
@@ -115,6 +140,8 @@ def _draw_rows(axis: Any, plan: Plan, rank: int, y: float) -> None:
             _below(axis, begin, x, y, f"request {chunk.request}", f"r{chunk.request}")
             begin = x
     padding = plan.rows - plan.rank_tokens[rank]
+    if not plan.rows:
+        axis.text(x, y + 0.5, "no rows", va="center")
     for number in range(padding):
         _cell(axis, x + number, y, PADDING, hatch="/////")
     if padding:
@@ -138,4 +165,4 @@ def _bracket(axis: Any, begin: float, end: float, y: float, text: str) -> None:
 
 def _below(axis: Any, begin: float, end: float, y: float, text: str, short: str) -> None:
     axis.plot([begin + 0.1, end - 0.1], [y + 1.18] * 2, color=INK, linewidth=0.8)
-    axis.text((begin + end) / 2, y + 1.28, text if end - begin >= 3 else short, ha="center", va="top", fontsize=7.5)
+    axis.text((begin + end) / 2, y + 1.28, text if end - begin >= _NAMED else short, ha="center", va="top", fontsize=7.5)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpattn.metadata.draw import rank_mark
+from cpattn.metadata.draw import RANK_MARKS, rank_mark
+from cpattn.metadata.plan import Plan
 from cpattn.viz.ring_schedule import RingSchedule, Stretch
-
-RING_LEGEND = (
-    "0 1 .. 9 a b ..: the rank whose keys they are   .: nothing\n"
-    "computes: attention over those keys, in the first hop over cached ones as well\n"
-    "sends: those keys, to the next rank, meanwhile"
-)
 
 
 def ring_as_text(schedule: RingSchedule, width: int = 60) -> str:
@@ -26,7 +21,7 @@ def ring_as_text(schedule: RingSchedule, width: int = 60) -> str:
     rank 1 computes |11111111111000000000|
            sends    |11111...............|
     """
-    lines = [RING_LEGEND]
+    lines = _legend(schedule.plan)
     label_width = len(f"rank {schedule.plan.cp_size - 1}")
     for rank in range(schedule.plan.cp_size):
         for label, name, stretches in (
@@ -36,6 +31,18 @@ def ring_as_text(schedule: RingSchedule, width: int = 60) -> str:
             mine = [stretch for stretch in stretches if stretch.rank == rank]
             lines.append(f"{label:<{label_width}} {name:<8} |{_marks(mine, schedule.end, width)}|")
     return "\n".join(lines)
+
+
+def _legend(plan: Plan) -> list[str]:
+    """What the marks mean, as far as it is true of this plan."""
+    again = [] if plan.cp_size <= len(RANK_MARKS) else [f"{len(RANK_MARKS)} ranks have a mark of their own; then the marks begin again"]
+    cached = ", in the first hop over cached ones as well" if plan.num_prefix_tokens and not plan.sharded else ""
+    return [
+        "0 1 .. 9 a b ..: the rank whose keys they are   .: nothing",
+        *again,
+        f"computes: attention over those keys{cached}",
+        "sends: those keys, to the next rank, meanwhile",
+    ]
 
 
 def _marks(stretches: Sequence[Stretch], end: float, width: int) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpattn.metadata.draw import describe_partition
+from cpattn.metadata.draw import describe_busiest, describe_partition
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
+from cpattn.viz.captions import wrapped
 from cpattn.viz.palette import INK, rank_color, rank_hatch
+from cpattn.viz.rank_rows import MOST_RANKS_NAMED, rank_ticks
 
-_MOST_LABELS = 32
+_INCHES_A_PLAN = 3.4
 
 
 def draw_work_picture(plans: Sequence[Plan], path: str | Path) -> None:
@@ -23,8 +25,9 @@ def draw_work_picture(plans: Sequence[Plan], path: str | Path) -> None:
     Raises PictureError.
     """
     most_ranks = max(plan.cp_size for plan in plans)
-    height = 1.3 + min(0.28 * most_ranks, 9.0)
-    with canvas(path, 1.0 + 3.4 * len(plans), height) as figure:
+    bars = min(0.28 * most_ranks, 9.0)
+    size = 9.0 if most_ranks <= 32 else 7.0
+    with canvas(path, 1.0 + _INCHES_A_PLAN * len(plans), 1.3 + bars) as figure:
         axes = figure.subplots(1, len(plans), sharex=True, squeeze=False)[0]
         widest = max(plan.pair_imbalance for plan in plans)
         for axis, plan in zip(axes, plans, strict=True):
@@ -32,21 +35,17 @@ def draw_work_picture(plans: Sequence[Plan], path: str | Path) -> None:
             for rank, pairs in enumerate(plan.rank_pairs):
                 ratio = pairs / mean if mean else 0.0
                 axis.barh(rank, ratio, height=0.8, color=rank_color(rank), hatch=rank_hatch(rank), edgecolor=INK, linewidth=0.6)
-                if plan.cp_size <= _MOST_LABELS:
-                    axis.text(ratio + 0.02 * widest, rank, f"{ratio:.2f}", va="center", bbox={"color": "white", "pad": 0.6})
-            axis.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 2)))
-            axis.annotate("mean", (1.0, 1.0), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points")
-            axis.set_title(
-                f"{describe_partition(plan)}\nthe busiest rank has {plan.pair_imbalance:.2f} times the mean",
-                pad=16, loc="left",
-            )  # fmt: skip
-            axis.set_ylim(plan.cp_size - 0.4, -0.6)
+                if plan.cp_size <= MOST_RANKS_NAMED:
+                    axis.text(ratio + 0.02 * widest, rank, f"{ratio:.2f}", va="center", fontsize=size, bbox={"color": "white", "pad": 0.6})
+            if mean:
+                # Solid: of a dashed line beside equal bars only the dashes between them are seen.
+                axis.axvline(1.0, color=INK, linewidth=1.0)
+                axis.annotate("mean", (1.0, 1.0), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center")
+            title = [*wrapped([describe_partition(plan)], _INCHES_A_PLAN - 0.6), describe_busiest(plan)]
+            axis.set_title("\n".join(title), pad=16, loc="left")
             axis.set_xlim(0, 1.18 * widest)
             axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 1.18 * widest])
-            step = 1 if plan.cp_size <= _MOST_LABELS else plan.cp_size // 16
-            ranks = range(0, plan.cp_size, step)
-            axis.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
-            axis.tick_params(axis="y", length=0)
+            rank_ticks(axis, plan.cp_size, bars)
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
             axis.set_xlabel("query-key pairs of the rank / mean of all ranks")

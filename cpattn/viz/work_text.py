@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpattn.metadata.draw import describe_partition
+from cpattn.metadata.draw import describe_busiest, describe_partition
 from cpattn.metadata.plan import Plan
 
 
@@ -21,7 +21,7 @@ def work_as_text(plans: Sequence[Plan], width: int = 40) -> str:
     blocks = []
     for plan in plans:
         mean = sum(plan.rank_pairs) / plan.cp_size
-        lines = [f"{describe_partition(plan)}: the busiest rank has {plan.pair_imbalance:.2f} times the mean"]
+        lines = [f"{describe_partition(plan)}: {describe_busiest(plan)}"]
         label_width = len(f"rank {plan.cp_size - 1}")
         number_width = max(len(f"{pairs:,}") for pairs in plan.rank_pairs)
         for rank, pairs in enumerate(plan.rank_pairs):

@@ -8,12 +8,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from own_partitions import OwnPartition
 from strategies import Batch, named_batches
 
 import cpattn
+from cpattn import Chunks
+from cpattn.metadata.batch import IntArray
 from cpattn.viz import draw_plan_picture, draw_ring_picture, draw_work_picture, ring_schedule
 from cpattn.viz.canvas import PictureError, canvas
+from cpattn.viz.captions import text_width, wrapped
 from cpattn.viz.palette import INK, ink_on, rank_color, rank_hatch, tint
 from cpattn.viz.plan_picture import is_small
 
@@ -63,10 +68,95 @@ def test_a_large_plan_is_drawn_chunk_by_chunk(tmp_path: Path) -> None:
 
 
 def test_of_many_requests_those_with_the_most_work_are_drawn(tmp_path: Path) -> None:
-    draw_plan_picture(cpattn.plan([(0, 10)] * 30 + [(0, 999)], 2), tmp_path / "plan.svg")
+    draw_plan_picture(cpattn.plan([(0, 10 + number) for number in range(30)] + [(0, 999)], 2), tmp_path / "plan.svg")
     written = texts(tmp_path / "plan.svg")
     assert "0 cached + 999 new" in written
     assert any("12 of 31 requests, those with the most work" in text for text in written)
+
+
+@pytest.mark.parametrize("cp_size", [3, 5, 7, 8, 16, 32])
+def test_each_chunk_has_its_number(tmp_path: Path, cp_size: int) -> None:
+    draw_plan_picture(cpattn.plan([(100, 4099)], cp_size), tmp_path / "plan.svg")
+    written = Counter(texts(tmp_path / "plan.svg"))
+    assert [written[str(rank)] for rank in range(1, cp_size)] == [2] * (cp_size - 1)
+    assert [written[f"rank {rank}"] for rank in range(cp_size)] == [1] * cp_size
+    assert any("Colours and numbers: ranks." in text for text in written)
+
+
+def test_numbers_are_promised_where_they_are(tmp_path: Path) -> None:
+    """As many as have room at 64 ranks, and a chunk too thin for one."""
+    thin = Chunks(*np.array([[0, 0, 0, 0, 0], [0, 500, 501, 502, 503], [500, 1, 1, 1, 497], [0, 1, 0, 1, 0]]))
+    plans = [cpattn.plan([(0, 4096)], 64), cpattn.plan([(0, 1000)], 2, partition=lambda batch, cp_size: thin)]
+    for plan in plans:
+        draw_plan_picture(plan, tmp_path / "plan.svg")
+        written = texts(tmp_path / "plan.svg")
+        assert any("Colours: ranks; numbers too, where there is room." in text for text in written)
+        assert 1 < sum(text.isdecimal() for text in written) - 1 < len(plan.chunks)
+
+
+def test_equal_requests_share_a_panel(tmp_path: Path) -> None:
+    draw_plan_picture(cpattn.plan([(8192, 1)] * 256, 4), tmp_path / "plan.svg")
+    written = Counter(texts(tmp_path / "plan.svg"))
+    assert written["256 requests of"] == written["8,192 cached + 1 new"] == 1
+    assert written["64 requests"] == written["64 requests of 8,192 + 1"] == 4  # in each rank's band and rows
+    assert [written[str(rank)] for rank in (1, 2, 3)] == [1, 1, 1]
+    draw_plan_picture(cpattn.plan([(8, 1024)] * 32 + [(0, 1)] * 8, 4), tmp_path / "plan.svg")
+    written = Counter(texts(tmp_path / "plan.svg"))
+    assert written["32 requests of"] == written["8 requests of"] == 1
+    # Of those that are cut the first: a number a chunk, and a band a rank of the others.
+    assert [written[str(rank)] for rank in (2, 3)] == [3, 3]
+
+
+def test_what_is_too_thin_to_be_seen_leaves_no_dashes(tmp_path: Path) -> None:
+    draw_plan_picture(cpattn.plan([(0, 4096)], 3), tmp_path / "plan.svg")  # a row of padding in 1,366
+    assert "url(#h" not in (tmp_path / "plan.svg").read_text()
+    draw_plan_picture(cpattn.plan([(0, 4096)], 3, pad_to=1000), tmp_path / "plan.svg")
+    assert "url(#h" in (tmp_path / "plan.svg").read_text()
+    draw_work_picture([cpattn.plan([(0, 4096)], 3)], tmp_path / "work.svg")  # the mean is where the bars end
+    assert "dasharray" not in (tmp_path / "work.svg").read_text()
+
+
+def test_what_is_empty_says_so(tmp_path: Path) -> None:
+    for plan in (cpattn.plan([], 4), cpattn.plan([(8, 0)], 4), cpattn.plan([(800, 0)] * 20, 4), cpattn.plan([], 16)):
+        draw_plan_picture(plan, tmp_path / "plan.svg")
+        draw_work_picture([plan], tmp_path / "work.svg")
+        draw_ring_picture(ring_schedule(plan), tmp_path / "ring.svg")
+        written = " ".join(texts(tmp_path / "plan.svg"))
+        assert "no rows" in written
+        assert ("No requests." in written) == (not plan.batch)
+        assert "Pale" not in written
+        assert "nothing to compute" in texts(tmp_path / "work.svg")
+        assert any("nothing to compute" in text for text in texts(tmp_path / "ring.svg"))
+
+
+def test_one_is_singular(tmp_path: Path) -> None:
+    draw_plan_picture(cpattn.plan([(1000, 1)], 1), tmp_path / "plan.svg")
+    assert {"1 row", "1 rank, zigzag partition, balanced remainder. Colours and numbers: ranks. Pale: keys of the prefix."} <= set(
+        texts(tmp_path / "plan.svg")
+    )
+
+
+def test_each_hop_has_its_number(tmp_path: Path) -> None:
+    draw_ring_picture(ring_schedule(cpattn.plan([(0, 3670)], 16)), tmp_path / "ring.svg")
+    written = Counter(texts(tmp_path / "ring.svg"))
+    assert [written[str(rank)] for rank in range(1, 16)] == [16 + 15] * 15
+    assert any(text.startswith("Colour and number: whose keys. ") for text in written)
+    draw_ring_picture(ring_schedule(cpattn.plan([(0, 3670)], 4), transfer=0.01), tmp_path / "ring.svg")
+    assert any(text.startswith("Colour: whose keys; a number too, where there is room. ") for text in texts(tmp_path / "ring.svg"))
+
+
+def test_only_who_computes_over_cached_keys_is_said_to(tmp_path: Path) -> None:
+    draw_ring_picture(ring_schedule(cpattn.plan([(600, 1), (0, 400)], 2, partition="contiguous")), tmp_path / "ring.svg")
+    written = texts(tmp_path / "ring.svg")
+    assert "keys of rank 0 and cached ones" in written
+    assert "keys of rank 1 and cached ones" not in written
+
+
+def test_a_long_line_is_broken_between_words() -> None:
+    lines = wrapped(["Some words.", "", "And a_name_that_is_far_too_long_for_any_line."], 1.5)
+    assert lines[0].startswith("Some words.")
+    assert lines[-1].endswith("\u2026")
+    assert all(0 < text_width(line) <= 1.5 for line in lines)
 
 
 @pytest.mark.parametrize("batch", named_batches())
@@ -99,16 +189,28 @@ def test_the_readers_own_settings_change_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+def a_partition_whose_name_is_so_long_that_it_has_to_be_broken_somewhere(batch: IntArray, cp_size: int) -> Chunks:
+    return OwnPartition(3)(batch, cp_size)
+
+
 PLANS = {
     "small": SMALL,
     "many small": cpattn.plan([(3, 9), (0, 12), (30, 1), (2, 7), (5, 0), (0, 1)], 3, pad_to=8),
     "mixed": cpattn.plan([(0, 1531), (2048, 700), (0, 7), (997, 1), (512, 0), (0, 1), (333, 89), (0, 240)], 4, pad_to=128),
     "16 ranks": cpattn.plan([(0, 3670)], 16),
+    "mixed over 16 ranks": cpattn.plan([(0, 1531), (2048, 700), (0, 7), (997, 1), (333, 89), (0, 240)], 16),
+    "64 ranks": cpattn.plan([(0, 3670)], 64),
+    "decode": cpattn.plan([(8192, 1)] * 200, 7),
+    "long contexts": cpattn.plan([(131072, 1048576), (2**30, 98765), (0, 2**29), (7, 123456789)], 3),
+    "a long name": cpattn.plan([(0, 150), (9, 3)], 5, partition=a_partition_whose_name_is_so_long_that_it_has_to_be_broken_somewhere),
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("kind", ["plan", "ring", "work"])
+# A ring over 64 ranks has 8,000 texts, which take minutes to compare.
+OVERLAPS = [(kind, name) for kind in ("plan", "ring", "work") for name in PLANS if (kind, name) != ("ring", "64 ranks")]
+
+
+@pytest.mark.parametrize(("kind", "name"), OVERLAPS, ids=map("-".join, OVERLAPS))
 def test_texts_do_not_overlap_and_are_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
