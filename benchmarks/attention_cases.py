@@ -32,6 +32,19 @@ class AttentionBatch:
         """Of the causal work alone: two products of D multiply-adds for each query-key pair and head."""
         return 4.0 * HEAD_DIM * HEADS * cpattn.plan(self.batch, self.cp_size).rank_pairs[self.cp_size // 2]
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether each request has one new token: the time is then that of reading K and V."""
+        return all(extend_len == 1 for _, extend_len in self.batch)
+
+    def bytes_read(self) -> int:
+        """Of K and V in bf16, each key that the rank's queries see once a chunk."""
+        plan = cpattn.plan(self.batch, self.cp_size)
+        keys = sum(
+            plan.batch[chunk.request].prefix_len + chunk.start + chunk.length for chunk in plan.chunks if chunk.rank == self.cp_size // 2
+        )
+        return keys * KV_HEADS * 2 * HEAD_DIM * 2
+
 
 BATCHES = {
     "1 x 128k, cp 8": AttentionBatch([(0, 131072)], 8),

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--add", action="store_true", help="to the results that are there")
-    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--draw", action="store_true", help="only draw the results that are there, which needs no GPU")
     options = parser.parse_args()
     if not options.draw:
         measure(options.results, options.rounds, options.backends, options.add)
@@ -72,16 +72,17 @@ def measure(results: Path, rounds: int, names: list[str], add: bool) -> None:
             rate = f"{np.median(tflops[variant]):.0f}"
             mark = "auto" if variant == f"{labels.get(chosen, chosen)}, one launch" else ""
             held = f"{batch.flops() / sustained[variant] / 1e12:.0f}"
-            table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate, held])
+            table.append([name, variant, mark, f"{low:.4f}", f"{median:.4f}", f"{high:.4f}", rate, held, bandwidth(name, median)])
         print(name, {variant: round(float(np.median(values))) for variant, values in tflops.items()}, flush=True)
         torch.cuda.empty_cache()
     write_gpu_report(
         "attention_gpu",
         "One rank's attention launch",
-        ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s", "sustained TFLOP/s"],
+        ["batch", "backend", "", "p20, ms", "p50, ms", "p80, ms", "TFLOP/s", "sustained TFLOP/s", "GB/s of K and V"],
         sorted(kept + table, key=lambda line: list(BATCHES).index(line[0])),
         f"bf16, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}; the rank in the middle, after an all-gather, without the "
-        "transfer. Only causal work counts. Each variant is a CUDA graph; variants ran interleaved in random order, the L2 cache flushed "
+        "transfer. Only causal work counts; of decode, which is bound by memory, also the bytes of K and V that are read once, over the "
+        "median time. Each variant is a CUDA graph; variants ran interleaved in random order, the L2 cache flushed "
         "before each, after a rest of twice what the last one took: a card at its power limit slows down whatever comes next. "
         "Sustained: each by itself, again and again for a quarter of a second without a rest. "
         "Two launches attend the front and the back chunks separately, from queries that lie ready in two tensors."
@@ -97,15 +98,23 @@ def lines_of(results: Path) -> list[list[str]]:
     return lines
 
 
+def bandwidth(name: str, milliseconds: float) -> str:
+    """GB/s of K and V that a launch over a decode batch reads; "" for other batches, which are bound by their work."""
+    batch = BATCHES[name]
+    return f"{batch.bytes_read() / milliseconds / 1e6:.0f}" if batch.is_decode else ""
+
+
 def draw(results: Path) -> None:
-    """The picture of the table's rates."""
+    """The picture of the table's rates: TFLOP/s, and for decode batches GB/s on an axis of their own."""
     lines = lines_of(results)
-    groups: dict[str, dict[str, float]] = {}
-    for batch, variant, _mark, _low, _median, _high, rate, _sustained in lines:
+    panels: dict[str, dict[str, dict[str, float]]] = {"TFLOP/s of causal work": {}, "GB/s of keys and values read": {}}
+    work, memory = panels.values()
+    for batch, variant, _mark, _low, median, _high, rate, *_ in lines:
         if " beside " in variant:
             continue
-        groups.setdefault(batch, {})[variant] = float(rate)
-    draw_bars(results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128", "TFLOP/s of causal work", groups)
+        read = bandwidth(batch, float(median))
+        (memory if read else work).setdefault(batch, {})[variant] = float(read or rate)
+    draw_bars(results / "attention_gpu.png", "One rank's attention launch, bf16, 32/8 heads, D = 128", panels)
 
 
 def run_all(backend: Backend, calls: list[tuple[Tensor, Keys, Spans]]) -> None:

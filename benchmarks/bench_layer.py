@@ -65,7 +65,7 @@ def main() -> None:
         if prefix_text != "0" and cp_text == "8":
             groups.setdefault(f"{tokens_text} new tokens", {})[f"{strategy}, {backend}"] = float(ratio)
     title = "A layer as a graph over its attention launch alone (8,192 cached tokens, cp 8; 1 is free)"
-    draw_bars(options.results / "layer_gpu.png", title, "times the launch alone", groups, digits=2)
+    draw_bars(options.results / "layer_gpu.png", title, {"times the launch alone": groups}, digits=2)
 
 
 def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[str]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 from gpu_timing import gpu_machine
 
 RESULTS = Path(__file__).parent / "results"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; hatching tells them apart in print.
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#F0E442")
 
 
 def write_gpu_report(name: str, title: str, header: list[str], rows: list[list[str]], notes: str, results: Path = RESULTS) -> None:
@@ -23,29 +26,46 @@ def write_gpu_report(name: str, title: str, header: list[str], rows: list[list[s
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def draw_bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, float]], digits: int = 0) -> None:
-    """Bars, a group for each key, a colour for each inner key; needs matplotlib, and is left out without it."""
+def draw_bars(path: Path, title: str, panels: dict[str, dict[str, dict[str, float]]], digits: int = 0) -> None:
+    """Bars: for each unit a panel with an axis of its own, in it a group for each key, and a colour for each inner key, the
+    same in all panels. Needs matplotlib, and is left out without it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no picture: matplotlib is not installed")
         return
-    labels = list(dict.fromkeys(label for bars in groups.values() for label in bars))
-    figure, axes = plt.subplots(figsize=(2.2 + 1.9 * len(groups), 5))
+    panels = {unit: groups for unit, groups in panels.items() if groups}
+    labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
+    sizes = [len(groups) for groups in panels.values()]
+    size = (2.2 + 1.9 * sum(sizes), 5)
+    figure, places = plt.subplots(1, len(panels), squeeze=False, figsize=size, width_ratios=sizes, layout="constrained")
+    for axes, (unit, groups) in zip(places[0], panels.items(), strict=True):
+        _draw_panel(axes, unit, groups, labels, digits)
+    figure.suptitle(title)
+    # Of all panels: one may have bars that another lacks.
+    drawn: dict[str, Any] = {}
+    for axes in places[0]:
+        handles, names = axes.get_legend_handles_labels()
+        drawn |= {name: handle for name, handle in zip(names, handles, strict=True) if name not in drawn}
+    figure.legend([drawn[label] for label in labels], labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _draw_panel(axes: Any, unit: str, groups: dict[str, dict[str, float]], labels: list[str], digits: int) -> None:
+    here = [label for label in labels if any(label in bars for bars in groups.values())]
     width = 0.84 / len(labels)
-    # Okabe and Ito's colours, which colour-blind readers can tell apart; hatching tells them apart in print.
-    colours = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#F0E442"]
-    for i, label in enumerate(labels):
+    for i, label in enumerate(here):
+        number = labels.index(label)
         heights = [bars.get(label, 0.0) for bars in groups.values()]
-        positions = [group + (i - (len(labels) - 1) / 2) * width for group in range(len(groups))]
+        positions = [group + (i - (len(here) - 1) / 2) * width for group in range(len(groups))]
         drawn = axes.bar(
-            positions, heights, width, label=label, color=colours[i % len(colours)], hatch="//" if i % 2 else None, edgecolor="white"
-        )
-        axes.bar_label(drawn, [f"{height:.{digits}f}" if height else "" for height in heights], fontsize=7, rotation=90, padding=2)
+            positions, heights, width, label=label, color=COLOURS[number % len(COLOURS)], hatch="//" if number % 2 else None,
+            edgecolor="white",
+        )  # fmt: skip
+        axes.bar_label(drawn, [f"{height:,.{digits}f}" if height else "" for height in heights], fontsize=7, rotation=90, padding=2)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(unit)
-    axes.set_title(title)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
