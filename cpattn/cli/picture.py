@@ -85,6 +85,7 @@ def _work(options: argparse.Namespace) -> None:
         for name in options.partition or PARTITIONS
     ]
     if options.output is None:
-        print_marks(work_as_text(plans, max(10, min(100, columns() - 45))).splitlines(), {"#": rank_text_color(4)})
+        beside = max(len(line) for line in work_as_text(plans, 1).splitlines() if "|" in line) - 1
+        print_marks(work_as_text(plans, max(10, min(100, columns() - beside))).splitlines(), {"#": rank_text_color(4)})
     else:
         draw_work_picture(plans, options.output)

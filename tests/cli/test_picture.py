@@ -41,6 +41,17 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "contiguous partition" in both
 
 
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("kind", ["plan", "ring", "work"])
+def test_text_fits_the_terminal(kind: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("picture", "plan"):
+        monkeypatch.setattr(f"cpattn.cli.{module}.columns", lambda: width)
+    assert main(["picture", kind, "--batch", "8192+1, 0+4096, 2097152+1048576", "--cp", "16"]) == 0
+    bars = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert len(bars) >= 3
+    assert width - 12 <= max(map(len, bars)) <= width
+
+
 @pytest.mark.parametrize("output", [[], ["-o", "ring.svg"]], ids=["text", "file"])
 def test_a_ring_of_very_many_ranks_is_refused_at_once(output: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["picture", "ring", "--batch", "0+60", "--cp", "4096", *output]) == 2
