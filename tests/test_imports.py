@@ -30,7 +30,8 @@ LAYERS = (
     {"kernels"},
     {"metadata"},
     {
-        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "memo", "options", "problem", "spans", "version",
+        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "memo", "options", "problem",
+        "ranges", "spans", "version",
     },
 )  # fmt: skip
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

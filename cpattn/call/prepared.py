@@ -22,6 +22,7 @@ from cpattn.call.page_contents import check_page_contents
 from cpattn.current import is_on_current_device
 from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
+from cpattn.exchange.attend_in_ranges import AttendInRanges
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -196,7 +197,10 @@ class PreparedCall:
             attention = attention._replace(backend=verified(self.backend, problems))
         if in_flight.captures:
             self._captured(arguments)
-        attend = Attend(attention, q, sinks)
+        if in_flight.is_profiled:
+            attend: Attend = AttendInRanges(attention, q, sinks, self.strategy.name, self.schedule)
+        else:
+            attend = Attend(attention, q, sinks)
         if problem.rows:
             # Where nothing is new, k is None, and nobody looks at it.
             io = IO(q, cast("Tensor", k), v, cache if problem.cache is not None else None, in_flight.start)

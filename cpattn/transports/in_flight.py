@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 
 from cpattn.current import is_capturing
+from cpattn.ranges import profiler_runs, ranged
 from cpattn.transports.settling import Settling
 from cpattn.transports.transport import Transfer, Transport, Work
 
@@ -32,15 +33,33 @@ class InFlight:
     >>> out
     tensor([1., 1.])
 
+    Attributes:
+        transport: over which it goes.
+        captures: whether a CUDA graph captures it.
+        is_profiled: whether a profiler runs, so that what is done is to be named in its trace.
+
     Raises GroupError where the group was given up, or another call is under way on it.
     """
 
-    __slots__ = ("_device", "_expected", "_has_begun", "_has_failed", "_is_starting", "_works", "captures", "transport")
+    __slots__ = (
+        "_begin",
+        "_device",
+        "_expected",
+        "_has_begun",
+        "_has_failed",
+        "_is_starting",
+        "_works",
+        "captures",
+        "is_profiled",
+        "transport",
+    )
 
     def __init__(self, transport: Transport, device: torch.device) -> None:
         self.transport = transport
         self._device = device
         self.captures = device.type == "cuda" and is_capturing(device)
+        self.is_profiled = profiler_runs()
+        self._begin = _begin_in_ranges(transport) if self.is_profiled else transport.start
         self._expected: list[Transfer] = []
         self._works: list[_ExpectedWork] = []
         # Until the call has said what it will send, only its ranks' arguments tell, which an interrupt may hide.
@@ -81,7 +100,7 @@ class InFlight:
             raise AssertionError("a strategy has started more transfers than it announced")
         self._is_starting = True
         try:
-            work = _ExpectedWork(self.transport.start(self._expected[len(self._works)]), self)
+            work = _ExpectedWork(self._begin(self._expected[len(self._works)]), self)
         except Exception as failure:
             self.fail(failure)
         self._works.append(work)
@@ -188,6 +207,15 @@ class _ExpectedWork(Work):
         except Exception as failure:
             self._in_flight.fail(failure)
         self.is_done = True
+
+
+def _begin_in_ranges(transport: Transport) -> Callable[[Transfer], Work]:
+    """How the transport starts a transfer, for a profiler: its start and the wait for its end are ranges."""
+
+    def begin(transfer: Transfer) -> Work:
+        return Work(ranged("wait", transport.start(transfer).wait))
+
+    return ranged("send", begin)
 
 
 def _wait_once_more(settling: Settling) -> None:
