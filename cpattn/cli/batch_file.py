@@ -1,7 +1,8 @@
 """A batch as it is given on the command line: a JSON file, or the requests themselves as text.
 
-A file holds a list of requests, each ``{"prefix_len": 4096, "extend_len": 128}`` or ``[4096, 128]``; the text of the same is
-``4096+128``, with commas between requests.
+A file holds a list of requests, each ``{"prefix_len": 4096, "extend_len": 128}`` or ``[4096, 128]``. Text holds requests
+with commas between them: ``4096+128``, prefix and new tokens; ``128k``, new tokens alone, k being 1,024 and m 1,024 k; and
+``8k+1 x 256``, as many requests alike.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from typing import Any
 from cpattn.errors import BatchError, shown
 from cpattn.metadata.batch import MAX_TOKENS
 
-_REQUEST = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*")
+_LENGTH = r"(\d+) *([km]?)"
+_REQUEST = re.compile(rf"\s*(?:{_LENGTH}\s*\+\s*)?{_LENGTH}\s*(?:[x*]\s*(\d+)\s*)?", re.IGNORECASE)
+# What has nothing else in it is meant as requests, right or wrong; so is what has a plus, as no file of that name is there.
+_TEXT = re.compile(r"[\d\s,x*km()]*\d[\d\s,x*km()]*", re.IGNORECASE)
+_UNITS = {"": 1, "k": 2**10, "m": 2**20}
 _FORM = 'a batch file is a list such as [{"prefix_len": 0, "extend_len": 512}]'
 _MOST_DIGITS = 30
+_MOST_REQUESTS = 10**6
 _EXAMPLE = '"0+512, 4096+128"'
+_RULE = 'write prefix+new tokens, or new tokens alone, and how many alike after an x: "4096+128, 16k, 8k+1 x 256"'
+
+# For help texts of options that take a batch.
+BATCH_HELP = 'a JSON file, or requests as prefix+new tokens: "0+3670, 4096+128", "128k", "8k+1 x 256"'
 
 
 def read_batch(given: str) -> list[tuple[int, int]]:
@@ -25,12 +35,14 @@ def read_batch(given: str) -> list[tuple[int, int]]:
 
     >>> read_batch("0+3670, 77+1")
     [(0, 3670), (77, 1)]
+    >>> read_batch("128k, 8k+1 x 2")
+    [(0, 131072), (8192, 1), (8192, 1)]
 
     Raises BatchError if it is neither.
     """
     path = Path(given)
-    if "+" in given and not _is_file(path):
-        return [_parse_request(request, number) for number, request in enumerate(given.split(","))]
+    if ("+" in given or _TEXT.fullmatch(given)) and not _is_file(path):
+        return _parse_text(given)
     if not given.strip():
         raise BatchError(f"the batch is empty; write requests as prefix+new tokens, such as {_EXAMPLE}, or name a JSON file")
     return read_batch_file(path)
@@ -43,11 +55,27 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _parse_request(request: str, number: int) -> tuple[int, int]:
-    match = _REQUEST.fullmatch(request)
+def _parse_text(text: str) -> list[tuple[int, int]]:
+    batch: list[tuple[int, int]] = []
+    for number, written in enumerate(text.split(",")):
+        request, count = _parse_request(written, number)
+        if len(batch) + count > _MOST_REQUESTS:
+            raise BatchError(f"the batch has {len(batch) + count:,} requests; as text it can have {_MOST_REQUESTS:,} at most")
+        batch += [request] * count
+    return batch
+
+
+def _parse_request(written: str, number: int) -> tuple[tuple[int, int], int]:
+    """A request, and how many there are of it."""
+    match = _REQUEST.fullmatch(written)
     if match is None:
-        raise BatchError(f"request {number} of the batch is {shown(request.strip())}; write it as prefix+new tokens, such as {_EXAMPLE}")
-    return _integer(match[1]), _integer(match[2])
+        raise BatchError(f"request {number} of the batch is {shown(written.strip())}; {_RULE}")
+    prefix, prefix_unit, new, new_unit, count = match.groups(default="")
+    return (_length(prefix or "0", prefix_unit), _length(new, new_unit)), _integer(count or "1")
+
+
+def _length(digits: str, unit: str) -> int:
+    return _integer(digits) * _UNITS[unit.lower()]
 
 
 def _integer(digits: str) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpattn
-from cpattn.cli.batch_file import read_batch
+from cpattn.cli.batch_file import BATCH_HELP, read_batch
 from cpattn.cli.console import Cell, Styled, print_table, print_title, say
 from cpattn.cli.options import DTYPES, add_shape_options, shape_from
 from cpattn.cli.plan import print_layout, print_shares
@@ -80,7 +80,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--batch",
         metavar="BATCH",
-        help=f'a JSON file, or requests as prefix+new tokens: "0+600, 512+130" (default: {_default_in_words()})',
+        help=f"{BATCH_HELP} (default: {_default_in_words()})",
     )
     parser.add_argument("--cp", type=int, default=4, metavar="N", help="number of ranks, a process each (default: 4)")
     add_shape_options(parser, heads=8, head_dim=64)

@@ -20,7 +20,8 @@ A batch is a list of requests, each with a number of tokens that are in the
 KV cache already (its prefix) and a number of new ones. Write it as
 prefix+new, request after request, or name a JSON file:
 
-  cpattn plan --batch "0+3670, 4096+128, 77+1" --cp 8
+  cpattn plan --batch 128k --cp 8
+  cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 8
 
 New here? Start with `cpattn demo`: it needs no GPU, and takes a few seconds.

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 import cpattn
-from cpattn.cli.batch_file import read_batch
+from cpattn.cli.batch_file import BATCH_HELP, read_batch
 from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError, HeadCountError, PlanError, shown
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
@@ -19,9 +19,7 @@ _LARGEST_SIZE = 2**20
 
 def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: bool = False) -> None:
     """--batch, --cp and what else a plan is made of; with ``several_partitions``, --partition takes a list of them."""
-    parser.add_argument(
-        "--batch", required=True, metavar="BATCH", help='a JSON file, or requests as prefix+new tokens: "0+3670, 4096+128, 77+1"'
-    )
+    parser.add_argument("--batch", required=True, metavar="BATCH", help=BATCH_HELP)
     parser.add_argument("--cp", type=int, required=True, metavar="N", help="number of ranks")
     if several_partitions:
         parser.add_argument("--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all)")

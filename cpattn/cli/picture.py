@@ -19,7 +19,7 @@ from cpattn.viz.palette import rank_text_color
 _EXAMPLES = """\
 examples:
   cpattn picture plan --batch "4+11, 0+5, 6+1" --cp 2 -o plan.svg
-  cpattn picture ring --batch "0+4096" --cp 4
+  cpattn picture ring --batch 16k --cp 4
   cpattn picture work --batch "0+3670, 77+1" --cp 8 -o work.png
 """
 _KINDS = {

@@ -26,7 +26,8 @@ and no GPU is needed.
 """
 _EXAMPLES = """\
 examples:
-  cpattn plan --batch "0+3670, 4096+128, 77+1" --cp 8
+  cpattn plan --batch 131072 --cp 8
+  cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 4 --compare
   cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png
   cpattn plan --batch "0+3670" --cp 8 --json | jq .pair_imbalance
