@@ -30,7 +30,7 @@ LAYERS = (
     {"kernels"},
     {"metadata"},
     {
-        "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "memo", "options", "problem",
+        "byte_sizes", "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "log", "memo", "options", "problem",
         "ranges", "spans", "version",
     },
 )  # fmt: skip

@@ -13,6 +13,7 @@ from cpattn.call import checks
 from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
 from cpattn.call.choose import choose, problem_of
+from cpattn.call.log_choice import log_choice
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
@@ -63,5 +64,6 @@ def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -
     choice = choose(arguments, problem, meta.plan)
     if isinstance(arguments.backend, str) and arguments.backend == "auto":
         warn_of_reference(choice.backend, problem, meta)
+    log_choice(arguments, choice, meta)
     check_written(arguments)
     return PreparedCall(arguments, choice, options, meta, transport)

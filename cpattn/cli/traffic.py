@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from cpattn.byte_sizes import in_words as in_words
 from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.metadata.plan import Plan
@@ -48,16 +49,3 @@ def strategy_bytes(plan: Plan, shape: Shape) -> dict[str, int]:
     """The bytes that a rank sends in one call, by strategy: those of the rank that sends the most."""
     problem = problem_of(plan, shape)
     return {strategy.name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for strategy in able_strategies(problem, plan)}
-
-
-def in_words(num_bytes: int) -> str:
-    """
-    >>> in_words(1536), in_words(3 * 2**30)
-    ('1.5 KiB', '3.0 GiB')
-    """
-    size, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from cpattn.byte_sizes import in_words
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
@@ -28,7 +31,7 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     """
     if isinstance(given, str) and given == "auto":
         reasons = {strategy.name: strategy.why_not(problem, plan) for strategy in STRATEGIES.values()}
-        preferred = [strategy for strategy in _preferred(problem, plan) if reasons[strategy.name] is None]
+        preferred = [strategy for strategy in _preferred(problem, plan).order if reasons[strategy.name] is None]
         if not preferred:
             said = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
             raise UnsupportedError(f"no strategy can serve this call: {said}")
@@ -41,21 +44,51 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     return [strategy]
 
 
-def _preferred(problem: Problem, plan: Layout) -> list[Strategy]:
+class _Preference(NamedTuple):
+    """The strategies that are tried, in this order, and what decided on it."""
+
+    order: list[Strategy]
+    why: str
+
+
+def explain_strategies(problem: Problem, plan: Layout, chosen: Strategy) -> dict[str, str]:
+    """For each strategy, in the order in which ``"auto"`` tries them, ``"able"``, or why it cannot serve the call; of the chosen one
+    ``"chosen"`` and what decided; after those the ones that it does not try."""
+    order, why = _preferred(problem, plan)
+    able = {strategy.name: "able" for strategy in order} | {
+        name: "able, but not taken for such a batch" for name in STRATEGIES if STRATEGIES[name] not in order
+    }
+    names = list(able)
+    reasons = {name: STRATEGIES[name].why_not(problem, plan) or able[name] for name in names}
+    tried = names[: names.index(chosen.name)]
+    # Such a one was able to bring keys and queries together, and no backend could serve it.
+    no_backend = {name: "no backend can serve it" for name in tried if reasons[name] == "able"}
+    return reasons | no_backend | {chosen.name: f"chosen, {why}"}
+
+
+def _preferred(problem: Problem, plan: Layout) -> _Preference:
     if not plan.sharded:
         # Pages are not copied, at least where a backend reads them.
         copied = 0 if problem.cache == "paged" else plan.num_prefix_tokens
         gathered = (plan.cp_size * problem.rows + copied) * problem.key_bytes
-        return [ALL_GATHER, RING] if gathered <= AUTO_GATHER_LIMIT else [RING, ALL_GATHER]
+        fits = gathered <= AUTO_GATHER_LIMIT
+        why = f"all keys and values are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_LIMIT)}"
+        return _Preference([ALL_GATHER, RING] if fits else [RING, ALL_GATHER], why)
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
-    pass_q = [PASS_Q, PASS_Q_RING] if gathered <= AUTO_GATHER_QUERIES_LIMIT else [PASS_Q_RING, PASS_Q]
+    fits = gathered <= AUTO_GATHER_QUERIES_LIMIT
+    pass_q = [PASS_Q, PASS_Q_RING] if fits else [PASS_Q_RING, PASS_Q]
+    held = f"all queries and results are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_QUERIES_LIMIT)}"
     if only_decodes(plan):
         # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two
         # H100, 256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes
         # are fewer, but it still copies, waits for each hop and merges.
-        return pass_q
+        return _Preference(pass_q, f"no request has more than {DECODE_TOKENS} new tokens, and {held}")
     sent = {strategy.name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for strategy in (PASS_Q, RING)}
-    return [*pass_q, RING] if sent[PASS_Q.name] <= sent[RING.name] else [RING, *pass_q]
+    if sent[PASS_Q.name] <= sent[RING.name]:
+        return _Preference([*pass_q, RING], f"queries and results are fewer bytes than keys, and {held}")
+    return _Preference(
+        [RING, *pass_q], f"a rank sends {in_words(sent[RING.name])} of keys, and would of queries {in_words(sent[PASS_Q.name])}"
+    )
 
 
 def only_decodes(plan: Layout) -> bool:
