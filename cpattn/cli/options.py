@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NamedTuple
 
 import torch
 
@@ -44,19 +45,46 @@ def check_cp_size(cp_size: int) -> None:
         raise PlanError(f"--cp {shown(cp_size)}: it can be {_MOST_RANKS:,} at most on the command line; cpattn.plan in Python takes more")
 
 
-def add_shape_options(parser: argparse._ActionsContainer, *, heads: int, head_dim: int, dtype: str = "bfloat16") -> None:
-    """--heads, --kv-heads, --head-dim, --v-head-dim and --dtype."""
-    parser.add_argument("--heads", type=int, default=heads, metavar="N", help=f"query heads (default: {heads})")
+class Heads(NamedTuple):
+    """What ``--heads`` was given: query heads, and key/value heads where those stand after a slash."""
+
+    q: int
+    kv: int | None = None
+
+
+def heads_from(text: str) -> Heads:
+    """
+    >>> heads_from("32/8"), heads_from("32")
+    (Heads(q=32, kv=8), Heads(q=32, kv=None))
+    """
+    q, slash, kv = text.partition("/")
+    try:
+        return Heads(int(q), int(kv) if slash else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid value: {shown(text)}; pass query heads, or query/key-value heads such as 32/8") from None
+
+
+def add_shape_options(parser: argparse._ActionsContainer, *, heads: int | None, head_dim: int, dtype: str | None = "bfloat16") -> None:
+    """--heads, --kv-heads, --head-dim, --v-head-dim and --dtype; with None the command has defaults of its own."""
+    q_heads = None if heads is None else Heads(heads)
+    heads_default, dtype_default = ("" if default is None else f" (default: {default})" for default in (heads, dtype))
+    parser.add_argument(
+        "--heads", type=heads_from, default=q_heads, metavar="N", help=f"query heads, or query/key-value heads as 32/8{heads_default}"
+    )
     parser.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: a quarter of the query heads, at least 1)")
     parser.add_argument("--head-dim", type=int, default=head_dim, metavar="N", help=f"size of a head (default: {head_dim})")
     parser.add_argument("--v-head-dim", type=int, metavar="N", help="size of a head of v (default: as --head-dim)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v (default: {dtype})")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v{dtype_default}")
 
 
 def shape_from(options: argparse.Namespace) -> Shape:
     """The sizes that those options ask for. Raises HeadCountError or CPError."""
-    heads = options.heads
-    kv_heads = options.kv_heads if options.kv_heads is not None else (heads // 4 if heads % 4 == 0 else 1)
+    heads, kv_heads = options.heads
+    if None not in (kv_heads, options.kv_heads):
+        raise HeadCountError(f"--heads {shown(heads)}/{shown(kv_heads)} --kv-heads {shown(options.kv_heads)}: say key/value heads once")
+    kv_heads = options.kv_heads if kv_heads is None else kv_heads
+    if kv_heads is None:
+        kv_heads = heads // 4 if heads % 4 == 0 else 1
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise HeadCountError(
             f"--heads {shown(heads)} --kv-heads {shown(kv_heads)}: query heads must be a multiple of key/value heads, both at least 1"

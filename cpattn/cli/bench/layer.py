@@ -5,33 +5,40 @@ from __future__ import annotations
 from functools import partial
 
 import cpattn
-from cpattn.cli.bench.device import device, median_seconds
-from cpattn.cli.bench.sizes import CP_SIZE, batches, flops, sizes, speed
+from cpattn.cli.bench.asked import Asked, Result, record
+from cpattn.cli.bench.device import device, timings
+from cpattn.cli.speed import in_flops
 from cpattn.exchange.registry import able_strategies
 from cpattn.testing import SoloCommunicator
 
 TITLE = "one rank's whole call of cp_attention, with each strategy"
 TOKENS, TOKENS_HELP = 4096, "new tokens of the whole batch"
+CP_HELP = "number of ranks, of which the one in the middle is measured (default: 4)"
 RESULTS = "benchmarks/results/layer_gpu.md"
-LEFT = (0, 1)
+LEFT = (0, 1, 2)
+HAS_SHAPE = True
 
 
-def measure(tokens: int, seconds: float) -> tuple[list[str], list[list[str]], str]:
-    """Header, rows and a note."""
-    used, rank, table = sizes(), CP_SIZE // 2, []
-    named = batches(tokens)
-    for name, batch in named.items():
-        plan = cpattn.plan(batch, CP_SIZE)
+def measure(asked: Asked) -> Result:
+    """Times each batch with each strategy."""
+    lines, records = [], []
+    plans = asked.plans()
+    for name, plan in plans.items():
+        rank = plan.cp_size // 2
         meta = plan.metadata(rank, device())
-        q, k, v = used.tensors(meta.rows)
-        cache = cpattn.PackedKV(*used.tensors(plan.num_prefix_tokens)[1:])
-        group = SoloCommunicator(rank, CP_SIZE)
-        problem = cpattn.prepare(q, k, v, meta, group=group, kv_cache=cache).problem
+        q, k, v = asked.tensors(meta.rows)
+        cache = cpattn.PackedKV(*asked.tensors(plan.num_prefix_tokens)[1:])
+        group = SoloCommunicator(rank, plan.cp_size)
+        call = cpattn.prepare(q, k, v, meta, group=group, kv_cache=cache)
         variants = {
             strategy.name: partial(cpattn.cp_attention, q, k, v, meta, group=group, kv_cache=cache, strategy=strategy.name)
-            for strategy in able_strategies(problem, plan)
+            for strategy in able_strategies(call.problem, plan)
         }
-        for strategy, median in median_seconds(variants, seconds / len(named)).items():
-            table.append([name, strategy, f"{median * 1e3:,.2f}", speed(flops(plan, rank, used), median)])
-    note = f"medians; rank {rank} of {CP_SIZE}, {used}; what the others would send is a copy on this device"
-    return ["batch", "strategy", "ms", "causal work only"], table, note
+        for strategy, timing in timings(variants, asked.seconds / len(plans)).items():
+            flops = asked.flops(plan, rank)
+            backend = cpattn.prepare(q, k, v, meta, group=group, kv_cache=cache, strategy=strategy).backend.name
+            lines.append([name, strategy, backend, f"{timing.p50 * 1e3:,.2f}", in_flops(flops / timing.p50)])
+            chosen = strategy == call.strategy.name
+            records.append(record(name, plan, timing, rank=rank, strategy=strategy, backend=backend, chosen_by_auto=chosen, flops=flops))
+    note = f"medians; the rank in the middle of {plan.cp_size}, {asked.shape}; what the others would send is a copy on this device"
+    return Result(["batch", "strategy", "backend", "ms", "causal work only"], lines, records, note)
