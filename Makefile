@@ -6,7 +6,7 @@ DIST_VENV := .venv-dist
 .PHONY: help demo test test-gpu fuzz faults sanitize lint dist clean
 
 help:
-	@echo "make demo   set up $(VENV) and run a ragged batch over 4 processes, checked against float64"
+	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
 	@echo "make fuzz MINUTES=5   random batches against the oracle, with and without faults in their midst"

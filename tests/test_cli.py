@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from cpattn.cli import demo
-from cpattn.cli.main import main
+from cpattn import BACKENDS, STRATEGIES
+from cpattn.cli.demo import comparison
+from cpattn.cli.demo.place import Place
+from cpattn.cli.demo.setting import setting_for
+from cpattn.cli.main import main, parser
 
 
 def cpattn(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,15 +32,44 @@ def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
     assert f"{22 * 2 * 32 * 4 * 2:,}" in done.stdout
 
 
+@pytest.mark.parametrize(("transport", "ranks"), [("loopback", "3 threads on the CPU"), ("gloo", "3 processes over gloo on the CPU")])
+def test_whatever_carries_the_bytes_the_demo_is_the_same(
+    transport: Any, ranks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path of GPUs, but for the device and NCCL."""
+    monkeypatch.setattr("cpattn.cli.demo.place_for", lambda device, cp_size: Place("cpu", transport, 3))
+    assert main(["demo", "--batch", "0+60, 33+5, 4+0", "--heads", "4/2", "--head-dim", "32", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert ranks in text
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if "FLOP/s" in line}
+    for strategy in STRATEGIES:
+        assert lines[strategy][1] == "cpu"
+        assert lines[strategy][5] == "yes"
+        assert float(lines[strategy][7]) >= 0
+        assert lines[strategy][8] in ("GFLOP/s", "TFLOP/s")
+
+
+def test_rounded_partial_results_may_have_their_own_error_and_that_of_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without a backend that gives them in fp32."""
+    place = Place("cpu", "loopback", 2)
+    setting = setting_for(parser().parse_args(["demo", "--batch", "0+60", "--head-dim", "16"]), place)
+    bounds = {outcome.name: outcome.bound for outcome in comparison.measure(setting, place)}
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], fp32_out=False))
+    rounded = {outcome.name: outcome for outcome in comparison.measure(setting, place)}
+    assert rounded["ring"].bound > 1.3 * bounds["ring"]
+    assert rounded["all_gather"].bound == bounds["all_gather"]
+    assert all(outcome.fine for outcome in rounded.values())
+
+
 def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    honest = demo._in_order
+    honest = comparison.in_order
 
     def with_two_tokens_swapped(*arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = honest(*arguments)
         out[[3, 4]] = out[[4, 3]]
         return out, lse
 
-    monkeypatch.setattr(demo, "_in_order", with_two_tokens_swapped)
+    monkeypatch.setattr(comparison, "in_order", with_two_tokens_swapped)
     assert main(["demo", "--cp", "2", "--heads", "2", "--head-dim", "8"]) == 1
     assert "an output is OFF" in capsys.readouterr().out
 

@@ -64,17 +64,19 @@ def heads_from(text: str) -> Heads:
         raise argparse.ArgumentTypeError(f"invalid value: {shown(text)}; pass query heads, or query/key-value heads such as 32/8") from None
 
 
-def add_shape_options(parser: argparse._ActionsContainer, *, heads: int | None, head_dim: int, dtype: str | None = "bfloat16") -> None:
+def add_shape_options(
+    parser: argparse._ActionsContainer, *, heads: int | None, head_dim: int | None, dtype: str | None = "bfloat16"
+) -> None:
     """--heads, --kv-heads, --head-dim, --v-head-dim and --dtype; with None the command has defaults of its own."""
     q_heads = None if heads is None else Heads(heads)
-    heads_default, dtype_default = ("" if default is None else f" (default: {default})" for default in (heads, dtype))
+    said = ["" if default is None else f" (default: {default})" for default in (heads, head_dim, dtype)]
     parser.add_argument(
-        "--heads", type=heads_from, default=q_heads, metavar="N", help=f"query heads, or query/key-value heads as 32/8{heads_default}"
+        "--heads", type=heads_from, default=q_heads, metavar="N", help=f"query heads, or query/key-value heads as 32/8{said[0]}"
     )
     parser.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: a quarter of the query heads, at least 1)")
-    parser.add_argument("--head-dim", type=int, default=head_dim, metavar="N", help=f"size of a head (default: {head_dim})")
+    parser.add_argument("--head-dim", type=int, default=head_dim, metavar="N", help=f"size of a head{said[1]}")
     parser.add_argument("--v-head-dim", type=int, metavar="N", help="size of a head of v (default: as --head-dim)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v{dtype_default}")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v{said[2]}")
 
 
 def shape_from(options: argparse.Namespace) -> Shape:
