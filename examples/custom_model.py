@@ -5,8 +5,10 @@ python examples/custom_model.py
 
 All that a model needs: shard the token ids, rotate by ``meta.position_ids``, call ``cp_attention`` where attention is, and
 unshard what has to be whole. Everything else (norms, projections, the MLP) works on rows, and does not know of ranks.
+It takes a GPU for each process where there are so many, else the CPU.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def rotate(x: Tensor, position_ids: Tensor) -> Tensor:
     """RoPE (Su et al., arXiv:2104.09864) for x ``[rows, heads, HEAD_DIM]`` at absolute positions ``[rows]``."""
     half = HEAD_DIM // 2
-    angles = position_ids[:, None] * 1e4 ** (-torch.arange(half, dtype=x.dtype) / half)
+    angles = position_ids[:, None] * 1e4 ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
     cos, sin = angles.cos()[:, None].to(x), angles.sin()[:, None].to(x)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -83,13 +85,14 @@ def run(model: Model, prompts: list[Tensor], next_ids: Tensor, cp_size: int, cp_
     prefilled on this one."""
     names = range(len(prompts))
     # Each rank keeps the keys and values of its own tokens.
-    pool = cpattn.KVPool(64, 16, LAYERS, KV_HEADS, HEAD_DIM, cp_size=cp_size, cp_rank=cp_rank, sharded=True)
+    device = next_ids.device
+    pool = cpattn.KVPool(64, 16, LAYERS, KV_HEADS, HEAD_DIM, device=device, cp_size=cp_size, cp_rank=cp_rank, sharded=True)
     for name in names:
         pool.admit(name)
 
     def step(input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, int]:
         # Once a step: the layout, this rank's view of it, and where its pages are.
-        meta = pool.plan(list(zip(names, lengths, strict=True))).metadata(cp_rank)
+        meta = pool.plan(list(zip(names, lengths, strict=True))).metadata(cp_rank, device)
         page_table = pool.page_table(names)
         attends = [partial(cpattn.cp_attention, meta=meta, kv_cache=pool.layer(layer, page_table)) for layer in range(LAYERS)]
         logits = model(cpattn.shard(input_ids, meta), meta.position_ids, attends)
@@ -108,7 +111,7 @@ def run_plain(model: Model, prompts: list[Tensor], next_ids: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
 
     sequences = [torch.cat([prompt, next_id[None]]) for prompt, next_id in zip(prompts, next_ids, strict=True)]
-    logits = [model(sequence, torch.arange(len(sequence)), [attend] * LAYERS) for sequence in sequences]
+    logits = [model(sequence, torch.arange(len(sequence), device=sequence.device), [attend] * LAYERS) for sequence in sequences]
     return torch.cat([x[:-1] for x in logits] + [x[-1:] for x in logits])
 
 
@@ -117,15 +120,19 @@ def main() -> int:
         print("it takes no arguments; start this with: torchrun --nproc-per-node 4 examples/custom_model.py", file=sys.stderr)
         return 1
     cp_rank, cp_size = 0, 1
+    on_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpus else torch.device("cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if on_gpus else "gloo")
         cp_rank, cp_size = dist.get_rank(), dist.get_world_size()
 
     # Random weights and prompts; the seed makes them the same on every rank.
     torch.manual_seed(0)
-    model = Model()
-    prompts = [torch.randint(VOCAB, (length,)) for length in (90, 1, 37)]
-    next_ids = torch.randint(VOCAB, (3,))
+    model = Model().to(device)
+    prompts = [torch.randint(VOCAB, (length,)).to(device) for length in (90, 1, 37)]
+    next_ids = torch.randint(VOCAB, (3,)).to(device)
     with torch.no_grad():
         logits, tokens_here = run(model, prompts, next_ids, cp_size, cp_rank)
         plain = run_plain(model, prompts, next_ids)
@@ -133,8 +140,8 @@ def main() -> int:
 
     error, plain_error = relative_rmse(logits, truth), relative_rmse(plain, truth)
     print(
-        f"rank {cp_rank} of {cp_size}: {tokens_here} of {sum(map(len, prompts))} prompt tokens here, relative RMSE of the logits "
-        f"{error:.1e} against float64 (the plain model's: {plain_error:.1e})"
+        f"rank {cp_rank} of {cp_size} on {device}: {tokens_here} of {sum(map(len, prompts))} prompt tokens here, relative RMSE of "
+        f"the logits {error:.1e} against float64 (the plain model's: {plain_error:.1e})"
     )
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,8 +1,11 @@
 """A Hugging Face model with its sequence sharded over the ranks, which checks itself.
 
 torchrun --nproc-per-node 4 examples/hugging_face.py
+
+It takes a GPU for each process where there are so many, else the CPU.
 """
 
+import os
 import sys
 
 import torch
@@ -15,7 +18,11 @@ from cpattn.testing import relative_rmse
 
 if not dist.is_torchelastic_launched():
     sys.exit("start this with: torchrun --nproc-per-node 4 examples/hugging_face.py")
-dist.init_process_group("gloo")
+on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
+if on_gpus:
+    torch.cuda.set_device(device)
+dist.init_process_group("nccl" if on_gpus else "gloo")
 rank, cp_size = dist.get_rank(), dist.get_world_size()
 
 # Random weights, so that nothing is downloaded; the seed makes them, and the prompts, the same on every rank.
@@ -31,12 +38,12 @@ config = LlamaConfig(
     num_key_value_heads=2,
     initializer_range=0.2,
 )
-model = AutoModelForCausalLM.from_config(config, attn_implementation="cpattn").eval()
-prompts = [torch.randint(512, (length,)) for length in (301, 1, 97)]
+model = AutoModelForCausalLM.from_config(config, attn_implementation="cpattn").eval().to(device)
+prompts = [torch.randint(512, (length,)).to(device) for length in (301, 1, 97)]
 input_ids = torch.cat(prompts)
 
 batch = [(0, len(prompt)) for prompt in prompts]  # (prefix_len, extend_len) of each prompt
-meta = cpattn.build_metadata(batch, cp_size, rank)
+meta = cpattn.build_metadata(batch, cp_size, rank, device)
 
 with torch.no_grad(), cpattn_hf.context_parallel(model, meta) as cp:
     logits_local = model(**cp.inputs(input_ids)).logits  # [1, meta.rows, vocab]
@@ -51,10 +58,10 @@ with torch.no_grad():
     model.double()
     truth = torch.cat([model(prompt[None], use_cache=False).logits[0] for prompt in prompts])
 error, plain_error = relative_rmse(logits, truth), relative_rmse(plain, truth)
-last = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+last = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0) - 1
 same = torch.equal(next_tokens, plain[last].argmax(-1))
 print(
-    f"rank {rank} of {cp_size}: {meta.num_tokens} of {len(input_ids)} tokens here, relative RMSE of the logits {error:.1e} "
+    f"rank {rank} of {cp_size} on {device}: {meta.num_tokens} of {len(input_ids)} tokens here, relative RMSE of the logits {error:.1e} "
     f"(the plain model's: {plain_error:.1e}), next tokens {next_tokens.tolist()}"
 )
 dist.destroy_process_group()

@@ -5,7 +5,7 @@ python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen
 It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
 cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
 exit code is 1 if any differs. In one step a kernel raises on one rank; all ranks take that step back and plan again.
-Needs ``pip install transformers``; no GPU, and no download.
+Needs ``pip install transformers``; no GPU, and no download. Where there is a GPU for each process, it takes them, over NCCL.
 
 What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
 ``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 
+import torch
 from engine.model import ModelShape
 from engine.rank import EngineOptions, Expected, Report, Served, generate, serve
 from engine.workload import make_requests
@@ -45,7 +46,9 @@ def main() -> int:
     shape = ModelShape(kind=arguments.model)
     requests = make_requests(arguments.seed, shape.vocab_size, arguments.new_tokens)
     good = True
-    with ProcessRanks(arguments.cp, timeout=300) as ranks:
+    on_gpus = torch.cuda.device_count() >= arguments.cp
+    device, transport = ("cuda", "nccl") if on_gpus else ("cpu", "gloo")
+    with ProcessRanks(arguments.cp, timeout=300, transport=transport) as ranks:
         for sharded in (False, True):
             if (arguments.replicated and sharded) or (arguments.sharded and not sharded):
                 continue
@@ -53,7 +56,7 @@ def main() -> int:
             if sharded:
                 # Each rank has its part, and of every request a part-filled page of its own.
                 pages = pages // arguments.cp + len(requests) // 2
-            options = EngineOptions(shape, arguments.seed, arguments.budget, PAGE_SIZE, pages, sharded, arguments.fail_step)
+            options = EngineOptions(shape, arguments.seed, arguments.budget, PAGE_SIZE, pages, sharded, arguments.fail_step, device)
             start = time.perf_counter()
             reports: list[Report] = ranks.run(serve, options, requests)
             seconds = time.perf_counter() - start
@@ -70,8 +73,8 @@ def main() -> int:
 
 def describe(report: Report, options: EngineOptions, cp_size: int) -> str:
     return (
-        f"{cp_size} processes: {report.steps} steps of up to {options.budget} tokens, {report.mixed_steps} of them mixed, and "
-        f"{report.failed_steps} failed and planned again; "
+        f"{cp_size} processes on {options.device}: {report.steps} steps of up to {options.budget} tokens, "
+        f"{report.mixed_steps} of them mixed, and {report.failed_steps} failed and planned again; "
         f"{options.num_pages} pages of {options.page_size} tokens a rank ({report.cache_bytes / 1e6:.1f} MB): {report.evictions} finished "
         f"requests evicted, work waiting for pages in {report.waits} steps, {sum(one.preempted for one in report.served)} preempted"
     )

@@ -28,6 +28,7 @@ class EngineOptions:
     page_size, num_pages: of each rank's pool.
     sharded: whether each rank keeps its own tokens only, or all.
     fail_step: the step from which on the last rank's kernel is one that raises once, to show what becomes of it; None for never.
+    device: "cpu", or "cuda" for each process's own GPU.
     """
 
     shape: ModelShape
@@ -37,6 +38,7 @@ class EngineOptions:
     num_pages: int
     sharded: bool
     fail_step: int | None = None
+    device: str = "cpu"
 
 
 class FailsOnce:
@@ -104,7 +106,7 @@ def serve(options: EngineOptions, requests: list[Request]) -> Report:
     """Serves the requests together with the other ranks of the default group, each of which makes this call alike."""
     rank, cp_size = dist.get_rank(), dist.get_world_size()
     shape = options.shape
-    model = build_model(shape, options.seed)
+    model = build_model(shape, options.seed).to(options.device)
     use_pool(model)
     pool = cpattn.KVPool(
         options.num_pages,
@@ -112,6 +114,7 @@ def serve(options: EngineOptions, requests: list[Request]) -> Report:
         shape.num_hidden_layers,
         shape.num_key_value_heads,
         shape.head_dim,
+        device=options.device,
         cp_size=cp_size,
         cp_rank=rank,
         sharded=options.sharded,
@@ -158,9 +161,10 @@ def run_step(
 
     Returns, for each request of the step, its next token and its two largest logits; None where its prompt goes on.
     """
-    meta = step.plan.metadata(rank)
+    device = pool.k_pages.device
+    meta = step.plan.metadata(rank, device)
     page_table = pool.page_table([state.name for state, _ in step.work])
-    input_ids = cpattn.shard(torch.tensor(step.token_ids), meta)
+    input_ids = cpattn.shard(torch.tensor(step.token_ids, device=device), meta)
     hidden = model.model(
         input_ids=input_ids[None],
         position_ids=meta.position_ids[None],
@@ -168,11 +172,11 @@ def run_step(
         pool_step=PoolStep(pool, meta, page_table, backend),
     ).last_hidden_state[0]
     # Logits only where a request's last token lies; what travels is two numbers a row, and every rank reads the same.
-    is_last = torch.isin(meta.token_index, torch.tensor([row for row in step.last_rows if row is not None]))
+    is_last = torch.isin(meta.token_index, torch.tensor([row for row in step.last_rows if row is not None], device=device))
     top = model.lm_head(hidden[is_last]).topk(2)
-    local_tokens = torch.zeros(meta.rows, dtype=torch.int64)
+    local_tokens = torch.zeros(meta.rows, dtype=torch.int64, device=device)
     local_tokens[is_last] = top.indices[:, 0]
-    local_top = torch.zeros(meta.rows, 2)
+    local_top = torch.zeros(meta.rows, 2, device=device)
     local_top[is_last] = top.values
     tokens, pairs = (cpattn.unshard(x, meta, check=True).tolist() for x in (local_tokens, local_top))
     return (
@@ -207,11 +211,11 @@ def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> di
     Returns:
         By number of the prompt.
     """
-    model = build_model(options.shape, options.seed)
+    model = build_model(options.shape, options.seed).to(options.device)
     expected = {}
     for number in range(dist.get_rank(), len(prompts), dist.get_world_size()):
         prompt, new_tokens = prompts[number]
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=options.device)
         result = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
