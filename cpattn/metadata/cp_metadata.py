@@ -17,6 +17,7 @@ from cpattn.memo import Memo
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.notebook import rank_html
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class CPMetadata:
     Made by :meth:`Plan.metadata` or :func:`cpattn.build_metadata`. Local rows are ordered request by request, each
     request's chunks in sequence order (``[r0.front, r0.back, r1.front, ...]`` for zigzag), then padding.
     Integer tensors are int32 on ``device`` unless said otherwise. With a bucket they have the bucket's sizes: chunks
-    that are not there are empty and at the end, tokens that are not there are -1.
+    that are not there are empty and at the end, tokens that are not there are -1. A notebook shows it as a table and a picture.
 
     Attributes:
         plan, cp_rank, device, bucket: what it was made from.
@@ -170,6 +171,17 @@ class CPMetadata:
             f"CPMetadata(rank {self.cp_rank} of {self.plan.cp_size}: {self.num_tokens} tokens in {self.rows} rows, "
             f"{len(self.chunk_host.request)} chunks, on {self.device})"
         )
+
+    @leaves_graph
+    def _repr_html_(self) -> str:
+        """What a notebook shows: this rank's numbers, and its chunks in the plan."""
+        pairs, every = self.plan.rank_pairs[self.cp_rank], sum(self.plan.rank_pairs)
+        share = f" ({pairs / every:.2%})" if every else ""
+        own = f"{self.num_tokens:,} tokens in {self.rows:,} rows, {len(self.chunk_host.request):,} chunks, {pairs:,} query-key pairs{share}"
+        lines = [(f"rank {self.cp_rank} of {self.plan.cp_size}", f"{own}, on {self.device}")]
+        if self.bucket is not None:
+            lines.append(("bucket", repr(self.bucket)))
+        return rank_html(self.plan, self.cp_rank, lines)
 
     @property
     def token_index(self) -> Tensor:

@@ -21,6 +21,7 @@ from cpattn.metadata.devices import parse_device
 from cpattn.metadata.draw import draw_plan, summarize_plan
 from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
+from cpattn.metadata.notebook import plan_html
 from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths
 
 
@@ -29,7 +30,8 @@ class Plan(Layout):
     """The layout of a batch over ``cp_size`` ranks. Frozen, hashable, and the same on every rank.
 
     Made by :func:`plan`, which explains the arguments. All else is worked out from them when first asked for. Of a partition
-    of your own a plan keeps the chunks: plans are equal where those are, and can be pickled whatever the function was.
+    of your own a plan keeps the chunks: plans are equal where those are, and can be pickled whatever the function was. A
+    notebook shows a plan as a table and a picture.
     """
 
     def fits(self, bucket: Bucket) -> bool:
@@ -81,6 +83,11 @@ class Plan(Layout):
             width: how many marks a line has at most.
         """
         return draw_plan(self, width)
+
+    @leaves_graph
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return plan_html(self)
 
     # Of zigzag and contiguous alone, which cut all requests alike. ``chunk_table`` says the same of any partition.
 
