@@ -1,4 +1,4 @@
-"""Named ranges in a profiler's trace. Where no profiler runs a call asks once, which takes 0.04 us, and makes none.
+"""Named ranges in a profiler's trace. Where no profiler runs a call asks once, which takes 0.06 us, and makes none.
 
 A range that is made whether anybody looks or not takes 7 to 12 us: as much as a tenth of a call.
 """

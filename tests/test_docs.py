@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import re
 import shlex
@@ -47,6 +48,17 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert {language for language, _ in blocks(page)} <= {"python", "sh", "text", "bibtex"} | more
 
 
+@pytest.fixture
+def _logging_stays() -> Iterator[None]:
+    """What a page sets up of logging would outlast it, with a stderr that is only its own."""
+    root, ours = logging.getLogger(), logging.getLogger("cpattn")
+    handlers, level = list(root.handlers), ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
+@pytest.mark.usefixtures("_logging_stays")
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_code_runs(page: Path) -> None:
     """All Python blocks of a page, one after another, as a reader would type them."""

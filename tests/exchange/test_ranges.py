@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +139,19 @@ def test_nobody_profiles_and_no_range_is_made(monkeypatch: pytest.MonkeyPatch) -
 def test_without_torchs_flag_there_are_no_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(profiler, "_is_profiler_enabled")
     assert not profiler_runs()
+
+
+def test_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "profiling.md").read_text()
+    code, printed = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:2]
+    exec(compile(code, "profiling.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
+def test_attend_over_pages_is_one_hop() -> None:
+    meta = cpattn.build_metadata([(2, 1)], cp_size=1, cp_rank=0)
+    pages = torch.randn(4, 16, 2, 8)
+    cache = cpattn.PagedKV(pages, pages, torch.tensor([[2]], dtype=torch.int32))
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        cpattn.attend(torch.randn(1, 4, 8), cache, meta, backend="reference")
+    assert names(trace.events()) == {"cpattn::resident hop 0/1": 1, "cpattn::attend reference": 1}
