@@ -18,8 +18,8 @@ R = TypeVar("R")
 def profiler_runs() -> bool:
     """Whether a profiler of torch runs in this process: ``torch.profiler``, ``torch.autograd.profiler`` or ``emit_nvtx``.
 
-    torch has this flag for such questions, alike in 2.9 to 2.14, but not as a public interface: without it there are no
-    ranges. ``torch.autograd._profiler_enabled()`` is of one thread, and False where all threads are profiled.
+    torch itself goes by this flag where it must not lose time, but it is no public interface (read in 2.13 and 2.14): without
+    it there are no ranges. ``torch.autograd._profiler_enabled()`` is of one thread, and False where all threads are profiled.
     """
     runs: bool = getattr(profiler, "_is_profiler_enabled", False)
     return runs
