@@ -18,8 +18,8 @@ _setting_up = threading.Lock()
 def logger() -> logging.Logger:
     """The logger, set up when it is first asked for.
 
-    With ``CPATTN_LOG=info`` or ``debug`` in the environment its records go to stderr, each line with this process' rank, and to
-    no handler of the root logger, which could write them there again. Any other value is named in a warning.
+    With ``CPATTN_LOG=info`` or ``debug`` in the environment its records go to stderr, each line with this process's rank. They
+    do not go to the root logger's handlers, which could write them there again. Any other value is named in a warning.
     """
     with _setting_up:
         return _set_up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import logging
@@ -20,7 +21,7 @@ from problems import problem
 
 import cpattn
 from cpattn.attention import auto
-from cpattn.cli.main import main
+from cpattn.cli.main import main, parser
 
 ROOT = Path(__file__).parents[1]
 README, CONCEPTS, CHOOSING, PERFORMANCE = (
@@ -130,6 +131,25 @@ def test_the_readme_is_read_in_five_minutes() -> None:
 @pytest.mark.parametrize("page", WRITTEN, ids=[str(page.relative_to(ROOT)) for page in WRITTEN])
 def test_sentences_are_short(page: Path) -> None:
     assert [sentence for sentence in sentences(page.read_text()) if len(sentence.split()) > 30] == []
+
+
+def help_texts(command: argparse.ArgumentParser) -> Iterator[str]:
+    """What a command and those below it say with ``--help``, examples aside."""
+    yield command.description or ""
+    for group in command._action_groups:
+        yield group.title or ""
+    for action in command._actions:
+        yield action.help or ""
+        if isinstance(action, argparse._SubParsersAction):
+            yield from (choice.help or "" for choice in action._choices_actions)
+            for below in action.choices.values():
+                yield from help_texts(below)
+
+
+def test_help_is_in_short_sentences() -> None:
+    found = list(help_texts(parser()))
+    assert len(found) > 100
+    assert [sentence for text in found for sentence in sentences(text) if len(sentence.split()) > 30] == []
 
 
 def test_a_long_sentence_is_found() -> None:

@@ -1,8 +1,8 @@
 """A batch as it is given on the command line: a JSON file, or the requests themselves as text.
 
 A file holds a list of requests, each ``{"prefix_len": 4096, "extend_len": 128}`` or ``[4096, 128]``. Text holds requests
-with commas between them: ``4096+128``, prefix and new tokens; ``128k``, new tokens alone, k being 1,024 and m 1,024 k; and
-``8k+1 x 256``, as many requests alike.
+with commas between them: ``4096+128``, prefix and new tokens; ``128k``, new tokens alone; ``8k+1 x 256``, 256 requests alike.
+k is 1,024, and m is 1,024 k.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cpattn.metadata.batch import MAX_TOKENS
 
 _LENGTH = r"(\d+) *([km]?)"
 _REQUEST = re.compile(rf"\s*(?:{_LENGTH}\s*\+\s*)?{_LENGTH}\s*(?:[x*]\s*(\d+)\s*)?", re.IGNORECASE)
-# What has nothing else in it is meant as requests, right or wrong; so is what has a plus, as no file of that name is there.
+# What has nothing else in it is meant as requests, right or wrong. So is what has a plus, unless a file has that name.
 _TEXT = re.compile(r"[\d\s,x*km()]*\d[\d\s,x*km()]*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 _FORM = 'a batch file is a list such as [{"prefix_len": 0, "extend_len": 512}]'
 _MOST_DIGITS = 30
 _MOST_REQUESTS = 10**6
 _EXAMPLE = '"0+512, 4096+128"'
-_RULE = 'write prefix+new tokens, or new tokens alone, and how many alike after an x: "4096+128, 16k, 8k+1 x 256"'
+_RULE = 'write prefix+new tokens or new tokens alone, and "x 256" behind it for 256 alike: "4096+128, 16k, 8k+1 x 256"'
 
 # For help texts of options that take a batch.
 BATCH_HELP = 'a JSON file, or requests as prefix+new tokens: "0+3670, 4096+128", "128k", "8k+1 x 256"'

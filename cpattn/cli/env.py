@@ -32,9 +32,9 @@ _PACKAGES = {
     "transformers": (None, "the Hugging Face adapter"),
 }
 _DESCRIPTION = """\
-Reports versions, devices, transports, and which backends can be used for
-what, and why the others cannot. Paste it into a bug report. It never fails:
-what is broken is part of the report, and the exit code is 0.
+Reports versions, devices and transports. For each backend it says what it can
+do on this machine, and why not where it cannot. Paste it into a bug report.
+It never fails: what is broken is part of the report, and the exit code is 0.
 """
 
 
@@ -42,7 +42,7 @@ def add_command(commands: Any) -> None:
     """Registers the command with the parser."""
     parser = commands.add_parser(
         "env",
-        help="report versions, devices and which backends can be used",
+        help="report versions, devices, and what each backend can do here",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -199,8 +199,7 @@ def backends() -> dict[str, Any]:
 
 
 def triton_release() -> dict[str, dict[str, Any]]:
-    """The two fast ways of backend triton that its release decides: whether each is taken (None: not known before first use),
-    and why."""
+    """The two fast ways of backend triton that its release decides: whether each is used (None: not known before first use), and why."""
     import torch
 
     from cpattn.kernels import release

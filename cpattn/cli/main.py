@@ -16,9 +16,9 @@ from cpattn.version import __version__
 _DESCRIPTION = """\
 Exact causal attention over a context that is split across ranks (GPUs or processes).
 
-A batch is a list of requests, each with a number of tokens that are in the
-KV cache already (its prefix) and a number of new ones. Write it as
-prefix+new, request after request, or name a JSON file:
+A batch is a list of requests. Each has a prefix, tokens that are in the KV
+cache already, and new tokens. Write prefix+new for each, with commas between
+them, or name a JSON file:
 
   cpattn plan --batch 128k --cp 8
   cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8

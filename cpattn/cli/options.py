@@ -27,9 +27,12 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
     else:
         parser.add_argument("--partition", choices=list(PARTITIONS), default="zigzag", help="who owns which tokens (default: zigzag)")
     parser.add_argument(
-        "--remainder", choices=REMAINDERS, default="balanced", help="where tokens go that a division leaves over (default: balanced)"
+        "--remainder",
+        choices=REMAINDERS,
+        default="balanced",
+        help="who takes the tokens that a division leaves over (default: balanced)",
     )
-    parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="rows of a rank are a multiple of this (default: 1)")
+    parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="round the rows of a rank up to a multiple of this (default: 1)")
 
 
 def plan_from(options: argparse.Namespace) -> cpattn.Plan:
@@ -61,7 +64,7 @@ def heads_from(text: str) -> Heads:
     try:
         return Heads(int(q), int(kv) if slash else None)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid value: {shown(text)}; pass query heads, or query/key-value heads such as 32/8") from None
+        raise argparse.ArgumentTypeError(f"invalid value: {shown(text)}; pass query heads, or query and key/value heads: 32/8") from None
 
 
 def add_shape_options(
@@ -71,19 +74,21 @@ def add_shape_options(
     q_heads = None if heads is None else Heads(heads)
     said = ["" if default is None else f" (default: {default})" for default in (heads, head_dim, dtype)]
     parser.add_argument(
-        "--heads", type=heads_from, default=q_heads, metavar="N", help=f"query heads, or query/key-value heads as 32/8{said[0]}"
+        "--heads", type=heads_from, default=q_heads, metavar="N", help=f"query heads, or query and key/value heads: 32/8{said[0]}"
     )
     parser.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads (default: a quarter of the query heads, at least 1)")
     parser.add_argument("--head-dim", type=int, default=head_dim, metavar="N", help=f"size of a head{said[1]}")
-    parser.add_argument("--v-head-dim", type=int, metavar="N", help="size of a head of v (default: as --head-dim)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"of q, k and v{said[2]}")
+    parser.add_argument("--v-head-dim", type=int, metavar="N", help="size of a head of v (default: that of --head-dim)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default=dtype, help=f"dtype of q, k and v{said[2]}")
 
 
 def shape_from(options: argparse.Namespace) -> Shape:
     """The sizes that those options ask for. Raises HeadCountError or CPError."""
     heads, kv_heads = options.heads
     if None not in (kv_heads, options.kv_heads):
-        raise HeadCountError(f"--heads {shown(heads)}/{shown(kv_heads)} --kv-heads {shown(options.kv_heads)}: say key/value heads once")
+        raise HeadCountError(
+            f"--heads {shown(heads)}/{shown(kv_heads)} --kv-heads {shown(options.kv_heads)}: give key/value heads only once"
+        )
     kv_heads = options.kv_heads if kv_heads is None else kv_heads
     if kv_heads is None:
         kv_heads = heads // 4 if heads % 4 == 0 else 1

@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "picture",
         help="draw a plan, a ring's hops over time, or each rank's work",
-        description="Draws a picture to a file, or without -o as text in the terminal.",
+        description="Draws a picture: to a file with -o, as text in the terminal without.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,9 +44,15 @@ def add_command(commands: Any) -> None:
         add_plan_options(kind_parser, several_partitions=kind == "work")
         if kind == "ring":
             kind_parser.add_argument(
-                "--transfer", type=float, default=0.5, metavar="X", help="time of a transfer, in hops of attention (default: 0.5)"
+                "--transfer",
+                type=float,
+                default=0.5,
+                metavar="X",
+                help="time of a transfer, where 1 is that of a mean hop (default: 0.5)",
             )
-        kind_parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf (needs cpattn[viz])")
+        kind_parser.add_argument(
+            "-o", "--output", type=Path, metavar="FILE", help="where to draw: a .png, .svg or .pdf (needs cpattn[viz])"
+        )
         kind_parser.set_defaults(run=run)
 
 

@@ -20,9 +20,9 @@ from cpattn.viz.palette import rank_text_color
 
 _DESCRIPTION = """\
 Prints how a batch is laid out over the ranks: each rank's tokens and
-query-key pairs, how far the busiest is from the mean, what each strategy
-sends in one attention call, and who owns which token. Nothing is computed,
-and no GPU is needed.
+query-key pairs, and how far the busiest rank is from the mean. Then what each
+strategy sends in one attention call, and which rank owns which token. Nothing
+is computed, and no GPU is needed.
 """
 _EXAMPLES = """\
 examples:
@@ -47,9 +47,9 @@ def add_command(commands: Any) -> None:
     sizes = parser.add_argument_group("sizes of the attention, for the bytes that are sent")
     add_shape_options(sizes, heads=32, head_dim=128)
     output = parser.add_argument_group("output")
-    output.add_argument("--compare", action="store_true", help="put all partitions and remainders side by side")
+    output.add_argument("--compare", action="store_true", help="compare all partitions and remainders, side by side")
     output.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    output.add_argument("--draw", type=Path, metavar="FILE", help="also draw the plan: FILE is a .png, .svg or .pdf (needs cpattn[viz])")
+    output.add_argument("--draw", type=Path, metavar="FILE", help="also draw the plan to a .png, .svg or .pdf (needs cpattn[viz])")
     parser.set_defaults(run=run)
 
 

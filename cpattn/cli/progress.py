@@ -1,4 +1,4 @@
-"""What a command is at: a progress bar in a terminal with rich, a line a step everywhere else."""
+"""How far a command is: a progress bar in a terminal with rich, a line for each step everywhere else."""
 
 from __future__ import annotations
 

@@ -52,8 +52,10 @@ class _Preference(NamedTuple):
 
 
 def explain_strategies(problem: Problem, plan: Layout, chosen: Strategy) -> dict[str, str]:
-    """For each strategy, in the order in which ``"auto"`` tries them, ``"able"``, or why it cannot serve the call; of the chosen one
-    ``"chosen"`` and what decided; after those the ones that it does not try."""
+    """For each strategy ``"able"``, or why it cannot serve the call; for the chosen one ``"chosen"`` and what decided.
+
+    They come in the order in which ``"auto"`` tries them, and those that it does not try come last.
+    """
     order, why = _preferred(problem, plan)
     able = {strategy.name: "able" for strategy in order} | {
         name: "able, but not taken for such a batch" for name in STRATEGIES if STRATEGIES[name] not in order
@@ -79,7 +81,7 @@ def _preferred(problem: Problem, plan: Layout) -> _Preference:
     pass_q = [PASS_Q, PASS_Q_RING] if fits else [PASS_Q_RING, PASS_Q]
     held = f"all queries and results are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_QUERIES_LIMIT)}"
     if only_decodes(plan):
-        # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries: between two
+        # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries. Between two
         # H100, 256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Over short contexts its bytes
         # are fewer, but it still copies, waits for each hop and merges.
         return _Preference(pass_q, f"no request has more than {DECODE_TOKENS} new tokens, and {held}")

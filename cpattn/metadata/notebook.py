@@ -16,8 +16,8 @@ from cpattn.metadata.layout import Layout
 from cpattn.metadata.rank_colors import PREFIX, ink_on, rank_color
 
 _MOST_BARS = 12
-# A bar is made of so many pieces at most, each in the colour of the rank that owns the token in its middle; new tokens are not lost
-# among cached ones.
+# A bar has at most so many pieces, each in the colour of the rank that owns the token in its middle. A piece with any new token shows
+# that one's rank, so that these are not lost among cached ones.
 _MOST_PIECES = 128
 _LEFT, _BAR, _LINE, _HEIGHT = 190, 512, 20, 14  # pixels
 _LEAST_NAMED = 13  # pixels of a rank's name

@@ -45,13 +45,16 @@ class Panel(NamedTuple):
 
     @property
     def inches_for_numbers(self) -> float:
-        """How high it is best: so that the thinnest band has room for its number, unless it is thinner than most."""
+        """The best height: the thinnest band has room for its number, unless it is much thinner than the others."""
         thinnest = min((band.end - band.begin for band in self.bands), default=1)
         return NUMBER_PITCH * min(1.5 * len(self.bands), self.height / thinnest)
 
     def numbers(self, inches: float) -> dict[Band, float]:
-        """Where the bands' numbers stand, in queries from above, if the panel is so high: a number to each band, moved a
-        little where that makes room; or, where they are too many, to those that have room, thick ones first."""
+        """Where the bands' numbers stand in a panel of that height, in queries from above.
+
+        Each band has one, moved a little where that makes room. Where there are too many, those have one that have room,
+        thick ones first.
+        """
         inch = inches / max(1, self.height)
         middles = [(band.begin + band.end) / 2 * inch for band in self.bands]
         places = _apart(middles, inches)
@@ -66,7 +69,7 @@ class Panel(NamedTuple):
 
 
 def _apart(places: list[float], inches: float) -> list[float]:
-    """The places, moved down and then up again until there is a pitch between them and they end in sight."""
+    """The places, moved down and then up again until there is a pitch between them and the last is in sight."""
     moved = list(places)
     for at in range(1, len(moved)):
         moved[at] = max(moved[at], moved[at - 1] + NUMBER_PITCH)

@@ -32,7 +32,7 @@ def test_text(text: str, batch: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0+12, y", "request 1 of the batch is 'y'; write prefix\\+new tokens, or new tokens alone, and how many alike after an x"),
+        ("0+12, y", "request 1 of the batch is 'y'; write prefix\\+new tokens or new tokens alone, and \"x 256\" behind it for 256 alike"),
         ("0+12,", "request 1 of the batch is ''"),
         ("1+2+3", "request 0 of the batch is '1\\+2\\+3'"),
         ("-1+5", "request 0 of the batch is '-1\\+5'"),

@@ -91,7 +91,7 @@ def test_json_of_the_metadata(capsys: pytest.CaptureFixture[str], arguments: lis
         (["--cp", "5000"], "--cp 5000: it can be 4,096 at most"),
         (["--batch", "8x8k"], "request 0 of the batch is '8x8k'"),
         (["--heads", "6/4"], "--heads 6 --kv-heads 4: query heads must be a multiple"),
-        (["--heads", "8/4", "--kv-heads", "2"], "--heads 8/4 --kv-heads 2: say key/value heads once"),
+        (["--heads", "8/4", "--kv-heads", "2"], "--heads 8/4 --kv-heads 2: give key/value heads only once"),
     ],
 )
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -106,7 +106,7 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str], arguments: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--heads", "8/x"], "argument --heads: invalid value: '8/x'; pass query heads, or query/key-value heads such as 32/8"),
+        (["--heads", "8/x"], "argument --heads: invalid value: '8/x'; pass query heads, or query and key/value heads: 32/8"),
         (["--tokens", "5", "--batch", "6"], "argument --batch: not allowed with argument --tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``cpattn bench``: small runs of what ``benchmarks/`` measures in full, for a first look at a machine."""
+"""``cpattn bench``: small runs of what ``benchmarks/`` measures at length, for a first look at a machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError
 
 _DESCRIPTION = """\
-Runs a benchmark in small and prints a table: a first look at this machine,
-in seconds. The results in full, with their devices, versions and commands,
-are in benchmarks/results/ of the repository, and the programs that made them
-in benchmarks/.
+Runs a small benchmark and prints a table: a first look at this machine, in
+seconds. Full results, with devices, versions and commands, are in
+benchmarks/results/ of the repository. The programs that made them are in
+benchmarks/.
 """
 _EXAMPLES = """\
 examples:
@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
     """Registers the command with the parser."""
     parser = commands.add_parser(
         "bench",
-        help="time the attention, a layer or the metadata on this machine, in small",
+        help="time the attention, a layer or the metadata on this machine, in a few seconds",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,12 +44,12 @@ def add_command(commands: Any) -> None:
         kind_parser = kinds.add_parser(kind, help=module.TITLE, description=f"Times {module.TITLE}.")
         work = kind_parser.add_mutually_exclusive_group()
         work.add_argument("--tokens", type=int, default=module.TOKENS, metavar="N", help=f"{module.TOKENS_HELP} (default: {module.TOKENS})")
-        work.add_argument("--batch", metavar="BATCH", help=f"measure this batch alone: {BATCH_HELP}")
+        work.add_argument("--batch", metavar="BATCH", help=f"the one batch to measure: {BATCH_HELP}")
         kind_parser.add_argument("--cp", type=int, metavar="N", help=module.CP_HELP)
-        kind_parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="about how long to measure (default: 2)")
-        kind_parser.add_argument("--json", action="store_true", help="print JSON instead of a table: all numbers, device and versions")
+        kind_parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="about how many seconds to measure (default: 2)")
+        kind_parser.add_argument("--json", action="store_true", help="print JSON instead of a table, with device and versions")
         if module.HAS_SHAPE:
-            sizes = kind_parser.add_argument_group("sizes, by default 32/8 heads in bfloat16 on a GPU, 8/2 heads in float32 on a CPU")
+            sizes = kind_parser.add_argument_group("sizes (default: 32/8 heads in bfloat16 on a GPU, 8/2 heads in float32 on a CPU)")
             add_shape_options(sizes, heads=None, head_dim=128, dtype=None)
         kind_parser.set_defaults(run=run)
 
@@ -65,12 +65,12 @@ def run(options: argparse.Namespace) -> int:
     result = module.measure(asked)
     print_table(result.header, result.lines, left=module.LEFT)
     print()
-    say(f"{result.note}\nin full: {module.RESULTS} of the repository")
+    say(f"{result.note}\nfull results: {module.RESULTS} of the repository")
     return 0
 
 
 def as_json(kind: str, asked: Asked, result: Result) -> dict[str, Any]:
-    """A run as JSON's own types: times are seconds, flops those of causal work in a run."""
+    """A run as JSON's own types: times in seconds, flops of a run's causal work."""
     return {
         "benchmark": kind,
         "title": _KINDS[kind].TITLE,

@@ -14,7 +14,7 @@ from cpattn.spans import Spans
 
 TITLE = "one rank's attention launch, with each backend that can serve it"
 TOKENS, TOKENS_HELP = 4096, "new tokens of the whole batch"
-CP_HELP = "number of ranks, of which the one in the middle is measured (default: 4)"
+CP_HELP = "number of ranks; the one in the middle is measured (default: 4)"
 RESULTS = "benchmarks/results/attention_gpu.md and attention_cpu.md"
 LEFT = (0, 1)
 HAS_SHAPE = True

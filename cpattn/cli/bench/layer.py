@@ -13,7 +13,7 @@ from cpattn.testing import SoloCommunicator
 
 TITLE = "one rank's whole call of cp_attention, with each strategy"
 TOKENS, TOKENS_HELP = 4096, "new tokens of the whole batch"
-CP_HELP = "number of ranks, of which the one in the middle is measured (default: 4)"
+CP_HELP = "number of ranks; the one in the middle is measured (default: 4)"
 RESULTS = "benchmarks/results/layer_gpu.md"
 LEFT = (0, 1, 2)
 HAS_SHAPE = True
@@ -40,5 +40,5 @@ def measure(asked: Asked) -> Result:
             lines.append([name, strategy, backend, f"{timing.p50 * 1e3:,.2f}", in_flops(flops / timing.p50)])
             chosen = strategy == call.strategy.name
             records.append(record(name, plan, timing, rank=rank, strategy=strategy, backend=backend, chosen_by_auto=chosen, flops=flops))
-    note = f"medians; the rank in the middle of {plan.cp_size}, {asked.shape}; what the others would send is a copy on this device"
+    note = f"medians; the rank in the middle of {plan.cp_size}, {asked.shape}; messages of other ranks are copies on this device"
     return Result(["batch", "strategy", "backend", "ms", "causal work only"], lines, records, note)

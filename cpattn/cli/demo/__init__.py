@@ -1,4 +1,4 @@
-"""``cpattn demo``: the main job, over real ranks, checked against the float64 oracle."""
+"""``cpattn demo``: each strategy over real ranks, checked against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from cpattn.cli.speed import causal_flops, in_flops
 
 _DESCRIPTION = """\
 Runs each exchange strategy over several ranks of this machine, and compares
-all outputs with a float64 oracle. Ranks are processes: over NCCL with a GPU
-each where there are enough, over gloo on the CPU where there are none. With
-fewer GPUs than ranks they are threads that share the first GPU.
-Exit code 0: all exact; 1: an output was off; 2: bad input.
+every output with a float64 oracle. Where there is a GPU for each rank, ranks
+are processes over NCCL. Without a GPU they are processes over gloo on the CPU.
+With fewer GPUs than ranks they are threads that share the first GPU.
+
+exit codes: 0 all exact, 1 an output was off, 2 the input was refused
 """
 
 
@@ -32,10 +33,10 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--batch", metavar="BATCH", help=f"{BATCH_HELP} ({defaults_in_words()})")
-    parser.add_argument("--cp", type=int, metavar="N", help="number of ranks (default: a GPU each, or 4 where there are not two)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: auto, on GPUs if there are any)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tensors (default: 0)")
-    sizes = parser.add_argument_group("sizes, by default 8/2 heads of 64 on the CPU, and 32/8 heads of 128 on GPUs")
+    parser.add_argument("--cp", type=int, metavar="N", help="number of ranks (default: one for each GPU; 4 with fewer than two GPUs)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: auto, GPUs where there are some)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random tensors (default: 0)")
+    sizes = parser.add_argument_group("sizes (default: 8/2 heads of 64 on the CPU, 32/8 heads of 128 on GPUs)")
     add_shape_options(sizes, heads=None, head_dim=None)
     parser.set_defaults(run=run)
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     print_table(header, [_line(outcome, flops, place.num_devices) for outcome in outcomes], left=(0, 1))
     each = "by each GPU" if place.num_devices > 1 else "by all ranks together"
     print()
-    say(f"ms: of a call, the slowest rank's; speed: of causal work, {each}; bytes sent: by a rank, in a call")
+    say(f"ms: a call on the slowest rank; speed: causal work alone, {each}; bytes sent: by a rank in a call")
     all_fine = all(outcome.fine for outcome in outcomes)
     print("every rank's output is as exact as one device's" if all_fine else "an output is OFF: see the table")
     return 0 if all_fine else 1
