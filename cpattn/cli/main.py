@@ -20,7 +20,7 @@ A batch is a list of requests. Each has a prefix, tokens that are in the KV
 cache already, and new tokens. Write prefix+new for each, with commas between
 them, or name a JSON file:
 
-  cpattn plan --batch 128k --cp 8
+  cpattn plan --batch 128k
   cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 8
 

@@ -13,6 +13,8 @@ from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError, HeadCountError, PlanError, shown
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 
+# The ranks of commands that are given no number of them.
+CP_SIZE = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_RANKS = 4096
 _LARGEST_SIZE = 2**20
@@ -21,7 +23,7 @@ _LARGEST_SIZE = 2**20
 def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: bool = False) -> None:
     """--batch, --cp and what else a plan is made of; with ``several_partitions``, --partition takes a list of them."""
     parser.add_argument("--batch", required=True, metavar="BATCH", help=BATCH_HELP)
-    parser.add_argument("--cp", type=int, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--cp", type=int, default=CP_SIZE, metavar="N", help=f"number of ranks (default: {CP_SIZE})")
     if several_partitions:
         parser.add_argument("--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all)")
     else:

@@ -26,7 +26,7 @@ is computed, and no GPU is needed.
 """
 _EXAMPLES = """\
 examples:
-  cpattn plan --batch 131072 --cp 8
+  cpattn plan --batch 131072
   cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 4 --compare
   cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png

@@ -138,6 +138,13 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argume
     assert len(error) < 500
 
 
+def test_a_batch_alone_is_planned_for_four_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--batch", "131072"]) == 0
+    assert "\n4 ranks, zigzag partition, balanced remainder, 32,768 rows a rank" in capsys.readouterr().out
+    assert main(["picture", "ring", "--batch", "0+16k"]) == 0
+    assert "rank 3 computes" in capsys.readouterr().out
+
+
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -9,12 +9,9 @@ from torch import Tensor
 
 import cpattn
 from cpattn.cli.bench.device import Timing, device
-from cpattn.cli.options import DTYPES
+from cpattn.cli.options import CP_SIZE, DTYPES
 from cpattn.cli.speed import causal_flops
 from cpattn.cli.traffic import Shape
-
-# Where --cp is left out.
-CP_SIZE = 4
 
 
 class Asked(NamedTuple):

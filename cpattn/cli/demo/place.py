@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from cpattn.cli.demo.program import RankProgram, as_process
+from cpattn.cli.options import CP_SIZE
 from cpattn.errors import CPError, PlanError, shown
 from cpattn.testing import ProcessRanks, run_loopback
 
 T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
-_CPU_RANKS = 4
 _MOST_RANKS = 64
 # Seconds that a rank may wait for another: the first call on a GPU compiles kernels.
 _PATIENCE = 300.0
@@ -83,8 +83,8 @@ def place_for(device: str, cp_size: int | None) -> Place:
             f"--device cuda: torch {torch.__version__} sees no CUDA GPU here; `cpattn env` says more, and --device cpu needs none"
         )
     if device == "cpu" or not gpus:
-        return Place("cpu", "gloo", _CPU_RANKS if cp_size is None else cp_size)
+        return Place("cpu", "gloo", CP_SIZE if cp_size is None else cp_size)
     if cp_size is None:
-        cp_size = gpus if gpus > 1 else _CPU_RANKS
+        cp_size = gpus if gpus > 1 else CP_SIZE
     has_one_each = cp_size <= gpus and dist.is_available() and dist.is_nccl_available()
     return Place("cuda", "nccl" if has_one_each else "loopback", cp_size)
