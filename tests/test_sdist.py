@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -28,17 +30,28 @@ def tracked() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def shipped(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The text of each file of an sdist; "" for those that are none. Made from a copy: setuptools writes beside what it reads."""
+def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout called cpattn to build in: setuptools writes beside what it reads."""
     pytest.importorskip("setuptools")
-    copy = tmp_path_factory.mktemp("sdist")
+    copy = tmp_path_factory.mktemp("build") / "cpattn"
     for name in tracked:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    program = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    return copy
+
+
+def build(copy: Path, kind: str) -> Path:
+    program = f"from setuptools import build_meta; build_meta.build_{kind}('dist_{kind}')"
     done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (archive,) = (copy / "dist").iterdir()
+    (archive,) = (copy / f"dist_{kind}").iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def shipped(copy: Path) -> dict[str, str]:
+    """The text of each file of an sdist; "" for those that are none."""
+    archive = build(copy, "sdist")
     with tarfile.open(archive) as files:
         found = {member.name.partition("/")[2]: files.extractfile(member) for member in files if member.isfile()}
         return {name: file.read().decode(errors="ignore") if file else "" for name, file in found.items()}
@@ -47,6 +60,16 @@ def shipped(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_the_sdist_holds_all_that_git_has(tracked: set[str], shipped: dict[str, str]) -> None:
     made = {name for name in shipped if name == "PKG-INFO" or name.startswith("cpattn.egg-info/")}
     assert set(shipped) - made == {name for name in tracked if not NOT_SHIPPED.match(name)}
+
+
+def test_a_program_beside_a_checkout_imports_what_is_installed_from_it(copy: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build(copy, "editable")) as wheel:
+        wheel.extractall(tmp_path)
+    program = f"import site; site.addsitedir({str(tmp_path)!r}); import importlib.util; print(importlib.util.find_spec('cpattn').origin)"
+    # What runs the tests may have a path to the package as well.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=copy.parent, env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).name == "__init__.py"
 
 
 def test_links_of_an_index_page_name_files_of_this_version(tracked: set[str], shipped: dict[str, str]) -> None:
