@@ -270,8 +270,12 @@ def test_figures_of_a_launch_are_in_the_results() -> None:
     for case, row in table(PERFORMANCE, "batch").items():
         for backend, variant in chosen.items():
             line = next(line for line in results.splitlines() if line.startswith(f"| {cases[case]} | {variant} |"))
-            *_, rate, sustained = line.strip("| ").split(" | ")
+            rate, sustained = line.strip("| ").split(" | ")[6:8]
             assert row[f"`{backend}`"] == f"{rate} ({sustained})", (case, backend)
+    (decode,) = table(PERFORMANCE, "decode").values()
+    for backend, variant in chosen.items():
+        line = next(line for line in results.splitlines() if line.startswith(f"| 256 x (8k + 1), cp 4 | {variant} |"))
+        assert decode[f"`{backend}`"] == line.strip("| ").split(" | ")[8], backend
 
 
 def test_figures_of_a_layer_are_in_the_results() -> None:
