@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.kinds import Kind, kinds_of, most_work
+from cpattn.metadata.kinds import Kind, lines_of
 from cpattn.metadata.layout import Layout
 
 RANK_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -89,10 +89,7 @@ def draw_plan(plan: Layout, width: int) -> str:
     """See :meth:`cpattn.Plan.draw`."""
     if not plan.batch:
         return "(no requests)"
-    if len(plan.batch) <= _MOST_LINES:
-        kinds = [Kind(*lengths, (number,)) for number, lengths in enumerate(plan.batch)]
-    else:
-        kinds = most_work(kinds_of(plan, cut_alike=True), _MOST_LINES)
+    kinds = lines_of(plan, _MOST_LINES)
     number_width = len(str(max(kind.requests[0] for kind in kinds)))
     labels = [
         (f"request {kind.requests[0]:>{number_width}}" if len(kind.requests) == 1 else counted(len(kind.requests), "request"))

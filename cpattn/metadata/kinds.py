@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,13 +30,22 @@ def kinds_of(plan: Layout, cut_alike: bool = False) -> list[Kind]:
     Args:
         cut_alike: whether the requests of a kind must have the same chunks on the same ranks as well.
     """
+    # Of lengths that one request alone has, the chunks need not be looked at.
+    times = Counter(plan.batch) if cut_alike else Counter()
     bounds = np.searchsorted(plan.chunk_table.request, np.arange(len(plan.batch) + 1))
     found: dict[tuple[int, int, bytes], list[int]] = {}
-    for number, (prefix_len, extend_len) in enumerate(plan.batch):
+    for number, request in enumerate(plan.batch):
         own = slice(bounds[number], bounds[number + 1])
-        cut = b"".join(column[own].tobytes() for column in plan.chunk_table[1:]) if cut_alike else b""
-        found.setdefault((prefix_len, extend_len, cut), []).append(number)
+        cut = b"".join(column[own].tobytes() for column in plan.chunk_table[1:]) if times[request] > 1 else b""
+        found.setdefault((*request, cut), []).append(number)
     return [Kind(prefix_len, extend_len, tuple(requests)) for (prefix_len, extend_len, _), requests in found.items()]
+
+
+def lines_of(plan: Layout, most: int) -> list[Kind]:
+    """What at most that many lines show of a plan: each request, or of a longer batch the kinds with the most work."""
+    if len(plan.batch) <= most:
+        return [Kind(*lengths, (number,)) for number, lengths in enumerate(plan.batch)]
+    return most_work(kinds_of(plan, cut_alike=True), most)
 
 
 def most_work(kinds: Sequence[Kind], most: int) -> list[Kind]:

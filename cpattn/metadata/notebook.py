@@ -11,7 +11,8 @@ from html import escape
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.draw import describe_partition
+from cpattn.metadata.draw import counted, describe_partition
+from cpattn.metadata.kinds import lines_of
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.rank_colors import PREFIX, ink_on, rank_color
 
@@ -57,32 +58,24 @@ def _block(lines: Sequence[tuple[str, str]], picture: str) -> str:
 
 
 def _picture(plan: Layout, rank: int | None) -> str:
-    """A bar a request, to its own scale: cached tokens grey, new ones in their ranks' colours."""
-    drawn = _most_work(plan)
+    """A bar a request, or for those that are alike, to its own scale: cached tokens grey, new ones in their ranks' colours."""
+    drawn = [kind for kind in lines_of(plan, _MOST_BARS) if kind.prefix_len + kind.extend_len]
     if not drawn:
         return ""
     request, start, length, owner = plan.chunk_table
-    bounds = np.searchsorted(request, np.arange(len(plan.batch) + 1))
     height = _LINE * len(drawn) + 2
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _BAR}" height="{height}" font-family="sans-serif" font-size="11">']
-    for line, i in enumerate(drawn):
-        prefix_len, extend_len = plan.batch[i]
-        own = slice(bounds[i], bounds[i + 1])
+    for line, (prefix_len, extend_len, requests) in enumerate(drawn):
+        own = slice(*np.searchsorted(request, [requests[0], requests[0] + 1]))
         y = line * _LINE + 2
-        parts.append(f'<text x="0" y="{y + 11}" fill="currentColor">request {i}: {prefix_len:,} + {extend_len:,}</text>')
+        name = f"request {requests[0]}" if len(requests) == 1 else counted(len(requests), "request")
+        parts.append(f'<text x="0" y="{y + 11}" fill="currentColor">{name}: {prefix_len:,} + {extend_len:,}</text>')
         parts += _bar(prefix_len, extend_len, start[own] + length[own], owner[own], y, rank)
     parts.append("</svg>")
-    left_out = len(plan.batch) - len(drawn)
+    shown = sum(len(kind.requests) for kind in drawn)
     legend = "grey: cached tokens; numbers: the ranks that own the new ones"
-    legend += f"; {len(drawn)} of {len(plan.batch):,} requests, those with the most work" if left_out else ""
+    legend += f"; {shown:,} of {len(plan.batch):,} requests, those with the most work" if shown < len(plan.batch) else ""
     return f"{''.join(parts)}<div><small>{legend}</small></div>"
-
-
-def _most_work(plan: Layout) -> list[int]:
-    """The requests with the most query-key pairs, in the order of the batch; none without a token."""
-    pairs = plan.extend_lens * plan.prefix_lens + plan.extend_lens * (plan.extend_lens + 1) // 2
-    order = np.argsort(-pairs, kind="stable")
-    return sorted(order[plan.total_lens[order] > 0][:_MOST_BARS].tolist())
 
 
 def _bar(prefix_len: int, extend_len: int, ends: IntArray, owners: IntArray, y: int, rank: int | None) -> Iterator[str]:
