@@ -25,7 +25,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 from cpattn.testing import SoloCommunicator
-from cpattn.transports.transport import Work
+from cpattn.transports.transfer import Work
 
 # In which the cache is whole on every rank; benchmarks/bench_serving.py has the others.
 STRATEGIES = ("all_gather", "ring")

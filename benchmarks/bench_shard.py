@@ -11,7 +11,7 @@ from timing import interleaved, percentiles, write_report
 from torch import Tensor
 
 import cpattn
-from cpattn.transports.transport import Work
+from cpattn.transports.transfer import Work
 
 NUM_REQUESTS, CP_SIZE, CP_RANK = 64, 8, 3
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from cpattn.pool.kv_pool import KVPool
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
     from cpattn.spans import Spans
-    from cpattn.transports.groups import release, transport
+    from cpattn.transports.groups import check, release, transport
     from cpattn.transports.loopback import LoopbackGroup
     from cpattn.transports.process_group import ProcessGroupCommunicator
     from cpattn.transports.transport import Communicator, Transport
@@ -93,6 +93,7 @@ __all__ = [
     "__version__",
     "attend",
     "build_metadata",
+    "check",
     "cp_attention",
     "custom_backend",
     "explain",
@@ -130,7 +131,7 @@ _NAMES = {
     "options": "AttentionOptions",
     "serving": "attend gather_kv slot_mapping write_kv",
     "spans": "Spans",
-    "transports.groups": "release transport",
+    "transports.groups": "check release transport",
     "transports.loopback": "LoopbackGroup",
     "transports.process_group": "ProcessGroupCommunicator",
     "transports.transport": "Communicator Transport",

@@ -25,7 +25,7 @@ from cpattn.transports.agreement import expect_verdicts, share_verdicts
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer
+from cpattn.transports.transfer import Transfer
 
 # What cp_attention takes by keyword.
 KEYWORDS = (
@@ -380,12 +380,13 @@ def explain(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    group: Group = None,
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
     ``"able"``, or the reason why it was passed over. With a PagedKV it also says whether the backend reads the pages or a
     packed copy of them, and of ``triton`` which kernel and which launch it uses. On an H100 or H200 it says for which kind
     of call the order is.
-    Needs no group and computes nothing.
+    Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4)], cp_size=1, cp_rank=0)
@@ -399,4 +400,5 @@ def explain(
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks)
     options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
     choice = choose(arguments, problem_of(arguments, meta, options), meta.plan)
-    return explain_choice(choice.problem, choice.workload)
+    explained = explain_choice(choice.problem, choice.workload)
+    return explained if group is None else explained | {"transport": as_transport(group, meta.plan.cp_size).describe()}

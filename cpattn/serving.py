@@ -19,7 +19,7 @@ from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.errors import UnsupportedError
-from cpattn.exchange.all_gather import Gathered, gathered_keys
+from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.resident import RESIDENT
 from cpattn.graphs import leaves_graph
@@ -28,7 +28,7 @@ from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer
+from cpattn.transports.transfer import Transfer
 
 # What attend takes by keyword.
 _ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "out", "return_lse", "check")
@@ -78,20 +78,18 @@ def gather_kv(
     with InFlight(transport, meta.device) as in_flight:
         kv = validated(validate, describe, meta, in_flight, check, label)
 
-        made: list[Gathered] = []
+        made: list[GatheredRows] = []
 
         def make() -> list[Transfer]:
-            made[:] = gathered_keys(transport, kv, meta)
-            return [gathered.transfer for gathered in made] if meta.rows else []
+            made[:] = gathered_rows(transport, kv, meta.rows)
+            return [rows.transfer for rows in made] if meta.rows else []
 
         in_flight.expect(make)
-        (gathered,) = made
+        (rows,) = made
         if meta.rows:
-            # The message is packed where the gather would put it, which spares a copy of it.
-            num_tokens = meta.num_tokens if meta.bucket is None else meta.token_count
-            moves_for(k.device).pack(gathered.own, k, v, num_tokens)
+            rows.put(k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
             in_flight.start().wait()
-        return gathered.all.parts
+        return rows.all.parts
 
 
 @leaves_graph

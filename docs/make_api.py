@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
     "A backend of one's own": ("cpattn", ["Backend", "Spans", "Keys", "AttentionOptions"]),
-    "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "Communicator", "ProcessGroupCommunicator"]),
+    "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "check", "Communicator", "ProcessGroupCommunicator"]),
     "Errors": (
         "cpattn",
         [

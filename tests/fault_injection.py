@@ -15,7 +15,9 @@ from cpattn.transports.in_flight import InFlight
 
 PACKAGE = str(Path(cpattn.__file__).parent)
 # What starts a transfer or waits for one: where it raises the transfer itself has failed, which is another matter.
-TRANSPORT = tuple(f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback", "part"))
+TRANSPORT = tuple(
+    f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback", "part", "transfer")
+)
 BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "reuse", "release", "allocate"}
 
 
@@ -38,10 +40,12 @@ class _Point:
             call = frame.f_locals.get("self")
             if isinstance(call, InFlight):
                 self.is_in_flight = frame.f_code.co_name != "__exit__" and (
-                    getattr(call, "_has_begun", False) or frame.f_code.co_name == "expect"
+                    getattr(call, "_has_begun", False) or frame.f_code.co_name in ("expect", "_placed")
                 )
             return None
         if not name.startswith(PACKAGE) or name in TRANSPORT or (name == BASE and frame.f_code.co_name not in MEMORY):
+            return None
+        if _is_transfer(frame):
             return None
         # A with statement is visited once more as it ends, before __exit__ is called, where nothing but an interrupt can raise.
         is_end = "with InFlight(" in linecache.getline(name, frame.f_lineno)
@@ -51,6 +55,15 @@ class _Point:
                 self.was_raised = True
                 raise self.fault
         return self.trace
+
+
+def _is_transfer(frame: FrameType | None) -> bool:
+    """Whether it is a part of starting a transfer or of waiting for one."""
+    while frame is not None:
+        if frame.f_code.co_filename == TRANSPORT[0] and frame.f_code.co_name in ("start", "wait"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

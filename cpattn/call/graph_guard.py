@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import ref
 
 from cpattn.errors import PlanError
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
+from cpattn.transports.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,16 @@ class CapturedCache:
                 f"the plan has a request of {longest} tokens, but a graph was captured with a page table for {self.fits}; "
                 "capture with a wider one"
             )
+
+
+@dataclass(frozen=True)
+class GroupCheck:
+    """A graph has captured a call over a group. Another batch is refused where a rank did not come meanwhile, as far as the host
+    knows; nothing is known of a group that is gone."""
+
+    transport: ref[Transport]
+
+    def __call__(self, plan: Layout) -> None:
+        transport = self.transport()
+        if transport is not None:
+            transport.look_for_fault()

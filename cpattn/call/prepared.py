@@ -16,7 +16,7 @@ from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
 from cpattn.call.checks import check_no_grad
 from cpattn.call.choose import Choice
-from cpattn.call.graph_guard import CapturedCache
+from cpattn.call.graph_guard import CapturedCache, GroupCheck
 from cpattn.call.page_checks import check_lines
 from cpattn.call.page_contents import check_page_contents
 from cpattn.current import is_on_current_device
@@ -29,7 +29,8 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.transports.transfer import Transfer
+from cpattn.transports.transport import Transport
 
 
 class PreparedCall:
@@ -225,6 +226,8 @@ class PreparedCall:
         meta = self._meta()
         if self.problem.fixed and meta is not None:
             meta.on_copy(CapturedCache.of(arguments.kv_cache))
+            # Who only replays graphs learns here of a rank that did not come.
+            meta.on_copy(GroupCheck(weakref.ref(self.transport)))
 
     def _pad_(self, lse: Tensor) -> None:
         """A sink is a logit of every query, but padding is none."""

@@ -1,18 +1,19 @@
 """Strategy ``all_gather``: every rank receives all K and V, puts them in order, and computes in one launch.
 
-With pages their order is that of the pages: what is gathered is written to its slots, and attended to there.
+With pages their order is that of the pages: what arrives is written to its slots, and attended to there.
 With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
 at once, and the attention of the first group runs while the next is in flight.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.gathered_rows import gathered_rows
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer, pages_of_heads
 from cpattn.exchange.schedule import Hop, Schedule, sends
@@ -20,12 +21,12 @@ from cpattn.exchange.step_spans import causal_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
-from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.transports.rows_of_all import RowsOfAll
+from cpattn.transports.transfer import Transfer
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
@@ -43,21 +44,20 @@ def _prepare(setup: Setup) -> _Alone | _AllGather:
         return _Alone.of(setup)
     problem, meta = setup.problem, setup.meta
     kv = setup.kv.group(problem.overlap)
-    all_gathered = gathered_keys(setup.transport, kv, meta, problem.overlap)
+    all_rows = _rows_of_all(setup, kv)
     groups = []
-    for number, gathered in enumerate(all_gathered):
+    for number, rows in enumerate(all_rows):
         kv_heads = q_heads = None
         if problem.overlap > 1:
             kv_heads = slice(number * kv.heads, (number + 1) * kv.heads)
             queries_a_key = problem.q_heads // problem.kv_heads
             q_heads = slice(kv_heads.start * queries_a_key, kv_heads.stop * queries_a_key)
-        groups.append(_Group(gathered, kv_heads, q_heads))
+        groups.append(_Group(rows, kv_heads, q_heads))
     order = _IntoPages.of(setup, kv) if problem.cache == "paged" else _InOrder.of(setup, kv)
     return _AllGather(
-        transfers=tuple(gathered.transfer for gathered in all_gathered),
+        transfers=tuple(rows.transfer for rows in all_rows),
         groups=tuple(groups),
         num_tokens=setup.num_tokens,
-        moves=moves_for(problem.device),
         order=order,
         prefix=_Prefix(order.ordered.whole, meta.prefix_key_rows, order.moves) if isinstance(order, _InOrder) and problem.cache else None,
     )
@@ -67,19 +67,18 @@ def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
     if isinstance(held, _Alone):
         attend(held.keys(io), held.spans)
         return
-    _, groups, num_tokens, moves, order, prefix = held
+    _, groups, num_tokens, order, prefix = held
     works = []
-    for gathered, kv_heads, _ in groups:
-        # The message is packed where the gather would put it, which spares a copy of it.
+    for rows, kv_heads, _ in groups:
         k, v = (io.k, io.v) if kv_heads is None else (heads_of(io.k, kv_heads), heads_of(io.v, kv_heads))
-        moves.pack(gathered.own, k, v, num_tokens)
+        rows.put(k, v, num_tokens)
         works.append(io.start())
-    for (gathered, kv_heads, q_heads), work in zip(groups, works, strict=True):
+    for (rows, kv_heads, q_heads), work in zip(groups, works, strict=True):
         if prefix is not None:
             # It is there, and the new keys are still on their way.
             prefix.put(io, kv_heads)
         work.wait()
-        keys = order.keys(io, gathered.all, kv_heads)
+        keys = order.keys(io, rows, kv_heads)
         if q_heads is None:
             attend(keys, order.spans)
         else:
@@ -141,9 +140,9 @@ class _InOrder(NamedTuple):
         ordered = message_buffer(arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
         return cls(spans, ordered, meta.restore_index, meta.extend_key_rows, moves)
 
-    def keys(self, io: IO, gathered: Message, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: RowsOfAll, heads: slice | None) -> Keys:
         """What has arrived, put in order."""
-        self.moves.gather_rows(self.ordered.whole, gathered.whole, self.restore_index, self.rows)
+        arrived.gather(self.ordered.whole, self.restore_index, self.rows)
         return self.ordered.keys
 
 
@@ -171,33 +170,24 @@ class _IntoPages(NamedTuple):
     spans: Spans
     pages: WholePages
     places: tuple[Tensor, Tensor]
-    moves: Moves
 
     @classmethod
     def of(cls, setup: Setup, kv: KVFormat) -> _IntoPages:
         pages = WholePages.of(setup, kv)
-        return cls(pages.spans, pages, setup.meta.gathered_places, moves_for(setup.problem.device))
+        return cls(pages.spans, pages, setup.meta.gathered_places)
 
-    def keys(self, io: IO, gathered: Message, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: RowsOfAll, heads: slice | None) -> Keys:
         """What has arrived, in its slots."""
         assert isinstance(io.cache, PagedKV)
         cache = pages_of_heads(io.cache, heads)
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *gathered.parts)
+        arrived.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places)
         return self.pages.keys(cache)
-
-
-class Gathered(NamedTuple):
-    """Memory for the K and V of all ranks, rank after rank, this rank's part of it, and the transfer that brings the others'."""
-
-    all: Message
-    own: Tensor
-    transfer: Transfer
 
 
 class _Group(NamedTuple):
     """A group of KV heads, and the query heads that they belong to; None for all, which spares the slicing."""
 
-    gathered: Gathered
+    rows: RowsOfAll
     kv_heads: slice | None
     q_heads: slice | None
 
@@ -206,22 +196,16 @@ class _AllGather(NamedTuple):
     transfers: tuple[Transfer, ...]
     groups: tuple[_Group, ...]
     num_tokens: int | Tensor
-    moves: Moves
     order: _InOrder | _IntoPages
     prefix: _Prefix | None
 
 
-def gathered_keys(transport: Transport, kv: KVFormat, meta: CPMetadata, groups: int = 1) -> list[Gathered]:
-    """Memory for ``groups`` groups of KV heads; ``kv`` is of one of them."""
-    # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
-    shape = groups, transport.size * meta.rows, kv.heads, kv.width
-    buffer = transport.arena.buffer("gathered", shape, kv.dtype, kv.device)
-    made = []
-    for gathered in buffer:
-        own = gathered.narrow(0, transport.rank * meta.rows, meta.rows)
-        transfer = transport.prepare_all_gather(gathered, own)._replace(fill_missing=partial(kv.fill_missing_, own))
-        made.append(Gathered(Message.of(gathered, kv), own, transfer))
-    return made
+def _rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
+    """Of each group of KV heads; ``kv`` is of one of them."""
+    shape, transport = (setup.meta.rows, kv.heads, kv.width), setup.transport
+    there = [transport.rows_of_all(shape, kv.dtype, kv.device, kv.fill_missing_) for _ in range(setup.problem.overlap)]
+    found = [rows for rows in there if rows is not None]
+    return found or gathered_rows(transport, kv, setup.meta.rows, setup.problem.overlap)
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:

@@ -27,7 +27,8 @@ from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.transports.transfer import Transfer
+from cpattn.transports.transport import Transport
 
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:

@@ -11,7 +11,7 @@ from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
-from cpattn.transports.transport import Transfer
+from cpattn.transports.transfer import Transfer
 
 
 class _Resident(NamedTuple):

@@ -23,7 +23,8 @@ from cpattn.metadata.layout import Layout
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.transports.transfer import Transfer
+from cpattn.transports.transport import Transport
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:

@@ -19,7 +19,8 @@ from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
-from cpattn.transports.transport import Transfer, Transport, Work
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport
 
 
 class Setup(NamedTuple):

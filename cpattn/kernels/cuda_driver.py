@@ -19,6 +19,9 @@ _ALIGNMENT = 64
 INVALID_VALUE = 1
 INVALID_CONTEXT = 201
 _NO_INTERLEAVING = 0
+# CUdevice_P2PAttribute.
+_ACCESS_SUPPORTED = 2
+_ATOMICS_SUPPORTED = 3
 _PROMOTE_TO_128_BYTES = 2
 _FILL_WITH_ZEROS = 0
 # Up to this driver, descriptors of tensors smaller than this must not have this bit (CUTLASS, since 4.3).
@@ -88,6 +91,16 @@ def use_context_of(device: int) -> None:
     check(driver().cuDeviceGet(ctypes.byref(handle), device), "finding a device")
     check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "taking a device's context")
     check(driver().cuCtxSetCurrent(context), "setting a thread's context")
+
+
+def has_peer_atomics(device: int, other: int) -> bool:
+    """Whether kernels on one device can read and write the other's memory, with atomic operations: as over NVLink."""
+    for attribute in (_ACCESS_SUPPORTED, _ATOMICS_SUPPORTED):
+        value = c_int()
+        check(driver().cuDeviceGetP2PAttribute(ctypes.byref(value), attribute, device, other), "asking for access between devices")
+        if not value.value:
+            return False
+    return True
 
 
 @cache

@@ -22,6 +22,21 @@ def _move_columns(paged_R, flat_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_
         tl.store(flat_RD, tl.load(paged_RD, mask=is_token_RD, other=0), mask=is_row_R[:, None] & (column_1D < DIM))
 
 
+@triton.jit
+def slots_of(
+    request, position, page_table, row_R, is_row_R, page_size, table_stride_request, table_stride_page, TABLE: tl.constexpr
+):  # fmt: skip
+    """Of each row whether it is a token, and its page and its place in that."""
+    position_R = tl.load(position + row_R, mask=is_row_R, other=-1).to(tl.int64)
+    is_token_R = position_R >= 0
+    page_R = position_R // page_size
+    in_page_R = position_R - page_R * page_size
+    if TABLE:
+        request_R = tl.load(request + row_R, mask=is_token_R, other=0).to(tl.int64)
+        page_R = tl.load(page_table + request_R * table_stride_request + page_R * table_stride_page, mask=is_token_R, other=0).to(tl.int64)
+    return is_token_R, page_R, in_page_R
+
+
 # The number of rows changes from batch to batch, and must not compile anew.
 @triton.jit(do_not_specialize=["num_rows"])
 def pages_kernel(
@@ -36,13 +51,9 @@ def pages_kernel(
     row_R = pair_R // HEADS
     head_R = pair_R % HEADS
     is_row_R = row_R < num_rows
-    position_R = tl.load(position + row_R, mask=is_row_R, other=-1).to(tl.int64)
-    is_token_R = position_R >= 0
-    page_R = position_R // page_size
-    in_page_R = position_R - page_R * page_size
-    if TABLE:
-        request_R = tl.load(request + row_R, mask=is_token_R, other=0).to(tl.int64)
-        page_R = tl.load(page_table + request_R * table_stride_request + page_R * table_stride_page, mask=is_token_R, other=0).to(tl.int64)
+    is_token_R, page_R, in_page_R = slots_of(
+        request, position, page_table, row_R, is_row_R, page_size, table_stride_request, table_stride_page, TABLE
+    )
     if OUT_ROWS:
         row_R = tl.load(out_rows + row_R, mask=is_row_R, other=0).to(tl.int64)
     paged_R = k_pages + (page_R * k_page_stride + in_page_R * k_page_stride_token + head_R * k_page_stride_head)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _pack_columns(to_R, from_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
+def pack_columns(to_R, from_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
     """DIM columns from the pointers ``to_R`` on: the source's on tokens, 0 on padding, which is not read."""
     column_1D = tl.arange(0, DIM_PADDED)[None, :]
     values_RD = tl.load(from_R[:, None] + column_1D, mask=is_token_R[:, None] & (column_1D < DIM), other=0)
@@ -40,9 +40,9 @@ def pack_kernel(
         to_row_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
         is_row_R = is_row_R & (to_row_R >= 0)
     to_R = message + (to_row_R * message_stride_row + head_R * message_stride_head)
-    _pack_columns(to_R, k + (row_R * k_stride_row + head_R * k_stride_head), is_row_R, is_token_R, D, D_PADDED)
+    pack_columns(to_R, k + (row_R * k_stride_row + head_R * k_stride_head), is_row_R, is_token_R, D, D_PADDED)
     if HAS_V:
-        _pack_columns(to_R + D, v + (row_R * v_stride_row + head_R * v_stride_head), is_row_R, is_token_R, DV, DV_PADDED)
+        pack_columns(to_R + D, v + (row_R * v_stride_row + head_R * v_stride_head), is_row_R, is_token_R, DV, DV_PADDED)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

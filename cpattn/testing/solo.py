@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpattn.transports.transport import Transfer, Transport, Work
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport
 
 _DONE = Work(lambda: None)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from cpattn import errors
 from cpattn.errors import DisagreementError
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer, Transport
+from cpattn.transports.transfer import Transfer
+from cpattn.transports.transport import Transport
 
 # Bytes that each rank sends.
 _RECORD = 1024
@@ -112,7 +113,10 @@ def _exchange(in_flight: InFlight, name: str, device: torch.device, text: str) -
     line = text.encode()[:_RECORD].ljust(_RECORD, b"\0")
     records.own.copy_(torch.frombuffer(bytearray(line), dtype=torch.uint8))
     in_flight.start().wait()
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in records.all.cpu()]
+    lines = records.all.cpu()
+    # A rank that did not come has said nothing.
+    in_flight.transport.look_for_fault()
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in lines]
 
 
 def _named(error: Exception | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transport import Transfer
+from cpattn.transports.transfer import Transfer
 
 
 def gather_whole(in_flight: InFlight, name: str, x: Tensor) -> Tensor:

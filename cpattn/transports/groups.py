@@ -1,4 +1,4 @@
-"""What a ``group`` argument stands for, and the one transport that serves all calls over a group."""
+"""What a ``group`` argument stands for, and the transports that serve the calls over a group."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from cpattn.errors import GroupError, OptionError, UnknownNameError, shown
 from cpattn.graphs import leaves_graph
 from cpattn.transports.group_state import state_of
 from cpattn.transports.loopback import LoopbackGroup
+from cpattn.transports.peer_memory import PeerMemoryTransport
 from cpattn.transports.process_group import ProcessGroupTransport
 from cpattn.transports.transport import Transport, living_transports
 
 # What a ``group`` argument takes.
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport | None"
 # What can carry the bytes of a process group.
-Kind: TypeAlias = Literal["auto", "collectives"]
+Kind: TypeAlias = Literal["auto", "collectives", "peer_memory"]
 _KINDS = ", ".join(map(repr, get_args(Kind)))
 
 # One for each thread that works without a group, so that its buffers serve all layers and batches.
 _alone = threading.local()
-# One transport a group, so that its buffers serve all layers and batches.
-_transports: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
+# One transport a group and kind, so that its buffers serve all layers and batches.
+_transports: WeakKeyDictionary[dist.ProcessGroup, dict[Kind, Transport]] = WeakKeyDictionary()
 
 
 @leaves_graph
 def transport(group: Group = None, kind: Kind = "auto") -> Transport:
-    """The one transport that serves all calls over a group: what carries their bytes, and the memory that these lie in.
+    """The transport of a kind that serves all calls over a group: what carries their bytes, and the memory that these lie in.
 
     Every ``group=`` takes it, as it takes the group. It is for what a group alone does not have, such as :meth:`Transport.split`
     and :attr:`Transport.bytes_sent`. To ask for it sends nothing, and each rank may do so by itself.
@@ -42,7 +43,9 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
 
     Args:
         group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
-        kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"auto"``: what is best; today these.
+        kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"peer_memory"``: ranks of one host read
+            what they need from the memory of each other's GPUs; whether they can they find out together, in the first call that
+            sends. ``"auto"``: collectives.
 
     Raises:
         GroupError: there is no such group, this process is not in it, or it has been destroyed.
@@ -53,6 +56,8 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
         raise OptionError(f"kind={shown(kind)}; pass the name of a kind of transport: {_KINDS}")
     if kind not in get_args(Kind):
         raise UnknownNameError(f"kind={kind!r} is unknown; choose one of {_KINDS}")
+    if isinstance(group, ProcessGroupTransport) and kind != "auto":
+        group = group.group
     if isinstance(group, Transport):
         if kind not in ("auto", group.kind):
             raise OptionError(
@@ -60,10 +65,10 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
             )
     elif group is None and not (dist.is_available() and dist.is_initialized()):
         raise GroupError("there is no process group: call torch.distributed.init_process_group(), or pass group=")
-    return as_transport(group, cp_size=0)
+    return as_transport(group, cp_size=0, kind=kind)
 
 
-def as_transport(group: Group, cp_size: int) -> Transport:
+def as_transport(group: Group, cp_size: int, kind: Kind = "auto") -> Transport:
     """What a ``group`` argument stands for: a process group, one axis of a device mesh, a transport, or the default group.
 
     A plan for one rank needs none of them. Raises GroupError where no group can be had.
@@ -83,19 +88,53 @@ def as_transport(group: Group, cp_size: int) -> Transport:
             )
         group = dist.group.WORLD
     group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
-    transport = _transports.get(group)
+    kind = "collectives" if kind == "auto" else kind
+    kinds = _transports.get(group)
+    if kinds is None:
+        kinds = _transports.setdefault(group, {})
+    transport = kinds.get(kind)
     if transport is None:
-        transport = _transports.setdefault(group, ProcessGroupTransport(group))
+        transport = kinds.setdefault(kind, _make(group, kind))
     transport.check_usable()
     return transport
+
+
+def _make(group: dist.ProcessGroup, kind: Kind) -> Transport:
+    return PeerMemoryTransport(group) if kind == "peer_memory" else ProcessGroupTransport(group)
+
+
+@leaves_graph
+def check(group: Group = None) -> None:
+    """Raises GroupError where a group cannot be used any more, as far as this process knows: for those who only replay CUDA graphs.
+
+    Within a graph a rank may wait for one that has died. Its device gives up after a time (``cpattn.transport(group).limit``, 30 s
+    if nobody sets it), and results are NaN from then on. Eager calls and ``meta.copy_`` look for that as well. It sends nothing and
+    does not wait for the device: what goes wrong later is seen later.
+
+    >>> import cpattn
+    >>> cpattn.check(cpattn.LoopbackGroup(1).transport(0))
+
+    Args:
+        group: as for :func:`transport`.
+
+    Raises:
+        GroupError: the group was given up, or destroyed; the message says why.
+    """
+    found = transport(group)
+    found.check_usable()
+    for other in living_transports():
+        if other.state is found.state:
+            other.look_for_fault()
+    if found.state.failure is not None:
+        raise found.state.error()
 
 
 @leaves_graph
 def release(group: Group = None) -> None:
     """Frees the memory that messages over a group take up, or, without one, over all groups of this process that are idle.
 
-    It is kept between calls, as large as the largest batch so far needed, and the next call makes it anew. What CUDA
-    graphs have captured stays. Each rank may do so by itself.
+    It is kept between calls, as large as the largest batch so far needed, and the next call makes it anew. What CUDA graphs
+    have captured stays, and memory that ranks share stays as long as the group. Each rank may do so by itself.
 
     >>> import cpattn
     >>> cpattn.release()

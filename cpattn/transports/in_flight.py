@@ -14,9 +14,11 @@ from types import TracebackType
 import torch
 
 from cpattn.current import is_capturing
+from cpattn.errors import CPError
 from cpattn.ranges import profiler_runs, ranged
 from cpattn.transports.settling import Settling
-from cpattn.transports.transport import Transfer, Transport, Work
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport
 
 # How long the transfers of an interrupted call may take before the group is given up, in seconds.
 INTERRUPTED_WAITS = 5.0
@@ -47,6 +49,8 @@ class InFlight:
         "_expected",
         "_has_begun",
         "_has_failed",
+        "_is_ready",
+        "_is_refused",
         "_is_starting",
         "_works",
         "captures",
@@ -67,6 +71,8 @@ class InFlight:
         # An interrupt between the start of a transfer and its record leaves unknown whether it was sent.
         self._is_starting = False
         self._has_failed = False
+        self._is_refused = False
+        self._is_ready = False
 
     def expect(self, make: Callable[[], Sequence[Transfer]], *, counts: bool = True) -> None:
         """Says which transfers come next, in order; from now on they are carried out whatever happens.
@@ -75,14 +81,19 @@ class InFlight:
             make: makes them, with the memory that they send from and to.
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
+        if not self._is_ready:
+            self.transport.ready(self._device, self.captures)
+            self._is_ready = True
         self.transport.state.calls[self.transport.part] += counts
         try:
-            self._expected += make()
+            self._expected = self._placed(make)
         except BaseException as failure:
+            if self._is_refused:
+                raise
             # Without memory for its messages a rank can take no part: what earlier calls left there is freed for them.
             try:
                 self.transport.release()
-                self._expected += make()
+                self._expected = self._placed(make)
                 self._has_begun = self._has_begun or counts
             except BaseException:
                 what = (
@@ -93,6 +104,17 @@ class InFlight:
                 self._give_up(f"a rank could not {what} ({_in_a_line(failure)})")
             raise
         self._has_begun = self._has_begun or counts
+
+    def _placed(self, make: Callable[[], Sequence[Transfer]]) -> list[Transfer]:
+        """All that the call sends, with what comes next: each message in its place."""
+        transfers = [*self._expected, *make()]
+        try:
+            self.transport.place(transfers)
+        except CPError:
+            # On every rank alike, and nobody has sent anything of it.
+            self._is_refused = True
+            raise
+        return transfers
 
     def start(self) -> Work:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
@@ -117,14 +139,14 @@ class InFlight:
         state = self.transport.state
         state.enter()
         self.transport.arena.call_captures = self.captures
-        # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
-        if self._device.type == "cuda" and not self.captures:
-            try:
+        try:
+            # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
+            if self._device.type == "cuda" and not self.captures:
                 state.follow_last_call(self._device)
-            except BaseException:
-                self.transport.arena.call_captures = None
-                state.leave()
-                raise
+        except BaseException:
+            self.transport.arena.call_captures = None
+            state.leave()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -139,6 +161,8 @@ class InFlight:
             if error is None and state.failure is not None:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
+            if error is None:
+                self.transport.settle()
         finally:
             self.transport.arena.call_captures = None
             state.leave()
@@ -170,6 +194,7 @@ class InFlight:
             return
         left = self._expected[len(self._works) :]
         if not left and all(work.is_done for work in self._works):
+            self._end(what)
             return
         settling = Settling(self.transport, self._works, left, self._device)
         try:
@@ -185,6 +210,14 @@ class InFlight:
                 happened = "was interrupted" if is_interrupt else "raised"
                 why = f"not within {INTERRUPTED_WAITS:g} s" if settling.failure is None else _in_a_line(settling.failure)
                 self._give_up(f"a call {happened} ({what}), and its transfers could not be finished ({why})")
+
+    def _end(self, what: str) -> None:
+        """Lets the transport end the call, or gives the group up."""
+        try:
+            self.transport.settle()
+        except BaseException as failure:
+            self._give_up(f"a call raised ({what}), and could not be ended ({_in_a_line(failure)})")
+            raise
 
     def _give_up(self, what_happened: str) -> None:
         self._is_starting = False

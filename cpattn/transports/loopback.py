@@ -12,7 +12,8 @@ from torch import Tensor
 from cpattn.errors import GroupError
 from cpattn.metadata.batch import is_integer
 from cpattn.transports.part import PairwiseTransport
-from cpattn.transports.transport import Transport, Work
+from cpattn.transports.transfer import Work
+from cpattn.transports.transport import Transport
 
 
 class _Key(NamedTuple):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cpattn.transports.transport import Transport, Work
+from cpattn.transports.transfer import Work
+from cpattn.transports.transport import Transport
 
 
 class PairwiseTransport(Transport):

@@ -13,7 +13,7 @@ from torch import Tensor
 from cpattn.errors import GroupError
 from cpattn.transports.group_state import state_of
 from cpattn.transports.part import PairwiseTransport
-from cpattn.transports.transport import Work
+from cpattn.transports.transfer import Work
 
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -56,6 +56,10 @@ class ProcessGroupTransport(PairwiseTransport):
             dist.get_group_rank(self._weak_group() or self.group, self._global_rank)
         except ValueError as error:
             raise error if isinstance(error, GroupError) else GroupError(_DESTROYED) from None
+
+    def describe(self) -> str:
+        """What carries the bytes, and why, in words."""
+        return f"collectives: those of torch.distributed, over {dist.get_backend(self.group)}"
 
     @property
     def group(self) -> dist.ProcessGroup:

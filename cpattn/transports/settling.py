@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from cpattn.transports.transport import Transfer, Transport, Work
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport
 
 
 class Settling:
@@ -46,6 +47,7 @@ class Settling:
                     if transfer.fill_missing is not None:
                         transfer.fill_missing()
                     self._transport.start(transfer).wait()
+                self._transport.settle()
             self.is_finished = True
         except Exception as failure:
             self.failure = failure

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -19,6 +18,8 @@ from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
+from cpattn.transports.rows_of_all import RowsOfAll
+from cpattn.transports.transfer import Transfer, Work
 
 # What reduce_scatter adds up.
 _SUMMED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -26,35 +27,6 @@ _SUMMED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _living: WeakSet[Transport] = WeakSet()
 # Another thread may make one while they are counted.
 _living_changes = threading.Lock()
-
-
-class Work:
-    """A transfer in flight. Neither its source may be written nor its destination read before :meth:`wait`."""
-
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait = wait
-
-    def wait(self) -> None:
-        """Returns when the transfer is done; on CUDA, when all later work of the current stream will come after it."""
-        self._wait()
-
-
-class Transfer(NamedTuple):
-    """A transfer between two messages that stay where they are; :meth:`Transport.start` starts it, again and again.
-
-    Attributes:
-        begin: ``begin(transport, *arguments)``. It may be kept with the transport's buffers, and so has no reference to it.
-        nbytes: that are sent.
-        fill_missing: writes what stands for the message if this rank could not make it: NaN. None where it is there before
-            the call, or was received from another rank.
-        part: whose it is: :attr:`Transport.part` of the transport that has prepared it.
-    """
-
-    begin: Callable[..., Work]
-    nbytes: int
-    arguments: tuple[Any, ...]
-    fill_missing: Callable[[], object] | None = None
-    part: tuple[int, ...] = ()
 
 
 class Transport(ABC):
@@ -95,7 +67,35 @@ class Transport(ABC):
         return f"{type(self).__name__}(rank {self.rank} of {self.size}{part})"
 
     def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their transports
-        """Raises GroupError where what it sends over is gone."""
+        """Raises GroupError where what it sends over is gone, or is known to have failed."""
+
+    def describe(self) -> str:
+        """What carries the bytes, and why, in words."""
+        return self.kind
+
+    def ready(self, device: torch.device, captures: bool) -> None:  # noqa: B027 - most transports need nothing
+        """A call with tensors on that device is about to send, and a CUDA graph may capture it. Raises what is wrong on every rank
+        alike."""
+
+    def place(self, transfers: Sequence[Transfer]) -> None:  # noqa: B027 - most transports need nothing
+        """Takes the transfers that a call will make so far, in order, before the next. Raises what is wrong on every rank alike."""
+
+    def look_for_fault(self) -> None:  # noqa: B027 - most transports raise where they fail
+        """Raises GroupError where a transfer is known to have failed on the device, without waiting for it."""
+
+    def settle(self) -> None:  # noqa: B027 - most transports need nothing
+        """Ends a call, also one that has raised: carries out what is owed beside its transfers."""
+
+    def rows_of_all(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
+    ) -> RowsOfAll | None:
+        """Rows that this rank reads where they lie, in the others' memory; None where it cannot, and they have to be gathered.
+
+        Args:
+            shape: of each rank's message, ``[rows, heads, width]``.
+            fill_missing: writes into a message what stands for rows that a rank could not make.
+        """
+        return None
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""

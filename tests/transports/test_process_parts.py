@@ -75,8 +75,11 @@ def _identities() -> list[bool]:
     parts = world.split(2, 3)
     return [
         cpattn.transport() is world,
-        cpattn.transport(dist.group.WORLD, kind="collectives") is world,
-        cpattn.transport(world, kind="collectives") is world,
+        cpattn.transport(dist.group.WORLD) is world and cpattn.transport(world) is world,
+        cpattn.transport(world, kind="collectives") is world is cpattn.transport(dist.group.WORLD, kind="collectives"),
+        # Another kind is another transport, over the same group and in the same state.
+        cpattn.transport(world, kind="peer_memory") is cpattn.transport(dist.group.WORLD, kind="peer_memory") is not world,
+        cpattn.transport(world, kind="peer_memory").state is world.state,
         world.split(2, 3) == parts,
         axis.size == 3 and axis.part == () and cpattn.transport(mesh["cp"].get_group()) is axis,
         # The mesh's axis and the world's part have the same ranks, and each its own messages.
@@ -87,7 +90,7 @@ def _identities() -> list[bool]:
 
 
 def test_one_transport_for_each_group(ranks: ProcessRanks) -> None:
-    assert ranks.run(_identities) == [[True] * 7] * WORLD
+    assert ranks.run(_identities) == [[True] * 9] * WORLD
 
 
 def _with_unlike_memberships() -> list[float]:

@@ -24,8 +24,8 @@ def test_the_names_that_they_had_first() -> None:
     ("group", "kind", "error", "message"),
     [
         (None, "auto", cpattn.GroupError, r"there is no process group: call torch.distributed.init_process_group\(\), or pass group="),
-        (None, "peer", cpattn.UnknownNameError, "kind='peer' is unknown; choose one of 'auto', 'collectives'"),
-        (None, None, cpattn.OptionError, "kind=None; pass the name of a kind of transport: 'auto', 'collectives'"),
+        (None, "peer", cpattn.UnknownNameError, "kind='peer' is unknown; choose one of 'auto', 'collectives', 'peer_memory'"),
+        (None, None, cpattn.OptionError, "kind=None; pass the name of a kind of transport: 'auto', 'collectives', 'peer_memory'"),
         ("cp", "auto", cpattn.GroupError, "group is a str; pass a ProcessGroup this process belongs to, a DeviceMesh axis or a Transport"),
         (
             cpattn.LoopbackGroup(2),

@@ -1,0 +1,172 @@
+"""Device code by which ranks of one host tell each other what lies in their memory, and what they have read of it.
+
+Every rank has a heap that the others can read and write. It begins with words of 32 bits, and boards follow: places where the
+rank posts a message, which the others then pull. For each board a rank counts its own posts. It writes that number into the
+word READY of every other rank's heap once the message lies there, with its SIZE before, and into the word READ of every other
+rank's heap once it has read theirs. So nobody reads a message too early, and nobody writes over one that is still being read.
+The counts are on the device, and so a CUDA graph replays all of it. They wrap around: what counts is their difference.
+
+Whoever waits is one warp, in a kernel before the one that moves the message: what it finds is a word that all programs of the
+next kernel read alike, and one multiprocessor waits instead of all. A wait ends after a time that lies in memory, too. It then
+writes into the word FAULT of every rank who did not come, and from there on no wait of the group waits any more.
+
+Suffixes: W ranks, padded to a power of two; F flags that are waited for.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cpattn.kernels import peer_layout
+
+BOARDS = tl.constexpr(peer_layout.BOARDS)
+_FAULT = tl.constexpr(peer_layout.FAULT)
+_LIMIT = tl.constexpr(peer_layout.LIMIT)
+_POSTS = tl.constexpr(peer_layout.POSTS)
+_POSTED = tl.constexpr(peer_layout.POSTED)
+_PULLED = tl.constexpr(peer_layout.PULLED)
+_MAY_POST = tl.constexpr(peer_layout.MAY_POST)
+_MAY_PULL = tl.constexpr(peer_layout.MAY_PULL)
+_READY = tl.constexpr(peer_layout.READY)
+_OTHER_MESSAGE = tl.constexpr(peer_layout.OTHER_MESSAGE)
+
+
+@triton.jit
+def _now():
+    """Nanoseconds of a clock of this GPU."""
+    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def _fence():
+    tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def heap_of(table, rank):
+    """A rank's heap, as words. Behind the ranks' the table has the address where the host reads of a fault."""
+    return tl.load(table + rank).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _behind(flags_F, wants_F, is_waited_F):
+    """How far each flag is behind what is wanted: negative, or 0 and more."""
+    return tl.where(is_waited_F, tl.load(flags_F, mask=is_waited_F, volatile=True) - wants_F, 0)
+
+
+@triton.jit
+def _tell_fault(table, fault, WORLD: tl.constexpr):
+    """Writes down a fault for all ranks; the first one stays."""
+    for rank in tl.static_range(WORLD):
+        tl.atomic_cas(heap_of(table, rank) + _FAULT, 0, fault, sem="relaxed", scope="sys")
+
+
+@triton.jit
+def _await(table, heap, flags_F, wants_F, rank_F, is_waited_F, WORLD: tl.constexpr):
+    """Waits until each flag has come to what is wanted, the time is over, or the group has a fault; each flag is a rank's."""
+    behind_F = _behind(flags_F, wants_F, is_waited_F)
+    fault = tl.load(heap + _FAULT, volatile=True)
+    begin = _now()
+    while (tl.min(behind_F, 0) < 0) & (fault == 0):
+        behind_F = _behind(flags_F, wants_F, is_waited_F)
+        fault = tl.load(heap + _FAULT, volatile=True)
+        limit = tl.load(heap + _LIMIT, volatile=True).to(tl.int64) * 1000000
+        if (tl.min(behind_F, 0) < 0) & (fault == 0) & (_now() - begin > limit):
+            fault = tl.max(tl.where(behind_F < 0, 1 + rank_F, 0), 0)
+            _tell_fault(table, fault, WORLD)
+    # What comes next reads and writes after what the flags say.
+    _fence()
+
+
+@triton.jit
+def _end_wait(table, heap, verdict, WORLD: tl.constexpr):
+    """Writes down for the next kernel whether it may go on, and for the host what is wrong."""
+    fault = tl.atomic_add(heap + _FAULT, 0, sem="acquire", scope="sys")
+    if fault != 0:
+        tl.store(tl.load(table + WORLD).to(tl.pointer_type(tl.int32)), fault)
+    tl.store(verdict, (fault == 0).to(tl.int32))
+
+
+@triton.jit
+def await_readers(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
+    """Waits until all have read what this rank has posted before: on this board, or, as a call begins, on all of them, since
+    boards lie elsewhere in another call."""
+    heap = heap_of(table, rank)
+    if FIRST:
+        flag_F = tl.arange(0, BOARDS * WORLD_PADDED)
+        board_F = flag_F // WORLD_PADDED
+    else:
+        flag_F = tl.arange(0, WORLD_PADDED)
+        board_F = board + flag_F * 0
+    reader_F = flag_F % WORLD_PADDED
+    read_F = heap + _READY + BOARDS * WORLD + board_F * WORLD + reader_F
+    posts_F = tl.load(heap + _POSTS + board_F)
+    _await(table, heap, read_F, posts_F, reader_F, reader_F < WORLD, WORLD)
+    _end_wait(table, heap, heap + _MAY_POST + board, WORLD)
+
+
+@triton.jit
+def await_messages(table, rank, board, size, first, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
+    """Waits for the messages of ``many`` ranks from ``first`` on, around the ring. One of another size than this rank's is a fault: its
+    rank makes another call."""
+    heap = heap_of(table, rank)
+    rank_W = tl.arange(0, WORLD_PADDED)
+    posts = tl.load(heap + _POSTS + board)
+    is_waited_W = (rank_W < WORLD) & ((rank_W - first + WORLD) % WORLD < many)
+    flags_W = heap + _READY + board * WORLD + rank_W
+    _await(table, heap, flags_W, posts + rank_W * 0, rank_W, is_waited_W, WORLD)
+    sizes_W = tl.load(flags_W + 2 * BOARDS * WORLD, mask=is_waited_W, other=size, volatile=True)
+    other = tl.max(tl.where(sizes_W != size, 1 + rank_W, 0), 0)
+    if (other > 0) & (tl.load(heap + _FAULT, volatile=True) == 0):
+        _tell_fault(table, other + (_OTHER_MESSAGE - 1), WORLD)
+    _end_wait(table, heap, heap + _MAY_PULL + board, WORLD)
+
+
+@triton.jit
+def may_post(table, rank, board):
+    """This rank's heap, and whether the wait before found that it may be written."""
+    heap = heap_of(table, rank)
+    return heap, tl.load(heap + _MAY_POST + board) != 0
+
+
+@triton.jit
+def may_pull(table, rank, board):
+    """This rank's heap, and whether the wait before found that the messages lie there."""
+    heap = heap_of(table, rank)
+    return heap, tl.load(heap + _MAY_PULL + board) != 0
+
+
+@triton.jit
+def _is_last(counter):
+    """Whether this is the last program of its launch to come here; all that the others have written is seen by it."""
+    # All threads of this program have written before one of them counts.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if is_last:
+        tl.store(counter, 0)
+    return is_last
+
+
+@triton.jit
+def end_post(table, heap, rank, board, size, is_written, WORLD: tl.constexpr):
+    """Has the last program tell all ranks that the message lies there, and of which size it is."""
+    is_last = _is_last(heap + _POSTED + board)
+    if is_last & is_written:
+        posts = tl.load(heap + _POSTS + board) + 1
+        tl.store(heap + _POSTS + board, posts)
+        for reader in tl.static_range(WORLD):
+            ready = heap_of(table, reader) + _READY + board * WORLD + rank
+            tl.atomic_xchg(ready + 2 * BOARDS * WORLD, size, sem="relaxed", scope="sys")
+            tl.atomic_xchg(ready, posts, sem="release", scope="sys")
+
+
+@triton.jit
+def end_pull(table, heap, rank, board, WORLD: tl.constexpr):
+    """Has the last program tell all ranks that their messages have been read."""
+    if _is_last(heap + _PULLED + board):
+        posts = tl.load(heap + _POSTS + board)
+        for writer in tl.static_range(WORLD):
+            read = heap_of(table, writer) + _READY + BOARDS * WORLD + board * WORLD + rank
+            tl.atomic_xchg(read, posts, sem="release", scope="sys")

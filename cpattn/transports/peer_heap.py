@@ -1,0 +1,157 @@
+"""A heap: memory of each rank that all ranks of a group can read and write, made on all of them at once.
+
+It is symmetric memory of torch, whose interface is not yet a promise: what is used of it stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpattn.kernels.available import has_kernels
+from cpattn.kernels.cuda_driver import has_peer_atomics
+from cpattn.kernels.peer_layout import FAULT, LIMIT, MOST_RANKS
+
+# Of torch: multicast is not used, and to set it up has put GPUs out of service.
+_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+_SHARED_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+_GRANULE = 2 * 2**20
+
+
+class Machine(NamedTuple):
+    """What a rank says of itself before the ranks decide.
+
+    Attributes:
+        host: the machine that it runs on; gpu: its GPU there.
+        visible: all GPUs that it can reach.
+        why_not: why it cannot share its memory, or None.
+        may_share_gpu: whether torch has been told that ranks may share a GPU, which is for tests.
+    """
+
+    host: str
+    gpu: str
+    visible: frozenset[str]
+    why_not: str | None
+    may_share_gpu: bool = False
+
+    @classmethod
+    def here(cls, device: torch.device) -> Machine:
+        """Of this rank. It does not raise: the others wait for what it says."""
+        try:
+            uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+            reached = {uuid for i, uuid in enumerate(uuids) if i == device.index or has_peer_atomics(device.index, i)}
+            return cls(_host(), uuids[device.index], frozenset(reached), _why_not_here(device), bool(os.environ.get(_SHARED_GPU)))
+        except Exception as error:
+            return cls("", "", frozenset(), f"it cannot say which GPUs it reaches ({type(error).__name__}: {error})")
+
+
+def why_not_shared(machines: list[Machine]) -> str | None:
+    """Why these ranks cannot read each other's memory, or None; the same on every rank."""
+    for rank, machine in enumerate(machines):
+        if machine.why_not is not None:
+            return f"rank {rank}: {machine.why_not}"
+    if len(machines) > MOST_RANKS:
+        return f"it is for at most {MOST_RANKS} ranks, and there are {len(machines)}"
+    for rank, machine in enumerate(machines):
+        if machine.host != machines[0].host:
+            return f"rank {rank} runs on another host than rank 0"
+    gpus = [machine.gpu for machine in machines]
+    for rank, gpu in enumerate(gpus):
+        if gpus.index(gpu) != rank and not all(machine.may_share_gpu for machine in machines):
+            return f"ranks {gpus.index(gpu)} and {rank} share a GPU"
+    for rank, machine in enumerate(machines):
+        for other, gpu in enumerate(gpus):
+            if gpu not in machine.visible:
+                return (
+                    f"rank {rank} cannot reach the GPU of rank {other} (is it in CUDA_VISIBLE_DEVICES, "
+                    "and are there peer access and atomics?)"
+                )
+    return None
+
+
+class PeerHeap:
+    """One rank's heap, and where it sees the others'.
+
+    Attributes:
+        capacity: bytes of it.
+        table: int64 ``[size + 1]`` on the device: the address of each rank's heap, and of the word where this host reads of a fault.
+    """
+
+    def __init__(self, memory: Tensor, group: dist.ProcessGroup, limit: float) -> None:
+        """Collective: ``memory`` is of :func:`allocate`, as large on every rank."""
+        self.capacity = memory.numel()
+        self._memory = memory.zero_()
+        self.set_limit(limit)
+        # The others write to it once they know where it lies.
+        torch.cuda.synchronize(memory.device)
+        self._handle = _symmetric_memory().rendezvous(memory, group.group_name)
+        self._peers: list[Tensor] = [
+            self._handle.get_buffer(rank, (1, self.capacity), torch.uint8) for rank in range(self._handle.world_size)
+        ]
+        # Pinned memory has one address for the host and for the device.
+        self._fault = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._fault_here = np.frombuffer(self._fault.numpy(), dtype=np.int32)
+        addresses = [*self._handle.buffer_ptrs, self._fault.data_ptr()]
+        self.table = torch.tensor(addresses, dtype=torch.int64, device=memory.device)
+        # The copy is made before another stream reads it.
+        torch.cuda.synchronize(memory.device)
+
+    def set_limit(self, seconds: float) -> None:
+        """How long its device waits for another rank; waits that are captured read it anew."""
+        self._memory.view(torch.int32)[LIMIT] = max(1, int(seconds * 1000))
+
+    def message_of(self, rank: int, offset: int, nbytes: int) -> Tensor:
+        """Bytes ``[1, nbytes]`` of another rank's heap."""
+        return self._peers[rank].narrow(1, offset, nbytes)
+
+    @property
+    def fault(self) -> int:
+        """What has gone wrong, as far as this host knows, or 0."""
+        return int(self._fault_here[0])
+
+    def fault_on_device(self) -> int:
+        """The same as the device knows it; waits for it."""
+        return int(self._memory.view(torch.int32)[FAULT])
+
+    def mark(self, fault: int) -> None:
+        """Has no wait over it wait any more."""
+        self._memory.view(torch.int32)[FAULT] = fault
+
+
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """Memory that can be shared, uint8 of at least that many bytes. Each rank by itself. Raises torch.OutOfMemoryError."""
+    os.environ.setdefault(_NO_MULTICAST, "1")
+    memory: Tensor = _symmetric_memory().empty(-(-nbytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=device)
+    return memory
+
+
+def _symmetric_memory() -> Any:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    return symmetric_memory
+
+
+def _why_not_here(device: torch.device) -> str | None:
+    if not has_kernels(device):
+        return "it has no Triton kernels for its GPU"
+    try:
+        module = _symmetric_memory()
+    except ImportError as error:
+        return f"this torch has no symmetric memory ({error})"
+    missing = [name for name in ("empty", "rendezvous") if not hasattr(module, name)]
+    return f"the symmetric memory of this torch has no {missing[0]}" if missing else None
+
+
+def _host() -> str:
+    """Tells machines apart also where their names are alike."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()

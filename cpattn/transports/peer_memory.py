@@ -1,0 +1,352 @@
+"""A transport through the memory of other GPUs of the same host: a rank posts a message in memory of its own that all others can
+read, and they pull it from there. No collective of torch.distributed carries it, and a CUDA graph replays it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpattn.current import is_capturing
+from cpattn.errors import GroupError, OptionError, UnsupportedError
+from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
+from cpattn.transports.peer_heap import Machine, PeerHeap, allocate, why_not_shared
+from cpattn.transports.posted import Posted
+from cpattn.transports.process_group import ProcessGroupTransport
+from cpattn.transports.rows_of_all import RowsOfAll
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport
+
+if TYPE_CHECKING:
+    from cpattn.moves.peer_moves import Board
+
+# How long the device waits for another rank before the group is given up.
+DEFAULT_LIMIT_SECONDS = 30.0
+_MOST_SECONDS = 24 * 3600
+_MOST_BYTES = 8 * 2**30
+_ALIGNMENT = 256
+_HEADER = -(-WORDS * WORD_BYTES // _ALIGNMENT) * _ALIGNMENT
+_LEAST_BYTES = 32 * 2**20
+# Before the number of a fault, in what ranks say to each other.
+_FAULT_FOUND = "has found fault "
+# What a graph has captured stays, also where it outlives its transport.
+_of_graphs: list[PeerHeap] = []
+
+
+class PeerMemoryTransport(ProcessGroupTransport):
+    """Over the memory of the ranks' GPUs. It serves calls over CUDA tensors of ranks that can read each other's memory, and refuses
+    all others; what is sent outside of a call goes over the process group.
+
+    Args:
+        limit: seconds that a rank's device waits for another's.
+    """
+
+    kind = "peer_memory"
+
+    def __init__(self, group: dist.ProcessGroup, *, limit: float = DEFAULT_LIMIT_SECONDS) -> None:
+        super().__init__(group)
+        self._heap: PeerHeap | None = None
+        # Those that graphs have captured, the present one among them or not.
+        self._captured: list[PeerHeap] = []
+        self._device: torch.device | None = None
+        # Why the ranks cannot share memory; None as long as nobody has asked, or they can.
+        self._why_not: str | None = None
+        # Of the call that is under way.
+        self._is_first = True
+        self._captures = False
+        self._placed: list[Posted] = []
+        # The stream that copies run on.
+        self._beside: torch.cuda.Stream | None = None
+        self.limit = limit
+
+    @property
+    def limit(self) -> float:
+        """Seconds that this rank's device waits for another's message before the group is given up. It may be set at any time but
+        while a graph captures, and holds for graphs that are captured already."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, seconds: float) -> None:
+        given: Any = seconds
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= _MOST_SECONDS:
+            raise OptionError(f"limit={seconds!r}; pass seconds, more than 0 and at most {_MOST_SECONDS:,}")
+        if self._device is not None and is_capturing(self._device):
+            raise OptionError("limit= would be set at each replay of the graph that captures; set it before")
+        self._limit = float(seconds)
+        for heap in self._heaps():
+            heap.set_limit(self._limit)
+
+    def describe(self) -> str:
+        """What carries the bytes, and why, in words."""
+        if self._heap is not None:
+            return f"peer_memory: its {self.size} ranks read the memory of each other's GPUs"
+        return f"peer_memory: {self._why_not or 'in their first call the ranks find out whether they can share memory'}"
+
+    def check_usable(self) -> None:
+        """Raises GroupError once the process group is destroyed, or where a rank did not come in time."""
+        super().check_usable()
+        self.look_for_fault()
+
+    def look_for_fault(self) -> None:
+        """See :meth:`Transport.look_for_fault`."""
+        fault = next((heap.fault for heap in self._heaps() if heap.fault), 0)
+        if fault:
+            # What waits within graphs over other memory ends, too.
+            for heap in self._heaps():
+                heap.mark(fault)
+            self.state.give_up(self._in_words(fault))
+            raise self.state.error()
+
+    def ready(self, device: torch.device, captures: bool) -> None:
+        """A call is about to send. At the first one the ranks find out whether they can share memory: a collective."""
+        if self.size == 1:
+            return
+        if device.type != "cuda":
+            raise UnsupportedError(f"kind='peer_memory' is for CUDA tensors, and this call's are on {device}; leave kind out")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if self._heap is None and self._why_not is None:
+            if captures:
+                raise GroupError(
+                    "a CUDA graph captures the first call over this group, in which its ranks find out whether they can share memory; make "
+                    "one call over it before you capture"
+                )
+            self._device = device
+            self._ask()
+        if self._why_not is not None:
+            raise UnsupportedError(f"kind='peer_memory' cannot serve this group: {self._why_not}; leave kind out")
+        if device != self._device:
+            raise UnsupportedError(f"this call's tensors are on {device}, but the memory that its ranks share is on {self._device}")
+        self._is_first, self._captures = True, captures
+
+    def place(self, transfers: Sequence[Transfer]) -> None:
+        """Gives the messages of a call their places, the same on every rank."""
+        if self._heap is None:
+            return
+        from cpattn.moves.peer_moves import Board
+
+        offsets: dict[Posted, int] = {}
+        end = _HEADER
+        for transfer in transfers:
+            message = transfer.posted
+            if message is not None and message not in offsets:
+                offsets[message] = end
+                end += -(-message.nbytes // _ALIGNMENT) * _ALIGNMENT
+        largest = max((message.nbytes for message in offsets), default=0)
+        if len(offsets) > BOARDS or largest > _MOST_BYTES:
+            raise UnsupportedError(
+                f"a call of {len(offsets)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
+                f"of at most {_MOST_BYTES // 2**30} GiB: lower overlap=, or leave kind out"
+            )
+        if end > self._heap.capacity:
+            self._grow(end)
+        heap = self._heap
+        if self._captures and heap not in self._captured:
+            self._captured.append(heap)
+            _of_graphs.append(heap)
+        self._placed = list(offsets)
+        for number, (message, offset) in enumerate(offsets.items()):
+            message.board = Board(heap.table, self.rank, self.size, number, offset, message.nbytes)
+
+    def settle(self) -> None:
+        """Has the others know that this rank has read all that it will read of the call; its messages have no place any more."""
+        from cpattn.moves.peer_moves import pull_nothing
+
+        for message in self._placed:
+            if not message.is_pulled and message.board is not None:
+                with self.on_device():
+                    pull_nothing(message.board)
+                message.is_pulled = True
+            message.board = None
+        self._placed = []
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Kernels are launched on the current device, which need not be that of the messages."""
+        device = self._device
+        return nullcontext() if device is None or torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+    def begin_post(self, message: Posted) -> tuple[Board, bool]:
+        """Where a message is posted that is about to be, and whether it is the first of its call."""
+        if message.board is None:
+            raise AssertionError("a transfer was started that its call has not announced")
+        is_first, self._is_first = self._is_first, False
+        message.is_pulled = False
+        return message.board, is_first
+
+    def rows_of_all(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
+    ) -> RowsOfAll | None:
+        """See :meth:`Transport.rows_of_all`."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._heap is None or device.type != "cuda" or not nbytes:
+            return None
+        from cpattn.transports.peer_rows import PeerRows
+
+        return PeerRows(Posted(nbytes), nbytes * (self.size - 1), shape, dtype, device, fill_missing)
+
+    def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
+        """See :meth:`Transport.prepare_all_gather`, as for the others."""
+        return self._through_heap(super().prepare_all_gather(out, x), x, partial(_pull_later, out=out, first=0, many=self.size, skip=0))
+
+    def prepare_shift(self, out: Tensor, x: Tensor, by: int = 1) -> Transfer:
+        """Copy engines bring it, on a stream of their own."""
+        return self._through_heap(super().prepare_shift(out, x, by), x, partial(_copy_beside, out=out, source=(self.rank - by) % self.size))
+
+    def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
+        """Each rank pulls its part of every message."""
+        part_bytes = x.nbytes // self.size
+        pull = partial(_pull_later, out=out, first=0, many=self.size, skip=self.rank * part_bytes)
+        return self._through_heap(super().prepare_all_to_all(out, x), x, pull)
+
+    def _through_heap(self, transfer: Transfer, x: Tensor, bring: partial[Work]) -> Transfer:
+        if self._heap is None or not x.is_cuda or not x.nbytes:
+            return transfer
+        message = Posted(x.nbytes, transfer)
+        bring.keywords["out"] = _as_bytes(bring.keywords["out"])
+        return transfer._replace(begin=_post, arguments=(message, _as_bytes(x), bring), posted=message)
+
+    def bring_beside(self, message: Posted, out: Tensor, source: int) -> Work:
+        """Copies another rank's message on a stream of its own, while this stream goes on."""
+        from cpattn.moves.peer_moves import await_messages, end_copy
+
+        heap, board = self._heap, message.board
+        assert heap is not None
+        assert board is not None  # it has been posted
+        here = torch.cuda.current_stream(out.device)
+        if self._beside is None:
+            # What it waits for is worth more than what runs meanwhile.
+            self._beside = torch.cuda.Stream(out.device, priority=-1)  # type: ignore[no-untyped-call]
+        beside = self._beside
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            await_messages(board, source, 1)
+            out.copy_(heap.message_of(source, board.offset, message.nbytes))
+            end_copy(board, out)
+        message.is_pulled = True
+        return Work(partial(here.wait_stream, beside))
+
+    def _make_part(self, ranks: tuple[int, ...]) -> Transport:
+        raise UnsupportedError("parts of a group do not share memory; split cpattn.transport(group), which sends over its collectives")
+
+    def _in_words(self, fault: int) -> str:
+        if fault < OTHER_MESSAGE:
+            return f"rank {fault - 1} did not post or read a message within {self._limit:g} s"
+        return f"rank {fault - OTHER_MESSAGE} has posted a message of another size: it has another plan, or has skipped a call"
+
+    def _ask(self) -> None:
+        assert self._device is not None
+        machines: list[Any] = [None] * self.size
+        with torch.cuda.device(self._device):
+            dist.all_gather_object(machines, Machine.here(self._device), group=self.group)
+        self._why_not = why_not_shared(machines)
+        if self._why_not is None:
+            try:
+                self._grow(_LEAST_BYTES)
+            except UnsupportedError as error:
+                self._why_not = str(error)
+
+    def _grow(self, nbytes: int) -> None:
+        """A heap of that size, or more, on every rank, in the place of what there was. Raises on every rank alike, and leaves what
+        there was: GroupError where a rank has found a fault, UnsupportedError where one has no memory."""
+        if self._captures:
+            raise GroupError(
+                "a CUDA graph captures a call over larger messages than this group has had, for which its ranks have to make memory "
+                "together; make one such call before you capture"
+            )
+        assert self._device is not None
+        with torch.cuda.device(self._device):
+            memory, failure, heap = None, "", None
+            try:
+                torch.cuda.synchronize(self._device)
+                # On the device: the host of a rank that has not waited does not know of it.
+                failure = self._fault_before_growth()
+                memory = None if failure else _allocate(nbytes + nbytes // 8, self._device)
+            except Exception as error:
+                failure = f"could not make {nbytes / 2**20:.0f} MiB of shared memory ({_in_a_line(error)})"
+            self._raise_first(failure)
+            try:
+                assert memory is not None
+                heap = PeerHeap(memory, self.group, self._limit)
+            except Exception as error:
+                failure = f"could not see the others' memory ({_in_a_line(error)})"
+            self._raise_first(failure)
+            # Nobody reads the old one any more: all have come here, and have waited for their devices.
+            self._heap = heap
+
+    def _fault_before_growth(self) -> str:
+        fault = 0 if self._heap is None else self._heap.fault_on_device()
+        return f"{_FAULT_FOUND}{fault}" if fault else ""
+
+    def _raise_first(self, failure: str) -> None:
+        """Raises what the first rank says that has failed, on every rank."""
+        said = [""] * self.size
+        dist.all_gather_object(said, failure, group=self.group)
+        for rank, text in enumerate(said):
+            if text.startswith(_FAULT_FOUND):
+                self.state.give_up(self._in_words(int(text.removeprefix(_FAULT_FOUND))))
+                raise self.state.error()
+            if text:
+                raise UnsupportedError(f"rank {rank} {text}")
+
+    def _heaps(self) -> list[PeerHeap]:
+        """All that calls or graphs may be using."""
+        if self._heap is None or self._heap in self._captured:
+            return self._captured
+        return [*self._captured, self._heap]
+
+
+def _allocate(nbytes: int, device: torch.device) -> Tensor:
+    try:
+        return allocate(nbytes, device)
+    except torch.OutOfMemoryError:
+        # It is not torch's caching allocator's, which may hold what is needed.
+        torch.cuda.empty_cache()
+        return allocate(nbytes, device)
+
+
+def _post(transport: Transport, message: Posted, x: Tensor, bring: Callable[..., Work]) -> Work:
+    """Posts bytes, and says how the others' are brought."""
+    assert isinstance(transport, PeerMemoryTransport)
+    if message.board is None and message.otherwise is not None:
+        # Only within a call a message has a place.
+        return message.otherwise.begin(transport, *message.otherwise.arguments)
+    from cpattn.moves.peer_moves import post_words
+
+    board, is_first = transport.begin_post(message)
+    with transport.on_device():
+        post_words(board, x, is_first)
+        return bring(transport, message)
+
+
+def _pull_later(transport: PeerMemoryTransport, message: Posted, out: Tensor, first: int, many: int, skip: int) -> Work:
+    """Whoever waits pulls."""
+    from cpattn.moves.peer_moves import pull_words
+
+    def wait() -> None:
+        assert message.board is not None  # it has been posted
+        with transport.on_device():
+            pull_words(message.board, out, first, many, skip)
+        message.is_pulled = True
+
+    return Work(wait)
+
+
+def _copy_beside(transport: PeerMemoryTransport, message: Posted, out: Tensor, source: int) -> Work:
+    return transport.bring_beside(message, out, source)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """``[1, n]``."""
+    # A view in another dtype that is made under inference_mode could not be written outside of it, as a failed call has to.
+    with torch.inference_mode(False):
+        return x.view(1, -1).view(torch.uint8)

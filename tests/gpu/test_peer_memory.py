@@ -1,0 +1,91 @@
+"""Messages through the memory of other ranks' GPUs, beside the same over NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import peer_programs as programs
+import pytest
+import torch
+from cases import AttentionCase
+
+from cpattn.testing import ProcessRanks
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="each rank needs a GPU of its own")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ProcessRanks]:
+    with ProcessRanks(min(4, torch.cuda.device_count()), timeout=120, transport="nccl") as started:
+        yield started
+
+
+BATCHES = [
+    [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)],
+    [(0, 1)],
+    [(5, 0), (0, 1), (33, 2)],
+    [(0, 13)] * 7,
+]
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("cache", ["packed", "paged"])
+def test_bits_are_those_of_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None:
+    compare(ranks, [case_of(batch, cache) for batch in BATCHES], strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
+def test_bits_are_those_of_nccl_over_a_sharded_cache(ranks: ProcessRanks, strategy: str) -> None:
+    compare(ranks, [case_of(batch, "sharded") for batch in BATCHES], strategy)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(80, torch.float32), (72, torch.float16), (40, torch.bfloat16), (256, torch.bfloat16)])
+def test_odd_widths(ranks: ProcessRanks, head_dim: int, dtype: torch.dtype) -> None:
+    case = AttentionCase([(3, 130), (0, 17)], heads=3, kv_heads=3, head_dim=head_dim, dtype=dtype, device="cuda")
+    for strategy in ("all_gather", "ring"):
+        compare(ranks, [case], strategy)
+
+
+def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str) -> None:
+    by_rank = ranks.run(programs.attend_over_both, cases, strategy, "triton")
+    for n, case in enumerate(cases):
+        assert all(results[n][1] for results in by_rank), case.batch
+        plan = case.plan(ranks.size, pad_to=8)
+        outputs = [(out.cuda(), lse.cuda()) for (out, lse), _ in (results[n] for results in by_rank)]
+        case.check(outputs, plan, strategy, "triton")
+
+
+def case_of(batch: list[tuple[int, int]], cache: str) -> AttentionCase:
+    return AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_graph_replays_it(ranks: ProcessRanks, strategy: str, calls: int) -> None:
+    for differences in ranks.run(programs.replay, strategy, calls, 8):
+        assert differences == [0.0] * 8
+
+
+def test_memory_grows(ranks: ProcessRanks) -> None:
+    assert all(ranks.run(programs.grow_and_shrink, [100, 30_000, 77, 70_000, 100]))
+
+
+def test_a_rank_that_stays_away_is_named(ranks: ProcessRanks) -> None:
+    *others, last = ranks.run(programs.stay_away, 2.0)
+    missing = f"rank {ranks.size - 1} did not post or read a message within 2 s"
+    for is_nan, said, late, seconds in others:
+        assert is_nan
+        assert missing in said
+        assert missing in late
+        assert 2 <= seconds < 20
+    assert missing in last[2]
+
+
+def test_a_rank_of_another_plan_is_named(ranks: ProcessRanks) -> None:
+    for is_nan, said in ranks.run(programs.of_other_sizes):
+        assert is_nan
+        assert "has posted a message of another size" in said
+
+
+def test_tensors_need_not_be_on_the_current_device(ranks: ProcessRanks) -> None:
+    assert all(ranks.run(programs.on_another_device))

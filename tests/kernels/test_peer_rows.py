@@ -1,0 +1,218 @@
+"""Kernels that post and pull messages: all ranks in one process, one after another, with heaps that are plain tensors.
+
+What ranks do side by side is tested on GPUs that read each other's memory (tests/gpu/test_peer_memory.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpattn.kernels.peer_layout import BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WORD_BYTES, WORDS
+from cpattn.moves import torch_moves
+
+pytest.importorskip("triton")
+from cpattn.kernels import peer_flags
+from cpattn.moves import peer_moves
+from cpattn.moves.peer_moves import Board, Pages
+
+HEADER = -(-WORDS * WORD_BYTES // 256) * 256
+
+
+@pytest.fixture(autouse=True)
+def in_the_interpreter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no assembler, and its programs run one after another: there is nothing to fence."""
+    if device == "cpu":
+        monkeypatch.setattr(peer_flags, "_fence", lambda: None)
+        monkeypatch.setattr(peer_flags, "_now", lambda: 0)
+
+
+class Ranks:
+    """Heaps of so many ranks on one device."""
+
+    def __init__(self, size: int, device: str, nbytes: int = 1 << 19) -> None:
+        self.size = size
+        self.heaps = [torch.zeros(HEADER + nbytes, dtype=torch.uint8, device=device) for _ in range(size)]
+        self.fault = torch.zeros(1, dtype=torch.int32, device=device)
+        for heap in self.heaps:
+            heap.view(torch.int32)[LIMIT] = 1000
+        self.table = torch.tensor([*(heap.data_ptr() for heap in self.heaps), self.fault.data_ptr()], device=device)
+
+    def board(self, rank: int, number: int = 0, offset: int = 0, nbytes: int = 64) -> Board:
+        return Board(self.table, rank, self.size, number, HEADER + offset, nbytes)
+
+    def words(self, rank: int, first: int, number: int) -> list[int]:
+        """Of a rank's heap those for all ranks of a board, from the word ``first`` on."""
+        begin = first + number * self.size
+        return [int(word) for word in self.heaps[rank].view(torch.int32)[begin : begin + self.size]]
+
+
+def message_of(rows: int, tensors: tuple[Tensor, Tensor | None], tokens: int) -> Tensor:
+    """What should lie in a heap."""
+    k, v = tensors
+    width = k.shape[2] + (0 if v is None else v.shape[2])
+    message = torch.empty(rows, k.shape[1], width, dtype=k.dtype, device=k.device)
+    torch_moves.pack(message, k, v, tokens)
+    return message
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("heads", "dims", "dtype"),
+    [(2, (64, 64), torch.bfloat16), (1, (576, None), torch.bfloat16), (3, (40, 24), torch.float32), (1, (5, 3), torch.float16)],
+    ids=str,
+)
+def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtype: torch.dtype, device: str) -> None:
+    """Twice over the same board, as two layers do; padding is NaN where it is not read."""
+    torch.manual_seed(0)
+    ranks, rows, count = Ranks(size, device), 11, 20
+    width = dims[0] + (dims[1] or 0)
+    index = torch.randperm(size * rows, device=device)[:count]
+    index[[3, 5]] = -1
+    slots = torch.randperm(40, device=device)[:count]
+    slots[7] = -1
+    for _ in range(2):
+        gathered = []
+        for rank in range(size):
+            tokens = rows - rank
+            k = torch.randn(rows, 2 * heads, dims[0], dtype=dtype, device=device)[:, heads:]
+            v = None if dims[1] is None else torch.randn(rows, heads, dims[1], dtype=dtype, device=device)
+            for x in (k, v):
+                if x is not None:
+                    x[tokens:] = torch.nan
+            num_tokens: int | Tensor = tokens if rank % 2 else torch.tensor([tokens], dtype=torch.int32, device=device)
+            peer_moves.post_rows(ranks.board(rank), rows, k, v, num_tokens, first=True)
+            gathered.append(message_of(rows, (k, v), tokens))
+        for rank in range(size):
+            for places in (None, slots):
+                got = torch.full((40 if places is not None else count, heads, width), 7.0, dtype=dtype, device=device)
+                want = got.clone()
+                peer_moves.pull_rows(ranks.board(rank), rows, got, index, places)
+                torch_moves.gather_rows(want, torch.cat(gathered), index, places)
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("has_v", [True, False], ids=["k and v", "k alone"])
+@pytest.mark.parametrize("has_table", [True, False], ids=["table", "slots"])
+def test_rows_into_pages(has_v: bool, has_table: bool, device: str) -> None:
+    torch.manual_seed(0)
+    ranks, rows, heads, dim, v_dim = Ranks(2, device), 9, 2, 24, 8
+    gathered = []
+    for rank in range(2):
+        k = torch.randn(rows, heads, dim, device=device)
+        v = torch.randn(rows, heads, v_dim, device=device) if has_v else None
+        peer_moves.post_rows(ranks.board(rank, number=3, offset=512), rows, k, v, rows, first=False)
+        gathered.append(message_of(rows, (k, v), rows))
+    whole = torch.cat(gathered)
+    table = torch.tensor([[4, 0, 2], [5, 1, 3]], dtype=torch.int32, device=device) if has_table else None
+    position = torch.randperm(12 if has_table else 24, device=device)[: 2 * rows].int() if not has_table else None
+    request = (torch.arange(2 * rows, device=device) % 2).int()
+    if position is None:
+        position = (torch.arange(2 * rows, device=device) // 2).int()
+    position[[2, 7]] = -1
+    pages = [torch.full((6, 4, heads, d), 7.0, device=device) for d in (dim, v_dim)]
+    want = [x.clone() for x in pages]
+    v_pages = pages[1] if has_v else None
+    peer_moves.pull_pages(ranks.board(1, number=3, offset=512), rows, Pages(pages[0], v_pages, table, request, position))
+    torch_moves.write_pages(
+        want[0], want[1] if has_v else None, table, request, position, whole[..., :dim], whole[..., dim:] if has_v else None
+    )
+    assert torch.equal(pages[0], want[0])
+    assert torch.equal(pages[1], want[1])
+
+
+@pytest.mark.parametrize("nbytes", [1, 2, 12, 1024, 40_000])
+def test_bytes(nbytes: int, device: str) -> None:
+    """An all-gather, a shift, and an all-to-all of the same messages, on three boards."""
+    torch.manual_seed(0)
+    size = 3
+    ranks = Ranks(size, device)
+    messages = [torch.randint(256, (1, size * nbytes), dtype=torch.uint8, device=device) for _ in range(size)]
+    for number in range(3):
+        for rank, message in enumerate(messages):
+            peer_moves.post_words(ranks.board(rank, number, number * 131_072), message, first=number == 0)
+    for rank in range(size):
+        boards = [ranks.board(rank, number, number * 131_072) for number in range(3)]
+        everyone, one, parts = (torch.zeros(1, n * nbytes, dtype=torch.uint8, device=device) for n in (size * size, size, size))
+        peer_moves.pull_words(boards[0], everyone, 0, size)
+        assert torch.equal(everyone, torch.cat(messages, dim=1))
+        source = (rank - 1) % size
+        peer_moves.pull_words(boards[1], one, source, 1)
+        assert torch.equal(one, messages[source])
+        peer_moves.pull_words(boards[2], parts, 0, size, skip_bytes=rank * nbytes)
+        assert torch.equal(parts, torch.cat([m[:, rank * nbytes : (rank + 1) * nbytes] for m in messages], dim=1))
+
+
+def test_what_is_posted_and_read_is_said(device: str) -> None:
+    ranks = Ranks(3, device)
+    x, copied = torch.ones(1, 64, dtype=torch.uint8, device=device), torch.zeros(1, 64, dtype=torch.uint8, device=device)
+    sizes, reads = READY + 2 * BOARDS * 3, READY + BOARDS * 3
+    for layer in (1, 2):
+        for rank in range(3):
+            peer_moves.post_words(ranks.board(rank, 1), x, first=layer == 1)
+        for rank in range(3):
+            assert ranks.words(rank, READY, 1) == [layer] * 3
+            assert ranks.words(rank, sizes, 1) == [64] * 3
+            assert ranks.words(rank, reads, 1) == [layer - 1] * 3
+        # Rank 0 reads nothing, rank 1 pulls, and rank 2 copies.
+        peer_moves.pull_nothing(ranks.board(0, 1))
+        peer_moves.pull_words(ranks.board(1, 1), torch.empty(1, 192, dtype=torch.uint8, device=device), 0, 3)
+        peer_moves.await_messages(ranks.board(2, 1), 1, 1)
+        peer_moves.end_copy(ranks.board(2, 1), copied)
+        for rank in range(3):
+            assert ranks.words(rank, reads, 1) == [layer] * 3
+            assert ranks.words(rank, READY, 0) == [0] * 3
+    assert not copied.any()
+
+
+def test_nobody_waits_any_more_after_a_fault(device: str) -> None:
+    """Who should post does not, and who should read gets NaN."""
+    ranks, x = Ranks(2, device), torch.ones(1, 64, dtype=torch.uint8, device=device)
+    ranks.heaps[0].view(torch.int32)[FAULT] = 2
+    peer_moves.post_words(ranks.board(0), x, first=True)
+    assert ranks.words(1, READY, 0) == [0, 0]
+    assert int(ranks.fault[0]) == 2
+    for many in (1, 2):
+        out = torch.zeros(1, 64 * many, dtype=torch.uint8, device=device)
+        peer_moves.pull_words(ranks.board(0), out, 0, many)
+        assert (out == 255).all()
+    copied = torch.zeros(1, 64, dtype=torch.uint8, device=device)
+    peer_moves.await_messages(ranks.board(0), 1, 1)
+    peer_moves.end_copy(ranks.board(0), copied)
+    assert (copied == 255).all()
+    rows = torch.zeros(3, 2, 8, device=device)
+    peer_moves.pull_rows(ranks.board(0), 4, rows, torch.arange(3, device=device), None)
+    assert rows.isnan().all()
+    pages = torch.zeros(2, 4, 2, 8, device=device)
+    peer_moves.pull_pages(ranks.board(0), 1, Pages(pages, None, None, None, torch.tensor([0, 5], device=device)))
+    assert pages.flatten(0, 1)[[0, 5]].isnan().all()
+    assert pages.isnan().sum() == 2 * 16
+
+
+def test_a_message_of_another_size_is_a_fault(device: str) -> None:
+    """A rank of another plan posts as many messages, and other ones."""
+    ranks = Ranks(3, device)
+    x = torch.ones(1, 64, dtype=torch.uint8, device=device)
+    for rank in range(3):
+        peer_moves.post_words(ranks.board(rank, nbytes=64 if rank != 1 else 32), x[:, : 64 if rank != 1 else 32], first=True)
+    out = torch.zeros(1, 192, dtype=torch.uint8, device=device)
+    peer_moves.pull_words(ranks.board(2), out, 0, 3)
+    assert (out == 255).all()
+    assert int(ranks.fault[0]) == OTHER_MESSAGE + 1
+    for heap in ranks.heaps:
+        assert int(heap.view(torch.int32)[FAULT]) == OTHER_MESSAGE + 1
+
+
+def test_launches_are_of_the_addresses_alignment(device: str) -> None:
+    """Bytes that begin at 8 after a multiple of 16, and then at 2."""
+    ranks = Ranks(2, device)
+    memory = torch.arange(200, dtype=torch.uint8, device=device)
+    for begin in (8, 2, 1, 0):
+        x = memory[begin : begin + 64].view(1, -1)
+        for rank in range(2):
+            peer_moves.post_words(ranks.board(rank), x, first=True)
+        for rank in range(2):
+            out = torch.zeros(160, dtype=torch.uint8, device=device)[begin : begin + 128].view(1, -1)
+            peer_moves.pull_words(ranks.board(rank), out, 0, 2)
+            assert torch.equal(out, torch.cat([x, x], dim=1))

@@ -1,0 +1,146 @@
+"""What ranks run over the memory of each other's GPUs: functions of an importable module, so that a process can be sent their names."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from cases import AttentionCase
+from torch import Tensor
+
+import cpattn
+from cpattn.transports.peer_memory import PeerMemoryTransport
+
+
+def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str) -> list[tuple[tuple[Tensor, Tensor], bool]]:
+    """Each case over both kinds of transport, twice over; the result through peers' memory, and whether all bits were equal."""
+    results = []
+    transports = [cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives")]
+    for case in cases:
+        plan = case.plan(dist.get_world_size(), pad_to=8)
+        runs = [[case.on_rank(plan, dist.get_rank(), transport, strategy, backend) for transport in transports] for _ in range(2)]
+        bits = [[x.nan_to_num(7.0) for x in result] for pair in runs for result in pair]
+        results.append((runs[0][0], all(torch.equal(x, y) for other in bits[1:] for x, y in zip(bits[0], other, strict=True))))
+    assert transports[0].kind == "peer_memory"
+    return results
+
+
+def replay(strategy: str, calls: int, replays: int) -> list[float]:
+    """Graphs of so many calls, whose inputs change from replay to replay, with eager calls in between; the largest difference
+    between each replay's last result and the same call over collectives."""
+    torch.manual_seed(dist.get_rank())
+    size, rank = dist.get_world_size(), dist.get_rank()
+    meta = cpattn.build_metadata([(0, 700), (0, 33), (0, 1)], size, rank, device="cuda")
+    q, k, v = (torch.randn(meta.rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    peers, collectives = (cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives"))
+
+    def call(transport: cpattn.Communicator) -> Tensor:
+        out = cpattn.cp_attention(q, k, v, meta, group=transport, strategy=strategy, backend="triton")
+        assert isinstance(out, Tensor)
+        return out
+
+    call(peers)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            out = call(peers)
+    differences = []
+    for n in range(replays):
+        for x in (q, k, v):
+            x.normal_()
+        if rank == n % size:
+            # Ranks need not come at the same time.
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+        graph.replay()
+        got = out.clone()
+        if n % 3 == 1:
+            assert torch.equal(call(peers), got)
+        differences.append(float((got - call(collectives)).abs().max()))
+    return differences
+
+
+def grow_and_shrink(lengths: list[int]) -> bool:
+    """Calls over one transport, of which some need more memory than there is."""
+    transport = cpattn.transport(kind="peer_memory")
+    same = True
+    for length in lengths:
+        meta = cpattn.build_metadata([(0, length)], dist.get_world_size(), dist.get_rank(), device="cuda")
+        torch.manual_seed(length + dist.get_rank())
+        q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 8, 8))
+        results = [
+            cpattn.cp_attention(q, k, v, meta, group=group, strategy=strategy, backend="triton")
+            for strategy in ("all_gather", "ring")
+            for group in (transport, cpattn.transport(kind="collectives"))
+        ]
+        same = same and torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
+    return same
+
+
+def of_other_sizes() -> tuple[bool, str]:
+    """The last rank has another plan. Whether the result of the others is NaN, and what the next call raises."""
+    transport = PeerMemoryTransport(dist.new_group())
+    size, rank = dist.get_world_size(), dist.get_rank()
+    right, other = (cpattn.build_metadata([(0, tokens)], size, rank, device="cuda") for tokens in (64 * size, 96 * size))
+    outs = []
+    for meta in (right, right if rank < size - 1 else other):
+        q, k, v = (torch.randn(meta.rows, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        outs.append(cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton"))
+        torch.cuda.synchronize()
+    said = ""
+    try:
+        cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+    except cpattn.GroupError as error:
+        said = str(error)
+    assert isinstance(outs[1], Tensor)
+    return bool(outs[1].isnan().any()), said
+
+
+def on_another_device() -> bool:
+    """Calls whose tensors are not on the current device."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    here = torch.device("cuda", torch.cuda.current_device())
+    meta = cpattn.build_metadata([(0, 300), (0, 5)], size, rank, device=here)
+    x = torch.randn(meta.rows, 2, 64, device=here)
+    with torch.cuda.device((rank + 1) % size):
+        results = [
+            cpattn.unshard(cpattn.cp_attention(x, x, x, meta, group=group, strategy=strategy, check=True), meta, group=group, check=True)
+            for strategy in ("all_gather", "ring")
+            for group in (cpattn.transport(kind="peer_memory"), cpattn.transport())
+        ]
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(results[::2], results[1::2], strict=True))
+
+
+def stay_away(limit: float) -> tuple[bool, str, str, float]:
+    """The last rank makes no call. Of the others: whether their result is NaN, what the next call and a replay's next check
+    raise, and the seconds until then."""
+    assert dist.group.WORLD is not None
+    group = dist.new_group()
+    transport = PeerMemoryTransport(group, limit=limit)
+    meta = cpattn.build_metadata([(0, 64)], dist.get_world_size(), dist.get_rank(), device="cuda")
+    q, k, v = (torch.randn(meta.rows, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+    torch.cuda.synchronize()
+    dist.barrier()
+    begin = time.monotonic()
+    is_nan, said = True, ""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        out = cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+        torch.cuda.synchronize()
+        assert isinstance(out, Tensor)
+        is_nan = bool(out.isnan().all())
+        try:
+            cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+        except cpattn.GroupError as error:
+            said = str(error)
+    seconds = time.monotonic() - begin
+    dist.barrier()
+    late = ""
+    try:
+        cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+        torch.cuda.synchronize()
+        cpattn.cp_attention(q, k, v, meta, group=transport, backend="triton")
+    except cpattn.GroupError as error:
+        late = str(error)
+    return is_nan, said, late, seconds

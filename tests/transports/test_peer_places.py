@@ -1,0 +1,194 @@
+"""What a transport through the memory of peers decides on the host; tests/gpu/test_peer_memory.py has what it does on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import cpattn
+from cpattn.kernels.peer_layout import BOARDS, MOST_RANKS, OTHER_MESSAGE, WORD_BYTES, WORDS
+from cpattn.testing import ProcessRanks
+from cpattn.transports.peer_heap import Machine, why_not_shared
+from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.posted import Posted
+from cpattn.transports.transfer import Transfer, Work
+
+
+def machines(count: int, **changes: Any) -> list[Machine]:
+    """Of one host with a GPU for each rank; the last rank's is changed."""
+    every = frozenset(f"gpu {rank}" for rank in range(count))
+    made = [Machine("host", f"gpu {rank}", every, None) for rank in range(count)]
+    return [*made[:-1], made[-1]._replace(**changes)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, MOST_RANKS])
+def test_ranks_of_one_host_share_memory(count: int) -> None:
+    assert why_not_shared(machines(count)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host": "another"}, "rank 2 runs on another host than rank 0"),
+        ({"gpu": "gpu 1"}, "ranks 1 and 2 share a GPU"),
+        ({"visible": frozenset({"gpu 0", "gpu 2"})}, "rank 2 cannot reach the GPU of rank 1"),
+        ({"why_not": "it has no Triton kernels for its GPU"}, "rank 2: it has no Triton kernels for its GPU"),
+    ],
+)
+def test_why_ranks_cannot_share_memory(changes: dict[str, Any], message: str) -> None:
+    assert message in str(why_not_shared(machines(3, **changes)))
+
+
+def test_too_many_ranks() -> None:
+    assert f"at most {MOST_RANKS} ranks, and there are {MOST_RANKS + 1}" in str(why_not_shared(machines(MOST_RANKS + 1)))
+
+
+def test_the_words_of_a_heap_do_not_overlap() -> None:
+    """Of the largest group the last flag is the last word."""
+    from cpattn.kernels import peer_layout as words
+
+    assert words.POSTS >= words.LIMIT + 1
+    assert words.READY + 3 * BOARDS * MOST_RANKS == WORDS
+    assert words.READY == words.POSTS + 5 * BOARDS
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ProcessRanks]:
+    with ProcessRanks(2, timeout=30) as started:
+        yield started
+
+
+class _Heap:
+    """As much of a heap as the host looks at."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.table = torch.zeros(3, dtype=torch.int64)
+        self.fault = 0
+        self.marks: list[int] = []
+        self.limits: list[float] = []
+
+    def mark(self, fault: int) -> None:
+        self.marks.append(fault)
+
+    def set_limit(self, seconds: float) -> None:
+        self.limits.append(seconds)
+
+
+def _transfer(message: Posted | None) -> Transfer:
+    return Transfer(lambda transport: Work(lambda: None), 0, (), posted=message)
+
+
+def _places() -> dict[str, Any]:
+    assert dist.group.WORLD is not None
+    transport = PeerMemoryTransport(dist.group.WORLD)
+    transport._heap = heap = _Heap(2**20)  # type: ignore[assignment]
+    # A ring sends from two messages in turn; one transfer goes over collectives.
+    messages = [Posted(1000), Posted(257)]
+    transfers = [_transfer(message) for message in (messages[0], None, messages[1], messages[0])]
+    transport.place(transfers)
+    first = [message.board for message in messages]
+    later = Posted(1)
+    transport.place([*transfers, _transfer(later)])
+    boards = [message.board for message in messages]
+    said: dict[str, Any] = {"again": boards == first, "places": [(b.number, b.offset) for b in (*boards, later.board) if b is not None]}
+    said["too many"] = _refusal(lambda: transport.place([_transfer(Posted(1)) for _ in range(BOARDS + 1)]))
+    said["captured"] = _refusal(lambda: _grow_in_capture(transport))
+    transport.limit = 2
+    said["limits"] = heap.limits
+    heap.fault = 2
+    said["other"] = transport._in_words(OTHER_MESSAGE)
+    said["fault"], said["later"] = _refusal(transport.check_usable), _refusal(transport.state.enter)
+    said["marks"] = heap.marks
+    return said
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    """What it raises; empty where it does not."""
+    try:
+        call()
+    except cpattn.CPError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _grow_in_capture(transport: PeerMemoryTransport) -> None:
+    transport._captures = True
+    transport.place([_transfer(Posted(2**20))])
+
+
+def test_places_are_those_of_the_transfers_in_their_order(ranks: ProcessRanks) -> None:
+    mine, other = ranks.run(_in_group_of_its_own)
+    assert mine == other
+    assert mine["again"]
+    (zero, begin), (one, second), (two, third) = mine["places"]
+    assert (zero, one, two) == (0, 1, 2)
+    assert begin >= WORDS * WORD_BYTES
+    assert begin % 256 == 0
+    assert (second - begin, third - second) == (1024, 512)
+    assert f"a call of {BOARDS + 1} messages" in mine["too many"]
+    assert "GroupError: a CUDA graph captures a call over larger messages" in mine["captured"]
+    assert mine["limits"] == [2.0]
+    assert "rank 1 did not post or read a message within 2 s" in mine["fault"]
+    assert mine["later"] == mine["fault"]
+    # Of another size, and what waits within graphs is told.
+    assert "rank 0 has posted a message of another size" in mine["other"]
+    assert mine["marks"] == [2]
+
+
+def _in_group_of_its_own() -> dict[str, Any]:
+    """It is given up, and the next test's is not."""
+    world = dist.group.WORLD
+    dist.group.WORLD = dist.new_group()
+    try:
+        return _places()
+    finally:
+        dist.group.WORLD = world
+
+
+def _on_a_cpu() -> dict[str, Any]:
+    meta = cpattn.build_metadata([(0, 5), (0, 8)], 2, dist.get_rank())
+    q = torch.randn(meta.rows, 2, 16)
+    peers = cpattn.transport(kind="peer_memory")
+    said: dict[str, Any] = {"call": _refusal(lambda: cpattn.cp_attention(q, q, q, meta, group=peers))}
+    said["again"] = _refusal(lambda: cpattn.cp_attention(q, q, q, meta))
+    said["direct"] = torch.equal(*_directly(peers))
+    said["split"] = _refusal(lambda: peers.split(2, 1))
+    said["explained"] = [cpattn.explain(q, q, q, meta, group=group)["transport"] for group in (peers, cpattn.transport())]
+    cpattn.check()
+    for name, seconds in {"zero": 0, "true": True, "text": "5", "nan": float("nan"), "long": 1e9}.items():
+        said[name] = _refusal(partial(setattr, peers, "limit", seconds))
+    return said
+
+
+def _directly(transport: cpattn.Transport) -> tuple[torch.Tensor, torch.Tensor]:
+    """A transfer outside of a call goes over the process group."""
+    out, x = torch.empty(2, 3), torch.full((1, 3), float(dist.get_rank()))
+    transport.all_gather(out, x).wait()
+    return out, torch.tensor([[0.0], [1.0]]).expand(2, 3)
+
+
+def test_cpu_tensors_are_refused_and_nothing_is_harmed(ranks: ProcessRanks) -> None:
+    for said in ranks.run(_on_a_cpu):
+        assert "kind='peer_memory' is for CUDA tensors, and this call's are on cpu" in said["call"]
+        assert said["again"] == ""
+        assert said["direct"]
+        assert "parts of a group do not share memory" in said["split"]
+        peers, auto = said["explained"]
+        assert peers.startswith("peer_memory: in their first call")
+        assert auto == "collectives: those of torch.distributed, over gloo"
+        for name in ("zero", "true", "text", "nan", "long"):
+            assert "pass seconds, more than 0 and at most 86,400" in said[name]
+
+
+def test_check_says_why_a_group_was_given_up() -> None:
+    group = cpattn.LoopbackGroup(1).transport(0)
+    cpattn.check(group)
+    group.state.give_up("a test gave it up")
+    with pytest.raises(cpattn.GroupError, match="a test gave it up"):
+        cpattn.check(group)
