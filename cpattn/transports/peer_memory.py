@@ -156,10 +156,11 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def settle(self) -> None:
         """Has the others know that this rank has read all that it will read of the call; its messages have no place any more."""
-        from cpattn.moves.peer_moves import pull_nothing
-
         for message in self._placed:
             if not message.is_pulled and message.board is not None:
+                # Not before: where nothing was placed, Triton need not be there.
+                from cpattn.moves.peer_moves import pull_nothing
+
                 with self.on_device():
                     pull_nothing(message.board)
                 message.is_pulled = True
