@@ -14,9 +14,11 @@ import cpattn
 from cpattn.transports.in_flight import InFlight
 
 PACKAGE = str(Path(cpattn.__file__).parent)
-# What starts a transfer or waits for one: where it raises the transfer itself has failed, which is another matter.
+# What starts a transfer, waits for one, or makes memory with all ranks: where it raises the transfer itself has failed, which is
+# another matter.
 TRANSPORT = tuple(
-    f"{PACKAGE}/transports/{name}.py" for name in ("in_flight", "group_state", "process_group", "loopback", "part", "transfer")
+    f"{PACKAGE}/transports/{name}.py"
+    for name in ("in_flight", "group_state", "process_group", "loopback", "part", "transfer", "peer_memory", "peer_heap")
 )
 BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "reuse", "release", "allocate"}
 

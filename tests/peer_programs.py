@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import pytest
 import torch
 import torch.distributed as dist
 from cases import AttentionCase
 from torch import Tensor
 
 import cpattn
+from cpattn.transports import peer_memory
 from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.transfer import Transfer
 
 
 def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str) -> list[tuple[tuple[Tensor, Tensor], bool]]:
@@ -78,6 +82,48 @@ def grow_and_shrink(lengths: list[int]) -> bool:
     return same
 
 
+def without_memory() -> tuple[list[bool], list[bool], str]:
+    """The last rank finds no memory for larger messages. For calls of several sizes whether bits are those over collectives, which
+    of them found a place in shared memory, and what the transport says of itself."""
+    transport = PeerMemoryTransport(dist.new_group(), insists=False)
+    same: list[bool] = []
+    places: list[bool] = []
+    place = transport.place
+
+    def noted(transfers: Sequence[Transfer]) -> bool:
+        is_placed = place(transfers)
+        places.append(is_placed and any(transfer.posted for transfer in transfers))
+        return is_placed
+
+    transport.place = noted  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        for length in (100, 120_000, 300, 150_000, 100):
+            meta = cpattn.build_metadata([(0, length)], dist.get_world_size(), dist.get_rank(), device="cuda")
+            torch.manual_seed(length + dist.get_rank())
+            q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 8, 8))
+            for check in (False, True):
+                results = [
+                    cpattn.cp_attention(q, k, v, meta, group=group, backend="triton", check=check)
+                    for group in (transport, cpattn.transport(kind="collectives"))
+                ]
+                same.append(torch.equal(*results))
+            if dist.get_rank() == dist.get_world_size() - 1:
+                patch.setattr(peer_memory, "allocate", _no_memory)
+    return same, places, transport.describe()
+
+
+def attend_by_default() -> str:
+    """A call over the default group, and what carries it."""
+    meta = cpattn.build_metadata([(0, 70)], dist.get_world_size(), dist.get_rank(), device="cuda")
+    x = torch.randn(meta.rows, 2, 64, device="cuda")
+    cpattn.cp_attention(x, x, x, meta)
+    return cpattn.transport().describe()
+
+
+def _no_memory(nbytes: int, device: torch.device) -> Tensor:
+    raise torch.OutOfMemoryError(f"no {nbytes} bytes on {device}")
+
+
 def of_other_sizes() -> tuple[bool, str]:
     """The last rank has another plan. Whether the result of the others is NaN, and what the next call raises."""
     transport = PeerMemoryTransport(dist.new_group())
@@ -107,7 +153,7 @@ def on_another_device() -> bool:
         results = [
             cpattn.unshard(cpattn.cp_attention(x, x, x, meta, group=group, strategy=strategy, check=True), meta, group=group, check=True)
             for strategy in ("all_gather", "ring")
-            for group in (cpattn.transport(kind="peer_memory"), cpattn.transport())
+            for group in (cpattn.transport(kind="peer_memory"), cpattn.transport(kind="collectives"))
         ]
     return all(torch.equal(mine, theirs) for mine, theirs in zip(results[::2], results[1::2], strict=True))
 

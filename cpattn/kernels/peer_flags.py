@@ -40,8 +40,13 @@ def _now():
 
 
 @triton.jit
-def _fence():
-    tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+def _flags(flags_F, is_waited_F):
+    """Flags that others write; what comes next reads and writes after what they say. A fence would do the same, and wait for all that
+    was written before as well."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0; @p ld.acquire.sys.global.u32 $0, [$1]; }",
+        "=r,l,r", [flags_F, is_waited_F.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -53,7 +58,7 @@ def heap_of(table, rank):
 @triton.jit
 def _behind(flags_F, wants_F, is_waited_F):
     """How far each flag is behind what is wanted: negative, or 0 and more."""
-    return tl.where(is_waited_F, tl.load(flags_F, mask=is_waited_F, volatile=True) - wants_F, 0)
+    return tl.where(is_waited_F, _flags(flags_F, is_waited_F) - wants_F, 0)
 
 
 @triton.jit
@@ -66,24 +71,24 @@ def _tell_fault(table, fault, WORLD: tl.constexpr):
 @triton.jit
 def _await(table, heap, flags_F, wants_F, rank_F, is_waited_F, WORLD: tl.constexpr):
     """Waits until each flag has come to what is wanted, the time is over, or the group has a fault; each flag is a rank's."""
-    behind_F = _behind(flags_F, wants_F, is_waited_F)
+    # The loop carries no tensor: Triton 3.6 cannot compile one that does.
+    behind = tl.min(_behind(flags_F, wants_F, is_waited_F), 0)
     fault = tl.load(heap + _FAULT, volatile=True)
     begin = _now()
-    while (tl.min(behind_F, 0) < 0) & (fault == 0):
+    while (behind < 0) & (fault == 0):
         behind_F = _behind(flags_F, wants_F, is_waited_F)
+        behind = tl.min(behind_F, 0)
         fault = tl.load(heap + _FAULT, volatile=True)
         limit = tl.load(heap + _LIMIT, volatile=True).to(tl.int64) * 1000000
-        if (tl.min(behind_F, 0) < 0) & (fault == 0) & (_now() - begin > limit):
+        if (behind < 0) & (fault == 0) & (_now() - begin > limit):
             fault = tl.max(tl.where(behind_F < 0, 1 + rank_F, 0), 0)
             _tell_fault(table, fault, WORLD)
-    # What comes next reads and writes after what the flags say.
-    _fence()
 
 
 @triton.jit
 def _end_wait(table, heap, verdict, WORLD: tl.constexpr):
     """Writes down for the next kernel whether it may go on, and for the host what is wrong."""
-    fault = tl.atomic_add(heap + _FAULT, 0, sem="acquire", scope="sys")
+    fault = tl.load(heap + _FAULT, volatile=True)
     if fault != 0:
         tl.store(tl.load(table + WORLD).to(tl.pointer_type(tl.int32)), fault)
     tl.store(verdict, (fault == 0).to(tl.int32))

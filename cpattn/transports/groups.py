@@ -6,6 +6,7 @@ import threading
 from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -45,7 +46,8 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
         group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
         kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"peer_memory"``: ranks of one host read
             what they need from the memory of each other's GPUs; whether they can they find out together, in the first call that
-            sends. ``"auto"``: collectives.
+            sends. ``"auto"``: the memory of peers for calls over CUDA tensors where ranks can share it, and collectives for all
+            others.
 
     Raises:
         GroupError: there is no such group, this process is not in it, or it has been destroyed.
@@ -88,19 +90,20 @@ def as_transport(group: Group, cp_size: int, kind: Kind = "auto") -> Transport:
             )
         group = dist.group.WORLD
     group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
-    kind = "collectives" if kind == "auto" else kind
     kinds = _transports.get(group)
     if kinds is None:
         kinds = _transports.setdefault(group, {})
     transport = kinds.get(kind)
     if transport is None:
-        transport = kinds.setdefault(kind, _make(group, kind))
+        transport = kinds.setdefault(kind, _make(group, kind, kinds))
     transport.check_usable()
     return transport
 
 
-def _make(group: dist.ProcessGroup, kind: Kind) -> Transport:
-    return PeerMemoryTransport(group) if kind == "peer_memory" else ProcessGroupTransport(group)
+def _make(group: dist.ProcessGroup, kind: Kind, kinds: dict[Kind, Transport]) -> Transport:
+    if kind == "peer_memory" or (kind == "auto" and torch.cuda.is_available()):
+        return PeerMemoryTransport(group, insists=kind == "peer_memory")
+    return kinds.setdefault("collectives", ProcessGroupTransport(group))
 
 
 @leaves_graph

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from cpattn.ranges import profiler_runs, ranged
 from cpattn.transports.settling import Settling
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
+
+T = TypeVar("T")
 
 # How long the transfers of an interrupted call may take before the group is given up, in seconds.
 INTERRUPTED_WAITS = 5.0
@@ -82,7 +85,7 @@ class InFlight:
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
         if not self._is_ready:
-            self.transport.ready(self._device, self.captures)
+            self._on_all_alike(lambda: self.transport.ready(self._device, self.captures))
             self._is_ready = True
         self.transport.state.calls[self.transport.part] += counts
         try:
@@ -108,13 +111,21 @@ class InFlight:
     def _placed(self, make: Callable[[], Sequence[Transfer]]) -> list[Transfer]:
         """All that the call sends, with what comes next: each message in its place."""
         transfers = [*self._expected, *make()]
+        if self._on_all_alike(lambda: self.transport.place(transfers)):
+            return transfers
+        # It makes prepared calls forget theirs.
+        self.transport.release()
+        return [*self._expected, *make()]
+
+    def _on_all_alike(self, step: Callable[[], T]) -> T:
+        """What all ranks do together before they send. What they refuse they refuse alike; who fails alone leaves the others waiting."""
         try:
-            self.transport.place(transfers)
-        except CPError:
-            # On every rank alike, and nobody has sent anything of it.
+            return step()
+        except BaseException as failure:
             self._is_refused = True
+            if not isinstance(failure, CPError):
+                self._give_up(f"a rank failed where all of them prepare to send ({_in_a_line(failure)})")
             raise
-        return transfers
 
     def start(self) -> Work:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
@@ -162,7 +173,7 @@ class InFlight:
                 # Another thread has made a call meanwhile, which another rank's may have met.
                 raise state.error()
             if error is None:
-                self.transport.settle()
+                self._end("a call was made")
         finally:
             self.transport.arena.call_captures = None
             state.leave()
@@ -182,7 +193,9 @@ class InFlight:
         """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""
         what = _in_a_line(error)
         if self.captures:
-            return  # nothing was sent: a capture that fails is never replayed
+            # Nothing was sent: a capture that fails is never replayed.
+            self.transport.forget()
+            return
         if self._is_starting:
             self._give_up(f"a call was interrupted as it began a transfer ({what})")
             return
@@ -194,7 +207,7 @@ class InFlight:
             return
         left = self._expected[len(self._works) :]
         if not left and all(work.is_done for work in self._works):
-            self._end(what)
+            self._end(f"a call raised ({what})")
             return
         settling = Settling(self.transport, self._works, left, self._device)
         try:
@@ -212,11 +225,11 @@ class InFlight:
                 self._give_up(f"a call {happened} ({what}), and its transfers could not be finished ({why})")
 
     def _end(self, what: str) -> None:
-        """Lets the transport end the call, or gives the group up."""
+        """Lets the transport end the call, or gives the group up, saying what had happened."""
         try:
             self.transport.settle()
         except BaseException as failure:
-            self._give_up(f"a call raised ({what}), and could not be ended ({_in_a_line(failure)})")
+            self._give_up(f"{what}, and could not be ended ({_in_a_line(failure)})")
             raise
 
     def _give_up(self, what_happened: str) -> None:

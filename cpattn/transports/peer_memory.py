@@ -5,7 +5,7 @@ read, and they pull it from there. No collective of torch.distributed carries it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,24 +41,28 @@ _of_graphs: list[PeerHeap] = []
 
 
 class PeerMemoryTransport(ProcessGroupTransport):
-    """Over the memory of the ranks' GPUs. It serves calls over CUDA tensors of ranks that can read each other's memory, and refuses
-    all others; what is sent outside of a call goes over the process group.
+    """Over the memory of the ranks' GPUs, for calls over CUDA tensors of ranks that can read each other's memory. What is sent
+    outside of a call goes over the process group.
 
     Args:
         limit: seconds that a rank's device waits for another's.
+        insists: whether it refuses the calls that it cannot serve; if not they go over the process group, on all ranks alike.
     """
 
-    kind = "peer_memory"
-
-    def __init__(self, group: dist.ProcessGroup, *, limit: float = DEFAULT_LIMIT_SECONDS) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, limit: float = DEFAULT_LIMIT_SECONDS, insists: bool = True) -> None:
         super().__init__(group)
+        self.kind = "peer_memory" if insists else "auto"
+        self._insists = insists
         self._heap: PeerHeap | None = None
         # Those that graphs have captured, the present one among them or not.
         self._captured: list[PeerHeap] = []
         self._device: torch.device | None = None
         # Why the ranks cannot share memory; None as long as nobody has asked, or they can.
         self._why_not: str | None = None
-        # Of the call that is under way.
+        # What could not be made, in bytes, and why.
+        self._too_large: tuple[int, str] | None = None
+        # Of the call that is under way, or of the last one: whether it goes through shared memory.
+        self._shares = False
         self._is_first = True
         self._captures = False
         self._placed: list[Posted] = []
@@ -85,9 +89,16 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def describe(self) -> str:
         """What carries the bytes, and why, in words."""
+        if self._why_not is not None:
+            return f"{self.kind}: {self._why_not}" if self._insists else f"{super().describe()}, since {self._why_not}"
+        if self.size == 1:
+            return f"{self.kind}: there is one rank, and nothing to send"
         if self._heap is not None:
-            return f"peer_memory: its {self.size} ranks read the memory of each other's GPUs"
-        return f"peer_memory: {self._why_not or 'in their first call the ranks find out whether they can share memory'}"
+            but = (
+                "" if self._too_large is None else f"; not in calls of {self._too_large[0] / 2**20:.0f} MiB and more: {self._too_large[1]}"
+            )
+            return f"{self.kind}: its {self.size} ranks read the memory of each other's GPUs{but}"
+        return f"{self.kind}: in their first call over CUDA tensors the ranks find out whether they can share memory"
 
     def check_usable(self) -> None:
         """Raises GroupError once the process group is destroyed, or where a rank did not come in time."""
@@ -106,31 +117,37 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def ready(self, device: torch.device, captures: bool) -> None:
         """A call is about to send. At the first one the ranks find out whether they can share memory: a collective."""
+        self._is_first, self._captures, self._shares = True, captures, False
         if self.size == 1:
             return
         if device.type != "cuda":
-            raise UnsupportedError(f"kind='peer_memory' is for CUDA tensors, and this call's are on {device}; leave kind out")
+            why_not: str | None = f"it is for CUDA tensors, and this call's are on {device}"
+        else:
+            why_not = self._why_not_on(device)
+        self._shares = why_not is None
+        if why_not is not None and self._insists:
+            raise UnsupportedError(f"kind='peer_memory' cannot serve this call: {why_not}; leave kind out")
+
+    def _why_not_on(self, device: torch.device) -> str | None:
+        """Why ranks whose tensors are on their GPUs cannot share memory, or None."""
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         if self._heap is None and self._why_not is None:
-            if captures:
+            if self._captures:
                 raise GroupError(
                     "a CUDA graph captures the first call over this group, in which its ranks find out whether they can share memory; make "
                     "one call over it before you capture"
                 )
             self._device = device
             self._ask()
-        if self._why_not is not None:
-            raise UnsupportedError(f"kind='peer_memory' cannot serve this group: {self._why_not}; leave kind out")
-        if device != self._device:
-            raise UnsupportedError(f"this call's tensors are on {device}, but the memory that its ranks share is on {self._device}")
-        self._is_first, self._captures = True, captures
+        if self._why_not is None and device != self._device:
+            # The others do not know of it, and go on as before.
+            raise UnsupportedError(
+                f"this call's tensors are on {device}, but the memory that its ranks share is on {self._device}; keep to one GPU a rank"
+            )
+        return self._why_not
 
-    def place(self, transfers: Sequence[Transfer]) -> None:
+    def place(self, transfers: Sequence[Transfer]) -> bool:
         """Gives the messages of a call their places, the same on every rank."""
-        if self._heap is None:
-            return
-        from cpattn.moves.peer_moves import Board
-
         offsets: dict[Posted, int] = {}
         end = _HEADER
         for transfer in transfers:
@@ -138,21 +155,45 @@ class PeerMemoryTransport(ProcessGroupTransport):
             if message is not None and message not in offsets:
                 offsets[message] = end
                 end += -(-message.nbytes // _ALIGNMENT) * _ALIGNMENT
-        largest = max((message.nbytes for message in offsets), default=0)
-        if len(offsets) > BOARDS or largest > _MOST_BYTES:
-            raise UnsupportedError(
-                f"a call of {len(offsets)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
-                f"of at most {_MOST_BYTES // 2**30} GiB: lower overlap=, or leave kind out"
-            )
-        if end > self._heap.capacity:
-            self._grow(end)
-        heap = self._heap
-        if self._captures and heap not in self._captured:
-            self._captured.append(heap)
-            _of_graphs.append(heap)
+        self._placed = []
+        if not offsets:
+            return True
+        try:
+            heap = self._heap_for(offsets, end)
+        except UnsupportedError:
+            if self._insists:
+                raise
+            heap = None
+        if heap is None:
+            # What was posted before in this call has been read.
+            for message in offsets:
+                message.board = None
+            self._shares = False
+            return False
+        from cpattn.moves.peer_moves import Board
+
         self._placed = list(offsets)
         for number, (message, offset) in enumerate(offsets.items()):
             message.board = Board(heap.table, self.rank, self.size, number, offset, message.nbytes)
+        return True
+
+    def _heap_for(self, messages: Collection[Posted], nbytes: int) -> PeerHeap | None:
+        """A heap in which a call's messages have place; None where the call does without. Raises as :meth:`_grow`, and
+        UnsupportedError where they are too many or too large."""
+        if not self._shares or self._heap is None:
+            return None
+        largest = max(message.nbytes for message in messages)
+        if len(messages) > BOARDS or largest > _MOST_BYTES:
+            raise UnsupportedError(
+                f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
+                f"of at most {_MOST_BYTES // 2**30} GiB: lower overlap=, or leave kind out"
+            )
+        if nbytes > self._heap.capacity:
+            self._grow_once(nbytes)
+        if self._captures and self._heap not in self._captured:
+            self._captured.append(self._heap)
+            _of_graphs.append(self._heap)
+        return self._heap
 
     def settle(self) -> None:
         """Has the others know that this rank has read all that it will read of the call; its messages have no place any more."""
@@ -164,7 +205,12 @@ class PeerMemoryTransport(ProcessGroupTransport):
                 with self.on_device():
                     pull_nothing(message.board)
                 message.is_pulled = True
-            message.board = None
+        self.forget()
+
+    def forget(self) -> None:
+        """See :meth:`Transport.forget`."""
+        for message in self._placed:
+            message.board, message.is_pulled = None, True
         self._placed = []
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -185,11 +231,15 @@ class PeerMemoryTransport(ProcessGroupTransport):
     ) -> RowsOfAll | None:
         """See :meth:`Transport.rows_of_all`."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if self._heap is None or device.type != "cuda" or not nbytes:
+        if not self._takes(nbytes):
             return None
         from cpattn.transports.peer_rows import PeerRows
 
         return PeerRows(Posted(nbytes), nbytes * (self.size - 1), shape, dtype, device, fill_missing)
+
+    def _takes(self, nbytes: int) -> bool:
+        """Whether a message of that size goes through shared memory, as far as can be said before it has a place."""
+        return self._shares and nbytes > 0 and (self._too_large is None or nbytes < self._too_large[0])
 
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         """See :meth:`Transport.prepare_all_gather`, as for the others."""
@@ -206,7 +256,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
         return self._through_heap(super().prepare_all_to_all(out, x), x, pull)
 
     def _through_heap(self, transfer: Transfer, x: Tensor, bring: partial[Work]) -> Transfer:
-        if self._heap is None or not x.is_cuda or not x.nbytes:
+        if not self._takes(x.nbytes):
             return transfer
         message = Posted(x.nbytes, transfer)
         bring.keywords["out"] = _as_bytes(bring.keywords["out"])
@@ -233,6 +283,10 @@ class PeerMemoryTransport(ProcessGroupTransport):
         return Work(partial(here.wait_stream, beside))
 
     def _make_part(self, ranks: tuple[int, ...]) -> Transport:
+        if not self._insists:
+            part = super()._make_part(ranks)
+            part.kind = ProcessGroupTransport.kind
+            return part
         raise UnsupportedError("parts of a group do not share memory; split cpattn.transport(group), which sends over its collectives")
 
     def _in_words(self, fault: int) -> str:
@@ -251,6 +305,17 @@ class PeerMemoryTransport(ProcessGroupTransport):
                 self._grow(_LEAST_BYTES)
             except UnsupportedError as error:
                 self._why_not = str(error)
+
+    def _grow_once(self, nbytes: int) -> None:
+        """As :meth:`_grow`. Whoever does not insist asks for no memory again that could not be made."""
+        if self._too_large is not None and nbytes >= self._too_large[0]:
+            raise UnsupportedError(self._too_large[1])
+        try:
+            self._grow(nbytes)
+        except UnsupportedError as error:
+            if not self._insists:
+                self._too_large = nbytes, str(error)
+            raise
 
     def _grow(self, nbytes: int) -> None:
         """A heap of that size, or more, on every rank, in the place of what there was. Raises on every rank alike, and leaves what

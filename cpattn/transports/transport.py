@@ -77,14 +77,19 @@ class Transport(ABC):
         """A call with tensors on that device is about to send, and a CUDA graph may capture it. Raises what is wrong on every rank
         alike."""
 
-    def place(self, transfers: Sequence[Transfer]) -> None:  # noqa: B027 - most transports need nothing
-        """Takes the transfers that a call will make so far, in order, before the next. Raises what is wrong on every rank alike."""
+    def place(self, transfers: Sequence[Transfer]) -> bool:
+        """Takes the transfers that a call will make so far, in order, before the next. Raises what is wrong on every rank alike, or
+        returns False on every rank: those that have not begun are to be made anew, and will go another way."""
+        return True
 
     def look_for_fault(self) -> None:  # noqa: B027 - most transports raise where they fail
         """Raises GroupError where a transfer is known to have failed on the device, without waiting for it."""
 
     def settle(self) -> None:  # noqa: B027 - most transports need nothing
         """Ends a call, also one that has raised: carries out what is owed beside its transfers."""
+
+    def forget(self) -> None:  # noqa: B027 - most transports need nothing
+        """Ends a call of which nothing was sent: a capture that has failed."""
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]

@@ -70,6 +70,19 @@ def test_memory_grows(ranks: ProcessRanks) -> None:
     assert all(ranks.run(programs.grow_and_shrink, [100, 30_000, 77, 70_000, 100]))
 
 
+def test_what_finds_no_memory_goes_over_collectives(ranks: ProcessRanks) -> None:
+    """Also with ``check``, whose verdicts have been sent by then; smaller calls stay where they were."""
+    for same, places, says in ranks.run(programs.without_memory):
+        assert all(same)
+        assert {True, False} <= set(places)
+        assert f"rank {ranks.size - 1} could not make" in says
+
+
+def test_it_is_what_auto_takes(ranks: ProcessRanks) -> None:
+    for says in ranks.run(programs.attend_by_default):
+        assert says == f"auto: its {ranks.size} ranks read the memory of each other's GPUs"
+
+
 def test_a_rank_that_stays_away_is_named(ranks: ProcessRanks) -> None:
     *others, last = ranks.run(programs.stay_away, 2.0)
     missing = f"rank {ranks.size - 1} did not post or read a message within 2 s"

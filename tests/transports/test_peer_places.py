@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn.kernels.peer_layout import BOARDS, MOST_RANKS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.testing import ProcessRanks
+from cpattn.transports.in_flight import InFlight
 from cpattn.transports.peer_heap import Machine, why_not_shared
 from cpattn.transports.peer_memory import PeerMemoryTransport
 from cpattn.transports.posted import Posted
@@ -89,6 +91,7 @@ def _places() -> dict[str, Any]:
     assert dist.group.WORLD is not None
     transport = PeerMemoryTransport(dist.group.WORLD)
     transport._heap = heap = _Heap(2**20)  # type: ignore[assignment]
+    transport._shares = True
     # A ring sends from two messages in turn; one transfer goes over collectives.
     messages = [Posted(1000), Posted(257)]
     transfers = [_transfer(message) for message in (messages[0], None, messages[1], messages[0])]
@@ -152,6 +155,125 @@ def _in_group_of_its_own() -> dict[str, Any]:
         dist.group.WORLD = world
 
 
+def _without_memory() -> dict[str, Any]:
+    """Who does not insist has a heap that cannot grow, and then a call with too many messages."""
+    assert dist.group.WORLD is not None
+    transport = PeerMemoryTransport(dist.group.WORLD, insists=False)
+    asked: list[int] = []
+
+    def grow(nbytes: int) -> None:
+        asked.append(nbytes)
+        raise cpattn.UnsupportedError("rank 1 could not make 9 MiB of shared memory (OutOfMemoryError)")
+
+    transport._heap, transport._grow = _Heap(2**20), grow  # type: ignore[assignment, method-assign]
+    placed = []
+    for sizes in ([100], [2**21], [2**21 + 5], [2**20], [1] * (BOARDS + 1), [100]):
+        transport._shares = True
+        messages = [Posted(nbytes) for nbytes in sizes]
+        is_placed = transport.place([_transfer(message) for message in messages])
+        # What is prepared next goes otherwise, and what is there needs no place.
+        assert transport._shares == is_placed == all(message.board is not None for message in messages)
+        placed.append(is_placed)
+    return {"placed": placed, "asked": len(asked), "says": transport.describe(), "again": transport.place([_transfer(None)])}
+
+
+def test_what_finds_no_memory_goes_otherwise(ranks: ProcessRanks) -> None:
+    """And is not asked for again, as that stops all ranks."""
+    for said in ranks.run(_without_memory):
+        assert said["placed"] == [True, False, False, False, False, True]
+        assert said["asked"] == 2
+        assert said["again"]
+        assert said["says"].startswith("auto: its 2 ranks read the memory of each other's GPUs; not in calls of 1 MiB and more: rank 1")
+
+
+def _failed_capture() -> list[bool]:
+    """A capture that fails has placed a message, and nobody posts it: not when the next call ends, which places nothing."""
+    assert dist.group.WORLD is not None
+    transport = PeerMemoryTransport(dist.group.WORLD, insists=False)
+    transport._heap = _Heap(2**20)  # type: ignore[assignment]
+    transport.ready = lambda device, captures: setattr(transport, "_shares", True)  # type: ignore[method-assign]
+    message = Posted(100)
+    with contextlib.suppress(RuntimeError), InFlight(transport, torch.device("cpu")) as in_flight:
+        in_flight.captures = True
+        in_flight.expect(lambda: [_transfer(message)])
+        in_flight.start()
+        message.is_pulled = False
+        raise RuntimeError("the attention fails")
+    with InFlight(transport, torch.device("cpu")) as in_flight:
+        in_flight.expect(lambda: [_transfer(None)])
+        in_flight.start().wait()
+    return [message.board is None, message.is_pulled, not transport._placed]
+
+
+def test_a_capture_that_fails_leaves_nothing_to_post(ranks: ProcessRanks) -> None:
+    assert ranks.run(_failed_capture) == [[True] * 3] * 2
+
+
+def _not_insisting_on_a_cpu() -> tuple[bool, str, bool]:
+    """Whether results are those over collectives, what it says of itself, and whether a split of it carries something."""
+    assert dist.group.WORLD is not None
+    auto = PeerMemoryTransport(dist.group.WORLD, insists=False)
+    meta = cpattn.build_metadata([(0, 5), (0, 8)], 2, dist.get_rank())
+    q = torch.randn(meta.rows, 2, 16)
+    same = [
+        torch.equal(*(cpattn.cp_attention(q, q, q, meta, group=group, strategy=strategy, check=True) for group in (auto, None)))
+        for strategy in ("all_gather", "ring")
+    ]
+    auto._why_not = "rank 1 runs on another host than rank 0"
+    return all(same), auto.describe(), auto.split(2, 1)[1].describe() == "collectives" and torch.equal(*_directly(auto.split(1, 2)[1]))
+
+
+def test_who_does_not_insist_takes_collectives(ranks: ProcessRanks) -> None:
+    for same, says, splits in ranks.run(_not_insisting_on_a_cpu):
+        assert same
+        assert says == "collectives: those of torch.distributed, over gloo, since rank 1 runs on another host than rank 0"
+        assert splits
+
+
+def _remade() -> tuple[int, list[bool]]:
+    """A call whose transfers found no place: how often they are made, and which of them are carried out."""
+    transport = cpattn.LoopbackGroup(1).transport(0)
+    carried: list[bool] = []
+    made: list[list[Transfer]] = []
+
+    def make() -> list[Transfer]:
+        number = len(made)
+
+        def begin(transport: cpattn.Transport) -> Work:
+            carried.append(number > 0)
+            return Work(lambda: None)
+
+        made.append([Transfer(begin, 0, ())])
+        return made[-1]
+
+    transport.place = lambda transfers: len(made) != 1  # type: ignore[method-assign]
+    with InFlight(transport, torch.device("cpu")) as in_flight:
+        in_flight.expect(make)
+        in_flight.start().wait()
+    return len(made), carried
+
+
+def test_transfers_without_a_place_are_made_anew() -> None:
+    assert _remade() == (2, [True])
+
+
+@pytest.mark.parametrize("step", ["ready", "place"])
+def test_who_fails_where_all_prepare_to_send_gives_the_group_up(step: str) -> None:
+    """Once: to try again alone would meet what the others do next."""
+    transport, tries = cpattn.LoopbackGroup(1).transport(0), []
+
+    def fail(*arguments: Any) -> None:
+        tries.append(step)
+        raise RuntimeError("a test raises it")
+
+    setattr(transport, step, fail)
+    with pytest.raises(RuntimeError, match="a test raises it"), InFlight(transport, torch.device("cpu")) as in_flight:
+        in_flight.expect(lambda: [_transfer(None)])
+    assert tries == [step]
+    with pytest.raises(cpattn.GroupError, match="a rank failed where all of them prepare to send"):
+        transport.state.enter()
+
+
 def _on_a_cpu() -> dict[str, Any]:
     meta = cpattn.build_metadata([(0, 5), (0, 8)], 2, dist.get_rank())
     q = torch.randn(meta.rows, 2, 16)
@@ -179,7 +301,7 @@ def _directly(transport: cpattn.Transport) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_cpu_tensors_are_refused_and_nothing_is_harmed(ranks: ProcessRanks) -> None:
     for said in ranks.run(_on_a_cpu):
-        assert "kind='peer_memory' is for CUDA tensors, and this call's are on cpu" in said["call"]
+        assert "kind='peer_memory' cannot serve this call: it is for CUDA tensors, and this call's are on cpu" in said["call"]
         assert said["again"] == ""
         assert said["direct"]
         assert "parts of a group do not share memory" in said["split"]
