@@ -26,8 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m cpattn demo
 
+# One more process than there are cores: some tests wait for processes of their own.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadfile
 
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
 # Most of the time goes into compiling kernels, so processes share the work, and the GPUs; without pytest-xdist: PYTEST_JOBS=
