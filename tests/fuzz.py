@@ -104,7 +104,10 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     # Drawn in any case, as all that follows depends on how much was drawn before.
     drawn_size = int(rng.choice([1, 2, 3, 4, 5, 7]))
     cp_size = drawn_size if cp_size is None else cp_size
-    options = {"partition": ["zigzag", "contiguous", OwnPartition(number)][rng.integers(3)], "pad_to": int(rng.choice([1, 1, 4, 16]))}
+    options = {
+        "partition": ["zigzag", "contiguous", "whole", OwnPartition(number)][rng.integers(4)],
+        "pad_to": int(rng.choice([1, 1, 4, 16])),
+    }
     faults = None
     if rng.random() < 0.5:
         failing = rng.permutation(cp_size)[: rng.choice([1, 1, cp_size])]

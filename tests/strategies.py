@@ -68,11 +68,16 @@ pad_tos = st.sampled_from([1, 2, 3, 8, 64])
 
 
 def plan_options() -> st.SearchStrategy[dict[str, Any]]:
-    """All arguments of ``cpattn.plan`` but the batch, with the partitions that have names."""
+    """All arguments of ``cpattn.plan`` but the batch, with the partitions that cut all requests alike."""
     return st.fixed_dictionaries({"cp_size": cp_sizes, "partition": partitions, "remainder": remainders, "pad_to": pad_tos})
 
 
+def named_plan_options() -> st.SearchStrategy[dict[str, Any]]:
+    """Those, or ``"whole"``, which has no remainder rule."""
+    return plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": st.just("whole"), "pad_to": pad_tos})
+
+
 def any_plan_options() -> st.SearchStrategy[dict[str, Any]]:
-    """Those, or a caller's own partition, which has no remainder rule."""
+    """Those, or a caller's own partition, which has none either."""
     own = st.builds(OwnPartition, st.integers(0, 10**6))
-    return plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": own, "pad_to": pad_tos})
+    return named_plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": own, "pad_to": pad_tos})

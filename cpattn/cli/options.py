@@ -25,14 +25,16 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
     parser.add_argument("--batch", required=True, metavar="BATCH", help=BATCH_HELP)
     parser.add_argument("--cp", type=int, default=CP_SIZE, metavar="N", help=f"number of ranks (default: {CP_SIZE})")
     if several_partitions:
-        parser.add_argument("--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all)")
+        parser.add_argument(
+            "--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all that go with --remainder)"
+        )
     else:
         parser.add_argument("--partition", choices=list(PARTITIONS), default="zigzag", help="who owns which tokens (default: zigzag)")
     parser.add_argument(
         "--remainder",
         choices=REMAINDERS,
         default="balanced",
-        help="who takes the tokens that a division leaves over (default: balanced)",
+        help="where tokens go that zigzag or contiguous leave over (default: balanced)",
     )
     parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="round the rows of a rank up to a multiple of this (default: 1)")
 

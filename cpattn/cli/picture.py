@@ -12,7 +12,7 @@ from cpattn.cli.console import columns, print_marks
 from cpattn.cli.options import add_plan_options, check_cp_size, plan_from
 from cpattn.cli.plan import print_layout
 from cpattn.metadata.draw import rank_mark
-from cpattn.metadata.partition import PARTITIONS
+from cpattn.metadata.partition import PARTITIONS, remainders_of
 from cpattn.viz import draw_plan_picture, draw_ring_picture, draw_work_picture, ring_as_text, ring_schedule, work_as_text
 from cpattn.viz.palette import rank_text_color
 
@@ -88,7 +88,7 @@ def _work(options: argparse.Namespace) -> None:
     check_cp_size(options.cp)
     plans = [
         cpattn.plan(batch, options.cp, partition=name, remainder=options.remainder, pad_to=options.pad_to)
-        for name in options.partition or PARTITIONS
+        for name in options.partition or [name for name in PARTITIONS if options.remainder in remainders_of(name)]
     ]
     if options.output is None:
         beside = max(len(line) for line in work_as_text(plans, 1).splitlines() if "|" in line) - 1

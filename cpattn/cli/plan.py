@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, s
 from cpattn.cli.traffic import Shape, in_words, strategy_bytes
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
-from cpattn.metadata.partition import PARTITIONS, REMAINDERS
+from cpattn.metadata.partition import PARTITIONS, remainders_of
 from cpattn.metadata.plan import Plan
 from cpattn.viz.palette import rank_text_color
 
@@ -63,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if options.compare:
         plans = [
             cpattn.plan(plan.batch, plan.cp_size, partition=partition, remainder=remainder, pad_to=plan.pad_to)
-            for partition, remainder in product(PARTITIONS, REMAINDERS)
+            for partition in PARTITIONS
+            for remainder in remainders_of(partition)
         ]
         if options.json:
             print(json.dumps({"plans": [as_json(other, shape) for other in plans]}, indent=2))
@@ -159,7 +159,7 @@ def _print_comparison(plans: list[Plan], shape: Shape) -> None:
 def _comparison_column(plan: Plan, shape: Shape, best: float) -> list[Cell]:
     imbalance = f"{plan.pair_imbalance:.4f}"
     return [
-        plan.remainder,
+        plan.remainder if plan.cuts_alike else "none",
         f"{plan.rows:,}",
         f"{plan.cp_size * plan.rows - plan.num_tokens:,}",
         f"{plan.token_imbalance:.4f}",

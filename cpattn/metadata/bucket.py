@@ -26,7 +26,7 @@ class Bucket:
     Attributes:
         max_requests: in a batch; what a page table of the bucket has lines.
         max_rows: of each rank, which is what q, k and v of the bucket have.
-        max_chunks: with a token, on any one rank. 2 * max_requests is always enough for zigzag.
+        max_chunks: with a token, on any one rank. 2 * max_requests is always enough for the partitions that have names.
         max_seqlen: the longest request, prefix included. Kernels that size their work by it are told this number.
     """
 

@@ -59,7 +59,7 @@ def describe_plan(plan: Layout) -> str:
 
 def describe_partition(plan: Layout) -> str:
     """Its partition, with the remainder rule where it has one."""
-    return f"{plan.partition} partition" if plan.is_callers else f"{plan.partition} partition, {plan.remainder} remainder"
+    return f"{plan.partition} partition, {plan.remainder} remainder" if plan.cuts_alike else f"{plan.partition} partition"
 
 
 def share_table(plan: Layout) -> tuple[list[str], list[list[str]]]:

@@ -15,7 +15,7 @@ from cpattn.errors import PlanError, shown
 from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, tokens_by_rank
-from cpattn.metadata.partition import OWNERS, PARTITIONS, REMAINDERS, Partition, first_dealt
+from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
 
 
 class Chunk(NamedTuple):
@@ -73,11 +73,10 @@ class Layout:
             shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
+        if self.remainder not in remainders_of(self.partition if isinstance(self.partition, str) else ""):
+            which = "a partition of your own" if callers else f"partition={self.partition!r}"
+            raise PlanError(f"remainder={self.remainder!r} beside {which}, which says itself where each token goes; leave it out")
         if callers:
-            if self.remainder != "balanced":
-                raise PlanError(
-                    f"remainder={self.remainder!r} beside a partition of your own, which says itself where each token goes; leave it out"
-                )
             object.__setattr__(self, "partition", CallersPartition.of(self.partition, pairs, self.cp_size))  # type: ignore[arg-type]
         if self.cp_size * self.rows > MAX_TOKENS:
             raise PlanError(
@@ -92,7 +91,7 @@ class Layout:
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
-            f"partition={self.partition!r}, {'' if self.is_callers else f'remainder={self.remainder!r}, '}pad_to={self.pad_to}, "
+            f"partition={self.partition!r}, {f'remainder={self.remainder!r}, ' if self.cuts_alike else ''}pad_to={self.pad_to}, "
             f"rows={self.rows}{', sharded prefixes' if self.sharded else ''})"
         )
 
@@ -100,6 +99,11 @@ class Layout:
     def is_callers(self) -> bool:
         """Whether a caller's own partition made the chunks, rather than one that has a name."""
         return isinstance(self.partition, CallersPartition)
+
+    @property
+    def cuts_alike(self) -> bool:
+        """Whether every request is cut alike, and a remainder rule says where the tokens go that this leaves over."""
+        return isinstance(self.partition, str) and self.partition in OWNERS
 
     @property
     def kind(self) -> str:
@@ -180,12 +184,8 @@ class Layout:
         if isinstance(self.partition, CallersPartition):
             return self.partition.chunks
         assert isinstance(self.partition, str)
-        table = PARTITIONS[self.partition](self._pairs, self.cp_size, self.remainder, self._dealer)
+        table = PARTITIONS[self.partition](self._pairs, self.cp_size, self.remainder, self.shard_lens if self.sharded else None)
         return Chunks._make(map(frozen, table))
-
-    @property
-    def _dealer(self) -> int:
-        return first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
 
     @cached_property
     def by_rank(self) -> ByRank:
@@ -199,10 +199,10 @@ class Layout:
 
     @cached_property
     def most_chunks(self) -> int:
-        """The most chunks of one request that a rank may own, whatever the batch: 2 of zigzag, 1 of contiguous. Of a caller's
-        partition as many as there are in this batch."""
+        """The most chunks of one request that a rank may own, whatever the batch: 2 of zigzag and of whole, 1 of contiguous.
+        Of a caller's partition as many as there are in this batch."""
         if isinstance(self.partition, str):
-            return len(OWNERS[self.partition](1))
+            return MOST_CHUNKS[self.partition]
         return most_of_a_share(self.chunk_table, self.cp_size)
 
     @cached_property

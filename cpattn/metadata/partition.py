@@ -1,8 +1,9 @@
 """Which rank owns which tokens: functions from a batch to chunks.
 
 A partition is called with the batch ``[n, 2]`` (prefix and new tokens of each request) and the number of ranks, and returns a
-:class:`Chunks`. Those with a name cut every request alike: into as many chunks, of which each has the same owner in every
+:class:`Chunks`. Zigzag and contiguous cut every request alike: into as many chunks, of which each has the same owner in every
 request. How long the chunks are, given that a length seldom divides by their number, is the remainder rule's affair.
+Whole cuts as few requests as it can, and needs no such rule.
 Causal load balance by pairing a front with a back chunk is that of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.chunks import Chunks
+from cpattn.metadata.whole import divide_whole
 
 Partition: TypeAlias = Callable[[IntArray, int], Chunks]
 
@@ -31,22 +33,46 @@ def contiguous_owners(cp_size: int) -> IntArray:
     return np.arange(cp_size, dtype=np.int64)
 
 
-def zigzag(batch: IntArray, cp_size: int, remainder: str = "balanced", dealer: int = 0) -> Chunks:
+def zigzag(batch: IntArray, cp_size: int, remainder: str, shard_lens: IntArray | None) -> Chunks:
     """See :func:`zigzag_owners`."""
-    return _cut_alike(batch, zigzag_owners(cp_size), cp_size, remainder, dealer)
+    return _cut_alike(batch, zigzag_owners(cp_size), cp_size, remainder, shard_lens)
 
 
-def contiguous(batch: IntArray, cp_size: int, remainder: str = "balanced", dealer: int = 0) -> Chunks:
+def contiguous(batch: IntArray, cp_size: int, remainder: str, shard_lens: IntArray | None) -> Chunks:
     """See :func:`contiguous_owners`."""
-    return _cut_alike(batch, contiguous_owners(cp_size), cp_size, remainder, dealer)
+    return _cut_alike(batch, contiguous_owners(cp_size), cp_size, remainder, shard_lens)
 
 
-PARTITIONS: dict[str, Callable[[IntArray, int, str, int], Chunks]] = {"zigzag": zigzag, "contiguous": contiguous}
+def whole(batch: IntArray, cp_size: int, _: str, shard_lens: IntArray | None) -> Chunks:
+    """See :mod:`cpattn.metadata.whole`. Where caches are sharded, ranks trade places, by turns, so that requests go to ranks
+    that hold the least of them."""
+    chunks = divide_whole(batch, cp_size)
+    if shard_lens is None:
+        return chunks
+    costs = [int(shard_lens[chunks.request, (chunks.rank + turn) % cp_size].sum()) for turn in range(cp_size)]
+    return chunks._replace(rank=(chunks.rank + int(np.argmin(costs))) % cp_size)
+
+
+# Called with the batch, cp_size, the remainder rule, and what each rank holds of each prefix where caches are sharded.
+PARTITIONS: dict[str, Callable[[IntArray, int, str, IntArray | None], Chunks]] = {
+    "zigzag": zigzag,
+    "contiguous": contiguous,
+    "whole": whole,
+}
+# The most chunks of one request that a rank may own.
+MOST_CHUNKS = {"zigzag": 2, "contiguous": 1, "whole": 2}
+# Of those that cut all requests alike.
 OWNERS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag_owners, "contiguous": contiguous_owners}
 REMAINDERS = ("balanced", "first")
 
 
-def _cut_alike(batch: IntArray, owners: IntArray, cp_size: int, remainder: str, dealer: int) -> Chunks:
+def remainders_of(partition: str) -> tuple[str, ...]:
+    """The remainder rules that go with a partition: only one that cuts all requests alike leaves tokens over."""
+    return REMAINDERS if partition in OWNERS else REMAINDERS[:1]
+
+
+def _cut_alike(batch: IntArray, owners: IntArray, cp_size: int, remainder: str, shard_lens: IntArray | None) -> Chunks:
+    dealer = 0 if shard_lens is None else first_dealt(batch[:, 1], shard_lens)
     lengths = chunk_lengths(batch[:, 1], owners, cp_size, remainder, dealer)
     held = lengths > 0
     per_request = held.sum(axis=1)

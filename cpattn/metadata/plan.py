@@ -22,7 +22,7 @@ from cpattn.metadata.draw import draw_plan, summarize_plan
 from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
-from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths
+from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths, first_dealt
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,17 +94,18 @@ class Plan(Layout):
     @cached_property
     def chunk_rank(self) -> IntArray:
         """``[num_chunks]`` the rank that owns each chunk; the same for every request. This and the next four are for zigzag and
-        contiguous, and raise PlanError where a partition of your own made the chunks: those are in ``chunk_table``."""
-        if not isinstance(self.partition, str):
+        contiguous, and raise PlanError for any other partition: its chunks are in ``chunk_table``."""
+        if not self.cuts_alike:
             raise PlanError(
                 f"partition {self.partition!r} need not cut all requests alike; plan.chunk_table has the chunks of any partition"
             )
-        return frozen(OWNERS[self.partition](self.cp_size))
+        return frozen(OWNERS[str(self.partition)](self.cp_size))
 
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        return frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, self._dealer))
+        dealer = first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
+        return frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, dealer))
 
     @cached_property
     def starts(self) -> IntArray:
@@ -152,15 +153,17 @@ def plan(
             2 * cp_size are all legal.
         cp_size: number of ranks, at least 1.
         partition: ``"zigzag"`` cuts each request into 2 * cp_size chunks and gives rank r chunks r and
-            2 * cp_size - 1 - r, so that causal work is even. ``"contiguous"`` cuts it into cp_size chunks. Or a function of
-            your own: it is called with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on
-            every rank.
+            2 * cp_size - 1 - r, so that causal work is even. ``"contiguous"`` cuts it into cp_size chunks. ``"whole"`` leaves
+            each request whole on one rank, and cuts, by zigzag, as few as it needs to keep ranks even: in tokens to within
+            one, and in query-key pairs to within 2% of the mean where the batch allows it. Or a function of your own: it is
+            called with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on every rank.
         remainder: where the tokens go that a division into equal chunks leaves over. ``"balanced"``: any two ranks
-            differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request.
+            differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request; of zigzag
+            and contiguous alone.
         pad_to: physical rows are a multiple of this.
         prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
-            rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens are then dealt so
-            that they go to ranks which hold few of their requests.
+            rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens, or whole
+            requests, are then dealt so that they go to ranks which hold few of their requests.
 
     Raises:
         BatchError: not integer pairs, or a negative length.
@@ -180,8 +183,8 @@ def required_rows(
 ) -> int:
     """The physical rows that each rank would have, for an engine that sizes its buffers or picks a bucket.
 
-    With the balanced remainder it is the batch's new tokens divided by ``cp_size``, rounded up, and nothing else is
-    worked out. Arguments and errors as in :func:`plan`.
+    With whole, and with the balanced remainder of zigzag and contiguous, it is the batch's new tokens divided by
+    ``cp_size``, rounded up, and nothing else is worked out. Arguments and errors as in :func:`plan`.
 
     >>> import cpattn
     >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)

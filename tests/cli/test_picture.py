@@ -39,6 +39,11 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     both = capsys.readouterr().out
     assert "zigzag partition" in both
     assert "contiguous partition" in both
+    assert "whole partition" in both
+    assert main(["picture", "work", *BATCH, "--remainder", "first"]) == 0
+    with_first = capsys.readouterr().out
+    assert with_first.count("first remainder") == 2
+    assert "whole" not in with_first
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -87,10 +87,11 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--batch", TEXT, "--cp", "2", "--compare")
-    lines = {line[:20].strip(): line.split()[-4:] for line in text.splitlines()}
+    lines = {line[:20].strip(): line.split()[-5:] for line in text.splitlines()}
     plans = [cpattn.plan(BATCH, 2, partition=p, remainder=r) for p in ("zigzag", "contiguous") for r in ("balanced", "first")]
+    plans.append(cpattn.plan(BATCH, 2, partition="whole"))
     assert lines["partition"] == [plan.partition for plan in plans]
-    assert lines["remainder"] == [plan.remainder for plan in plans]
+    assert lines["remainder"] == ["balanced", "first", "balanced", "first", "none"]
     assert lines["pairs, max / mean"] == [f"{plan.pair_imbalance:.4f}" for plan in plans]
     assert lines["pairs of rank 1"] == [f"{plan.rank_pairs[1]:,}" for plan in plans]
     found = json.loads(output(capsys, "--batch", TEXT, "--cp", "2", "--compare", "--json"))
@@ -113,6 +114,7 @@ def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--batch", "0+1", "--cp", "5000"], "--cp 5000: it can be 4,096 at most"),
+        (["--batch", "0+1", "--cp", "2", "--partition", "whole", "--remainder", "first"], "remainder='first' beside partition='whole'"),
         (["--batch", "0+1", "--cp", "0"], "cp_size=0; it must be an integer of at least 1"),
         (["--batch", "0+1", "--cp", "2", "--heads", "6", "--kv-heads", "4"], "query heads must be a multiple"),
         (["--batch", "0+1", "--cp", "2", "--v-head-dim", "0"], "--v-head-dim 0: it must be at least 1"),

@@ -1,11 +1,14 @@
-"""Callers' partitions, which cut each request in another way: every strategy, cache and window against the float64 oracle."""
+"""Partitions that cut each request in another way, "whole" and callers' own: every strategy, cache and window against the oracle."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 from cases import EXCHANGES, AttentionCase
 from own_partitions import OwnPartition
+from strategies import Batch
 
 import cpattn
 from cpattn.testing import run_loopback
@@ -28,6 +31,20 @@ def test_random_partitions(strategy: str, cache: str, cp_size: int, window: int 
     for seed in seeds:
         case = AttentionCase(BATCH, cache=cache, window=window, page_size=5, seed=seed, sinks=seed == 1)
         case.check_loopback(case.plan(cp_size, partition=OwnPartition(seed), pad_to=[1, 4][seed % 2]), strategy, "reference")
+
+
+@all_exchanges
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: f"window {window}")
+def test_whole_requests(strategy: str, cache: str, cp_size: int, window: int | None) -> None:
+    case = AttentionCase(BATCH, cache=cache, window=None if cache == "sharded" else window, page_size=5, seed=window or 0)
+    case.check_loopback(case.plan(cp_size, partition="whole", pad_to=4), strategy, "reference")
+
+
+@all_exchanges
+def test_whole_requests_of_a_latent(strategy: str, cache: str) -> None:
+    case = AttentionCase(BATCH, kv_heads=1, v_head_dim=8, v_in_k=True, cache=cache)
+    case.check_loopback(case.plan(3, partition="whole"), strategy, "cpu")
 
 
 @all_exchanges
@@ -58,8 +75,15 @@ def test_through_a_bucket(strategy: str, cache: str, window: int | None, cp_size
     batches = [BATCH, [(11, 3)], [], [(20, 50), (60, 1), (0, 9)]]
     if cache == "packed":  # in a bucket, no prefix at all
         batches = [[(0, extend_len) for _, extend_len in batch] for batch in batches]
+    check_in_a_bucket(batches, [OwnPartition(seed) for seed in range(len(batches))], (strategy, cache, window), cp_size)
+
+
+def check_in_a_bucket(
+    batches: list[Batch], partitions: Sequence[str | OwnPartition], how: tuple[str, str, int | None], cp_size: int
+) -> None:
+    strategy, cache, window = how
     cases = [AttentionCase(batch, cache=cache, window=window, page_size=5, seed=seed) for seed, batch in enumerate(batches)]
-    plans = [case.plan(cp_size, partition=OwnPartition(seed)) for seed, case in enumerate(cases)]
+    plans = [case.plan(cp_size, partition=partition) for case, partition in zip(cases, partitions, strict=True)]
 
     def program(communicator: cpattn.Communicator) -> list[tuple[torch.Tensor, torch.Tensor]]:
         meta = plans[-1].metadata(communicator.rank, bucket=BUCKET)
@@ -71,6 +95,18 @@ def test_through_a_bucket(strategy: str, cache: str, window: int | None, cp_size
 
     for case, plan, *outputs in zip(cases, plans, *run_loopback(program, cp_size), strict=True):
         case.check(outputs, plan, strategy, "reference")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache", "window"), [*IN_BUCKETS, ("ring", "paged", 9), ("pass_q", "packed", 9), ("pass_q_ring", "packed", 9)]
+)
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_whole_requests_through_a_bucket(strategy: str, cache: str, window: int | None, cp_size: int) -> None:
+    """A rank has at most two chunks of any request, so that a window over its shard takes as many launches for each batch."""
+    batches = [BATCH, [(11, 3)], [], [(20, 50), (60, 1), (0, 9)]]
+    if cache == "packed":
+        batches = [[(0, extend_len) for _, extend_len in batch] for batch in batches]
+    check_in_a_bucket(batches, ["whole"] * len(batches), (strategy, cache, window), cp_size)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])

@@ -49,14 +49,9 @@ def cases(draw: st.DrawFn, features: bool) -> AttentionCase:
     )
 
 
-plans = st.fixed_dictionaries(
-    {
-        "cp_size": st.integers(1, 8),
-        "partition": st.sampled_from(["zigzag", "contiguous"]),
-        "remainder": st.sampled_from(["balanced", "first"]),
-        "pad_to": st.sampled_from([1, 1, 8, 64]),
-    }
-)
+sizes: dict[str, st.SearchStrategy[Any]] = {"cp_size": st.integers(1, 8), "pad_to": st.sampled_from([1, 1, 8, 64])}
+cut_alike = {"partition": st.sampled_from(["zigzag", "contiguous"]), "remainder": st.sampled_from(["balanced", "first"])}
+plans = st.fixed_dictionaries(sizes | cut_alike) | st.fixed_dictionaries(sizes | {"partition": st.just("whole")})
 
 
 @all_exchanges

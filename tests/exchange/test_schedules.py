@@ -85,7 +85,7 @@ def launches_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None,
 @given(
     batch=non_empty_batches(),
     cp_size=st.integers(1, 6),
-    partition=st.sampled_from(["zigzag", "contiguous"]),
+    partition=st.sampled_from(["zigzag", "contiguous", "whole"]),
     window=st.none() | st.integers(1, 90),
 )
 @settings(max_examples=40, deadline=None)
@@ -110,9 +110,11 @@ def test_launches_are_as_many_and_of_the_alignment_that_the_schedule_says(
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
-@given(batch=non_empty_batches(), cp_size=st.integers(1, 6), data=st.data())
+@given(batch=non_empty_batches(), cp_size=st.integers(1, 6), partition=st.sampled_from(["zigzag", "whole"]), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_the_pairs_of_all_hops_are_those_of_the_plan(strategy: str, sharded: bool, batch: Batch, cp_size: int, data: Any) -> None:
+def test_the_pairs_of_all_hops_are_those_of_the_plan(
+    strategy: str, sharded: bool, batch: Batch, cp_size: int, partition: str, data: Any
+) -> None:
     shards = None
     if sharded:
         if strategy == "all_gather":
@@ -120,7 +122,7 @@ def test_the_pairs_of_all_hops_are_those_of_the_plan(strategy: str, sharded: boo
         shards = [
             np.bincount([data.draw(st.integers(0, cp_size - 1)) for _ in range(prefix)], minlength=cp_size).tolist() for prefix, _ in batch
         ]
-    plan = cpattn.plan(batch, cp_size, prefix_shards=shards)
+    plan = cpattn.plan(batch, cp_size, partition=partition, prefix_shards=shards)
     schedule = cpattn.STRATEGIES[strategy].schedule(problem_of(plan), plan)
     pairs = [hop_pairs(plan, hop) for hop in schedule]
     # Whoever's queries they are, each pair is computed once.

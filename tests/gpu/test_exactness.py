@@ -146,7 +146,7 @@ def test_triton_gives_a_token_the_same_bits_wherever_it_is_computed() -> None:
     batch = [(0, 3000), (640, 300), (0, 3), (997, 1), (131, 89)]
     case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", sinks=True)
     outputs = []
-    for partition in ("zigzag", "contiguous"):
+    for partition in ("zigzag", "contiguous", "whole"):
         for cp_size in (1, 2, 4, 8):
             plan = cpattn.plan(batch, cp_size, partition=partition)
             outputs.append(triton_output(case, plan))

@@ -52,10 +52,10 @@ def test_logits_are_the_plain_models(four_processes: ProcessRanks, family: str, 
     check_logits([result for result in results if result is not None], family)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_half_precision(family: str) -> None:
+@pytest.mark.parametrize(("family", "partition"), [("llama", "contiguous"), ("llama", "whole"), ("gemma2", "contiguous")])
+def test_half_precision(family: str, partition: str) -> None:
     cpattn_hf.register()
-    plan = cpattn.plan(BATCH, 2, partition="contiguous")
+    plan = cpattn.plan(BATCH, 2, partition=partition)
     # Made before the threads are: both would seed the one generator that there is.
     hf_cases.model_of(family, torch.bfloat16)
     results = run_loopback(lambda group: hf_cases.sharded_logits(family, torch.bfloat16, plan, "auto", group, group.rank), 2)

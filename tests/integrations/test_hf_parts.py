@@ -56,7 +56,7 @@ def test_a_mask_can_be_sliced_to_all_of_its_rows() -> None:
         mask[:, :, -1:, :]
 
 
-@pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous", "whole"])
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("lengths", [[1], [0, 1, 0], [23, 1, 0, 2, 5, 16, 3], [1] * 11], ids=str)
 def test_last_rows(lengths: list[int], cp_size: int, partition: str) -> None:

@@ -86,7 +86,7 @@ class TestDraw:
         picture = cpattn.plan([(0, 10), (640, 1)] * 6, 2).draw()
         assert len({line.index("|") for line in picture.splitlines()[1:]}) == 1
 
-    @given(cp_sizes, st.sampled_from(["zigzag", "contiguous"]))
+    @given(cp_sizes, st.sampled_from(["zigzag", "contiguous", "whole"]))
     def test_all_ranks_are_shown(self, cp_size: int, partition: str) -> None:
         picture = cpattn.plan([(0, 48 * cp_size)], cp_size, partition=partition).draw(width=48)
         assert set(parse(picture)[0][0]) == set(map(str, range(cp_size)))
@@ -165,7 +165,7 @@ class TestSummary:
                 assert share == "-"
         assert [int(cell) for cell in table["all"]] == [plan.num_tokens, plan.cp_size * plan.rows - plan.num_tokens, sum(plan.rank_pairs)]
         assert f"tokens {plan.token_imbalance:.4f} pairs {plan.pair_imbalance:.4f}" in text
-        remainder = "" if plan.is_callers else plan.remainder
+        remainder = plan.remainder if plan.cuts_alike else ""
         for word in (str(plan.partition), remainder, f"{plan.rows} row", f"multiple of {plan.pad_to}", f"{len(batch)} request"):
             assert word in text
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from own_partitions import OwnPartition
-from strategies import Batch, batches, plan_options
+from strategies import Batch, batches, named_plan_options
 
 import cpattn
 from cpattn import Chunk, Chunks, PlanError
@@ -86,7 +86,7 @@ def test_an_array_is_neither_changed_nor_kept() -> None:
             column[:] = 0
 
 
-@given(batches(), plan_options())
+@given(batches(), named_plan_options())
 def test_the_chunks_of_a_named_partition_may_be_given_as_one_s_own(batch: Batch, options: dict[str, Any]) -> None:
     named = cpattn.plan(batch, **options)
     own = cpattn.plan(batch, options["cp_size"], partition=lambda batch, cp_size: named.chunk_table, pad_to=options["pad_to"])
@@ -144,6 +144,8 @@ class TestIdentity:
         for name in ("chunk_rank", "lengths", "starts", "rank_columns", "local_starts"):
             with pytest.raises(PlanError, match=r"partition mine need not cut all requests alike; plan.chunk_table has the chunks of any"):
                 getattr(planned(), name)
+            with pytest.raises(PlanError, match=r"partition 'whole' need not cut all requests alike; plan.chunk_table has"):
+                getattr(cpattn.plan(BATCH, 3, partition="whole"), name)
 
     def test_the_other_ways_to_a_plan(self) -> None:
         own = OwnPartition(3)
@@ -217,7 +219,7 @@ def test_what_is_no_layout_of_the_batch(given: Any, message: str) -> None:
         assert "by request and then by start, and each new token stands in one chunk" in str(refusal.value)
 
 
-@given(batches(max_requests=4, max_extend=12), plan_options())
+@given(batches(max_requests=4, max_extend=12), named_plan_options())
 def test_a_table_with_one_number_changed_is_no_layout(batch: Batch, options: dict[str, Any]) -> None:
     """The quick look and the one that finds the words agree."""
     table = cpattn.plan(batch, **options).chunk_table
@@ -234,7 +236,9 @@ def test_a_table_with_one_number_changed_is_no_layout(batch: Batch, options: dic
 def test_other_arguments_beside_it() -> None:
     with pytest.raises(PlanError, match=r"remainder='first' beside a partition of your own, which says itself where each token goes"):
         planned(remainder="first")
-    with pytest.raises(PlanError, match=r"partition=3 is unknown; choose one of 'zigzag', 'contiguous', or pass a function of"):
+    with pytest.raises(PlanError, match=r"remainder='first' beside partition='whole', which says itself where each token goes"):
+        cpattn.plan(BATCH, 3, partition="whole", remainder="first")
+    with pytest.raises(PlanError, match=r"partition=3 is unknown; choose one of 'zigzag', 'contiguous', 'whole', or pass a function of"):
         cpattn.plan(BATCH, 3, partition=3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"3 ranks of 1073741824 rows are 3221225472 rows"):
         planned(pad_to=2**30)

@@ -150,7 +150,7 @@ class TestBalance:
         assert max(tokens) - min(tokens) <= 1
 
     @pytest.mark.parametrize("batch", named_batches())
-    @pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+    @pytest.mark.parametrize("partition", ["zigzag", "contiguous", "whole"])
     @pytest.mark.parametrize("cp_size", [2, 3, 4, 5, 7, 8, 64])
     def test_balanced_on_named_batches(self, batch: Batch, partition: str, cp_size: int) -> None:
         tokens = cpattn.plan(batch, cp_size, partition=partition).rank_tokens
@@ -275,6 +275,7 @@ class TestIdentity:
             cpattn.plan(batch, 4),
             cpattn.plan(batch, 3),
             cpattn.plan(batch, 4, partition="contiguous"),
+            cpattn.plan(batch, 4, partition="whole"),
             cpattn.plan(batch, 4, remainder="first"),
             cpattn.plan(batch, 4, pad_to=2),
             cpattn.plan([(7, 9), (0, 5), (2, 1)], 4),
@@ -295,6 +296,7 @@ class TestIdentity:
             ([(0, 5), (7, 9)], 4, {"pad_to": 8}),
             ([], 1, {}),
             ([(3, 1)] * 9, 7, {"partition": "contiguous", "remainder": "first"}),
+            ([(3, 90), (0, 61), (7, 1), (0, 8)], 3, {"partition": "whole"}),
         ]
         code = (
             "import json, sys, cpattn\n"
@@ -473,7 +475,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", ["striped", "Zigzag", "", None, 3, ["zigzag"], ("zigzag", "contiguous")], ids=repr)
     def test_unknown_partition(self, value: Any) -> None:
-        with pytest.raises(PlanError, match=r"^partition=.* is unknown; choose one of 'zigzag', 'contiguous'") as refusal:
+        with pytest.raises(PlanError, match=r"^partition=.* is unknown; choose one of 'zigzag', 'contiguous', 'whole'") as refusal:
             cpattn.plan([(0, 4)], 2, partition=value)
         assert repr(value) in str(refusal.value)
 
@@ -525,6 +527,9 @@ class TestRefusals:
 
 
 def test_repr_says_what_matters() -> None:
+    assert repr(cpattn.plan([(0, 9)] * 64, 4, partition="whole")) == (
+        "Plan(64 requests, 576 tokens, cp_size=4, partition='whole', pad_to=1, rows=144)"
+    )
     assert repr(cpattn.plan([(0, 9)] * 64, 4, pad_to=8)) == (
         "Plan(64 requests, 576 tokens, cp_size=4, partition='zigzag', remainder='balanced', pad_to=8, rows=144)"
     )

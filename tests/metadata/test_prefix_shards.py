@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_caches import random_shards
-from strategies import Batch, batches, plan_options
+from strategies import Batch, batches, named_plan_options, plan_options
 
 import cpattn
 from cpattn import Plan, PlanError
@@ -20,12 +20,12 @@ def sharded_plan(batch: Batch, options: dict[str, Any], seed: int) -> Plan:
 
 
 class TestRequiredRows:
-    @given(batches(), plan_options())
+    @given(batches(), named_plan_options())
     @settings(max_examples=300)
     def test_it_is_what_the_plan_has(self, batch: Batch, options: dict[str, Any]) -> None:
         assert cpattn.required_rows(batch, **options) == cpattn.plan(batch, **options).rows
 
-    @given(batches(), plan_options(), st.integers(0, 1000))
+    @given(batches(), named_plan_options(), st.integers(0, 1000))
     def test_shards_do_not_change_it(self, batch: Batch, options: dict[str, Any], seed: int) -> None:
         options["remainder"] = "balanced"
         assert sharded_plan(batch, options, seed).rows == cpattn.required_rows(batch, **options)
@@ -41,6 +41,7 @@ class TestRequiredRows:
             ([(0, 1)], {"partition": "spiral"}, PlanError),
             ([(0, 1)], {"partition": ["zigzag"]}, PlanError),
             ([(0, 1)], {"remainder": "last"}, PlanError),
+            ([(0, 1)], {"partition": "whole", "remainder": "first"}, PlanError),
             ([(0, 0)], {"cp_size": 2**31}, PlanError),
             ([(0, 1)], {"pad_to": 2**30}, PlanError),
         ],
@@ -52,7 +53,7 @@ class TestRequiredRows:
 
 
 class TestShards:
-    @given(batches(max_requests=8), plan_options(), st.integers(0, 1000))
+    @given(batches(max_requests=8), named_plan_options(), st.integers(0, 1000))
     @settings(max_examples=200)
     def test_what_each_rank_holds(self, batch: Batch, options: dict[str, Any], seed: int) -> None:
         shards = random_shards(batch, options["cp_size"], seed)
@@ -85,15 +86,16 @@ class TestShards:
         fewest = plan.num_tokens // plan.cp_size
         assert plan.rank_tokens == tuple(fewest + (rank in turns) for rank in range(plan.cp_size))
 
+    @pytest.mark.parametrize("partition", ["zigzag", "whole"])
     @pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
-    def test_decoding_goes_round(self, cp_size: int) -> None:
+    def test_decoding_goes_round(self, cp_size: int, partition: str) -> None:
         held = np.zeros(cp_size, dtype=int)
         for token in range(3 * cp_size):
-            plan = cpattn.plan([(token, 1)], cp_size, prefix_shards=[held.tolist()])
+            plan = cpattn.plan([(token, 1)], cp_size, partition=partition, prefix_shards=[held.tolist()])
             held += plan.rank_tokens
             assert held.max() - held.min() <= 1
 
-    @given(batches(), plan_options())
+    @given(batches(), named_plan_options())
     def test_they_are_a_part_of_what_a_plan_is(self, batch: Batch, options: dict[str, Any]) -> None:
         plain, one, other = cpattn.plan(batch, **options), sharded_plan(batch, options, 1), sharded_plan(batch, options, 2)
         assert plain != one

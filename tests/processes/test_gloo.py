@@ -18,7 +18,7 @@ MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_attention_is_exact(ranks: ProcessRanks, strategy: str, cache: str, dtype: torch.dtype) -> None:
     case = AttentionCase(MIXED, dtype=dtype, sinks=True, cache=cache)
-    for partition in ("zigzag", "contiguous"):
+    for partition in ("zigzag", "contiguous", "whole"):
         plan = case.plan(ranks.size, partition=partition, pad_to=16)
         case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from hypothesis import given, settings
-from strategies import Batch, batches, plan_options
+from strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn
@@ -116,7 +116,7 @@ def test_copied_batches_compute_what_fresh_metadata_do(cp_size: int, strategy: s
         case.check(outputs, plan, strategy, "reference")
 
 
-@given(batch=batches(max_requests=5, max_prefix=60, max_extend=60), options=plan_options())
+@given(batch=batches(max_requests=5, max_prefix=60, max_extend=60), options=any_plan_options())
 @settings(max_examples=150, deadline=None)
 def test_a_plan_fits_where_every_rank_s_metadata_do(batch: Batch, options: dict[str, Any]) -> None:
     plan = cpattn.plan(batch, **options)

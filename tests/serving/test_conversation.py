@@ -46,20 +46,23 @@ def test_any_chunking_of_a_prefill_equals_one_shot(sharded: bool, chunks: list[i
         engine.admit("a")
     expected = whole.step([("a", sum(chunks))])
     outputs = [
-        chunked.step([("a", chunk)], data.draw(st.sampled_from(STRATEGIES[sharded])), data.draw(st.sampled_from(["zigzag", "contiguous"])))
+        chunked.step(
+            [("a", chunk)], data.draw(st.sampled_from(STRATEGIES[sharded])), data.draw(st.sampled_from(["zigzag", "contiguous", "whole"]))
+        )
         for chunk in chunks
     ]
     torch.testing.assert_close(torch.cat(outputs), expected)
 
 
+@pytest.mark.parametrize("partition", ["zigzag", "whole"])
 @pytest.mark.parametrize("cp_size", [2, 3, 5])
 @pytest.mark.parametrize("prefill", [1, 8, 13])
-def test_decoding_fills_all_ranks_of_a_sharded_cache_alike(cp_size: int, prefill: int) -> None:
+def test_decoding_fills_all_ranks_of_a_sharded_cache_alike(cp_size: int, prefill: int, partition: str) -> None:
     """One token a call goes to the rank that holds the fewest, and not to rank 0 every time."""
     engine = ModelEngine(cp_size, sharded=True)
     engine.admit("a")
     engine.step([("a", prefill)])
     for _ in range(2 * cp_size):
-        engine.step([("a", 1)])
+        engine.step([("a", 1)], partition=partition)
         held = [engine.owners["a"].count(rank) for rank in range(cp_size)]
         assert max(held) - min(held) <= 1

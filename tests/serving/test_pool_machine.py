@@ -60,7 +60,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.engine.admit(self._unused())
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), partition=st.sampled_from(["zigzag", "contiguous"]), pad_to=st.sampled_from([1, 1, 4]))
+    @rule(data=st.data(), partition=st.sampled_from(["zigzag", "contiguous", "whole"]), pad_to=st.sampled_from([1, 1, 4]))
     def step(self, data: st.DataObject, partition: str, pad_to: int) -> None:
         """Some of the requests in any order, each idle, decoding or with a chunk of prefill; at times one is forked before the
         layers have written its tokens."""
