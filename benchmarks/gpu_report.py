@@ -52,6 +52,29 @@ def draw_bars(path: Path, title: str, panels: dict[str, dict[str, dict[str, floa
     plt.close(figure)
 
 
+def draw_lines(path: Path, title: str, axes_titles: tuple[str, str], curves: dict[str, dict[int, float]]) -> None:
+    """Lines: for each key one over numbers that double, such as lengths. Needs matplotlib, and is left out without it."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, (label, points) in enumerate(curves.items()):
+        axes.plot(list(points), list(points.values()), marker="os^D"[number % 4], color=COLOURS[number % len(COLOURS)], label=label)
+    lengths = sorted({length for points in curves.values() for length in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths])
+    axes.set_xlabel(axes_titles[0])
+    axes.set_ylabel(axes_titles[1])
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
 def _draw_panel(axes: Any, unit: str, groups: dict[str, dict[str, float]], labels: list[str], digits: int) -> None:
     here = [label for label in labels if any(label in bars for bars in groups.values())]
     width = 0.84 / len(labels)

@@ -1,0 +1,241 @@
+"""What a rank does for the benchmark: functions that :class:`cpattn.testing.ProcessRanks` runs, and what they keep in between."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import cpattn
+from cpattn.testing import single_device_bound
+from peers.variants import Variant, all_variants
+from peers.work import Call, Heads, Work
+
+# Rows that are compared at once, which bounds the memory of their fp32 copies.
+_COMPARED_ROWS = 8192
+# How long the card rests before it is timed: as long as it was last busy, but not longer than this. At full load it lowers its
+# clock, and a variant is then as fast as the one before it was economical.
+_LEAST_REST, _MOST_REST = 0.002, 0.05
+
+
+class Squares(NamedTuple):
+    """Sums of squares over this rank's rows: of the difference to the reference, and of the reference."""
+
+    difference: float
+    reference: float
+
+
+class Prepared(NamedTuple):
+    """What is known of a call before it is timed.
+
+    Attributes:
+        squares: None where the result is not the batch's.
+        seconds: that a call takes.
+    """
+
+    squares: Squares | None
+    seconds: float
+
+
+class Times(NamedTuple):
+    """Of a layer, in us; the graph's is None where there is none."""
+
+    graph: float | None
+    eager: float
+    host: float
+
+
+@dataclass
+class _Session:
+    """One batch on this rank."""
+
+    work: Work
+    reference: Tensor
+    variants: dict[str, Variant]
+    calls: dict[str, Call] = field(default_factory=dict)
+    replays: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    pool: Any = None
+    rest: float = _LEAST_REST
+
+
+_sessions: list[_Session] = []
+# A graph whose capture failed must not be destroyed: torch's allocator still asks it whether it is capturing.
+_failed_graphs: list[torch.cuda.CUDAGraph] = []
+
+
+def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, strategies: tuple[str, ...]) -> float:
+    """Makes the tensors, and the result that all are compared with: cpattn's own over collectives. Returns by how much two exact
+    results may differ, relative to their size."""
+    finish()
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
+    like = torch.empty(0, dtype=torch.bfloat16 if device_type == "cuda" else torch.float32, device=device)
+    work = Work.random(batch, dist.get_rank(), dist.get_world_size(), heads, like)
+    meta = cpattn.build_metadata(batch, work.size, work.rank, device=device)
+    q, k, v = (cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
+    out, lse = cpattn.cp_attention(
+        q, k, v, meta, group=cpattn.transport(kind="collectives"), kv_cache=cpattn.PackedKV(work.prefix_k, work.prefix_v),
+        strategy="all_gather", backend="triton" if device_type == "cuda" else "cpu", return_lse=True,
+    )  # fmt: skip
+    whole = cpattn.unshard(out, meta, group=cpattn.transport(kind="collectives"))
+    _sessions.append(_Session(work, whole, all_variants(device_type, strategies)))
+    # Each of the two may be off by what one kernel on one device may be.
+    return 2 * single_device_bound(out.dtype, lse)
+
+
+def finish() -> None:
+    """Forgets the batch."""
+    for session in _sessions:
+        for call in session.calls.values():
+            call.close()
+    _sessions.clear()
+    gc.collect()
+    # With a capture unended it would raise.
+    if torch.cuda.is_available() and not _failed_graphs:
+        torch.cuda.empty_cache()
+
+
+def prepare(name: str) -> Prepared:
+    """Makes the variant's call, and makes it three times: to compile, to be compared, and to be timed."""
+    session = _sessions[-1]
+    call = session.variants[name].make(session.work)
+    try:
+        with torch.no_grad():
+            squares = None if call.tokens is None else _squares(call.run(), call.tokens, session.reference)
+            call.run()
+            in_step(session)
+            start = time.perf_counter()
+            call.run()
+            _wait(session)
+    except BaseException:
+        call.close()
+        raise
+    session.calls[name] = call
+    return Prepared(squares, time.perf_counter() - start)
+
+
+def capture(name: str, layers: int) -> Squares | None:
+    """Captures so many layers as a CUDA graph, and compares what its replay gives."""
+    session = _sessions[-1]
+    call = session.calls[name]
+    if session.variants[name].kind == "peer":
+        _require_no_wait(call)
+    in_step(session)
+    replay, out = _captured(session, call.run, layers)
+    replay()
+    squares = None if call.tokens is None else _squares(out, call.tokens, session.reference)
+    session.replays[name] = replay
+    return squares
+
+
+def measure(name: str, layers: int) -> Times:
+    """So many layers in a graph, as far as there is one, and the same run eagerly; ranks begin in step."""
+    session = _sessions[-1]
+    replay, run = session.replays.get(name), session.calls[name].run
+    with torch.no_grad():
+        graph = None if replay is None else _device_us(session, replay, 1)[0] / layers
+        eager, host = _device_us(session, run, layers)
+    return Times(graph, eager / layers, host / layers)
+
+
+def drop(name: str) -> None:
+    """Forgets one variant."""
+    for session in _sessions:
+        call = session.calls.pop(name, None)
+        session.replays.pop(name, None)
+        if call is not None:
+            call.close()
+
+
+def ping() -> int:
+    """Whether the ranks still work together."""
+    for session in _sessions:
+        in_step(session)
+    return dist.get_rank()
+
+
+def in_step(session: _Session) -> None:
+    """Ranks begin together, on the host and on the device."""
+    _wait(session)
+    dist.barrier()
+    time.sleep(session.rest)
+    dist.all_reduce(torch.zeros(1, device=session.work.device))
+
+
+def _wait(session: _Session) -> None:
+    if session.work.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _squares(out: Tensor, tokens: Tensor, reference: Tensor) -> Squares:
+    sums = torch.zeros(2, dtype=torch.float64, device=out.device)
+    for rows, which in zip(torch.split(out, _COMPARED_ROWS), torch.split(tokens, _COMPARED_ROWS), strict=True):
+        expected = reference[which].float()
+        sums += torch.stack([(rows.float() - expected).square().sum(), expected.square().sum()])
+    difference, size = sums.tolist()
+    return Squares(difference, size)
+
+
+def _require_no_wait(call: Call) -> None:
+    """Raises where a call waits for the device, which no graph can capture. A capture that fails would leave torch's allocator in
+    the middle of it."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            call.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _captured(session: _Session, run: Callable[[], Tensor], layers: int) -> tuple[Callable[[], Any], Tensor]:
+    if session.pool is None:
+        # One memory for all graphs: nobody reads what they leave there.
+        session.pool = torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        # NCCL's own threads may ask the device what they like.
+        graph.capture_begin(pool=session.pool, capture_error_mode="thread_local")
+        try:
+            for _ in range(layers):
+                out = run()
+        except BaseException:
+            _abandon(graph, session)
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay, out
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, session: _Session) -> None:
+    """Ends a capture that has failed. Where torch cannot, its allocator goes on asking the graph, which then has to stay, and the
+    memory is not for another."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _failed_graphs.append(graph)
+        session.pool = None
+
+
+def _device_us(session: _Session, run: Callable[[], Any], times: int) -> tuple[float, float]:
+    """From the first launch to the end of the last, and what the host was busy with them, both in us."""
+    in_step(session)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if session.work.device.type == "cuda" else []  # type: ignore[no-untyped-call]
+    start = time.perf_counter()
+    for event in events[:1]:
+        event.record()
+    for _ in range(times):
+        run()
+    host = time.perf_counter() - start
+    for event in events[1:]:
+        event.record()
+    _wait(session)
+    seconds = events[0].elapsed_time(events[1]) * 1e-3 if events else host
+    session.rest = min(max(seconds, _LEAST_REST), _MOST_REST)
+    return seconds * 1e6, host * 1e6

@@ -1,0 +1,62 @@
+"""All that is timed, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+from peers import ours, ring_flash_attention, torch_context_parallel
+from peers.ours import NO_TRANSFER
+from peers.sglang_form import sglang_form
+from peers.ulysses import ulysses
+from peers.work import Call, Work
+
+# "launch": a rank's attention alone, on keys in order. "one GPU": that of the whole batch.
+Kind = Literal["auto", "fixed", "no transfer", "launch", "one GPU", "peer"]
+
+
+class Variant(NamedTuple):
+    """How to make a rank's call for a batch.
+
+    Attributes:
+        beside: the variant without transfers that its exposed communication is told by; empty for the fastest of those.
+        is_of_speedup: whether it is timed for the speed-up by length, over batches where nothing else is.
+    """
+
+    make: Callable[[Work], Call]
+    kind: Kind
+    beside: str = ""
+    is_of_speedup: bool = False
+
+
+STRATEGIES = ("all_gather", "ring")
+
+
+def all_variants(device_type: str, strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Variant]:
+    """On GPUs or, to try it, on a CPU."""
+    is_gpu = device_type == "cuda"
+    backends = ("triton", "flash_attn4") if is_gpu else ("cpu",)
+    kinds = ("peer_memory", "collectives") if is_gpu else ("collectives",)
+    found = {}
+    for label, transport in (("auto", "auto"), (f"auto, {NO_TRANSFER}", NO_TRANSFER)):
+        make = partial(ours.cp_attention, strategy="auto", transport=transport, backend="auto")
+        found[f"cpattn {label}"] = Variant(make, "auto" if label == "auto" else "no transfer", f"cpattn auto, {NO_TRANSFER}", True)
+    for strategy in strategies:
+        for backend in backends:
+            alone = f"cpattn {strategy}, {NO_TRANSFER}, {backend}"
+            for transport in (*kinds, NO_TRANSFER):
+                make = partial(ours.cp_attention, strategy=strategy, transport=transport, backend=backend)
+                kind: Kind = "no transfer" if transport == NO_TRANSFER else "fixed"
+                found[f"cpattn {strategy}, {transport}, {backend}"] = Variant(make, kind, alone)
+    for backend in backends:
+        found[f"launch alone, {backend}"] = Variant(partial(ours.launch, backend=backend), "launch", is_of_speedup=True)
+        found[f"one GPU, {backend}"] = Variant(partial(ours.one_gpu, backend=backend), "one GPU", is_of_speedup=True)
+    return found | {
+        "SGLang's form": Variant(sglang_form, "peer"),
+        "Ulysses as USP": Variant(ulysses, "peer"),
+        "ring-flash-attn zigzag": Variant(ring_flash_attention.zigzag_varlen, "peer"),
+        "ring-flash-attn llama3": Variant(ring_flash_attention.llama3_varlen, "peer"),
+        "torch context_parallel, cuDNN": Variant(torch_context_parallel.by_cudnn, "peer"),
+        "torch context_parallel, FA4": Variant(torch_context_parallel.by_flash_attn4, "peer"),
+    }
