@@ -31,7 +31,7 @@ ALL, WRONG = "all", "wrong"
 RESULTS = Path(__file__).parent / "results"
 HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(4, 2, 16)
 # Seconds that a rank may wait for another: a kernel may have to be compiled there.
-TIMEOUT = 45
+TIMEOUT = 40
 # Rounds that a batch gets in any case, layers of a graph and of an eager run, and how long such a run is to be at most.
 LEAST_ROUNDS, MOST_LAYERS, RUN_SECONDS = 3, 4, 0.02
 
@@ -183,13 +183,13 @@ class Bench:
         return outcome
 
     def _try(self, variant: str, program: Callable[..., Any], *arguments: Any) -> list[Any] | str:
-        """What every rank returns, or why none does. Ranks of which some have failed are out of step."""
+        """What every rank returns, or why none does. Where some have failed, the ranks are out of step."""
         outcomes = self.ranks.outcomes(program, *arguments)
         failures = [_last_words(value) for done, value in outcomes if not done]
         if not failures:
             return [value for _, value in outcomes]
         if len(failures) < len(outcomes) or not all(done for done, _ in self.ranks.outcomes(session.ping)):
-            raise RanksLost(variant, failures[0])
+            raise RanksLost(variant, " / ".join(dict.fromkeys(failures)))
         return failures[0]
 
 

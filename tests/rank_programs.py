@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import AttentionCase
+from peers.sglang_form import sglang_form
+from peers.ulysses import ulysses
+from peers.work import Heads, Work
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -45,6 +48,17 @@ def attend_in_subgroup(case: AttentionCase) -> tuple[Tensor, Tensor] | None:
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
     out, lse = cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.prefix, strategy="ring", return_lse=True)
     return cpattn.unshard(out, meta, group=group), cpattn.unshard(lse, meta, group=group)
+
+
+PEERS = {"SGLang's form": sglang_form, "Ulysses": ulysses}
+PEER_HEADS = Heads(12, 6, 16)
+
+
+def attend_as_peer(name: str, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """What a peer of the benchmarks gives on this rank, and which tokens these are."""
+    work = Work.random(batch, dist.get_rank(), dist.get_world_size(), PEER_HEADS, torch.empty(0))
+    call = PEERS[name](work)
+    return call.run(), call.tokens
 
 
 def prefill_and_decode(sharded: bool) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def _beside_peers(lines: list[Line], mode: Mode) -> str:
     for batch in dict.fromkeys(line.batch for line in lines):
         alone, auto, fixed, peer = (best(lines, batch, kind, mode) for kind in ("launch", "auto", "fixed", "peer"))
         times = {line.variant: line.median(mode) for line in lines if line.batch == batch}
-        if peer is not None:
+        if fixed is not None:
             rows.append(
                 [
                     batch, _us(alone and alone[1]), _us(auto and auto[1]), _us(fixed and fixed[1]),
@@ -164,21 +164,23 @@ def draw(path: Path, lines: list[Line], batches: dict[str, list[tuple[int, int]]
     for line in lines:
         line.beside = beside(line.variant)
     with_peers = [batch for batch in dict.fromkeys(line.batch for line in lines) if best(lines, batch, "peer", "eager")]
-    over: dict[str, dict[str, dict[str, float]]] = {}
-    hidden: dict[str, dict[str, dict[str, float]]] = {}
-    for mode in MODES:
+    for mode in [mode for mode in MODES if any(line.times[mode] for line in lines)]:
+        over: dict[str, dict[str, float]] = {}
+        shares: dict[str, dict[str, float]] = {}
         for batch in with_peers:
             alone, fixed = (best(lines, batch, kind, mode) for kind in ("launch", "fixed"))
-            shown = [line for line in lines if line.batch == batch and line.kind in ("auto", "peer")]
-            bars = {line.variant: time for line in shown if (time := line.median(mode)) is not None}
-            if fixed is not None:
-                bars = {"cpattn, best fixed choice": fixed[1]} | bars
+            shown = {line.variant: line for line in lines if line.batch == batch and line.kind in ("auto", "peer")}
+            times = {"cpattn, best fixed choice": fixed and fixed[1]} | {name: line.median(mode) for name, line in shown.items()}
             if alone is not None:
-                over.setdefault(f"times A, {_title(mode)}", {})[batch] = {name: time / alone[1] for name, time in bars.items()}
-            exposures = {line.variant: time for line in shown if (time := exposed(line, lines, mode)) is not None}
-            hidden.setdefault(f"exposed us, {_title(mode)}", {})[batch] = exposures
-    draw_bars(path.with_name(f"{path.name}.png"), "Attention of a layer over A, the launch alone on keys in order", over, digits=2)
-    draw_bars(path.with_name(f"{path.name}_exposed.png"), "Time over that of the same call without transfers", hidden)
+                over[batch] = {name: time / alone[1] for name, time in times.items() if time is not None}
+            for name, line in shown.items():
+                time, hidden = line.median(mode), exposed(line, lines, mode)
+                if time is not None and hidden is not None:
+                    shares.setdefault(batch, {})[name] = 100 * hidden / (time - hidden)
+        title = f"A layer's attention over A, the launch alone on keys in order; {_title(mode)}"
+        draw_bars(path.with_name(f"{path.name}_{mode}.png"), title, {"times A": over}, digits=2)
+        title = f"Exposed communication: time over that of the call without transfers; {_title(mode)}"
+        draw_bars(path.with_name(f"{path.name}_{mode}_exposed.png"), title, {"% of the call without transfers": shares})
     curves = {}
     for mode in MODES:
         of_mode = speedups(lines, batches, mode)

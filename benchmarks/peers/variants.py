@@ -57,6 +57,6 @@ def all_variants(device_type: str, strategies: tuple[str, ...] = STRATEGIES) -> 
         "Ulysses as USP": Variant(ulysses, "peer"),
         "ring-flash-attn zigzag": Variant(ring_flash_attention.zigzag_varlen, "peer"),
         "ring-flash-attn llama3": Variant(ring_flash_attention.llama3_varlen, "peer"),
-        "torch context_parallel, cuDNN": Variant(torch_context_parallel.by_cudnn, "peer"),
+        "torch context_parallel": Variant(torch_context_parallel.by_torchs_kernels, "peer"),
         "torch context_parallel, FA4": Variant(torch_context_parallel.by_flash_attn4, "peer"),
     }

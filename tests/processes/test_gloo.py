@@ -6,10 +6,11 @@ import pytest
 import rank_programs as programs
 import torch
 from cases import EXCHANGES, AttentionCase
+from peers.work import Work
 from strategies import Batch
 
 import cpattn
-from cpattn.testing import ProcessRanks
+from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, single_device_bound
 
 MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
 
@@ -54,6 +55,17 @@ def test_an_all_gather_in_groups_of_heads(ranks: ProcessRanks) -> None:
     for (out, lse), (same_out, same_lse) in zip(outputs, ranks.run(programs.attend, whole, plan, "all_gather", "cpu"), strict=True):
         torch.testing.assert_close(out, same_out)
         torch.testing.assert_close(lse, same_lse)
+
+
+@pytest.mark.parametrize(("peer", "prefix"), [("SGLang's form", 0), ("SGLang's form", 30), ("Ulysses", 0)])
+def test_the_peers_that_benchmarks_write_anew_are_exact(ranks: ProcessRanks, peer: str, prefix: int) -> None:
+    batch = [(prefix, 41), (0, 12), (prefix, 43)]
+    work = Work.random(batch, 0, ranks.size, programs.PEER_HEADS, torch.empty(0))
+    out = torch.zeros_like(work.q)
+    for rows, tokens in ranks.run(programs.attend_as_peer, peer, batch):
+        out[tokens] += rows
+    expected, lse = oracle_attention(work.q, work.k, work.v, batch, prefix_k=work.prefix_k, prefix_v=work.prefix_v)
+    assert relative_rmse(out, expected) <= single_device_bound(out.dtype, lse)
 
 
 def test_group_from_a_device_mesh_axis(ranks: ProcessRanks) -> None:
