@@ -29,7 +29,7 @@ from cpattn.testing import ProcessRanks
 # In place of a variant's name: not one of them alone. How a note begins whose variant is not timed.
 ALL, WRONG = "all", "wrong"
 RESULTS = Path(__file__).parent / "results"
-HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(4, 2, 16)
+HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(8, 4, 16)
 # Seconds that a rank may wait for another: a kernel may have to be compiled there.
 TIMEOUT = 40
 # Rounds that a batch gets in any case, layers of a graph and of an eager run, and how long such a run is to be at most.
@@ -68,7 +68,7 @@ CHECKED_BATCHES = {
     "1 x 128": [(0, 128)],
     "3 x (16 + 32)": [(16, 32)] * 3,
     "ragged": [(0, 40), (0, 8), (0, 64)],
-    "uneven": [(3, 17), (0, 9)],
+    "uneven, a prefix": [(3, 17), (0, 9)],
 }
 
 
@@ -104,14 +104,14 @@ class Bench:
         self.ranks = self._start()
 
     def _start(self) -> ProcessRanks:
-        return ProcessRanks(
-            self.num_ranks, timeout=TIMEOUT, patience=TIMEOUT + 5, transport="nccl" if self.device_type == "cuda" else "gloo"
-        )
+        transport = "nccl" if self.device_type == "cuda" else "gloo"
+        return ProcessRanks(self.num_ranks, timeout=TIMEOUT, patience=TIMEOUT + 5, transport=transport)
 
-    def time_batch(self, name: str, batch: list[tuple[int, int]], for_speedup: bool, deadline: float) -> None:
-        """Adds the batch's lines. A variant that takes the ranks down is left out from then on, and all others are timed again."""
+    def time_batch(self, name: str, batch: list[tuple[int, int]], for_speedup: bool, seconds: float) -> None:
+        """Adds the batch's lines, whose rounds take about so many seconds. A variant that takes the ranks down is left out from then
+        on, and all others are timed again."""
         try:
-            self.lines += self._lines(name, batch, for_speedup, deadline)
+            self.lines += self._lines(name, batch, for_speedup, seconds)
         except RanksLost as lost:
             print(f"{name}: {lost.culprit} took the ranks down: {lost.reason}", flush=True)
             self.ranks.close()
@@ -120,9 +120,9 @@ class Bench:
             if lost.culprit == ALL or time.monotonic() > self.deadline:
                 self.lines.append(Line(name, lost.culprit, "fixed", note=lost.reason))
             else:
-                self.time_batch(name, batch, for_speedup, deadline)
+                self.time_batch(name, batch, for_speedup, seconds)
 
-    def _lines(self, name: str, batch: list[tuple[int, int]], for_speedup: bool, deadline: float) -> list[Line]:
+    def _lines(self, name: str, batch: list[tuple[int, int]], for_speedup: bool, round_seconds: float) -> list[Line]:
         bound = max(self._all(ALL, session.begin, batch, self.heads, self.device_type, self.strategies))
         lines = {
             variant: Line(name, variant, made.kind, made.beside, note=self.lost.get(variant, ""))
@@ -136,8 +136,9 @@ class Bench:
             for variant in seconds:
                 self._capture(lines[variant], layers, bound)
         timed = [variant for variant in seconds if not lines[variant].note.startswith(WRONG)]
+        end = time.monotonic() + round_seconds
         for round_ in range(self.rounds):
-            if round_ >= LEAST_ROUNDS and time.monotonic() > deadline:
+            if round_ >= LEAST_ROUNDS and time.monotonic() > end:
                 break
             for variant in random.Random(round_).sample(timed, len(timed)):
                 lines[variant].add(self._all(variant, session.measure, variant, layers))
@@ -236,9 +237,9 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, strategie
             if left <= 0:
                 left_out.append(name)
                 continue
-            share = time.monotonic() + left / (len(names) - i)
             before = len(bench.lines)
-            bench.time_batch(name, BATCHES[name], name in SPEEDUP_ONLY, share)
+            # Half of what is left for a batch: the rest is for compiling, comparing and capturing.
+            bench.time_batch(name, BATCHES[name], name in SPEEDUP_ONLY, left / (len(names) - i) / 2)
             for line in bench.lines[before:]:
                 print(line, flush=True)
             report.write(path, head(num_ranks, gpu_machine(), names[i + 1 :]), bench.lines, BATCHES)
@@ -267,7 +268,7 @@ def check(num_ranks: int, strategies: tuple[str, ...]) -> None:
     bench = Bench("cpu", num_ranks, CHECKED_HEADS, 1, strategies, time.monotonic() + 60)
     try:
         for name, batch in CHECKED_BATCHES.items():
-            bench.time_batch(name, batch, False, bench.deadline)
+            bench.time_batch(name, batch, False, seconds=1.0)
     finally:
         bench.ranks.close()
     for line in bench.lines:

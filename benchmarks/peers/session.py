@@ -60,6 +60,7 @@ class _Session:
     variants: dict[str, Variant]
     calls: dict[str, Call] = field(default_factory=dict)
     replays: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    stream: Any = None
     pool: Any = None
     rest: float = _LEAST_REST
 
@@ -193,13 +194,14 @@ def _require_no_wait(call: Call) -> None:
 
 
 def _captured(session: _Session, run: Callable[[], Tensor], layers: int) -> tuple[Callable[[], Any], Tensor]:
+    # One stream and one memory for all graphs: nobody reads what they leave there.
+    if session.stream is None:
+        session.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     if session.pool is None:
-        # One memory for all graphs: nobody reads what they leave there.
         session.pool = torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
-    with torch.no_grad(), torch.cuda.stream(stream):
+    with torch.no_grad(), torch.cuda.stream(session.stream):
         # NCCL's own threads may ask the device what they like.
         graph.capture_begin(pool=session.pool, capture_error_mode="thread_local")
         try:
@@ -209,7 +211,7 @@ def _captured(session: _Session, run: Callable[[], Tensor], layers: int) -> tupl
             _abandon(graph, session)
             raise
         graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(session.stream)
     return graph.replay, out
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from peers.varlen import Lengths, attention
 from peers.work import Call, Unserved, Work, starts
 
+# The name that torch has for it, from 2.13 on and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def sglang_form(work: Work) -> Call:
     """Rows lie as there: the front blocks of all requests, then the back blocks, then padding. A prefix lies in one pool with room
@@ -54,7 +57,7 @@ def sglang_form(work: Work) -> Call:
 
     def in_order(x: Tensor, pool: Tensor | None) -> Tensor:
         gathered = x.new_empty(work.size * rows, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x)
+        _all_gather(gathered, x)
         pieces = torch.split(gathered, sizes)
         whole = torch.cat([pieces[i] for i in order])
         return whole if pool is None else pool.index_copy_(0, slots, whole)

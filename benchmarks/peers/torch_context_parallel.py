@@ -65,9 +65,9 @@ def _functions_in_place(work: Work) -> Iterator[None]:
 
     if not _open_calls:
         mesh = init_device_mesh(work.device.type, (work.size,))
-        # It wants a tensor that it cuts.
-        positions = torch.arange(work.tokens, device=work.device)
-        _entered.enter_context(context_parallel(mesh, buffers=[positions], buffer_seq_dims=[0], no_restore_buffers={positions}))
+        # It wants a tensor to cut, in the form of q.
+        positions = torch.arange(work.tokens, device=work.device).view(1, 1, -1, 1)
+        _entered.enter_context(context_parallel(mesh, buffers=[positions], buffer_seq_dims=[2], no_restore_buffers={positions}))
     call = object()
     _open_calls.append(call)
     try:
