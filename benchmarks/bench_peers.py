@@ -107,6 +107,11 @@ class Bench:
         transport = "nccl" if self.device_type == "cuda" else "gloo"
         return ProcessRanks(self.num_ranks, timeout=TIMEOUT, patience=TIMEOUT + 5, transport=transport)
 
+    def close(self) -> None:
+        """Ends the ranks; their graphs first, which hold on to NCCL."""
+        self.ranks.outcomes(session.finish)
+        self.ranks.close()
+
     def time_batch(self, name: str, batch: list[tuple[int, int]], for_speedup: bool, seconds: float) -> None:
         """Adds the batch's lines, whose rounds take about so many seconds. A variant that takes the ranks down is left out from then
         on, and all others are timed again."""
@@ -245,7 +250,7 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, strategie
             report.write(path, head(num_ranks, gpu_machine(), names[i + 1 :]), bench.lines, BATCHES)
         report.write(path, head(num_ranks, gpu_machine(), left_out), bench.lines, BATCHES)
     finally:
-        bench.ranks.close()
+        bench.close()
     print(report.summaries(bench.lines, BATCHES), flush=True)
 
 
@@ -270,7 +275,7 @@ def check(num_ranks: int, strategies: tuple[str, ...]) -> None:
         for name, batch in CHECKED_BATCHES.items():
             bench.time_batch(name, batch, False, seconds=1.0)
     finally:
-        bench.ranks.close()
+        bench.close()
     for line in bench.lines:
         print(line)
     wrong = [line for line in bench.lines if line.note.startswith(WRONG)]
