@@ -191,7 +191,7 @@ class Bench:
     def _try(self, variant: str, program: Callable[..., Any], *arguments: Any) -> list[Any] | str:
         """What every rank returns, or why none does. Where some have failed, the ranks are out of step."""
         outcomes = self.ranks.outcomes(program, *arguments)
-        failures = [_last_words(value) for done, value in outcomes if not done]
+        failures = [last_words(value) for done, value in outcomes if not done]
         if not failures:
             return [value for _, value in outcomes]
         if len(failures) < len(outcomes) or not all(done for done, _ in self.ranks.outcomes(session.ping)):
@@ -199,12 +199,11 @@ class Bench:
         return failures[0]
 
 
-def _last_words(failure: str) -> str:
-    """The message of a traceback, without its class where that says nothing, in one line that a table can hold."""
-    lines = failure.strip().splitlines()
-    # A message may have several lines; those of a traceback are indented.
-    begin = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1) + 1
-    message = (lines[begin:] or lines[-1:])[0]
+def last_words(failure: str) -> str:
+    """The first line of what was raised at last, without its class where that says nothing, as a table can hold it."""
+    lines = failure.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    # Those of a traceback are indented.
+    message = next((line for line in lines if line and not line.startswith(" ")), "no message")
     return message.removeprefix("peers.work.Unserved: ").replace("|", "/")[:200]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench_peers import last_words
 from peers import report
 from peers.report import Line
 from peers.session import Times
@@ -64,3 +65,11 @@ def test_results_are_read_as_they_were_written(lines: list[Line], tmp_path: Path
     assert [(line.variant, line.kind, line.median("graph"), line.median("eager")) for line in read] == [
         (line.variant, line.kind, line.median("graph"), line.median("eager")) for line in lines
     ]
+
+
+def test_a_failure_is_told_in_one_line() -> None:
+    first = "Traceback (most recent call last):\n  File 'a.py', line 1\n    f()\nKeyError: 1\n\nAnd then:\n\n"
+    second = "Traceback (most recent call last):\n  File 'b.py', line 2\nValueError: too | long\n  by two lines\n"
+    assert last_words(first + second) == "ValueError: too / long"
+    assert last_words("the process died with exit code 3") == "the process died with exit code 3"
+    assert last_words("Traceback (most recent call last):\n  x\npeers.work.Unserved: no prefix") == "no prefix"
