@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,16 @@ def head(num_ranks: int, machine: str, left_out: list[str]) -> str:
         "collectives before it was timed; the relative error is that of all ranks together, and of the graph as well where there is one."
     )
     skipped = f"\n\nLeft out, as the time was up: {', '.join(left_out)}." if left_out else ""
-    return f"# cp_attention beside its peers, {num_ranks} GPUs\n\n`python {' '.join(sys.argv)}`\n\n{machine}\n\n{notes}{skipped}"
+    command = " ".join(["python", *sys.argv])
+    return f"# cp_attention beside its peers, {num_ranks} GPUs\n\n`{command}`\n\n{machine}; {ring_version()}\n\n{notes}{skipped}"
+
+
+def ring_version() -> str:
+    """Of ring-flash-attn; the other peers are torch's, or written here."""
+    try:
+        return f"ring-flash-attn {version('ring-flash-attn')}"
+    except PackageNotFoundError:
+        return "ring-flash-attn not installed"
 
 
 def check(num_ranks: int, strategies: tuple[str, ...]) -> None:
