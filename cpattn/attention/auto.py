@@ -41,6 +41,10 @@ _CPU_ORDER = ["cpu", "reference"]
 # pairs the launch takes less than the host's time for one of flash_attn4 (140 us); with fewer tokens its tiles are not full.
 LONG_TOKENS = 1024
 LONG_PAIRS = 2**23
+# Without a bucket a call is likely to be eager, and the host's time for one of flash_attn4 (590 us beside 290 of triton, between two
+# H100) not hidden before so many pairs: of a prompt of 8k over 2 ranks flash_attn4 took 1.12 times as long as triton, and 0.97 as a
+# graph (benchmarks/results/peers_2_gpus.md).
+EAGER_LONG_PAIRS = 3 * 2**23
 
 
 class Workload(NamedTuple):
@@ -75,7 +79,8 @@ def _kind(problem: Problem, workload: Workload) -> str:
         return "decoding"
     if workload.merges:
         return "merging"
-    is_long = problem.page_size is None and workload.new_tokens >= LONG_TOKENS and workload.pairs >= LONG_PAIRS
+    long_pairs = LONG_PAIRS if problem.fixed else EAGER_LONG_PAIRS
+    is_long = problem.page_size is None and workload.new_tokens >= LONG_TOKENS and workload.pairs >= long_pairs
     if problem.sinks:
         return "long with sinks" if is_long else "sinks"
     if problem.page_size is not None:
