@@ -110,9 +110,9 @@ def _make(group: dist.ProcessGroup, kind: Kind, kinds: dict[Kind, Transport]) ->
 def check(group: Group = None) -> None:
     """Raises GroupError where a group cannot be used any more, as far as this process knows: for those who only replay CUDA graphs.
 
-    Within a graph a rank may wait for one that has died. Its device gives up after a time (``cpattn.transport(group).limit``, 30 s
-    if nobody sets it), and results are NaN from then on. Eager calls and ``meta.copy_`` look for that as well. It sends nothing and
-    does not wait for the device: what goes wrong later is seen later.
+    Within a graph a rank may wait for one that has died. Over the memory of peers its device gives up after a time
+    (``cpattn.transport(group).limit``, 30 s if nobody sets it), and results are NaN from then on. Eager calls and ``meta.copy_``
+    look for that as well. It sends nothing and does not wait for the device: what goes wrong later is seen later.
 
     >>> import cpattn
     >>> cpattn.check(cpattn.LoopbackGroup(1).transport(0))
