@@ -18,6 +18,11 @@ from cpattn.problem import Problem
 # All-gather is one launch and needs no merging, but holds all keys twice (gathered and in order). Beyond this many
 # bytes of keys and values, "auto" takes the ring, which holds two messages.
 AUTO_GATHER_LIMIT = 8 * 2**30
+# An all-gather copies a packed prefix into order with the new keys; a ring attends to it where it lies, and has a hop for each rank. Where
+# a prefix is so many times the new tokens, and so many bytes for each rank, the copy costs more: between two H100 120k + 2k tokens took
+# 3,062 us with a ring as a graph and 3,242 eagerly, and 3,261 and 3,367 with an all-gather; with 4 times as many it was not so.
+AUTO_COPY_RATIO = 16
+AUTO_COPY_LIMIT = 128 * 2**20
 # Gathered queries and their results are held for all ranks at once; beyond this many bytes "auto" sends them around.
 AUTO_GATHER_QUERIES_LIMIT = 256 * 2**20
 # A batch whose requests have no more new tokens than this is decoded: one token each, or some that are speculated.
@@ -75,6 +80,10 @@ def _preferred(problem: Problem, plan: Layout) -> _Preference:
         gathered = (plan.cp_size * problem.rows + copied) * problem.key_bytes
         fits = gathered <= AUTO_GATHER_LIMIT
         why = f"all keys and values are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_LIMIT)}"
+        copied_bytes = copied * problem.key_bytes
+        has_long_prefix = copied >= AUTO_COPY_RATIO * plan.num_tokens and copied_bytes > AUTO_COPY_LIMIT * plan.cp_size
+        if has_long_prefix and plan.cp_size > 1 and problem.device.type == "cuda":
+            return _Preference([RING, ALL_GATHER], f"an all-gather would copy {in_words(copied_bytes)} of cached keys and values")
         return _Preference([ALL_GATHER, RING] if fits else [RING, ALL_GATHER], why)
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
     fits = gathered <= AUTO_GATHER_QUERIES_LIMIT

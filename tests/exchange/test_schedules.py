@@ -18,7 +18,7 @@ from torch import Tensor
 import cpattn
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import prepare_call
-from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
+from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies, explain_strategies
 from cpattn.exchange.schedule import Schedule, alignments, bytes_sent, hop_pairs, num_results
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def problem_of(plan: cpattn.Plan, **changes: Any) -> Problem:
     cache = "packed" if plan.num_prefix_tokens and not plan.sharded else None
     sizes: dict[str, Any] = {"rows": plan.rows, "q_heads": 4, "kv_heads": 2, "head_dim": 4, "v_head_dim": 4, "cache": cache}
-    return Problem(CPU, torch.float32, **sizes | changes)
+    return Problem(**{"device": CPU, "dtype": torch.float32, **sizes} | changes)
 
 
 class Launch(NamedTuple):
@@ -154,6 +154,18 @@ def test_auto_takes_the_ring_where_gathered_keys_would_not_fit() -> None:
     most = AUTO_GATHER_LIMIT // problem_of(cpattn.plan([], 1)).key_bytes
     assert candidates(cpattn.plan([(most - 8, 8)], 1))[:2] == ["all_gather", "ring"]
     assert candidates(cpattn.plan([(most - 7, 8)], 1))[:2] == ["ring", "all_gather"]
+
+
+def test_auto_takes_the_ring_over_a_long_prefix_that_would_be_copied() -> None:
+    """Of many more tokens than are new, and of some size; of pages nothing is copied."""
+    sizes = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    long, short, much_new = (cpattn.plan([batch], 2) for batch in ((122_880, 2048), (8192, 512), (122_880, 8192)))
+    assert candidates(long, cache="packed", **sizes)[0] == "ring"
+    assert "would copy 480.0 MiB" in explain_strategies(problem_of(long, cache="packed", **sizes), long, cpattn.STRATEGIES["ring"])["ring"]
+    for plan in (short, much_new, cpattn.plan([(122_880, 2048)], 8), cpattn.plan([(122_880, 2048)], 1)):
+        assert candidates(plan, cache="packed", **sizes)[0] == "all_gather"
+    assert candidates(long, cache="paged", page_size=16, **sizes)[0] == "all_gather"
+    assert candidates(long, cache="packed", **sizes | {"device": torch.device("cpu")})[0] == "all_gather"
 
 
 def test_auto_does_not_count_pages_that_stay_where_they_are() -> None:
