@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,27 @@ def tokens_by_rank(chunks: Chunks, num_requests: int, cp_size: int) -> IntArray:
     # Sums in float64 are exact: they are at most 2**31.
     tokens = np.bincount(share, chunks.length, minlength=num_requests * cp_size)
     return tokens.astype(np.int64).reshape(num_requests, cp_size)
+
+
+def pairs_of(chunks: Chunks, prefix_lens: IntArray) -> IntArray:
+    """``[c]`` the query-key pairs of each chunk: a query at absolute position p sees p + 1 keys."""
+    request, start, length, _ = chunks
+    pairs: IntArray = length * (prefix_lens[request] + start + 1) + length * (length - 1) // 2
+    return pairs
+
+
+def pairs_by_rank(chunks: Chunks, batch: IntArray, cp_size: int) -> list[int]:
+    """The query-key pairs of each rank."""
+    pairs = np.zeros(cp_size, dtype=np.int64)
+    np.add.at(pairs, chunks.rank, pairs_of(chunks, batch[:, 0]))
+    of_ranks: list[int] = pairs.tolist()
+    return of_ranks
+
+
+def steps_off(rank_pairs: Sequence[int]) -> int:
+    """How far pairs are off the mean, at most, in steps of 2% that are full."""
+    total = sum(rank_pairs)
+    return max((50 * abs(pairs * len(rank_pairs) - total) // total for pairs in rank_pairs), default=0) if total else 0
 
 
 def most_of_a_share(chunks: Chunks, cp_size: int) -> int:

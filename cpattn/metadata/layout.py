@@ -14,7 +14,7 @@ from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError, shown
 from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.callers_partition import CallersPartition
-from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, tokens_by_rank
+from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
 from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
 
 
@@ -148,9 +148,7 @@ class Layout:
     @cached_property
     def rank_pairs(self) -> tuple[int, ...]:
         """The query-key pairs that each rank computes: a query at absolute position p sees p + 1 keys."""
-        request, start, length, _ = self.chunk_table
-        pairs = length * (self.prefix_lens[request] + start + 1) + length * (length - 1) // 2
-        return tuple(self.by_rank.sums(pairs).tolist())
+        return tuple(self.by_rank.sums(pairs_of(self.chunk_table, self.prefix_lens)).tolist())
 
     @property
     def token_imbalance(self) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.chunks import Chunks
+from cpattn.metadata.least_held import to_least_held
 from cpattn.metadata.whole import divide_whole
 
 Partition: TypeAlias = Callable[[IntArray, int], Chunks]
@@ -44,13 +45,9 @@ def contiguous(batch: IntArray, cp_size: int, remainder: str, shard_lens: IntArr
 
 
 def whole(batch: IntArray, cp_size: int, _: str, shard_lens: IntArray | None) -> Chunks:
-    """See :mod:`cpattn.metadata.whole`. Where caches are sharded, ranks trade places, by turns, so that requests go to ranks
-    that hold the least of them."""
+    """See :mod:`cpattn.metadata.whole`, and of sharded caches :mod:`cpattn.metadata.least_held`."""
     chunks = divide_whole(batch, cp_size)
-    if shard_lens is None:
-        return chunks
-    costs = [int(shard_lens[chunks.request, (chunks.rank + turn) % cp_size].sum()) for turn in range(cp_size)]
-    return chunks._replace(rank=(chunks.rank + int(np.argmin(costs))) % cp_size)
+    return chunks if shard_lens is None else to_least_held(batch, chunks, shard_lens)
 
 
 # Called with the batch, cp_size, the remainder rule, and what each rank holds of each prefix where caches are sharded.

@@ -163,7 +163,7 @@ def plan(
         pad_to: physical rows are a multiple of this.
         prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
             rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens, or whole
-            requests, are then dealt so that they go to ranks which hold few of their requests.
+            requests and decodes, are then dealt so that they go to ranks which hold few of their requests.
 
     Raises:
         BatchError: not integer pairs, or a negative length.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.chunks import Chunks
+from cpattn.metadata.chunks import Chunks, pairs_of
 from cpattn.metadata.divisions import divisions
 from cpattn.metadata.work import BITS, Pieces, Work
 from cpattn.metadata.zigzag_cut import Share, cut_by_zigzag, in_halves
@@ -76,7 +76,7 @@ def _judged(work: Work, rank_of: IntArray, pieces: Pieces) -> _Tried:
     loads, cut, off = sums[:-1].tolist(), None, 0
     if sum(map(len, pieces.values())) > _MANY_PIECES:
         cut = in_halves(pieces)
-        np.add.at(sums, cut.rank, cut.length * (work.prefix[cut.request] + cut.start) + cut.length * (cut.length + 1) // 2)
+        np.add.at(sums, cut.rank, pairs_of(cut, work.prefix))
         off = work.off(sums[:-1].tolist())
     if cut is None or off * _GOOD > 1 << BITS:
         cut = _zigzag(work, loads, pieces)

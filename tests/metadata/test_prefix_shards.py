@@ -13,6 +13,7 @@ from strategies import Batch, batches, named_plan_options, plan_options
 
 import cpattn
 from cpattn import Plan, PlanError
+from cpattn.metadata.chunks import steps_off
 
 
 def sharded_plan(batch: Batch, options: dict[str, Any], seed: int) -> Plan:
@@ -94,6 +95,32 @@ class TestShards:
             plan = cpattn.plan([(token, 1)], cp_size, partition=partition, prefix_shards=[held.tolist()])
             held += plan.rank_tokens
             assert held.max() - held.min() <= 1
+
+    @pytest.mark.parametrize(("num_requests", "cp_size", "slack"), [(4, 4, 0), (3, 8, 0), (13, 8, 8), (64, 8, 4)])
+    def test_whole_decodes_each_request_where_little_of_it_is_held(self, num_requests: int, cp_size: int, slack: int) -> None:
+        """Ragged prompts, and then 40 steps: the fullest rank of a request has hardly more than a rank must have."""
+        lengths = np.random.default_rng(0).integers(300, 1500, num_requests)
+        held = np.zeros((num_requests, cp_size), dtype=np.int64)
+        held += cpattn.plan([(0, n) for n in lengths.tolist()], cp_size, partition="whole", prefix_shards=held).rank_extends
+        first, steps = held.copy(), 40
+        for _ in range(steps):
+            batch = [(n, 1) for n in held.sum(axis=1).tolist()]
+            plan, free = (cpattn.plan(batch, cp_size, partition="whole", prefix_shards=shards) for shards in (held, None))
+            assert sorted(plan.rank_chunks) == sorted(free.rank_chunks)
+            assert steps_off(plan.rank_pairs) <= steps_off(free.rank_pairs)
+            held += plan.rank_extends
+        # What a rank must have: the level to which 40 more tokens fill up the ranks that have the least.
+        for before, after in zip(first.tolist(), held.tolist(), strict=True):
+            filled = list(before)
+            for _ in range(steps):
+                filled[filled.index(min(filled))] += 1
+            assert max(after) <= max(filled) + slack
+
+    @given(batches(), st.integers(2, 8), st.integers(0, 1000))
+    def test_whole_stays_as_even_over_sharded_caches(self, batch: Batch, cp_size: int, seed: int) -> None:
+        plan, free = sharded_plan(batch, {"cp_size": cp_size, "partition": "whole"}, seed), cpattn.plan(batch, cp_size, partition="whole")
+        assert sorted(plan.rank_tokens) == sorted(free.rank_tokens)
+        assert steps_off(plan.rank_pairs) <= steps_off(free.rank_pairs)
 
     @given(batches(), named_plan_options())
     def test_they_are_a_part_of_what_a_plan_is(self, batch: Batch, options: dict[str, Any]) -> None:
