@@ -11,10 +11,10 @@ Those with few cuts come first:
    ones: :mod:`cpattn.metadata.two_ends`.
 3. As 1, with the largest of the others cut as well, and each cut one in a piece for every rank.
 4. As 2, with more requests cut: those with the most pairs for their tokens, and those with the fewest.
-5. Where requests are few, all their divisions are looked at.
-6. As 2, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
+5. As 2, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
+6. Where requests and ranks are few and whole tokens did not allow it, all divisions are looked at.
 
-Where ranks are many, 1 and 3 would take too long.
+Where ranks are many, 1 and 3 would take too long. Where all requests are decodes there is nothing to cut, and one division.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from cpattn.device_tables import IntArray
 from cpattn.metadata.division import Division
 from cpattn.metadata.even_out import Filler, even_out
-from cpattn.metadata.few_requests import MOST_REQUESTS, best_of_few
+from cpattn.metadata.few_requests import MOST_BINS, MOST_DIVISIONS, MOST_REQUESTS, FewRequests
 from cpattn.metadata.two_ends import share_out
 from cpattn.metadata.work import BITS, Pieces, Work
 
@@ -57,15 +57,18 @@ def divisions(work: Work) -> Iterator[tuple[int, Callable[[], Made]]]:
         without_further_cuts.reverse()
     for make in without_further_cuts:
         yield 0, make
+    if not len(work.oversized) + num_prompts:
+        return
     if most and not are_many:
         yield 1, partial(_placed, work, 1)
     for further in (num_ranks // 4, most):
         if 1 < further <= most:
             yield further, partial(_shared_out, work, further)
-    if len(work.tokens) <= MOST_REQUESTS:
-        for division in best_of_few(work):
-            yield num_prompts, division
     yield num_prompts, partial(_all_shared_out, work)
+    if len(work.tokens) <= MOST_REQUESTS and num_ranks <= MOST_BINS:
+        few = FewRequests(work)
+        for nth in range(MOST_DIVISIONS):
+            yield num_prompts, partial(few.division, nth)
 
 
 def _may_need_no_cut(work: Work) -> bool:

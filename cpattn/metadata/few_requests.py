@@ -6,8 +6,7 @@ even. There are few enough to look at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -15,50 +14,56 @@ from cpattn.device_tables import IntArray
 from cpattn.metadata.division import Division
 from cpattn.metadata.work import BITS, Pieces, Work
 
-# Of 8 requests over 8 ranks there are 21,147 divisions.
-MOST_REQUESTS = 8
-_MOST_DIVISIONS = 16
+# Of 8 requests over 8 ranks there are 21,147 divisions, which take about 10 ms.
+MOST_REQUESTS, MOST_BINS = 8, 8
+# So many of them are tried.
+MOST_DIVISIONS = 16
 
 
-def best_of_few(work: Work) -> Iterator[Callable[[], tuple[IntArray, Pieces]]]:
-    """The divisions with the most even pairs, by doublings of 2%, and of those with the fewest cuts, the best first, each when called.
+class FewRequests:
+    """See the module. The work of looking at all divisions is done once, and not before one is asked for."""
 
-    Bins are alike but for one token, and the cut requests make tokens even, each in proportion to the room there is. What
-    whole tokens make of that is not known here, so there are several.
-    """
-    requests = work.tokens.nonzero()[0]
-    bin_of = _divisions(len(requests), len(work.room))
-    tokens = _sums(bin_of, work.tokens[requests], len(work.room))
-    fits = tokens.max(axis=1) <= max(work.room)
-    bin_of, tokens = bin_of[fits], tokens[fits]
-    pairs = _sums(bin_of, work.pair_part[requests], len(work.room))
-    # Bins trade names, so that those with more tokens are those that are to have one more.
-    order = np.argsort(-tokens, axis=1, kind="stable")
-    room = np.array(work.room) - np.take_along_axis(tokens, order, axis=1)
-    cut = bin_of < 0
-    poured = work.all_tokens - tokens.sum(axis=1)
-    # One token cannot be cut.
-    possible = (room >= 0).all(axis=1) & ~(cut & (work.tokens[requests] == 1)).any(axis=1)
-    loads = np.take_along_axis(pairs, order, axis=1) + (cut @ work.pair_part[requests])[:, None] * room // np.maximum(poured, 1)[:, None]
-    off = np.abs(loads * len(work.room) - (1 << BITS)).max(axis=1)
-    sure = np.isin(requests, work.oversized)
-    cuts = (cut & ~sure).sum(axis=1)
-    uneven = np.frexp((50 * off >> BITS).astype(np.float64))[1]
-    # Lexicographic: with at most 16 bins off is below 2**34.
-    cost = np.where(possible, (uneven * (MOST_REQUESTS + 1) + cuts) << 34 | off, np.iinfo(np.int64).max)
-    for best in cost.argsort(kind="stable")[:_MOST_DIVISIONS]:
-        if possible[best]:
-            names = np.full(len(work.room) + 1, -1, dtype=np.int64)
-            names[order[best]] = np.arange(len(work.room))
-            yield partial(_division, work, requests, names[bin_of[best]])
+    def __init__(self, work: Work) -> None:
+        self._work, self._requests = work, work.tokens.nonzero()[0]
 
+    def division(self, nth: int) -> tuple[IntArray, Pieces] | None:
+        """The nth best: with the most even pairs, by doublings of 2%, and of those with the fewest cuts. None if there are not so many.
 
-def _division(work: Work, requests: IntArray, bins: IntArray) -> tuple[IntArray, Pieces]:
-    division = Division(work)
-    division.assign(requests[bins >= 0], bins[bins >= 0])
-    for request in requests[bins < 0].tolist():
-        division.pour(request)
-    return division.rank_of, division.pieces()
+        Bins are alike but for one token, and the cut requests make tokens even, each in proportion to the room there is.
+        What whole tokens make of that is not known here, so there are several.
+        """
+        if nth >= len(self._best):
+            return None
+        division, bins = Division(self._work), self._best[nth]
+        division.assign(self._requests[bins >= 0], bins[bins >= 0])
+        for request in self._requests[bins < 0].tolist():
+            division.pour(request)
+        return division.rank_of, division.pieces()
+
+    @cached_property
+    def _best(self) -> IntArray:
+        """``[b, n]`` of the best divisions the rank of each request, -1 if it is cut."""
+        work, requests, num_bins = self._work, self._requests, len(self._work.room)
+        bin_of = _divisions(len(requests), num_bins)
+        tokens = _sums(bin_of, work.tokens[requests], num_bins)
+        # One token cannot be cut.
+        fits = (tokens.max(axis=1) <= max(work.room)) & ~((bin_of < 0) & (work.tokens[requests] == 1)).any(axis=1)
+        bin_of, tokens = bin_of[fits], tokens[fits]
+        # Bins trade names, so that those with more tokens are those that are to have one more.
+        order = np.argsort(-tokens, axis=1, kind="stable")
+        room = np.array(work.room) - np.take_along_axis(tokens, order, axis=1)
+        possible = (room >= 0).all(axis=1)
+        bin_of, order, room = bin_of[possible], order[possible], room[possible]
+        cut = bin_of < 0
+        poured = np.maximum(room.sum(axis=1), 1)
+        pairs = np.take_along_axis(_sums(bin_of, work.pair_part[requests], num_bins), order, axis=1)
+        loads = pairs + (cut @ work.pair_part[requests])[:, None] * room // poured[:, None]
+        off = np.abs(loads * num_bins - (1 << BITS)).max(axis=1)
+        cuts = (cut & ~np.isin(requests, work.oversized)).sum(axis=1)
+        best = np.lexsort((off, cuts, np.frexp((50 * off >> BITS).astype(np.float64))[1]))[:MOST_DIVISIONS]
+        names = np.full((len(best), num_bins + 1), -1, dtype=np.int64)
+        np.put_along_axis(names[:, :-1], order[best], np.arange(num_bins)[None], axis=1)
+        return np.take_along_axis(names, bin_of[best], axis=1)
 
 
 def _sums(bin_of: IntArray, values: IntArray, num_bins: int) -> IntArray:

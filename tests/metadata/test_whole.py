@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from strategies import Batch, batches, named_batches, non_empty_batches
 from whole_reference import fewest_cuts, larger_than_a_share, serving_batch
 
 import cpattn
+from cpattn.metadata import few_requests
 
 CP_SIZES = [1, 2, 3, 5, 7, 8, 64]
 
@@ -209,3 +211,20 @@ def test_dense_and_sparse_requests_make_up_for_each_other() -> None:
     plan = whole([dense] * 3 + [sparse] * 3, 24)
     assert is_even(plan)
     assert all({chunk.request < 3 for chunk in plan.chunks if chunk.rank == rank} == {True, False} for rank in range(24))
+
+
+def test_all_divisions_are_looked_at_for_few_prompts_over_few_ranks_alone_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are 21,147 of 8 requests over 8 ranks."""
+    divisions = Mock(side_effect=few_requests._divisions)
+    monkeypatch.setattr(few_requests, "_divisions", divisions)
+    uneven = [(0, 2), (262144, 4)]
+    for batch, cp_size in (
+        ([(1000 * i, 1) for i in range(8)], 8),
+        ([(0, 2000), (9, 1500)] * 4, 8),
+        (uneven, 64),
+        ([*uneven, *[(0, 1)] * 7], 4),
+    ):
+        whole(batch, cp_size)
+    divisions.assert_not_called()
+    whole(uneven, 4)
+    divisions.assert_called_once_with(2, 4)
