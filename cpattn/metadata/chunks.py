@@ -82,6 +82,15 @@ def tokens_by_rank(chunks: Chunks, num_requests: int, cp_size: int) -> IntArray:
     return tokens.astype(np.int64).reshape(num_requests, cp_size)
 
 
+def joined(chunks: Chunks) -> Chunks:
+    """With neighbours of one rank as one chunk: of zigzag, the two in the middle of a request."""
+    request, _, length, rank = chunks
+    begins = np.ones(len(request), dtype=bool)
+    begins[1:] = (request[1:] != request[:-1]) | (rank[1:] != rank[:-1])
+    firsts = begins.nonzero()[0]
+    return Chunks._make(column[firsts] for column in chunks)._replace(length=np.add.reduceat(length, firsts))
+
+
 def pairs_of(chunks: Chunks, prefix_lens: IntArray) -> IntArray:
     """``[c]`` the query-key pairs of each chunk: a query at absolute position p sees p + 1 keys."""
     request, start, length, _ = chunks

@@ -10,6 +10,9 @@ import numpy as np
 from cpattn.device_tables import IntArray
 from cpattn.metadata.work import Pieces, Work
 
+# Ranks without room that are passed over for one request: over many ranks, full ones would be looked at again and again.
+_MOST_LOOKED_AT = 64
+
 
 class Division:
     """See the module.
@@ -84,29 +87,32 @@ class Division:
         Ranks that have some of ``filler`` may get too many tokens, as many as those.
 
         Returns:
-            Requests for which there is no room.
+            Requests for which there is no room on any of the ranks that were looked at, 64 at most.
         """
         work, space = self.work, self._space(filler)
         lengths, parts = work.tokens[requests].tolist(), (work.token_part + work.pair_part)[requests].tolist()
         heap = [(tokens + pairs, rank) for rank, (tokens, pairs) in enumerate(zip(self.token_load, self.pair_load, strict=True))]
         heapify(heap)
-        ranks, shortest = [], min(lengths, default=0)
-        for length, part in zip(lengths, parts, strict=True):
-            aside = []
-            while heap and space[heap[0][1]] < length:
+        ranks = []
+        # Of each request the shortest that is still to come, itself among them: ranks without that room are done with.
+        shortest = np.minimum.accumulate(lengths[::-1])[::-1].tolist() if lengths else []
+        for length, part, least in zip(lengths, parts, shortest, strict=True):
+            aside: list[tuple[int, int]] = []
+            while heap and space[heap[0][1]] < length and len(aside) < _MOST_LOOKED_AT:
                 passed = heappop(heap)
-                if space[passed[1]] >= shortest:
+                if space[passed[1]] >= least:
                     aside.append(passed)
-            rank = heap[0][1] if heap else -1
-            if heap:
+            found = bool(heap) and space[heap[0][1]] >= length
+            rank = heap[0][1] if found else -1
+            if found:
                 heapreplace(heap, (heap[0][0] + part, rank))
                 space[rank] -= length
             for passed in aside:
                 heappush(heap, passed)
             ranks.append(rank)
-        found = np.array(ranks, dtype=np.int64)
-        self.assign(requests[found >= 0], found[found >= 0])
-        misfits: list[int] = requests[found < 0].tolist()
+        placed = np.array(ranks, dtype=np.int64)
+        self.assign(requests[placed >= 0], placed[placed >= 0])
+        misfits: list[int] = requests[placed < 0].tolist()
         return misfits
 
     def pour(self, request: int) -> None:

@@ -3,7 +3,7 @@
 A partition is called with the batch ``[n, 2]`` (prefix and new tokens of each request) and the number of ranks, and returns a
 :class:`Chunks`. Zigzag and contiguous cut every request alike: into as many chunks, of which each has the same owner in every
 request. How long the chunks are, given that a length seldom divides by their number, is the remainder rule's affair.
-Whole cuts as few requests as it can, and needs no such rule.
+Whole cuts as few requests as it can, and needs no such rule; it is never less even than zigzag.
 Causal load balance by pairing a front with a back chunk is that of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
-from cpattn.metadata.chunks import Chunks
+from cpattn.metadata.chunks import Chunks, joined, pairs_by_rank, steps_off
 from cpattn.metadata.least_held import to_least_held
 from cpattn.metadata.whole import divide_whole
 
@@ -45,8 +45,16 @@ def contiguous(batch: IntArray, cp_size: int, remainder: str, shard_lens: IntArr
 
 
 def whole(batch: IntArray, cp_size: int, _: str, shard_lens: IntArray | None) -> Chunks:
-    """See :mod:`cpattn.metadata.whole`, and of sharded caches :mod:`cpattn.metadata.least_held`."""
+    """See :mod:`cpattn.metadata.whole`, and of sharded caches :mod:`cpattn.metadata.least_held`.
+
+    Where zigzag is more even in pairs, by steps of 2%, it is that.
+    """
     chunks = divide_whole(batch, cp_size)
+    off = steps_off(pairs_by_rank(chunks, batch, cp_size))
+    if off:
+        by_zigzag = joined(zigzag(batch, cp_size, REMAINDERS[0], None))
+        if steps_off(pairs_by_rank(by_zigzag, batch, cp_size)) < off:
+            chunks = by_zigzag
     return chunks if shard_lens is None else to_least_held(batch, chunks, shard_lens)
 
 
