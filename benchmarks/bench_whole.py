@@ -13,9 +13,9 @@ from timing import interleaved, percentiles, write_report
 import cpattn
 from cpattn.metadata.partition import PARTITIONS
 
-REQUESTS = 256
 SEEDS = 8
-KINDS = (
+FEW = ("decodes", "ragged, 300 to 1,500", "log-normal over prefixes")
+MANY = (
     "512 each",
     "decodes",
     "ragged, 300 to 1,500",
@@ -23,24 +23,26 @@ KINDS = (
     "log-normal, about 1k",
     "log-normal over prefixes, 4 of 32k and more, half decodes",
 )
+# How many requests, and of what kind.
+BATCHES = [(number, kind) for number in (1, 8, 16) for kind in FEW] + [(256, kind) for kind in MANY]
 
 
-def batches(kind: str) -> list[list[tuple[int, int]]]:
-    """Some batches of 256 requests each, as lists of (prefix_len, extend_len)."""
-    return [_batch(kind, np.random.default_rng(seed)) for seed in range(SEEDS)]
+def batches(requests: int, kind: str) -> list[list[tuple[int, int]]]:
+    """Some batches of so many requests, as lists of (prefix_len, extend_len)."""
+    return [_batch(requests, kind, np.random.default_rng(seed)) for seed in range(SEEDS)]
 
 
-def _batch(kind: str, rng: np.random.Generator) -> list[tuple[int, int]]:
-    prefix, extend = np.zeros(REQUESTS, dtype=int), np.full(REQUESTS, 512)
+def _batch(requests: int, kind: str, rng: np.random.Generator) -> list[tuple[int, int]]:
+    prefix, extend = np.zeros(requests, dtype=int), np.full(requests, 512)
     if kind.startswith("ragged"):
-        extend = rng.integers(300, 1500, REQUESTS)
+        extend = rng.integers(300, 1500, requests)
     if kind.startswith("log-normal"):
-        extend = np.minimum(rng.lognormal(np.log(1000), 1.0, REQUESTS), 131072).astype(int) + 1
+        extend = np.minimum(rng.lognormal(np.log(1000), 1.0, requests), 131072).astype(int) + 1
     if "32k" in kind:
         extend[:4] = rng.integers(32768, 131073, 4)
-        extend[REQUESTS // 2 :] = 1
+        extend[requests // 2 :] = 1
     if "prefixes" in kind or kind == "decodes":
-        prefix = rng.lognormal(np.log(4000), 1.0, REQUESTS).astype(int)
+        prefix = rng.lognormal(np.log(4000), 1.0, requests).astype(int)
     if kind == "decodes":
         extend[:] = 1
     return list(zip(prefix.tolist(), extend.tolist(), strict=True))
@@ -48,32 +50,28 @@ def _batch(kind: str, rng: np.random.Generator) -> list[tuple[int, int]]:
 
 def main() -> None:
     rows = []
-    for kind in KINDS:
+    for requests, kind in BATCHES:
         for cp_size in (2, 8, 64):
-            fastest: dict[str, list[float]] = {"zigzag": [], "whole": []}
-            medians: list[float] = []
+            medians: dict[str, list[float]] = {"zigzag": [], "whole": []}
             cuts, pairs = [], []
-            for batch in batches(kind):
+            for batch in batches(requests, kind):
                 lengths = np.array(batch, dtype=np.int64)
-                variants = {name: partial(PARTITIONS[name], lengths, cp_size, "balanced", None) for name in fastest}
-                times = interleaved(variants, seconds=0.3)
-                for name, taken in times.items():
-                    fastest[name].append(float(taken.min()))
-                medians.append(float(np.median(times["whole"])))
+                variants = {name: partial(PARTITIONS[name], lengths, cp_size, "balanced", None) for name in medians}
+                for name, taken in interleaved(variants, seconds=0.3).items():
+                    medians[name].append(float(np.median(taken)))
                 plan = cpattn.plan(batch, cp_size, partition="whole")
                 cuts.append(int((np.bincount(plan.chunk_table.request) > 1).sum()))
                 pairs.append(plan.pair_imbalance)
-            in_ms = [percentiles(np.array(of_batches), 1e-3) for of_batches in (*fastest.values(), medians)]
-            rows.append([kind, str(cp_size), *in_ms, f"{np.median(cuts):g}", f"{np.median(pairs):.4f}"])
+            in_ms = [percentiles(np.array(of_batches), 1e-3) for of_batches in medians.values()]
+            rows.append([str(requests), kind, str(cp_size), *in_ms, f"{np.median(cuts):g}", f"{np.median(pairs):.4f}"])
     write_report(
         "whole_cpu",
         "Working out a layout that leaves requests whole",
-        ["256 requests", "cp_size", "zigzag, ms", "whole, ms", "whole in the median, ms", "cut by whole", "pairs, max / mean"],
+        ["requests", "kind", "cp_size", "zigzag, ms", "whole, ms", "cut by whole", "pairs, max / mean"],
         rows,
-        f"From the batch as an array to the chunks of all ranks. Times are medians of {SEEDS} batches, with their 20th to 80th "
-        "percentile. Of each batch it is the fastest run, as the machine was shared; the third time is of each batch the "
-        "median run. The last two columns are medians as well: requests cut, those larger than a rank's share counted; and the pairs "
-        "of the busiest rank, over the mean.",
+        f"From the batch as an array to the chunks of all ranks. Of each of {SEEDS} batches the median run counts; the table has "
+        "the median of those, with their 20th to 80th percentile. The last two columns are medians as well: requests cut, those "
+        "larger than a rank's share counted; and the pairs of the busiest rank, over the mean.",
     )
 
 
