@@ -11,10 +11,11 @@ Those with few cuts come first:
    ones: :mod:`cpattn.metadata.two_ends`.
 3. As 1, with the largest of the others cut as well, and each cut one in a piece for every rank.
 4. As 2, with more requests cut: those with the most pairs for their tokens, and those with the fewest.
-5. As 2, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
-6. Where requests and ranks are few and whole tokens did not allow it, all divisions are looked at.
+5. As 3, with as many cut as in 4.
+6. As 2, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
+7. Where requests and ranks are few and whole tokens did not allow it, all divisions are looked at.
 
-Where ranks are many, 1 and 3 would take too long. Where all requests are decodes there is nothing to cut, and one division.
+Where ranks are many, 1, 3 and 5 would take too long. Where all requests are decodes there is nothing to cut, and one division.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def divisions(work: Work) -> Iterator[tuple[int, Callable[[], Made]]]:
     for further in (num_ranks // 4, most):
         if 1 < further <= most:
             yield further, partial(_shared_out, work, further)
+    if most > 1 and not are_many:
+        yield most, partial(_placed, work, most)
     yield num_prompts, partial(_all_shared_out, work)
     if len(work.tokens) <= MOST_REQUESTS and num_ranks <= MOST_BINS:
         few = FewRequests(work)

@@ -97,12 +97,14 @@ def lengths() -> st.SearchStrategy[Batch]:
 
 
 @given(lengths(), st.integers(2, 8))
+@example([(25433, 203), (68183, 751), (4710, 54), (55857, 139), (55827, 143), (13229, 464), (9458, 568), (233344, 24)], 4)
 @settings(max_examples=200, deadline=None)
 def test_pairs_are_even_with_few_cuts_wherever_a_search_of_all_divisions_finds_them_so(batch: Batch, cp_size: int) -> None:
     check_against(fewest_cuts(batch, cp_size), batch, cp_size)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]))
+@example(63, 4)
 @settings(max_examples=60, deadline=None)
 def test_pairs_are_even_with_few_cuts_wherever_a_local_search_finds_them_so(seed: int, cp_size: int) -> None:
     batch = serving_batch(seed, most_requests=40)
