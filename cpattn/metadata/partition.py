@@ -16,8 +16,8 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.chunks import Chunks, joined, pairs_by_rank, steps_off
-from cpattn.metadata.least_held import to_least_held
-from cpattn.metadata.whole import divide_whole
+from cpattn.metadata.whole.divide import divide_whole
+from cpattn.metadata.whole.sharded_caches import to_least_held
 
 Partition: TypeAlias = Callable[[IntArray, int], Chunks]
 
@@ -45,7 +45,7 @@ def contiguous(batch: IntArray, cp_size: int, remainder: str, shard_lens: IntArr
 
 
 def whole(batch: IntArray, cp_size: int, _: str, shard_lens: IntArray | None) -> Chunks:
-    """See :mod:`cpattn.metadata.whole`, and of sharded caches :mod:`cpattn.metadata.least_held`.
+    """See :mod:`cpattn.metadata.whole`, and of sharded caches :mod:`cpattn.metadata.whole.sharded_caches`.
 
     Where zigzag is more even in pairs, by steps of 2%, it is that.
     """

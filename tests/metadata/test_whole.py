@@ -15,9 +15,9 @@ from strategies import Batch, batches, named_batches, non_empty_batches
 from whole_reference import fewest_cuts, larger_than_a_share, serving_batch
 
 import cpattn
-from cpattn.metadata import division, few_requests
 from cpattn.metadata.chunks import steps_off
-from cpattn.metadata.work import Work
+from cpattn.metadata.whole import division, few_requests
+from cpattn.metadata.whole.work import Work
 
 CP_SIZES = [1, 2, 3, 5, 7, 8, 64]
 

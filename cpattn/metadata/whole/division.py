@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.work import Pieces, Work
+from cpattn.metadata.whole.work import Pieces, Work
 
 # Ranks without room that are passed over for one request: over many ranks, full ones would be looked at again and again.
 _MOST_LOOKED_AT = 64

@@ -16,7 +16,7 @@ import numpy as np
 
 from cpattn.device_tables import exclusive_cumsum
 from cpattn.metadata.chunks import Chunks
-from cpattn.metadata.work import Pieces
+from cpattn.metadata.whole.work import Pieces
 
 
 class Share(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.division import Division
+from cpattn.metadata.whole.division import Division
 
 # Pairs may be off the mean by 2%, a 50th; requests change ranks until all are within 1.5%.
 _GOAL = 66

@@ -8,7 +8,7 @@ Those with few cuts come first:
    even where no request is cut, and else the longest one that is. Before that, requests change ranks so that this will
    make pairs even as well.
 2. The others are placed whole, and each rank takes from those larger than a share what it lacks, dense tokens and sparse
-   ones: :mod:`cpattn.metadata.two_ends`.
+   ones: :mod:`cpattn.metadata.whole.share_out`.
 3. As 1, with the largest of the others cut as well, and each cut one in a piece for every rank.
 4. As 2, with more requests cut: those with the most pairs for their tokens, and those with the fewest.
 5. As 3, with as many cut as in 4.
@@ -26,11 +26,11 @@ from functools import partial
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.division import Division
-from cpattn.metadata.even_out import Filler, even_out
-from cpattn.metadata.few_requests import MOST_BINS, MOST_DIVISIONS, MOST_REQUESTS, FewRequests
-from cpattn.metadata.two_ends import share_out
-from cpattn.metadata.work import BITS, Pieces, Work
+from cpattn.metadata.whole.division import Division
+from cpattn.metadata.whole.even_out import Filler, even_out
+from cpattn.metadata.whole.few_requests import MOST_BINS, MOST_DIVISIONS, MOST_REQUESTS, FewRequests
+from cpattn.metadata.whole.share_out import share_out
+from cpattn.metadata.whole.work import BITS, Pieces, Work
 
 # Requests that are placed one by one: so many of the largest, and of the smallest. Those between are dealt in turn before.
 _LARGEST, _SMALLEST = 24, 16
@@ -43,7 +43,7 @@ _TOLERANCE = 30
 Made = tuple[IntArray, Pieces] | None
 
 
-def divisions(work: Work) -> Iterator[tuple[int, Callable[[], Made]]]:
+def candidates(work: Work) -> Iterator[tuple[int, Callable[[], Made]]]:
     """Ways to divide, each with how many cuts, of requests not larger than a share, make it needless: that many or fewer."""
     num_ranks, num_prompts = len(work.room), len(work.prompts)
     most = min(num_ranks - 1, num_prompts)

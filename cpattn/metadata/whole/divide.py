@@ -2,7 +2,7 @@
 
 In this order: tokens even to within one; query-key pairs within 2% of the mean; as few requests cut as possible. Several
 divisions are made, with more requests cut each time, until one has even pairs and few enough cuts. A request that is cut is
-cut by zigzag, whose runs at front and back are such that pairs come out even: :mod:`cpattn.metadata.zigzag_cut`.
+cut by zigzag, whose runs at front and back are such that pairs come out even: :mod:`cpattn.metadata.whole.zigzag_cut`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from cpattn.device_tables import IntArray
 from cpattn.metadata.chunks import Chunks, pairs_of
-from cpattn.metadata.divisions import divisions
-from cpattn.metadata.work import BITS, Pieces, Work
-from cpattn.metadata.zigzag_cut import Share, cut_by_zigzag, in_halves
+from cpattn.metadata.whole.candidates import candidates
+from cpattn.metadata.whole.work import BITS, Pieces, Work
+from cpattn.metadata.whole.zigzag_cut import Share, cut_by_zigzag, in_halves
 
 # More pieces than this are first cut into runs of equal lengths, which is quick, and left so where pairs are off by less
 # than such a part.
@@ -58,7 +58,7 @@ class _Tried(NamedTuple):
 def _best(work: Work) -> _Tried:
     """The best of several divisions, of which each is only made where those before are not good enough."""
     best: _Tried | None = None
-    for needless_at, make in divisions(work):
+    for needless_at, make in candidates(work):
         if best is not None and not best.uneven and best.cuts <= needless_at:
             break
         made = make()

@@ -11,8 +11,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.division import Division
-from cpattn.metadata.work import BITS, Pieces, Work
+from cpattn.metadata.whole.division import Division
+from cpattn.metadata.whole.work import BITS, Pieces, Work
 
 # Of 8 requests over 8 ranks there are 21,147 divisions, which take about 10 ms.
 MOST_REQUESTS, MOST_BINS = 8, 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpattn.metadata.work import BITS, Pieces, Work
+from cpattn.metadata.whole.work import BITS, Pieces, Work
 
 
 def share_out(work: Work, requests: Sequence[int], room: list[int], goals: list[int], tolerance: int | None) -> Pieces | None:

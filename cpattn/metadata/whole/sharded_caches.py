@@ -9,9 +9,9 @@ import numpy as np
 
 from cpattn.device_tables import IntArray
 from cpattn.metadata.chunks import Chunks, pairs_by_rank, steps_off
-from cpattn.metadata.division import Division
-from cpattn.metadata.even_out import Filler, even_out
-from cpattn.metadata.work import BITS, Work
+from cpattn.metadata.whole.division import Division
+from cpattn.metadata.whole.even_out import Filler, even_out
+from cpattn.metadata.whole.work import BITS, Work
 
 
 def to_least_held(batch: IntArray, chunks: Chunks, shard_lens: IntArray) -> Chunks:
