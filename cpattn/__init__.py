@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
     from cpattn.call.prepared import PreparedCall
+    from cpattn.costs.estimate import Estimate, Estimates, estimate
+    from cpattn.costs.machine import MACHINES, KernelCosts, LinkCosts, Machine
     from cpattn.errors import (
         BackendError,
         BatchError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
     from cpattn.options import AttentionOptions
     from cpattn.pool.kv_pool import KVPool
+    from cpattn.problem import Problem
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
     from cpattn.spans import Spans
     from cpattn.transports.groups import check, release, transport
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "MACHINES",
     "STRATEGIES",
     "AttentionOptions",
     "Backend",
@@ -66,11 +70,16 @@ __all__ = [
     "Chunks",
     "Communicator",
     "DisagreementError",
+    "Estimate",
+    "Estimates",
     "GroupError",
     "HeadCountError",
     "KVPool",
+    "KernelCosts",
     "Keys",
+    "LinkCosts",
     "LoopbackGroup",
+    "Machine",
     "OptionError",
     "PackedKV",
     "PageTableError",
@@ -80,6 +89,7 @@ __all__ = [
     "PoolFullError",
     "PrefixError",
     "PreparedCall",
+    "Problem",
     "ProcessGroupCommunicator",
     "RaggedRows",
     "RankError",
@@ -96,6 +106,7 @@ __all__ = [
     "check",
     "cp_attention",
     "custom_backend",
+    "estimate",
     "explain",
     "gather_kv",
     "plan",
@@ -117,6 +128,8 @@ _NAMES = {
     "attention.ragged_rows": "RaggedRows",
     "attention.registry": "BACKENDS",
     "call.prepared": "PreparedCall",
+    "costs.estimate": "Estimate Estimates estimate",
+    "costs.machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.registry": "STRATEGIES",
@@ -129,6 +142,7 @@ _NAMES = {
     "metadata.cp_metadata": "CPMetadata",
     "metadata.plan": "Chunk Plan build_metadata plan required_rows",
     "options": "AttentionOptions",
+    "problem": "Problem",
     "serving": "attend gather_kv slot_mapping write_kv",
     "spans": "Spans",
     "transports.groups": "check release transport",

@@ -27,6 +27,10 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
     "A backend of one's own": ("cpattn", ["Backend", "Spans", "Keys", "AttentionOptions"]),
     "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "check", "Communicator", "ProcessGroupCommunicator"]),
+    "What calls cost": (
+        "cpattn",
+        ["estimate", "Estimates", "Estimate", "Problem", "MACHINES", "Machine", "LinkCosts", "KernelCosts"],
+    ),
     "Errors": (
         "cpattn",
         [

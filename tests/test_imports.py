@@ -23,6 +23,7 @@ LAYERS = (
     {"__init__"},
     {"api", "serving", "pool"},
     {"call"},
+    {"costs"},
     {"exchange"},
     {"transports"},
     {"attention"},

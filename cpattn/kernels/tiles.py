@@ -98,17 +98,35 @@ class Launch:
         self.limits.copy_(tables["limits"])
 
 
+class TilesOfSpans(NamedTuple):
+    """The tiles of spans, in their order.
+
+    Columns, int64 ``[n]`` each:
+        span: the tile's span.
+        first, tokens: its first query within the span, and how many it has.
+        blocks: the key blocks that it visits.
+    """
+
+    span: IntArray
+    first: IntArray
+    tokens: IntArray
+    blocks: IntArray
+
+    @classmethod
+    def of(cls, host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> TilesOfSpans:
+        tiles_of_span = -(-host.q_len // tokens_per_tile)
+        span = np.repeat(np.arange(len(host.q_len)), tiles_of_span)
+        first = (np.arange(len(span)) - np.repeat(exclusive_cumsum(tiles_of_span), tiles_of_span)) * tokens_per_tile
+        tokens = np.minimum(tokens_per_tile, host.q_len[span] - first)
+        sees = host.diagonal[span] + first
+        end = np.clip(sees + tokens - 1, 0, host.k_len[span])
+        begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
+        return cls(span, first, tokens, np.maximum(0, -(-(end - begin) // block_n)))
+
+
 def cut(host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
     """Returns the tiles and how many key blocks each visits."""
-    tiles_of_span = -(-host.q_len // tokens_per_tile)
-    span = np.repeat(np.arange(len(host.q_len)), tiles_of_span)
-    first = (np.arange(len(span)) - np.repeat(exclusive_cumsum(tiles_of_span), tiles_of_span)) * tokens_per_tile
-    q_count = np.minimum(tokens_per_tile, host.q_len[span] - first)
-    k_len = host.k_len[span]
-    sees = host.diagonal[span] + first
-    end = np.clip(sees + q_count - 1, 0, k_len)
-    begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
-    blocks = np.maximum(0, -(-(end - begin) // block_n))
+    span, first, q_count, blocks = TilesOfSpans.of(host, tokens_per_tile, block_n, window)
     # Tiles of one span and length class stay side by side and share its keys in the cache.
     length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     order = np.lexsort((-blocks, span, -length_class))
@@ -120,13 +138,20 @@ def cut(host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None)
         q_begin=(host.q_start[span] + first)[order],
         q_count=q_count[order],
         k_start=host.k_start[span][order],
-        k_len=k_len[order],
-        sees=sees[order],
+        k_len=host.k_len[span][order],
+        sees=(host.diagonal[span] + first)[order],
         request=host.request[span][order],
         run_begin=run_begin.repeat(run_tiles),
         run_tiles=run_tiles.repeat(run_tiles),
     )
     return tiles, blocks[order]
+
+
+def block_costs(rows: IntArray, shape: TileShape) -> IntArray:
+    """What a key block costs tiles that have so many rows, in rows."""
+    if shape.specialized:
+        return -(-rows // WARPGROUP_ROWS) * WARPGROUP_ROWS + _SPECIALIZED_BLOCK_OVERHEAD
+    return np.full_like(rows, shape.block_m + _BLOCK_OVERHEAD)
 
 
 def choose(
@@ -144,11 +169,7 @@ def choose(
             if shape.block_m < pack:
                 continue
             tiles, blocks = cut(host, shape.block_m // pack, shape.block_n, window)
-            rows = np.full_like(blocks, shape.block_m + _BLOCK_OVERHEAD)
-            if shape.specialized:
-                warpgroups = -(-tiles.q_count * pack // WARPGROUP_ROWS)
-                rows = warpgroups * WARPGROUP_ROWS + _SPECIALIZED_BLOCK_OVERHEAD
-            cost = (blocks + _TILE_OVERHEAD) * rows
+            cost = (blocks + _TILE_OVERHEAD) * block_costs(tiles.q_count * pack, shape)
             load = cost.sum() * (num_heads // pack) / num_processors
             time = float(max(load, cost.max(initial=0)))
             if best is None or time < best[0] * (1 - _MARGIN):

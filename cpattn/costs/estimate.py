@@ -1,0 +1,228 @@
+"""What each way of making a call would cost on a machine: ``cpattn.estimate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+from cpattn.attention.backend import Backend
+from cpattn.attention.registry import BACKENDS
+from cpattn.byte_sizes import in_words
+from cpattn.costs.launches import Launches
+from cpattn.costs.machine import KernelCosts, Machine, find_machine
+from cpattn.costs.steps import STEPS, Choice
+from cpattn.errors import HeadCountError, OptionError, UnsupportedError, shown
+from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.schedule import alignments, bytes_sent
+from cpattn.exchange.strategy import Strategy
+from cpattn.metadata.draw import text_table
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+
+TRANSPORTS = ("peer_memory", "collectives")
+# Groups of KV heads that an all-gather may be split into, where they divide the heads.
+_OVERLAPS = (1, 2, 4, 8)
+_WIDEST = 256
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way of making a call, and what it costs the slowest rank. Times are in seconds.
+
+    Attributes:
+        strategy, transport, overlap, backend: the way.
+        compute: attention launches.
+        moves: copies within a GPU: packing, putting in order, merging.
+        transfer: messages; exposed: what of them is not hidden by attention.
+        host: of the host, for an eager call.
+        bytes_sent: by the rank that sends the most.
+        launches: kernels on the device.
+    """
+
+    strategy: str
+    transport: str
+    overlap: int
+    backend: str
+    compute: float
+    moves: float
+    transfer: float
+    exposed: float
+    host: float
+    bytes_sent: int
+    launches: int
+
+    @property
+    def graph(self) -> float:
+        """Seconds of a call in a CUDA graph."""
+        return self.compute + self.moves + self.exposed
+
+    @property
+    def eager(self) -> float:
+        """Seconds of a call among others that are made one after another: the device's or the host's, whichever is longer."""
+        return max(self.graph, self.host)
+
+
+class Estimates(Sequence[Estimate]):
+    """Estimates of all ways, the fastest as a CUDA graph first; equal ones by name. It prints as a table.
+
+    Attributes:
+        machine: its name.
+        passed_over: why other ways cannot serve the call, by strategy and by backend.
+    """
+
+    def __init__(self, estimates: Sequence[Estimate], machine: str, passed_over: dict[str, str]) -> None:
+        self._estimates = sorted(estimates, key=_order)
+        self.machine = machine
+        self.passed_over = passed_over
+
+    @overload
+    def __getitem__(self, index: int) -> Estimate: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Estimate]: ...
+    def __getitem__(self, index: int | slice) -> Estimate | list[Estimate]:
+        return self._estimates[index]
+
+    def __len__(self) -> int:
+        return len(self._estimates)
+
+    def __iter__(self) -> Iterator[Estimate]:
+        return iter(self._estimates)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"on {self.machine}; times in us", text_table(*as_table(self), left=(0, 1, 3))])
+
+
+def as_table(estimates: Sequence[Estimate]) -> tuple[list[str], list[list[str]]]:
+    """A header and lines of text; times are in us."""
+    header = ["strategy", "transport", "overlap", "backend", "graph", "eager", "compute", "moves", "exposed", "transfer", "host"]
+    lines = []
+    for one in estimates:
+        seconds = one.graph, one.eager, one.compute, one.moves, one.exposed, one.transfer, one.host
+        times = [f"{value * 1e6:,.1f}" for value in seconds]
+        lines.append([one.strategy, one.transport, str(one.overlap), one.backend, *times, in_words(one.bytes_sent), str(one.launches)])
+    return [*header, "sent", "launches"], lines
+
+
+def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimates:
+    """What each way of making a call would cost on a kind of machine, the fastest first. Pure, and the same on every rank.
+
+    >>> import cpattn, torch
+    >>> plan = cpattn.plan([(0, 32768)], cp_size=2)
+    >>> problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128)
+    >>> best = cpattn.estimate(plan, problem, "h200-nvlink")[0]
+    >>> best.strategy, best.transport, 5e-3 < best.graph < 9e-3
+    ('all_gather', 'peer_memory', True)
+
+    It knows the library's own strategies, over collectives and the memory of peers; an all-gather in one or more groups of heads; and
+    the backends that the machine has constants for, whatever is installed here. Nothing is computed, and no GPU is needed.
+
+    Args:
+        plan: of the batch.
+        problem: what the call asks for, in bf16 or fp16; its ``rows`` are those of the plan. ``device`` and ``overlap`` are ignored.
+        machine: a :class:`Machine`, or the name of one of :data:`cpattn.MACHINES`.
+
+    Returns:
+        :class:`Estimates`, a sequence of :class:`Estimate`.
+
+    Raises:
+        UnknownNameError: there is no machine of that name.
+        OptionError: plan, problem or machine are something else, or the problem is of another plan.
+        HeadCountError: query heads are no multiple of key/value heads.
+        UnsupportedError: nothing that the model knows can serve the call.
+    """
+    machine = find_machine(machine)
+    _check(plan, problem)
+    refused: dict[str, str] = {}
+    attention = Launches(plan, problem, machine)
+    found: list[Estimate] = []
+    for name, strategy in STRATEGIES.items():
+        reason = strategy.why_not(problem, plan) or _why_unknown(strategy, problem)
+        if reason:
+            refused[name] = reason
+            continue
+        for kernel in machine.kernels:
+            reason = _why_not(kernel, problem, plan, strategy)
+            if reason:
+                refused[f"{name}, {kernel.backend}"] = reason
+            else:
+                found += _of_backend(plan, problem, machine, strategy, kernel, attention)
+    if not found:
+        raise UnsupportedError(
+            f"nothing that is known of {machine.name!r} can serve this call: " + "; ".join(f"{way}: {why}" for way, why in refused.items())
+        )
+    return Estimates(found, machine.name, refused)
+
+
+def _of_backend(
+    plan: Layout, problem: Problem, machine: Machine, strategy: Strategy, kernel: KernelCosts, attention: Launches
+) -> Iterator[Estimate]:
+    """Over all transports and overlaps."""
+    overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 else (1,)
+    for overlap in overlaps:
+        if problem.kv_heads % overlap:
+            continue
+        split = replace(problem, overlap=overlap)
+        schedule = strategy.schedule(split, plan)
+        for transport in TRANSPORTS:
+            link = machine.link(transport, plan.cp_size)
+            if link is None:
+                continue
+            choice = Choice(plan, split, machine, schedule, transport, link, BACKENDS[kernel.backend], kernel, attention)
+            tally = STEPS[strategy.name](choice)
+            yield Estimate(
+                strategy.name,
+                transport,
+                overlap,
+                kernel.backend,
+                tally.compute,
+                tally.moves,
+                tally.transfer,
+                tally.exposed,
+                machine.host_call + tally.host,
+                int(bytes_sent(schedule).max(initial=0)),
+                tally.launches,
+            )
+
+
+def _order(one: Estimate) -> tuple[int, str, str, int, str]:
+    """To a nanosecond, so that what differs in the last bit only is equal."""
+    return round(one.graph * 1e9), one.strategy, one.backend, one.overlap, one.transport
+
+
+def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
+    if problem.window is not None and strategy.name != "all_gather":
+        return "with a window its hops are not estimated"
+    return None
+
+
+def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Strategy) -> str | None:
+    """Of the rules of a backend those that hold on any machine: what is installed here does not count."""
+    if problem.dtype.itemsize != 2:
+        return f"its constants are for bf16 and fp16, not {problem.dtype}"
+    if max(problem.head_dim, problem.v_head_dim) > _WIDEST:
+        return f"its constants are for head dims up to {_WIDEST}"
+    anywhere: Backend = replace(
+        BACKENDS[kernel.backend],
+        device_types=None,
+        unavailable=lambda: None,
+        refuses=lambda problem: None,
+        reads_pages=lambda problem: True,
+    )
+    return anywhere.why_not(problem, alignments(strategy.schedule(problem, plan)))
+
+
+def _check(plan: Any, problem: Any) -> None:
+    if not isinstance(plan, Layout):
+        raise OptionError(f"plan is a {type(plan).__name__}; pass what cpattn.plan(batch, cp_size) returns")
+    if not isinstance(problem, Problem):
+        raise OptionError(f"problem is a {type(problem).__name__}; pass a cpattn.Problem(device, dtype, plan.rows, ...)")
+    if problem.rows != plan.rows:
+        raise OptionError(f"problem.rows={shown(problem.rows)}, but the plan's ranks have {plan.rows}; pass rows=plan.rows")
+    for name in ("q_heads", "kv_heads", "head_dim", "v_head_dim"):
+        if getattr(problem, name) < 1:
+            raise OptionError(f"problem.{name}={shown(getattr(problem, name))}; it must be at least 1")
+    if problem.q_heads % problem.kv_heads:
+        raise HeadCountError(
+            f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
+        )

@@ -1,0 +1,78 @@
+"""The spans of a schedule's hop, of all ranks at once: who attends to how many keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.device_tables import IntArray
+from cpattn.exchange.schedule import Hop
+from cpattn.metadata.layout import Layout
+
+# Of the hops of a long ring so many are looked at, evenly spread: they are much alike.
+_MOST_OFFSETS = 8
+
+
+class RankSpans(NamedTuple):
+    """Flat int64 arrays ``[n]``, a span each, of all ranks.
+
+    Attributes:
+        rank: that attends.
+        q_len, k_len, diagonal: see :class:`cpattn.spans.Spans`.
+    """
+
+    rank: IntArray
+    q_len: IntArray
+    k_len: IntArray
+    diagonal: IntArray
+
+
+def spans_of(plan: Layout, hop: Hop) -> Iterator[tuple[RankSpans, int]]:
+    """The spans of a hop, in parts, and for how many such parts each stands."""
+    request, start, length, rank = plan.chunk_table
+    if hop.keys == "prefix":
+        prefix = np.zeros_like(length) if plan.sharded else plan.prefix_lens[request]
+        yield RankSpans(rank, length, prefix, prefix), 1
+    elif hop.keys == "all":
+        k_len = plan.prefix_lens[request] + start + length
+        yield RankSpans(rank, length, k_len, k_len - length + 1), 1
+    elif isinstance(hop.queries, int):
+        yield _over_shards(plan, hop.queries, hop.keys), 1
+    else:
+        for offset, count in sample(1, plan.cp_size):
+            yield _over_shards(plan, hop.keys + offset, hop.keys), count
+
+
+def sample(start: int, stop: int) -> list[tuple[int, int]]:
+    """Numbers from ``start`` to ``stop - 1``, all or some that are evenly spread, and for how many of them each stands.
+
+    >>> sample(1, 4)
+    [(1, 1), (2, 1), (3, 1)]
+    >>> sample(0, 64)[:3]
+    [(4, 8), (12, 8), (20, 8)]
+    """
+    count = stop - start
+    parts = min(count, _MOST_OFFSETS)
+    bounds = [start + count * part // parts for part in range(parts + 1)] if parts else []
+    return [((low + high) // 2, high - low) for low, high in pairwise(bounds)]
+
+
+def _over_shards(plan: Layout, queries: int, keys: int) -> RankSpans:
+    """On rank r the queries of rank ``r - queries`` over the shard of rank ``r - keys``."""
+    request, _, length, source = plan.chunk_table
+    size, count = plan.cp_size, len(request)
+    rank = (source + queries) % size
+    owner = (rank - keys) % size
+    # The owner's tokens in chunks before this one, of the same request: chunks are by request, then by position.
+    entry = np.arange(count)
+    share = (request * size + source) * count + entry
+    order = share.argsort()
+    ends = np.append(0, length[order].cumsum())
+    first = (request * size + owner) * count
+    before = ends[share[order].searchsorted(first + entry)] - ends[share[order].searchsorted(first)]
+    before = before + plan.shard_lens[request, owner]
+    own = owner == source
+    return RankSpans(rank, length, before + np.where(own, length, 0), np.where(own, before + 1, before))

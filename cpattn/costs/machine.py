@@ -1,0 +1,232 @@
+"""What a kind of machine can do, in a few constants, each with its source.
+
+All are for bf16 or fp16. ``tests/costs/test_measured.py`` recomputes measured tables with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cpattn.errors import OptionError, UnknownNameError, shown
+
+US = 1e-6
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class LinkCosts:
+    """What carries messages between ranks. Sizes are in bytes, times in seconds.
+
+    >>> import cpattn
+    >>> nvlink = cpattn.MACHINES["h200-nvlink"].collectives
+    >>> 2e-4 < nvlink.gather_seconds(64 * 2**20) < 4e-4
+    True
+
+    Attributes:
+        latency: seconds of a message of no bytes, its launch included.
+        gather: bytes a second that a rank receives in an all-gather.
+        shift: bytes a second that a rank receives from one other.
+        hides: of what travels beside attention, the part that costs nothing.
+        by_kernels: whether kernels carry it, for which multiprocessors have to be free.
+        host_gather, host_shift: seconds that the host takes to start one.
+    """
+
+    latency: float
+    gather: float
+    shift: float
+    hides: float
+    by_kernels: bool
+    host_gather: float
+    host_shift: float
+
+    def gather_seconds(self, nbytes: int) -> float:
+        """Of an all-gather in which a rank receives that many bytes."""
+        return self.latency + nbytes / self.gather if nbytes else 0.0
+
+    def shift_seconds(self, nbytes: int) -> float:
+        """Of a message of that many bytes from one rank to another."""
+        return self.latency + nbytes / self.shift if nbytes else 0.0
+
+    def exposed(self, seconds: float, cover: float) -> float:
+        """Of a message of so many seconds, those that are seen beside ``cover`` seconds of attention."""
+        return seconds - self.hides * min(max(0.0, seconds - self.latency), cover)
+
+
+@dataclass(frozen=True)
+class KernelCosts:
+    """What an attention backend does on a machine. Times are in seconds.
+
+    >>> import cpattn
+    >>> [kernel.backend for kernel in cpattn.MACHINES["h100-nvlink"].kernels]
+    ['triton', 'flash_attn4', 'flash_attn3']
+
+    Attributes:
+        backend: its name.
+        flops: of tiles that are full and many, a second, while the machine goes on without a rest.
+        overhead: seconds of a launch beside its tiles: it starts, fills its pipelines, and ends.
+        tile: what a tile costs beside its key blocks, in key blocks: loading q and the first keys, writing the result.
+        paged: by how much it is slower over pages, where computing takes the time.
+        read, read_pages: bytes of K and V a second where reading them takes the time, as in decoding; from pages.
+        stays: whether its programs stay on the multiprocessors until the launch ends.
+        splits: whether the keys of a long row are shared by several programs.
+        least_rows: that its smallest query tile computes, however few queries it has.
+        host: seconds that the host takes to launch it.
+    """
+
+    backend: str
+    flops: float
+    overhead: float
+    tile: int
+    paged: float
+    read: float
+    read_pages: float
+    stays: bool
+    splits: bool
+    least_rows: int
+    host: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of machine. ``dataclasses.replace`` makes another of it.
+
+    >>> import cpattn
+    >>> h100 = cpattn.MACHINES["h100-nvlink"]
+    >>> h100.multiprocessors, h100.measured
+    (132, True)
+
+    Attributes:
+        name: by which :data:`cpattn.MACHINES` has it.
+        measured: whether its kernels and links were measured by this project; else they are from data sheets.
+        capability: compute capability, of which tile shapes follow.
+        multiprocessors: of a GPU.
+        kernels: the backends that there are constants for.
+        copy: bytes a second that are read and written within a GPU.
+        launch: seconds of a kernel of no work within a CUDA graph.
+        boost: how much faster attention is on a card that has rested, below its power limit; boost_seconds: how long it stays so.
+        host_call, host_launch: seconds that the host takes for a call, and for each kernel beside attention.
+        collectives: of ranks of one host.
+        peer_memory: the same, or None where there is no such transport.
+        across: collectives of a group of several hosts.
+        ranks_per_host: GPUs of one host.
+    """
+
+    name: str
+    measured: bool
+    capability: tuple[int, int]
+    multiprocessors: int
+    kernels: tuple[KernelCosts, ...]
+    copy: float
+    launch: float
+    boost: float
+    boost_seconds: float
+    host_call: float
+    host_launch: float
+    collectives: LinkCosts
+    peer_memory: LinkCosts | None
+    across: LinkCosts
+    ranks_per_host: int = 8
+
+    def link(self, transport: str, cp_size: int) -> LinkCosts | None:
+        """What carries the messages of a group of that many ranks; None where such a transport cannot."""
+        if transport == "collectives":
+            return self.collectives if cp_size <= self.ranks_per_host else self.across
+        return self.peer_memory if cp_size <= self.ranks_per_host else None
+
+    def rested(self) -> Machine:
+        """The same for a call after a rest, as a benchmark makes it: a card at its power limit is slower."""
+        return replace(self, kernels=tuple(replace(kernel, flops=kernel.flops * self.boost) for kernel in self.kernels), boost=1.0)
+
+
+# NCCL between two H100 and two H200: 64 MiB in 295 us, 256 MiB in 996 to 1,105 (measured). It is the same for what is sent to one rank.
+_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, hides=0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
+# A kernel that pulls 64 MiB takes 252 us, and a copy engine 195 to 222 (measured). Flags and the launches around them are in the latency.
+_NVLINK_4_PEERS = LinkCosts(22 * US, 300 * GB, 330 * GB, hides=1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US)
+# Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
+# them, which is more than NVLink carries above, and a message from one rank to the next one.
+_INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, hides=0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
+
+# Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention alone
+# in layer_gpu.csv. Over pages: backends_gpu_fa3.csv and backends_gpu_fa4.csv, of which flash_attn4 takes three times as long to decode over
+# pages of 64. Reading: 256 x (8k + 1) in attention_gpu.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in
+# prepared_calls_gpu.md.
+_H100_KERNELS = (
+    KernelCosts("triton", 670e12, 6 * US, 3, 1.0, 3.05e12, 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US),
+    KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.08, 3.05e12, 1.0e12, stays=False, splits=False, least_rows=128, host=280 * US),
+    KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, 3.05e12, 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),
+)
+H100 = Machine(
+    "h100-nvlink",
+    measured=True,
+    capability=(9, 0),
+    multiprocessors=132,
+    kernels=_H100_KERNELS,
+    # Of 3.35 TB/s (data sheet) the part that H200 reaches of its own.
+    copy=2.9e12,
+    # layer_gpu.csv, 1k: three kernels beside attention take 5.6 us.
+    launch=2 * US,
+    # attention_gpu.csv, 1 x 128k: after a rest and sustained. How long: transports_2_gpus.csv, where 2 ms of work were done at the higher
+    # rate, and most of 8 ms were not.
+    boost=1.09,
+    boost_seconds=2.5e-3,
+    host_call=60 * US,
+    host_launch=18 * US,
+    collectives=_NVLINK_4,
+    peer_memory=_NVLINK_4_PEERS,
+    across=_INFINIBAND,
+)
+# transports_2_gpus.csv without a rest, layer_gpu.csv after one, where both are as fast; a copy within the device reads and writes 4.27 TB/s
+# (measured).
+H200 = replace(
+    H100,
+    name="h200-nvlink",
+    kernels=tuple(
+        replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=4.25e12, read_pages=kernel.read_pages * 4.25 / 3.05)
+        for kernel in _H100_KERNELS
+    ),
+    copy=4.27e12,
+    boost=1.18,
+)
+# Stated: H100 of as many hosts, one adapter of 400 Gb/s each. What a GPU does by itself was measured.
+H100_INFINIBAND = replace(
+    H100,
+    name="h100-infiniband",
+    measured=False,
+    across=replace(_INFINIBAND, gather=45 * GB),
+    peer_memory=None,
+    ranks_per_host=1,
+)
+# Stated: A100 80GB SXM (data sheet: 108 multiprocessors, 2,039 GB/s of memory, NVLink 3 with 300 GB/s each way), with the parts of those
+# rates that H100 reaches. FlashAttention 2: up to 230 TFLOP/s (Dao, arXiv:2307.08691), of which 200 are taken; torch has the same kernel.
+_A100_KERNELS = tuple(
+    KernelCosts(name, 200e12, 6 * US, 3, 1.0, 1.8e12, 1.8e12, stays=False, splits=False, least_rows=128, host=host)
+    for name, host in (("flash_attn2", 60 * US), ("torch_flash", 60 * US))
+)
+A100 = replace(
+    H100,
+    name="a100-nvlink",
+    measured=False,
+    capability=(8, 0),
+    multiprocessors=108,
+    kernels=_A100_KERNELS,
+    copy=1.75e12,
+    boost=1.0,
+    collectives=replace(_NVLINK_4, gather=170 * GB, shift=170 * GB),
+    peer_memory=replace(_NVLINK_4_PEERS, gather=200 * GB, shift=220 * GB),
+    # Eight adapters of 200 Gb/s (data sheet of DGX A100).
+    across=replace(_INFINIBAND, gather=160 * GB, shift=22 * GB),
+)
+MACHINES: dict[str, Machine] = {machine.name: machine for machine in (H100, H200, H100_INFINIBAND, A100)}
+"""The kinds of machines that :func:`cpattn.estimate` knows by name."""
+
+
+def find_machine(given: Any) -> Machine:
+    """The machine of that name, or a caller's own as it is. Raises UnknownNameError or OptionError."""
+    if isinstance(given, Machine):
+        return given
+    if not isinstance(given, str):
+        raise OptionError(f"machine={shown(given)}; pass a cpattn.Machine, or the name of one: {', '.join(map(repr, MACHINES))}")
+    if given not in MACHINES:
+        raise UnknownNameError(f"machine={given!r} is unknown; choose one of {', '.join(map(repr, MACHINES))}, or pass a cpattn.Machine")
+    return MACHINES[given]

@@ -1,0 +1,243 @@
+"""What one call of a strategy does, step by step, in seconds: it attends, moves rows within a GPU, and sends.
+
+Each function follows the ``forward`` of its strategy, and takes from the strategy's schedule who attends to what, and how many bytes
+travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cpattn.attention.backend import Backend
+from cpattn.costs.hop_spans import sample
+from cpattn.costs.launches import Launches
+from cpattn.costs.machine import KernelCosts, LinkCosts, Machine
+from cpattn.exchange.schedule import Hop, Schedule, num_results
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+
+
+class Choice(NamedTuple):
+    """What is estimated.
+
+    Attributes:
+        link: what carries the messages; transport: its name.
+        kernel: the backend's constants; attention: how long its launches take.
+    """
+
+    plan: Layout
+    problem: Problem
+    machine: Machine
+    schedule: Schedule
+    transport: str
+    link: LinkCosts
+    backend: Backend
+    kernel: KernelCosts
+    attention: Launches
+
+
+@dataclass
+class Tally:
+    """What steps add up to, in seconds; and the launches."""
+
+    choice: Choice
+    compute: float = 0.0
+    moves: float = 0.0
+    transfer: float = 0.0
+    exposed: float = 0.0
+    host: float = 0.0
+    launches: int = 0
+
+    def move(self, nbytes: int, launches: int = 1) -> None:
+        """Kernels that read and write so many bytes, both counted."""
+        machine = self.choice.machine
+        self.moves += launches * machine.launch + nbytes / machine.copy
+        self.host += launches * machine.host_launch
+        self.launches += launches
+
+    def attend(self, *hops: Hop, groups: int = 1) -> list[float]:
+        """The launches of hops between which ranks do not wait for each other, over one of so many groups of heads. Returns the
+        seconds of each on the slowest rank."""
+        choice = self.choice
+        seconds = [choice.attention.seconds(hop, choice.kernel, groups) for hop in hops]
+        self.compute += float(np.sum(seconds, axis=0).max(initial=0))
+        self.host += choice.kernel.host * len(hops)
+        self.launches += len(hops)
+        return [float(launch.max(initial=0)) for launch in seconds]
+
+    def send(self, seconds: float, cover: float, host: float) -> None:
+        """A message beside so many seconds of other work."""
+        if seconds:
+            self.transfer += seconds
+            self.exposed += self.choice.link.exposed(seconds, cover)
+            self.host += host
+            self.launches += 1
+
+    def cover(self, launches: Sequence[float]) -> float:
+        """Seconds of attention beside which a message travels that sets out before these launches. One that kernels carry finds no
+        multiprocessor free before the first of them ends, if its programs stay until then."""
+        waits = self.choice.link.by_kernels and self.choice.kernel.stays
+        return sum(launches[1:] if waits else launches)
+
+    def add(self, other: Tally, count: int) -> None:
+        """Adds what was tallied elsewhere, so many times."""
+        for name in ("compute", "moves", "transfer", "exposed", "host", "launches"):
+            setattr(self, name, getattr(self, name) + count * getattr(other, name))
+
+
+def all_gather(choice: Choice) -> Tally:
+    """Pack, gather, put in order, attend: for each group of heads, of which all set out at once."""
+    plan, problem, _, schedule, transport, link, *_ = choice
+    tally, groups = Tally(choice), problem.overlap
+    (hop,) = schedule
+    sent = int(hop.sent.max(initial=0)) // groups
+    own, new, old = (rows * problem.key_bytes // groups for rows in (problem.rows, plan.num_tokens, plan.num_prefix_tokens))
+    for group in range(groups):
+        if problem.cache == "packed" and old:
+            tally.move(2 * old)
+        if sent:
+            tally.move(2 * own)
+        if transport == "peer_memory" and sent:
+            # What arrives goes straight to its place, and so do a rank's own rows.
+            tally.move(2 * own, launches=2)
+        elif sent or problem.cache is not None:
+            tally.move(2 * new)
+        (seconds,) = tally.attend(hop, groups=groups)
+        if group == 0:
+            tally.send(link.gather_seconds(sent), 0.0, link.host_gather)
+        else:
+            # It follows the one before, and is hidden as far as the attention to that one goes; nobody waits for it to begin.
+            tally.send(link.gather_seconds(sent), seconds, link.host_gather)
+            tally.exposed -= min(link.latency, seconds) if sent else 0.0
+        if groups > 1:
+            # Into some heads of the result: a copy with strides, at half the speed.
+            tally.move(4 * _outputs(choice) * problem.dtype.itemsize // groups)
+    return tally
+
+
+def ring(choice: Choice) -> Tally:
+    """Keys go around: each message travels beside the attention to the one before it, the first also beside prefixes."""
+    plan, problem, _, schedule, _, link, *_ = choice
+    first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
+    tally, message = Tally(choice), int(hops[0].sent.max(initial=0))
+    if plan.sharded and problem.cache == "paged":
+        tally.move(2 * plan.largest_shard * problem.key_bytes)
+    elif message:
+        tally.move(2 * message)
+    before = [seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0)]
+    _write_passing(tally)
+    for number, count in sample(1, plan.cp_size):
+        one = Tally(choice)
+        launches = _attend_and_merge(one, [hops[number]], merges=True)
+        one.send(link.shift_seconds(message), tally.cover(before if number == 1 else launches), link.host_shift)
+        _write_passing(one)
+        tally.add(one, count)
+    return _finished(tally)
+
+
+def pass_q(choice: Choice) -> Tally:
+    """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
+    plan, problem, _, schedule, _, link, *_ = choice
+    tally = Tally(choice)
+    _write_own(tally)
+    # Who has few queries of its own goes on to those of others.
+    launches = _attend_and_merge(tally, schedule, merges=False)
+    if plan.cp_size > 1 and problem.rows:
+        *own, others = schedule
+        results = problem.rows * problem.result_bytes
+        if len(own) > 1:
+            _merge(tally)
+        tally.move(2 * problem.rows * problem.query_bytes)
+        tally.send(link.gather_seconds(int(own[-1].sent.max())), tally.cover(launches[:-1]), link.host_gather)
+        _put(tally, plan.cp_size * results)
+        tally.send(link.gather_seconds(int(others.sent.max())), 0.0, link.host_shift)
+        tally.move((plan.cp_size + 2) * results)
+    return _finished(tally)
+
+
+def pass_q_ring(choice: Choice) -> Tally:
+    """Queries go around as keys do in a ring, and the results of each hop go back beside the next one."""
+    plan, problem, _, schedule, _, link, *_ = choice
+    first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
+    tally = Tally(choice)
+    _write_own(tally)
+    queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    if plan.cp_size > 1:
+        tally.move(2 * queries)
+    before = [seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0)]
+    for number, count in sample(1, plan.cp_size):
+        one = Tally(choice)
+        launches = _attend_and_merge(one, [hops[number]], merges=False)
+        one.send(link.shift_seconds(queries), tally.cover(before if number == 1 else launches), link.host_shift)
+        _put(one, results)
+        one.send(link.shift_seconds(results), 0.0 if number + 1 == plan.cp_size else tally.cover(launches), link.host_shift)
+        one.move(3 * results)
+        tally.add(one, count)
+    return _finished(tally)
+
+
+STEPS: dict[str, Callable[[Choice], Tally]] = {
+    "all_gather": all_gather,
+    "ring": ring,
+    "pass_q": pass_q,
+    "pass_q_ring": pass_q_ring,
+}
+
+
+def _outputs(choice: Choice) -> int:
+    return choice.problem.rows * choice.problem.q_heads * choice.problem.v_head_dim
+
+
+def _attend_and_merge(tally: Tally, hops: Sequence[Hop], *, merges: bool) -> list[float]:
+    """Launches of hops; with ``merges`` into what there was before. Returns the seconds of each."""
+    choice = tally.choice
+    launches = tally.attend(*hops)
+    if num_results(choice.schedule) > 1 and not choice.backend.propagates_nan:
+        # Finding NaN in a column of each result: three small kernels, which overlap.
+        tally.move(0, launches=len(hops))
+    if merges:
+        _merge(tally)
+    elif num_results(choice.schedule) > 1 and not choice.backend.fp32_out:
+        tally.move((choice.problem.dtype.itemsize + choice.problem.merge_dtype.itemsize) * _outputs(choice))
+    return launches
+
+
+def _merge(tally: Tally) -> None:
+    """One result more. A kernel that merges it itself hides most of the reading and writing behind its other tiles."""
+    choice = tally.choice
+    merged = 2 * choice.problem.merge_dtype.itemsize * _outputs(choice)
+    if choice.backend.accumulate is None:
+        tally.move(choice.problem.dtype.itemsize * _outputs(choice) + merged)
+    else:
+        tally.move(merged // 4, launches=0)
+
+
+def _put(tally: Tally, nbytes: int) -> None:
+    """Results and their LSE into a message, whose rows are not aligned: at half the speed."""
+    tally.move(4 * nbytes, launches=2)
+
+
+def _finished(tally: Tally) -> Tally:
+    """What was merged, in the dtype of q."""
+    problem = tally.choice.problem
+    if num_results(tally.choice.schedule) > 1:
+        tally.move((problem.dtype.itemsize + problem.merge_dtype.itemsize) * _outputs(tally.choice))
+    return tally
+
+
+def _write_passing(tally: Tally) -> None:
+    """One rank's new keys go into pages that every rank has whole."""
+    plan, problem = tally.choice.plan, tally.choice.problem
+    if problem.cache == "paged" and not plan.sharded:
+        tally.move(2 * problem.rows * problem.key_bytes)
+
+
+def _write_own(tally: Tally) -> None:
+    """A rank's new keys go into its own pages."""
+    problem = tally.choice.problem
+    if problem.cache == "paged":
+        tally.move(2 * problem.rows * problem.key_bytes)

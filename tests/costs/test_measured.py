@@ -1,0 +1,273 @@
+"""The estimates beside what was measured: every line of the tables in benchmarks/results that the model covers.
+
+Of 300 us and more, which is what 8k new tokens take, an estimate of a CUDA graph is within 10%. Shorter ones are within some us. Lines
+that are further off stand in ``FURTHER_OFF``, with the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import cpattn
+from cpattn.costs.launches import Launches
+from cpattn.costs.machine import H100, H200, LinkCosts
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+# From here on estimates are held to 10%.
+LONG_US = 300
+# Below, so many us. A ring of FlashAttention kernels over few tokens, and decoding a few long contexts with them, have launches of a
+# few us, which overlap more than the model has it.
+SHORT_US = 32
+SHORT_FLASH_US = 80
+# Of layers that bench_transports.py captures in a graph.
+LAYERS = 4
+# Estimate over measured, at the least and at the most, where it is not within 10%.
+FURTHER_OFF = {
+    # Tiles that are a quarter full, for which this kernel chooses badly.
+    ("backends_gpu_fa4", "64 x 512", "flash_attn4"): (0.75, 0.9),
+    # It reads pages of 64 tokens at a third of the rate, for which the constant is; pages of 16 at all of it.
+    ("backends_gpu_fa4", "256 x (8k + 1), pages of 16", "flash_attn4"): (2.5, 3.5),
+    # Few long rows of such pages are read slower still.
+    ("backends_gpu_fa4", "4 x (32k + 1), pages of 64", "flash_attn4"): (0.7, 0.9),
+    ("backends_gpu_merging", "4 x (32k + 1), pages of 64, pass_q of 4", "flash_attn4"): (0.7, 0.9),
+    ("backends_gpu_merging", "1 x (128k + 1), pages of 64, pass_q of 4", "flash_attn4"): (0.8, 0.95),
+    ("backends_gpu_merging", "32 x (8k + 1), pages of 64, pass_q of 4", "flash_attn4"): (0.8, 0.95),
+    # 11 and 13% too low.
+    ("backends_gpu_merging", "64 x 512, ring of 4", "flash_attn3"): (0.85, 0.95),
+    ("backends_gpu_merging", "8 x (8k + 1k), pages of 64, pass_q of 4", "flash_attn3"): (0.85, 0.95),
+    # The graph takes longer than the eager call there, which the model cannot know.
+    ("serving_gpu", "mixed: 128 x (8k + 1), 30k + 1,920", "sharded ring"): (0.7, 0.9),
+}
+
+
+class Way(NamedTuple):
+    """A batch, and how it is served."""
+
+    batch: str
+    cp_size: int
+    strategy: str
+    transport: str
+    backend: str
+    sharded: bool = False
+    page_size: int | None = None
+    overlap: int = 1
+
+
+class Line(NamedTuple):
+    """A way, the microseconds that were measured, and by which words a table knows it."""
+
+    key: tuple[str, str, str]
+    way: Way
+    measured: float
+    estimated: float
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def tokens(text: str) -> int:
+    return int(number(text.removesuffix("k")) * (1024 if text.endswith("k") else 1))
+
+
+@cache
+def batch_of(text: str) -> tuple[tuple[int, int], ...]:
+    """
+    >>> batch_of("2 x (8k + 1), 30k + 1,920")
+    ((8192, 1), (8192, 1), (30720, 1920))
+    """
+    requests: list[tuple[int, int]] = []
+    for part in re.sub(r"(\d),(\d{3})", r"\1\2", text).split(", "):
+        found = re.fullmatch(r"(?:(\d+) x )?\(?(?:(\w+) \+ )?(\w+)\)?", part)
+        assert found, text
+        requests += [(tokens(found[2] or "0"), tokens(found[3]))] * int(found[1] or 1)
+    return tuple(requests)
+
+
+@cache
+def estimates_of(
+    batch: str, cp_size: int, sharded: bool, page_size: int | None, machine: cpattn.Machine
+) -> dict[tuple[str, str, str, int], cpattn.Estimate]:
+    requests = batch_of(batch)
+    shards = [[prefix // cp_size + (rank < prefix % cp_size) for rank in range(cp_size)] for prefix, _ in requests]
+    plan = cpattn.plan(requests, cp_size, prefix_shards=shards if sharded else None)
+    found = cpattn.estimate(plan, problem_of(plan, page_size), machine)
+    return {(one.strategy, one.transport, one.backend, one.overlap): one for one in found}
+
+
+def problem_of(plan: cpattn.Plan, page_size: int | None) -> cpattn.Problem:
+    cache: Any = "paged" if page_size else "packed" if plan.num_prefix_tokens else None
+    return cpattn.Problem(
+        torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, head_dim=128, v_head_dim=128, cache=cache, page_size=page_size
+    )
+
+
+def estimate(way: Way, machine: cpattn.Machine) -> cpattn.Estimate:
+    transport = way.transport
+    if transport == "no transfer":
+        machine, transport = with_local_copies(machine), "collectives"
+    found = estimates_of(way.batch, way.cp_size, way.sharded, way.page_size, machine)
+    return found[way.strategy, transport, way.backend, way.overlap]
+
+
+def graph_us(way: Way, machine: cpattn.Machine) -> float:
+    return estimate(way, machine).graph * 1e6
+
+
+def with_local_copies(machine: cpattn.Machine) -> cpattn.Machine:
+    """What others would send is a copy within the GPU."""
+    link = LinkCosts(machine.launch, machine.copy / 2, machine.copy / 2, hides=0.0, by_kernels=True, host_gather=15e-6, host_shift=15e-6)
+    return replace(machine, collectives=link, across=link)
+
+
+def transports_ways() -> Iterator[tuple[Way, dict[str, str]]]:
+    for row in table("transports_2_gpus"):
+        batch, _, strategy = row["batch"].partition(", ")
+        strategy = strategy or "all_gather"
+        sharded = strategy == "pass_q"
+        yield Way(batch, 2, strategy, row["transport"], row["backend"], sharded, 64 if sharded else None), row
+
+
+def transports_lines() -> Iterator[Line]:
+    """Layers one after another, after a short rest, of which a card has some ms at its highest clock."""
+    for way, row in transports_ways():
+        rested, sustained = (LAYERS * graph_us(way, machine) for machine in (H200.rested(), H200))
+        part = min(1.0, H200.boost_seconds * 1e6 / rested)
+        estimated = (part * rested + (1 - part) * sustained) / LAYERS
+        yield Line(("transports_2_gpus", row["batch"], row["backend"]), way, number(row["graph, p50, us"]), estimated)
+
+
+def layer_lines() -> Iterator[Line]:
+    for row in table("layer_gpu"):
+        way = Way(
+            f"{row['prefix'].replace(',', '')} + {row['new tokens'].replace(',', '')}",
+            int(row["cp"]),
+            row["strategy"],
+            "no transfer",
+            row["backend"],
+        )
+        measured = number(row["layer as a graph, us"])
+        yield Line(("layer_gpu", way.batch, row["backend"]), way, measured, graph_us(way, H200.rested()))
+
+
+def serving_lines() -> Iterator[Line]:
+    for row in table("serving_gpu"):
+        batch, sharded = row["batch"].partition(": ")[2], row["cache"] == "sharded"
+        alone = row["strategy"] == "one rank"
+        way = Way(batch, 1 if alone else 4, "all_gather" if alone else row["strategy"], "no transfer", "triton", sharded, 64)
+        key = "serving_gpu", row["batch"], f"{row['cache']} {row['strategy']}"
+        yield Line(key, way, number(row["p50, ms"]) * 1e3, graph_us(way, H200.rested()))
+
+
+def backends_lines(name: str) -> Iterator[Line]:
+    """But for sinks, which the model does not count, launches alone, and ragged contexts, whose lengths the table does not have."""
+    for row in table(name):
+        if re.search(r"sinks|0\.2k", row["batch"]) or "launch" in row["backend"]:
+            continue
+        batch, *words = re.split(r", (?=pages|ring|pass_q)", row["batch"])
+        page_size = next((int(word.split()[-1]) for word in words if word.startswith("pages")), None)
+        strategy, _, cp_size = next((word for word in words if word.startswith(("ring", "pass_q"))), "all_gather of 1").partition(" of ")
+        sharded = strategy == "pass_q"
+        way = Way(batch, int(cp_size), strategy, "no transfer", row["backend"], sharded, page_size)
+        yield Line((name, row["batch"], row["backend"]), way, number(row["graph p50, us"]), graph_us(way, H100.rested()))
+
+
+def nccl_lines() -> Iterator[Line]:
+    text = (RESULTS / "nccl_two_h100.md").read_text().partition("The same as CUDA graphs")[2].partition("Decoding")[0]
+    batches, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|"))
+    for variant, *cells in rows:
+        strategy, _, overlap = variant.partition(", overlap ")
+        for batch, cell in zip(batches[1:], cells, strict=True):
+            transport = "no transfer" if strategy == "no transfer" else "collectives"
+            way = Way(batch, 2, "ring" if strategy == "ring" else "all_gather", transport, "flash_attn4", overlap=int(overlap or 1))
+            yield Line(("nccl_two_h100", batch, variant), way, number(cell) * 1e3, graph_us(way, H100.rested()))
+
+
+TABLES = {
+    "transports_2_gpus": transports_lines,
+    "layer_gpu": layer_lines,
+    "serving_gpu": serving_lines,
+    "nccl_two_h100": nccl_lines,
+} | {name: partial(backends_lines, name) for name in ("backends_gpu_fa3", "backends_gpu_fa4", "backends_gpu_merging")}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_estimates_of_graphs_are_near_what_was_measured(name: str) -> None:
+    lines = list(TABLES[name]())
+    assert len(lines) >= 12
+    wrong = [f"{line.key} {line.way.strategy}: {line.measured:.1f} measured, {line.estimated:.1f}" for line in lines if not is_near(line)]
+    assert not wrong, "\n".join(wrong)
+
+
+def is_near(line: Line) -> bool:
+    ratio, difference = line.estimated / line.measured, abs(line.estimated - line.measured)
+    if line.key in FURTHER_OFF:
+        low, high = FURTHER_OFF[line.key]
+        return low <= ratio <= high
+    if line.measured >= LONG_US:
+        return 0.9 <= ratio <= 1.1
+    short_flash = line.way.strategy != "all_gather" and line.way.backend != "triton"
+    return difference <= (SHORT_FLASH_US if short_flash else SHORT_US)
+
+
+def test_launches_alone_after_a_rest_and_without() -> None:
+    for row in table("attention_gpu"):
+        batch, _, cp_size = row["batch"].partition(", cp ")
+        backend = row["backend"].split()[0].rstrip(",")
+        if "one launch" not in row["backend"] or "ragged" in batch or backend == "torch_flash":
+            continue
+        plan = cpattn.plan(batch_of(batch), int(cp_size))
+        rank, problem = plan.cp_size // 2, problem_of(plan, None)
+        flops = 4 * 32 * 128 * plan.rank_pairs[rank]
+        sustained = {H100: flops / number(row["sustained TFLOP/s"]) * 1e-12} if plan.num_tokens > len(plan.batch) else {}
+        for machine, measured in ({H100.rested(): number(row["p50, ms"]) * 1e-3} | sustained).items():
+            kernel = next(kernel for kernel in machine.kernels if kernel.backend == backend)
+            (hop,) = cpattn.STRATEGIES["all_gather"].schedule(problem, plan)
+            estimated = float(Launches(plan, problem, machine).seconds(hop, kernel)[rank])
+            near = 0.1 if measured * 1e6 >= LONG_US else 0.15
+            assert abs(estimated / measured - 1) <= near, (row, estimated)
+
+
+def test_no_line_is_excused_that_is_not_there() -> None:
+    assert {line.key for lines in TABLES.values() for line in lines()} >= set(FURTHER_OFF)
+
+
+def test_eager_calls_and_the_hosts_time() -> None:
+    """The host's time depends on what else its processes do: the same call took 124 and 156 us in two runs."""
+    for way, row in transports_ways():
+        one = estimate(way, H200)
+        assert 0.5 <= one.host * 1e6 / number(row["host, us"]) <= 2, (way, one)
+        if number(row["graph, p50, us"]) >= LONG_US:
+            assert 0.75 <= one.eager * 1e6 / number(row["eager, p50, us"]) <= 1.25, (way, one)
+
+
+def test_what_is_estimated_to_be_fastest_was_fast() -> None:
+    """Of all ways that were measured as graphs, over each batch: within 2% of the fastest."""
+    measured: dict[str, dict[Way, float]] = {}
+    for way, row in transports_ways():
+        if way.transport != "no transfer":
+            measured.setdefault(way.batch, {})[way] = number(row["graph, p50, us"])
+    for ways in measured.values():
+        chosen = min(ways, key=lambda way: graph_us(way, H200))
+        assert ways[chosen] <= 1.02 * min(ways.values()), chosen
+
+
+def test_an_all_gather_in_groups_is_never_estimated_to_pay_where_it_did_not() -> None:
+    """In nccl_two_h100.md every split made every batch slower."""
+    for line in nccl_lines():
+        if line.way.overlap > 1:
+            assert line.estimated > graph_us(line.way._replace(overlap=1), H100.rested()), line
