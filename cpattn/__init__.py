@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cpattn.attention.registry import BACKENDS
     from cpattn.call.prepared import PreparedCall
     from cpattn.costs.estimate import Estimate, Estimates, estimate
+    from cpattn.costs.links import measure_links
     from cpattn.costs.machine import MACHINES, KernelCosts, LinkCosts, Machine
     from cpattn.errors import (
         BackendError,
@@ -109,6 +110,7 @@ __all__ = [
     "estimate",
     "explain",
     "gather_kv",
+    "measure_links",
     "plan",
     "prepare",
     "release",
@@ -129,6 +131,7 @@ _NAMES = {
     "attention.registry": "BACKENDS",
     "call.prepared": "PreparedCall",
     "costs.estimate": "Estimate Estimates estimate",
+    "costs.links": "measure_links",
     "costs.machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",

@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "check", "Communicator", "ProcessGroupCommunicator"]),
     "What calls cost": (
         "cpattn",
-        ["estimate", "Estimates", "Estimate", "Problem", "MACHINES", "Machine", "LinkCosts", "KernelCosts"],
+        ["estimate", "Estimates", "Estimate", "Problem", "MACHINES", "Machine", "LinkCosts", "KernelCosts", "measure_links"],
     ),
     "Errors": (
         "cpattn",

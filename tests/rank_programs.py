@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpattn
+from cpattn.transports.groups import Kind
 
 
 def attend(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -208,6 +209,10 @@ def disagree_on_gpu() -> str:
     except cpattn.DisagreementError as error:
         return str(error)
     return "nothing"
+
+
+def measured_links(device: str = "cpu", kind: Kind = "collectives") -> cpattn.Machine:
+    return cpattn.measure_links(cpattn.transport(kind=kind), device=device)
 
 
 def rank_of_this_process() -> int:

@@ -89,7 +89,7 @@ class KernelCosts:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of machine. ``dataclasses.replace`` makes another of it.
+    """A kind of machine. ``dataclasses.replace`` makes another of it, :func:`cpattn.measure_links` one with links as measured.
 
     >>> import cpattn
     >>> h100 = cpattn.MACHINES["h100-nvlink"]

@@ -68,6 +68,12 @@ def test_the_peers_that_benchmarks_write_anew_are_exact(ranks: ProcessRanks, pee
     assert relative_rmse(out, expected) <= single_device_bound(out.dtype, lse)
 
 
+def test_measured_links_are_the_same_on_all_ranks(ranks: ProcessRanks) -> None:
+    first, *others = ranks.run(programs.measured_links)
+    assert all(machine == first for machine in others)
+    assert first.collectives.gather > 0
+
+
 def test_group_from_a_device_mesh_axis(ranks: ProcessRanks) -> None:
     case = AttentionCase(MIXED)
     plan = cpattn.plan(case.batch, ranks.size)

@@ -1,0 +1,72 @@
+"""cpattn.measure_links over loopback: all ranks get the same machine, whatever each of them has timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cpattn
+from cpattn import Transport
+from cpattn.costs import links
+from cpattn.testing import run_loopback
+
+H100 = cpattn.MACHINES["h100-nvlink"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_get_the_same_machine(size: int) -> None:
+    first, *others = run_loopback(lambda group: cpattn.measure_links(group, device="cpu"), size)
+    assert all(other == first for other in others)
+    assert first.name == "h100-nvlink, links measured"
+    assert first.collectives == first.across != H100.collectives
+    assert min(first.collectives.gather, first.collectives.shift, first.collectives.host_gather, first.collectives.host_shift) > 0
+    assert first.collectives.latency >= 0
+    # What is not measured stays.
+    assert (first.kernels, first.peer_memory, first.collectives.hides) == (H100.kernels, H100.peer_memory, H100.collectives.hides)
+
+
+def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link of 1 us and 2 GB/s, on one rank of 3 us and 1 GB/s: the line through its times."""
+
+    def timed(found: Transport, device: torch.device, make: Any, nbytes: int) -> links._Times:
+        received = make(nbytes).nbytes
+        latency, rate = (3e-6, 1e9) if found.rank == 1 else (1e-6, 2e9)
+        return links._Times(latency + received / rate, 5e-6 * (1 + found.rank))
+
+    monkeypatch.setattr(links, "_timed", timed)
+    for machine in run_loopback(lambda group: cpattn.measure_links(group, H100, device="cpu"), 3):
+        link = machine.collectives
+        assert link.gather == pytest.approx(1e9)
+        assert link.shift == pytest.approx(1e9)
+        assert link.latency == pytest.approx(3e-6)
+        assert link.host_gather == link.host_shift == 5e-6 * 3
+
+
+def test_noise_gives_no_rate_below_nothing() -> None:
+    assert links._line([10, 20, 40], [1.0, 4.0, 3.0]) == (40 / 3, 0.25)
+    assert links._line([10, 20, 40], [1.0, 2.0, 4.0]) == (10.0, 0.0)
+
+
+def test_estimates_go_by_what_was_measured() -> None:
+    (machine, _) = run_loopback(lambda group: cpattn.measure_links(group, device="cpu"), 2)
+    plan = cpattn.plan([(0, 4096)], 2)
+    problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, 128, 128)
+    found = next(one for one in cpattn.estimate(plan, problem, machine) if one.transport == "collectives" and one.strategy == "all_gather")
+    assert found.transfer == pytest.approx(machine.collectives.gather_seconds(found.bytes_sent))
+
+
+def test_one_rank_has_no_links() -> None:
+    assert cpattn.measure_links(cpattn.LoopbackGroup(1).transport(0), "h200-nvlink", device="cpu") is cpattn.MACHINES["h200-nvlink"]
+
+
+def test_what_is_refused_before_anything_is_sent() -> None:
+    group = cpattn.LoopbackGroup(2).transport(0)
+    with pytest.raises(cpattn.UnknownNameError, match="machine='h300' is unknown"):
+        cpattn.measure_links(group, "h300", device="cpu")
+    with pytest.raises(cpattn.CPError, match="device='abacus' cannot be used on this machine"):
+        cpattn.measure_links(group, device="abacus")
+    with pytest.raises(cpattn.GroupError, match="there is no process group"):
+        cpattn.measure_links(device="cpu")
+    assert group.bytes_sent == 0

@@ -1,0 +1,33 @@
+"""cpattn.measure_links between GPUs, over both transports."""
+
+from __future__ import annotations
+
+import pytest
+import rank_programs as programs
+import torch
+
+import cpattn
+from cpattn.testing import ProcessRanks
+from cpattn.transports.groups import Kind
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="each rank needs a GPU of its own")
+
+
+def test_links_between_gpus() -> None:
+    h100, measured = cpattn.MACHINES["h100-nvlink"], {}
+    kinds: tuple[Kind, ...] = ("collectives", "peer_memory")
+    with ProcessRanks(2, timeout=120, transport="nccl") as ranks:
+        for kind in kinds:
+            first, second = ranks.run(programs.measured_links, "cuda", kind)
+            assert first == second
+            measured[kind] = first
+    for kind, machine in measured.items():
+        link = machine.link(kind, 2)
+        assert link is not None
+        print(kind, link)
+        # Of PCIe to more than NVLink 4 has.
+        assert 5e9 < link.gather < 1e12
+        assert 5e9 < link.shift < 1e12
+        assert 0 <= link.latency < 1e-3
+    assert measured["collectives"].peer_memory == h100.peer_memory
+    assert measured["peer_memory"].collectives == h100.collectives
