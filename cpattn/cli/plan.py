@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import cpattn
+from cpattn.cli import estimates
 from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title, say
+from cpattn.cli.estimates import estimates_of, print_estimates
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
 from cpattn.cli.traffic import Shape, in_words, strategy_bytes
+from cpattn.costs.machine import MACHINES
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
 from cpattn.metadata.partition import PARTITIONS, remainders_of
@@ -28,6 +31,7 @@ examples:
   cpattn plan --batch 131072
   cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 4 --compare
+  cpattn plan --batch 0+131072 --cp 8 --machine h100-nvlink
   cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png
   cpattn plan --batch "0+3670" --cp 8 --json | jq .pair_imbalance
 """
@@ -47,6 +51,9 @@ def add_command(commands: Any) -> None:
     add_shape_options(sizes, heads=32, head_dim=128)
     output = parser.add_argument_group("output")
     output.add_argument("--compare", action="store_true", help="compare all partitions and remainders, side by side")
+    output.add_argument(
+        "--machine", choices=list(MACHINES), help="estimate what a call costs on such a machine: strategy, transport, overlap and backend"
+    )
     output.add_argument("--json", action="store_true", help="print JSON instead of tables")
     output.add_argument("--draw", type=Path, metavar="FILE", help="also draw the plan to a .png, .svg or .pdf (needs cpattn[viz])")
     parser.set_defaults(run=run)
@@ -66,11 +73,15 @@ def run(options: argparse.Namespace) -> int:
             for remainder in remainders_of(partition)
         ]
         if options.json:
-            print(json.dumps({"plans": [as_json(other, shape) for other in plans]}, indent=2))
+            print(json.dumps({"plans": [as_json(other, shape, options.machine) for other in plans]}, indent=2))
         else:
-            _print_comparison(plans, shape)
+            _print_comparison(plans, shape, options.machine)
     elif options.json:
-        print(json.dumps(as_json(plan, shape), indent=2))
+        print(json.dumps(as_json(plan, shape, options.machine), indent=2))
+    elif options.machine is not None:
+        found = estimates_of(plan, shape, options.machine)
+        say(describe_plan(plan))
+        print_estimates(found, shape)
     else:
         _print_plan(plan, shape)
     if options.draw is not None and not options.json:
@@ -78,8 +89,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
-    """The plan as JSON's own types. Tokens and pairs are counts, sizes are bytes."""
+def as_json(plan: Plan, shape: Shape, machine: str | None = None) -> dict[str, Any]:
+    """The plan as JSON's own types. Tokens and pairs are counts, sizes are bytes. With a machine also what a call would cost."""
+    costs = {} if machine is None else {"machine": machine, "estimates": estimates.as_json(estimates_of(plan, shape, machine))}
     return {
         "cpattn": cpattn.__version__,
         "batch": [request._asdict() for request in plan.batch],
@@ -100,6 +112,7 @@ def as_json(plan: Plan, shape: Shape) -> dict[str, Any]:
         "chunks": [chunk._asdict() for chunk in plan.chunks],
         "attention": shape._asdict(),
         "strategies": {name: {"bytes_sent_per_rank": sent} for name, sent in strategy_bytes(plan, shape).items()},
+        **costs,
     }
 
 
@@ -142,21 +155,25 @@ def print_layout(plan: Plan) -> None:
     print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_text_color(rank) for rank in range(plan.cp_size)})
 
 
-def _print_comparison(plans: list[Plan], shape: Shape) -> None:
+def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> None:
     """Metrics down, plans across."""
     first = plans[0]
     say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
-    names += [f"{name}: sent" for name in strategy_bytes(first, shape)] + [f"pairs of rank {rank}" for rank in range(first.cp_size)]
+    names += [f"{name}: sent" for name in strategy_bytes(first, shape)]
+    names += [] if machine is None else [f"us on {machine}"]
+    names += [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)
     print_title("query-key pairs, and what each rank sends")
-    cells = [_comparison_column(plan, shape, best) for plan in plans]
+    cells = [_comparison_column(plan, shape, best, machine) for plan in plans]
     print_table(["partition", *(str(plan.partition) for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
     print()
     say(f"bytes are those of one attention call, {shape}")
+    if machine is not None:
+        say("us: of the way that is estimated to be the fastest, as a CUDA graph")
 
 
-def _comparison_column(plan: Plan, shape: Shape, best: float) -> list[Cell]:
+def _comparison_column(plan: Plan, shape: Shape, best: float, machine: str | None) -> list[Cell]:
     imbalance = f"{plan.pair_imbalance:.4f}"
     return [
         plan.remainder if plan.cuts_alike else "none",
@@ -165,5 +182,6 @@ def _comparison_column(plan: Plan, shape: Shape, best: float) -> list[Cell]:
         f"{plan.token_imbalance:.4f}",
         Styled(imbalance, "bold green") if plan.pair_imbalance == best else imbalance,
         *(in_words(sent) for sent in strategy_bytes(plan, shape).values()),
+        *([] if machine is None else [f"{estimates_of(plan, shape, machine)[0].graph * 1e6:,.1f}"]),
         *(f"{pairs:,}" for pairs in plan.rank_pairs),
     ]

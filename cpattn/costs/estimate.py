@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
+import torch
+
 from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
@@ -129,7 +131,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
         UnknownNameError: there is no machine of that name.
         OptionError: plan, problem or machine are something else, or the problem is of another plan.
         HeadCountError: query heads are no multiple of key/value heads.
-        UnsupportedError: nothing that the model knows can serve the call.
+        UnsupportedError: another dtype, head dims above 256, or nothing that the model knows can serve the call.
     """
     machine = find_machine(machine)
     _check(plan, problem)
@@ -198,10 +200,6 @@ def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
 
 def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Strategy) -> str | None:
     """Of the rules of a backend those that hold on any machine: what is installed here does not count."""
-    if problem.dtype.itemsize != 2:
-        return f"its constants are for bf16 and fp16, not {problem.dtype}"
-    if max(problem.head_dim, problem.v_head_dim) > _WIDEST:
-        return f"its constants are for head dims up to {_WIDEST}"
     anywhere: Backend = replace(
         BACKENDS[kernel.backend],
         device_types=None,
@@ -226,3 +224,8 @@ def _check(plan: Any, problem: Any) -> None:
         raise HeadCountError(
             f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
         )
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        raise UnsupportedError(f"problem.dtype={problem.dtype}; estimates are for torch.bfloat16 and torch.float16")
+    for name in ("head_dim", "v_head_dim"):
+        if getattr(problem, name) > _WIDEST:
+            raise UnsupportedError(f"problem.{name}={shown(getattr(problem, name))}; estimates are for head dims up to {_WIDEST}")

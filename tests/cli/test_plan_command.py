@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,33 @@ def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_estimates_are_those_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = cpattn.plan(BATCH, 3, pad_to=4)
+    problem = cpattn.Problem(torch.device("cpu"), torch.float16, plan.rows, 8, 2, 64, 64, cache="packed")
+    best, *others = cpattn.estimate(plan, problem, "h200-nvlink")
+    options = ["--batch", TEXT, "--cp", "3", "--pad-to", "4", "--heads", "8/2", "--head-dim", "64", "--dtype", "float16"]
+    printed = output(capsys, *options, "--machine", "h200-nvlink")
+    assert "what one attention call would cost on h200-nvlink (measured), in us, the fastest first" in printed
+    first = next(line for line in printed.splitlines() if line.startswith(best.strategy))
+    assert first.split()[:5] == [best.strategy, best.transport, str(best.overlap), best.backend, f"{best.graph * 1e6:.1f}"]
+    assert max(map(len, printed.splitlines())) <= 100
+    in_json = json.loads(output(capsys, *options, "--machine", "h200-nvlink", "--json"))
+    assert in_json["machine"] == "h200-nvlink"
+    assert in_json["estimates"][0] == asdict(best) | {"graph": best.graph, "eager": best.eager}
+    assert len(in_json["estimates"]) == 1 + len(others)
+    compared = output(capsys, *options, "--machine", "h200-nvlink", "--compare")
+    (line,) = (line for line in compared.splitlines() if line.startswith("us on h200-nvlink"))
+    assert line.split()[3] == f"{best.graph * 1e6:,.1f}"
+    assert "machine" not in json.loads(output(capsys, *options, "--json"))
+
+
+def test_estimates_say_where_constants_are_from_and_what_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = output(capsys, "--batch", "8k", "--cp", "16", "--machine", "a100-nvlink")
+    assert "on a100-nvlink (from data sheets)" in printed
+    assert "flash_attn2" in printed
+    assert "peer_memory" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +151,7 @@ def test_draw(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--batch", "0+1", "--cp", "2", "--pad-to", "9" * 4000], "9...; the limit is 2147483647"),
         (["--batch", "0+1", "--cp", "2", "--head-dim", "9" * 4000], "9...: it can be 1,048,576 at most"),
         (["--batch", "0+1", "--cp", "2", "--heads", "9" * 4000], "9...: it can be 1,048,576 at most"),
+        (["--batch", "0+1", "--cp", "2", "--machine", "h100-nvlink", "--dtype", "float32"], "estimates are for torch.bfloat16 and"),
         (["--batch", "0+1", "--cp", "2", "--draw", "plan.bmp"], "cannot draw to plan.bmp: a picture's name ends in .png, .svg or .pdf"),
         (["--batch", "0+1", "--cp", "2", "--draw", "/no/such/folder/plan.png"], "cannot write /no/such/folder/plan.png"),
     ],

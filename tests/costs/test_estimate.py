@@ -144,14 +144,23 @@ def test_a_thousand_ranks_take_seconds() -> None:
         ({"rows": 3}, "h100-nvlink", cpattn.OptionError, r"problem.rows=3, but the plan's ranks have 50; pass rows=plan.rows"),
         ({"kv_heads": 0}, "h100-nvlink", cpattn.OptionError, "problem.kv_heads=0; it must be at least 1"),
         ({"kv_heads": 5}, "h100-nvlink", cpattn.HeadCountError, "q_heads=32 is no multiple of kv_heads=5"),
-        ({"dtype": torch.float32}, "h100-nvlink", cpattn.UnsupportedError, "nothing .* can serve this call: .*for bf16"),
-        ({"head_dim": 576, "v_head_dim": 512}, "h100-nvlink", cpattn.UnsupportedError, "its constants are for head dims up to 256"),
+        ({"dtype": torch.float32}, "h100-nvlink", cpattn.UnsupportedError, "dtype=torch.float32; estimates are for torch.b"),
+        ({"head_dim": 576, "v_head_dim": 512}, "h100-nvlink", cpattn.UnsupportedError, "head_dim=576; estimates are for"),
     ],
 )  # fmt: skip
 def test_refusals(changes: dict[str, Any], machine: Any, error: type[Exception], message: str) -> None:
     plan = cpattn.plan([(0, 100)], 2)
     with pytest.raises(error, match=message):
         cpattn.estimate(plan, replace(problem_of(plan), **changes), machine)
+
+
+def test_nothing_known_can_serve() -> None:
+    plan = cpattn.plan([(9, 7)], 2, prefix_shards=[[4, 5]])
+    h100 = cpattn.MACHINES["h100-nvlink"]
+    with pytest.raises(
+        cpattn.UnsupportedError, match="nothing that is known of 'h100-nvlink' can serve this call: all_gather: it would bring"
+    ):
+        cpattn.estimate(plan, problem_of(plan, cache="packed", window=3), h100)
 
 
 def test_what_is_no_plan_or_problem() -> None:

@@ -267,7 +267,9 @@ def test_what_is_estimated_to_be_fastest_was_fast() -> None:
 
 
 def test_an_all_gather_in_groups_is_never_estimated_to_pay_where_it_did_not() -> None:
-    """In nccl_two_h100.md every split made every batch slower."""
-    for line in nccl_lines():
-        if line.way.overlap > 1:
-            assert line.estimated > graph_us(line.way._replace(overlap=1), H100.rested()), line
+    """In nccl_two_h100.md every split made every batch slower, as a graph and eagerly, from 1k tokens to 128k."""
+    for machine in (H100, H100.rested()):
+        for batch in ("1 x 128k", "1 x 32k", "8 x 8k", "8 x (8k + 2k)", "1 x 8k", "1 x 2k", "1 x (8k + 1k)", "1 x (120k + 2k)"):
+            way = Way(batch, 2, "all_gather", "collectives", "flash_attn4")
+            whole, *parts = (estimate(way._replace(overlap=overlap), machine) for overlap in (1, 2, 4, 8))
+            assert all(whole.graph < part.graph and whole.eager < part.eager for part in parts), batch
