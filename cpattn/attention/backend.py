@@ -67,6 +67,8 @@ class Backend:
             changes acc and lse in place, both fp32.
         unavailable: a reason why it cannot be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call cannot be served, or None.
+        refuses_head_dims: a reason that these head dims cannot be served, or None: of ``(head_dim, v_head_dim, major)``, where
+            major is that of a GPU's compute capability. It tells of GPUs that are not here; ``refuses`` says the same of one that is.
         describe: what the installed package is and lacks, in a line for ``cpattn env``, or None; asked for when needed.
         callers: whether what it returns is checked in every call, and compared with the reference by ``check=True``. Leave it
             alone: it is set for whatever is not one of :data:`cpattn.BACKENDS`.
@@ -92,6 +94,7 @@ class Backend:
     accumulate: AccumulateFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Problem], str | None] = lambda problem: None
+    refuses_head_dims: Callable[[int, int, int], str | None] = lambda head_dim, v_head_dim, major: None
     describe: Callable[[], str | None] = lambda: None
     callers: bool = False
     how: Callable[[Problem], str | None] = lambda problem: None

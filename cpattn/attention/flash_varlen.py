@@ -108,6 +108,7 @@ def flash_backend(
         propagates_nan=False,
         unavailable=unavailable,
         refuses=refuses,
+        refuses_head_dims=refuses_head_dims,
         describe=describe,
     )
 

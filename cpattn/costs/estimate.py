@@ -144,7 +144,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
             refused[name] = reason
             continue
         for kernel in machine.kernels:
-            reason = _why_not(kernel, problem, plan, strategy)
+            reason = _why_not(kernel, problem, plan, strategy, machine.capability[0])
             if reason:
                 refused[f"{name}, {kernel.backend}"] = reason
             else:
@@ -198,16 +198,18 @@ def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
     return None
 
 
-def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Strategy) -> str | None:
+def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Strategy, major: int) -> str | None:
     """Of the rules of a backend those that hold on any machine: what is installed here does not count."""
     anywhere: Backend = replace(
         BACKENDS[kernel.backend],
         device_types=None,
         unavailable=lambda: None,
         refuses=lambda problem: None,
-        reads_pages=lambda problem: True,
+        reads_pages=lambda problem: kernel.reads_pages(problem.page_size),
     )
-    return anywhere.why_not(problem, alignments(strategy.schedule(problem, plan)))
+    return anywhere.refuses_head_dims(problem.head_dim, problem.v_head_dim, major) or anywhere.why_not(
+        problem, alignments(strategy.schedule(problem, plan))
+    )
 
 
 def _check(plan: Any, problem: Any) -> None:

@@ -34,17 +34,18 @@ class Launches:
         self._of = plan, problem, machine
         self._made: dict[tuple[Any, ...], FloatArray] = {}
 
-    def seconds(self, hop: Hop, kernel: KernelCosts, groups: int = 1) -> FloatArray:
-        """``[cp_size]`` of a hop's launch on each rank, over one of so many groups of heads; 0 where there is nothing to see."""
-        key = hop.queries, hop.keys, groups
+    def seconds(self, hop: Hop, kernel: KernelCosts, groups: int = 1, over_pages: bool = False) -> FloatArray:
+        """``[cp_size]`` of a hop's launch on each rank, over one of so many groups of heads; 0 where there is nothing to see.
+        ``over_pages`` if its keys lie in pages, for kernels that read them as they are."""
+        key = hop.queries, hop.keys, groups, over_pages
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = launch_seconds(*self._of, hop, groups)
+            made = self._made[key] = launch_seconds(*self._of, hop, groups, over_pages)
         seconds: FloatArray = made[self._of[2].kernels.index(kernel)]
         return seconds
 
 
-def launch_seconds(plan: Layout, problem: Problem, machine: Machine, hop: Hop, groups: int = 1) -> FloatArray:
+def launch_seconds(plan: Layout, problem: Problem, machine: Machine, hop: Hop, groups: int, over_pages: bool) -> FloatArray:
     """``[kernels, cp_size]`` seconds of a hop's launch by each kernel of the machine, as :meth:`Launches.seconds` has them.
 
     The multiprocessors share the tiles of a launch, and it is not over before its longest tile. A span takes the time of its tiles, or
@@ -63,12 +64,11 @@ def launch_seconds(plan: Layout, problem: Problem, machine: Machine, hop: Hop, g
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, problem.window)
             rank = spans.rank[tiles.span]
             for number, kernel in enumerate(kernels):
-                reading = key_bytes / (kernel.read if problem.page_size is None else kernel.read_pages)
                 costs = _tile_costs(tiles, shape, pack, kernel)
                 # Sums of integers are exact, so the same on every rank.
                 shares = np.bincount(tiles.span, costs, minlength=num_spans) * (heads // pack) / machine.multiprocessors
-                unit = _unit(problem, machine, kernel)
-                load[number, form] += count * np.bincount(spans.rank, np.maximum(shares * unit, reading), minlength=size)
+                unit = _unit(problem, machine, kernel) * (kernel.paged if over_pages and kernel.reads_pages(problem.page_size) else 1.0)
+                load[number, form] += count * np.bincount(spans.rank, np.maximum(shares * unit, key_bytes / kernel.read), minlength=size)
                 np.maximum.at(longest[number, form], rank, costs * unit)
     splits = np.array([kernel.splits for kernel in kernels])[:, None, None]
     seconds = np.where(splits, load, np.maximum(load, longest)).min(axis=1)
@@ -98,8 +98,7 @@ def _shapes(problem: Problem, machine: Machine) -> tuple[TileShape, ...]:
 
 def _unit(problem: Problem, machine: Machine, kernel: KernelCosts) -> float:
     """Seconds that a multiprocessor takes for what :func:`cpattn.kernels.tiles.block_costs` counts: full tiles reach ``kernel.flops``."""
-    slower = 1.0 if problem.page_size is None else kernel.paged
     shape, dims = _shapes(problem, machine)[0], padded_dims(problem.head_dim, problem.v_head_dim)
     flops = 2 * (dims.d + dims.dv) * shape.block_m * shape.block_n
     cost = int(block_costs(np.array([shape.block_m]), shape)[0])
-    return slower * flops * machine.multiprocessors / (kernel.flops * cost)
+    return flops * machine.multiprocessors / (kernel.flops * cost)

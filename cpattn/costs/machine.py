@@ -66,8 +66,9 @@ class KernelCosts:
         flops: of tiles that are full and many, a second, while the machine goes on without a rest.
         overhead: seconds of a launch beside its tiles: it starts, fills its pipelines, and ends.
         tile: what a tile costs beside its key blocks, in key blocks: loading q and the first keys, writing the result.
-        paged: by how much it is slower over pages, where computing takes the time.
-        read, read_pages: bytes of K and V a second where reading them takes the time, as in decoding; from pages.
+        paged: by how much it is slower over pages that it reads as they are, where computing takes the time.
+        copies_pages: sizes of pages that it is given a packed copy of, in tokens; None for all.
+        read: bytes of K and V a second where reading them takes the time, as in decoding.
         stays: whether its programs stay on the multiprocessors until the launch ends.
         splits: whether the keys of a long row are shared by several programs.
         least_rows: that its smallest query tile computes, however few queries it has.
@@ -79,12 +80,16 @@ class KernelCosts:
     overhead: float
     tile: int
     paged: float
+    copies_pages: tuple[int, ...] | None
     read: float
-    read_pages: float
     stays: bool
     splits: bool
     least_rows: int
     host: float
+
+    def reads_pages(self, page_size: int | None) -> bool:
+        """Whether there are pages, of a size that it reads as they are."""
+        return page_size is not None and self.copies_pages is not None and page_size not in self.copies_pages
 
 
 @dataclass(frozen=True)
@@ -147,14 +152,15 @@ _NVLINK_4_PEERS = LinkCosts(22 * US, 300 * GB, 330 * GB, hides=1.0, by_kernels=F
 # them, which is more than NVLink carries above, and a message from one rank to the next one.
 _INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, hides=0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
 
-# Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention alone
-# in layer_gpu.csv. Over pages: backends_gpu_fa3.csv and backends_gpu_fa4.csv, of which flash_attn4 takes three times as long to decode over
-# pages of 64. Reading: 256 x (8k + 1) in attention_gpu.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in
-# prepared_calls_gpu.md.
+# Pages as long as its key tiles flash_attn4 would load whole, with what lies after a request's last token.
+_FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
+# Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention
+# alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv. Host: transports_2_gpus.csv, whose
+# two processes take twice what one does in prepared_calls_gpu.md.
 _H100_KERNELS = (
-    KernelCosts("triton", 670e12, 6 * US, 3, 1.0, 3.05e12, 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US),
-    KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.08, 3.05e12, 1.0e12, stays=False, splits=False, least_rows=128, host=280 * US),
-    KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, 3.05e12, 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),
+    KernelCosts("triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US),
+    KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 3.05e12, stays=False, splits=False, least_rows=128, host=280 * US),
+    KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, (), 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),
 )
 H100 = Machine(
     "h100-nvlink",
@@ -181,10 +187,7 @@ H100 = Machine(
 H200 = replace(
     H100,
     name="h200-nvlink",
-    kernels=tuple(
-        replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=4.25e12, read_pages=kernel.read_pages * 4.25 / 3.05)
-        for kernel in _H100_KERNELS
-    ),
+    kernels=tuple(replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=4.25e12) for kernel in _H100_KERNELS),
     copy=4.27e12,
     boost=1.18,
 )
@@ -200,7 +203,7 @@ H100_INFINIBAND = replace(
 # Stated: A100 80GB SXM (data sheet: 108 multiprocessors, 2,039 GB/s of memory, NVLink 3 with 300 GB/s each way), with the parts of those
 # rates that H100 reaches. FlashAttention 2: up to 230 TFLOP/s (Dao, arXiv:2307.08691), of which 200 are taken; torch has the same kernel.
 _A100_KERNELS = tuple(
-    KernelCosts(name, 200e12, 6 * US, 3, 1.0, 1.8e12, 1.8e12, stays=False, splits=False, least_rows=128, host=host)
+    KernelCosts(name, 200e12, 6 * US, 3, 1.0, None, 1.8e12, stays=False, splits=False, least_rows=128, host=host)
     for name, host in (("flash_attn2", 60 * US), ("torch_flash", 60 * US))
 )
 A100 = replace(

@@ -59,11 +59,11 @@ class Tally:
         self.host += launches * machine.host_launch
         self.launches += launches
 
-    def attend(self, *hops: Hop, groups: int = 1) -> list[float]:
-        """The launches of hops between which ranks do not wait for each other, over one of so many groups of heads. Returns the
-        seconds of each on the slowest rank."""
+    def attend(self, *hops: Hop, groups: int = 1, over_pages: bool = False) -> list[float]:
+        """The launches of hops between which ranks do not wait for each other, over one of so many groups of heads, in pages or not.
+        Returns the seconds of each on the slowest rank."""
         choice = self.choice
-        seconds = [choice.attention.seconds(hop, choice.kernel, groups) for hop in hops]
+        seconds = [choice.attention.seconds(hop, choice.kernel, groups, over_pages) for hop in hops]
         self.compute += float(np.sum(seconds, axis=0).max(initial=0))
         self.host += choice.kernel.host * len(hops)
         self.launches += len(hops)
@@ -106,7 +106,10 @@ def all_gather(choice: Choice) -> Tally:
             tally.move(2 * own, launches=2)
         elif sent or problem.cache is not None:
             tally.move(2 * new)
-        (seconds,) = tally.attend(hop, groups=groups)
+        over_pages = problem.cache == "paged"
+        if over_pages:
+            _copy_pages(tally, (plan.num_tokens + plan.num_prefix_tokens) // groups)
+        (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
         if group == 0:
             tally.send(link.gather_seconds(sent), 0.0, link.host_gather)
         else:
@@ -128,7 +131,13 @@ def ring(choice: Choice) -> Tally:
         tally.move(2 * plan.largest_shard * problem.key_bytes)
     elif message:
         tally.move(2 * message)
-    before = [seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0)]
+    if len(first) > 1 and problem.cache == "paged":
+        _copy_pages(tally, plan.num_prefix_tokens)
+    before = [
+        seconds
+        for number, hop in enumerate(first)
+        for seconds in _attend_and_merge(tally, [hop], merges=number > 0, over_pages=hop.keys == "prefix" and problem.cache == "paged")
+    ]
     _write_passing(tally)
     for number, count in sample(1, plan.cp_size):
         one = Tally(choice)
@@ -145,7 +154,7 @@ def pass_q(choice: Choice) -> Tally:
     tally = Tally(choice)
     _write_own(tally)
     # Who has few queries of its own goes on to those of others.
-    launches = _attend_and_merge(tally, schedule, merges=False)
+    launches = _attend_and_merge(tally, schedule, merges=False, over_pages=problem.cache == "paged")
     if plan.cp_size > 1 and problem.rows:
         *own, others = schedule
         results = problem.rows * problem.result_bytes
@@ -168,10 +177,13 @@ def pass_q_ring(choice: Choice) -> Tally:
     queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
     if plan.cp_size > 1:
         tally.move(2 * queries)
-    before = [seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0)]
+    over_pages = problem.cache == "paged"
+    before = [
+        seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0, over_pages=over_pages)
+    ]
     for number, count in sample(1, plan.cp_size):
         one = Tally(choice)
-        launches = _attend_and_merge(one, [hops[number]], merges=False)
+        launches = _attend_and_merge(one, [hops[number]], merges=False, over_pages=over_pages)
         one.send(link.shift_seconds(queries), tally.cover(before if number == 1 else launches), link.host_shift)
         _put(one, results)
         one.send(link.shift_seconds(results), 0.0 if number + 1 == plan.cp_size else tally.cover(launches), link.host_shift)
@@ -192,10 +204,10 @@ def _outputs(choice: Choice) -> int:
     return choice.problem.rows * choice.problem.q_heads * choice.problem.v_head_dim
 
 
-def _attend_and_merge(tally: Tally, hops: Sequence[Hop], *, merges: bool) -> list[float]:
+def _attend_and_merge(tally: Tally, hops: Sequence[Hop], *, merges: bool, over_pages: bool = False) -> list[float]:
     """Launches of hops; with ``merges`` into what there was before. Returns the seconds of each."""
     choice = tally.choice
-    launches = tally.attend(*hops)
+    launches = tally.attend(*hops, over_pages=over_pages)
     if num_results(choice.schedule) > 1 and not choice.backend.propagates_nan:
         # Finding NaN in a column of each result: three small kernels, which overlap.
         tally.move(0, launches=len(hops))
@@ -237,7 +249,15 @@ def _write_passing(tally: Tally) -> None:
 
 
 def _write_own(tally: Tally) -> None:
-    """A rank's new keys go into its own pages."""
-    problem = tally.choice.problem
+    """A rank's new keys go into its own pages, of which some kernels are given a copy."""
+    plan, problem = tally.choice.plan, tally.choice.problem
     if problem.cache == "paged":
         tally.move(2 * problem.rows * problem.key_bytes)
+        _copy_pages(tally, plan.largest_shard)
+
+
+def _copy_pages(tally: Tally, num_tokens: int) -> None:
+    """Keys of so many tokens out of their pages, unless the kernel reads them as they are."""
+    problem = tally.choice.problem
+    if not tally.choice.kernel.reads_pages(problem.page_size):
+        tally.move(2 * num_tokens * problem.key_bytes)

@@ -120,6 +120,23 @@ def test_backends_that_cannot_serve_are_passed_over_whatever_is_installed() -> N
     assert found.passed_over["ring"] == "with a window its hops are not estimated"
 
 
+def test_head_dims_are_refused_by_the_rules_of_a_gpu_that_is_not_here() -> None:
+    plan = cpattn.plan([(0, 500)], 2)
+    found = cpattn.estimate(plan, problem_of(plan, head_dim=128, v_head_dim=64), "h100-nvlink")
+    assert {one.backend for one in found} == {"triton", "flash_attn4"}
+    assert found.passed_over["ring, flash_attn3"].startswith("of head dims that differ it takes up to 64 and 512")
+
+
+@pytest.mark.parametrize(("page_size", "copied"), [(64, {"flash_attn4"}), (16, set())])
+def test_packed_copies_of_pages_are_counted(page_size: int, copied: set[str]) -> None:
+    """Once for one rank: each key is read and written."""
+    plan, h100 = cpattn.plan([(8192, 1)] * 8, 1), cpattn.MACHINES["h100-nvlink"]
+    problem = problem_of(plan, cache="paged", page_size=page_size)
+    moves = {one.backend: one.moves for one in cpattn.estimate(plan, problem, h100) if one.strategy == "all_gather"}
+    copy = h100.launch + 2 * 8 * 8193 * problem.key_bytes / h100.copy
+    assert moves == {name: pytest.approx(moves["triton"] + (copy if name in copied else 0)) for name in moves}
+
+
 def test_a_window_takes_less() -> None:
     plan = cpattn.plan([(0, 65536)], 2)
     whole, window = (
