@@ -17,6 +17,7 @@ from cpattn.graphs import leaves_graph
 from cpattn.metadata.devices import parse_device
 from cpattn.transports.groups import Group, transport
 from cpattn.transports.in_flight import InFlight
+from cpattn.transports.peer_memory import PeerMemoryTransport
 from cpattn.transports.transfer import Transfer
 from cpattn.transports.transport import Transport
 
@@ -36,6 +37,20 @@ class _Times(NamedTuple):
     host: float
 
 
+class _Measured(NamedTuple):
+    """What of a link is measured; see :class:`cpattn.LinkCosts`."""
+
+    latency: float
+    gather: float
+    shift: float
+    host_gather: float
+    host_shift: float
+
+    def into(self, known: LinkCosts) -> LinkCosts:
+        """A link as known otherwise."""
+        return replace(known, **self._asdict())
+
+
 @leaves_graph
 def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *, device: torch.device | str | None = None) -> Machine:
     """Measures what carries a group's messages, and returns the machine with those links. A collective call: a few ms over NVLink.
@@ -52,13 +67,14 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
     machine does is taken as it is given.
 
     Args:
-        group: as for :func:`cpattn.transport`; over one of kind ``"peer_memory"`` that transport is measured. A group of one rank has no
-            links, and gives the machine back.
+        group: as for :func:`cpattn.transport`, whose kind says what is measured: by itself that is what calls over the group take. A group
+            of one rank has no links, and gives the machine back.
         machine: a :class:`Machine` or a name of :data:`cpattn.MACHINES`; the same on every rank.
         device: that messages lie on; by default the current GPU, or the CPU where there is none.
 
     Returns:
-        The machine with other ``collectives`` and ``across``, or with another ``peer_memory``.
+        The machine with other ``collectives`` and ``across``, or, where messages went through the memory of peers, with another
+        ``peer_memory``.
 
     Raises:
         UnknownNameError: there is no machine of that name.
@@ -72,16 +88,18 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
         raise GroupError("a CUDA graph captures this call, which waits for the device; measure links before you capture")
     if found.size == 1:
         return machine
-    known = machine.peer_memory if found.kind == "peer_memory" else machine.link("collectives", found.size)
-    link = _measure(found, on, known or machine.collectives)
+    measured = _measure(found, on)
     name = f"{machine.name}, links measured"
-    if found.kind == "peer_memory":
-        return replace(machine, name=name, peer_memory=link)
+    # What an automatic choice takes it has found out by now.
+    if isinstance(found, PeerMemoryTransport) and found.shares_memory:
+        return replace(machine, name=name, peer_memory=measured.into(machine.peer_memory or machine.collectives))
+    known = machine.link("collectives", found.size)
+    assert known is not None  # any group has collectives
+    link = measured.into(known)
     return replace(machine, name=name, collectives=link, across=link)
 
 
-def _measure(found: Transport, device: torch.device, known: LinkCosts) -> LinkCosts:
-    """A link as known, but for what is measured."""
+def _measure(found: Transport, device: torch.device) -> _Measured:
     sizes = _CPU_SIZES if device.type == "cpu" else _SIZES
     memory = torch.zeros(found.size + 1, sizes[-1], dtype=torch.uint8, device=device)
 
@@ -97,14 +115,7 @@ def _measure(found: Transport, device: torch.device, known: LinkCosts) -> LinkCo
     count = len(sizes)
     gather_rate, gather_latency = _line([nbytes * (found.size - 1) for nbytes in sizes], done[:count])
     shift_rate, shift_latency = _line(list(sizes), done[count:])
-    return replace(
-        known,
-        latency=max(gather_latency, shift_latency),
-        gather=gather_rate,
-        shift=shift_rate,
-        host_gather=host[0],
-        host_shift=host[count],
-    )
+    return _Measured(max(gather_latency, shift_latency), gather_rate, shift_rate, host[0], host[count])
 
 
 def _line(sizes: list[int], seconds: list[float]) -> tuple[float, float]:

@@ -71,6 +71,11 @@ class PeerMemoryTransport(ProcessGroupTransport):
         self.limit = limit
 
     @property
+    def shares_memory(self) -> bool:
+        """Of the call that is under way, or of the last one: whether it goes through shared memory."""
+        return self._shares
+
+    @property
     def limit(self) -> float:
         """Seconds that this rank's device waits for another's message before the group is given up. It may be set at any time but
         while a graph captures, and holds for graphs that are captured already."""

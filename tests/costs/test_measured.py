@@ -127,7 +127,7 @@ def graph_us(way: Way, machine: cpattn.Machine) -> float:
 def with_local_copies(machine: cpattn.Machine) -> cpattn.Machine:
     """What others would send is a copy within the GPU."""
     link = LinkCosts(machine.launch, machine.copy / 2, machine.copy / 2, hides=0.0, by_kernels=True, host_gather=15e-6, host_shift=15e-6)
-    return replace(machine, collectives=link, across=link)
+    return replace(machine, collectives=link, across=link, peer_memory=None)
 
 
 def transports_ways() -> Iterator[tuple[Way, dict[str, str]]]:
@@ -236,6 +236,24 @@ def test_launches_alone_after_a_rest_and_without() -> None:
             estimated = float(Launches(plan, problem, machine).seconds(hop, kernel)[rank])
             near = 0.1 if measured * 1e6 >= LONG_US else 0.15
             assert abs(estimated / measured - 1) <= near, (row, estimated)
+
+
+def test_requests_left_whole() -> None:
+    """The table of partitions in docs/choosing.md, of which no constant comes: one launch with every request cut, with the copies around
+    it, and with every request whole, without them."""
+    section = (RESULTS.parents[1] / "docs" / "choosing.md").read_text().partition("## Partitions")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| \d+ x \d+k? \|", line)]
+    assert len(lines) == 2
+    for line in lines:
+        batch, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for cp_size, cell in zip((2, 4, 8), cells, strict=True):
+            for partition, measured in zip(("zigzag", "whole"), map(number, cell.split(", ")), strict=True):
+                plan = cpattn.plan(batch_of(batch), cp_size, partition=partition)
+                machine = with_local_copies(H100.rested())
+                found = cpattn.estimate(plan, problem_of(plan, None), machine)
+                one = next(one for one in found if (one.strategy, one.backend, one.overlap) == ("all_gather", "triton", 1))
+                estimated = (one.graph if partition == "zigzag" else one.compute) * 1e6
+                assert abs(estimated - measured) <= max(0.1 * measured, 8), (batch, cp_size, partition, estimated)
 
 
 def test_no_line_is_excused_that_is_not_there() -> None:
