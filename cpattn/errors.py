@@ -15,6 +15,12 @@ def shown(value: object) -> str:
 _LONGEST_VALUE = 200
 
 
+def in_a_line(error: BaseException) -> str:
+    """An exception as another message quotes it: its type and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class CPError(ValueError):
     """Base of all errors that cpattn raises about its input."""
 

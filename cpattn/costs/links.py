@@ -12,7 +12,7 @@ import torch
 
 from cpattn.costs.machine import LinkCosts, Machine, find_machine
 from cpattn.current import is_capturing
-from cpattn.errors import GroupError
+from cpattn.errors import GroupError, UnsupportedError, in_a_line
 from cpattn.graphs import leaves_graph
 from cpattn.metadata.devices import parse_device
 from cpattn.transports.groups import Group, transport
@@ -24,6 +24,8 @@ from cpattn.transports.transport import Transport
 # Bytes of a message: one for the latency, two whose difference is the rate. On a CPU less, as less is sent there in a ms.
 _SIZES = (2**16, 2**22, 2**25)
 _CPU_SIZES = (2**10, 2**16, 2**19)
+# Bytes that a rank receives at most: over many ranks messages are smaller.
+_MOST_BYTES = 2**28
 # Messages of each kind and size, after one that is not timed.
 _ROUNDS = 7
 # Cycles that a GPU is kept busy while its host launches what is timed: about half a ms.
@@ -53,7 +55,7 @@ class _Measured(NamedTuple):
 
 @leaves_graph
 def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *, device: torch.device | str | None = None) -> Machine:
-    """Measures what carries a group's messages, and returns the machine with those links. A collective call: a few ms over NVLink.
+    """Measures what carries a group's messages, and returns the machine with those links. A collective call, of tens of ms to a second.
 
     >>> import cpattn
     >>> def program(group):
@@ -63,7 +65,8 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
     (True, 'h200-nvlink, links measured', True)
 
     An all-gather and a message to the next rank are timed at three sizes, seven times each. Of each the median of the slowest rank counts,
-    so that all ranks return the same. It is for :func:`cpattn.estimate` where links are unlike what it knows; what the rest of the
+    so that all ranks return the same. It takes up to 300 MiB of memory meanwhile. A rank that fails in the midst gives the group up, as the
+    others have gone on. It is for :func:`cpattn.estimate` where links are unlike what it knows; what the rest of the
     machine does is taken as it is given.
 
     Args:
@@ -79,6 +82,7 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
     Raises:
         UnknownNameError: there is no machine of that name.
         GroupError: there is no group, it was given up, or a CUDA graph is being captured.
+        UnsupportedError: the group's transport, which was named, cannot carry messages on that device.
         CPError: the device is none.
     """
     machine = find_machine(machine)
@@ -88,7 +92,14 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
         raise GroupError("a CUDA graph captures this call, which waits for the device; measure links before you capture")
     if found.size == 1:
         return machine
-    measured = _measure(found, on)
+    try:
+        measured = _measure(found, on)
+    except UnsupportedError:
+        raise  # by all ranks alike
+    except BaseException as failure:
+        # Between two of its many messages nobody sends what is left for a rank that stops: its next call would meet them.
+        found.state.give_up(f"measuring its links was interrupted ({in_a_line(failure)})")
+        raise
     name = f"{machine.name}, links measured"
     # What an automatic choice takes it has found out by now.
     if isinstance(found, PeerMemoryTransport) and found.shares_memory:
@@ -100,7 +111,7 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
 
 
 def _measure(found: Transport, device: torch.device) -> _Measured:
-    sizes = _CPU_SIZES if device.type == "cpu" else _SIZES
+    sizes = _sizes(found.size, device)
     memory = torch.zeros(found.size + 1, sizes[-1], dtype=torch.uint8, device=device)
 
     def gather(nbytes: int) -> Transfer:
@@ -114,8 +125,16 @@ def _measure(found: Transport, device: torch.device) -> _Measured:
     done, host = slowest[::2], slowest[1::2]
     count = len(sizes)
     gather_rate, gather_latency = _line([nbytes * (found.size - 1) for nbytes in sizes], done[:count])
-    shift_rate, shift_latency = _line(list(sizes), done[count:])
+    shift_rate, shift_latency = _line(sizes, done[count:])
     return _Measured(max(gather_latency, shift_latency), gather_rate, shift_rate, host[0], host[count])
+
+
+def _sizes(cp_size: int, device: torch.device) -> list[int]:
+    """Bytes of messages, of which a group of so many ranks has memory for one from each."""
+    sizes = _CPU_SIZES if device.type == "cpu" else _SIZES
+    # By a power of two, so that they stay aligned.
+    smaller = ((cp_size * sizes[-1] - 1) // _MOST_BYTES).bit_length()
+    return [size >> smaller for size in sizes]
 
 
 def _line(sizes: list[int], seconds: list[float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from cpattn.current import is_capturing
-from cpattn.errors import CPError
+from cpattn.errors import CPError, in_a_line
 from cpattn.ranges import profiler_runs, ranged
 from cpattn.transports.settling import Settling
 from cpattn.transports.transfer import Transfer, Work
@@ -104,7 +104,7 @@ class InFlight:
                     if isinstance(failure, (MemoryError, torch.OutOfMemoryError))
                     else "prepare its messages"
                 )
-                self._give_up(f"a rank could not {what} ({_in_a_line(failure)})")
+                self._give_up(f"a rank could not {what} ({in_a_line(failure)})")
             raise
         self._has_begun = self._has_begun or counts
 
@@ -124,7 +124,7 @@ class InFlight:
         except BaseException as failure:
             self._is_refused = True
             if not isinstance(failure, CPError):
-                self._give_up(f"a rank failed where all of them prepare to send ({_in_a_line(failure)})")
+                self._give_up(f"a rank failed where all of them prepare to send ({in_a_line(failure)})")
             raise
 
     def start(self) -> Work:
@@ -143,7 +143,7 @@ class InFlight:
     def fail(self, failure: Exception) -> None:
         """Gives the group up for a transfer that failed. Raises the GroupError that says so."""
         self._has_failed = True
-        self._give_up(f"a transfer over it failed ({_in_a_line(failure)})")
+        self._give_up(f"a transfer over it failed ({in_a_line(failure)})")
         raise self.transport.state.error() from failure
 
     def __enter__(self) -> InFlight:
@@ -191,7 +191,7 @@ class InFlight:
 
     def _settle_after(self, error: BaseException) -> None:
         """Carries out what is left of the call's transfers, and waits for all, or gives the group up."""
-        what = _in_a_line(error)
+        what = in_a_line(error)
         if self.captures:
             # Nothing was sent: a capture that fails is never replayed.
             self.transport.forget()
@@ -221,7 +221,7 @@ class InFlight:
             if not settling.is_finished:
                 settling.abandon()
                 happened = "was interrupted" if is_interrupt else "raised"
-                why = f"not within {INTERRUPTED_WAITS:g} s" if settling.failure is None else _in_a_line(settling.failure)
+                why = f"not within {INTERRUPTED_WAITS:g} s" if settling.failure is None else in_a_line(settling.failure)
                 self._give_up(f"a call {happened} ({what}), and its transfers could not be finished ({why})")
 
     def _end(self, what: str) -> None:
@@ -229,7 +229,7 @@ class InFlight:
         try:
             self.transport.settle()
         except BaseException as failure:
-            self._give_up(f"{what}, and could not be ended ({_in_a_line(failure)})")
+            self._give_up(f"{what}, and could not be ended ({in_a_line(failure)})")
             raise
 
     def _give_up(self, what_happened: str) -> None:
@@ -269,8 +269,3 @@ def _wait_once_more(settling: Settling) -> None:
         settling.wait(INTERRUPTED_WAITS)
     except BaseException:
         pass  # interrupted again: enough
-
-
-def _in_a_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.errors import GroupError, OptionError, UnsupportedError
+from cpattn.errors import GroupError, OptionError, UnsupportedError, in_a_line
 from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.transports.peer_heap import Machine, PeerHeap, allocate, why_not_shared
 from cpattn.transports.posted import Posted
@@ -339,13 +339,13 @@ class PeerMemoryTransport(ProcessGroupTransport):
                 failure = self._fault_before_growth()
                 memory = None if failure else _allocate(nbytes + nbytes // 8, self._device)
             except Exception as error:
-                failure = f"could not make {nbytes / 2**20:.0f} MiB of shared memory ({_in_a_line(error)})"
+                failure = f"could not make {nbytes / 2**20:.0f} MiB of shared memory ({in_a_line(error)})"
             self._raise_first(failure)
             try:
                 assert memory is not None
                 heap = PeerHeap(memory, self.group, self._limit)
             except Exception as error:
-                failure = f"could not see the others' memory ({_in_a_line(error)})"
+                failure = f"could not see the others' memory ({in_a_line(error)})"
             self._raise_first(failure)
             # Nobody reads the old one any more: all have come here, and have waited for their devices.
             self._heap = heap
@@ -410,10 +410,6 @@ def _pull_later(transport: PeerMemoryTransport, message: Posted, out: Tensor, fi
 
 def _copy_beside(transport: PeerMemoryTransport, message: Posted, out: Tensor, source: int) -> Work:
     return transport.bring_beside(message, out, source)
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -44,6 +44,43 @@ def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert link.host_gather == link.host_shift == 5e-6 * 3
 
 
+def test_a_rank_that_fails_in_the_midst_gives_the_group_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next call would meet the messages that the others went on with, and take their bytes for its own."""
+    once, seen = links._once, []
+
+    def fails_before_its_fourth(found: Transport, *arguments: Any) -> links._Times:
+        seen.append(found.rank)
+        if seen.count(1) == 4 and found.rank == 1:
+            raise KeyboardInterrupt
+        return once(found, *arguments)
+
+    monkeypatch.setattr(links, "_once", fails_before_its_fourth)
+
+    def program(group: Transport) -> None:
+        if group.rank == 0:
+            cpattn.measure_links(group, device="cpu")
+        with pytest.raises(KeyboardInterrupt):
+            cpattn.measure_links(group, device="cpu")
+        meta = cpattn.build_metadata([(0, 4)], 2, group.rank)
+        x = torch.ones(meta.rows, 1, 8)
+        with pytest.raises(cpattn.GroupError, match="this group cannot be used any more: measuring its links"):
+            cpattn.cp_attention(x, x, x, meta, group=group)
+        cpattn.check(group)
+
+    with pytest.raises(cpattn.GroupError, match=r"measuring its links was interrupted \(KeyboardInterrupt\)"):
+        run_loopback(program, 2)
+    assert seen.count(1) == 4
+
+
+def test_messages_of_many_ranks_are_smaller() -> None:
+    """Of 256 MiB in all at the most."""
+    gpu = torch.device("cuda")
+    assert links._sizes(8, gpu) == [2**16, 2**22, 2**25]
+    assert links._sizes(9, gpu) == [2**15, 2**21, 2**24]
+    assert links._sizes(1024, gpu) == [2**9, 2**15, 2**18]
+    assert links._sizes(1024, torch.device("cpu")) == [2**9, 2**15, 2**18]
+
+
 def test_noise_gives_no_rate_below_nothing() -> None:
     assert links._line([10, 20, 40], [1.0, 4.0, 3.0]) == (40 / 3, 0.25)
     assert links._line([10, 20, 40], [1.0, 2.0, 4.0]) == (10.0, 0.0)
