@@ -27,7 +27,8 @@ class LinkCosts:
         latency: seconds of a message of no bytes, its launch included.
         gather: bytes a second that a rank receives in an all-gather.
         shift: bytes a second that a rank receives from one other.
-        hides: of what travels beside attention, the part that costs nothing.
+        hides_gather, hides_shift: of what travels beside attention, the part that costs nothing. Where kernels of the call itself fetch a
+            gather, in their turn, it is 0.
         by_kernels: whether kernels carry it, for which multiprocessors have to be free.
         host_gather, host_shift: seconds that the host takes to start one.
     """
@@ -35,7 +36,8 @@ class LinkCosts:
     latency: float
     gather: float
     shift: float
-    hides: float
+    hides_gather: float
+    hides_shift: float
     by_kernels: bool
     host_gather: float
     host_shift: float
@@ -47,10 +49,6 @@ class LinkCosts:
     def shift_seconds(self, nbytes: int) -> float:
         """Of a message of that many bytes from one rank to another."""
         return self.latency + nbytes / self.shift if nbytes else 0.0
-
-    def exposed(self, seconds: float, cover: float) -> float:
-        """Of a message of so many seconds, those that are seen beside ``cover`` seconds of attention."""
-        return seconds - self.hides * min(max(0.0, seconds - self.latency), cover)
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,13 @@ class Machine:
 
 
 # NCCL between two H100 and two H200: 64 MiB in 295 us, 256 MiB in 996 to 1,105 (measured). It is the same for what is sent to one rank.
-_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, hides=0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
+_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
 # A kernel that pulls 64 MiB takes 252 us, and a copy engine 195 to 222 (measured). Flags and the launches around them are in the latency.
-_NVLINK_4_PEERS = LinkCosts(22 * US, 300 * GB, 330 * GB, hides=1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US)
+# The kernel that pulls a gather stands in the call's own stream, and hides nothing; the copy engine of a shift has one of its own.
+_NVLINK_4_PEERS = LinkCosts(22 * US, 300 * GB, 330 * GB, 0.0, 1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US)
 # Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
 # them, which is more than NVLink carries above, and a message from one rank to the next one.
-_INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, hides=0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
+_INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
 
 # Pages as long as its key tiles flash_attn4 would load whole, with what lies after a request's last token.
 _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)

@@ -69,11 +69,25 @@ class Tally:
         self.launches += len(hops)
         return [float(launch.max(initial=0)) for launch in seconds]
 
-    def send(self, seconds: float, cover: float, host: float) -> None:
-        """A message beside so many seconds of other work."""
+    def gather(self, nbytes: int, cover: float = 0.0) -> None:
+        """An all-gather in which a rank receives so many bytes, beside so many seconds of attention."""
+        link = self.choice.link
+        self._send(link.gather_seconds(nbytes), link.host_gather, link.hides_gather, cover)
+
+    def gather_parts(self, nbytes: int) -> None:
+        """The same of parts for one rank each, an all-to-all, which the host starts as slowly as shifts."""
+        link = self.choice.link
+        self._send(link.gather_seconds(nbytes), link.host_shift)
+
+    def shift(self, nbytes: int, cover: float) -> None:
+        """A message to the next rank, beside so many seconds of attention."""
+        link = self.choice.link
+        self._send(link.shift_seconds(nbytes), link.host_shift, link.hides_shift, cover)
+
+    def _send(self, seconds: float, host: float, hides: float = 0.0, cover: float = 0.0) -> None:
         if seconds:
             self.transfer += seconds
-            self.exposed += self.choice.link.exposed(seconds, cover)
+            self.exposed += seconds - hides * min(max(0.0, seconds - self.choice.link.latency), cover)
             self.host += host
             self.launches += 1
 
@@ -111,11 +125,12 @@ def all_gather(choice: Choice) -> Tally:
             _copy_pages(tally, (plan.num_tokens + plan.num_prefix_tokens) // groups)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
         if group == 0:
-            tally.send(link.gather_seconds(sent), 0.0, link.host_gather)
+            tally.gather(sent)
         else:
             # It follows the one before, and is hidden as far as the attention to that one goes; nobody waits for it to begin.
-            tally.send(link.gather_seconds(sent), seconds, link.host_gather)
-            tally.exposed -= min(link.latency, seconds) if sent else 0.0
+            tally.gather(sent, seconds)
+            if sent and link.hides_gather:
+                tally.exposed -= min(link.latency, seconds)
         if groups > 1:
             # Into some heads of the result: a copy with strides, at half the speed.
             tally.move(4 * _outputs(choice) * problem.dtype.itemsize // groups)
@@ -124,7 +139,7 @@ def all_gather(choice: Choice) -> Tally:
 
 def ring(choice: Choice) -> Tally:
     """Keys go around: each message travels beside the attention to the one before it, the first also beside prefixes."""
-    plan, problem, _, schedule, _, link, *_ = choice
+    plan, problem, _, schedule, *_ = choice
     first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
     tally, message = Tally(choice), int(hops[0].sent.max(initial=0))
     if plan.sharded and problem.cache == "paged":
@@ -142,7 +157,7 @@ def ring(choice: Choice) -> Tally:
     for number, count in sample(1, plan.cp_size):
         one = Tally(choice)
         launches = _attend_and_merge(one, [hops[number]], merges=True)
-        one.send(link.shift_seconds(message), tally.cover(before if number == 1 else launches), link.host_shift)
+        one.shift(message, tally.cover(before if number == 1 else launches))
         _write_passing(one)
         tally.add(one, count)
     return _finished(tally)
@@ -150,7 +165,7 @@ def ring(choice: Choice) -> Tally:
 
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
-    plan, problem, _, schedule, _, link, *_ = choice
+    plan, problem, _, schedule, *_ = choice
     tally = Tally(choice)
     _write_own(tally)
     # Who has few queries of its own goes on to those of others.
@@ -161,16 +176,16 @@ def pass_q(choice: Choice) -> Tally:
         if len(own) > 1:
             _merge(tally)
         tally.move(2 * problem.rows * problem.query_bytes)
-        tally.send(link.gather_seconds(int(own[-1].sent.max())), tally.cover(launches[:-1]), link.host_gather)
+        tally.gather(int(own[-1].sent.max()), tally.cover(launches[:-1]))
         _put(tally, plan.cp_size * results)
-        tally.send(link.gather_seconds(int(others.sent.max())), 0.0, link.host_shift)
+        tally.gather_parts(int(others.sent.max()))
         tally.move((plan.cp_size + 2) * results)
     return _finished(tally)
 
 
 def pass_q_ring(choice: Choice) -> Tally:
     """Queries go around as keys do in a ring, and the results of each hop go back beside the next one."""
-    plan, problem, _, schedule, _, link, *_ = choice
+    plan, problem, _, schedule, *_ = choice
     first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
     tally = Tally(choice)
     _write_own(tally)
@@ -184,9 +199,9 @@ def pass_q_ring(choice: Choice) -> Tally:
     for number, count in sample(1, plan.cp_size):
         one = Tally(choice)
         launches = _attend_and_merge(one, [hops[number]], merges=False, over_pages=over_pages)
-        one.send(link.shift_seconds(queries), tally.cover(before if number == 1 else launches), link.host_shift)
+        one.shift(queries, tally.cover(before if number == 1 else launches))
         _put(one, results)
-        one.send(link.shift_seconds(results), 0.0 if number + 1 == plan.cp_size else tally.cover(launches), link.host_shift)
+        one.shift(results, 0.0 if number + 1 == plan.cp_size else tally.cover(launches))
         one.move(3 * results)
         tally.add(one, count)
     return _finished(tally)

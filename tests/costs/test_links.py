@@ -24,7 +24,11 @@ def test_all_ranks_get_the_same_machine(size: int) -> None:
     assert min(first.collectives.gather, first.collectives.shift, first.collectives.host_gather, first.collectives.host_shift) > 0
     assert first.collectives.latency >= 0
     # What is not measured stays.
-    assert (first.kernels, first.peer_memory, first.collectives.hides) == (H100.kernels, H100.peer_memory, H100.collectives.hides)
+    assert (first.kernels, first.peer_memory, first.collectives.hides_gather) == (
+        H100.kernels,
+        H100.peer_memory,
+        H100.collectives.hides_gather,
+    )
 
 
 def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def graph_us(way: Way, machine: cpattn.Machine) -> float:
 
 def with_local_copies(machine: cpattn.Machine) -> cpattn.Machine:
     """What others would send is a copy within the GPU."""
-    link = LinkCosts(machine.launch, machine.copy / 2, machine.copy / 2, hides=0.0, by_kernels=True, host_gather=15e-6, host_shift=15e-6)
+    link = LinkCosts(machine.launch, machine.copy / 2, machine.copy / 2, 0.0, 0.0, by_kernels=True, host_gather=15e-6, host_shift=15e-6)
     return replace(machine, collectives=link, across=link, peer_memory=None)
 
 
@@ -280,10 +280,33 @@ def test_what_is_estimated_to_be_fastest_was_fast() -> None:
         assert ways[chosen] <= 1.02 * min(ways.values()), chosen
 
 
+BATCHES = ("1 x 128k", "1 x 32k", "8 x 8k", "8 x (8k + 2k)", "1 x 8k", "1 x 2k", "1 x (8k + 1k)", "1 x (120k + 2k)")
+
+
+def whole_is_fastest(batch: str, cp_size: int, transport: str, machine: cpattn.Machine) -> bool:
+    """Whether an all-gather of all heads at once is estimated to be faster than any in groups, as a graph and eagerly."""
+    way = Way(batch, cp_size, "all_gather", transport, "flash_attn4")
+    whole, *parts = (estimate(way._replace(overlap=overlap), machine) for overlap in (1, 2, 4, 8))
+    return all(whole.graph < part.graph and whole.eager < part.eager for part in parts)
+
+
 def test_an_all_gather_in_groups_is_never_estimated_to_pay_where_it_did_not() -> None:
     """In nccl_two_h100.md every split made every batch slower, as a graph and eagerly, from 1k tokens to 128k."""
     for machine in (H100, H100.rested()):
-        for batch in ("1 x 128k", "1 x 32k", "8 x 8k", "8 x (8k + 2k)", "1 x 8k", "1 x 2k", "1 x (8k + 1k)", "1 x (120k + 2k)"):
-            way = Way(batch, 2, "all_gather", "collectives", "flash_attn4")
-            whole, *parts = (estimate(way._replace(overlap=overlap), machine) for overlap in (1, 2, 4, 8))
-            assert all(whole.graph < part.graph and whole.eager < part.eager for part in parts), batch
+        assert all(whole_is_fastest(batch, 2, "collectives", machine) for batch in BATCHES)
+
+
+@pytest.mark.parametrize("cp_size", [2, 8])
+def test_an_all_gather_in_groups_never_pays_over_the_memory_of_peers(cp_size: int) -> None:
+    """The kernel that pulls a group stands in the stream of the attention to the one before it, so that nothing is hidden."""
+    assert all(whole_is_fastest(batch, cp_size, "peer_memory", H100) for batch in BATCHES)
+
+
+def test_what_kernels_pull_over_the_memory_of_peers_is_exposed() -> None:
+    """All gathers, those of queries too; what copy engines bring is hidden as far as attention goes."""
+    for strategy, overlap in (("all_gather", 4), ("pass_q", 1)):
+        one = estimate(Way("8 x (8k + 2k)", 8, strategy, "peer_memory", "triton", overlap=overlap), H100)
+        assert one.exposed == pytest.approx(one.transfer)
+    ring = estimate(Way("1 x 128k", 8, "ring", "peer_memory", "triton"), H100)
+    assert H100.peer_memory is not None
+    assert ring.exposed == pytest.approx(7 * H100.peer_memory.latency)
