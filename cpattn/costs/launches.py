@@ -58,7 +58,9 @@ def launch_seconds(plan: Layout, problem: Problem, machine: Machine, hop: Hop, g
     for spans, count in spans_of(plan, hop):
         zeros, num_spans = np.zeros_like(spans.q_len), len(spans.rank)
         host = HostSpans(zeros, spans.q_len, zeros, spans.k_len, spans.diagonal, zeros)
-        key_bytes = spans.k_len * (problem.key_bytes // groups)
+        # Of a window's keys none are read before those of the first query.
+        seen = spans.k_len if problem.window is None else np.minimum(spans.k_len, spans.q_len + (problem.window - 1))
+        key_bytes = seen * (problem.key_bytes // groups)
         works[spans.rank[spans.k_len > 0]] = True
         for form, (shape, pack) in enumerate(forms):
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, problem.window)

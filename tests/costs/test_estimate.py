@@ -146,6 +146,19 @@ def test_a_window_takes_less() -> None:
     assert all(window[name] < whole[name] / 10 for name in window)
 
 
+def test_decoding_with_a_window_reads_the_window() -> None:
+    """As long as decoding after as many tokens as are seen: one more or less makes no tile."""
+    h100 = cpattn.MACHINES["h100-nvlink"]
+    wide, windowed = (
+        {one.backend: one.compute for one in cpattn.estimate(plan, problem_of(plan, cache="packed", window=window), h100)}
+        for plan, window in ((cpattn.plan([(1023, 1)] * 64, 1), None), (cpattn.plan([(131072, 1)] * 64, 1), 1024))
+    )
+    overhead = {kernel.backend: kernel.overhead for kernel in h100.kernels}
+    assert {name: windowed[name] - overhead[name] for name in wide} == {
+        name: pytest.approx(wide[name] - overhead[name], rel=0.15) for name in wide
+    }
+
+
 def test_a_thousand_ranks_take_seconds() -> None:
     plan = cpattn.plan([(0, 131072)], 1024)
     begin = time.perf_counter()
