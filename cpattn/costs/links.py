@@ -77,7 +77,7 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
 
     Returns:
         The machine with other ``collectives`` and ``across``, or, where messages went through the memory of peers, with another
-        ``peer_memory``.
+        ``peer_memory``. Where the ranks have found that they cannot share memory, it has none.
 
     Raises:
         UnknownNameError: there is no machine of that name.
@@ -100,10 +100,18 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
         # Between two of its many messages nobody sends what is left for a rank that stops: its next call would meet them.
         found.state.give_up(f"measuring its links was interrupted ({in_a_line(failure)})")
         raise
+    return _with_links(machine, found, measured)
+
+
+def _with_links(machine: Machine, found: Transport, measured: _Measured) -> Machine:
+    """The machine with what was measured, in the place of what carried it."""
     name = f"{machine.name}, links measured"
     # What an automatic choice takes it has found out by now.
-    if isinstance(found, PeerMemoryTransport) and found.shares_memory:
-        return replace(machine, name=name, peer_memory=measured.into(machine.peer_memory or machine.collectives))
+    if isinstance(found, PeerMemoryTransport):
+        if found.shares_memory:
+            return replace(machine, name=name, peer_memory=measured.into(machine.peer_memory or machine.collectives))
+        if found.cannot_share:
+            machine = replace(machine, peer_memory=None)
     known = machine.link("collectives", found.size)
     assert known is not None  # any group has collectives
     link = measured.into(known)

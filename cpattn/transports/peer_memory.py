@@ -76,6 +76,11 @@ class PeerMemoryTransport(ProcessGroupTransport):
         return self._shares
 
     @property
+    def cannot_share(self) -> bool:
+        """Whether the ranks have found that they cannot share memory."""
+        return self._why_not is not None
+
+    @property
     def limit(self) -> float:
         """Seconds that this rank's device waits for another's message before the group is given up. It may be set at any time but
         while a graph captures, and holds for graphs that are captured already."""

@@ -11,6 +11,7 @@ import cpattn
 from cpattn import Transport
 from cpattn.costs import links
 from cpattn.testing import run_loopback
+from cpattn.transports.peer_memory import PeerMemoryTransport
 
 H100 = cpattn.MACHINES["h100-nvlink"]
 
@@ -83,6 +84,25 @@ def test_messages_of_many_ranks_are_smaller() -> None:
     assert links._sizes(9, gpu) == [2**15, 2**21, 2**24]
     assert links._sizes(1024, gpu) == [2**9, 2**15, 2**18]
     assert links._sizes(1024, torch.device("cpu")) == [2**9, 2**15, 2**18]
+
+
+@pytest.mark.parametrize("why_not", ["rank 1 runs on another host than rank 0", None])
+def test_ranks_that_cannot_share_memory_have_no_peer_memory(why_not: str | None) -> None:
+    """As they have found out; over CPU tensors nobody asks."""
+    found = object.__new__(PeerMemoryTransport)
+    found.size, found._shares, found._why_not = 2, False, why_not
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6))
+    assert machine.collectives.gather == 2e9
+    assert machine.peer_memory == (H100.peer_memory if why_not is None else None)
+
+
+def test_what_went_through_the_memory_of_peers_is_theirs() -> None:
+    found = object.__new__(PeerMemoryTransport)
+    found.size, found._shares, found._why_not = 2, True, None
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6))
+    assert machine.collectives == H100.collectives
+    assert machine.peer_memory is not None
+    assert (machine.peer_memory.gather, machine.peer_memory.shift, machine.peer_memory.hides_gather) == (2e9, 3e9, 0.0)
 
 
 def test_noise_gives_no_rate_below_nothing() -> None:
