@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.machine is not None:
         found = estimates_of(plan, shape, options.machine)
         say(describe_plan(plan))
-        print_estimates(found, shape)
+        print_estimates(found, shape, plan.cp_size)
     else:
         _print_plan(plan, shape)
     if options.draw is not None and not options.json:

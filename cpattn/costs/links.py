@@ -47,6 +47,7 @@ class _Measured(NamedTuple):
     shift: float
     host_gather: float
     host_shift: float
+    measured_ranks: int
 
     def into(self, known: LinkCosts) -> LinkCosts:
         """A link as known otherwise."""
@@ -109,12 +110,15 @@ def _with_links(machine: Machine, found: Transport, measured: _Measured) -> Mach
     # What an automatic choice takes it has found out by now.
     if isinstance(found, PeerMemoryTransport):
         if found.shares_memory:
-            return replace(machine, name=name, peer_memory=measured.into(machine.peer_memory or machine.collectives))
+            known = machine.peer_memory or replace(machine.collectives, hides_gather=0.0, hides_shift=1.0, by_kernels=False)
+            # Those that share memory are of one host.
+            of_host = max(machine.ranks_per_host, found.size)
+            return replace(machine, name=name, peer_memory=measured.into(known), ranks_per_host=of_host)
         if found.cannot_share:
             machine = replace(machine, peer_memory=None)
-    known = machine.link("collectives", found.size)
-    assert known is not None  # any group has collectives
-    link = measured.into(known)
+    own = machine.link("collectives", found.size)
+    assert own is not None  # any group has collectives
+    link = measured.into(own)
     return replace(machine, name=name, collectives=link, across=link)
 
 
@@ -134,7 +138,7 @@ def _measure(found: Transport, device: torch.device) -> _Measured:
     count = len(sizes)
     gather_rate, gather_latency = _line([nbytes * (found.size - 1) for nbytes in sizes], done[:count])
     shift_rate, shift_latency = _line(sizes, done[count:])
-    return _Measured(max(gather_latency, shift_latency), gather_rate, shift_rate, host[0], host[count])
+    return _Measured(max(gather_latency, shift_latency), gather_rate, shift_rate, host[0], host[count], found.size)
 
 
 def _sizes(cp_size: int, device: torch.device) -> list[int]:

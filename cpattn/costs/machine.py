@@ -31,6 +31,7 @@ class LinkCosts:
             gather, in their turn, it is 0.
         by_kernels: whether kernels carry it, for which multiprocessors have to be free.
         host_gather, host_shift: seconds that the host takes to start one.
+        measured_ranks: of how many ranks it was measured; 0 if it is stated, by data sheets.
     """
 
     latency: float
@@ -41,6 +42,7 @@ class LinkCosts:
     by_kernels: bool
     host_gather: float
     host_shift: float
+    measured_ranks: int = 0
 
     def gather_seconds(self, nbytes: int) -> float:
         """Of an all-gather in which a rank receives that many bytes."""
@@ -101,7 +103,7 @@ class Machine:
 
     Attributes:
         name: by which :data:`cpattn.MACHINES` has it.
-        measured: whether its kernels and links were measured by this project; else they are from data sheets.
+        measured: whether its kernels were measured by this project; else they are from data sheets. Links say it of themselves.
         capability: compute capability, of which tile shapes follow.
         multiprocessors: of a GPU.
         kernels: the backends that there are constants for.
@@ -143,10 +145,12 @@ class Machine:
 
 
 # NCCL between two H100 and two H200: 64 MiB in 295 us, 256 MiB in 996 to 1,105 (measured). It is the same for what is sent to one rank.
-_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
+_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US, measured_ranks=2)
 # A kernel that pulls 64 MiB takes 252 us, and a copy engine 195 to 222 (measured). Flags and the launches around them are in the latency.
 # The kernel that pulls a gather stands in the call's own stream, and hides nothing; the copy engine of a shift has one of its own.
-_NVLINK_4_PEERS = LinkCosts(22 * US, 300 * GB, 330 * GB, 0.0, 1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US)
+_NVLINK_4_PEERS = LinkCosts(
+    22 * US, 300 * GB, 330 * GB, 0.0, 1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2
+)
 # Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
 # them, which is more than NVLink carries above, and a message from one rank to the next one.
 _INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
@@ -194,7 +198,6 @@ H200 = replace(
 H100_INFINIBAND = replace(
     H100,
     name="h100-infiniband",
-    measured=False,
     across=replace(_INFINIBAND, gather=45 * GB),
     peer_memory=None,
     ranks_per_host=1,
@@ -214,8 +217,8 @@ A100 = replace(
     kernels=_A100_KERNELS,
     copy=1.75e12,
     boost=1.0,
-    collectives=replace(_NVLINK_4, gather=170 * GB, shift=170 * GB),
-    peer_memory=replace(_NVLINK_4_PEERS, gather=200 * GB, shift=220 * GB),
+    collectives=replace(_NVLINK_4, gather=170 * GB, shift=170 * GB, measured_ranks=0),
+    peer_memory=replace(_NVLINK_4_PEERS, gather=200 * GB, shift=220 * GB, measured_ranks=0),
     # Eight adapters of 200 Gb/s (data sheet of DGX A100).
     across=replace(_INFINIBAND, gather=160 * GB, shift=22 * GB),
 )

@@ -24,6 +24,7 @@ def test_all_ranks_get_the_same_machine(size: int) -> None:
     assert first.collectives == first.across != H100.collectives
     assert min(first.collectives.gather, first.collectives.shift, first.collectives.host_gather, first.collectives.host_shift) > 0
     assert first.collectives.latency >= 0
+    assert first.collectives.measured_ranks == size
     # What is not measured stays.
     assert (first.kernels, first.peer_memory, first.collectives.hides_gather) == (
         H100.kernels,
@@ -91,7 +92,7 @@ def test_ranks_that_cannot_share_memory_have_no_peer_memory(why_not: str | None)
     """As they have found out; over CPU tensors nobody asks."""
     found = object.__new__(PeerMemoryTransport)
     found.size, found._shares, found._why_not = 2, False, why_not
-    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6))
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2))
     assert machine.collectives.gather == 2e9
     assert machine.peer_memory == (H100.peer_memory if why_not is None else None)
 
@@ -99,10 +100,19 @@ def test_ranks_that_cannot_share_memory_have_no_peer_memory(why_not: str | None)
 def test_what_went_through_the_memory_of_peers_is_theirs() -> None:
     found = object.__new__(PeerMemoryTransport)
     found.size, found._shares, found._why_not = 2, True, None
-    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6))
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2))
     assert machine.collectives == H100.collectives
     assert machine.peer_memory is not None
     assert (machine.peer_memory.gather, machine.peer_memory.shift, machine.peer_memory.hides_gather) == (2e9, 3e9, 0.0)
+
+
+def test_peers_that_a_machine_does_not_know_of_are_of_one_host() -> None:
+    """And hide what they do anywhere: what copy engines bring."""
+    found = object.__new__(PeerMemoryTransport)
+    found.size, found._shares, found._why_not = 2, True, None
+    measured = links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2)
+    link = links._with_links(cpattn.MACHINES["h100-infiniband"], found, measured).link("peer_memory", 2)
+    assert link == cpattn.LinkCosts(1e-6, 2e9, 3e9, 0.0, 1.0, by_kernels=False, host_gather=4e-6, host_shift=5e-6, measured_ranks=2)
 
 
 def test_noise_gives_no_rate_below_nothing() -> None:
