@@ -8,8 +8,8 @@ from typing import Any
 from cpattn.byte_sizes import in_words
 from cpattn.cli.console import print_table, print_title, say
 from cpattn.cli.traffic import Shape, problem_of
-from cpattn.costs.estimate import TRANSPORTS, Estimate, Estimates, estimate
-from cpattn.costs.machine import MACHINES, Machine
+from cpattn.costs.estimate import Estimate, Estimates, estimate
+from cpattn.costs.machine import MACHINES, TRANSPORTS, Machine
 from cpattn.metadata.plan import Plan
 
 

@@ -12,17 +12,17 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
-from cpattn.costs.machine import KernelCosts, Machine, find_machine
+from cpattn.costs.machine import TRANSPORTS, KernelCosts, Machine, find_machine
 from cpattn.costs.steps import STEPS, Choice
-from cpattn.errors import HeadCountError, OptionError, UnsupportedError, shown
+from cpattn.errors import HeadCountError, OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
+from cpattn.metadata.batch import is_integer
 from cpattn.metadata.draw import text_table
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
-TRANSPORTS = ("peer_memory", "collectives")
 # Groups of KV heads that an all-gather may be split into, where they divide the heads.
 _OVERLAPS = (1, 2, 4, 8)
 _WIDEST = 256
@@ -128,12 +128,14 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
         :class:`Estimates`, a sequence of :class:`Estimate`.
 
     Raises:
-        UnknownNameError: there is no machine of that name.
-        OptionError: plan, problem or machine are something else, or the problem is of another plan.
+        UnknownNameError: there is no machine of that name, or no backend of one that it has constants for.
+        OptionError: plan, problem or machine are something else, or the problem is of another plan, or asks for what no call could.
+        PrefixError: the plan has prefixes, and the problem no cache.
         HeadCountError: query heads are no multiple of key/value heads.
         UnsupportedError: another dtype, head dims above 256, or nothing that the model knows can serve the call.
     """
     machine = find_machine(machine)
+    _check_backends(machine)
     _check(plan, problem)
     refused: dict[str, str] = {}
     attention = Launches(plan, problem, machine)
@@ -212,6 +214,15 @@ def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Stra
     )
 
 
+def _check_backends(machine: Machine) -> None:
+    for kernel in machine.kernels:
+        if kernel.backend not in BACKENDS:
+            raise UnknownNameError(
+                f"{machine.name!r} has constants for backend={shown(kernel.backend)}, which is unknown; its rules are needed: "
+                f"choose one of {', '.join(map(repr, BACKENDS))}"
+            )
+
+
 def _check(plan: Any, problem: Any) -> None:
     if not isinstance(plan, Layout):
         raise OptionError(f"plan is a {type(plan).__name__}; pass what cpattn.plan(batch, cp_size) returns")
@@ -220,8 +231,15 @@ def _check(plan: Any, problem: Any) -> None:
     if problem.rows != plan.rows:
         raise OptionError(f"problem.rows={shown(problem.rows)}, but the plan's ranks have {plan.rows}; pass rows=plan.rows")
     for name in ("q_heads", "kv_heads", "head_dim", "v_head_dim"):
-        if getattr(problem, name) < 1:
-            raise OptionError(f"problem.{name}={shown(getattr(problem, name))}; it must be at least 1")
+        value = getattr(problem, name)
+        if not is_integer(value) or value < 1:
+            raise OptionError(f"problem.{name}={shown(value)}; it must be an integer of at least 1")
+    _check_cache(plan, problem)
+    if problem.window is not None and (not is_integer(problem.window) or problem.window < 1):
+        raise OptionError(
+            f"problem.window={shown(problem.window)}; pass the number of keys that a query sees, its own included: an integer of at least "
+            "1, or None"
+        )
     if problem.q_heads % problem.kv_heads:
         raise HeadCountError(
             f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
@@ -231,3 +249,16 @@ def _check(plan: Any, problem: Any) -> None:
     for name in ("head_dim", "v_head_dim"):
         if getattr(problem, name) > _WIDEST:
             raise UnsupportedError(f"problem.{name}={shown(getattr(problem, name))}; estimates are for head dims up to {_WIDEST}")
+
+
+def _check_cache(plan: Layout, problem: Problem) -> None:
+    """Such that a call could have it."""
+    if problem.cache not in (None, "packed", "paged"):
+        raise OptionError(f"problem.cache={shown(problem.cache)}; it must be 'packed', 'paged' or None")
+    if problem.cache is None and plan.num_prefix_tokens:
+        raise PrefixError(f"problem.cache=None, but the batch has {plan.num_prefix_tokens} prefix tokens; pass cache='packed' or 'paged'")
+    size: Any = problem.page_size
+    if problem.cache == "paged" and (not is_integer(size) or size < 1):
+        raise OptionError(f"problem.page_size={shown(size)} with cache='paged'; pass the tokens of a page, an integer of at least 1")
+    if problem.cache != "paged" and size is not None:
+        raise OptionError(f"problem.page_size={shown(size)}, but there are no pages with cache={shown(problem.cache)}; leave it out")

@@ -6,12 +6,24 @@ All are for bf16 or fp16. ``tests/costs/test_measured.py`` recomputes measured t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from cpattn.errors import OptionError, UnknownNameError, shown
 
+TRANSPORTS = ("peer_memory", "collectives")
 US = 1e-6
 GB = 1e9
+
+
+def _check(costs: Any, more_than_0: tuple[str, ...], at_least_0: tuple[str, ...]) -> None:
+    """Raises OptionError unless these attributes are finite numbers of that size."""
+    for name in (*more_than_0, *at_least_0):
+        value = getattr(costs, name)
+        positive = name in more_than_0
+        if not isinstance(value, (int, float)) or not (0 < value < inf if positive else 0 <= value < inf):
+            rule = "more than 0" if positive else "at least 0"
+            raise OptionError(f"{type(costs).__name__}.{name}={shown(value)}; it must be a finite number, {rule}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,12 @@ class LinkCosts:
     host_gather: float
     host_shift: float
     measured_ranks: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, ("gather", "shift"), ("latency", "hides_gather", "hides_shift", "host_gather", "host_shift", "measured_ranks"))
+        for name in ("hides_gather", "hides_shift"):
+            if getattr(self, name) > 1:
+                raise OptionError(f"LinkCosts.{name}={shown(getattr(self, name))}; it is a part, of 1 at most")
 
     def gather_seconds(self, nbytes: int) -> float:
         """Of an all-gather in which a rank receives that many bytes."""
@@ -86,6 +104,11 @@ class KernelCosts:
     splits: bool
     least_rows: int
     host: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backend, str):
+            raise OptionError(f"KernelCosts.backend={shown(self.backend)}; pass the name of one of cpattn.BACKENDS")
+        _check(self, ("flops", "paged", "read"), ("overhead", "tile", "least_rows", "host"))
 
     def reads_pages(self, page_size: int | None) -> bool:
         """Whether there are pages, of a size that it reads as they are."""
@@ -133,8 +156,20 @@ class Machine:
     across: LinkCosts
     ranks_per_host: int = 8
 
+    def __post_init__(self) -> None:
+        positive = ("multiprocessors", "copy", "boost", "ranks_per_host")
+        _check(self, positive, ("launch", "boost_seconds", "host_call", "host_launch"))
+        if not self.kernels:
+            raise OptionError(f"Machine.kernels={shown(self.kernels)}; pass a KernelCosts for each backend, one at least")
+        names = [kernel.backend for kernel in self.kernels]
+        if len(set(names)) < len(names):
+            raise OptionError(f"Machine.kernels are of {', '.join(map(repr, names))}; pass one of each backend")
+
     def link(self, transport: str, cp_size: int) -> LinkCosts | None:
-        """What carries the messages of a group of that many ranks; None where such a transport cannot."""
+        """What carries the messages of a group of that many ranks; None where such a transport cannot. Raises UnknownNameError where
+        there is none of that name."""
+        if transport not in TRANSPORTS:
+            raise UnknownNameError(f"transport={transport!r} is unknown; choose one of {', '.join(map(repr, TRANSPORTS))}")
         if transport == "collectives":
             return self.collectives if cp_size <= self.ranks_per_host else self.across
         return self.peer_memory if cp_size <= self.ranks_per_host else None

@@ -12,6 +12,8 @@ import torch
 import cpattn
 from cpattn.exchange.schedule import bytes_sent
 
+H100 = cpattn.MACHINES["h100-nvlink"]
+
 
 def problem_of(plan: cpattn.Plan, **changes: Any) -> cpattn.Problem:
     plain: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128}
@@ -172,7 +174,13 @@ def test_a_thousand_ranks_take_seconds() -> None:
         ({}, "h100", cpattn.UnknownNameError, "machine='h100' is unknown; choose one of 'h100-nvlink', .* or pass a cpattn.Machine"),
         ({}, 3, cpattn.OptionError, "machine=3; pass a cpattn.Machine, or the name of one"),
         ({"rows": 3}, "h100-nvlink", cpattn.OptionError, r"problem.rows=3, but the plan's ranks have 50; pass rows=plan.rows"),
-        ({"kv_heads": 0}, "h100-nvlink", cpattn.OptionError, "problem.kv_heads=0; it must be at least 1"),
+        ({"kv_heads": 0}, "h100-nvlink", cpattn.OptionError, "problem.kv_heads=0; it must be an integer of at least 1"),
+        ({"head_dim": 64.5}, "h100-nvlink", cpattn.OptionError, "problem.head_dim=64.5; it must be an integer of at least 1"),
+        ({"window": 0}, "h100-nvlink", cpattn.OptionError, "problem.window=0; pass the number of keys that a query sees"),
+        ({"cache": "sharded"}, "h100-nvlink", cpattn.OptionError, "problem.cache='sharded'; it must be 'packed', 'paged' or None"),
+        ({"cache": "paged"}, "h100-nvlink", cpattn.OptionError, "page_size=None with cache='paged'; pass the tokens of a page"),
+        ({"cache": "paged", "page_size": 0}, "h100-nvlink", cpattn.OptionError, "page_size=0 with cache='paged'; pass the tokens"),
+        ({"page_size": 16}, "h100-nvlink", cpattn.OptionError, "page_size=16, but there are no pages with cache=None; leave it out"),
         ({"kv_heads": 5}, "h100-nvlink", cpattn.HeadCountError, "q_heads=32 is no multiple of kv_heads=5"),
         ({"dtype": torch.float32}, "h100-nvlink", cpattn.UnsupportedError, "dtype=torch.float32; estimates are for torch.b"),
         ({"head_dim": 576, "v_head_dim": 512}, "h100-nvlink", cpattn.UnsupportedError, "head_dim=576; estimates are for"),
@@ -182,6 +190,44 @@ def test_refusals(changes: dict[str, Any], machine: Any, error: type[Exception],
     plan = cpattn.plan([(0, 100)], 2)
     with pytest.raises(error, match=message):
         cpattn.estimate(plan, replace(problem_of(plan), **changes), machine)
+
+
+def test_prefixes_need_a_cache() -> None:
+    plan = cpattn.plan([(9, 7)], 2)
+    with pytest.raises(cpattn.PrefixError, match="cache=None, but the batch has 9 prefix tokens; pass cache='packed' or 'paged'"):
+        cpattn.estimate(plan, problem_of(plan), "h100-nvlink")
+
+
+def test_a_backend_that_is_no_backend() -> None:
+    plan, h100 = cpattn.plan([(0, 7)], 2), cpattn.MACHINES["h100-nvlink"]
+    other = replace(h100, name="my own", kernels=(replace(h100.kernels[0], backend="mine"),))
+    with pytest.raises(
+        cpattn.UnknownNameError, match=r"'my own' has constants for backend='mine', which is unknown; .* one of 'flash_attn4'"
+    ):
+        cpattn.estimate(plan, problem_of(plan), other)
+
+
+@pytest.mark.parametrize(
+    ("costs", "name", "value", "message"),
+    [
+        (H100, "kernels", (), r"Machine.kernels=\(\); pass a KernelCosts for each backend, one at least"),
+        (H100, "kernels", H100.kernels[:1] * 2, "Machine.kernels are of 'triton', 'triton'; pass one of each backend"),
+        (H100, "multiprocessors", 0, "Machine.multiprocessors=0; it must be a finite number, more than 0"),
+        (H100.kernels[0], "backend", 3, "KernelCosts.backend=3; pass the name of one of cpattn.BACKENDS"),
+        (H100.kernels[0], "flops", float("nan"), "KernelCosts.flops=nan; it must be a finite number, more than 0"),
+        (H100.kernels[0], "overhead", -1e-6, "KernelCosts.overhead=-1e-06; it must be a finite number, at least 0"),
+        (H100.collectives, "gather", "fast", "LinkCosts.gather='fast'; it must be a finite number, more than 0"),
+        (H100.collectives, "hides_shift", 2, "LinkCosts.hides_shift=2; it is a part, of 1 at most"),
+    ],
+)
+def test_constants_that_no_machine_has(costs: Any, name: str, value: Any, message: str) -> None:
+    with pytest.raises(cpattn.OptionError, match=message):
+        replace(costs, **{name: value})
+
+
+def test_a_link_over_nothing_known() -> None:
+    with pytest.raises(cpattn.UnknownNameError, match="transport='nccl' is unknown; choose one of 'peer_memory', 'collectives'"):
+        cpattn.MACHINES["h100-nvlink"].link("nccl", 2)
 
 
 def test_nothing_known_can_serve() -> None:
