@@ -35,6 +35,8 @@ class Transport(ABC):
     Every rank must make the same calls in the same order with the same sizes. One call of ``cp_attention`` uses a
     transport at a time; its memory is reused by the next.
 
+    What is started over a group that was given up raises GroupError.
+
     A subclass has ``_all_gather``, ``_shift`` and ``_all_to_all``, which start a transfer of bytes and return its Work.
 
     Attributes:
@@ -104,17 +106,17 @@ class Transport(ABC):
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring every rank's ``x`` to every rank: ``out`` is ``[size * len(x), ...]``, in the order of ranks."""
-        return self.start(self.prepare_all_gather(out, x))
+        return self._start_alone(self.prepare_all_gather(out, x))
 
     def shift(self, out: Tensor, x: Tensor, by: int = 1) -> Work:
         """Starts to send ``x`` to the rank that comes ``by`` ranks later around the ring, the next one by default, and to
         receive into ``out`` from the one that comes as many before. ``by`` is no multiple of the size."""
-        return self.start(self.prepare_shift(out, x, by))
+        return self._start_alone(self.prepare_shift(out, x, by))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> Work:
         """Starts to send part r of ``x`` to rank r and to receive rank r's part for this rank as part r of ``out``; both
         are ``[size, ...]``."""
-        return self.start(self.prepare_all_to_all(out, x))
+        return self._start_alone(self.prepare_all_to_all(out, x))
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
         """Starts to bring part r of every rank's ``x`` to rank r, where ``out`` is their sum: ``x`` is ``[size, ...]`` of
@@ -131,7 +133,7 @@ class Transport(ABC):
 
         Raises TensorMismatchError where the two do not fit each other.
         """
-        return self.start(self.prepare_reduce_scatter(out, x))
+        return self._start_alone(self.prepare_reduce_scatter(out, x))
 
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         """An :meth:`all_gather` of these two, to be started any number of times: to view a message as bytes takes the host
@@ -173,6 +175,12 @@ class Transport(ABC):
         count as this one's."""
         self.bytes_sent += transfer.nbytes
         return transfer.begin(self if transfer.part == self.part else self._member(transfer.part), *transfer.arguments)
+
+    def _start_alone(self, transfer: Transfer) -> Work:
+        """Outside of a call. Over a group that was given up it could meet what another rank still sends."""
+        if self.state.failure is not None:
+            raise self.state.error()
+        return self.start(transfer)
 
     def split(self, *sizes: int) -> tuple[Transport, ...]:
         """The group in two dimensions or more: for each axis a transport of the ranks that differ in that coordinate only.

@@ -71,6 +71,8 @@ def test_a_rank_that_fails_in_the_midst_gives_the_group_up(monkeypatch: pytest.M
         x = torch.ones(meta.rows, 1, 8)
         with pytest.raises(cpattn.GroupError, match="this group cannot be used any more: measuring its links"):
             cpattn.cp_attention(x, x, x, meta, group=group)
+        with pytest.raises(cpattn.GroupError, match="this group cannot be used any more: measuring its links"):
+            group.all_gather(torch.empty(2, 2), torch.ones(2))
         cpattn.check(group)
 
     with pytest.raises(cpattn.GroupError, match=r"measuring its links was interrupted \(KeyboardInterrupt\)"):
