@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from cpattn.kernels.available import has_kernels
 from cpattn.kernels.cuda_driver import has_peer_atomics
 from cpattn.kernels.peer_layout import FAULT, LIMIT, MOST_RANKS
 
-# Of torch: multicast is not used, and to set it up has put GPUs out of service.
+# Of torch: multicast is not used here, and to set it up has put GPUs out of service. Others in this process may want it.
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 _SHARED_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 _GRANULE = 2 * 2**20
@@ -90,7 +92,8 @@ class PeerHeap:
         self.set_limit(limit)
         # The others write to it once they know where it lies.
         torch.cuda.synchronize(memory.device)
-        self._handle = _symmetric_memory().rendezvous(memory, group.group_name)
+        with _without_multicast():
+            self._handle = _symmetric_memory().rendezvous(memory, group.group_name)
         self._peers: list[Tensor] = [
             self._handle.get_buffer(rank, (1, self.capacity), torch.uint8) for rank in range(self._handle.world_size)
         ]
@@ -126,9 +129,22 @@ class PeerHeap:
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """Memory that can be shared, uint8 of at least that many bytes. Each rank by itself. Raises torch.OutOfMemoryError."""
-    os.environ.setdefault(_NO_MULTICAST, "1")
-    memory: Tensor = _symmetric_memory().empty(-(-nbytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=device)
+    with _without_multicast():
+        memory: Tensor = _symmetric_memory().empty(-(-nbytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=device)
     return memory
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    before = os.environ.get(_NO_MULTICAST)
+    os.environ[_NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_MULTICAST]
+        else:
+            os.environ[_NO_MULTICAST] = before
 
 
 def _symmetric_memory() -> Any:

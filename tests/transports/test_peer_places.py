@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import cpattn
 from cpattn.kernels.peer_layout import BOARDS, MOST_RANKS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.testing import ProcessRanks
+from cpattn.transports import peer_heap
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.peer_heap import Machine, why_not_shared
 from cpattn.transports.peer_memory import PeerMemoryTransport
@@ -49,6 +51,27 @@ def test_why_ranks_cannot_share_memory(changes: dict[str, Any], message: str) ->
 
 def test_too_many_ranks() -> None:
     assert f"at most {MOST_RANKS} ranks, and there are {MOST_RANKS + 1}" in str(why_not_shared(machines(MOST_RANKS + 1)))
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_multicast_is_left_to_others(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is off where memory is made for a heap, also where that fails, and as it was afterwards."""
+    name, seen = "TORCH_SYMM_MEM_DISABLE_MULTICAST", []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+
+    class Memory:
+        @staticmethod
+        def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+            seen.append(os.environ.get(name))
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(peer_heap, "_symmetric_memory", lambda: Memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        peer_heap.allocate(100, torch.device("cpu"))
+    assert seen == ["1"]
+    assert os.environ.get(name) == before
 
 
 def test_the_words_of_a_heap_do_not_overlap() -> None:
