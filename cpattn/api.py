@@ -239,8 +239,8 @@ def cp_attention(
             do, for a sharded cache; ``"auto"``; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
-        overlap: into how many groups of KV heads an all-gather is split, so that the attention of one group runs while the
-            next is in flight. It must divide Hkv, and be the same on every rank. It changes no result. None is 1: between two
+        overlap: into how many groups of KV heads an all-gather is split, so that over collectives the attention of one group runs
+            while the next is in flight. It must divide Hkv, and be the same on every rank. It changes no result. None is 1: between two
             H100 over NVLink every split made every batch slower; over slower links one may pay.
         scale: of the scores; 1 / sqrt(D) if None.
         window: each query sees the last ``window`` keys up to and with its own; all if None.

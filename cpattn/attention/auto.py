@@ -41,8 +41,8 @@ _CPU_ORDER = ["cpu", "reference"]
 # pairs the launch takes less than the host's time for one of flash_attn4 (140 us); with fewer tokens its tiles are not full.
 LONG_TOKENS = 1024
 LONG_PAIRS = 2**23
-# Without a bucket a call is likely to be eager, and the host's time for one of flash_attn4 (590 us beside 290 of triton, between two
-# H100) not hidden before so many pairs: of a prompt of 8k over 2 ranks flash_attn4 took 1.12 times as long as triton, and 0.97 as a
+# Without a bucket a call is likely to be eager, and the host's time for one of flash_attn4 (649 us beside 359 of triton, between two
+# H100) not hidden before so many pairs: of a prompt of 8k over 2 ranks flash_attn4 took 1.22 times as long as triton, and 0.96 as a
 # graph (benchmarks/results/peers_2_gpus.md).
 EAGER_LONG_PAIRS = 3 * 2**23
 

@@ -2,7 +2,7 @@
 
 With pages their order is that of the pages: what arrives is written to its slots, and attended to there.
 With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
-at once, and the attention of the first group runs while the next is in flight.
+at once, and over collectives the attention of the first group runs while the next is in flight.
 """
 
 from __future__ import annotations
