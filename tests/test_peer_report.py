@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bench_peers import last_words
 from peers import report
+from peers.bench import last_words
 from peers.report import Line
 from peers.session import Times
 from peers.variants import Kind, all_variants

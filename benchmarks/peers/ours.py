@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
@@ -16,17 +16,40 @@ from cpattn.testing import SoloCommunicator
 from peers.work import Call, Work
 
 NO_TRANSFER = "no transfer"
+# Tokens of a page of a sharded cache.
+PAGE_SIZE = 64
 
 
-def cp_attention(work: Work, strategy: str, transport: str, backend: str) -> Call:
-    """A call by a strategy, a backend, and a kind of transport or ``"no transfer"``: what others would send is a local copy."""
-    meta = cpattn.build_metadata(work.batch, work.size, work.rank, device=work.device)
-    q, k, v = (cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
-    cache_of_all = cpattn.PackedKV(work.prefix_k, work.prefix_v) if len(work.prefix_k) else None
-    group: Any = _alone(work.rank, work.size) if transport == NO_TRANSFER else cpattn.transport(kind=transport)  # type: ignore[arg-type]
-    attend = partial(cpattn.cp_attention, q, k, v, meta, group=group, kv_cache=cache_of_all, strategy=strategy, backend=backend)
+class _Layout(NamedTuple):
+    """One rank's part of the batch as a partition has it, which all of its calls share."""
+
+    meta: cpattn.CPMetadata
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cache: cpattn.PackedKV | cpattn.PagedKV | None
+
+
+def cp_attention(work: Work, strategy: str, transport: str, backend: str, partition: str = "zigzag", sharded: bool = False) -> Call:
+    """A call by a strategy, a backend, and a kind of transport or ``"no transfer"``: what others would send is a local copy.
+
+    With ``sharded`` each rank holds its share of every prefix, in pages; otherwise each holds all prefixes, in order.
+    """
+    meta, q, k, v, kv_cache = _laid_out(work, partition, sharded)
+    group: Any = None
+    if transport == NO_TRANSFER:
+        group = _alone(work.rank, work.size)
+    elif work.size > 1:
+        group = cpattn.transport(work.group, kind=transport)  # type: ignore[arg-type]
+    named: dict[str, Any] = {"group": group, "kv_cache": kv_cache, "strategy": strategy, "backend": backend}
+    way = ""
+    if "auto" in (strategy, backend):
+        with torch.no_grad():
+            chosen = cpattn.prepare(q, k, v, meta, **named)
+        way = f"{chosen.strategy.name}, {chosen.backend.name}"
+    attend = partial(cpattn.cp_attention, q, k, v, meta, **named)
     tokens = None if transport == NO_TRANSFER else meta.token_index[: meta.num_tokens].long()
-    return Call(lambda: attend()[: meta.num_tokens], tokens)
+    return Call(lambda: attend()[: meta.num_tokens], tokens, way=way)
 
 
 @cache
@@ -35,23 +58,67 @@ def _alone(rank: int, size: int) -> SoloCommunicator:
     return SoloCommunicator(rank, size)
 
 
+def _laid_out(work: Work, partition: str, sharded: bool) -> _Layout:
+    key = partition, sharded, work.size
+    if key not in work.kept:
+        shards = prefix_shards(work.batch, work.size) if sharded else None
+        meta = cpattn.build_metadata(work.batch, work.size, work.rank, device=work.device, partition=partition, prefix_shards=shards)
+        q, k, v = (cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
+        kv_cache: cpattn.PackedKV | cpattn.PagedKV | None = None
+        if shards is not None:
+            kv_cache = _paged_shard(work, shards)
+        elif len(work.prefix_k):
+            kv_cache = cpattn.PackedKV(work.prefix_k, work.prefix_v)
+        work.kept[key] = _Layout(meta, q, k, v, kv_cache)
+    made: _Layout = work.kept[key]
+    return made
+
+
+def prefix_shards(batch: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """How many tokens of each prefix each rank holds: as even as can be."""
+    return [[prefix // size + (rank < prefix % size) for rank in range(size)] for prefix, _ in batch]
+
+
+def _paged_shard(work: Work, shards: list[list[int]]) -> cpattn.PagedKV:
+    """This rank's run of each prefix, in pages that lie in random order."""
+    pages = max(max(held) for held in shards) // PAGE_SIZE + 1
+    generator = torch.Generator(work.device).manual_seed(work.rank)
+    table = torch.randperm(len(shards) * pages, device=work.device, generator=generator).int().view(len(shards), pages)
+    k_pages, v_pages = (x.new_zeros(table.numel(), PAGE_SIZE, *x.shape[1:]) for x in (work.prefix_k, work.prefix_v))
+    begin = 0
+    for held, row in zip(shards, table.long(), strict=True):
+        first, count = begin + sum(held[: work.rank]), held[work.rank]
+        slots = torch.arange(count, device=work.device)
+        for pool, x in ((k_pages, work.prefix_k), (v_pages, work.prefix_v)):
+            pool[row[slots // PAGE_SIZE], slots % PAGE_SIZE] = x[first : first + count]
+        begin += sum(held)
+    return cpattn.PagedKV(k_pages, v_pages, table)
+
+
 def one_gpu(work: Work, backend: str) -> Call:
     """The whole batch in one launch, on each rank's device."""
-    return launch(replace(work, rank=0, size=1), backend)
+    return launch(work.over(None, 0, 1), backend)
 
 
-def launch(work: Work, backend: str) -> Call:
+def launch(work: Work, backend: str, partition: str = "zigzag") -> Call:
     """This rank's launch alone, on keys that are in order already."""
-    meta = cpattn.build_metadata(work.batch, work.size, work.rank, device=work.device)
-    q = cpattn.shard(work.q, meta)[: meta.num_tokens]
+    meta, q, *_ = _laid_out(work, partition, False)
     table = meta.chunk_host
     spans = Spans.build(table.q_len, meta.k_starts[table.request], table.k_len, table.k_len - table.q_len + 1, work.device)
-    keys = []
-    for new, cached in ((work.k, work.prefix_k), (work.v, work.prefix_v)):
-        whole = new.new_empty(len(new) + len(cached), *new.shape[1:])
-        whole[meta.extend_key_rows.long()] = new
-        whole[meta.prefix_key_rows.long()] = cached
-        keys.append(whole)
     options = AttentionOptions(q.shape[2] ** -0.5)
-    attend = partial(cpattn.BACKENDS[backend].attend, q, Keys(*keys), spans, options, q.dtype)
+    attend = partial(cpattn.BACKENDS[backend].attend, q[: meta.num_tokens], _keys_in_order(work, meta), spans, options, q.dtype)
     return Call(lambda: attend()[0], meta.token_index[: meta.num_tokens].to(torch.int64))
+
+
+def _keys_in_order(work: Work, meta: cpattn.CPMetadata) -> Keys:
+    """Of the whole batch, each request's one after another. They are the same for all partitions and ranks."""
+    if "keys in order" not in work.kept:
+        keys = []
+        for new, cached in ((work.k, work.prefix_k), (work.v, work.prefix_v)):
+            whole = new.new_empty(len(new) + len(cached), *new.shape[1:])
+            whole[meta.extend_key_rows.long()] = new
+            whole[meta.prefix_key_rows.long()] = cached
+            keys.append(whole)
+        work.kept["keys in order"] = Keys(*keys)
+    made: Keys = work.kept["keys in order"]
+    return made

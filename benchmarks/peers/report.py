@@ -31,6 +31,9 @@ class Line:
         beside: see :class:`peers.variants.Variant`.
         error: relative to cpattn's result; None where the result is not the batch's.
         note: why there are no times, or no graph.
+        memory: bytes that a call takes on the rank where it takes most; way: what it has chosen by itself. See
+            :class:`peers.session.Prepared`.
+        layers: of a graph, and of an eager run.
     """
 
     batch: str
@@ -41,6 +44,9 @@ class Line:
     times: dict[Mode, list[float]] = field(default_factory=lambda: {"graph": [], "eager": []})
     host: list[float] = field(default_factory=list)
     note: str = ""
+    memory: int = 0
+    way: str = ""
+    layers: int = 1
 
     def __str__(self) -> str:
         error = "" if self.error is None else f"{self.error:.1e}"

@@ -1,4 +1,4 @@
-"""What a rank does for the benchmark: functions that :class:`cpattn.testing.ProcessRanks` runs, and what they keep in between."""
+"""What a rank does for a benchmark: functions that :class:`cpattn.testing.ProcessRanks` runs, and what they keep in between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.testing import single_device_bound
-from peers.variants import Variant, all_variants
+from peers.variants import Variant
 from peers.work import Call, Heads, Work
 
 # Rows that are compared at once, which bounds the memory of their fp32 copies.
@@ -37,10 +37,15 @@ class Prepared(NamedTuple):
     Attributes:
         squares: None where the result is not the batch's.
         seconds: that a call takes.
+        memory: bytes that a call takes at its peak beside the batch's tensors, of torch's allocator: its result, and buffers that
+            stay for the next; 0 on a CPU.
+        way: see :class:`peers.work.Call`.
     """
 
     squares: Squares | None
     seconds: float
+    memory: int
+    way: str
 
 
 class Times(NamedTuple):
@@ -66,14 +71,18 @@ class _Session:
 
 
 _sessions: list[_Session] = []
+# By their size, the one of each that this rank is in; they last as long as the process.
+_groups: dict[int, dist.ProcessGroup | None] = {}
 # A graph whose capture failed must not be destroyed: torch's allocator still asks it whether it is capturing.
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
-def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, strategies: tuple[str, ...]) -> float:
+def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, variants: dict[str, Variant]) -> float:
     """Makes the tensors, and the result that all are compared with: cpattn's own over collectives. Returns by how much two exact
     results may differ, relative to their size."""
     finish()
+    for size in sorted({variant.ranks for variant in variants.values()} - {0}):
+        _make_groups(size)
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
     like = torch.empty(0, dtype=torch.bfloat16 if device_type == "cuda" else torch.float32, device=device)
     work = Work.random(batch, dist.get_rank(), dist.get_world_size(), heads, like)
@@ -84,7 +93,8 @@ def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, strategi
         strategy="all_gather", backend="triton" if device_type == "cuda" else "cpu", return_lse=True,
     )  # fmt: skip
     whole = cpattn.unshard(out, meta, group=cpattn.transport(kind="collectives"))
-    _sessions.append(_Session(work, whole, all_variants(device_type, strategies)))
+    _sessions.append(_Session(work, whole, variants))
+    cpattn.release()
     # Each of the two may be off by what one kernel on one device may be.
     return 2 * single_device_bound(out.dtype, lse)
 
@@ -101,23 +111,38 @@ def finish() -> None:
         torch.cuda.empty_cache()
 
 
-def prepare(name: str) -> Prepared:
-    """Makes the variant's call, and makes it three times: to compile, to be compared, and to be timed."""
+def prepare(name: str, is_long: bool) -> Prepared:
+    """Makes the variant's call, and makes it three times: to compile and be compared, to warm up, and to be timed. A long one is
+    made once."""
     session = _sessions[-1]
-    call = session.variants[name].make(session.work)
+    variant = session.variants[name]
+    work = session.work
+    if variant.ranks:
+        work = work.over(_groups[variant.ranks], work.rank % variant.ranks, variant.ranks)
+    call = variant.make(work)
     try:
         with torch.no_grad():
-            squares = None if call.tokens is None else _squares(call.run(), call.tokens, session.reference)
-            call.run()
             in_step(session)
+            before = _memory_before()
             start = time.perf_counter()
-            call.run()
+            out = call.run()
             _wait(session)
+            seconds = time.perf_counter() - start
+            memory = torch.cuda.max_memory_allocated() - before if out.is_cuda else 0
+            squares = None if call.tokens is None else _squares(out, call.tokens, session.reference)
+            del out
+            if not is_long:
+                call.run()
+                in_step(session)
+                start = time.perf_counter()
+                call.run()
+                _wait(session)
+                seconds = time.perf_counter() - start
     except BaseException:
         call.close()
         raise
     session.calls[name] = call
-    return Prepared(squares, time.perf_counter() - start)
+    return Prepared(squares, seconds, memory, call.way)
 
 
 def capture(name: str, layers: int) -> Squares | None:
@@ -142,6 +167,26 @@ def measure(name: str, layers: int) -> Times:
         graph = None if replay is None else _device_us(session, replay, 1)[0] / layers
         eager, host = _device_us(session, run, layers)
     return Times(graph, eager / layers, host / layers)
+
+
+def _make_groups(size: int) -> None:
+    """As many groups of so many ranks as there can be, side by side. All ranks make all of them, in the same order."""
+    if size in _groups:
+        return
+    world = dist.get_world_size()
+    _groups[size] = None
+    if 1 < size < world:
+        made = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+        _groups[size] = made[dist.get_rank() // size]
+
+
+def _memory_before() -> int:
+    """What is allocated without the buffers of earlier calls, from where on the peak is counted."""
+    if not torch.cuda.is_available():
+        return 0
+    cpattn.release()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def drop(name: str) -> None:

@@ -1,4 +1,4 @@
-"""All that is timed, by name."""
+"""All that bench_peers.py times, by name."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Variant(NamedTuple):
     Attributes:
         beside: the variant without transfers that its exposed communication is told by; empty for the fastest of those.
         is_of_speedup: whether it is timed for the speed-up by length, over batches where nothing else is.
+        ranks: of each of the groups that make the call side by side; 0 for one group of all.
     """
 
     make: Callable[[Work], Call]
     kind: Kind
     beside: str = ""
     is_of_speedup: bool = False
+    ranks: int = 0
 
 
 STRATEGIES = ("all_gather", "ring")

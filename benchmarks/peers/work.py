@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -29,6 +30,8 @@ class Work:
         rank, size: in the group.
         q: ``[tokens, Hq, D]``, and k, v ``[tokens, Hkv, D]``: the new tokens of all requests, in order.
         prefix_k, prefix_v: the cached tokens of all requests, in order.
+        group: of those ranks; None for all there are.
+        kept: what variants have made of it and share, by what it is.
     """
 
     batch: list[tuple[int, int]]
@@ -39,6 +42,8 @@ class Work:
     v: Tensor
     prefix_k: Tensor
     prefix_v: Tensor
+    group: dist.ProcessGroup | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def random(cls, batch: list[tuple[int, int]], rank: int, size: int, heads: Heads, like: Tensor) -> Work:
@@ -51,6 +56,10 @@ class Work:
         tokens, cached = (sum(lengths) for lengths in (cls._column(batch, 1), cls._column(batch, 0)))
         q, k, v = normal(tokens, heads.query), normal(tokens, heads.kv), normal(tokens, heads.kv)
         return cls(batch, rank, size, q, k, v, normal(cached, heads.kv), normal(cached, heads.kv))
+
+    def over(self, group: dist.ProcessGroup | None, rank: int, size: int) -> Work:
+        """The same batch over another group, in which this rank is that one."""
+        return replace(self, group=group, rank=rank, size=size)
 
     @staticmethod
     def _column(batch: list[tuple[int, int]], which: int) -> list[int]:
@@ -84,11 +93,13 @@ class Call(NamedTuple):
         run: makes the call and returns this rank's rows ``[rows, Hq, D]``.
         tokens: which of the batch's new tokens each row is, int64; None where the result is not that of the batch.
         close: undoes what the call needs while it exists.
+        way: what it has chosen by itself, as "strategy, backend"; empty where it chooses nothing.
     """
 
     run: Callable[[], Tensor]
     tokens: Tensor | None
     close: Callable[[], object] = lambda: None
+    way: str = ""
 
 
 class Unserved(Exception):
