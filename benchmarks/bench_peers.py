@@ -10,29 +10,19 @@ FOLDER is where ring-flash-attn was unpacked, if it is not installed; a peer tha
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from peers import report
+from peers.batches import ragged
 from peers.bench import MOST_LAYERS, WRONG, Bench, Task
 from peers.variants import STRATEGIES, all_variants
 from peers.work import Heads
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(8, 4, 16)
-
-
-def _ragged(with_prefix: bool) -> list[tuple[int, int]]:
-    rng = random.Random(1)
-    batch = []
-    for _ in range(64):
-        prefix = int(rng.lognormvariate(8, 0.8)) if with_prefix else 0
-        batch.append((prefix, max(8, int(rng.lognormvariate(6.5, 0.8)) // 8 * 8)))
-    return batch
-
 
 BATCHES = {
     "1 x 1k": [(0, 1024)],
@@ -41,8 +31,8 @@ BATCHES = {
     "8 x 8k": [(0, 8192)] * 8,
     "8 x (8k + 2k)": [(8192, 2048)] * 8,
     "1 x 32k": [(0, 32768)],
-    "64 ragged ~0.9k": _ragged(with_prefix=False),
-    "64 ragged + ~4k prefix": _ragged(with_prefix=True),
+    "64 ragged ~0.9k": ragged(with_prefix=False),
+    "64 ragged + ~4k prefix": ragged(with_prefix=True),
     "1 x (8k + 1k)": [(8192, 1024)],
     "1 x (120k + 2k)": [(122880, 2048)],
     "1 x 128k": [(0, 131072)],

@@ -14,13 +14,16 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#F0E442")
 
 
-def write_gpu_report(name: str, title: str, header: list[str], rows: list[list[str]], notes: str, results: Path = RESULTS) -> None:
+def write_gpu_report(
+    name: str, title: str, header: list[str], rows: list[list[str]], notes: str, results: Path = RESULTS, prints: bool = True
+) -> None:
     """Prints the table and writes ``name.md`` and ``name.csv``, with the device, the versions and the command."""
     results.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", f"`python {' '.join(sys.argv)}`", "", gpu_machine(), "", notes, ""]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows), ""]
     text = "\n".join(lines)
-    print(text, flush=True)
+    if prints:
+        print(text, flush=True)
     (results / f"{name}.md").write_text(text)
     with (results / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -18,6 +18,7 @@ from peers.work import Heads
 
 # In place of a variant's name: not one of them alone. How a note begins whose variant is not timed.
 ALL, WRONG = "all", "wrong"
+LEFT_OUT = "left out: the time for this batch was up"
 # Seconds that a rank may wait for another: a kernel may have to be compiled there.
 TIMEOUT = 40
 # Layers of a graph and of an eager run, and how long such a run is to be at most.
@@ -40,8 +41,8 @@ class Task(NamedTuple):
     Attributes:
         variants: by name, those first that matter most.
         seconds: that the rounds may take, beyond the least number of them.
-        expected: seconds that a call of a variant takes about, where that is known; it is left out where it cannot be done in time.
-        prepared_by: by ``time.monotonic``; variants that would not be ready by then are left out.
+        expected: seconds that a call of a variant takes about, where that is known.
+        first_seconds: that the first calls of all variants may take; those that would take longer are left out.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Task(NamedTuple):
     variants: dict[str, Variant]
     seconds: float
     expected: Callable[[Variant], float] = lambda variant: 0.0
-    prepared_by: float = float("inf")
+    first_seconds: float = float("inf")
 
 
 @dataclass
@@ -78,6 +79,10 @@ class Bench:
     def __post_init__(self) -> None:
         self.ranks = self._start()
 
+    def wait(self) -> None:
+        """Until the ranks are there, for a caller who then shares out what is left of the time."""
+        self.ranks.outcomes(session.ping)
+
     def _start(self) -> ProcessRanks:
         transport = "nccl" if self.device_type == "cuda" else "gloo"
         return ProcessRanks(self.num_ranks, timeout=TIMEOUT, patience=TIMEOUT + 5, transport=transport)
@@ -96,17 +101,21 @@ class Bench:
             self.ranks.close()
             self.ranks = self._start()
             self.lost[lost.culprit] = lost.reason
-            if lost.culprit == ALL or time.monotonic() > min(self.deadline, task.prepared_by):
+            if lost.culprit == ALL or time.monotonic() > self.deadline:
                 self.lines.append(Line(task.name, lost.culprit, "fixed", note=lost.reason))
             else:
-                self.measure(task)
+                self.measure(task._replace(first_seconds=min(task.first_seconds, self.deadline - time.monotonic())))
 
     def _lines(self, task: Task) -> list[Line]:
         bound = max(self._all(ALL, session.begin, task.batch, task.heads, self.device_type, task.variants))
         lines = {name: Line(task.name, name, made.kind, made.beside, note=self.lost.get(name, "")) for name, made in task.variants.items()}
         seconds: dict[str, float] = {}
+        end = time.monotonic() + task.first_seconds
         for name, line in lines.items():
-            if not line.note and (took := self._prepare(line, task, bound)) is not None:
+            expected = task.expected(task.variants[name])
+            if not line.note and time.monotonic() + expected > end:
+                line.note = LEFT_OUT
+            if not line.note and (took := self._prepare(line, bound, expected >= LONG_CALL)) is not None:
                 seconds[name] = took
         # The same for all, so that all save alike from one call to the next.
         layers = max(1, min(MOST_LAYERS, int(RUN_SECONDS / min(seconds.values(), default=1.0))))
@@ -125,13 +134,9 @@ class Bench:
                 lines[name].add(self._all(name, session.measure, name, layers))
         return list(lines.values())
 
-    def _prepare(self, line: Line, task: Task, bound: float) -> float | None:
+    def _prepare(self, line: Line, bound: float, is_long: bool) -> float | None:
         """The seconds that a call takes, or None where there is nothing to time."""
-        expected = task.expected(task.variants[line.variant])
-        if time.monotonic() + expected > task.prepared_by:
-            line.note = "left out: the time for this batch was up"
-            return None
-        outcome = self._try(line.variant, session.prepare, line.variant, expected >= LONG_CALL)
+        outcome = self._try(line.variant, session.prepare, line.variant, is_long)
         if isinstance(outcome, str):
             line.note = outcome
             return None

@@ -63,7 +63,8 @@ def _laid_out(work: Work, partition: str, sharded: bool) -> _Layout:
     if key not in work.kept:
         shards = prefix_shards(work.batch, work.size) if sharded else None
         meta = cpattn.build_metadata(work.batch, work.size, work.rank, device=work.device, partition=partition, prefix_shards=shards)
-        q, k, v = (cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
+        # One rank has everything, in the same order.
+        q, k, v = (x if work.size == 1 else cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
         kv_cache: cpattn.PackedKV | cpattn.PagedKV | None = None
         if shards is not None:
             kv_cache = _paged_shard(work, shards)

@@ -151,6 +151,9 @@ def capture(name: str, layers: int) -> Squares | None:
     call = session.calls[name]
     if session.variants[name].kind == "peer":
         _require_no_wait(call)
+    # Buffers that were freed to measure the memory of others are made here, and not within the graph.
+    with torch.no_grad():
+        call.run()
     in_step(session)
     replay, out = _captured(session, call.run, layers)
     replay()

@@ -1,0 +1,1 @@
+"""What bench_scaling.py times, and what it makes of the times."""
