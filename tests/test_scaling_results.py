@@ -87,11 +87,11 @@ def test_rates_stand_beside_the_published_ones() -> None:
 def test_tables_are_written_with_what_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gpu_timing", SimpleNamespace(gpu_machine=lambda: "two cards"))
     monkeypatch.delitem(sys.modules, "gpu_report", raising=False)
-    bench_scaling.write(tmp_path / "scaling", results_of(["8k"]), [1, 2], ["1 x 1M"], prints=False)
+    bench_scaling.write(tmp_path / "scaling", results_of(["8k", bench_scaling.CAUSAL]), [1, 2], ["1 x 1M"], prints=False)
     text = (tmp_path / "scaling.md").read_text()
     assert "Not timed, as the time was up: 1 x 1M. 8k: the ranks died." in text
     assert "| 8k | 2 | zigzag | graph | 900.0 | 500.0 |" in text
-    assert len((tmp_path / "scaling_all.csv").read_text().splitlines()) == 1 + len(TIMES)
+    assert len((tmp_path / "scaling_all.csv").read_text().splitlines()) == 1 + 2 * len(TIMES)
     assert "MagiAttention, its own exchange (cited)" in (tmp_path / "scaling_published.md").read_text()
 
 

@@ -94,7 +94,6 @@ def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, variants
     )  # fmt: skip
     whole = cpattn.unshard(out, meta, group=cpattn.transport(kind="collectives"))
     _sessions.append(_Session(work, whole, variants))
-    cpattn.release()
     # Each of the two may be off by what one kernel on one device may be.
     return 2 * single_device_bound(out.dtype, lse)
 
@@ -106,6 +105,7 @@ def finish() -> None:
             call.close()
     _sessions.clear()
     gc.collect()
+    cpattn.release()
     # With a capture unended it would raise.
     if torch.cuda.is_available() and not _failed_graphs:
         torch.cuda.empty_cache()

@@ -29,6 +29,8 @@ class Case(NamedTuple):
         with_auto: those others.
         sharded: whether each rank holds a share of every prefix, in pages.
         all_sizes: whether on fewer GPUs too, or on all of them only.
+        sends_queries: whether strategies are timed that send queries and partial results. Of a long prompt these are several times
+            its keys, and memory that ranks share for them stays.
     """
 
     batch: list[tuple[int, int]]
@@ -37,6 +39,7 @@ class Case(NamedTuple):
     with_auto: tuple[str, ...] = ()
     sharded: bool = False
     all_sizes: bool = True
+    sends_queries: bool = True
 
     @property
     def flops(self) -> float:
@@ -106,7 +109,10 @@ def ways_of(case: Case, sizes: list[int], device_type: str) -> list[Way]:
         for partition in case.partitions:
             plan = case.plan(size, partition)
             for strategy in able_strategies(case.problem(plan), plan):
-                chosen = backends if size == top and (case.sharded or not strategy.name.startswith("pass_q")) else ("auto",)
+                sends_queries = strategy.name.startswith("pass_q")
+                if sends_queries and not case.sends_queries:
+                    continue
+                chosen = backends if size == top and (case.sharded or not sends_queries) else ("auto",)
                 found += [
                     Way(size, partition, strategy.name, transport, backend)
                     for backend in chosen
