@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cpattn.attention.custom import custom_backend
     from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
+    from cpattn.call.forward_context import ForwardContext, forward_context
     from cpattn.call.prepared import PreparedCall
     from cpattn.costs.estimate import Estimate, Estimates, estimate
     from cpattn.costs.links import measure_links
@@ -73,6 +74,7 @@ __all__ = [
     "DisagreementError",
     "Estimate",
     "Estimates",
+    "ForwardContext",
     "GroupError",
     "HeadCountError",
     "KVPool",
@@ -109,6 +111,7 @@ __all__ = [
     "custom_backend",
     "estimate",
     "explain",
+    "forward_context",
     "gather_kv",
     "measure_links",
     "plan",
@@ -129,6 +132,7 @@ _NAMES = {
     "attention.custom": "custom_backend",
     "attention.ragged_rows": "RaggedRows",
     "attention.registry": "BACKENDS",
+    "call.forward_context": "ForwardContext forward_context",
     "call.prepared": "PreparedCall",
     "costs.estimate": "Estimate Estimates estimate",
     "costs.links": "measure_links",

@@ -9,44 +9,38 @@ from torch import Tensor
 
 from cpattn.attention.auto import explain_choice
 from cpattn.call import checks
-from cpattn.call.agreed import describe, refusal_of, validated
+from cpattn.call.agreed import describe, validated
 from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
+from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
-from cpattn.call.find import check_contents, find_call, prepare_call
+from cpattn.call.find import check_contents, prepare_call
+from cpattn.call.in_graph import (
+    are_options,
+    enters_graph,
+    group_fits,
+    group_handle,
+    group_name,
+    group_of,
+    in_graph,
+    is_plain,
+    is_traced,
+    order,
+)
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
-from cpattn.current import is_capturing
-from cpattn.graphs import compiler_is_loaded, leaves_graph
+from cpattn.graphs import has_operator, leaves_graph
+from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for, whole_rows
-from cpattn.transports.agreement import expect_verdicts, share_verdicts
+from cpattn.ops import implements, options_text, parse_options
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.transfer import Transfer
-
-# What cp_attention takes by keyword.
-KEYWORDS = (
-    "group",
-    "v_dim",
-    "kv_cache",
-    "strategy",
-    "backend",
-    "overlap",
-    "scale",
-    "window",
-    "softcap",
-    "sinks",
-    "out",
-    "return_lse",
-    "check",
-    "label",
-)
 
 
-@leaves_graph
+@has_operator
 def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     """This rank's rows of a tensor that holds all new tokens of the batch.
 
@@ -74,14 +68,20 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
         TensorMismatchError: x is on another device than the metadata, or of a kind that kernels cannot read.
         OptionError: x has no such axis.
     """
+    if is_traced() and type(meta) is CPMetadata and type(dim) is int and isinstance(x, Tensor) and is_plain(x):
+        rows, _ = meta.sizes_in_graph()
+        local: Tensor = torch.ops.cpattn.shard.default(x, meta.handle, rows, dim)
+        return local
+    return _shard(x, meta, dim)
+
+
+@leaves_graph
+def _shard(x: Tensor, meta: CPMetadata, dim: int) -> Tensor:
     checks.check_metadata(meta)
     checks.check_tensor("x", x)
     dim = checks.parse_dim(dim, x)
     checks.check_whole("x", x, dim, meta)
     checks.check_device("x", x, meta)
-    if compiler_is_loaded() and not is_capturing(x.device):
-        # What compiled layers read must be there: a graph cannot end at an attribute to have it made.
-        _ = meta.position_ids
     rows_first = x.movedim(dim, 0) if dim else x
     if x.requires_grad and torch.is_grad_enabled():
         tokens = rows_first.index_select(0, meta.token_index[: meta.num_tokens])
@@ -94,7 +94,12 @@ def shard(x: Tensor, meta: CPMetadata, *, dim: int = 0) -> Tensor:
     return local.movedim(0, dim).contiguous() if dim else local
 
 
-@leaves_graph
+@implements("shard")
+def _shard_operator(x: Tensor, meta: Tensor, rows: int, dim: int) -> Tensor:
+    return _shard(x, resolve(meta, CPMetadata), dim)
+
+
+@has_operator
 def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = False, label: str | None = None) -> Tensor:
     """Brings the rows of all ranks together, in the original order, on every rank. A collective call.
 
@@ -116,6 +121,23 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
     Raises:
         RowCountError, TensorMismatchError, GroupError, UnsupportedError (a gradient is required), DisagreementError.
     """
+    if (
+        is_traced()
+        and type(meta) is CPMetadata
+        and isinstance(x, Tensor)
+        and is_plain(x)
+        and group_fits(group)
+        and are_options({"check": check, "label": label})
+    ):
+        _, rows = meta.sizes_in_graph()
+        options = options_text({"check": check, "label": label, "group_name": group_name(group)})
+        whole: Tensor = torch.ops.cpattn.unshard.default(x, meta.handle, order(), group_handle(group), rows, options)[0]
+        return whole
+    return _unshard(x, meta, group, check, label)
+
+
+@leaves_graph
+def _unshard(x: Tensor, meta: CPMetadata, group: Group, check: bool = False, label: str | None = None) -> Tensor:
     checks.check_metadata(meta)
     transport = as_transport(group, meta.plan.cp_size)
 
@@ -140,12 +162,20 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
         return out
 
 
+@implements("unshard")
+def _unshard_operator(
+    x: Tensor, meta: Tensor, order: Tensor | None, group: Tensor | None, rows: int, options: str
+) -> tuple[Tensor, Tensor]:
+    asked = parse_options(options)
+    return _unshard(x, resolve(meta, CPMetadata), group_of(group, asked.group_name), asked.check, asked.label), x.new_empty(0)
+
+
 @overload
 def cp_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     group: Group = ...,
     v_dim: int | None = ...,
@@ -169,7 +199,7 @@ def cp_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     group: Group = ...,
     v_dim: int | None = ...,
@@ -188,12 +218,12 @@ def cp_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@leaves_graph
+@has_operator
 def cp_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     group: Group = None,
     v_dim: int | None = None,
@@ -227,7 +257,7 @@ def cp_attention(
         k: ``[meta.rows, Hkv, D]``, rotated by ``meta.position_ids`` where the model rotates; Hq must be a multiple of Hkv.
         v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512). The latent then travels once.
-        meta: this rank's metadata, on the tensors' device.
+        meta: this rank's metadata, on the tensors' device; or None within a :func:`cpattn.forward_context`, which has it.
         group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group. With
             cp_size 1 none is needed. Calls over one group follow each other, in the same order on every rank; for several at
             once give each thread a process group of its own (``torch.distributed.new_group``).
@@ -272,36 +302,13 @@ def cp_attention(
     NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
     included. After that all ranks can go on with the group.
     """
-    if type(meta) is not CPMetadata:
-        checks.check_metadata(meta)
-    transport = as_transport(group, meta.plan.cp_size)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
-    with InFlight(transport, meta.device) as in_flight:
-        if check or unknown or label is not None:
-
-            def validate() -> PreparedCall:
-                if unknown:
-                    refuse_words("cp_attention", unknown, KEYWORDS)
-                return find_call(arguments, meta, transport, check=check)
-
-            call = validated(validate, lambda call: describe(call, meta), meta, in_flight, check, label)
-        else:
-            call = find_call(arguments, meta, transport)
-        if check:
-
-            def make() -> list[Transfer]:
-                # First the memory of the verdicts: to make it after the call's could take that away again.
-                verdicts = expect_verdicts(transport, meta.device)
-                return [*call.transfers(), *verdicts]
-
-            in_flight.expect(make)
-            problems: list[str] = []
-            result, lse = call.run(arguments, in_flight, problems)
-            share_verdicts(in_flight, meta.device, refusal_of(problems))
-        else:
-            in_flight.expect(call.transfers)
-            result, lse = call.run(arguments, in_flight)
-    return (result, call.lse_of(result, lse)) if return_lse else result
+    if enters_graph(meta):
+        results = in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, "label": label, **unknown})
+        if results is not NotImplemented:
+            return results  # type: ignore[no-any-return]
+    result, lse = run_attention(arguments, meta, More(group, return_lse, check, label), unknown)
+    return result if lse is None else (result, lse)
 
 
 @leaves_graph

@@ -1,4 +1,5 @@
-"""What ``torch.compile`` leaves out of its graphs: a call has collectives, memory of its own and decisions on the host.
+"""What ``torch.compile`` leaves out of its graphs: a call has collectives, memory of its own and decisions on the host. Where
+there is an operator for a call, the graph has that.
 
 ``torch.compiler.disable`` does the same, but imports torch's compiler, and with it Triton, as soon as it is called. It
 costs every call more than a microsecond (1.25 us on the CPU that the tests run on). The two marks here cost nothing:
@@ -7,9 +8,8 @@ one stops the compiler from inlining a function, the other from compiling it, an
 
 from __future__ import annotations
 
-import sys
 from types import FunctionType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,11 @@ else:
 
 T = TypeVar("T")
 
-_WHY = "cpattn runs outside of graphs, with collectives and memory of its own: compile without fullgraph=True"
+_WHY = (
+    "cpattn runs outside of graphs, with collectives and memory of its own: compile without fullgraph=True. Graphs can hold "
+    "cp_attention, attend, shard, unshard and write_kv where no tensor requires a gradient, strategy= and backend= are names, and "
+    "kv_cache= was made outside of the graph"
+)
 
 
 def leaves_graph(part: T) -> T:
@@ -44,17 +48,32 @@ def leaves_graph(part: T) -> T:
     return _marked(part)
 
 
-def compiler_is_loaded() -> bool:
-    """Whether anything can have been compiled so far."""
-    return "torch._dynamo" in sys.modules
+def has_operator(function: T) -> T:
+    """For a function that calls an operator where ``torch.compiler.is_dynamo_compiling()`` says that it is in a graph: it is
+    traced there. When it runs by itself it is not compiled, nor is what it calls.
+
+    >>> @has_operator
+    ... def total(x):
+    ...     return x.sum() if torch.compiler.is_dynamo_compiling() else sum(x.tolist())
+    >>> total(torch.ones(2))
+    2.0
+    """
+    if not marks_are_known:
+        return _marked(function)
+    _leave_alone(function)
+    return function
 
 
 def _marked(function: T) -> T:
     if not marks_are_known:
         marked: T = torch.compiler.disable(function, reason=_WHY)  # type: ignore[no-untyped-call]
         return marked
-    assert isinstance(function, FunctionType)
+    _leave_alone(function)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return function
+
+
+def _leave_alone(function: Any) -> None:
+    assert isinstance(function, FunctionType)
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))

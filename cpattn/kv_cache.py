@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cpattn.device_tables import IntArray
+from cpattn.handles import new_handle
+
+
+class _Handled:
+    """What has a handle, which is no field: a cache of the same fields has another."""
+
+    __slots__ = ("handle",)
+    handle: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PackedKV:
+class PackedKV(_Handled):
     """The prefix of every request, request after request, without padding; the same on every rank. It is only read.
 
     >>> import cpattn, torch
@@ -24,10 +33,19 @@ class PackedKV:
     Attributes:
         k: ``[sum of prefix_len, Hkv, D]``, already rotated, as all keys; of the new keys' dtype and device.
         v: ``[sum of prefix_len, Hkv, Dv]``, or None where V is the first columns of K.
+        handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where a graph itself
+            makes the cache.
     """
 
     k: Tensor
     v: Tensor | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", _handle_of(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a handle of its own."""
+        return type(self), (self.k, self.v)
 
     def __repr__(self) -> str:
         return f"PackedKV({_sizes('{} tokens, {} heads', self.k, self.v)})"
@@ -48,7 +66,7 @@ class TableLines:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PagedKV:
+class PagedKV(_Handled):
     """A view of an engine's own pages: the prefix is read from them, and this call's keys and values are written to them.
 
     Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
@@ -71,12 +89,21 @@ class PagedKV:
             Requests may share pages that they only read; a slot that a call writes must be no other token's.
             One tensor for all layers of a batch spares the host a little work in each.
         lines: what a KVPool knows of its own table, so that a plan that does not go with it is refused; else None.
+        handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where a graph itself
+            makes the cache.
     """
 
     k_pages: Tensor
     v_pages: Tensor | None
     page_table: Tensor
     lines: TableLines | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", _handle_of(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a handle of its own."""
+        return type(self), (self.k_pages, self.v_pages, self.page_table, self.lines)
 
     def __repr__(self) -> str:
         table = self.page_table
@@ -87,6 +114,10 @@ class PagedKV:
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.k_pages.shape[1]
+
+
+def _handle_of(cache: Any) -> Tensor | None:
+    return None if torch.compiler.is_compiling() else new_handle(cache)
 
 
 def _sizes(form: str, k: Any, v: Any) -> str:

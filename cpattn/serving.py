@@ -15,6 +15,8 @@ from cpattn.call import checks
 from cpattn.call.agreed import refusal_of, validated
 from cpattn.call.arguments import Arguments, BackendChoice
 from cpattn.call.find import find_call
+from cpattn.call.forward_context import ForwardContext, current_context
+from cpattn.call.in_graph import cache_fits, enters_graph, in_graph, is_plain, is_traced, order, results_of
 from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
@@ -22,10 +24,12 @@ from cpattn.errors import UnsupportedError
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.resident import RESIDENT
-from cpattn.graphs import leaves_graph
+from cpattn.graphs import has_operator, leaves_graph
+from cpattn.handles import resolve
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for
+from cpattn.ops import implements, parse_options
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transfer import Transfer
@@ -130,7 +134,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
     return torch.where(is_token, page * page_size + position % page_size, -1)
 
 
-@leaves_graph
+@has_operator
 def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, check: bool = False) -> None:
     """Writes row i of k and v into slot ``slots[i]`` of the pages; rows of a negative slot are skipped.
 
@@ -152,17 +156,47 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
             twice, or beyond the pages; K and V pages with an element in common.
         CPError: in its other subclasses, for what is no PagedKV or needs a gradient.
     """
+    if (
+        is_traced()
+        and isinstance(kv_cache, PagedKV)
+        and cache_fits(kv_cache)
+        and isinstance(check, bool)
+        and all(isinstance(x, Tensor) for x in (k, slots))
+        and is_plain(k, v, slots)
+    ):
+        if kv_cache.handle is None:
+            torch.ops.cpattn.write.paged(k, v, slots, check, order(), kv_cache.k_pages, kv_cache.v_pages)
+        else:
+            torch.ops.cpattn.write.default(k, v, slots, check, order(), kv_cache.handle)
+        return
+    _write(k, v, kv_cache, slots, check)
+
+
+@leaves_graph
+def _write(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, check: bool) -> None:
     check_write(k, v, kv_cache, slots)
     if check or slots.device.type == "cpu":
         check_slots(kv_cache, slots)
     moves_for(k.device).write_pages(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
 
 
+@implements("write")
+def _write_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, cache: Tensor) -> None:
+    _write(k, v, resolve(cache, PagedKV), slots, check)
+
+
+@implements("write.paged")
+def _write_pages_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, *pages: Any) -> None:
+    k_pages, v_pages = pages
+    # Nobody looks at the page table here.
+    _write(k, v, PagedKV(k_pages, v_pages, slots), slots, check)
+
+
 @overload
 def attend(
     q: Tensor,
     kv_cache: PagedKV,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     v_dim: int | None = ...,
     backend: BackendChoice = ...,
@@ -180,7 +214,7 @@ def attend(
 def attend(
     q: Tensor,
     kv_cache: PagedKV,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     v_dim: int | None = ...,
     backend: BackendChoice = ...,
@@ -194,11 +228,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@leaves_graph
+@has_operator
 def attend(
     q: Tensor,
     kv_cache: PagedKV,
-    meta: CPMetadata,
+    meta: CPMetadata | None,
     *,
     v_dim: int | None = None,
     backend: BackendChoice = "auto",
@@ -222,6 +256,7 @@ def attend(
 
     Args:
         q: ``[meta.rows, Hq, D]``.
+        meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
         kv_cache: replicated pages. They are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`.
         check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
@@ -234,14 +269,28 @@ def attend(
         CPError: in its subclasses, before anything is computed.
         BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """
+    arguments = Arguments(q, None, None, v_dim, kv_cache, RESIDENT, backend, None, scale, window, softcap, sinks, out)
+    if enters_graph(meta):
+        results = in_graph(arguments, meta, None, {"return_lse": return_lse, "check": check, "label": None, **unknown})
+        if results is not NotImplemented:
+            return results  # type: ignore[no-any-return]
     if unknown:
         refuse_words("attend", unknown, _ATTEND_KEYWORDS)
+    result, lse = _attend(arguments, meta, return_lse, check)
+    return result if lse is None else (result, lse)
+
+
+@leaves_graph
+def _attend(arguments: Arguments, meta: CPMetadata | None, return_lse: bool, check: bool) -> tuple[Tensor, Tensor | None]:
+    context: ForwardContext | None = None
+    if meta is None:
+        context = current_context()
+        arguments, meta, check = context.complete(arguments), context.meta, check or context.check
     checks.check_metadata(meta)
     if meta.plan.sharded:
         raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")
     # Any one rank can do this alone.
     transport = as_transport(None, 1)
-    arguments = Arguments(q, None, None, v_dim, kv_cache, RESIDENT, backend, None, scale, window, softcap, sinks, out)
     problems: list[str] = []
     with InFlight(transport, meta.device) as in_flight:
         call = find_call(arguments, meta, transport, check=check)
@@ -250,4 +299,28 @@ def attend(
     refusal = refusal_of(problems)
     if refusal is not None:
         raise refusal
-    return (result, call.lse_of(result, lse)) if return_lse else result
+    if context is not None:
+        context.calls += 1
+    return result, call.lse_of(result, lse) if return_lse else None
+
+
+@implements("attend")
+def _attend_operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *call, cache, _ = rest
+    return _call(q, *call, resolve(cache, PagedKV))
+
+
+@implements("attend.paged")
+def _attend_pages_operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *call, k_pages, v_pages, page_table = rest
+    return _call(q, *call, PagedKV(k_pages, v_pages, page_table))
+
+
+def _call(q: Tensor, meta: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, options, sinks, out, cache = rest
+    asked = parse_options(options)
+    arguments = Arguments(
+        q, None, None, asked.v_dim, cache, RESIDENT, asked.backend, None, asked.scale, asked.window, asked.softcap, sinks, out
+    )
+    result, lse = _attend(arguments, None if meta is None else resolve(meta, CPMetadata), asked.return_lse, asked.check)
+    return results_of(result, lse, out)

@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("api.md")
 # Which module's names stand under which heading, in reading order.
 GROUPS: dict[str, tuple[str, list[str]]] = {
     "Layout": ("cpattn", ["plan", "Plan", "Chunk", "Chunks", "Request", "required_rows", "build_metadata", "CPMetadata", "Bucket"]),
-    "Calls": ("cpattn", ["shard", "cp_attention", "prepare", "PreparedCall", "unshard", "explain"]),
+    "Calls": ("cpattn", ["shard", "cp_attention", "prepare", "PreparedCall", "unshard", "forward_context", "ForwardContext", "explain"]),
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "KVPool"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),

@@ -75,7 +75,7 @@ def run_batches(plain: Model, compiled: Any, group: Any, cp_size: int, cp_rank: 
 def run_in_process() -> tuple[list[tuple[Tensor, Tensor]], int]:
     """On a rank of the default group: the outputs, and how many graphs were compiled for them."""
     plain, backend = new_model(), CountingBackend()
-    compiled = torch.compile(plain, backend=backend)
+    compiled = torch.compile(plain, backend=backend, fullgraph=True)
     return run_batches(plain, compiled, None, dist.get_world_size(), dist.get_rank()), backend.graphs
 
 

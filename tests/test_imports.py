@@ -31,8 +31,8 @@ LAYERS = (
     {"kernels"},
     {"metadata"},
     {
-        "byte_sizes", "current", "device_tables", "errors", "graphs", "installed", "keys", "kv_cache", "log", "memo", "options", "problem",
-        "ranges", "spans", "version",
+        "byte_sizes", "current", "device_tables", "errors", "graphs", "handles", "installed", "keys", "kv_cache", "log", "memo", "ops",
+        "options", "problem", "ranges", "spans", "version",
     },
 )  # fmt: skip
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.ops import NOT_EXPORTED
 
 # What a class has that leaves the work to torch. A class with another one, such as DTensor, holds its values elsewhere.
 _PLAIN = Tensor.__torch_dispatch__
@@ -18,10 +19,11 @@ def check_kind(name: str, x: Any) -> None:
 
     A subclass of Tensor without a dispatch of its own, such as Parameter, is fine. What is no tensor is for others to refuse.
     """
-    # The tensors of a trace stand for real ones, which are looked at when it runs.
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor):
         return
     if type(x).__torch_dispatch__ is not _PLAIN:
+        if torch.compiler.is_exporting():
+            raise UnsupportedError(NOT_EXPORTED)
         raise TensorMismatchError(f"{name} is a {type(x).__name__}, {_instead_of_a_subclass(name, x)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UnsupportedError(

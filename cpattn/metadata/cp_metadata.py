@@ -13,11 +13,13 @@ from cpattn.current import is_capturing
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
+from cpattn.handles import new_handle, resolve
 from cpattn.memo import Memo
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.notebook import rank_html
+from cpattn.ops import implements
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ class CPMetadata:
         k_start ``[c]``: where the request's keys begin when all requests' prefixes and extends lie one after another,
             ``[prefix 0, extend 0, prefix 1, extend 1, ...]``.
         token_count ``[1]``: num_tokens, on the device.
+        handle: by which operators in compiled graphs refer to this metadata: int64 without an axis, on the CPU.
     """
 
     # A Plan, which is more than the Layout that is all that is used of it here: as Any its users may ask it for the rest.
@@ -59,6 +62,10 @@ class CPMetadata:
         # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
         self._checks: dict[Callable[[Any], None], None] = {}
         self._work_out(plan)
+        self.handle = new_handle(self)
+        # Of no bytes: a graph reads the rows here and of the whole batch off its shape, and so takes any number of them.
+        with torch.inference_mode(False):
+            self._sizes = torch.empty(self.rows, self.whole_rows, 0, device="cpu")
         self._tables = DeviceTables(self._host, device)
         self.chunk_request = self._tables["chunk_request"]
         self.cu_seqlens_q = self._tables["cu_seqlens_q"]
@@ -186,25 +193,42 @@ class CPMetadata:
     @property
     def token_index(self) -> Tensor:
         """``[rows]`` the row of each local token in the original ``[plan.num_tokens]`` order; -1 on padding."""
-        return self.derive("token_index", lambda: self._expand("token_start", "q_len", self.num_tokens, self.rows))
+        return self._table("token_index")
 
     @property
     def position_ids(self) -> Tensor:
         """int64 ``[rows]``: the absolute position ``prefix_len + i`` of each local token, for RoPE; 0 on padding."""
-        return self.derive(
-            "position_ids",
-            lambda: self._expand("position_start", "q_len", self.num_tokens, self.rows, fill=0).to(torch.int64),
-        )
+        return self._table("position_ids")
 
     @property
     def restore_index(self) -> Tensor:
         """``[plan.num_tokens]`` where each original token lies in the rank-major gathered buffer ``[cp_size * rows]``."""
-        return self.derive("restore_index", lambda: self._expand("gathered_start", "chunk_length", self.plan.num_tokens, self._capacity))
+        return self._table("restore_index")
+
+    def sizes_in_graph(self) -> tuple[int, int]:
+        """``rows`` and ``whole_rows`` as a compiled graph can have them: as symbols, not as the numbers of one batch."""
+        rows, whole_rows, _ = self._sizes.shape
+        return rows, whole_rows
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows of what :func:`cpattn.unshard` returns: ``plan.num_tokens``, with a bucket ``cp_size * rows``."""
+        plan: Layout = self.plan
+        return plan.num_tokens if self.bucket is None else plan.cp_size * self.rows
+
+    def _table(self, name: str) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            # A graph cannot end at an attribute to have the table made.
+            rows, whole_rows = self.sizes_in_graph()
+            size = whole_rows if name == "restore_index" else rows
+            made: Tensor = torch.ops.cpattn.table.default(self.handle, name, size, self.device)
+            return made
+        return self.derive(name, lambda: _TABLES[name](self))
 
     @property
     def extend_key_rows(self) -> Tensor:
         """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
-        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.plan.num_tokens, self._capacity))
+        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.plan.num_tokens, self.whole_rows))
 
     def _require_no_bucket(self) -> None:
         if self.bucket is not None:
@@ -299,12 +323,6 @@ class CPMetadata:
             # What makes them refers to this, and so do they then: kept only where copy_ will ask for it.
             self._derived[key] = build if self.bucket is not None else None, build()
 
-    @property
-    def _capacity(self) -> int:
-        """Of tables with an entry for each token of the batch."""
-        plan: Layout = self.plan
-        return plan.num_tokens if self.bucket is None else plan.cp_size * self.rows
-
     def _expand(self, first: str, lengths: str, total: int, capacity: int, *, step: int = 1, fill: int = -1) -> Tensor:
         """Token-level numbers from two of the small tables: runs, in steps of 1 or 0, filled up to ``capacity``."""
         if self.device.type == "cpu":
@@ -317,6 +335,21 @@ class CPMetadata:
     def _runs_of_requests(self, lengths: str, total: int, capacity: int) -> tuple[Tensor, Tensor]:
         request = self._expand("request", lengths, total, capacity, step=0)
         return request, self._expand("zero", lengths, total, capacity)
+
+
+# What models read of the metadata, also in compiled graphs.
+_TABLES: dict[str, Callable[[CPMetadata], Tensor]] = {
+    "token_index": lambda meta: meta._expand("token_start", "q_len", meta.num_tokens, meta.rows),
+    "position_ids": lambda meta: meta._expand("position_start", "q_len", meta.num_tokens, meta.rows, fill=0).to(torch.int64),
+    "restore_index": lambda meta: meta._expand("gathered_start", "chunk_length", meta.plan.num_tokens, meta.whole_rows),
+}
+
+
+@implements("table")
+def _copied_table(meta: Tensor, name: str, size: int, device: torch.device) -> Tensor:
+    """A copy: the memory of what an operator returns belongs to the graph, which may write to it."""
+    table: Tensor = getattr(resolve(meta, CPMetadata), name)
+    return table.clone()
 
 
 def _padded(tables: dict[str, IntArray], size: int) -> dict[str, IntArray]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.handles import new_handle
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
@@ -47,6 +48,7 @@ class Transport(ABC):
         kind: what carries the bytes, as ``cpattn.transport(kind=)`` calls it.
         lasts: whether further calls will use it, so that what is prepared for one can be kept.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
+        handle: by which operators in compiled graphs refer to this transport: int64 without an axis, on the CPU.
     """
 
     kind: str = "custom"
@@ -60,6 +62,7 @@ class Transport(ABC):
         self.state = GroupState()
         self.arena = Arena(self)
         self.bytes_sent = 0
+        self.handle = new_handle(self)
         self._parts: dict[tuple[int, ...], Transport] = {}
         with _living_changes:
             _living.add(self)

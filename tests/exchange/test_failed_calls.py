@@ -19,8 +19,8 @@ from strategies import non_empty_batches
 from torch import Tensor
 
 import cpattn
-from cpattn import api
 from cpattn.attention.backend import AttentionOptions
+from cpattn.call import attention
 from cpattn.testing import run_loopback
 from cpattn.transports import in_flight
 
@@ -221,7 +221,7 @@ def test_an_interrupt_before_anything_is_sent(size: int, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "find_call", interrupted)
+        patch.setattr(attention, "find_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cpattn.cp_attention(x, x, x, meta, group=group)
     if size == 1:

@@ -101,7 +101,7 @@ def test_a_bucket_refuses_what_a_graph_over_it_could_not_compute(monkeypatch: py
             super().__init__(*arguments)
             self.captures = True
 
-    monkeypatch.setattr("cpattn.api.InFlight", Capturing)
+    monkeypatch.setattr("cpattn.call.attention.InFlight", Capturing)
     bucket = cpattn.Bucket(4, 16, 8, max_seqlen=4096)
     x = torch.randn(16, 2, 8)
     bare = cpattn.build_metadata([(0, 8)], 1, 0, bucket=bucket)

@@ -1,0 +1,211 @@
+"""The operators that compiled graphs call, ``torch.ops.cpattn``: their schemas, and the shapes of what they return.
+
+What they compute is registered beside the calls that they stand for (:func:`implements`). They are registered directly:
+``torch.library.custom_op`` would cost the host several microseconds more in each call.
+
+- ``meta``, ``group`` and ``cache`` are handles (:mod:`cpattn.handles`) of a CPMetadata, a Transport and a PagedKV or PackedKV.
+  Without ``meta`` it is that of the :func:`cpattn.forward_context`.
+- ``order`` is one tensor for all calls, and counts as written: so a compiler keeps them in their order, on every rank the same.
+- Pages are written behind a handle. As arguments, which exported programs need (``.paged``), they are what torch's own compiler
+  copies in and out where they are views (torch 2.13), or takes for others: their place in the tensor is lost in graphs of dynamic sizes.
+- Sizes are SymInt: a graph takes any. Wrong arguments are refused where the operator runs, with the words of the call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from cpattn.errors import UnsupportedError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Nothing has a default: torch's own compiler would pass each such argument by keyword, which costs the host 0.4 us apiece.
+_ATTENTION = "Tensor q, Tensor k, Tensor? v, Tensor? meta, Tensor(a!)? order, Tensor? group, str options, Tensor? sinks, Tensor(b!)? out"
+_ATTEND = "Tensor q, Tensor? meta, Tensor(a!)? order, str options, Tensor? sinks, Tensor(b!)? out"
+_PAGES = "Tensor k_pages, Tensor? v_pages"
+_WRITTEN_PAGES = "Tensor(c!) k_pages, Tensor(d!)? v_pages"
+
+SCHEMAS = {
+    "attention": f"({_ATTENTION}, Tensor(c!)? cache) -> (Tensor, Tensor)",
+    "attention.paged": f"({_ATTENTION}, {_WRITTEN_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
+    "attention.packed": f"({_ATTENTION}, Tensor packed_k, Tensor? packed_v) -> (Tensor, Tensor)",
+    "attend": f"({_ATTEND}, Tensor cache, SymInt v_head_dim) -> (Tensor, Tensor)",
+    "attend.paged": f"({_ATTEND}, {_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
+    "write": "(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, Tensor(c!) cache) -> ()",
+    "write.paged": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}) -> ()",
+    "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
+    "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> (Tensor, Tensor)",
+    "table": "(Tensor meta, str name, SymInt size, Device device) -> Tensor",
+}
+"""Of each operator. ``options`` is the text of a :class:`Options`; ``table`` is one of the metadata's, such as ``position_ids``;
+``rows`` are those of the result."""
+
+
+class Options(NamedTuple):
+    """The options of a call that are numbers and names, which an operator takes as one text: a line for each that is not as it is
+    by default. To pass them one by one would cost the host 0.2 us apiece."""
+
+    v_dim: int | None = None
+    strategy: str = "auto"
+    backend: str = "auto"
+    overlap: int | None = None
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    return_lse: bool = False
+    check: bool = False
+    label: str | None = None
+    group_name: str | None = None
+
+
+_DEFAULTS = Options()._asdict()
+_NAMES = ("strategy", "backend", "label", "group_name")
+
+
+@lru_cache(maxsize=1024)
+def parse_options(text: str) -> Options:
+    """What a text stands for.
+
+    >>> parse_options("window=64\\nreturn_lse=True").window
+    64
+    """
+    found: dict[str, Any] = {}
+    for line in text.split("\n") if text else ():
+        name, value = line.split("=", 1)
+        found[name] = value if name in _NAMES else value == "True" if value in ("True", "False") else _number(value)
+    return Options(**found)
+
+
+def _number(text: str) -> int | float:
+    if "x" in text:
+        return float.fromhex(text)
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def options_text(options: dict[str, Any]) -> str:
+    """The text for an operator. Compilers trace this, and take the values as constants.
+
+    >>> options_text({"window": 64, "scale": 0.5, "backend": "auto"})
+    'window=64\\nscale=0x1.0000000000000p-1'
+    """
+    return "\n".join([f"{name}={_written(value)}" for name, value in options.items() if value != _DEFAULTS[name]])
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, float):
+        # Of what is a symbol to a compiler, this and index() ask for the number.
+        return value.hex()
+    return f"{value}" if isinstance(value, (bool, str)) else f"{operator.index(value)}"
+
+
+# Where torch captures CUDA graphs by itself, these stay outside: they work on the host, differently for each batch.
+_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+_LIBRARY = torch.library.Library("cpattn", "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+
+NOT_EXPORTED = (
+    "an exported program outlives the metadata of a batch, and its cache: pass meta=None to cp_attention and attend, and run the program "
+    "within cpattn.forward_context(meta, group=...); shard before it, unshard after it, and give it meta.position_ids, pages and page "
+    "table as inputs, of which it makes the PagedKV"
+)
+"""What torch.export is told of other calls."""
+
+with torch.inference_mode(False):
+    ORDER = torch.tensor(0, device="cpu")
+
+
+def implements(name: str) -> Callable[[F], F]:
+    """Makes a function what an operator computes, on any device."""
+
+    def register(function: F) -> F:
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Callable[[F], F]:
+    def register(function: F) -> F:
+        torch.library.register_fake(f"cpattn::{name}", function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+@_fake("attention")
+@_fake("attention.paged")
+@_fake("attention.packed")
+def _attention_shapes(
+    q: Tensor, k: Tensor, v: Tensor | None, meta: Tensor | None, order: Any, group: Any, options: str, sinks: Any, out: Any, *cache: Any
+) -> tuple[Tensor, Tensor]:
+    handle = cache[0] if len(cache) == 1 else None
+    _refuse_export(meta, handle)
+    return _results(q, (k if v is None else v).shape[-1], options, out)
+
+
+@_fake("attend")
+def _attend_shapes(
+    q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, cache: Tensor, v_head_dim: int
+) -> tuple[Tensor, Tensor]:
+    _refuse_export(meta, cache)
+    return _results(q, v_head_dim, options, out)
+
+
+@_fake("attend.paged")
+def _attend_paged_shapes(
+    q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, k_pages: Tensor, v_pages: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    _refuse_export(meta)
+    return _results(q, (k_pages if v_pages is None else v_pages).shape[-1], options, out)
+
+
+def _results(q: Tensor, v_head_dim: int, options: str, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``out [rows, Hq, Dv]``, empty where the caller has given the memory for it, and ``lse [rows, Hq]``, empty where it is not
+    asked for."""
+    asked = parse_options(options)
+    width = v_head_dim if asked.v_dim is None else asked.v_dim
+    result = q.new_empty(*q.shape[:-1], width) if out is None else q.new_empty(0)
+    return result, q.new_empty(q.shape[:-1] if asked.return_lse else 0, dtype=torch.float32)
+
+
+@_fake("write")
+def _write_nothing(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Any, cache: Tensor) -> None:
+    _refuse_export(cache)
+
+
+@_fake("write.paged")
+def _nothing(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+@_fake("shard")
+def _shard_shape(x: Tensor, meta: Tensor, rows: int, dim: int) -> Tensor:
+    _refuse_export(meta)
+    shape = list(x.shape)
+    shape[dim] = rows
+    return x.new_empty(shape)
+
+
+@_fake("unshard")
+def _unshard_shape(x: Tensor, meta: Tensor, order: Any, group: Any, rows: int, options: str) -> tuple[Tensor, Tensor]:
+    """The second one is empty: of an operator that writes, and returns one tensor, torch's own compiler (2.11) cannot find that one."""
+    _refuse_export(meta)
+    return x.new_empty(rows, *x.shape[1:]), x.new_empty(0)
+
+
+@_fake("table")
+def _table_shape(meta: Tensor, name: str, size: int, device: torch.device) -> Tensor:
+    _refuse_export(meta)
+    return torch.empty(size, dtype=torch.int64 if name == "position_ids" else torch.int32, device=device)
+
+
+def _refuse_export(*handles: Tensor | None) -> None:
+    if any(handle is not None for handle in handles) and torch.compiler.is_exporting():
+        raise UnsupportedError(NOT_EXPORTED)

@@ -1,0 +1,338 @@
+"""What a compiled graph calls: each operator by itself, its errors, the forward context, and export."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import cpattn
+from cpattn import handles, ops
+from cpattn.testing import run_loopback
+
+META = cpattn.build_metadata([(5, 13), (17, 6)], 1, 0)
+ALONE = cpattn.LoopbackGroup(1).transport(0)
+# Operators are registered with the calls that they stand for.
+_ = cpattn.cp_attention, cpattn.attend
+TABLE = torch.arange(56, dtype=torch.int32).view(4, 14)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def pages() -> tuple[Tensor, Tensor]:
+    both = rows(2, 56, 4, 2, 16)
+    return both[0], both[1]
+
+
+Q, K = rows(19, 4, 16), rows(19, 2, 16)
+CACHE, NARROW = cpattn.PagedKV(*pages(), TABLE), cpattn.PagedKV(*pages(), TABLE[:, :2])
+LATENT = cpattn.PackedKV(rows(22, 2, 16), None)
+FIXED = cpattn.build_metadata([(0, 7)], 1, 0)
+
+
+def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    own, packed = pages(), rows(22, 2, 16)
+    call = Q, K, K, META.handle, ops.ORDER, ALONE.handle
+    reads = Q, META.handle, ops.ORDER
+    write = K, K, torch.arange(19), False, ops.ORDER
+    out = torch.empty(19, 4, 16)
+    return {
+        "pages": ("attention", (*call, "window=5\nreturn_lse=True", rows(4), None, CACHE.handle)),
+        "out": ("attention", (*call, "", None, out, CACHE.handle)),
+        "latent": ("attention", (Q, K, None, META.handle, ops.ORDER, None, "v_dim=8", None, None, LATENT.handle)),
+        "given_pages": ("attention.paged", (*call, "scale=0.5", None, None, *own, TABLE)),
+        "given_packed": ("attention.packed", (*call, "", None, None, packed, packed)),
+        "attend": ("attend", (*reads, "softcap=3.0\nreturn_lse=True", None, None, CACHE.handle, 16)),
+        "attend_out": ("attend", (*reads, "", None, out, CACHE.handle, 16)),
+        "attend_given_pages": ("attend.paged", (*reads, "", None, None, *own, TABLE)),
+        "write": ("write", (*write, CACHE.handle)),
+        "write_given_pages": ("write.paged", (*write, *own)),
+        "shard": ("shard", (Q, META.handle, 19, 0)),
+        "shard_along_another_axis": ("shard", (Q.movedim(0, 1), META.handle, 19, 1)),
+        "unshard": ("unshard", (Q, META.handle, ops.ORDER, ALONE.handle, 19, "check=True")),
+        "positions": ("table", (META.handle, "position_ids", 19, torch.device("cpu"))),
+        "restore": ("table", (META.handle, "restore_index", 19, torch.device("cpu"))),
+    }
+
+
+@pytest.mark.parametrize("sample", _samples())
+def test_opcheck(sample: str) -> None:
+    name, arguments = _samples()[sample]
+    packet, _, overload = name.partition(".")
+    results = opcheck(getattr(getattr(torch.ops.cpattn, packet), overload or "default"), arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked() -> None:
+    assert {name for name, _ in _samples().values()} == set(ops.SCHEMAS)
+
+
+def test_a_sharded_batch_comes_back() -> None:
+    def run(group: cpattn.Transport) -> None:
+        meta, x = cpattn.build_metadata([(0, 7), (0, 2)], 3, group.rank), rows(9, 4)
+        local = torch.ops.cpattn.shard(x, meta.handle, meta.rows, 0)
+        assert torch.equal(local, cpattn.shard(x, meta))
+        assert torch.equal(torch.ops.cpattn.unshard(local, meta.handle, ops.ORDER, group.handle, 9, "")[0], x)
+
+    run_loopback(run, 3)
+
+
+def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+def test_pieces_in_one_graph() -> None:
+    slots = torch.arange(60, 79)
+
+    @torch.no_grad()
+    def pieces(cache: cpattn.PagedKV) -> tuple[Tensor, Tensor, Tensor]:
+        cpattn.write_kv(K, K, cache, slots)
+        out = torch.empty(19, 4, 16)
+        result = cpattn.attend(Q, cache, META, out=out)
+        other, lse = cpattn.attend(Q, cache, META, window=4, return_lse=True)
+        return result + out, other, lse
+
+    mine, theirs = (cpattn.PagedKV(*pages(), TABLE) for _ in range(2))
+    for got, expected in zip(whole(pieces)(mine), pieces(theirs), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(mine.k_pages, theirs.k_pages)
+    assert not torch.equal(mine.k_pages, pages()[0])
+
+
+def test_options_that_compilers_have_as_symbols() -> None:
+    """Numbers that a function is given are symbols to it. Each value has a graph of its own."""
+    compiled = torch.compile(
+        lambda window, scale: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, window=window, scale=scale),
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    for window, scale in ((3, 0.1), (5, 0.1), (5, 2.5)):
+        assert torch.equal(compiled(window, scale), cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, window=window, scale=scale))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": float("inf"), "window": -3, "check": True}, {"label": "a=b, c", "group_name": "0", "softcap": 0.1, "scale": 2}],
+    ids=["none", "odd", "text"],
+)
+def test_options_come_back(options: dict[str, Any]) -> None:
+    assert ops.parse_options(ops.options_text(options)) == ops.Options(**options)
+
+
+def test_checked_calls_with_labels() -> None:
+    meta = cpattn.build_metadata([(0, 7)], 1, 0)
+
+    def call(x: Tensor) -> Tensor:
+        out = cpattn.cp_attention(
+            x, x, x, meta, check=True, label="layer 1", scale=1, window=3, overlap=1, strategy="ring", backend="reference"
+        )
+        return cpattn.unshard(out, meta, check=True, label="output")
+
+    x = rows(7, 2, 16)
+    assert torch.equal(whole(call)(x), call(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: cpattn.cp_attention(Q[:9], K[:9], K[:9], META), cpattn.RowCountError, "q has 9 rows"),
+        (lambda: cpattn.cp_attention(Q, K, K, META), cpattn.PrefixError, "the batch has 22 prefix tokens, but kv_cache is None"),
+        (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, window=-1), cpattn.OptionError, "window=-1"),
+        (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, strategy="spiral"), cpattn.UnknownNameError, "spiral"),
+        (lambda: cpattn.cp_attention(Q[0], K, K, META), cpattn.TensorMismatchError, "q has shape"),
+        (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, out=Q[:, :2].clone()), cpattn.TensorMismatchError, "out"),
+        (lambda: cpattn.cp_attention(Q, K, K, None), cpattn.CPError, "there is no forward_context here"),
+        (lambda: cpattn.shard(Q[:9], META), cpattn.RowCountError, "the batch has 19 new tokens"),
+        (lambda: cpattn.unshard(Q[:9], META), cpattn.RowCountError, "x has 9 rows"),
+        (lambda: cpattn.attend(Q, NARROW, META), cpattn.PageTableError, "page_table"),
+        (lambda: cpattn.write_kv(K, K, CACHE, torch.zeros(19).long()), cpattn.PageTableError, "slot"),
+    ],
+    ids=["rows", "prefix", "window", "strategy", "axes", "out", "context", "shard", "unshard", "attend", "write"],
+)
+def test_errors_of_a_graph_are_those_of_the_call(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as plain:
+        call()
+    with pytest.raises(error, match=message) as compiled, torch.no_grad():
+        whole(call)()
+    assert str(compiled.value) == str(plain.value)
+    assert type(compiled.value) is error
+
+
+def test_a_pools_table_is_checked_in_a_graph_too() -> None:
+    pool = cpattn.KVPool(16, 4, 1, kv_heads=2, head_dim=16)
+    pool.admit("a")
+    pool.plan([("a", 11)])
+    cache = pool.layer(0, pool.page_table(["a"]))
+    meta, x, k = cpattn.plan([(20, 3)], 1).metadata(0), rows(3, 4, 16), rows(3, 2, 16)
+
+    def call(x: Tensor) -> Tensor:
+        return cpattn.cp_attention(x, k, k, meta, kv_cache=cache)
+
+    with pytest.raises(cpattn.CPError) as plain:
+        call(x)
+    with pytest.raises(cpattn.CPError) as compiled:
+        whole(call)(x)
+    assert str(plain.value) == str(compiled.value)
+
+
+# Handles.
+
+
+def test_a_handle_does_not_keep_its_object() -> None:
+    meta = cpattn.build_metadata([(0, 3)], 1, 0)
+    handle, gone = meta.handle, weakref.ref(meta)
+    assert handles.resolve(handle, cpattn.CPMetadata) is meta
+    del meta
+    assert gone() is None
+    with pytest.raises(cpattn.CPError, match=r"a CPMetadata by the handle \d+, but this process has none of that number"):
+        torch.ops.cpattn.shard(torch.zeros(3), handle, 3, 0)
+
+
+def test_a_handle_is_of_one_kind() -> None:
+    with pytest.raises(cpattn.CPError, match="refers to a CPMetadata"):
+        handles.resolve(ALONE.handle, cpattn.CPMetadata)
+
+
+def test_handles_of_another_process_are_none_here() -> None:
+    """Each counts from a place of its own. A second copy of the module stands for it."""
+    spec = importlib.util.spec_from_file_location("handles_of_another_process", handles.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    handle = other.new_handle(META)
+    assert other.resolve(handle, cpattn.CPMetadata) is META
+    with pytest.raises(cpattn.CPError, match=f"by the handle {int(handle)}, but this process has none"):
+        handles.resolve(handle, cpattn.CPMetadata)
+
+
+# The forward context.
+
+
+def test_a_forward_context() -> None:
+    x, first, second = rows(7, 2, 16), cpattn.build_metadata([(0, 7)], 1, 0), cpattn.build_metadata([(0, 3), (0, 4)], 1, 0)
+    compiled = whole(lambda x: cpattn.cp_attention(x, x, x, None))
+    expected = [cpattn.cp_attention(x, x, x, meta) for meta in (first, second)]
+    with cpattn.forward_context(first) as outer:
+        assert torch.equal(compiled(x), expected[0])
+        with cpattn.forward_context(second) as inner:
+            assert torch.equal(compiled(x), expected[1])
+            assert torch.equal(cpattn.cp_attention(x, x, x, None), expected[1])
+        assert torch.equal(cpattn.cp_attention(x, x, x, None), expected[0])
+    assert (outer.calls, inner.calls) == (2, 2)
+    with pytest.raises(cpattn.CPError, match="meta is None, but there is no forward_context here"):
+        cpattn.cp_attention(x, x, x, None)
+    with pytest.raises(cpattn.CPError, match="meta is a int"), cpattn.forward_context(3):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_forward_context_has_what_graphs_cannot_hold() -> None:
+    x, meta, asked = rows(7, 2, 16), cpattn.build_metadata([(0, 7)], 1, 0), []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: Any, **_: Any) -> tuple[Tensor, Tensor]:
+        asked.append(len(q))
+        return torch.ones_like(q), q.new_zeros(q.shape[:2])
+
+    compiled = whole(lambda x, backend="auto": cpattn.cp_attention(x, x, x, None, backend=backend))
+    with cpattn.forward_context(meta, backend=kernel, strategy="ring"):
+        assert torch.equal(compiled(x), torch.ones_like(x))
+        assert asked == [7]
+        # What the call itself says holds.
+        assert torch.equal(compiled(x, "cpu"), cpattn.cp_attention(x, x, x, meta, backend="cpu"))
+
+
+def test_a_forward_context_of_each_rank() -> None:
+    def run(group: cpattn.Transport) -> Tensor:
+        plan, x = cpattn.plan([(0, 9)], 2), rows(9, 2, 16)
+        meta = plan.metadata(group.rank)
+        with cpattn.forward_context(meta, group=group, check=True):
+            local = cpattn.shard(x, meta)
+            return cpattn.unshard(compiled(local), meta, group=group)
+
+    compiled = whole(lambda x: cpattn.cp_attention(x, x, x, None))
+    x = rows(9, 2, 16)
+    expected = cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 9)], 1, 0))
+    for out in run_loopback(run, 2):
+        torch.testing.assert_close(out, expected)
+
+
+# Export.
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(64, 8 * 16)
+
+    def forward(self, x: Tensor, position_ids: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, 16)) * (1.0 + position_ids % 2)[:, None, None]
+        q, k, v = heads.split([4, 2, 2], dim=1)
+        cache = cpattn.PagedKV(k_pages, v_pages, page_table)
+        written: Tensor = cpattn.cp_attention(q, k, v, None, kv_cache=cache, window=9)
+        return x + written.flatten(1) + cpattn.attend(q, cache, None).flatten(1)
+
+
+def _inputs(meta: cpattn.CPMetadata) -> tuple[Tensor, ...]:
+    return rows(meta.rows, 64), meta.position_ids, *pages(), TABLE
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
+def test_an_exported_model_runs_any_batch(strict: bool) -> None:
+    layer, any_rows = Layer(), torch.export.Dim("rows", max=4096)
+    sizes = ({0: any_rows}, {0: any_rows}, None, None, None)
+    with torch.no_grad():
+        program = torch.export.export(layer, _inputs(META), dynamic_shapes=sizes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch in ([(5, 13), (17, 6)], [(0, 9), (3, 30), (8, 1)]):
+        meta = cpattn.build_metadata(batch, 1, 0)
+        mine, theirs = _inputs(meta), _inputs(meta)
+        with cpattn.forward_context(meta), torch.no_grad():
+            assert torch.equal(loaded(*mine), layer(*theirs))
+        assert torch.equal(mine[2], theirs[2])
+    with pytest.raises(cpattn.CPError, match="there is no forward_context here"), torch.no_grad():
+        loaded(*mine)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: cpattn.cp_attention(x, x, x, FIXED),
+        lambda x: cpattn.shard(x, FIXED),
+        lambda x: cpattn.unshard(x, FIXED),
+        lambda x: cpattn.cp_attention(x, x, x, None, kv_cache=CACHE),
+        lambda x: cpattn.attend(x, CACHE, None),
+    ],
+    ids=["cp_attention", "shard", "unshard", "cache", "attend"],
+)
+def test_a_batch_is_not_exported(call: Callable[[Tensor], Tensor], strict: bool) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x)
+
+    with (
+        pytest.raises(Exception, match="an exported program outlives the metadata of a batch, and its cache: pass meta=None"),
+        torch.no_grad(),
+    ):
+        torch.export.export(Fixed(), (rows(7, 2, 16),), strict=strict)
