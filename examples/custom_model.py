@@ -1,17 +1,19 @@
 """A small transformer of one's own on cpattn: prefill of three prompts, then a decode step, which checks itself.
 
 torchrun --nproc-per-node 4 examples/custom_model.py
-python examples/custom_model.py
+python examples/custom_model.py --compile
 
 All that a model needs: shard the token ids, rotate by ``meta.position_ids``, call ``cp_attention`` where attention is, and
 unshard what has to be whole. Everything else (norms, projections, the MLP) works on rows, and does not know of ranks.
-It takes a GPU for each process where there are so many, else the CPU.
+It takes a GPU for each process where there are so many, else the CPU. With --compile the model is one graph, attention included,
+which serves both steps.
 """
 
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,7 +82,7 @@ class Model(nn.Module):
         return logits
 
 
-def run(model: Model, prompts: list[Tensor], next_ids: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, int]:
+def run(model: Any, prompts: list[Tensor], next_ids: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, int]:
     """Prefills the prompts and decodes one token for each: the logits of all tokens, on every rank, and how many tokens were
     prefilled on this one."""
     names = range(len(prompts))
@@ -116,8 +118,8 @@ def run_plain(model: Model, prompts: list[Tensor], next_ids: Tensor) -> Tensor:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        print("it takes no arguments; start this with: torchrun --nproc-per-node 4 examples/custom_model.py", file=sys.stderr)
+    if sys.argv[1:] not in ([], ["--compile"]):
+        print("it takes --compile or nothing; start this with: torchrun --nproc-per-node 4 examples/custom_model.py", file=sys.stderr)
         return 1
     cp_rank, cp_size = 0, 1
     on_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -134,7 +136,9 @@ def main() -> int:
     prompts = [torch.randint(VOCAB, (length,)).to(device) for length in (90, 1, 37)]
     next_ids = torch.randint(VOCAB, (3,)).to(device)
     with torch.no_grad():
-        logits, tokens_here = run(model, prompts, next_ids, cp_size, cp_rank)
+        # Sizes are unknown to the graph from the start, or it would be made anew for the second step.
+        compiled = torch.compile(model, fullgraph=True, dynamic=True) if "--compile" in sys.argv else model
+        logits, tokens_here = run(compiled, prompts, next_ids, cp_size, cp_rank)
         plain = run_plain(model, prompts, next_ids)
         truth = run_plain(model.double(), prompts, next_ids)
 

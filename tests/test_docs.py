@@ -8,16 +8,19 @@ import json
 import logging
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from problems import problem
+from torch._dynamo.utils import counters
 
 import cpattn
 from cpattn.attention import auto
@@ -399,6 +402,17 @@ def test_the_custom_model_runs_alone() -> None:
     done = alone("custom_model")
     assert done.returncode == 0, done.stderr
     assert re.match(r"rank 0 of 1 on (cpu|cuda:0): 128 of 128 prompt tokens here", done.stdout)
+
+
+def test_the_custom_model_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, by a backend that needs no C++ compiler, and much less time."""
+    monkeypatch.setattr(sys, "argv", ["custom_model.py", "--compile"])
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    assert runpy.run_path(str(ROOT / "examples/custom_model.py"))["main"]() == 0
+    assert "relative RMSE of the logits" in capsys.readouterr().out
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(("example", "arguments"), [("quickstart", []), ("custom_model", ["--cp", "3"])])

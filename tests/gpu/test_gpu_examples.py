@@ -18,13 +18,15 @@ def output_of(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("example", ["quickstart", "custom_model", "hugging_face"])
-def test_an_example_takes_the_gpus(example: str) -> None:
+@pytest.mark.parametrize(
+    ("example", "arguments"), [("quickstart", []), ("custom_model", []), ("custom_model", ["--compile"]), ("hugging_face", [])]
+)
+def test_an_example_takes_the_gpus(example: str, arguments: list[str]) -> None:
     if example == "hugging_face":
         pytest.importorskip("transformers")
     gpus = torch.cuda.device_count()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    printed = output_of(*launch, f"examples/{example}.py")
+    printed = output_of(*launch, f"examples/{example}.py", *arguments)
     for rank in range(gpus):
         assert f"rank {rank} of {gpus} on cuda:{rank}: " in printed
 
