@@ -64,6 +64,22 @@ def has_operator(function: T) -> T:
     return function
 
 
+def constant_in_graphs(function: T) -> T:
+    """Has a compiler call a function when it makes a graph, and take what that returns as a constant: for one that depends on nothing
+    else than its arguments, which are constants.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports torch's compiler as soon as it is called.
+
+    >>> @constant_in_graphs
+    ... def is_short(name):
+    ...     return len(name) < 5
+    >>> is_short("ring")
+    True
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _marked(function: T) -> T:
     if not marks_are_known:
         marked: T = torch.compiler.disable(function, reason=_WHY)  # type: ignore[no-untyped-call]

@@ -41,10 +41,11 @@ SCHEMAS = {
     "write.paged": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}) -> ()",
     "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
     "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> (Tensor, Tensor)",
+    "token_mask": "(Tensor attention_mask, Tensor(a!)? order) -> ()",
     "table": "(Tensor meta, str name, SymInt size, Device device) -> Tensor",
 }
 """Of each operator. ``options`` is the text of a :class:`Options`; ``table`` is one of the metadata's, such as ``position_ids``;
-``rows`` are those of the result."""
+``rows`` are those of the result; ``token_mask`` looks whether a model of transformers was given the mask of its context."""
 
 
 class Options(NamedTuple):
@@ -181,6 +182,7 @@ def _write_nothing(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, orde
 
 
 @_fake("write.paged")
+@_fake("token_mask")
 def _nothing(*_: Any) -> None:
     """Nothing is returned."""
 

@@ -9,6 +9,8 @@ import hf_cases
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.library import opcheck
 
 import cpattn
 from cpattn.integrations import transformers as cpattn_hf
@@ -93,6 +95,46 @@ def test_a_compiled_model() -> None:
     with torch.inference_mode(), cpattn_hf.context_parallel(compiled, meta) as cp:
         logits = cp.gather(compiled(**cp.inputs(input_ids)).logits)
     assert relative_rmse(logits, truth_of("gemma2")) <= bound_of("gemma2", torch.float32)
+
+
+def test_a_model_compiles_to_one_graph() -> None:
+    """One with layers with and without a window, and with sinks."""
+    cpattn_hf.register()
+    model = hf_cases.new_model("gpt_oss")
+    model.set_attn_implementation("cpattn")
+    torch._dynamo.reset()
+    counters.clear()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = []
+    for length in (9, 14, 11):
+        input_ids, meta = hf_cases.token_ids([(0, length)]), cpattn.build_metadata([(0, length)], 1, 0)
+        with torch.inference_mode(), cpattn_hf.context_parallel(compiled, meta) as cp:
+            logits = cp.gather(compiled(**cp.inputs(input_ids)).logits)
+            assert torch.equal(logits, cp.gather(model(**cp.inputs(input_ids)).logits))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2]
+    # What is looked at outside of graphs is looked at where they run.
+    with torch.inference_mode(), cpattn_hf.context_parallel(compiled, meta) as cp:
+        inputs = cp.inputs(input_ids)
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        with pytest.raises(cpattn_hf.ContextError, match=r"an attention_mask of shape \(1, 11\), not with that of cp.inputs"):
+            compiled(**inputs)
+        with pytest.raises(Exception, match=r"cpattn runs outside of graphs.*compile without fullgraph=True"):
+            compiled(**cp.inputs(input_ids), labels=input_ids)
+        compiled(**cp.inputs(input_ids))
+    with torch.inference_mode(), pytest.raises(cpattn_hf.ContextError, match="was called outside of a context"):
+        compiled(**cp.inputs(input_ids))
+
+
+def test_opcheck_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpattn_hf.register()
+    meta = cpattn.build_metadata([(0, 5)], 1, 0)
+    with cpattn_hf.context_parallel(hf_cases.model_of("llama"), meta) as cp:
+        mask = cp.inputs(hf_cases.token_ids([(0, 5)]))["attention_mask"]
+        # It hands copies of the mask to the operator, which takes only the context's own.
+        monkeypatch.setattr(type(cp), "is_token_mask", lambda _, given: torch.equal(given, mask))
+        results = opcheck(torch.ops.cpattn.token_mask.default, (mask, torch.tensor(0)))
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_check_finds_ranks_that_disagree() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cpattn.api import cp_attention
+from cpattn.call.in_graph import order
 from cpattn.errors import UnsupportedError
-from cpattn.graphs import leaves_graph
+from cpattn.graphs import has_operator, leaves_graph
 from cpattn.integrations.transformers.active import active_context
+from cpattn.integrations.transformers.context import ContextParallel
 from cpattn.integrations.transformers.context_error import ContextError
-from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask
+from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask, is_causal
+from cpattn.ops import implements
 
 NAME = "cpattn"
 """What ``attn_implementation=`` takes, once :func:`register` was called."""
@@ -48,7 +54,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask_forward)
 
 
-@leaves_graph
+@has_operator
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -74,8 +80,8 @@ def attention_forward(
     Returns:
         ``[1, rows, Hq, Dv]``, and None for the weights.
     """
-    context = active_context(getattr(module, "config", None))
-    context.decoder.check_layer(module)
+    if not torch.compiler.is_dynamo_compiling():
+        _check_here(module, query, key)
     if not isinstance(attention_mask, CausalMask):
         what = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else repr(attention_mask)
         raise UnsupportedError(
@@ -93,11 +99,27 @@ def attention_forward(
         )
     _refuse_forgotten(module, softcap=softcap, s_aux=s_aux)
     _refuse_unknown(module, kwargs)
-    out = context.attend(query, key, value, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux)
-    return out, None
+    q, k, v = (_as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
+    # Of the forward context, which context_parallel has entered: a compiled model is not made anew for each batch.
+    return cp_attention(q, k, v, None, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux)[None], None
 
 
-@leaves_graph
+def _check_here(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    """What a compiled model is spared: its mask has asked for the context, and its operator looks at the rows."""
+    context = active_context(getattr(module, "config", None))
+    context.decoder.check_layer(module)
+    context.check_rows(query, key)
+
+
+def _as_under_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as torch's own attention takes it: models rotate q and k in fp32 even then."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+@has_operator
 def mask_forward(
     *,
     q_length: int,
@@ -118,19 +140,42 @@ def mask_forward(
     positions jump: ``mask_function`` is then about one sequence, and ``allow_is_causal_skip`` is off only where the model
     overlays it.
     """
-    context = active_context(config)
+    overlaid = use_vmap or not allow_is_causal_skip
+    if torch.compiler.is_dynamo_compiling() and isinstance(attention_mask, Tensor) and not (overlaid or isinstance(q_offset, Tensor)):
+        window = None if local_size is None else operator.index(local_size)
+        if (q_offset, kv_offset, kv_length) == (0, 0, q_length) and is_causal(mask_function, window):
+            torch.ops.cpattn.token_mask.default(attention_mask, order())
+            return CausalMask(window)
+    return _mask_here(mask_function, attention_mask, local_size, overlaid, config, (q_offset, kv_offset, q_length, kv_length))
+
+
+@leaves_graph
+def _mask_here(
+    mask_function: MaskFunction, attention_mask: Tensor | None, local_size: int | None, overlaid: bool, config: Any, places: tuple[Any, ...]
+) -> CausalMask:
+    _check_token_mask(attention_mask, active_context(config))
+    q_offset, kv_offset, q_length, kv_length = places
+    if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
+        raise UnsupportedError(
+            f"the model was called with past_key_values ({kv_length} keys for {q_length} new tokens); "
+            "a KV cache over a sharded sequence is not supported: pass none, and use_cache=False"
+        )
+    return describe_mask(mask_function, local_size, overlaid)
+
+
+@implements("token_mask")
+def _token_mask_operator(attention_mask: Tensor, order: Tensor | None) -> None:
+    # A graph does not know the config, which is looked for in the contexts of other threads.
+    _check_token_mask(attention_mask, active_context(config=None))
+
+
+def _check_token_mask(attention_mask: Tensor | None, context: ContextParallel) -> None:
     if not context.is_token_mask(attention_mask):
         what = "no attention_mask" if attention_mask is None else f"an attention_mask of shape {tuple(attention_mask.shape)}"
         raise ContextError(
             f"the model was called with {what}, not with that of cp.inputs(input_ids); call model(**cp.inputs(input_ids)). Instead of "
             "padding give the requests in one packed row: the batch of the plan has their lengths. generate() is not supported"
         )
-    if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
-        raise UnsupportedError(
-            f"the model was called with past_key_values ({kv_length} keys for {q_length} new tokens); "
-            "a KV cache over a sharded sequence is not supported: pass none, and use_cache=False"
-        )
-    return describe_mask(mask_function, local_size, overlaid=use_vmap or not allow_is_causal_skip)
 
 
 # Where layers keep what they should pass.

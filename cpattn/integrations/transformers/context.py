@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.api import cp_attention, shard, unshard
+from cpattn.api import shard, unshard
 from cpattn.call import checks
 from cpattn.call.agreed import validated
+from cpattn.call.forward_context import ForwardContext
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.context_error import ContextError
@@ -44,14 +45,16 @@ class ContextParallel:
         checks.check_group(meta, self._transport)
         self.decoder = check_model(model)
         self.meta = meta
-        self._options: dict[str, Any] = {"group": self._transport, "strategy": strategy, "backend": backend, "check": check}
+        self._check = check
+        # What each layer's call belongs to, also where the model is compiled.
+        self.forward = ForwardContext(meta, self._transport, strategy, backend, check)
         # Which of the rows are tokens. That it is this tensor proves to the mask function that the inputs are ours.
         self._token_mask = (torch.arange(meta.rows, device=meta.device) < meta.num_tokens)[None]
         self.last_only = False
         self._inputs_made = False
-        # Whether the model asked for cpattn's attention or mask, and how many layers have attended since the inputs were made.
+        # Whether the model asked for cpattn's attention or mask, and how many layers had attended before the inputs were made.
         self.reached = False
-        self._attended = 0
+        self._attended_before = 0
         # What a call of the model in another thread raised, which the caller may not have seen.
         self.missed: ContextError | None = None
         self.batch_labels = BatchLabels(meta, self._token_mask[0])
@@ -82,7 +85,7 @@ class ContextParallel:
             arguments["logits_to_keep"] = last_rows(self.meta).keep
         self.last_only = last_only
         self._inputs_made = True
-        self._attended = 0
+        self._attended_before = self.forward.calls
         return arguments
 
     def labels(self, labels: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class ContextParallel:
             return share
 
         with InFlight(self._transport, self.meta.device) as in_flight:
-            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta, in_flight, self._options["check"], None)
+            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta, in_flight, self._check, None)
             # In float64, so that the sum has the precision of its parts.
             return gather_whole(in_flight, "loss", share.double()[None]).sum().to(share.dtype)
 
@@ -154,7 +157,7 @@ class ContextParallel:
                 "the inputs were made with last_only=True, so that most logits do not exist; gather_last gathers those that do"
             )
         rows = self._rows(logits, self.meta.rows)
-        return unshard(rows, self.meta, group=self._transport, check=self._options["check"])
+        return unshard(rows, self.meta, group=self._transport, check=self._check)
 
     def gather_last(self, logits: Tensor) -> Tensor:
         """The logits of each request's last token, on every rank. A collective call that sends no other rows.
@@ -183,8 +186,8 @@ class ContextParallel:
         ours = self._token_mask
         return isinstance(mask, Tensor) and (mask.data_ptr(), mask.shape, mask.dtype) == (ours.data_ptr(), ours.shape, ours.dtype)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """cp_attention in the layout of transformers: ``[1, heads, rows, D]`` in, ``[1, rows, Hq, Dv]`` out."""
+    def check_rows(self, query: Tensor, key: Tensor) -> None:
+        """Raises CPError where a layer's queries ``[1, heads, rows, D]`` are not those of this batch, or its keys are others."""
         batch_size, _, num_queries, _ = query.shape
         if key.shape[2] != num_queries:
             raise UnsupportedError(
@@ -196,10 +199,6 @@ class ContextParallel:
                 f"a layer has {batch_size} x {num_queries} rows, but this rank's metadata has 1 x {self.meta.rows} (rank "
                 f"{self.meta.cp_rank} of {self.meta.plan.cp_size}); call the model with cp.inputs(input_ids)"
             )
-        q, k, v = (_as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
-        out: Tensor = cp_attention(q, k, v, self.meta, **self._options, **options)
-        self._attended += 1
-        return out[None]
 
     def check_reached(self) -> None:
         """Raises ContextError if inputs were made, but no model has come to cpattn for its attention."""
@@ -220,18 +219,11 @@ class ContextParallel:
         return rows
 
     def _check_attended(self) -> None:
-        if not self._attended:
+        attended = self.forward.calls - self._attended_before
+        if not attended:
             raise self.missed or ContextError(_NOT_REACHED)
-        if self._attended % self.decoder.num_layers:
+        if attended % self.decoder.num_layers:
             raise UnsupportedError(
-                f"the model has {self.decoder.num_layers} layers, but called cpattn's attention {self._attended} times: some of its layers "
+                f"the model has {self.decoder.num_layers} layers, but called cpattn's attention {attended} times: some of its layers "
                 "work by other means, which saw this rank's rows alone"
             )
-
-
-def _as_under_autocast(x: Tensor) -> Tensor:
-    """In autocast's dtype, as torch's own attention takes it: models rotate q and k in fp32 even then."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))

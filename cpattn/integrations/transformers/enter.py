@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from cpattn.call import forward_context
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.active import context_here, entered
 from cpattn.integrations.transformers.context import ContextParallel
@@ -50,7 +51,7 @@ def context_parallel(
         CPError: in other subclasses: the model or the group does not fit.
     """
     cp = ContextParallel(model, meta, group, strategy, backend, check)
-    with entered(cp), watched(cp.decoder.model, _complete_call):
+    with entered(cp), forward_context.entered(cp.forward), watched(cp.decoder.model, _complete_call):
         yield cp
     cp.check_reached()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import UnsupportedError
+from cpattn.graphs import constant_in_graphs
 
 # (batch, head, query position, key position) -> whether the query sees the key, all broadcast.
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -49,7 +50,7 @@ def describe_mask(mask_function: MaskFunction, local_size: int | None, overlaid:
     Raises:
         UnsupportedError: it shows a later token, or hides an earlier one within the window.
     """
-    if overlaid or not _is_causal(mask_function, local_size):
+    if overlaid or not is_causal(mask_function, local_size):
         size = "" if local_size is None else f" (local size {local_size})"
         raise UnsupportedError(
             f"the model asks for an attention mask{size} that is not causal, with or without a sliding window. "
@@ -58,7 +59,8 @@ def describe_mask(mask_function: MaskFunction, local_size: int | None, overlaid:
     return CausalMask(local_size)
 
 
-def _is_causal(mask_function: MaskFunction, window: int | None) -> bool:
+@constant_in_graphs
+def is_causal(mask_function: MaskFunction, window: int | None) -> bool:
     """Tries the function around the edges of the mask that it should be. On the CPU, so that nothing waits for a device."""
     w = 512 if window is None else window
     queries = torch.tensor([0, 1, w - 1, w, w + 1, 2 * w - 1, 2 * w, 3 * w + 1, 1 << 20], device="cpu")[:, None]

@@ -28,7 +28,7 @@ class Decoder:
 
     def has_config(self, config: Any) -> bool:
         """Whether it is that of the model, or of a part of it."""
-        return any(getattr(module, "config", None) is config for module in self.model.modules())
+        return config is not None and any(getattr(module, "config", None) is config for module in self.model.modules())
 
     def check_layer(self, layer: nn.Module) -> None:
         """Raises ContextError if it is a layer of another model, which nobody has checked."""
