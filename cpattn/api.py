@@ -131,7 +131,7 @@ def unshard(x: Tensor, meta: CPMetadata, *, group: Group = None, check: bool = F
     ):
         _, rows = meta.sizes_in_graph()
         options = options_text({"check": check, "label": label, "group_name": group_name(group)})
-        whole: Tensor = torch.ops.cpattn.unshard.default(x, meta.handle, order(), group_handle(group), rows, options)[0]
+        whole: Tensor = torch.ops.cpattn.unshard.default(x, meta.handle, order(), group_handle(group), rows, options)
         return whole
     return _unshard(x, meta, group, check, label)
 
@@ -163,11 +163,9 @@ def _unshard(x: Tensor, meta: CPMetadata, group: Group, check: bool = False, lab
 
 
 @implements("unshard")
-def _unshard_operator(
-    x: Tensor, meta: Tensor, order: Tensor | None, group: Tensor | None, rows: int, options: str
-) -> tuple[Tensor, Tensor]:
+def _unshard_operator(x: Tensor, meta: Tensor, order: Tensor | None, group: Tensor | None, rows: int, options: str) -> Tensor:
     asked = parse_options(options)
-    return _unshard(x, resolve(meta, CPMetadata), group_of(group, asked.group_name), asked.check, asked.label), x.new_empty(0)
+    return _unshard(x, resolve(meta, CPMetadata), group_of(group, asked.group_name), asked.check, asked.label)
 
 
 @overload

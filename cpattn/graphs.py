@@ -29,6 +29,11 @@ _WHY = (
 )
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces what runs. ``torch.compiler.is_exporting()`` says so wherever Dynamo of torch 2.11 traces."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 def leaves_graph(part: T) -> T:
     """Lets a compiled graph end before a function, and go on after it. Of a class, all methods.
 

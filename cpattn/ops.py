@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import UnsupportedError
+from cpattn.graphs import is_exporting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ SCHEMAS = {
     "write": "(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, Tensor(c!) cache) -> ()",
     "write.paged": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}) -> ()",
     "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
-    "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> (Tensor, Tensor)",
+    "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> Tensor",
     "token_mask": "(Tensor attention_mask, Tensor(a!)? order) -> ()",
     "table": "(Tensor meta, str name, SymInt size, Device device) -> Tensor",
 }
@@ -196,10 +197,9 @@ def _shard_shape(x: Tensor, meta: Tensor, rows: int, dim: int) -> Tensor:
 
 
 @_fake("unshard")
-def _unshard_shape(x: Tensor, meta: Tensor, order: Any, group: Any, rows: int, options: str) -> tuple[Tensor, Tensor]:
-    """The second one is empty: of an operator that writes, and returns one tensor, torch's own compiler (2.11) cannot find that one."""
+def _unshard_shape(x: Tensor, meta: Tensor, order: Any, group: Any, rows: int, options: str) -> Tensor:
     _refuse_export(meta)
-    return x.new_empty(rows, *x.shape[1:]), x.new_empty(0)
+    return x.new_empty(rows, *x.shape[1:])
 
 
 @_fake("table")
@@ -209,5 +209,5 @@ def _table_shape(meta: Tensor, name: str, size: int, device: torch.device) -> Te
 
 
 def _refuse_export(*handles: Tensor | None) -> None:
-    if any(handle is not None for handle in handles) and torch.compiler.is_exporting():
+    if any(handle is not None for handle in handles) and is_exporting():
         raise UnsupportedError(NOT_EXPORTED)

@@ -89,7 +89,7 @@ def test_a_sharded_batch_comes_back() -> None:
         meta, x = cpattn.build_metadata([(0, 7), (0, 2)], 3, group.rank), rows(9, 4)
         local = torch.ops.cpattn.shard(x, meta.handle, meta.rows, 0)
         assert torch.equal(local, cpattn.shard(x, meta))
-        assert torch.equal(torch.ops.cpattn.unshard(local, meta.handle, ops.ORDER, group.handle, 9, "")[0], x)
+        assert torch.equal(torch.ops.cpattn.unshard(local, meta.handle, ops.ORDER, group.handle, 9, ""), x)
 
     run_loopback(run, 3)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.call.arguments import Arguments
+from cpattn.graphs import is_exporting
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -31,7 +32,7 @@ def is_traced() -> bool:
 def enters_graph(meta: CPMetadata | None) -> bool:
     """Whether a call that may have no metadata is traced. torch.export traces what runs, where a call without metadata of its own
     goes through the operator; so may such a call of another thread meanwhile, with the same result."""
-    return torch.compiler.is_dynamo_compiling() or (meta is None and torch.compiler.is_exporting())
+    return torch.compiler.is_dynamo_compiling() or (meta is None and is_exporting())
 
 
 def in_graph(arguments: Arguments, meta: CPMetadata | None, group: Group, more: dict[str, Any]) -> Any:
@@ -58,7 +59,7 @@ def _is_result(into: Tensor, arguments: Arguments) -> bool:
     """Whether a result can be copied there. The operator refuses what it cannot. Exported programs write there at once."""
     q, width = arguments.q, _v_head_dim(arguments) if arguments.v_dim is None else arguments.v_dim
     is_alike = into.dtype == q.dtype and into.device == q.device and into.ndim == 3
-    return is_alike and tuple(into.shape) == (*q.shape[:-1], width) and not torch.compiler.is_exporting()
+    return is_alike and tuple(into.shape) == (*q.shape[:-1], width) and not is_exporting()
 
 
 def _v_head_dim(arguments: Arguments) -> int:
@@ -91,12 +92,12 @@ def _operator(arguments: Arguments, handle: Tensor | None, group: Group, more: d
 
 def order() -> Tensor | None:
     """The operators' ``order``. A constant that is written to cannot be exported; what exported programs have is in order."""
-    return None if torch.compiler.is_exporting() else ORDER
+    return None if is_exporting() else ORDER
 
 
 def cache_fits(cache: Any) -> bool:
     """Whether operators take a cache: by its handle. One that the graph itself has made has none; exported programs make it."""
-    return isinstance(cache, (PagedKV, PackedKV)) and (cache.handle is not None or torch.compiler.is_exporting())
+    return isinstance(cache, (PagedKV, PackedKV)) and (cache.handle is not None or is_exporting())
 
 
 def group_fits(group: Any) -> bool:
@@ -121,7 +122,7 @@ def group_name(group: Group) -> str | None:
 def is_plain(*tensors: Any) -> bool:
     """Whether operators take all of them: no classes of their own, such as DTensor, and nothing that needs a gradient."""
     given = [x for x in tensors if x is not None]
-    if torch.compiler.is_exporting():
+    if is_exporting():
         # All of them are of classes that stand for tensors. A program may be exported with gradients on, and run without.
         return all(isinstance(x, Tensor) for x in given)
     needs_grad = torch.is_grad_enabled()

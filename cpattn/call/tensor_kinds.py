@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
+from cpattn.graphs import is_exporting
 from cpattn.ops import NOT_EXPORTED
 
 # What a class has that leaves the work to torch. A class with another one, such as DTensor, holds its values elsewhere.
@@ -22,7 +23,7 @@ def check_kind(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         return
     if type(x).__torch_dispatch__ is not _PLAIN:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise UnsupportedError(NOT_EXPORTED)
         raise TensorMismatchError(f"{name} is a {type(x).__name__}, {_instead_of_a_subclass(name, x)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
