@@ -49,10 +49,12 @@ def direct(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """The operator as a graph calls it, without one."""
     cache = options.get("kv_cache")
     text = options_text({name: value for name, value in options.items() if name != "kv_cache"})
-    handle = None if cache is None else cache.handle
+    operators = torch.ops.cpattn.attention
+    operator = operators.default if cache is None else operators.cache
+    pages = () if cache is None else (cache.handle, cache.k_pages, cache.v_pages, cache.page_table)
 
     def call(x: Tensor) -> Tensor:
-        out, _ = torch.ops.cpattn.attention.default(x, x, x, None, ORDER, None, text, None, None, handle)
+        out, _ = operator(x, x, x, None, ORDER, None, text, None, None, *pages)
         return out  # type: ignore[no-any-return]
 
     return call
@@ -64,7 +66,7 @@ def nothing() -> Callable[[Tensor], Any]:
     library.define("nothing" + SCHEMAS["attention"])  # type: ignore[no-untyped-call]
     library.impl("nothing", lambda *_: RESULT, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     KEPT.append(library)
-    return lambda x: torch.ops.cpattn_benchmark.nothing.default(x, x, x, None, ORDER, None, "", None, None, None)
+    return lambda x: torch.ops.cpattn_benchmark.nothing.default(x, x, x, None, ORDER, None, "", None, None)
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ from cpattn.call.choose import choose, problem_of
 from cpattn.call.find import check_contents, prepare_call
 from cpattn.call.in_graph import (
     are_options,
+    attention_in_graph,
     enters_graph,
     group_fits,
     group_handle,
     group_name,
     group_of,
-    in_graph,
     is_plain,
     is_traced,
     order,
@@ -262,7 +262,8 @@ def cp_attention(
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
-            plan has ``prefix_shards``, each rank's own.
+            plan has ``prefix_shards``, each rank's own. In a compiled graph nothing else may write to the pages before the call
+            (CPError), nor read or write them after it, which cannot be seen: end the graph in between (:class:`PagedKV`).
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
             do, for a sharded cache; ``"auto"``; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
@@ -302,7 +303,7 @@ def cp_attention(
     """
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
     if enters_graph(meta):
-        results = in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, "label": label, **unknown})
+        results = attention_in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, "label": label, **unknown})
         if results is not NotImplemented:
             return results  # type: ignore[no-any-return]
     result, lse = run_attention(arguments, meta, More(group, return_lse, check, label), unknown)

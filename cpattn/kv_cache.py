@@ -80,6 +80,10 @@ class PagedKV(_Handled):
     >>> cache.page_size
     16
 
+    In a compiled graph ``cp_attention`` and ``write_kv`` write the pages without the compiler's knowledge. A graph that itself writes to
+    them has to end before such a call, which else raises CPError. One that itself reads or writes them after such a call has to end
+    between the two: nothing can tell, and it may see the pages as they were. ``attend`` reads them in order.
+
     Attributes:
         k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
             contiguous last axis.

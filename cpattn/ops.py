@@ -6,8 +6,10 @@ What they compute is registered beside the calls that they stand for (:func:`imp
 - ``meta``, ``group`` and ``cache`` are handles (:mod:`cpattn.handles`) of a CPMetadata, a Transport and a PagedKV or PackedKV.
   Without ``meta`` it is that of the :func:`cpattn.forward_context`.
 - ``order`` is one tensor for all calls, and counts as written: so a compiler keeps them in their order, on every rank the same.
-- Pages are written behind a handle. As arguments, which exported programs need (``.paged``), they are what torch's own compiler
+- Pages are written behind a handle. As written arguments, which exported programs need (``.paged``), they are what torch's own compiler
   copies in and out where they are views (torch 2.13), or takes for others: their place in the tensor is lost in graphs of dynamic sizes.
+  Beside the handle they are arguments that count as read: so what the graph has written to them comes first. Where it has written to a
+  copy of them, the operator sees that they are others.
 - Sizes are SymInt: a graph takes any. Wrong arguments are refused where the operator runs, with the words of the call.
 """
 
@@ -33,12 +35,12 @@ _PAGES = "Tensor k_pages, Tensor? v_pages"
 _WRITTEN_PAGES = "Tensor(c!) k_pages, Tensor(d!)? v_pages"
 
 SCHEMAS = {
-    "attention": f"({_ATTENTION}, Tensor(c!)? cache) -> (Tensor, Tensor)",
+    "attention": f"({_ATTENTION}) -> (Tensor, Tensor)",
+    "attention.cache": f"({_ATTENTION}, Tensor(c!) cache, {_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
     "attention.paged": f"({_ATTENTION}, {_WRITTEN_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
     "attention.packed": f"({_ATTENTION}, Tensor packed_k, Tensor? packed_v) -> (Tensor, Tensor)",
-    "attend": f"({_ATTEND}, Tensor cache, SymInt v_head_dim) -> (Tensor, Tensor)",
-    "attend.paged": f"({_ATTEND}, {_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
-    "write": "(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, Tensor(c!) cache) -> ()",
+    "attend": f"({_ATTEND}, {_PAGES}, Tensor page_table, Tensor? cache) -> (Tensor, Tensor)",
+    "write": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, Tensor(c!) cache, {_PAGES}) -> ()",
     "write.paged": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}) -> ()",
     "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
     "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> Tensor",
@@ -141,44 +143,59 @@ def _fake(name: str) -> Callable[[F], F]:
     return register
 
 
+# These are of any arguments, also of those that the operator refuses.
+
+
 @_fake("attention")
 @_fake("attention.paged")
 @_fake("attention.packed")
 def _attention_shapes(
-    q: Tensor, k: Tensor, v: Tensor | None, meta: Tensor | None, order: Any, group: Any, options: str, sinks: Any, out: Any, *cache: Any
+    q: Tensor, k: Tensor, v: Tensor | None, meta: Tensor | None, order: Any, group: Any, options: str, sinks: Any, out: Any, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    handle = cache[0] if len(cache) == 1 else None
-    _refuse_export(meta, handle)
-    return _results(q, (k if v is None else v).shape[-1], options, out)
+    _refuse_export(meta)
+    return _results(q, width_of(k if v is None else v), options, out)
+
+
+@_fake("attention.cache")
+def _attention_over_cache_shapes(*given: Any) -> tuple[Tensor, Tensor]:
+    *call, cache, _, _, _ = given
+    _refuse_export(cache)
+    return _attention_shapes(*call)
 
 
 @_fake("attend")
 def _attend_shapes(
-    q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, cache: Tensor, v_head_dim: int
+    q: Tensor,
+    meta: Tensor | None,
+    order: Any,
+    options: str,
+    sinks: Any,
+    out: Any,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    page_table: Any,
+    cache: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _refuse_export(meta, cache)
-    return _results(q, v_head_dim, options, out)
+    return _results(q, width_of(k_pages if v_pages is None else v_pages), options, out)
 
 
-@_fake("attend.paged")
-def _attend_paged_shapes(
-    q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, k_pages: Tensor, v_pages: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    _refuse_export(meta)
-    return _results(q, (k_pages if v_pages is None else v_pages).shape[-1], options, out)
+def width_of(x: Tensor) -> int:
+    """The size of the last axis; 0 where there is none."""
+    return x.shape[-1] if x.ndim else 0
 
 
 def _results(q: Tensor, v_head_dim: int, options: str, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """``out [rows, Hq, Dv]``, empty where the caller has given the memory for it, and ``lse [rows, Hq]``, empty where it is not
     asked for."""
     asked = parse_options(options)
-    width = v_head_dim if asked.v_dim is None else asked.v_dim
+    width = v_head_dim if asked.v_dim is None else max(asked.v_dim, 0)
     result = q.new_empty(*q.shape[:-1], width) if out is None else q.new_empty(0)
     return result, q.new_empty(q.shape[:-1] if asked.return_lse else 0, dtype=torch.float32)
 
 
 @_fake("write")
-def _write_nothing(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Any, cache: Tensor) -> None:
+def _write_nothing(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Any, cache: Tensor, *_: Any) -> None:
     _refuse_export(cache)
 
 
@@ -192,7 +209,8 @@ def _nothing(*_: Any) -> None:
 def _shard_shape(x: Tensor, meta: Tensor, rows: int, dim: int) -> Tensor:
     _refuse_export(meta)
     shape = list(x.shape)
-    shape[dim] = rows
+    if -x.ndim <= dim < x.ndim:
+        shape[dim] = rows
     return x.new_empty(shape)
 
 

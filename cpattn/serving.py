@@ -16,7 +16,17 @@ from cpattn.call.agreed import refusal_of, validated
 from cpattn.call.arguments import Arguments, BackendChoice
 from cpattn.call.find import find_call
 from cpattn.call.forward_context import ForwardContext, current_context
-from cpattn.call.in_graph import cache_fits, enters_graph, in_graph, is_plain, is_traced, order, results_of
+from cpattn.call.in_graph import (
+    attend_in_graph,
+    cache_as_given,
+    cache_fits,
+    cache_in_memory,
+    enters_graph,
+    is_plain,
+    is_traced,
+    order,
+    results_of,
+)
 from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
@@ -146,7 +156,8 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
 
     Args:
         k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages.
-        kv_cache: its pages are written; its page table is not looked at.
+        kv_cache: its pages are written; its page table is not looked at. In a compiled graph nothing else may write to the pages
+            before the call (CPError), nor read or write them after it, which cannot be seen: end the graph in between (:class:`PagedKV`).
         slots: int32 or int64 ``[n]``, no slot twice.
         check: look at the slots on a GPU as well, which waits for it; on the CPU they are looked at in every call.
 
@@ -162,12 +173,12 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
         and cache_fits(kv_cache)
         and isinstance(check, bool)
         and all(isinstance(x, Tensor) for x in (k, slots))
-        and is_plain(k, v, slots)
+        and is_plain(k, v, slots, kv_cache.k_pages, kv_cache.v_pages)
     ):
         if kv_cache.handle is None:
             torch.ops.cpattn.write.paged(k, v, slots, check, order(), kv_cache.k_pages, kv_cache.v_pages)
         else:
-            torch.ops.cpattn.write.default(k, v, slots, check, order(), kv_cache.handle)
+            torch.ops.cpattn.write.default(k, v, slots, check, order(), kv_cache.handle, kv_cache.k_pages, kv_cache.v_pages)
         return
     _write(k, v, kv_cache, slots, check)
 
@@ -181,8 +192,8 @@ def _write(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, check:
 
 
 @implements("write")
-def _write_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, cache: Tensor) -> None:
-    _write(k, v, resolve(cache, PagedKV), slots, check)
+def _write_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, *cache: Any) -> None:
+    _write(k, v, cache_in_memory(*cache), slots, check)
 
 
 @implements("write.paged")
@@ -271,7 +282,7 @@ def attend(
     """
     arguments = Arguments(q, None, None, v_dim, kv_cache, RESIDENT, backend, None, scale, window, softcap, sinks, out)
     if enters_graph(meta):
-        results = in_graph(arguments, meta, None, {"return_lse": return_lse, "check": check, "label": None, **unknown})
+        results = attend_in_graph(arguments, meta, {"return_lse": return_lse, "check": check, **unknown})
         if results is not NotImplemented:
             return results  # type: ignore[no-any-return]
     if unknown:
@@ -305,20 +316,11 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, return_lse: bool, che
 
 
 @implements("attend")
-def _attend_operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *call, cache, _ = rest
-    return _call(q, *call, resolve(cache, PagedKV))
-
-
-@implements("attend.paged")
-def _attend_pages_operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *call, k_pages, v_pages, page_table = rest
-    return _call(q, *call, PagedKV(k_pages, v_pages, page_table))
-
-
-def _call(q: Tensor, meta: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    _, options, sinks, out, cache = rest
-    asked = parse_options(options)
+def _attend_operator(
+    q: Tensor, meta: Tensor | None, order: Tensor | None, options: str, sinks: Tensor | None, out: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor]:
+    k_pages, v_pages, page_table, handle = given
+    cache, asked = cache_as_given(handle, k_pages, v_pages, page_table), parse_options(options)
     arguments = Arguments(
         q, None, None, asked.v_dim, cache, RESIDENT, asked.backend, None, asked.scale, asked.window, asked.softcap, sinks, out
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from torch.library import opcheck
 
 import cpattn
 from cpattn import handles, ops
+from cpattn.call import in_graph as call_in_graph
 from cpattn.testing import run_loopback
 
 META = cpattn.build_metadata([(5, 13), (17, 6)], 1, 0)
+META_ALONE = cpattn.build_metadata([(0, 13), (0, 6)], 1, 0)
 ALONE = cpattn.LoopbackGroup(1).transport(0)
 # Operators are registered with the calls that they stand for.
 _ = cpattn.cp_attention, cpattn.attend
@@ -51,17 +54,18 @@ def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     call = Q, K, K, META.handle, ops.ORDER, ALONE.handle
     reads = Q, META.handle, ops.ORDER
     write = K, K, torch.arange(19), False, ops.ORDER
-    out = torch.empty(19, 4, 16)
+    out, cache = torch.empty(19, 4, 16), (CACHE.handle, CACHE.k_pages, CACHE.v_pages, TABLE)
     return {
-        "pages": ("attention", (*call, "window=5\nreturn_lse=True", rows(4), None, CACHE.handle)),
-        "out": ("attention", (*call, "", None, out, CACHE.handle)),
-        "latent": ("attention", (Q, K, None, META.handle, ops.ORDER, None, "v_dim=8", None, None, LATENT.handle)),
+        "pages": ("attention.cache", (*call, "window=5\nreturn_lse=True", rows(4), None, *cache)),
+        "out": ("attention.cache", (*call, "", None, out, *cache)),
+        "latent": ("attention.packed", (Q, K, None, META.handle, ops.ORDER, None, "v_dim=8", None, None, LATENT.k, LATENT.v)),
+        "no_cache": ("attention", (Q, K, K, META_ALONE.handle, ops.ORDER, ALONE.handle, "", None, None)),
         "given_pages": ("attention.paged", (*call, "scale=0.5", None, None, *own, TABLE)),
         "given_packed": ("attention.packed", (*call, "", None, None, packed, packed)),
-        "attend": ("attend", (*reads, "softcap=3.0\nreturn_lse=True", None, None, CACHE.handle, 16)),
-        "attend_out": ("attend", (*reads, "", None, out, CACHE.handle, 16)),
-        "attend_given_pages": ("attend.paged", (*reads, "", None, None, *own, TABLE)),
-        "write": ("write", (*write, CACHE.handle)),
+        "attend": ("attend", (*reads, "softcap=3.0\nreturn_lse=True", None, None, *own, TABLE, CACHE.handle)),
+        "attend_out": ("attend", (*reads, "", None, out, CACHE.k_pages, CACHE.v_pages, TABLE, CACHE.handle)),
+        "attend_given_pages": ("attend", (*reads, "", None, None, *own, TABLE, None)),
+        "write": ("write", (*write, CACHE.handle, CACHE.k_pages, CACHE.v_pages)),
         "write_given_pages": ("write.paged", (*write, *own)),
         "shard": ("shard", (Q, META.handle, 19, 0)),
         "shard_along_another_axis": ("shard", (Q.movedim(0, 1), META.handle, 19, 1)),
@@ -72,7 +76,9 @@ def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("sample", _samples())
-def test_opcheck(sample: str) -> None:
+def test_opcheck(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It gives clones of all arguments. An operator that writes behind a handle refuses clones of the pages.
+    monkeypatch.setattr(call_in_graph, "_is_same", lambda x, other: True)
     name, arguments = _samples()[sample]
     packet, _, overload = name.partition(".")
     results = opcheck(getattr(getattr(torch.ops.cpattn, packet), overload or "default"), arguments)
@@ -92,6 +98,9 @@ def test_a_sharded_batch_comes_back() -> None:
         assert torch.equal(torch.ops.cpattn.unshard(local, meta.handle, ops.ORDER, group.handle, 9, ""), x)
 
     run_loopback(run, 3)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own backend for CPUs needs a C++ compiler")
 
 
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,13 +168,33 @@ def test_checked_calls_with_labels() -> None:
         (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, strategy="spiral"), cpattn.UnknownNameError, "spiral"),
         (lambda: cpattn.cp_attention(Q[0], K, K, META), cpattn.TensorMismatchError, "q has shape"),
         (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, out=Q[:, :2].clone()), cpattn.TensorMismatchError, "out"),
+        (lambda: cpattn.cp_attention(Q, K, torch.tensor(1.0), META), cpattn.TensorMismatchError, "v has shape"),
+        (lambda: cpattn.cp_attention(Q, torch.tensor(1.0), K, META), cpattn.TensorMismatchError, "k has shape"),
+        (lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, v_dim=-5), cpattn.TensorMismatchError, "v_dim=-5"),
+        (lambda: cpattn.shard(Q, META, dim=5), cpattn.OptionError, "dim=5"),
         (lambda: cpattn.cp_attention(Q, K, K, None), cpattn.CPError, "there is no forward_context here"),
         (lambda: cpattn.shard(Q[:9], META), cpattn.RowCountError, "the batch has 19 new tokens"),
         (lambda: cpattn.unshard(Q[:9], META), cpattn.RowCountError, "x has 9 rows"),
         (lambda: cpattn.attend(Q, NARROW, META), cpattn.PageTableError, "page_table"),
         (lambda: cpattn.write_kv(K, K, CACHE, torch.zeros(19).long()), cpattn.PageTableError, "slot"),
     ],
-    ids=["rows", "prefix", "window", "strategy", "axes", "out", "context", "shard", "unshard", "attend", "write"],
+    ids=[
+        "rows",
+        "prefix",
+        "window",
+        "strategy",
+        "axes",
+        "out",
+        "no_axis_v",
+        "no_axis_k",
+        "v_dim",
+        "dim",
+        "context",
+        "shard",
+        "unshard",
+        "attend",
+        "write",
+    ],
 )
 def test_errors_of_a_graph_are_those_of_the_call(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as plain:
@@ -174,6 +203,21 @@ def test_errors_of_a_graph_are_those_of_the_call(call: Callable[[], Any], error:
         whole(call)()
     assert str(compiled.value) == str(plain.value)
     assert type(compiled.value) is error
+
+
+@pytest.mark.parametrize("missing", ["q", "k"])
+def test_cp_attention_in_a_graph_is_not_attend(missing: str) -> None:
+    """Without k it is refused, as outside of a graph, where the graph ends for it."""
+
+    def call() -> Tensor:
+        q, k = (None, K) if missing == "q" else (Q, None)
+        return cpattn.cp_attention(q, k, None, META, kv_cache=CACHE)  # type: ignore[arg-type]
+
+    with pytest.raises(cpattn.CPError, match=f"{missing} is a NoneType") as plain:
+        call()
+    with pytest.raises(cpattn.CPError) as compiled, torch.no_grad():
+        torch.compile(call, backend="eager")()
+    assert str(compiled.value) == str(plain.value)
 
 
 def test_a_pools_table_is_checked_in_a_graph_too() -> None:
@@ -191,6 +235,69 @@ def test_a_pools_table_is_checked_in_a_graph_too() -> None:
     with pytest.raises(cpattn.CPError) as compiled:
         whole(call)(x)
     assert str(plain.value) == str(compiled.value)
+
+
+# What else in a graph writes to the pages.
+
+
+def _in_views(cache: cpattn.PagedKV) -> None:
+    slots = torch.arange(19) * 3
+    cache.k_pages.flatten(0, 1)[slots] = K
+    assert cache.v_pages is not None
+    cache.v_pages.flatten(0, 1)[slots] = K + 1
+
+
+def _in_place(cache: cpattn.PagedKV) -> None:
+    cache.k_pages.mul_(0.5)
+
+
+def _cp_attention(cache: cpattn.PagedKV) -> Tensor:
+    return cpattn.cp_attention(Q, K, K, META, kv_cache=cache)
+
+
+def _write_kv(cache: cpattn.PagedKV) -> Tensor:
+    cpattn.write_kv(K, K, cache, torch.arange(19))
+    return cpattn.attend(Q, cache, META)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["views_of_one_tensor", "own_tensors"])
+@pytest.mark.parametrize("write", [_in_views, _in_place])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_a_graph_that_itself_writes_to_pages(backend: str, write: Callable[[cpattn.PagedKV], None], own: bool) -> None:
+    def pages_here() -> cpattn.PagedKV:
+        k_pages, v_pages = (x.clone() if own else x for x in pages())
+        return cpattn.PagedKV(k_pages, v_pages, TABLE)
+
+    def compiled(call: Callable[[cpattn.PagedKV], Tensor], cache: cpattn.PagedKV) -> Tensor:
+        def both(cache: cpattn.PagedKV) -> Tensor:
+            write(cache)
+            return call(cache)
+
+        with torch.no_grad():
+            result: Tensor = torch.compile(both, backend=backend, fullgraph=True)(cache)
+        return result
+
+    mine, theirs = pages_here(), pages_here()
+    write(theirs)
+    expected = cpattn.attend(Q, theirs, META)
+    torch.testing.assert_close(compiled(lambda cache: cpattn.attend(Q, cache, META), mine), expected)
+    assert torch.equal(mine.k_pages, theirs.k_pages)
+    # What writes behind the graph would be lost, or come first.
+    for call in (_cp_attention, _write_kv) if backend == "aot_eager" else (_cp_attention,):
+        with pytest.raises(cpattn.CPError, match=r"has written to a copy of the pages .* end the graph between the two"):
+            compiled(call, pages_here())
+
+
+def test_a_graph_that_ends_after_its_own_write() -> None:
+    def both(cache: cpattn.PagedKV) -> Tensor:
+        _in_place(cache)
+        torch._dynamo.graph_break()
+        return _cp_attention(cache)
+
+    mine, theirs = (cpattn.PagedKV(*pages(), TABLE) for _ in range(2))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(both, backend="aot_eager")(mine), both(theirs))
+    assert torch.equal(mine.k_pages, theirs.k_pages)
 
 
 # Handles.

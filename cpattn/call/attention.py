@@ -11,7 +11,7 @@ from cpattn.call.agreed import describe, refusal_of, validated
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import find_call
 from cpattn.call.forward_context import ForwardContext, current_context
-from cpattn.call.in_graph import group_of, results_of
+from cpattn.call.in_graph import cache_as_given, cache_in_memory, group_of, results_of
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall
 from cpattn.graphs import leaves_graph
@@ -110,28 +110,29 @@ def _operator(
     options: str,
     sinks: Tensor | None,
     out: Tensor | None,
-    cache: Tensor | None,
+    kv_cache: PagedKV | PackedKV | None = None,
 ) -> tuple[Tensor, Tensor]:
     v_dim, strategy, backend, overlap, scale, window, softcap, return_lse, check, label, group_name = parse_options(options)
-    kv_cache: Any = None if cache is None else resolve(cache, (PagedKV, PackedKV))
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
     more = More(group_of(group, group_name), return_lse, check, label)
     result, lse = run_attention(arguments, None if meta is None else resolve(meta, CPMetadata), more, {})
     return results_of(result, lse, out)
 
 
+@implements("attention.cache")
+def _operator_over_cache(*given: Any) -> tuple[Tensor, Tensor]:
+    *call, handle, k_pages, v_pages, page_table = given
+    cache_in_memory(handle, k_pages, v_pages)
+    return _operator(*[*call, cache_as_given(handle, k_pages, v_pages, page_table)])
+
+
 @implements("attention.paged")
 def _operator_over_pages(*given: Any) -> tuple[Tensor, Tensor]:
     *call, k_pages, v_pages, page_table = given
-    return _over_cache(call, PagedKV(k_pages, v_pages, page_table))
+    return _operator(*[*call, PagedKV(k_pages, v_pages, page_table)])
 
 
 @implements("attention.packed")
 def _operator_over_packed_prefixes(*given: Any) -> tuple[Tensor, Tensor]:
     *call, packed_k, packed_v = given
-    return _over_cache(call, PackedKV(packed_k, packed_v))
-
-
-def _over_cache(call: list[Any], cache: PagedKV | PackedKV) -> tuple[Tensor, Tensor]:
-    call.append(cache.handle)
-    return _operator(*call)
+    return _operator(*[*call, PackedKV(packed_k, packed_v)])

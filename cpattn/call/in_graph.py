@@ -6,6 +6,7 @@ arguments at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.call.arguments import Arguments
+from cpattn.errors import UnsupportedError
 from cpattn.graphs import is_exporting
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.ops import ORDER, options_text
+from cpattn.ops import ORDER, options_text, width_of
 from cpattn.transports.groups import Group
 from cpattn.transports.transport import Transport
 
@@ -35,59 +37,69 @@ def enters_graph(meta: CPMetadata | None) -> bool:
     return torch.compiler.is_dynamo_compiling() or (meta is None and is_exporting())
 
 
-def in_graph(arguments: Arguments, meta: CPMetadata | None, group: Group, more: dict[str, Any]) -> Any:
-    """What ``cp_attention``, or without k ``attend``, returns for these arguments, from its operator; NotImplemented where that
-    cannot take them.
+def attention_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Group, more: dict[str, Any]) -> Any:
+    """What ``cp_attention`` returns for these arguments, from its operator; NotImplemented where that cannot take them.
 
     Args:
-        more: return_lse, check and label, as far as there are such, and whatever else was given by keyword.
+        more: return_lse, check, label, and whatever else was given by keyword.
     """
-    if not (_fits(arguments, meta) and group_fits(group) and are_options(more)):
+    q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, _ = arguments
+    if not (_fits(arguments, meta) and isinstance(k, Tensor) and _is_line(strategy) and group_fits(group) and are_options(more)):
         return NotImplemented
-    into, handle = arguments.out, None if meta is None else meta.handle
-    if into is not None and _is_result(into, arguments):
+    options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
+    text = options_text({**options, "strategy": strategy, "overlap": overlap, "group_name": group_name(group)})
+    handle, operators = None if meta is None else meta.handle, torch.ops.cpattn
+
+    def call(out: Tensor | None) -> Any:
+        given = q, k, v, handle, order(), group_handle(group), text, sinks, out
+        if cache is None:
+            return operators.attention.default(*given)
+        if isinstance(cache, PackedKV):
+            return operators.attention.packed(*given, cache.k, cache.v)
+        pages = cache.k_pages, cache.v_pages, cache.page_table
+        if cache.handle is None:
+            return operators.attention.paged(*given, *pages)
+        return operators.attention.cache(*given, cache.handle, *pages)
+
+    return _results(call, arguments, width_of(k if v is None else v), more["return_lse"])
+
+
+def attend_in_graph(arguments: Arguments, meta: CPMetadata | None, more: dict[str, Any]) -> Any:
+    """What ``attend`` returns for these arguments, from its operator; NotImplemented where that cannot take them.
+
+    Args:
+        more: return_lse, check, and whatever else was given by keyword.
+    """
+    q, _, _, v_dim, cache, _, backend, _, scale, window, softcap, sinks, _ = arguments
+    if not (_fits(arguments, meta) and isinstance(cache, PagedKV) and are_options(more)):
+        return NotImplemented
+    options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
+    text, handle = options_text(options), None if meta is None else meta.handle
+    k_pages, v_pages, page_table = cache.k_pages, cache.v_pages, cache.page_table
+
+    def call(out: Tensor | None) -> Any:
+        return torch.ops.cpattn.attend.default(q, handle, order(), text, sinks, out, k_pages, v_pages, page_table, cache.handle)
+
+    return _results(call, arguments, width_of(k_pages if v_pages is None else v_pages), more["return_lse"])
+
+
+def _results(call: Callable[[Tensor | None], Any], arguments: Arguments, v_head_dim: int, return_lse: bool) -> Any:
+    """Those of a call, whose operator is given the memory for its result, or none."""
+    into = arguments.out
+    if into is not None and _is_result(into, arguments.q, v_head_dim if arguments.v_dim is None else arguments.v_dim):
         # Of a view that an operator writes to, torch's own compiler loses the place in graphs of dynamic sizes (torch 2.13).
-        out, lse = _operator(arguments._replace(out=None), handle, group, more)
+        out, lse = call(None)
         out = into.copy_(out)
     else:
-        out, lse = _operator(arguments, handle, group, more)
+        out, lse = call(into)
         out = out if into is None else into
-    return (out, lse) if more["return_lse"] else out
+    return (out, lse) if return_lse else out
 
 
-def _is_result(into: Tensor, arguments: Arguments) -> bool:
+def _is_result(into: Tensor, q: Tensor, width: int) -> bool:
     """Whether a result can be copied there. The operator refuses what it cannot. Exported programs write there at once."""
-    q, width = arguments.q, _v_head_dim(arguments) if arguments.v_dim is None else arguments.v_dim
     is_alike = into.dtype == q.dtype and into.device == q.device and into.ndim == 3
     return is_alike and tuple(into.shape) == (*q.shape[:-1], width) and not is_exporting()
-
-
-def _v_head_dim(arguments: Arguments) -> int:
-    """Of values that lie apart from the keys."""
-    k, v, cache = arguments.k, arguments.v, arguments.kv_cache
-    if k is None:
-        assert isinstance(cache, PagedKV)
-        k, v = cache.k_pages, cache.v_pages
-    return (k if v is None else v).shape[-1]
-
-
-def _operator(arguments: Arguments, handle: Tensor | None, group: Group, more: dict[str, Any]) -> Any:
-    q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, out = arguments
-    options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
-    operators = torch.ops.cpattn
-    if k is None:
-        assert isinstance(cache, PagedKV)
-        common = q, handle, order(), options_text(options), sinks, out
-        if cache.handle is None:
-            return operators.attend.paged(*common, cache.k_pages, cache.v_pages, cache.page_table)
-        return operators.attend.default(*common, cache.handle, _v_head_dim(arguments))
-    text = options_text({**options, "strategy": strategy, "overlap": overlap, "group_name": group_name(group)})
-    given = q, k, v, handle, order(), group_handle(group), text, sinks, out
-    if cache is None or cache.handle is not None:
-        return operators.attention.default(*given, None if cache is None else cache.handle)
-    if isinstance(cache, PackedKV):
-        return operators.attention.packed(*given, cache.k, cache.v)
-    return operators.attention.paged(*given, cache.k_pages, cache.v_pages, cache.page_table)
 
 
 def order() -> Tensor | None:
@@ -133,13 +145,12 @@ def _fits(arguments: Arguments, meta: Any) -> bool:
     cache: Any = arguments.kv_cache
     if cache is not None and not cache_fits(cache):
         return False
-    tensors = [arguments.k, arguments.v, arguments.sinks, arguments.out]
-    if arguments.k is None:
-        if not isinstance(cache, PagedKV):
-            return False
-        # The shape of the result is read off them.
-        tensors += [cache.k_pages, cache.v_pages]
-    if not (meta is None or type(meta) is CPMetadata) or not is_plain(arguments.q, *tensors):
+    tensors = [arguments.q, arguments.k, arguments.v, arguments.sinks, arguments.out]
+    if isinstance(cache, PagedKV):
+        tensors += [cache.k_pages, cache.v_pages, cache.page_table]
+    elif cache is not None:
+        tensors += [cache.k, cache.v]
+    if not (meta is None or type(meta) is CPMetadata) or not isinstance(arguments.q, Tensor) or not is_plain(*tensors):
         return False
     integers = (arguments.v_dim, arguments.overlap, arguments.window)
     numbers = (*integers, arguments.scale, arguments.softcap)
@@ -147,8 +158,7 @@ def _fits(arguments: Arguments, meta: Any) -> bool:
         return False
     if not all(x is None or isinstance(x, (int, float)) for x in numbers):
         return False
-    names = (arguments.backend,) if arguments.k is None else (arguments.backend, arguments.strategy)
-    return all(_is_line(name) for name in names)
+    return _is_line(arguments.backend)
 
 
 def are_options(more: dict[str, Any]) -> bool:
@@ -172,6 +182,34 @@ def group_of(handle: Tensor | None, name: str | None) -> Group:
     if handle is None:
         return None
     return resolve(handle, Transport)
+
+
+def cache_in_memory(handle: Tensor, k_pages: Tensor, v_pages: Tensor | None) -> PagedKV:
+    """The cache that an operator is to write to, given what its graph takes for the pages. Raises CPError where those are others."""
+    cache = resolve(handle, PagedKV)
+    if not (_is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages)):
+        raise UnsupportedError(
+            f"the compiled graph has written to a copy of the pages {tuple(k_pages.shape)} before this call, and would lose what the call "
+            "writes to the pages themselves; end the graph between the two: torch._dynamo.graph_break() before the call, or "
+            "torch.compiler.disable() around what else writes to pages. attend can follow such writes in one graph"
+        )
+    return cache
+
+
+def _is_same(x: Tensor | None, other: Tensor | None) -> bool:
+    if x is None or other is None:
+        return x is other
+    return x is other or (x.data_ptr() == other.data_ptr() and x.shape == other.shape)
+
+
+def cache_as_given(handle: Tensor | None, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor) -> PagedKV:
+    """The cache that an operator reads: where its graph has written to a copy of the pages or of the table, that copy."""
+    if handle is None:
+        return PagedKV(k_pages, v_pages, page_table)
+    cache = resolve(handle, PagedKV)
+    if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(page_table, cache.page_table):
+        return cache
+    return PagedKV(k_pages, v_pages, page_table, cache.lines)
 
 
 def results_of(out: Tensor, lse: Tensor | None, into: Tensor | None) -> tuple[Tensor, Tensor]:
