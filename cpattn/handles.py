@@ -7,7 +7,9 @@ goes through it as a number in a tensor, which the operator reads.
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
+from collections.abc import Iterator
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -19,10 +21,24 @@ from cpattn.errors import CPError
 
 T = TypeVar("T")
 
-# A number that another process has made, and a graph has kept, should be no object's here.
-_numbers = itertools.count(1 + secrets.randbits(62))
 # Not a WeakValueDictionary, which takes four times as long to look into.
 _objects: dict[int, ref[Any]] = {}
+# Numbers with their tensors, made many at a time: one alone would cost its object several microseconds.
+_unused: list[tuple[int, Tensor]] = []
+_MADE_AT_ONCE = 64
+_numbers: Iterator[int]
+
+
+def _begin() -> None:
+    """A number that another process has made, and a graph has kept, should be no object's here."""
+    global _numbers
+    _numbers = itertools.count(1 + secrets.randbits(62))
+    _unused.clear()
+
+
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)
 
 
 def new_handle(of: Any) -> Tensor:
@@ -33,13 +49,24 @@ def new_handle(of: Any) -> Tensor:
     >>> resolve(new_handle(thing), Thing) is thing
     True
     """
-    number = next(_numbers)
-    _objects[number] = ref(of, lambda _: _objects.pop(number, None))
-    if not torch.is_inference_mode_enabled():
-        return torch.from_numpy(np.array(number))  # takes a third of the time of torch.tensor
-    # A tensor made in that mode would have a graph compiled for it alone.
+    try:
+        number, handle = _unused.pop()
+    except IndexError:
+        number, handle = _make_unused()
+    _objects[number] = ref(of)
+    return handle
+
+
+def _make_unused() -> tuple[int, Tensor]:
+    """Makes the next handles, and forgets the objects that are no more; one of the handles."""
+    for number, reference in list(_objects.items()):
+        if reference() is None:
+            _objects.pop(number, None)
+    # A tensor made in inference mode would have a graph compiled for it alone.
     with torch.inference_mode(False):
-        return torch.from_numpy(np.array(number))
+        first, *rest = [(number, torch.from_numpy(np.array(number))) for number in itertools.islice(_numbers, _MADE_AT_ONCE)]
+    _unused.extend(rest)
+    return first
 
 
 def resolve(handle: Tensor, kind: type[T] | tuple[type[T], ...]) -> T:

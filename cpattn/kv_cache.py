@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpattn.device_tables import IntArray
 from cpattn.handles import new_handle
@@ -121,7 +121,11 @@ class PagedKV(_Handled):
 
 
 def _handle_of(cache: Any) -> Tensor | None:
-    return None if torch.compiler.is_compiling() else new_handle(cache)
+    """None for what a graph itself makes: Dynamo, or torch.export, whose tensors are of other classes. What another thread traces does
+    not matter."""
+    k = cache.k_pages if isinstance(cache, PagedKV) else cache.k
+    is_made_in_graph = torch.compiler.is_dynamo_compiling() or (isinstance(k, Tensor) and type(k) not in (Tensor, nn.Parameter))
+    return None if is_made_in_graph else new_handle(cache)
 
 
 def _sizes(form: str, k: Any, v: Any) -> str:

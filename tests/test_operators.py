@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -329,6 +330,43 @@ def test_handles_of_another_process_are_none_here() -> None:
     assert other.resolve(handle, cpattn.CPMetadata) is META
     with pytest.raises(cpattn.CPError, match=f"by the handle {int(handle)}, but this process has none"):
         handles.resolve(handle, cpattn.CPMetadata)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
+def test_a_forked_child_makes_handles_of_its_own() -> None:
+    theirs, ours = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(ours, int(handles.new_handle(META)).to_bytes(8, "little"))
+        os._exit(0)
+    os.waitpid(child, 0)
+    number = int.from_bytes(os.read(theirs, 8), "little")
+    assert abs(number - int(handles.new_handle(META))) > 10 * handles._MADE_AT_ONCE
+
+
+def test_what_is_gone_is_forgotten() -> None:
+    class Thing: ...
+
+    for _ in range(3 * handles._MADE_AT_ONCE):
+        handles.new_handle(Thing())
+    assert len([reference for reference in handles._objects.values() if reference() is None]) <= handles._MADE_AT_ONCE
+
+
+def test_a_cache_made_while_another_thread_exports_has_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    cache = cpattn.PagedKV(*pages(), TABLE)
+    assert cache.handle is not None
+    assert handles.resolve(cache.handle, cpattn.PagedKV) is cache
+
+
+def test_sinks_of_a_class_of_parameters() -> None:
+    class Loaded(nn.Parameter):
+        """As engines have them, which know how to load themselves."""
+
+    sinks = Loaded(rows(4), requires_grad=False)
+    got = whole(lambda: cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, sinks=sinks))()
+    assert torch.equal(got, cpattn.cp_attention(Q, K, K, META, kv_cache=CACHE, sinks=sinks))
 
 
 # The forward context.

@@ -138,7 +138,7 @@ def is_plain(*tensors: Any) -> bool:
         # All of them are of classes that stand for tensors. A program may be exported with gradients on, and run without.
         return all(isinstance(x, Tensor) for x in given)
     needs_grad = torch.is_grad_enabled()
-    return all(type(x) in (Tensor, nn.Parameter) and not (needs_grad and x.requires_grad) for x in given)
+    return all((type(x) is Tensor or issubclass(type(x), nn.Parameter)) and not (needs_grad and x.requires_grad) for x in given)
 
 
 def _fits(arguments: Arguments, meta: Any) -> bool:
