@@ -1,7 +1,7 @@
 """The operators that compiled graphs call, ``torch.ops.cpattn``: their schemas, and the shapes of what they return.
 
-What they compute is registered beside the calls that they stand for (:func:`implements`). They are registered directly:
-``torch.library.custom_op`` would cost the host several microseconds more in each call.
+What they compute is registered beside the calls that they stand for (:func:`implements`), which are imported when one is first
+called. They are registered directly: ``torch.library.custom_op`` would cost the host several microseconds more in each call.
 
 - ``meta``, ``group`` and ``cache`` are handles (:mod:`cpattn.handles`) of a CPMetadata, a Transport and a PagedKV or PackedKV.
   Without ``meta`` it is that of the :func:`cpattn.forward_context`.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -125,14 +126,46 @@ with torch.inference_mode(False):
     ORDER = torch.tensor(0, device="cpu")
 
 
+# Where the calls are that operators stand for. An exported program may run before anyone has imported them.
+_IMPLEMENTED_IN = {
+    "attention": "cpattn.call.attention",
+    "attend": "cpattn.serving",
+    "write": "cpattn.serving",
+    "shard": "cpattn.api",
+    "unshard": "cpattn.api",
+    "token_mask": "cpattn.integrations.transformers.attention",
+    "table": "cpattn.metadata.cp_metadata",
+}
+_PLACEHOLDERS: dict[str, torch.library.Library] = {}
+
+
 def implements(name: str) -> Callable[[F], F]:
     """Makes a function what an operator computes, on any device."""
 
     def register(function: F) -> F:
+        placeholder = _PLACEHOLDERS.pop(name, None)
+        if placeholder is not None:
+            placeholder._destroy()  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         return function
 
     return register
+
+
+def _imports_first(name: str) -> Callable[..., Any]:
+    packet, _, overload = name.partition(".")
+
+    def run(*arguments: Any) -> Any:
+        import_module(_IMPLEMENTED_IN[packet])
+        return getattr(getattr(torch.ops.cpattn, packet), overload or "default")(*arguments)
+
+    return run
+
+
+for _name in SCHEMAS:
+    # A library of its own for each, which can be taken back: torch has one function for an operator.
+    _PLACEHOLDERS[_name] = torch.library.Library("cpattn", "IMPL")  # type: ignore[no-untyped-call]
+    _PLACEHOLDERS[_name].impl(_name, _imports_first(_name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _fake(name: str) -> Callable[[F], F]:

@@ -35,6 +35,9 @@ LAYERS = (
         "options", "problem", "ranges", "spans", "version",
     },
 )  # fmt: skip
+# Its operators import the calls that they stand for, which are above, when one is first called: a program that was exported may do
+# that before anyone else has imported them. What it imports otherwise points down as well.
+AT_FIRST_CALL = {"cpattn.ops"}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -63,7 +66,7 @@ def imports() -> dict[str, set[str]]:
                 inside = {f"{node.module}.{alias.name}" for alias in node.names}
                 # What is no module is a name in one.
                 named |= {name if name in files else str(node.module) for name in inside}
-            elif isinstance(node, ast.Constant) and str(node.value).startswith("cpattn."):
+            elif isinstance(node, ast.Constant) and str(node.value).startswith("cpattn.") and module not in AT_FIRST_CALL:
                 # Meant to be imported by its name.
                 named.add(str(node.value))
         found[module] = (named & set(files)) - {module}

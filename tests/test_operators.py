@@ -6,8 +6,11 @@ import importlib.util
 import io
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +26,6 @@ from cpattn.testing import run_loopback
 META = cpattn.build_metadata([(5, 13), (17, 6)], 1, 0)
 META_ALONE = cpattn.build_metadata([(0, 13), (0, 6)], 1, 0)
 ALONE = cpattn.LoopbackGroup(1).transport(0)
-# Operators are registered with the calls that they stand for.
-_ = cpattn.cp_attention, cpattn.attend
 TABLE = torch.arange(56, dtype=torch.int32).view(4, 14)
 
 
@@ -458,6 +459,33 @@ def test_an_exported_model_runs_any_batch(strict: bool) -> None:
         assert torch.equal(mine[2], theirs[2])
     with pytest.raises(cpattn.CPError, match="there is no forward_context here"), torch.no_grad():
         loaded(*mine)
+
+
+def test_an_exported_program_needs_nothing_imported_but_the_context(tmp_path: Path) -> None:
+    layer = Layer()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(layer, _inputs(META)), tmp_path / "layer.pt2")
+        with cpattn.forward_context(META):
+            torch.save((_inputs(META), layer(*_inputs(META))), tmp_path / "expected.pt")
+    code = """
+import sys, torch, cpattn
+cpattn.forward_context
+assert "cpattn.api" not in sys.modules and "cpattn.serving" not in sys.modules
+program = torch.export.load("layer.pt2").module()
+inputs, expected = torch.load("expected.pt")
+with cpattn.forward_context(cpattn.build_metadata([(5, 13), (17, 6)], 1, 0)), torch.no_grad():
+    assert torch.equal(program(*inputs), expected)
+"""
+    path = [str(Path(cpattn.__file__).parent.parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
