@@ -121,9 +121,23 @@ def test_a_model_compiles_to_one_graph() -> None:
             compiled(**inputs)
         with pytest.raises(Exception, match=r"cpattn runs outside of graphs.*compile without fullgraph=True"):
             compiled(**cp.inputs(input_ids), labels=input_ids)
+        for called in (compiled, model):
+            other = cpattn.forward_context(cpattn.build_metadata([(0, 5), (0, 6)], 1, 0))
+            with other, pytest.raises(cpattn_hf.ContextError, match="forward_context that was entered inside of its context_parallel"):
+                called(**cp.inputs(input_ids))
         compiled(**cp.inputs(input_ids))
     with torch.inference_mode(), pytest.raises(cpattn_hf.ContextError, match="was called outside of a context"):
         compiled(**cp.inputs(input_ids))
+
+
+def test_a_layers_attention_by_its_context() -> None:
+    meta = cpattn.build_metadata([(0, 7)], 1, 0)
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    with torch.inference_mode(), cpattn_hf.context_parallel(hf_cases.model_of("llama"), meta) as cp:
+        with cpattn.forward_context(cpattn.build_metadata([(0, 3), (0, 4)], 1, 0)):
+            out = cp.attend(q, k, k, window=3)
+        rows_q, rows_k = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        assert torch.equal(out[0], cpattn.cp_attention(rows_q, rows_k, rows_k, meta, window=3))
 
 
 def test_opcheck_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:

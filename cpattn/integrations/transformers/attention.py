@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from cpattn.api import cp_attention
+from cpattn.call.forward_context import current_context
 from cpattn.call.in_graph import order
 from cpattn.errors import UnsupportedError
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.integrations.transformers.active import active_context
-from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.context import ContextParallel, as_under_autocast
 from cpattn.integrations.transformers.context_error import ContextError
 from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask, is_causal
 from cpattn.ops import implements
@@ -99,7 +100,7 @@ def attention_forward(
         )
     _refuse_forgotten(module, softcap=softcap, s_aux=s_aux)
     _refuse_unknown(module, kwargs)
-    q, k, v = (_as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
     # Of the forward context, which context_parallel has entered: a compiled model is not made anew for each batch.
     return cp_attention(q, k, v, None, scale=scaling, window=attention_mask.window, softcap=softcap, sinks=s_aux)[None], None
 
@@ -109,14 +110,16 @@ def _check_here(module: nn.Module, query: Tensor, key: Tensor) -> None:
     context = active_context(getattr(module, "config", None))
     context.decoder.check_layer(module)
     context.check_rows(query, key)
+    _check_forward(context)
 
 
-def _as_under_autocast(x: Tensor) -> Tensor:
-    """In autocast's dtype, as torch's own attention takes it: models rotate q and k in fp32 even then."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+def _check_forward(context: ContextParallel) -> None:
+    """Raises ContextError where a forward context has been entered within that of the model, and would give its layers another batch."""
+    if current_context() is not context.forward:
+        raise ContextError(
+            "a model was called within a cpattn.forward_context that was entered inside of its context_parallel; leave it before the model "
+            "is called, as context_parallel has the batch"
+        )
 
 
 @has_operator
@@ -166,7 +169,9 @@ def _mask_here(
 @implements("token_mask")
 def _token_mask_operator(attention_mask: Tensor, order: Tensor | None) -> None:
     # A graph does not know the config, which is looked for in the contexts of other threads.
-    _check_token_mask(attention_mask, active_context(config=None))
+    context = active_context(config=None)
+    _check_token_mask(attention_mask, context)
+    _check_forward(context)
 
 
 def _check_token_mask(attention_mask: Tensor | None, context: ContextParallel) -> None:

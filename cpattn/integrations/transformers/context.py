@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpattn.api import shard, unshard
+from cpattn.api import cp_attention, shard, unshard
 from cpattn.call import checks
 from cpattn.call.agreed import validated
-from cpattn.call.forward_context import ForwardContext
+from cpattn.call.forward_context import ForwardContext, entered
 from cpattn.errors import CPError, PrefixError, RowCountError, TensorMismatchError, UnsupportedError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.context_error import ContextError
@@ -186,6 +186,14 @@ class ContextParallel:
         ours = self._token_mask
         return isinstance(mask, Tensor) and (mask.data_ptr(), mask.shape, mask.dtype) == (ours.data_ptr(), ours.shape, ours.dtype)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """cp_attention in the layout of transformers: ``[1, heads, rows, D]`` in, ``[1, rows, Hq, Dv]`` out."""
+        self.check_rows(query, key)
+        q, k, v = (as_under_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
+        with entered(self.forward):
+            out: Tensor = cp_attention(q, k, v, None, **options)
+        return out[None]
+
     def check_rows(self, query: Tensor, key: Tensor) -> None:
         """Raises CPError where a layer's queries ``[1, heads, rows, D]`` are not those of this batch, or its keys are others."""
         batch_size, _, num_queries, _ = query.shape
@@ -227,3 +235,11 @@ class ContextParallel:
                 f"the model has {self.decoder.num_layers} layers, but called cpattn's attention {attended} times: some of its layers "
                 "work by other means, which saw this rank's rows alone"
             )
+
+
+def as_under_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype, as torch's own attention takes it: models rotate q and k in fp32 even then."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
