@@ -105,8 +105,9 @@ def test_a_sharded_batch_comes_back() -> None:
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own backend for CPUs needs a C++ compiler")
 
 
-def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, backend="eager", fullgraph=True)
+def whole(function: Callable[..., Any], backend: str = "eager") -> Callable[..., Any]:
+    """One graph. As ``aot_eager`` makes it, it knows only what is declared to be written, and leaves out what nobody needs."""
+    return torch.compile(function, backend=backend, fullgraph=True)
 
 
 def test_pieces_in_one_graph() -> None:
@@ -121,10 +122,35 @@ def test_pieces_in_one_graph() -> None:
         return result + out, other, lse
 
     mine, theirs = (cpattn.PagedKV(*pages(), TABLE) for _ in range(2))
-    for got, expected in zip(whole(pieces)(mine), pieces(theirs), strict=True):
+    for got, expected in zip(whole(pieces, "aot_eager")(mine), pieces(theirs), strict=True):
         assert torch.equal(got, expected)
     assert torch.equal(mine.k_pages, theirs.k_pages)
     assert not torch.equal(mine.k_pages, pages()[0])
+
+
+def _two_calls(x: Tensor) -> Tensor:
+    """Nobody needs the result of the first."""
+    cpattn.cp_attention(x, x, x, None)
+    return cpattn.cp_attention(x * 2, x, x, None)
+
+
+def _calls_in_a_graph() -> int:
+    x = rows(19, 2, 16)
+    with cpattn.forward_context(META_ALONE) as context, torch.no_grad():
+        result = whole(_two_calls, "aot_eager")(x)
+        calls = context.calls
+        assert torch.equal(result, _two_calls(x))
+    return calls
+
+
+def test_a_call_that_nobody_needs_stays_in_the_graph() -> None:
+    """Another rank, whose graph needs it, waits for it."""
+    assert _calls_in_a_graph() == 2
+
+
+def test_calls_stay_by_their_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_in_graph, "order", lambda: None)
+    assert _calls_in_a_graph() == 1
 
 
 def test_options_that_compilers_have_as_symbols() -> None:
