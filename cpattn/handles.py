@@ -26,6 +26,8 @@ _objects: dict[int, ref[Any]] = {}
 # Numbers with their tensors, made many at a time: one alone would cost its object several microseconds.
 _unused: list[tuple[int, Tensor]] = []
 _MADE_AT_ONCE = 64
+# At how many objects those that are no more are looked for.
+_look_again_at = _MADE_AT_ONCE
 _numbers: Iterator[int]
 
 
@@ -58,10 +60,14 @@ def new_handle(of: Any) -> Tensor:
 
 
 def _make_unused() -> tuple[int, Tensor]:
-    """Makes the next handles, and forgets the objects that are no more; one of the handles."""
-    for number, reference in list(_objects.items()):
-        if reference() is None:
-            _objects.pop(number, None)
+    """Makes the next handles, and now and then forgets the objects that are no more; one of the handles."""
+    global _look_again_at
+    if len(_objects) >= _look_again_at:
+        for number, reference in list(_objects.items()):
+            if reference() is None:
+                _objects.pop(number, None)
+        # Not each time: there may be many that are still in use.
+        _look_again_at = 2 * len(_objects) + _MADE_AT_ONCE
     # A tensor made in inference mode would have a graph compiled for it alone.
     with torch.inference_mode(False):
         first, *rest = [(number, torch.from_numpy(np.array(number))) for number in itertools.islice(_numbers, _MADE_AT_ONCE)]
