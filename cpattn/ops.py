@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ SCHEMAS = {
 
 
 class Options(NamedTuple):
-    """The options of a call that are numbers and names, which an operator takes as one text: a line for each that is not as it is
-    by default. To pass them one by one would cost the host 0.2 us apiece."""
+    """The options of a call that are numbers and names, which an operator takes as one text: those that are not as they are by default.
+    To pass them one by one would cost the host 0.2 us apiece."""
 
     v_dim: int | None = None
     strategy: str = "auto"
@@ -71,19 +72,21 @@ class Options(NamedTuple):
 
 _DEFAULTS = Options()._asdict()
 _NAMES = ("strategy", "backend", "label", "group_name")
+# Between options. Not a line break: on GPUs torch 2.11 to 2.13 writes the text into a comment of one line.
+_SEPARATOR = ";"
 
 
 @lru_cache(maxsize=1024)
 def parse_options(text: str) -> Options:
     """What a text stands for.
 
-    >>> parse_options("window=64\\nreturn_lse=True").window
+    >>> parse_options("window=64;return_lse=True").window
     64
     """
     found: dict[str, Any] = {}
-    for line in text.split("\n") if text else ():
-        name, value = line.split("=", 1)
-        found[name] = value if name in _NAMES else value == "True" if value in ("True", "False") else _number(value)
+    for option in text.split(_SEPARATOR) if text else ():
+        name, value = option.split("=", 1)
+        found[name] = unquote(value) if name in _NAMES else value == "True" if value in ("True", "False") else _number(value)
     return Options(**found)
 
 
@@ -97,16 +100,19 @@ def options_text(options: dict[str, Any]) -> str:
     """The text for an operator. Compilers trace this, and take the values as constants.
 
     >>> options_text({"window": 64, "scale": 0.5, "backend": "auto"})
-    'window=64\\nscale=0x1.0000000000000p-1'
+    'window=64;scale=0x1.0000000000000p-1'
     """
-    return "\n".join([f"{name}={_written(value)}" for name, value in options.items() if value != _DEFAULTS[name]])
+    return _SEPARATOR.join([f"{name}={_written(value)}" for name, value in options.items() if value != _DEFAULTS[name]])
 
 
 def _written(value: Any) -> str:
     if isinstance(value, float):
         # Of what is a symbol to a compiler, this and index() ask for the number.
         return value.hex()
-    return f"{value}" if isinstance(value, (bool, str)) else f"{operator.index(value)}"
+    if isinstance(value, str):
+        # Names may be of any characters; unquote() reads these. Compilers cannot trace quote().
+        return value.replace("%", "%25").replace(_SEPARATOR, "%3B").replace("\n", "%0A").replace("\r", "%0D")
+    return f"{value}" if isinstance(value, bool) else f"{operator.index(value)}"
 
 
 # Where torch captures CUDA graphs by itself, these stay outside: they work on the host, differently for each batch.

@@ -58,13 +58,13 @@ def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     write = K, K, torch.arange(19), False, ops.ORDER
     out, cache = torch.empty(19, 4, 16), (CACHE.handle, CACHE.k_pages, CACHE.v_pages, TABLE)
     return {
-        "pages": ("attention.cache", (*call, "window=5\nreturn_lse=True", rows(4), None, *cache)),
+        "pages": ("attention.cache", (*call, "window=5;return_lse=True", rows(4), None, *cache)),
         "out": ("attention.cache", (*call, "", None, out, *cache)),
         "latent": ("attention.packed", (Q, K, None, META.handle, ops.ORDER, None, "v_dim=8", None, None, LATENT.k, LATENT.v)),
         "no_cache": ("attention", (Q, K, K, META_ALONE.handle, ops.ORDER, ALONE.handle, "", None, None)),
         "given_pages": ("attention.paged", (*call, "scale=0.5", None, None, *own, TABLE)),
         "given_packed": ("attention.packed", (*call, "", None, None, packed, packed)),
-        "attend": ("attend", (*reads, "softcap=3.0\nreturn_lse=True", None, None, *own, TABLE, CACHE.handle)),
+        "attend": ("attend", (*reads, "softcap=3.0;return_lse=True", None, None, *own, TABLE, CACHE.handle)),
         "attend_out": ("attend", (*reads, "", None, out, CACHE.k_pages, CACHE.v_pages, TABLE, CACHE.handle)),
         "attend_given_pages": ("attend", (*reads, "", None, None, *own, TABLE, None)),
         "write": ("write", (*write, CACHE.handle, CACHE.k_pages, CACHE.v_pages)),
@@ -167,11 +167,14 @@ def test_options_that_compilers_have_as_symbols() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"scale": float("inf"), "window": -3, "check": True}, {"label": "a=b, c", "group_name": "0", "softcap": 0.1, "scale": 2}],
+    [{}, {"scale": float("inf"), "window": -3, "check": True}, {"label": "a=b;\n %3B\r'\\", "group_name": "0", "softcap": 0.1, "scale": 2}],
     ids=["none", "odd", "text"],
 )
 def test_options_come_back(options: dict[str, Any]) -> None:
-    assert ops.parse_options(ops.options_text(options)) == ops.Options(**options)
+    text = ops.options_text(options)
+    assert ops.parse_options(text) == ops.Options(**options)
+    # Compilers write it into comments.
+    assert len(text.splitlines()) <= 1
 
 
 def test_checked_calls_with_labels() -> None:
