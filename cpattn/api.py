@@ -262,8 +262,7 @@ def cp_attention(
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
-            plan has ``prefix_shards``, each rank's own. In a compiled graph nothing else may write to the pages before the call
-            (CPError), nor read or write them after it, which cannot be seen: end the graph in between (:class:`PagedKV`).
+            plan has ``prefix_shards``, each rank's own.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
             do, for a sharded cache; ``"auto"``; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your

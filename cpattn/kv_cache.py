@@ -12,15 +12,17 @@ from cpattn.device_tables import IntArray
 from cpattn.handles import new_handle
 
 
-class _Handled:
-    """What has a handle, which is no field: a cache of the same fields has another."""
+class _InGraphs:
+    """How a compiled graph takes a PagedKV. These are no fields: a cache of the same fields has others."""
 
-    __slots__ = ("handle",)
+    __slots__ = ("handle", "is_of_graph", "memory")
     handle: Tensor | None
+    is_of_graph: bool
+    memory: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PackedKV(_Handled):
+class PackedKV:
     """The prefix of every request, request after request, without padding; the same on every rank. It is only read.
 
     >>> import cpattn, torch
@@ -33,19 +35,10 @@ class PackedKV(_Handled):
     Attributes:
         k: ``[sum of prefix_len, Hkv, D]``, already rotated, as all keys; of the new keys' dtype and device.
         v: ``[sum of prefix_len, Hkv, Dv]``, or None where V is the first columns of K.
-        handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where a graph itself
-            makes the cache.
     """
 
     k: Tensor
     v: Tensor | None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "handle", _handle_of(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has a handle of its own."""
-        return type(self), (self.k, self.v)
 
     def __repr__(self) -> str:
         return f"PackedKV({_sizes('{} tokens, {} heads', self.k, self.v)})"
@@ -66,7 +59,7 @@ class TableLines:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PagedKV(_Handled):
+class PagedKV(_InGraphs):
     """A view of an engine's own pages: the prefix is read from them, and this call's keys and values are written to them.
 
     Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
@@ -80,9 +73,8 @@ class PagedKV(_Handled):
     >>> cache.page_size
     16
 
-    In a compiled graph ``cp_attention`` and ``write_kv`` write the pages without the compiler's knowledge. A graph that itself writes to
-    them has to end before such a call, which else raises CPError. One that itself reads or writes them after such a call has to end
-    between the two: nothing can tell, and it may see the pages as they were. ``attend`` reads them in order.
+    A compiled graph knows which pages its calls write, and keeps what else reads or writes ``k_pages`` and ``v_pages`` in order. It does
+    not know other tensors over the same memory: use those outside of it.
 
     Attributes:
         k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
@@ -93,8 +85,9 @@ class PagedKV(_Handled):
             Requests may share pages that they only read; a slot that a call writes must be no other token's.
             One tensor for all layers of a batch spares the host a little work in each.
         lines: what a KVPool knows of its own table, so that a plan that does not go with it is refused; else None.
-        handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where a graph itself
-            makes the cache.
+        handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where they need none.
+        is_of_graph: whether a graph itself makes the cache.
+        memory: where K and V share memory, all of it from their first element to their last, ``[elements]``; else None.
     """
 
     k_pages: Tensor
@@ -103,7 +96,13 @@ class PagedKV(_Handled):
     lines: TableLines | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "handle", _handle_of(self))
+        # Dynamo's tensors have no memory yet, and those of torch.export are of other classes. What another thread traces does not matter.
+        is_of_graph = torch.compiler.is_dynamo_compiling() or not _is_plain(self.k_pages)
+        memory = None if is_of_graph else _memory_of_both(self.k_pages, self.v_pages)
+        object.__setattr__(self, "is_of_graph", is_of_graph)
+        object.__setattr__(self, "memory", memory)
+        is_needed = memory is not None or (self.lines is not None and not is_of_graph)
+        object.__setattr__(self, "handle", new_handle(self) if is_needed else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has a handle of its own."""
@@ -120,12 +119,22 @@ class PagedKV(_Handled):
         return self.k_pages.shape[1]
 
 
-def _handle_of(cache: Any) -> Tensor | None:
-    """None for what a graph itself makes: Dynamo, or torch.export, whose tensors are of other classes. What another thread traces does
-    not matter."""
-    k = cache.k_pages if isinstance(cache, PagedKV) else cache.k
-    is_made_in_graph = torch.compiler.is_dynamo_compiling() or (isinstance(k, Tensor) and type(k) not in (Tensor, nn.Parameter))
-    return None if is_made_in_graph else new_handle(cache)
+def _is_plain(x: Any) -> bool:
+    return type(x) is Tensor or issubclass(type(x), nn.Parameter)
+
+
+def _memory_of_both(k: Tensor, v: Any) -> Tensor | None:
+    """The memory from the first element of K and V to the last, where they are views of one tensor: as two arguments that an operator
+    writes to, torch's own compiler would copy one of them each time, and in graphs of dynamic sizes to the wrong place (torch 2.13)."""
+    if not _is_plain(v) or not torch._C._is_alias_of(k, v) or k.dtype != v.dtype or not (k.numel() and v.numel()):
+        return None
+    first = min(k.storage_offset(), v.storage_offset())
+    last = max([_last_element(k), _last_element(v)])
+    return k.as_strided((last + 1 - first,), (1,), first)
+
+
+def _last_element(x: Tensor) -> int:
+    return x.storage_offset() + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
 def _sizes(form: str, k: Any, v: Any) -> str:

@@ -3,13 +3,11 @@
 What they compute is registered beside the calls that they stand for (:func:`implements`), which are imported when one is first
 called. They are registered directly: ``torch.library.custom_op`` would cost the host several microseconds more in each call.
 
-- ``meta``, ``group`` and ``cache`` are handles (:mod:`cpattn.handles`) of a CPMetadata, a Transport and a PagedKV or PackedKV.
+- ``meta``, ``group`` and ``cache`` are handles (:mod:`cpattn.handles`) of a CPMetadata, a Transport and a PagedKV.
   Without ``meta`` it is that of the :func:`cpattn.forward_context`.
 - ``order`` is one tensor for all calls, and counts as written: so a compiler keeps them in their order, on every rank the same.
-- Pages are written behind a handle. As written arguments, which exported programs need (``.paged``), they are what torch's own compiler
-  copies in and out where they are views (torch 2.13), or takes for others: their place in the tensor is lost in graphs of dynamic sizes.
-  Beside the handle they are arguments that count as read: so what the graph has written to them comes first. Where it has written to a
-  copy of them, the operator sees that they are others.
+- Pages are declared as written: so a compiler keeps in order what else reads and writes them. Where K and V share memory, ``k_pages`` is
+  all of that (``PagedKV.memory``), and ``cache`` says where the two lie in it. The operator may be given a copy, which goes back later.
 - Sizes are SymInt: a graph takes any. Wrong arguments are refused where the operator runs, with the words of the call.
 """
 
@@ -33,17 +31,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Nothing has a default: torch's own compiler would pass each such argument by keyword, which costs the host 0.4 us apiece.
 _ATTENTION = "Tensor q, Tensor k, Tensor? v, Tensor? meta, Tensor(a!)? order, Tensor? group, str options, Tensor? sinks, Tensor(b!)? out"
 _ATTEND = "Tensor q, Tensor? meta, Tensor(a!)? order, str options, Tensor? sinks, Tensor(b!)? out"
-_PAGES = "Tensor k_pages, Tensor? v_pages"
+_PAGES = "Tensor k_pages, Tensor? v_pages, Tensor page_table, Tensor? cache"
 _WRITTEN_PAGES = "Tensor(c!) k_pages, Tensor(d!)? v_pages"
 
 SCHEMAS = {
     "attention": f"({_ATTENTION}) -> (Tensor, Tensor)",
-    "attention.cache": f"({_ATTENTION}, Tensor(c!) cache, {_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
-    "attention.paged": f"({_ATTENTION}, {_WRITTEN_PAGES}, Tensor page_table) -> (Tensor, Tensor)",
+    "attention.paged": f"({_ATTENTION}, {_WRITTEN_PAGES}, Tensor page_table, Tensor? cache) -> (Tensor, Tensor)",
     "attention.packed": f"({_ATTENTION}, Tensor packed_k, Tensor? packed_v) -> (Tensor, Tensor)",
-    "attend": f"({_ATTEND}, {_PAGES}, Tensor page_table, Tensor? cache) -> (Tensor, Tensor)",
-    "write": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, Tensor(c!) cache, {_PAGES}) -> ()",
-    "write.paged": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}) -> ()",
+    "attend": f"({_ATTEND}, {_PAGES}, SymInt v_head_dim) -> (Tensor, Tensor)",
+    "write": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}, Tensor? cache) -> ()",
     "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
     "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> Tensor",
     "token_mask": "(Tensor attention_mask, Tensor(a!)? order) -> ()",
@@ -186,7 +182,6 @@ def _fake(name: str) -> Callable[[F], F]:
 
 
 @_fake("attention")
-@_fake("attention.paged")
 @_fake("attention.packed")
 def _attention_shapes(
     q: Tensor, k: Tensor, v: Tensor | None, meta: Tensor | None, order: Any, group: Any, options: str, sinks: Any, out: Any, *_: Any
@@ -195,9 +190,9 @@ def _attention_shapes(
     return _results(q, width_of(k if v is None else v), options, out)
 
 
-@_fake("attention.cache")
-def _attention_over_cache_shapes(*given: Any) -> tuple[Tensor, Tensor]:
-    *call, cache, _, _, _ = given
+@_fake("attention.paged")
+def _attention_over_pages_shapes(*given: Any) -> tuple[Tensor, Tensor]:
+    *call, _, _, _, cache = given
     _refuse_export(cache)
     return _attention_shapes(*call)
 
@@ -210,13 +205,14 @@ def _attend_shapes(
     options: str,
     sinks: Any,
     out: Any,
-    k_pages: Tensor,
-    v_pages: Tensor | None,
+    k_pages: Any,
+    v_pages: Any,
     page_table: Any,
     cache: Tensor | None,
+    v_head_dim: int,
 ) -> tuple[Tensor, Tensor]:
     _refuse_export(meta, cache)
-    return _results(q, width_of(k_pages if v_pages is None else v_pages), options, out)
+    return _results(q, v_head_dim, options, out)
 
 
 def width_of(x: Tensor) -> int:
@@ -234,11 +230,11 @@ def _results(q: Tensor, v_head_dim: int, options: str, out: Tensor | None) -> tu
 
 
 @_fake("write")
-def _write_nothing(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Any, cache: Tensor, *_: Any) -> None:
+def _write_nothing(*given: Any) -> None:
+    *_, cache = given
     _refuse_export(cache)
 
 
-@_fake("write.paged")
 @_fake("token_mask")
 def _nothing(*_: Any) -> None:
     """Nothing is returned."""

@@ -20,11 +20,12 @@ from cpattn.call.in_graph import (
     attend_in_graph,
     cache_as_given,
     cache_fits,
-    cache_in_memory,
+    cache_handle,
     enters_graph,
     is_plain,
     is_traced,
     order,
+    pages_in_graph,
     results_of,
 )
 from cpattn.call.other_words import refuse_words
@@ -156,8 +157,7 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
 
     Args:
         k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages.
-        kv_cache: its pages are written; its page table is not looked at. In a compiled graph nothing else may write to the pages
-            before the call (CPError), nor read or write them after it, which cannot be seen: end the graph in between (:class:`PagedKV`).
+        kv_cache: its pages are written; its page table is not looked at.
         slots: int32 or int64 ``[n]``, no slot twice.
         check: look at the slots on a GPU as well, which waits for it; on the CPU they are looked at in every call.
 
@@ -175,10 +175,7 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
         and all(isinstance(x, Tensor) for x in (k, slots))
         and is_plain(k, v, slots, kv_cache.k_pages, kv_cache.v_pages)
     ):
-        if kv_cache.handle is None:
-            torch.ops.cpattn.write.paged(k, v, slots, check, order(), kv_cache.k_pages, kv_cache.v_pages)
-        else:
-            torch.ops.cpattn.write.default(k, v, slots, check, order(), kv_cache.handle, kv_cache.k_pages, kv_cache.v_pages)
+        torch.ops.cpattn.write.default(k, v, slots, check, order(), *pages_in_graph(kv_cache), cache_handle(kv_cache))
         return
     _write(k, v, kv_cache, slots, check)
 
@@ -193,14 +190,8 @@ def _write(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, check:
 
 @implements("write")
 def _write_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, *cache: Any) -> None:
-    _write(k, v, cache_in_memory(*cache), slots, check)
-
-
-@implements("write.paged")
-def _write_pages_operator(k: Tensor, v: Tensor | None, slots: Tensor, check: bool, order: Tensor | None, *pages: Any) -> None:
-    k_pages, v_pages = pages
-    # Nobody looks at the page table here.
-    _write(k, v, PagedKV(k_pages, v_pages, slots), slots, check)
+    k_pages, v_pages, handle = cache
+    _write(k, v, cache_as_given(k_pages, v_pages, None, handle), slots, check)
 
 
 @overload
@@ -319,8 +310,8 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, return_lse: bool, che
 def _attend_operator(
     q: Tensor, meta: Tensor | None, order: Tensor | None, options: str, sinks: Tensor | None, out: Tensor | None, *given: Any
 ) -> tuple[Tensor, Tensor]:
-    k_pages, v_pages, page_table, handle = given
-    cache, asked = cache_as_given(handle, k_pages, v_pages, page_table), parse_options(options)
+    k_pages, v_pages, page_table, handle, _ = given
+    cache, asked = cache_as_given(k_pages, v_pages, page_table, handle), parse_options(options)
     arguments = Arguments(
         q, None, None, asked.v_dim, cache, RESIDENT, asked.backend, None, asked.scale, asked.window, asked.softcap, sinks, out
     )

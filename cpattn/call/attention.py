@@ -11,7 +11,7 @@ from cpattn.call.agreed import describe, refusal_of, validated
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import find_call
 from cpattn.call.forward_context import ForwardContext, current_context
-from cpattn.call.in_graph import cache_as_given, cache_in_memory, group_of, results_of
+from cpattn.call.in_graph import cache_as_given, group_of, results_of
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall
 from cpattn.graphs import leaves_graph
@@ -119,17 +119,10 @@ def _operator(
     return results_of(result, lse, out)
 
 
-@implements("attention.cache")
-def _operator_over_cache(*given: Any) -> tuple[Tensor, Tensor]:
-    *call, handle, k_pages, v_pages, page_table = given
-    cache_in_memory(handle, k_pages, v_pages)
-    return _operator(*[*call, cache_as_given(handle, k_pages, v_pages, page_table)])
-
-
 @implements("attention.paged")
 def _operator_over_pages(*given: Any) -> tuple[Tensor, Tensor]:
-    *call, k_pages, v_pages, page_table = given
-    return _operator(*[*call, PagedKV(k_pages, v_pages, page_table)])
+    *call, k_pages, v_pages, page_table, cache = given
+    return _operator(*[*call, cache_as_given(k_pages, v_pages, page_table, cache)])
 
 
 @implements("attention.packed")

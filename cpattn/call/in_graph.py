@@ -6,6 +6,7 @@ arguments at all.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.call.arguments import Arguments
-from cpattn.errors import UnsupportedError
 from cpattn.graphs import is_exporting
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -56,10 +56,7 @@ def attention_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Gro
             return operators.attention.default(*given)
         if isinstance(cache, PackedKV):
             return operators.attention.packed(*given, cache.k, cache.v)
-        pages = cache.k_pages, cache.v_pages, cache.page_table
-        if cache.handle is None:
-            return operators.attention.paged(*given, *pages)
-        return operators.attention.cache(*given, cache.handle, *pages)
+        return operators.attention.paged(*given, *pages_in_graph(cache), cache.page_table, cache_handle(cache))
 
     return _results(call, arguments, width_of(k if v is None else v), more["return_lse"])
 
@@ -75,12 +72,13 @@ def attend_in_graph(arguments: Arguments, meta: CPMetadata | None, more: dict[st
         return NotImplemented
     options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
     text, handle = options_text(options), None if meta is None else meta.handle
-    k_pages, v_pages, page_table = cache.k_pages, cache.v_pages, cache.page_table
+    pages = *pages_in_graph(cache), cache.page_table, cache_handle(cache)
+    v_head_dim = width_of(cache.k_pages if cache.v_pages is None else cache.v_pages)
 
     def call(out: Tensor | None) -> Any:
-        return torch.ops.cpattn.attend.default(q, handle, order(), text, sinks, out, k_pages, v_pages, page_table, cache.handle)
+        return torch.ops.cpattn.attend.default(q, handle, order(), text, sinks, out, *pages, v_head_dim)
 
-    return _results(call, arguments, width_of(k_pages if v_pages is None else v_pages), more["return_lse"])
+    return _results(call, arguments, v_head_dim, more["return_lse"])
 
 
 def _results(call: Callable[[Tensor | None], Any], arguments: Arguments, v_head_dim: int, return_lse: bool) -> Any:
@@ -108,8 +106,26 @@ def order() -> Tensor | None:
 
 
 def cache_fits(cache: Any) -> bool:
-    """Whether operators take a cache: by its handle. One that the graph itself has made has none; exported programs make it."""
-    return isinstance(cache, (PagedKV, PackedKV)) and (cache.handle is not None or is_exporting())
+    """Whether operators take a cache. Of a PagedKV that the graph itself makes nobody can see whether K and V share memory. Exported
+    programs make it, and are run as they are."""
+    return isinstance(cache, PackedKV) or (isinstance(cache, PagedKV) and (not cache.is_of_graph or is_exporting()))
+
+
+def pages_in_graph(cache: PagedKV) -> tuple[Tensor, Tensor | None]:
+    """The operators' ``k_pages`` and ``v_pages``: where K and V share memory, all of that, which is one argument."""
+    if cache.memory is None:
+        return cache.k_pages, cache.v_pages
+    # Sizes of pages are constants to a graph, as that they never change: of symbols torch 2.13 cannot compute the strides that it needs where the graph
+    # itself uses pages besides. index() asks a symbol for the number.
+    for x in (cache.memory, cache.k_pages, cache.v_pages):
+        for size in x.shape:
+            operator.index(size)
+    return cache.memory, None
+
+
+def cache_handle(cache: PagedKV) -> Tensor | None:
+    """The operators' ``cache``. An exported program is to have none, and its operators refuse any."""
+    return ORDER if is_exporting() and not cache.is_of_graph else cache.handle
 
 
 def group_fits(group: Any) -> bool:
@@ -184,32 +200,40 @@ def group_of(handle: Tensor | None, name: str | None) -> Group:
     return resolve(handle, Transport)
 
 
-def cache_in_memory(handle: Tensor, k_pages: Tensor, v_pages: Tensor | None) -> PagedKV:
-    """The cache that an operator is to write to, given what its graph takes for the pages. Raises CPError where those are others."""
+def cache_as_given(k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, handle: Tensor | None) -> PagedKV:
+    """The cache of a call again, where the operator runs: over the pages that the graph gives, which may be a copy of the engine's own
+    that the graph puts back later.
+
+    Args:
+        page_table: None for a call that does not look at it.
+    """
+    if handle is None:
+        return PagedKV(k_pages, v_pages, k_pages if page_table is None else page_table)
     cache = resolve(handle, PagedKV)
-    if not (_is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages)):
-        raise UnsupportedError(
-            f"the compiled graph has written to a copy of the pages {tuple(k_pages.shape)} before this call, and would lose what the call "
-            "writes to the pages themselves; end the graph between the two: torch._dynamo.graph_break() before the call, or "
-            "torch.compiler.disable() around what else writes to pages. attend can follow such writes in one graph"
-        )
-    return cache
+    if cache.memory is not None:
+        k_pages, v_pages = _parts_of(k_pages, cache)
+    table = cache.page_table if page_table is None else page_table
+    if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(table, cache.page_table):
+        return cache
+    return PagedKV(k_pages, v_pages, table, cache.lines)
+
+
+def _parts_of(memory: Tensor, cache: PagedKV) -> tuple[Tensor, Tensor]:
+    """K and V in the memory of both, or in a copy of it."""
+    own, k, v = cache.memory, cache.k_pages, cache.v_pages
+    assert own is not None
+    assert v is not None
+    if memory.data_ptr() == own.data_ptr():
+        return k, v
+    moved = memory.storage_offset() - own.storage_offset()
+    k_there, v_there = (memory.as_strided(x.shape, x.stride(), x.storage_offset() + moved) for x in (k, v))
+    return k_there, v_there
 
 
 def _is_same(x: Tensor | None, other: Tensor | None) -> bool:
     if x is None or other is None:
         return x is other
     return x is other or (x.data_ptr() == other.data_ptr() and x.shape == other.shape)
-
-
-def cache_as_given(handle: Tensor | None, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor) -> PagedKV:
-    """The cache that an operator reads: where its graph has written to a copy of the pages or of the table, that copy."""
-    if handle is None:
-        return PagedKV(k_pages, v_pages, page_table)
-    cache = resolve(handle, PagedKV)
-    if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(page_table, cache.page_table):
-        return cache
-    return PagedKV(k_pages, v_pages, page_table, cache.lines)
 
 
 def results_of(out: Tensor, lse: Tensor | None, into: Tensor | None) -> tuple[Tensor, Tensor]:
