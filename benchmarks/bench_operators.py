@@ -50,8 +50,8 @@ def direct(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     cache = options.get("kv_cache")
     text = options_text({name: value for name, value in options.items() if name != "kv_cache"})
     operators = torch.ops.cpattn.attention
-    operator = operators.default if cache is None else operators.cache
-    pages = () if cache is None else (cache.handle, cache.k_pages, cache.v_pages, cache.page_table)
+    operator = operators.default if cache is None else operators.paged
+    pages = () if cache is None else (cache.memory, None, cache.page_table, cache.handle)
 
     def call(x: Tensor) -> Tensor:
         out, _ = operator(x, x, x, None, ORDER, None, text, None, None, *pages)

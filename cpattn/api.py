@@ -279,7 +279,8 @@ def cp_attention(
         check: compare plan and arguments of all ranks first, in one small collective that waits for the device. A mistake
             on one rank then raises on all, instead of hanging the others. A few rows of what a caller's own kernel returns
             are compared with the reference. What a page table on a GPU holds is then looked at as well. For tests and bring-up. (A
-            rank that passes another group cannot tell the others.)
+            rank that passes another group cannot tell the others; nor can one in whose compiled graph the metadata, the cache or the group
+            are gone.)
         label: a name of this call, such as ``"step 17, layer 3"``, which ``check`` compares as well, beside a running number of
             the calls over the group. By its label a layer is found that one rank has skipped or swapped.
 

@@ -74,7 +74,8 @@ class PagedKV(_InGraphs):
     16
 
     A compiled graph knows which pages its calls write, and keeps what else reads or writes ``k_pages`` and ``v_pages`` in order. It does
-    not know other tensors over the same memory: use those outside of it.
+    not know other tensors over the same memory: use those outside of it. Where K and V are views of one tensor, a PagedKV takes several
+    times as long to make, for compiled graphs: make it once for a layer and a batch.
 
     Attributes:
         k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
@@ -126,15 +127,21 @@ def _is_plain(x: Any) -> bool:
 def _memory_of_both(k: Tensor, v: Any) -> Tensor | None:
     """The memory from the first element of K and V to the last, where they are views of one tensor: as two arguments that an operator
     writes to, torch's own compiler would copy one of them each time, and in graphs of dynamic sizes to the wrong place (torch 2.13)."""
-    if not _is_plain(v) or not torch._C._is_alias_of(k, v) or k.dtype != v.dtype or not (k.numel() and v.numel()):
+    if not _is_plain(v) or k.dtype != v.dtype:
         return None
-    first = min(k.storage_offset(), v.storage_offset())
-    last = max([_last_element(k), _last_element(v)])
-    return k.as_strided((last + 1 - first,), (1,), first)
+    try:
+        if k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() or not (k.numel() and v.numel()):
+            return None
+        first = min(k.storage_offset(), v.storage_offset())
+        return k.as_strided((max(_last_element(k), _last_element(v)) + 1 - first,), (1,), first)
+    except RuntimeError:  # torch's, for tensors that are no plain memory. Calls refuse them.
+        return None
 
 
 def _last_element(x: Tensor) -> int:
-    return x.storage_offset() + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
+    if x.is_contiguous():
+        return int(x.storage_offset()) + x.numel() - 1
+    return int(x.storage_offset()) + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
 def _sizes(form: str, k: Any, v: Any) -> str:

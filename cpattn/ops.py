@@ -42,11 +42,12 @@ SCHEMAS = {
     "write": f"(Tensor k, Tensor? v, Tensor slots, bool check, Tensor(a!)? order, {_WRITTEN_PAGES}, Tensor? cache) -> ()",
     "shard": "(Tensor x, Tensor meta, SymInt rows, int dim) -> Tensor",
     "unshard": "(Tensor x, Tensor meta, Tensor(a!)? order, Tensor? group, SymInt rows, str options) -> Tensor",
-    "token_mask": "(Tensor attention_mask, Tensor(a!)? order) -> ()",
+    "token_mask": "(Tensor attention_mask, int config, Tensor(a!)? order) -> ()",
     "table": "(Tensor meta, str name, SymInt size, Device device) -> Tensor",
 }
 """Of each operator. ``options`` is the text of a :class:`Options`; ``table`` is one of the metadata's, such as ``position_ids``;
-``rows`` are those of the result; ``token_mask`` looks whether a model of transformers was given the mask of its context."""
+``rows`` are those of the result; ``token_mask`` looks whether a model of transformers was given the mask of its context, and
+``config`` is the ``id`` of its config."""
 
 
 class Options(NamedTuple):

@@ -248,7 +248,7 @@ def run_captured(at: Place | None = None) -> None:
                 assert torch.equal(pages, other)
 
 
-def run_between_captured_pieces(at: Place | None = None) -> int:
+def run_between_captured_pieces(at: Place | None = None, over_pages: bool = False) -> int:
     """In the mode in which torch captures CUDA graphs itself, the operators run between them, with the metadata of each batch; how
     many inputs the captured pieces have."""
     at = at or here()
@@ -257,11 +257,21 @@ def run_between_captured_pieces(at: Place | None = None) -> int:
     plain = Model().eval().to(at.device)
     compiled = torch.compile(plain, fullgraph=True, mode="reduce-overhead", dynamic=False)
     # Of one size, so that one graph serves them, but laid out in other ways.
-    batches = [[(0, 13), (0, 6)], [(0, 1), (0, 18)], [(0, 19)]]
+    batches = [[(0, 13), (0, 6)], [(0, 1), (0, 18)], [(0, 10), (0, 9)]]
+    if over_pages:
+        batches = [[(5, 13), (17, 6)], [(9, 1), (3, 18)], [(0, 10), (30, 9)]]
+    table = _table(2, at.device)
+
+    def arguments(batch: list[tuple[int, int]]) -> tuple[Any, ...]:
+        *given, caches = _arguments(cpattn.plan(batch, at.size), at, None)
+        return *given, [cpattn.PagedKV(k, v, table) for k, v in _pages(at.device)] if over_pages else caches
+
     with torch.inference_mode():
         for batch in [*batches, *batches]:
-            given = _arguments(cpattn.plan(batch, at.size), at, None)
+            mine, theirs = arguments(batch), arguments(batch)
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            assert torch.equal(compiled(*given), plain(*given))
+            assert torch.equal(compiled(*mine), plain(*theirs))
+            if over_pages:
+                assert all(torch.equal(one, other) for one, other in zip(_all_pages(mine[-1]), _all_pages(theirs[-1]), strict=True))
     assert counters["stats"]["unique_graphs"] == 1
     return counters["inductor"]["cudagraph_recorded_non_static_inputs"]

@@ -156,9 +156,10 @@ WITH_GRADIENT = torch.randn(7, 2, 8, requires_grad=True)
         lambda x, meta: cpattn.cp_attention(x, x, x, meta, backend=KERNEL),
         lambda x, meta: cpattn.cp_attention(WITH_GRADIENT, x, x, meta),
         lambda x, meta: cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 7)], 1, 0)),
-        lambda x, meta: cpattn.cp_attention(x, x, x, meta, kv_cache=cpattn.PackedKV(x[:0], x[:0])),
+        lambda x, meta: cpattn.cp_attention(x, x, x, meta, kv_cache=cpattn.PagedKV(x[None], x[None], TABLE)),
+        lambda x, meta: x[meta.extend_key_rows],
     ],
-    ids=["gather_kv", "own_kernel", "gradients", "metadata", "cache_of_the_graph"],
+    ids=["gather_kv", "own_kernel", "gradients", "metadata", "pages_of_the_graph", "another_table"],
 )
 def test_a_whole_graph_is_refused_with_the_reason(call: Callable[[Tensor, cpattn.CPMetadata], Tensor]) -> None:
     meta, x = cpattn.build_metadata([(0, 7)], 1, 0), torch.randn(7, 2, 8)

@@ -62,7 +62,8 @@ def forward_context(
     >>> torch.equal(out, cpattn.cp_attention(q, q, q, meta))
     True
 
-    It holds for this thread (or task). Contexts can be nested; the innermost holds.
+    It holds for this thread (or task). Contexts can be nested; the innermost holds. ``torch.utils.checkpoint`` in a compiled graph makes
+    the calls again in the backward pass: run that within the context as well.
 
     Args:
         meta: this rank's metadata.

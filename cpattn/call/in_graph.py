@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpattn.call.arguments import Arguments
+from cpattn.errors import GroupError
 from cpattn.graphs import is_exporting
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.ops import ORDER, options_text, width_of
 from cpattn.transports.groups import Group
+from cpattn.transports.process_group import DESTROYED
 from cpattn.transports.transport import Transport
 
 
@@ -113,10 +115,10 @@ def cache_fits(cache: Any) -> bool:
 
 def pages_in_graph(cache: PagedKV) -> tuple[Tensor, Tensor | None]:
     """The operators' ``k_pages`` and ``v_pages``: where K and V share memory, all of that, which is one argument."""
-    if cache.memory is None:
+    if cache.memory is None or cache.v_pages is None:
         return cache.k_pages, cache.v_pages
-    # Sizes of pages are constants to a graph, as that they never change: of symbols torch 2.13 cannot compute the strides that it needs where the graph
-    # itself uses pages besides. index() asks a symbol for the number.
+    # Makes the sizes of pages constants of the graph, which they are to an engine: index() asks a symbol for its number. Of symbols
+    # torch 2.13 cannot work out the strides where the graph itself uses the pages besides.
     for x in (cache.memory, cache.k_pages, cache.v_pages):
         for size in x.shape:
             operator.index(size)
@@ -190,10 +192,13 @@ def _is_line(name: Any) -> bool:
 
 
 def group_of(handle: Tensor | None, name: str | None) -> Group:
-    """The group of a call again, where the operator runs."""
+    """The group of a call again, where the operator runs. Raises GroupError for a process group that has been destroyed."""
     if name is not None:
         # torch's own graphs name groups in this way, in all releases from 2.9 on.
-        group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore
+        try:
+            group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore
+        except RuntimeError:  # torch's, for a name that it does not know
+            raise GroupError(DESTROYED) from None
         return group
     if handle is None:
         return None

@@ -18,18 +18,18 @@ from cpattn.transports.transfer import Work
 # torch 2.13 renamed it and deprecates the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-_DESTROYED = (
+DESTROYED = (
     "this process group has been destroyed, and a reference to it is of no use; make a new one on every rank with "
     "torch.distributed.new_group (or init_process_group), and pass that"
 )
+"""What a GroupError says of a process group that torch no longer knows."""
 
 
 def _rank_and_size(group: dist.ProcessGroup) -> tuple[int, int]:
     try:
         return dist.get_rank(group), dist.get_world_size(group)
     except ValueError:  # torch's, for a group that it does not know
-        raise GroupError(_DESTROYED) from None
+        raise GroupError(DESTROYED) from None
 
 
 class ProcessGroupTransport(PairwiseTransport):
@@ -55,7 +55,7 @@ class ProcessGroupTransport(PairwiseTransport):
             # What torch looks up for a group that it still knows, in one step.
             dist.get_group_rank(self._weak_group() or self.group, self._global_rank)
         except ValueError as error:
-            raise error if isinstance(error, GroupError) else GroupError(_DESTROYED) from None
+            raise error if isinstance(error, GroupError) else GroupError(DESTROYED) from None
 
     def describe(self) -> str:
         """What carries the bytes, and why, in words."""
@@ -66,7 +66,7 @@ class ProcessGroupTransport(PairwiseTransport):
         """The process group. Raises GroupError once nothing refers to it."""
         group = self._weak_group()
         if group is None:
-            raise GroupError(_DESTROYED)
+            raise GroupError(DESTROYED)
         return group
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:

@@ -43,5 +43,10 @@ def test_calls_stay_outside_of_graphs_that_torch_captures() -> None:
     assert graph_cases.run_between_captured_pieces(ALONE) > 0
 
 
+def test_calls_over_pages_beside_graphs_that_torch_captures() -> None:
+    """Whether torch captures anything beside inputs that are written is its own affair."""
+    graph_cases.run_between_captured_pieces(ALONE, over_pages=True)
+
+
 def test_calls_stay_outside_of_captured_graphs_over_two_gpus(ranks: ProcessRanks) -> None:
     assert all(recorded > 0 for recorded in ranks.run(graph_cases.run_between_captured_pieces))

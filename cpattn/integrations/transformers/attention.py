@@ -106,7 +106,7 @@ def attention_forward(
 
 
 def _check_here(module: nn.Module, query: Tensor, key: Tensor) -> None:
-    """What a compiled model is spared: its mask has asked for the context, and its operator looks at the rows."""
+    """What a compiled model is spared: its mask has asked for the context and the model, and its operator looks at the rows."""
     context = active_context(getattr(module, "config", None))
     context.decoder.check_layer(module)
     context.check_rows(query, key)
@@ -147,7 +147,7 @@ def mask_forward(
     if torch.compiler.is_dynamo_compiling() and isinstance(attention_mask, Tensor) and not (overlaid or isinstance(q_offset, Tensor)):
         window = None if local_size is None else operator.index(local_size)
         if (q_offset, kv_offset, kv_length) == (0, 0, q_length) and is_causal(mask_function, window):
-            torch.ops.cpattn.token_mask.default(attention_mask, order())
+            torch.ops.cpattn.token_mask.default(attention_mask, id(config), order())
             return CausalMask(window)
     return _mask_here(mask_function, attention_mask, local_size, overlaid, config, (q_offset, kv_offset, q_length, kv_length))
 
@@ -167,9 +167,10 @@ def _mask_here(
 
 
 @implements("token_mask")
-def _token_mask_operator(attention_mask: Tensor, order: Tensor | None) -> None:
-    # A graph does not know the config, which is looked for in the contexts of other threads.
+def _token_mask_operator(attention_mask: Tensor, config: int, order: Tensor | None) -> None:
+    # Of the config a graph has the number alone, which is not looked for in the contexts of other threads.
     context = active_context(config=None)
+    context.decoder.check_config(config)
     _check_token_mask(attention_mask, context)
     _check_forward(context)
 

@@ -25,10 +25,20 @@ class Decoder:
         self.model = model
         self.num_layers = num_layers
         self._modules: frozenset[int] = frozenset()
+        self._configs: frozenset[int] = frozenset()
 
     def has_config(self, config: Any) -> bool:
         """Whether it is that of the model, or of a part of it."""
         return config is not None and any(getattr(module, "config", None) is config for module in self.model.modules())
+
+    def check_config(self, number: int) -> None:
+        """Raises ContextError where ``id`` of a config is that of another model, which nobody has checked."""
+        if number in self._configs:
+            return
+        # Modules may have been replaced since the last look.
+        self._configs = frozenset(id(getattr(module, "config", None)) for module in self.model.modules())
+        if number not in self._configs:
+            raise self._is_of_another("what a compiled graph calls")
 
     def check_layer(self, layer: nn.Module) -> None:
         """Raises ContextError if it is a layer of another model, which nobody has checked."""
@@ -37,10 +47,13 @@ class Decoder:
         # Modules may have been replaced since the last look.
         self._modules = frozenset(map(id, self.model.modules()))
         if id(layer) not in self._modules:
-            raise ContextError(
-                f"{type(layer).__name__} is a layer of another model than the {type(self.model).__name__} that this context was entered "
-                "for; run one model in a context: leave this one, and enter context_parallel for the other"
-            )
+            raise self._is_of_another(type(layer).__name__)
+
+    def _is_of_another(self, layer: str) -> ContextError:
+        return ContextError(
+            f"{layer} is a layer of another model than the {type(self.model).__name__} that this context was entered "
+            "for; run one model in a context: leave this one, and enter context_parallel for the other"
+        )
 
 
 def check_model(model: Any) -> Decoder:
