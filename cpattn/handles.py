@@ -63,8 +63,10 @@ def _make_unused() -> tuple[int, Tensor]:
     """Makes the next handles, and now and then forgets the objects that are no more; one of the handles."""
     global _look_again_at
     if len(_objects) >= _look_again_at:
-        for number, reference in list(_objects.items()):
-            if reference() is None:
+        # The numbers alone: pairs would be made one by one, and with them Python may collect garbage, and let another thread add objects.
+        for number in list(_objects):
+            reference = _objects.get(number)
+            if reference is not None and reference() is None:
                 _objects.pop(number, None)
         # Not each time: there may be many that are still in use.
         _look_again_at = 2 * len(_objects) + _MADE_AT_ONCE

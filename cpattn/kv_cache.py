@@ -73,9 +73,8 @@ class PagedKV(_InGraphs):
     >>> cache.page_size
     16
 
-    A compiled graph knows which pages its calls write, and keeps what else reads or writes ``k_pages`` and ``v_pages`` in order. It does
-    not know other tensors over the same memory: use those outside of it. Where K and V are views of one tensor, a PagedKV takes several
-    times as long to make, for compiled graphs: make it once for a layer and a batch.
+    A compiled graph knows which pages its calls write, and keeps what else it does with their memory in order. Where K and V are views of
+    one tensor, a PagedKV takes several times as long to make, for the sake of such graphs: make it once for a layer and a batch.
 
     Attributes:
         k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
