@@ -378,6 +378,12 @@ def test_a_handle_is_of_one_kind() -> None:
         handles.resolve(ALONE.handle, cpattn.CPMetadata)
 
 
+def test_a_process_group_that_is_gone() -> None:
+    """A graph has its name, which torch forgets with the group."""
+    with pytest.raises(cpattn.GroupError, match="this process group has been destroyed"):
+        torch.ops.cpattn.unshard(Q, META.handle, ops.ORDER, None, 19, "group_name=100")
+
+
 def test_handles_of_another_process_are_none_here() -> None:
     """Each counts from a place of its own. A second copy of the module stands for it."""
     spec = importlib.util.spec_from_file_location("handles_of_another_process", handles.__file__)

@@ -128,6 +128,12 @@ def test_a_model_compiles_to_one_graph() -> None:
         compiled(**cp.inputs(input_ids))
     with torch.inference_mode(), pytest.raises(cpattn_hf.ContextError, match="was called outside of a context"):
         compiled(**cp.inputs(input_ids))
+    another = hf_cases.new_model("gpt_oss")
+    another.set_attn_implementation("cpattn")
+    with torch.inference_mode(), cpattn_hf.context_parallel(another, meta) as cp:
+        with pytest.raises(cpattn_hf.ContextError, match="what a compiled graph calls is a layer of another model than the GptOss"):
+            compiled(**cp.inputs(input_ids))
+        another(**cp.inputs(input_ids))
 
 
 def test_a_layers_attention_by_its_context() -> None:
@@ -147,7 +153,7 @@ def test_opcheck_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         mask = cp.inputs(hf_cases.token_ids([(0, 5)]))["attention_mask"]
         # It hands copies of the mask to the operator, which takes only the context's own.
         monkeypatch.setattr(type(cp), "is_token_mask", lambda _, given: torch.equal(given, mask))
-        results = opcheck(torch.ops.cpattn.token_mask.default, (mask, torch.tensor(0)))
+        results = opcheck(torch.ops.cpattn.token_mask.default, (mask, id(cp.decoder.model.config), torch.tensor(0)))
     assert set(results.values()) == {"SUCCESS"}
 
 
