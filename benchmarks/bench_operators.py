@@ -51,7 +51,7 @@ def direct(options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     text = options_text({name: value for name, value in options.items() if name != "kv_cache"})
     operators = torch.ops.cpattn.attention
     operator = operators.default if cache is None else operators.paged
-    pages = () if cache is None else (cache.memory, None, cache.page_table, cache.handle)
+    pages = () if cache is None else (*cache.written, cache.page_table, cache.handle)
 
     def call(x: Tensor) -> Tensor:
         out, _ = operator(x, x, x, None, ORDER, None, text, None, None, *pages)

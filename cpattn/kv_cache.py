@@ -15,10 +15,10 @@ from cpattn.handles import new_handle
 class _InGraphs:
     """How a compiled graph takes a PagedKV. These are no fields: a cache of the same fields has others."""
 
-    __slots__ = ("handle", "is_of_graph", "memory")
+    __slots__ = ("handle", "is_of_graph", "written")
     handle: Tensor | None
     is_of_graph: bool
-    memory: Tensor | None
+    written: tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +87,8 @@ class PagedKV(_InGraphs):
         lines: what a KVPool knows of its own table, so that a plan that does not go with it is refused; else None.
         handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where they need none.
         is_of_graph: whether a graph itself makes the cache.
-        memory: where K and V share memory, all of it from their first element to their last, ``[elements]``; else None.
+        written: what operators in compiled graphs write to: k_pages and v_pages, or views of them; where K and V share memory, all of it
+            from their first element to their last, ``[elements]``, and None.
     """
 
     k_pages: Tensor
@@ -98,11 +99,12 @@ class PagedKV(_InGraphs):
     def __post_init__(self) -> None:
         # Dynamo's tensors have no memory yet, and those of torch.export are of other classes. What another thread traces does not matter.
         is_of_graph = torch.compiler.is_dynamo_compiling() or not _is_plain(self.k_pages)
-        memory = None if is_of_graph else _memory_of_both(self.k_pages, self.v_pages)
+        written = (self.k_pages, self.v_pages) if is_of_graph else _as_written(self.k_pages, self.v_pages)
         object.__setattr__(self, "is_of_graph", is_of_graph)
-        object.__setattr__(self, "memory", memory)
-        is_needed = memory is not None or (self.lines is not None and not is_of_graph)
-        object.__setattr__(self, "handle", new_handle(self) if is_needed else None)
+        object.__setattr__(self, "written", written)
+        shares_memory = written[1] is None and self.v_pages is not None
+        needs_handle = not is_of_graph and (shares_memory or self.lines is not None)
+        object.__setattr__(self, "handle", new_handle(self) if needs_handle else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has a handle of its own."""
@@ -123,18 +125,27 @@ def _is_plain(x: Any) -> bool:
     return type(x) is Tensor or issubclass(type(x), nn.Parameter)
 
 
-def _memory_of_both(k: Tensor, v: Any) -> Tensor | None:
-    """The memory from the first element of K and V to the last, where they are views of one tensor: as two arguments that an operator
-    writes to, torch's own compiler would copy one of them each time, and in graphs of dynamic sizes to the wrong place (torch 2.13)."""
-    if not _is_plain(v) or k.dtype != v.dtype:
-        return None
+def _as_written(k: Tensor, v: Any) -> tuple[Tensor, Any]:
+    """What operators write to, so that torch's own compiler (2.13) copies no pages that it need not, and none to the wrong place.
+
+    Of two arguments in one storage it copies one each time. A copy that it makes of an argument with a storage offset goes astray in
+    graphs of dynamic sizes. It makes that only where the graph uses the same tensor besides: of another view it finds the base.
+    """
     try:
-        if k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() or not (k.numel() and v.numel()):
-            return None
+        if not _is_plain(v):
+            return _itself_or_view(k), v
+        is_shared = k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and k.dtype == v.dtype
+        if not (is_shared and k.numel() and v.numel()):
+            return _itself_or_view(k), _itself_or_view(v)
         first = min(k.storage_offset(), v.storage_offset())
-        return k.as_strided((max(_last_element(k), _last_element(v)) + 1 - first,), (1,), first)
+        return k.as_strided((max(_last_element(k), _last_element(v)) + 1 - first,), (1,), first), None
     except RuntimeError:  # torch's, for tensors that are no plain memory. Calls refuse them.
-        return None
+        return k, v
+
+
+def _itself_or_view(x: Tensor) -> Tensor:
+    """A view of what has a storage offset, else the tensor itself."""
+    return x.view(x.shape) if x.storage_offset() else x
 
 
 def _last_element(x: Tensor) -> int:

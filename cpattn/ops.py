@@ -7,7 +7,7 @@ called. They are registered directly: ``torch.library.custom_op`` would cost the
   Without ``meta`` it is that of the :func:`cpattn.forward_context`.
 - ``order`` is one tensor for all calls, and counts as written: so a compiler keeps them in their order, on every rank the same.
 - Pages are declared as written: so a compiler keeps in order what else reads and writes them. Where K and V share memory, ``k_pages`` is
-  all of that (``PagedKV.memory``), and ``cache`` says where the two lie in it. The operator may be given a copy, which goes back later.
+  all of that (``PagedKV.written``), and ``cache`` says where the two lie in it. The operator may be given a copy, which goes back later.
 - Sizes are SymInt: a graph takes any. Wrong arguments are refused where the operator runs, with the words of the call.
 """
 

@@ -58,7 +58,7 @@ def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     reads = Q, META.handle, ops.ORDER
     write = K, K, torch.arange(19), False, ops.ORDER
     # What operators write to is given as clones.
-    out, cache = torch.empty(19, 4, 16), (CACHE.memory, None, TABLE, CACHE.handle)
+    out, cache = torch.empty(19, 4, 16), (*CACHE.written, TABLE, CACHE.handle)
     return {
         "pages": ("attention.paged", (*call, "window=5;return_lse=True", rows(4), None, *cache)),
         "out": ("attention.paged", (*call, "", None, out, *cache)),
@@ -69,7 +69,7 @@ def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "attend": ("attend", (*reads, "softcap=3.0;return_lse=True", None, None, *cache, 16)),
         "attend_out": ("attend", (*reads, "", None, out, *cache, 16)),
         "attend_given_pages": ("attend", (*reads, "", None, None, *own, TABLE, None, 16)),
-        "write": ("write", (*write, CACHE.memory, None, CACHE.handle)),
+        "write": ("write", (*write, *CACHE.written, CACHE.handle)),
         "write_given_pages": ("write", (*write, *own, None)),
         "shard": ("shard", (Q, META.handle, 19, 0)),
         "shard_along_another_axis": ("shard", (Q.movedim(0, 1), META.handle, 19, 1)),
@@ -272,7 +272,8 @@ def test_a_pools_table_is_checked_in_a_graph_too() -> None:
 
 
 def _own_tensors() -> tuple[Tensor, Tensor]:
-    return rows(56, 4, 2, 16), rows(56, 4, 2, 16) + 1
+    """Those of one layer, as of an engine that has the keys of all layers in one, and the values in another."""
+    return rows(2, 56, 4, 2, 16)[1], rows(3, 56, 4, 2, 16)[2]
 
 
 def _interleaved() -> tuple[Tensor, Tensor]:

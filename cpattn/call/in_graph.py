@@ -114,15 +114,14 @@ def cache_fits(cache: Any) -> bool:
 
 
 def pages_in_graph(cache: PagedKV) -> tuple[Tensor, Tensor | None]:
-    """The operators' ``k_pages`` and ``v_pages``: where K and V share memory, all of that, which is one argument."""
-    if cache.memory is None or cache.v_pages is None:
-        return cache.k_pages, cache.v_pages
-    # Makes the sizes of pages constants of the graph, which they are to an engine: index() asks a symbol for its number. Of symbols
-    # torch 2.13 cannot work out the strides where the graph itself uses the pages besides.
-    for x in (cache.memory, cache.k_pages, cache.v_pages):
-        for size in x.shape:
-            operator.index(size)
-    return cache.memory, None
+    """The operators' ``k_pages`` and ``v_pages``: see :attr:`PagedKV.written`."""
+    if not is_exporting():
+        # Makes the sizes of pages constants of the graph, which they are to an engine: index() asks a symbol for its number. Of symbols
+        # torch 2.13 cannot work out strides where the graph itself uses the pages besides.
+        for x in (*cache.written, cache.k_pages, cache.v_pages):
+            for size in () if x is None else x.shape:
+                operator.index(size)
+    return cache.written
 
 
 def cache_handle(cache: PagedKV) -> Tensor | None:
@@ -215,19 +214,16 @@ def cache_as_given(k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor |
     if handle is None:
         return PagedKV(k_pages, v_pages, k_pages if page_table is None else page_table)
     cache = resolve(handle, PagedKV)
-    if cache.memory is not None:
-        k_pages, v_pages = _parts_of(k_pages, cache)
+    if v_pages is None and cache.v_pages is not None:
+        k_pages, v_pages = _parts_of(k_pages, cache.written[0], cache.k_pages, cache.v_pages)
     table = cache.page_table if page_table is None else page_table
     if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(table, cache.page_table):
         return cache
     return PagedKV(k_pages, v_pages, table, cache.lines)
 
 
-def _parts_of(memory: Tensor, cache: PagedKV) -> tuple[Tensor, Tensor]:
-    """K and V in the memory of both, or in a copy of it."""
-    own, k, v = cache.memory, cache.k_pages, cache.v_pages
-    assert own is not None
-    assert v is not None
+def _parts_of(memory: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V in the memory of both: in the engine's own, or in a copy of that."""
     if memory.data_ptr() == own.data_ptr():
         return k, v
     moved = memory.storage_offset() - own.storage_offset()
