@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from cpattn.kernels.hopper_channels import release, take_item, wait_full
 from cpattn.kernels.online_softmax import mask, tanh, weigh, write
-from cpattn.kernels.tile_keys import Bounds, TileRows, bounds_of, keys_seen, load_tile, rows_of, whole_blocks
+from cpattn.kernels.tile_keys import Bounds, TileRows, bounds_of, keys_seen, last_block, load_tile, rows_of, whole_blocks
 from cpattn.kernels.tiles import WARPGROUP_ROWS
 
 _ROWS = gl.constexpr(WARPGROUP_ROWS)
@@ -118,7 +118,7 @@ def _as_operand(weight_MN, v, C: gl.constexpr):
 
 @gluon.jit
 def _attend_first(state, i, q_smem, channels, block, bounds, scoring, C: gl.constexpr):
-    """The state after a tile's first key block."""
+    """The state after the key block that a tile begins with: its last one."""
     score_MN = _start_scores(q_smem, channels.k, i, C)
     score_MN = warpgroup_mma_wait(0, deps=[score_MN])
     release(channels.k, i, C.STAGES)
@@ -129,9 +129,11 @@ def _attend_first(state, i, q_smem, channels, block, bounds, scoring, C: gl.cons
 
 @gluon.jit
 def _attend(state, i, q_smem, channels, begin, end, bounds, scoring, MASKED: gl.constexpr, C: gl.constexpr):
-    """The state after the key blocks from ``begin`` to ``end``, the program's ``i``-th and on; and the number of the next."""
+    """The state after the key blocks from ``end`` down to ``begin``, the program's ``i``-th and on; and the number of the next."""
+    BLOCK_N: gl.constexpr = C.BLOCK_N
     STAGES: gl.constexpr = C.STAGES
-    for block in range(begin, end, C.BLOCK_N):
+    for left in range(begin, end, BLOCK_N):
+        block = end - BLOCK_N - (left - begin)
         score_MN = _start_scores(q_smem, channels.k, i, C)
         acc_MV = _start_values(state.acc_MV, state.weight_MN, channels.v, i - 1, C)
         score_MN = warpgroup_mma_wait(1, deps=[score_MN])
@@ -166,14 +168,14 @@ def _attend_all(taken, q_smem, channels, tile, window, scoring, PART: gl.constex
     if seen.end > seen.begin:
         if C.Q_TMA:
             mbarrier.wait(channels.q.full.index(PART), queries & 1)
-        first = State(acc_MV, acc_MV, sum_M, max_M)
-        state = _attend_first(first, i, q_smem, channels, seen.begin, bounds, scoring, C)
+        none = State(acc_MV, acc_MV, sum_M, max_M)
+        last = last_block(seen, C)
+        state = _attend_first(none, i, q_smem, channels, last, bounds, scoring, C)
         i += 1
-        second = seen.begin + BLOCK_N
+        state, i = _attend(state, i, q_smem, channels, gl.minimum(whole_end, last), last, bounds, scoring, True, C)
+        state, i = _attend(state, i, q_smem, channels, whole_begin, gl.minimum(whole_end, last), bounds, scoring, False, C)
         if C.WINDOW:
-            state, i = _attend(state, i, q_smem, channels, second, gl.minimum(whole_begin, seen.end), bounds, scoring, True, C)
-        state, i = _attend(state, i, q_smem, channels, gl.maximum(whole_begin, second), whole_end, bounds, scoring, False, C)
-        state, i = _attend(state, i, q_smem, channels, gl.maximum(whole_end, second), seen.end, bounds, scoring, True, C)
+            state, i = _attend(state, i, q_smem, channels, seen.begin, gl.minimum(whole_begin, last), bounds, scoring, True, C)
         if C.Q_TMA:
             mbarrier.arrive(channels.q.empty.index(PART), count=1)
             queries += 1

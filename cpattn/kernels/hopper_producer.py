@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from cpattn.kernels.hopper_channels import put_item, wait_empty
-from cpattn.kernels.tile_keys import PageLine, find_in_run, keys_seen, load_page_line, load_run, load_tile, page_entry
+from cpattn.kernels.tile_keys import PageLine, find_in_run, keys_seen, last_block, load_page_line, load_run, load_tile, page_entry
 from cpattn.kernels.tiles import WARPGROUP_ROWS
 
 _ROWS = gl.constexpr(WARPGROUP_ROWS)
@@ -168,31 +168,31 @@ def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
 
 @gluon.jit
 def _bring(brought, block, item, sources, channels, C: gl.constexpr):
-    """Brings one key block, and with an item's first one the queries; values that have to be cleared come with
-    ``channels.v_edge``. Returns the new counts of what has been brought."""
+    """Brings one key block, and with an item's last one, which is the first to be visited, the queries; values that have to be
+    cleared come with ``channels.v_edge``. Returns the new counts of what has been brought."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
     STAGES: gl.constexpr = C.STAGES
     i = brought.blocks
     stage = i % STAGES
+    last = last_block(item.keys, C)
     wait_empty(channels.k, i, STAGES)
     # K may hold anything outside of the range: its scores are masked.
     _load_block(sources.k, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
     if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
         # After the first keys, which need not wait until the warpgroups are done with the last queries.
-        if block == item.keys.begin:
+        if block == last:
             brought = _bring_queries(brought, item, sources, channels.q, C)
+    edges = brought.edges
+    # Not at once: these keys are on their way meanwhile.
+    if block + BLOCK_N == last and last + BLOCK_N > item.keys.end:
+        _clear(channels.v, i - 1, last, item.keys, channels.v_edge, edges, C)
+        edges += 1
     wait_empty(channels.v, i, STAGES)
     is_edge = block < item.keys.first or block + BLOCK_N > item.keys.end
     if is_edge:
         _load_block(sources.v, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
     else:
         _load_block(sources.v, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
-    edges = brought.edges
-    if C.WINDOW:  # noqa: SIM102
-        # The last block is cleared later, when the next item is known.
-        if is_edge and block + BLOCK_N < item.keys.end:
-            _clear(channels.v, i, block, item.keys, channels.v_edge, edges, C)
-            edges += 1
     return Brought(i + 1, brought.queries0, brought.queries1, edges)
 
 
@@ -244,8 +244,11 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     An item is drawn when the one before has three blocks to go: late, so that no program keeps one from another that would
     be sooner, but early enough for three reads of memory that follow from each other: the number, the run, the tile.
     Where there is a program for each item there is no queue: those reads would come before the first keys.
-    So the last blocks are written out: draw, the last but one, find the run, the last, load the tile, and only then clear
-    the last block's values, which takes as long as that load.
+    So the two blocks that are visited last are written out: draw, the second, find the run, the first, load the tile, and only
+    then clear that block's values where it has to be, which takes as long as that load.
+
+    A tile's blocks are visited from the last one down. So it begins with the keys of its own rank, while others may be on
+    their way.
     """
     HEADS: gl.constexpr = C.HEADS
     BLOCK_N: gl.constexpr = C.BLOCK_N
@@ -269,21 +272,21 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
         item = _item_of(item_number, tile, k_start, sources, queue.tiles, window, C)
         begin = item.keys.begin
         end = item.keys.end
-        last = begin + gl.maximum(end - begin - 1, 0) // BLOCK_N * BLOCK_N
-        for block in range(begin, last - BLOCK_N, BLOCK_N):
-            brought = _bring(brought, block, item, sources, channels, C)
+        last = last_block(item.keys, C)
+        for left in range(begin, last - BLOCK_N, BLOCK_N):
+            brought = _bring(brought, last - (left - begin), item, sources, channels, C)
         draws = has_queue & (n < quota)
         places = _draw(queue.counter, draws)
-        for block in range(gl.maximum(begin, last - BLOCK_N), last, BLOCK_N):
-            brought = _bring(brought, block, item, sources, channels, C)
+        for _second in range(gl.maximum(begin, last - BLOCK_N), last, BLOCK_N):
+            brought = _bring(brought, begin + BLOCK_N, item, sources, channels, C)
         number = _drawn(places, draws, num_items)
         run = load_run(queue.tiles, gl.minimum(number, num_items - 1), C)
-        for block in range(last, end, BLOCK_N):
-            brought = _bring(brought, block, item, sources, channels, C)
+        for _first in range(last, end, BLOCK_N):
+            brought = _bring(brought, begin, item, sources, channels, C)
         item_number = _find_item(gl.minimum(number, num_items - 1), run, C)
         tile, k_start = load_tile(queue.tiles, item_number // HEADS)
-        if last < end and (last < item.keys.first or last + BLOCK_N > end):
-            _clear(channels.v, brought.blocks - 1, last, item.keys, channels.v_edge, brought.edges, C)
+        if begin < end and (begin < item.keys.first or begin + BLOCK_N > end):
+            _clear(channels.v, brought.blocks - 1, begin, item.keys, channels.v_edge, brought.edges, C)
             brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1)
     put_item(channels.items, n, -1)
     if has_queue:

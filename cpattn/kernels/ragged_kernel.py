@@ -1,7 +1,7 @@
 """Device code: causal attention over spans in one Triton launch, with the LSE, or merged into an earlier result.
 
 The online softmax (:mod:`cpattn.kernels.online_softmax`) in the loop order of FlashAttention-2 (arXiv:2307.08691): a program
-owns a tile of queries and visits its key blocks in order.
+owns a tile of queries and visits its key blocks from the last to the first.
 
 Suffixes: M rows of a query tile, N keys of a block, D and V the padded head dims of q/k and of v.
 
@@ -25,6 +25,7 @@ from cpattn.kernels.tile_keys import (
     bounds_of,
     find_in_run,
     keys_seen,
+    last_block,
     load_page_line,
     load_run,
     load_tile,
@@ -148,13 +149,13 @@ def _load_queries(q_M1, dim_1D, is_token_M, C: tl.constexpr):
 
 @triton.jit
 def _attend(state, queries, keys, begin, end, bounds, scoring, MASKED: tl.constexpr, C: tl.constexpr):
-    """The state after the key blocks from ``begin`` to ``end``."""
+    """The state after the key blocks from ``end`` down to ``begin``."""
     BLOCK_N: tl.constexpr = C.BLOCK_N
     TMA: tl.constexpr = C.TMA
     V_IN_K: tl.constexpr = C.V_IN_K
     acc_MV, sum_M, max_M = state
-    for block in tl.range(begin, end, BLOCK_N):
-        block = tl.multiple_of(block, BLOCK_N)
+    for left in tl.range(begin, end, BLOCK_N):
+        block = tl.multiple_of(end - BLOCK_N - (left - begin), BLOCK_N)
         # A descriptor's K may hold anything outside of the range: its scores are masked below.
         k_ND = _load_block(keys.k, keys, block, C.D_MAIN, C.D_PADDED, TMA, MASKED and not TMA, C)
         score_MN = _dot(queries.q_MD, tl.trans(k_ND), None)
@@ -180,10 +181,12 @@ def _attend_all(state, queries, keys, tile, window, rows, scoring, C: tl.constex
     bounds = bounds_of(rows.token_M, tile, window)
     seen = keys_seen(tile, window, C)
     whole_begin, whole_end = whole_blocks(tile, window, C)
+    end = tl.where(seen.end > seen.begin, last_block(seen, C) + C.BLOCK_N, seen.begin)
+    state = _attend(state, queries, keys, whole_end, end, bounds, scoring, True, C)
+    state = _attend(state, queries, keys, whole_begin, tl.minimum(whole_end, end), bounds, scoring, False, C)
     if C.WINDOW:
-        state = _attend(state, queries, keys, seen.begin, tl.minimum(whole_begin, seen.end), bounds, scoring, True, C)
-    state = _attend(state, queries, keys, whole_begin, whole_end, bounds, scoring, False, C)
-    return _attend(state, queries, keys, whole_end, seen.end, bounds, scoring, True, C)
+        state = _attend(state, queries, keys, seen.begin, tl.minimum(whole_begin, end), bounds, scoring, True, C)
+    return state
 
 
 @triton.jit

@@ -131,6 +131,12 @@ def keys_seen(tile, window, C: tl.constexpr):
 
 
 @triton.jit
+def last_block(seen, C: tl.constexpr):
+    """Where the last block begins of the keys that are seen: the first that is visited."""
+    return seen.begin + tl.maximum(seen.end - seen.begin - 1, 0) // C.BLOCK_N * C.BLOCK_N
+
+
+@triton.jit
 def whole_blocks(tile, window, C: tl.constexpr):
     """Where those blocks of keys begin and end that all of a tile's queries see whole."""
     end = tl.maximum(tl.minimum(tile.sees, tile.k_len), 0) // C.BLOCK_N * C.BLOCK_N
