@@ -9,6 +9,19 @@ from torch import Tensor
 from cpattn.spans import Spans
 
 
+class Arrivals(NamedTuple):
+    """What has arrived of keys that another kernel brings while the attention runs; :mod:`cpattn.kernels.arrivals` says how it is
+    written down.
+
+    Attributes:
+        flags: int32 ``[2 + pieces]``: the number of the turn, that number once all pieces are there, and once each is.
+        late: int32 ``[pieces]``: 1 for pieces that are waited for.
+    """
+
+    flags: Tensor
+    late: Tensor
+
+
 # A named tuple, as one is made in every call.
 class Keys(NamedTuple):
     """K and V, one key after another or in pages.
@@ -21,6 +34,8 @@ class Keys(NamedTuple):
         v: the same with Dv; it may be a view of K's first columns.
         page_table: int32 or int64 ``[num_requests, max_pages]``, or None.
         k_scale, v_scale: what K and V are to be multiplied by where they are stored in fewer bits, or None.
+        arrivals: what tells a kernel that runs beside the one that brings them which are there, or None where all are. Only a
+            launch that begins before the one before it in the stream has ended has to look at it.
     """
 
     k: Tensor
@@ -28,6 +43,7 @@ class Keys(NamedTuple):
     page_table: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    arrivals: Arrivals | None = None
 
     @property
     def page_size(self) -> int:

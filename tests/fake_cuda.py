@@ -17,13 +17,14 @@ FUNCTION = 0x7F00_0000_1230
 
 
 class Launched(NamedTuple):
-    """What the driver was given: unsigned numbers, and the bytes of descriptors."""
+    """What the driver was given: unsigned numbers, and the bytes of descriptors; and each attribute as its id and value."""
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     stream: int
     values: tuple[Any, ...]
+    attributes: tuple[tuple[int, int], ...] = ()
 
 
 class FakeCuda:
@@ -49,14 +50,19 @@ class FakeCuda:
             return self.result
         assert function.value == FUNCTION
         c = LaunchConfig.from_address(config.value)
-        assert (c.block_y, c.block_z, c.num_attributes) == (1, 1, 0)
+        assert (c.block_y, c.block_z) == (1, 1)
+        attributes = []
+        for i in range(c.num_attributes):
+            words = (ctypes.c_uint32 * 18).from_address(c.attributes + 72 * i)
+            attributes.append((words[0], words[2]))
         at = (ctypes.c_uint64 * len(self.sizes)).from_address(pointers.value)
         values = []
         for address, size in zip(at, self.sizes, strict=True):
             memory = ctypes.string_at(address, size)
             assert address % min(size, 64) == 0
             values.append(memory if size == 128 else int.from_bytes(memory, "little"))
-        self.launched.append(Launched((c.grid_x, c.grid_y, c.grid_z), c.block_x, c.shared_bytes, c.stream, tuple(values)))
+        grid = c.grid_x, c.grid_y, c.grid_z
+        self.launched.append(Launched(grid, c.block_x, c.shared_bytes, c.stream, tuple(values), tuple(attributes)))
         return 0
 
     def cuFuncGetParamInfo(self, function: int, i: int, offset: Any, size: Any) -> int:

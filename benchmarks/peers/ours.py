@@ -120,6 +120,6 @@ def _keys_in_order(work: Work, meta: cpattn.CPMetadata) -> Keys:
             whole[meta.extend_key_rows.long()] = new
             whole[meta.prefix_key_rows.long()] = cached
             keys.append(whole)
-        work.kept["keys in order"] = Keys(*keys)
+        work.kept["keys in order"] = Keys(keys[0], keys[1])
     made: Keys = work.kept["keys in order"]
     return made

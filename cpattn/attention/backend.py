@@ -60,6 +60,7 @@ class Backend:
         v_head_dim: whether Dv may differ from D.
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
+        waits_for_keys: whether its launches over keys without pages may run while :attr:`cpattn.keys.Keys.arrivals` still come.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
@@ -89,6 +90,7 @@ class Backend:
     v_head_dim: bool
     fp32_out: bool
     reads_pages: Callable[[Problem], bool] = lambda problem: False
+    waits_for_keys: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
     propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None

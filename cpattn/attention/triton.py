@@ -53,6 +53,15 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
+def _waits_for_keys(problem: Problem) -> bool:
+    """The kernel for Hopper does."""
+    if problem.v_in_k or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), 0):
+        return False
+    from cpattn.kernels.ragged_attention import specialized_kernel
+
+    return specialized_kernel(problem.device) is not None
+
+
 def _how(problem: Problem) -> str:
     """Which kernel, and how it is launched: both follow from the release of Triton."""
     from cpattn.kernels.release import describe
@@ -74,6 +83,7 @@ BACKEND = Backend(
     v_head_dim=True,
     fp32_out=True,
     reads_pages=lambda problem: True,
+    waits_for_keys=_waits_for_keys,
     accumulate=triton_accumulate,
     unavailable=_unavailable,
     refuses=_refuses,

@@ -171,7 +171,9 @@ class PreparedCall:
         assert meta is not None  # whoever calls has it
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
-            self._exchange = self.strategy.prepare(Setup(self.problem, meta, self.transport, self._reads_pages))
+            self._exchange = self.strategy.prepare(
+                Setup(self.problem, meta, self.transport, self._reads_pages, self.backend.waits_for_keys(self.problem))
+            )
         if not hasattr(self._exchange, "transfers"):
             raise CPError(f"strategy={self.strategy.name!r} prepared a {type(self._exchange).__name__}; return an object with transfers")
         self._memory = memory

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.gathered_rows import gathered_rows
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
+from cpattn.exchange.late_keys import LateKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer, pages_of_heads
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import causal_spans
@@ -54,12 +55,16 @@ def _prepare(setup: Setup) -> _Alone | _AllGather:
             q_heads = slice(kv_heads.start * queries_a_key, kv_heads.stop * queries_a_key)
         groups.append(_Group(rows, kv_heads, q_heads))
     order = _IntoPages.of(setup, kv) if problem.cache == "paged" else _InOrder.of(setup, kv)
+    late = None
+    if isinstance(order, _InOrder) and len(all_rows) == 1 and all_rows[0].can_bring and setup.waits_for_keys:
+        late = LateKeys.of(setup, order.ordered)
     return _AllGather(
         transfers=tuple(rows.transfer for rows in all_rows),
         groups=tuple(groups),
         num_tokens=setup.num_tokens,
         order=order,
         prefix=_Prefix(order.ordered.whole, meta.prefix_key_rows, order.moves) if isinstance(order, _InOrder) and problem.cache else None,
+        late=late,
     )
 
 
@@ -67,17 +72,21 @@ def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
     if isinstance(held, _Alone):
         attend(held.keys(io), held.spans)
         return
-    _, groups, num_tokens, order, prefix = held
+    _, groups, num_tokens, order, prefix, late = held
     works = []
     for rows, kv_heads, _ in groups:
         k, v = (io.k, io.v) if kv_heads is None else (heads_of(io.k, kv_heads), heads_of(io.v, kv_heads))
-        rows.put(k, v, num_tokens)
+        rows.put(k, v, num_tokens, None if late is None else late.rows)
         works.append(io.start())
     for (rows, kv_heads, q_heads), work in zip(groups, works, strict=True):
         if prefix is not None:
             # It is there, and the new keys are still on their way.
             prefix.put(io, kv_heads)
         work.wait()
+        if late is not None:
+            rows.bring(late.rows)
+            attend(late.keys, order.spans)
+            continue
         keys = order.keys(io, rows, kv_heads)
         if q_heads is None:
             attend(keys, order.spans)
@@ -198,6 +207,7 @@ class _AllGather(NamedTuple):
     num_tokens: int | Tensor
     order: _InOrder | _IntoPages
     prefix: _Prefix | None
+    late: LateKeys | None
 
 
 def _rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:

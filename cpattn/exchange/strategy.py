@@ -31,12 +31,14 @@ class Setup(NamedTuple):
         meta: this rank's metadata; its tables stay where they are, whatever batch a bucket's metadata come to hold.
         transport: over which the call goes; its ``arena`` has the memory.
         reads_pages: whether the backend attends to pages of the cache as they are.
+        waits_for_keys: whether its launches wait for keys that come while they run (:class:`cpattn.keys.Arrivals`).
     """
 
     problem: Problem
     meta: CPMetadata
     transport: Transport
     reads_pages: bool
+    waits_for_keys: bool = False
 
     @property
     def kv(self) -> KVFormat:

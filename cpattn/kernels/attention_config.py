@@ -78,8 +78,10 @@ class HopperConfig(AttentionConfig):
         STAGES: key blocks that shared memory holds.
         Q_TMA: q is a tensor descriptor.
         PAGE_KEYS: keys of a block that lie in one page for certain.
+        WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
     """
 
     STAGES: int
     Q_TMA: bool
     PAGE_KEYS: int
+    WAITS: bool

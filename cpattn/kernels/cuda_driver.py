@@ -30,8 +30,19 @@ _LEAST_BYTES_WITHOUT_FAULT = 128 * 1024
 _FAULTY_BIT = 1 << 21
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of a number."""
+
+    _fields_ = [("id", c_uint32), ("padding", c_uint32), ("value", c_uint32), ("rest", c_uint32 * 15)]
+
+
+# Every launch that may begin before the one before it has ended has this one.
+_AS_DEPENDENT = _Attribute(id=6, value=1)
+AS_DEPENDENT = ctypes.addressof(_AS_DEPENDENT)
+
+
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig, without attributes."""
+    """CUlaunchConfig; of attributes :data:`AS_DEPENDENT` is the only one."""
 
     _fields_ = [
         ("grid_x", c_uint32), ("grid_y", c_uint32), ("grid_z", c_uint32),

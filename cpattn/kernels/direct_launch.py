@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpattn.kernels.arguments import Blocks, Words
 from cpattn.kernels.cuda_driver import (
+    AS_DEPENDENT,
     DESCRIPTOR_WORDS,
     INVALID_CONTEXT,
     LaunchConfig,
@@ -69,6 +70,7 @@ class Compiled(NamedTuple):
         kernel: Triton's, which frees the kernel when it goes.
         function: the driver's handle.
         threads, shared_bytes: of a program.
+        is_dependent: whether it may begin before the launch before it in the stream has ended.
         encodings: of each descriptor, in order.
     """
 
@@ -76,6 +78,7 @@ class Compiled(NamedTuple):
     function: int
     threads: int
     shared_bytes: int
+    is_dependent: bool
     encodings: list[Encoding]
 
 
@@ -87,7 +90,7 @@ def compiled_form(kernel: Any, arguments: dict[str, Any], roles: dict[str, str])
     """
     try:
         metadata = kernel.metadata
-        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl or metadata.shared > _MOST_SHARED_BYTES:
+        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.shared > _MOST_SHARED_BYTES:
             raise NotAsExpectedError("it wants launch attributes")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NotAsExpectedError("it wants scratch memory")
@@ -95,7 +98,7 @@ def compiled_form(kernel: Any, arguments: dict[str, Any], roles: dict[str, str])
         if any(each["fp4_padded"] or each.get("is_im2col", False) for each in descriptors):
             raise NotAsExpectedError("it wants descriptors of another kind")
         encodings = [Encoding(each["swizzle"], tuple(each["block_size"])) for each in descriptors]
-        compiled = Compiled(kernel, int(kernel.function), 32 * metadata.num_warps, metadata.shared, encodings)
+        compiled = Compiled(kernel, int(kernel.function), 32 * metadata.num_warps, metadata.shared, bool(metadata.launch_pdl), encodings)
     except (AttributeError, KeyError, TypeError) as error:
         raise NotAsExpectedError(f"Triton does not say what a launch needs: {type(error).__name__} {error}") from error
     has = parameter_sizes(compiled.function)
@@ -206,6 +209,8 @@ def again_form(
     parameters += [0] * _NUM_SCRATCH
 
     config = LaunchConfig(*grid, 1, compiled.threads, 1, 1, compiled.shared_bytes)
+    if compiled.is_dependent:
+        config.attributes, config.num_attributes = AS_DEPENDENT, 1
     layout = _Layout(config, filled, parameters)
     pointers = [(layout.places[i], tensor) for i, tensor, encoded in changing if encoded is None]
     descriptors = [(layout.places[i], layout.places[i] + DESCRIPTOR_WORDS, tensor, encoded) for i, tensor, encoded in changing if encoded]

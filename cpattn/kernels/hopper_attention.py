@@ -17,12 +17,13 @@ from cpattn.kernels.hopper_producer import PART_DIMS
 from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.tiles import WARPGROUP_ROWS, Launch
 from cpattn.kernels.work_queue import counter_for_launch
+from cpattn.keys import Keys
 
 _attention = Launcher(hopper_attention_kernel)
 
 
 def launch(
-    work: Launch, q: Tensor, k: Tensor, v: Tensor, *, tensors: dict[str, int], arguments: dict[str, Any], config: dict[str, Any]
+    work: Launch, q: Tensor, keys: Keys, *, tensors: dict[str, int], arguments: dict[str, Any], config: dict[str, Any]
 ) -> LaunchFunction:
     """What launches the programs of ``work``; ``arguments`` and ``config`` are those that the other kernel has as well, and
     ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
@@ -30,6 +31,8 @@ def launch(
     k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
     :data:`cpattn.kernels.tile_shapes.PAGE_UNIT`.
     """
+    k, v, arrivals = keys.k, keys.v, keys.arrivals
+    waits = arrivals is not None
     block_n, d_padded, dv_padded = config["BLOCK_N"], config["D_PADDED"], config["DV_PADDED"]
     # As many keys of a block as lie in one page for certain.
     page_size = config["PAGE_SIZE"]
@@ -39,11 +42,13 @@ def launch(
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
     device = q.device
     launch = _attention.prepare(
-        (work.num_programs, 1), {"num_warps": 4}, tensors | {"counter": max(tensors.values()) + 1},
+        (work.num_programs, 1), {"num_warps": 4} | ({"launch_pdl": True} if waits else {}),
+        tensors | {"counter": max(tensors.values()) + 1},
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=_blocks(k, block_n, d_padded, page_keys), v=_blocks(v, block_n, dv_padded, page_keys),
         limits=work.limits, counter=work.limits,
-        C=HopperConfig(**config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys), **arguments,
+        arrived=work.limits if arrivals is None else arrivals.flags, late=work.limits if arrivals is None else arrivals.late,
+        C=HopperConfig(**config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits), **arguments,
     )  # fmt: skip
     return lambda *given: launch(*given, counter_for_launch(device))
 

@@ -154,7 +154,6 @@ def _attend(state, i, q_smem, channels, begin, end, bounds, scoring, MASKED: gl.
 @gluon.jit
 def _attend_all(taken, q_smem, channels, tile, window, scoring, PART: gl.constexpr, C: gl.constexpr):
     """The state after all of a tile's key blocks, weighted values of the last included; and what has been taken."""
-    BLOCK_N: gl.constexpr = C.BLOCK_N
     DV_PADDED: gl.constexpr = C.DV_PADDED
     s_row: gl.constexpr = gl.SliceLayout(1, _score_layout(C))
     seen = keys_seen(tile, window, C)

@@ -56,18 +56,19 @@ def _make_channels(k_dtype: gl.constexpr, v_dtype: gl.constexpr, C: gl.constexpr
 
 @gluon.jit(do_not_specialize=["window"])
 def hopper_attention_kernel(
-    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, page_table, page_table_stride_request, page_table_stride_page,
+    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late,
+    page_table, page_table_stride_request, page_table_stride_page,
     q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window, C: gl.constexpr,
 ):  # fmt: skip
     """One of the programs that share all items, ``tile * heads + head`` each. ``counter``, numbers drawn and
     programs that have ended, is 0 before and after a launch. C is a :class:`cpattn.kernels.attention_config.HopperConfig`."""
     channels = _make_channels(k.dtype, v.dtype, C)
-    sources = Sources(q, k, v, page_table, page_table_stride_request, page_table_stride_page)
+    sources = Sources(q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late)
     queries = QueryRows(q_pointer, q_stride_row, q_stride_head)
     output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
     scoring = Scoring(tanh_scale, exponent_scale)
-    # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 240, and 24 for the producer.
+    # A multiprocessor has 512 registers for each of a warpgroup's threads: two times 232, and 40 for the producer.
     gl.warp_specialize(
         [
             (consume, (queries, output, tiles, channels, scoring, window, 0, C)),
@@ -75,5 +76,5 @@ def hopper_attention_kernel(
             (produce, (sources, Queue(tiles, limits, counter), channels, window, C)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )

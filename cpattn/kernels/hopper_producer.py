@@ -12,11 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from cpattn.kernels.arrivals import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.hopper_channels import put_item, wait_empty
 from cpattn.kernels.tile_keys import PageLine, find_in_run, keys_seen, last_block, load_page_line, load_run, load_tile, page_entry
 from cpattn.kernels.tiles import WARPGROUP_ROWS
 
 _ROWS = gl.constexpr(WARPGROUP_ROWS)
+_PIECE_ROWS = gl.constexpr(PIECE_ROWS)
+_FIRST_FLAG = gl.constexpr(FIRST_FLAG)
 # Keys and dims of a part of a key block, by which pages are loaded and keys outside of the range cleared.
 _PART_KEYS = gl.constexpr(16)
 PART_DIMS = gl.constexpr(64)
@@ -26,7 +29,8 @@ _CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpre
 
 
 class Sources(NamedTuple):
-    """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA."""
+    """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA. With C.WAITS what
+    has arrived of the keys, as :mod:`cpattn.kernels.arrivals` says."""
 
     q: Any
     k: Any
@@ -34,6 +38,8 @@ class Sources(NamedTuple):
     page_table: Any
     stride_request: Any
     stride_page: Any
+    arrived: Any
+    late: Any
 
 
 class Queue(NamedTuple):
@@ -58,12 +64,14 @@ class Item(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear."""
+    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear; and whether all
+    keys are known to be there."""
 
     blocks: Any
     queries0: Any
     queries1: Any
     edges: Any
+    all_here: Any
 
 
 @gluon.jit
@@ -139,7 +147,7 @@ def _bring_queries(brought, item, sources, q, C: gl.constexpr):
         mbarrier.expect(q.full.index(1), BYTES)
         _tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
         queries1 += 1
-    return Brought(brought.blocks, queries0, queries1, brought.edges)
+    return Brought(brought.blocks, queries0, queries1, brought.edges, brought.all_here)
 
 
 @gluon.jit
@@ -167,6 +175,44 @@ def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
 
 
 @gluon.jit
+def _flags(flags):
+    """Flags that another kernel writes; what comes next reads after what they say."""
+    return gl.inline_asm_elementwise("ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [flags], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _await_rows(begin, end, sources):
+    """Waits until the keys of these rows are there; whether it has found that all are."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place = gl.arange(0, 32, layout)
+    turn = gl.load(sources.arrived)
+    piece = begin // _PIECE_ROWS + place
+    is_late = gl.load(sources.late + piece, mask=piece * _PIECE_ROWS < end, other=0) != 0
+    # The last place looks whether all are there: a block has fewer pieces.
+    flags = sources.arrived + gl.where(place == 31, 1, gl.where(is_late, piece + _FIRST_FLAG, 1))
+    all_here = 0
+    missing = 1
+    while missing > 0:
+        is_here = _flags(flags) == turn
+        all_here = gl.max(gl.where((place == 31) & is_here, 1, 0), 0)
+        missing = gl.max(gl.where(is_late & (place < 31), gl.where(is_here, 0, 1), 0), 0) * (1 - all_here)
+    # Copies by TMA are ordered apart from other reads.
+    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, $1;", "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1)
+    return all_here
+
+
+@gluon.jit
+def _await_block(brought, block, item, sources, C: gl.constexpr):
+    """Waits until a key block of the item is there, if not all are."""
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    all_here = brought.all_here
+    if all_here == 0:
+        first = item.k_start + gl.maximum(block, item.keys.first)
+        all_here = _await_rows(first, item.k_start + gl.minimum(block + BLOCK_N, item.keys.end), sources)
+    return Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, all_here)
+
+
+@gluon.jit
 def _bring(brought, block, item, sources, channels, C: gl.constexpr):
     """Brings one key block, and with an item's last one, which is the first to be visited, the queries; values that have to be
     cleared come with ``channels.v_edge``. Returns the new counts of what has been brought."""
@@ -175,6 +221,8 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
     i = brought.blocks
     stage = i % STAGES
     last = last_block(item.keys, C)
+    if C.WAITS:
+        brought = _await_block(brought, block, item, sources, C)
     wait_empty(channels.k, i, STAGES)
     # K may hold anything outside of the range: its scores are masked.
     _load_block(sources.k, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
@@ -193,7 +241,7 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
         _load_block(sources.v, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
     else:
         _load_block(sources.v, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
-    return Brought(i + 1, brought.queries0, brought.queries1, edges)
+    return Brought(i + 1, brought.queries0, brought.queries1, edges, brought.all_here)
 
 
 @gluon.jit
@@ -253,7 +301,7 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     HEADS: gl.constexpr = C.HEADS
     BLOCK_N: gl.constexpr = C.BLOCK_N
     n = 0
-    brought = Brought(0, 0, 0, 0)
+    brought = Brought(0, 0, 0, 0, 0)
     # Fixed spans have tiles to spare.
     num_items = gl.load(queue.limits) * HEADS
     quota = gl.load(queue.limits + 1)
@@ -287,7 +335,11 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
         tile, k_start = load_tile(queue.tiles, item_number // HEADS)
         if begin < end and (begin < item.keys.first or begin + BLOCK_N > end):
             _clear(channels.v, brought.blocks - 1, begin, item.keys, channels.v_edge, brought.edges, C)
-            brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1)
+            brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1, brought.all_here)
     put_item(channels.items, n, -1)
     if has_queue:
         _leave(queue.counter)
+    if C.WAITS:
+        # Who comes after this launch comes after the one that it was launched beside as well.
+        place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, $1;", "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1)

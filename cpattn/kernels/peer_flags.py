@@ -169,9 +169,11 @@ def end_post(table, heap, rank, board, size, is_written, WORLD: tl.constexpr):
 
 @triton.jit
 def end_pull(table, heap, rank, board, WORLD: tl.constexpr):
-    """Has the last program tell all ranks that their messages have been read."""
-    if _is_last(heap + _PULLED + board):
+    """Has the last program tell all ranks that their messages have been read; whether this is it."""
+    is_last = _is_last(heap + _PULLED + board)
+    if is_last:
         posts = tl.load(heap + _POSTS + board)
         for writer in tl.static_range(WORLD):
             read = heap_of(table, writer) + _READY + BOARDS * WORLD + board * WORLD + rank
             tl.atomic_xchg(read, posts, sem="release", scope="sys")
+    return is_last

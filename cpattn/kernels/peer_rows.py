@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cpattn.kernels.arrivals import announce, let_next_begin
 from cpattn.kernels.move_pages import slots_of
-from cpattn.kernels.move_rows import pack_columns
 from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, may_post, may_pull
 
 
@@ -35,13 +35,31 @@ def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.
     await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
 
 
+@triton.jit
+def _post_columns(
+    to_R, too_R, from_R, is_row_R, is_token_R, is_too_R, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOO: tl.constexpr
+):  # fmt: skip
+    """DIM columns from the pointers ``to_R`` on: the source's on tokens, 0 on padding, which is not read. With TOO also those of
+    tokens from ``too_R`` on."""
+    column_1D = tl.arange(0, DIM_PADDED)[None, :]
+    values_RD = tl.load(from_R[:, None] + column_1D, mask=is_token_R[:, None] & (column_1D < DIM), other=0)
+    tl.store(to_R[:, None] + column_1D, values_RD, mask=is_row_R[:, None] & (column_1D < DIM))
+    if TOO:
+        tl.store(too_R[:, None] + column_1D, values_RD, mask=is_too_R[:, None] & (column_1D < DIM))
+
+
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "num_tokens"])
 def post_rows_kernel(
-    table, k, v, rank, board, offset, size, num_rows, num_tokens, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    table, k, v, ordered, own_rows, flags, rank, board, offset, size, num_rows, num_tokens,
+    k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT_ON_DEVICE: tl.constexpr, WORLD: tl.constexpr,
+    COUNT_ON_DEVICE: tl.constexpr, ORDERED: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
-    """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K."""
+    """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K.
+
+    With ORDERED row i also goes to row ``own_rows[i]`` of ``ordered``, of the same layout, and none for a negative one; and a new
+    round of arrivals begins.
+    """
     heap, can_write = may_post(table, rank, board)
     if COUNT_ON_DEVICE:
         num_tokens = tl.load(num_tokens)
@@ -53,9 +71,19 @@ def post_rows_kernel(
         is_row_R = row_R < tl.where(can_write, num_rows, 0)
         is_token_R = row_R < num_tokens
         to_R = message + pair_R * (D + DV)
-        pack_columns(to_R, k + (row_R * k_stride_row + head_R * k_stride_head), is_row_R, is_token_R, D, D_PADDED)
+        own_R = row_R
+        if ORDERED:
+            own_R = tl.load(own_rows + row_R, mask=row_R < num_rows, other=-1).to(tl.int64)
+        too_R = ordered + (own_R * HEADS + head_R) * (D + DV)
+        from_R = k + (row_R * k_stride_row + head_R * k_stride_head)
+        _post_columns(to_R, too_R, from_R, is_row_R, is_token_R, own_R >= 0, D, D_PADDED, ORDERED)
         if DV:
-            pack_columns(to_R + D, v + (row_R * v_stride_row + head_R * v_stride_head), is_row_R, is_token_R, DV, DV_PADDED)
+            from_R = v + (row_R * v_stride_row + head_R * v_stride_head)
+            _post_columns(to_R + D, too_R + D, from_R, is_row_R, is_token_R, own_R >= 0, DV, DV_PADDED, ORDERED)
+    if ORDERED:  # noqa: SIM102, as this one is for the compiler
+        if tl.program_id(0) == 0:
+            # Nobody reads it in this launch.
+            tl.store(flags, tl.load(flags) + 1)
     end_post(table, heap, rank, board, size, can_write, WORLD)
 
 
@@ -87,6 +115,37 @@ def pull_rows_kernel(
             values_RW = tl.where(is_there, values_RW, -1)
             tl.store(out + (to_R * out_stride)[:, None] * UNIT + (word + word_1W), values_RW, mask=is_row_R[:, None] & inside_1W)
     end_pull(table, heap, rank, board, WORLD)
+
+
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_pieces", "rows_of_rank", "out_stride"])
+def pull_pieces_kernel(
+    table, out, source, order, flags, rank, board, offset, num_pieces, rows_of_rank, out_stride,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+):  # fmt: skip
+    """Pieces of PIECE rows, in the order of ``order``, none for -1: row i of ``out`` is row ``source[i]`` of all ranks' rows, rank after
+    rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it begins when all programs
+    of this one have begun, and so are certain to end."""
+    let_next_begin()
+    heap, is_there = may_pull(table, rank, board)
+    turn = tl.load(flags)
+    word_1W = tl.arange(0, BLOCK_W)[None, :]
+    for i in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
+        piece = tl.load(order + i)
+        if piece >= 0:
+            row_R = piece * PIECE + tl.arange(0, PIECE)
+            from_R = tl.load(source + row_R).to(tl.int64)
+            is_row_R = from_R >= 0
+            from_R = tl.maximum(from_R, 0)
+            source_R = _at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
+            to_R = out + (row_R.to(tl.int64) * out_stride) * UNIT
+            for word in tl.static_range(0, WIDTH, BLOCK_W):
+                inside_RW = is_row_R[:, None] & (word + word_1W < WIDTH)
+                values_RW = tl.load(source_R[:, None] + (word + word_1W), mask=inside_RW, other=0, cache_modifier=".cg")
+                # All bits set are NaN in every floating dtype.
+                tl.store(to_R[:, None] + (word + word_1W), tl.where(is_there, values_RW, -1), mask=inside_RW)
+            announce(flags + 2 + piece, turn)
+    if end_pull(table, heap, rank, board, WORLD):
+        announce(flags + 1, turn)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])

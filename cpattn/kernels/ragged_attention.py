@@ -52,7 +52,8 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
-    k, v, page_table, _, _ = keys
+    k, v, page_table = keys.k, keys.v, keys.page_table
+    arrivals = keys.arrivals
     if into is None:
         num_queries, num_heads, _ = q.shape
         out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
@@ -67,10 +68,11 @@ def ragged_attention(
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
         (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
-        None if page_table is None else (page_table.stride(), page_table.dtype), shapes, packs,
+        None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None, shapes, packs,
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
-    tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *(() if page_table is None else (page_table,)))
+    where = arrivals or (() if page_table is None else (page_table,))
+    tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *where)
     if is_on_current_device(q):
         launch(*tensors)
     else:
@@ -83,6 +85,7 @@ def ragged_attention(
 # Which of the tensors above the kernels' parameters are.
 _TENSORS = {"q": 0, "q_pointer": 0, "k": 1, "v": 2, "out": 3, "lse": 4, "sinks": 5}
 _PAGED_TENSORS = _TENSORS | {"page_table": 6}
+_ARRIVING_TENSORS = _TENSORS | {"arrived": 6, "late": 7}
 
 
 def _prepare(
@@ -110,11 +113,11 @@ def _prepare(
     warn_of_tile_file()
     if q.is_cuda:
         warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, keys.page_size))
-    tensors = _TENSORS if keys.page_table is None else _PAGED_TENSORS
+    tensors = _ARRIVING_TENSORS if keys.arrivals else _TENSORS if keys.page_table is None else _PAGED_TENSORS
     arguments = _arguments(q, keys, options, out, lse, work)
     config = _config(q, keys, options, into, work)
     if specialized is not None:
-        launch: LaunchFunction = specialized.launch(work, q, k, v, tensors=tensors, arguments=arguments, config=config)
+        launch: LaunchFunction = specialized.launch(work, q, keys, tensors=tensors, arguments=arguments, config=config)
         return launch
     tma = tma and keys.page_table is None
     return _attention.prepare(

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor, int8, int16, int32, int64, uint8
 
 from cpattn.kernels.arguments import Words
+from cpattn.kernels.arrivals import PIECE_ROWS
 from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.peer_rows import (
     await_messages_kernel,
@@ -17,15 +18,21 @@ from cpattn.kernels.peer_rows import (
     post_rows_kernel,
     post_words_kernel,
     pull_pages_kernel,
+    pull_pieces_kernel,
     pull_rows_kernel,
     pull_words_kernel,
 )
+from cpattn.moves.late_rows import LateRows
 
 # Programs of a pull: enough to fill the links between GPUs. Between two H200 132 took 0 to 6% less of a layer than 264, and leave room on
 # each multiprocessor for what other streams run meanwhile.
 _PROGRAMS = 132
 # Of a post, whose programs have four warps: as many as run at once.
 _POSTING_PROGRAMS = 1056
+# Of a pull beside an attention, which computes on the other multiprocessors. Each has as many threads as a multiprocessor takes, so that
+# few of them have enough bytes on their way.
+_PROGRAMS_BESIDE = 16
+_MOST_WARPS = {"num_warps": 32}
 _ROWS = 4
 _WARPS = {"num_warps": 8}
 _ONE_WARP = {"num_warps": 1}
@@ -37,6 +44,7 @@ _post_rows = Launcher(post_rows_kernel)
 _post_words = Launcher(post_words_kernel)
 _pull_rows = Launcher(pull_rows_kernel)
 _pull_pages = Launcher(pull_pages_kernel)
+_pull_pieces = Launcher(pull_pieces_kernel)
 _pull_words = Launcher(pull_words_kernel)
 _await_readers = Launcher(await_readers_kernel)
 _await_messages = Launcher(await_messages_kernel)
@@ -97,11 +105,14 @@ def _size(board: Board) -> int:
     return board.nbytes % 2**31
 
 
-def post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, first: bool) -> None:
+def post_rows(
+    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None, *, first: bool
+) -> None:
     """Posts K and V side by side as a message ``[rows, Hkv, D + Dv]``, zeros after the tokens, once everybody has read the last one.
 
     Args:
         k, v, num_tokens: as for :meth:`cpattn.moves.moves.Moves.pack`.
+        late: where they go in order, too; from now on the others' are not there.
         first: whether it is the first message of its call.
     """
     await_readers(board, first)
@@ -109,24 +120,65 @@ def post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: 
     counted = isinstance(num_tokens, Tensor)
     key = (
         *board[1:], rows, k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None, None if counted else num_tokens,
+        late is None,
     )  # fmt: skip
-    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens))
-    launch(board.table, k, values, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
+    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens, late))
+    ordered = () if late is None else (late.ordered, late.own_rows, late.flags)
+    launch(board.table, k, values, *ordered, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
 
 
-def _prepare_post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> LaunchFunction:
+def _prepare_post_rows(
+    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None
+) -> LaunchFunction:
     _, heads, dim = k.shape
     values = k if v is None else v
     v_dim = 0 if v is None else v.shape[2]
     block = max(1, _BYTES // (k.element_size() * triton.next_power_of_2(max(dim, v_dim))))
+    tensors = {"table": 0, "k": 1, "v": 2} | ({} if late is None else {"ordered": 3, "own_rows": 4, "flags": 5})
     return _post_rows.prepare(
         (min(_POSTING_PROGRAMS, max(1, triton.cdiv(rows * heads, block))), 1), {},
-        {"table": 0, "k": 1, "v": 2} | ({"num_tokens": 3} if isinstance(num_tokens, Tensor) else {}),
-        table=board.table, k=k, v=values, offset=board.offset, size=_size(board), num_rows=rows, num_tokens=num_tokens,
+        tensors | ({"num_tokens": len(tensors)} if isinstance(num_tokens, Tensor) else {}),
+        table=board.table, k=k, v=values, ordered=k if late is None else late.ordered,
+        own_rows=board.table if late is None else late.own_rows, flags=board.table if late is None else late.flags,
+        offset=board.offset, size=_size(board), num_rows=rows, num_tokens=num_tokens,
         k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
         HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor), **board.place,
+        BLOCK_R=block, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor), ORDERED=late is not None, **board.place,
     )  # fmt: skip
+
+
+def pull_pieces(board: Board, rows: int, late: LateRows) -> None:
+    """Brings what comes late of the ``rows`` rows of each rank's message, rank after rank, once they lie there. The kernel leaves most
+    multiprocessors to one that is launched next as a dependent, which may begin at once."""
+    await_messages(board, 0, board.size)
+    out = late.ordered
+    key = *board[1:], rows, out.shape, out.dtype, out.data_ptr() % 16, late.order.shape
+    launch = _pull_pieces.prepared.get(key) or _pull_pieces.prepared.keep(key, _prepare_pull_pieces(board, rows, late))
+    launch(board.table, out, late.source, late.order, late.flags)
+
+
+def _prepare_pull_pieces(board: Board, rows: int, late: LateRows) -> LaunchFunction:
+    out, pieces = late.ordered, late.order.shape[0]
+    word, width, stride, unit = _row_words(out)
+    return _pull_pieces.prepare(
+        (min(_PROGRAMS_BESIDE, max(1, pieces)), 1), _MOST_WARPS, {"table": 0, "out": 1, "source": 2, "order": 3, "flags": 4},
+        table=board.table, out=Words(out, word), source=late.source, order=late.order, flags=late.flags, offset=board.offset,
+        num_pieces=pieces, rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS,
+        BLOCK_W=min(512, triton.next_power_of_2(width)), **board.place,
+    )  # fmt: skip
+
+
+def _row_words(out: Tensor) -> tuple[Any, int, int, int]:
+    """By which words rows are moved, how many they have, how many they are apart, and how many of them at once."""
+    flat = out.flatten(1)
+    nbytes = flat.shape[1] * flat.element_size()
+    word = _word(out, nbytes, flat.stride(0) * flat.element_size())
+    width = nbytes // word.itemsize
+    stride = flat.stride(0) * flat.element_size() // word.itemsize
+    unit = 16 // word.itemsize
+    if width % unit or stride % unit or out.data_ptr() % 16:
+        unit = 1
+    return word, width, stride, unit
 
 
 def pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
@@ -148,14 +200,7 @@ def pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor
 
 
 def _prepare_pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor | None) -> LaunchFunction:
-    flat = out.flatten(1)
-    nbytes = flat.shape[1] * flat.element_size()
-    word = _word(out, nbytes, flat.stride(0) * flat.element_size())
-    width = nbytes // word.itemsize
-    stride = flat.stride(0) * flat.element_size() // word.itemsize
-    unit = 16 // word.itemsize
-    if width % unit or stride % unit or out.data_ptr() % 16:
-        unit = 1
+    word, width, stride, unit = _row_words(out)
     return _pull_rows.prepare(
         (min(_PROGRAMS, max(1, triton.cdiv(index.shape[0], _ROWS))), 1), _WARPS, {"table": 0, "out": 1, "index": 2, "slots": 3},
         table=board.table, out=Words(out, word), index=index, slots=index if slots is None else slots, offset=board.offset,

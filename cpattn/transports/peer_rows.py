@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpattn.moves.peer_moves import Board, Pages, post_rows, pull_pages, pull_rows
+from cpattn.moves.late_rows import LateRows
+from cpattn.moves.peer_moves import Board, Pages, post_rows, pull_pages, pull_pieces, pull_rows
 from cpattn.transports.posted import Posted, Poster
 from cpattn.transports.transfer import Transfer, Work
 
@@ -19,6 +20,8 @@ class PeerRows:
         message: that this rank posts; nbytes: that count as sent for it.
         fill_missing: writes into a message what stands for rows that this rank could not make.
     """
+
+    can_bring = True
 
     def __init__(
         self,
@@ -33,11 +36,11 @@ class PeerRows:
         self._shape = shape
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._fill_missing = fill_missing
-        self._given: tuple[Tensor, Tensor | None, int | Tensor] | None = None
+        self._given: tuple[Tensor, Tensor | None, int | Tensor, LateRows | None] | None = None
         self.transfer = Transfer(_post, nbytes, (self,), self._forget, posted=message)
 
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
-        self._given = k, v, num_tokens
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
+        self._given = k, v, num_tokens, late
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
         pull_rows(self._board(), self._shape[0], out, index, slots)
@@ -47,6 +50,10 @@ class PeerRows:
         self, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor
     ) -> None:
         pull_pages(self._board(), self._shape[0], Pages(k_pages, v_pages, page_table, request, position))
+        self._message.is_pulled = True
+
+    def bring(self, late: LateRows) -> None:
+        pull_pieces(self._board(), self._shape[0], late)
         self._message.is_pulled = True
 
     def _board(self) -> Board:
@@ -66,7 +73,7 @@ class PeerRows:
                 # One row for all: a rank may be here since it has no memory.
                 missing = self._like.new_empty(1, heads, width)
                 self._fill_missing(missing)
-                given = missing.expand(self._shape), None, rows
+                given = missing.expand(self._shape), None, rows, None
             post_rows(board, rows, *given, first=is_first)
         return Work(_nothing)
 

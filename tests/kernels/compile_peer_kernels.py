@@ -19,6 +19,7 @@ PADDED = {"WORLD": 3, "WORLD_PADDED": 4}
 TABLE = {"table": "*i64"}
 WIDTHS = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 64, **WORLD}
 ORDER = {"out": "*i64", "index": "*i64", "slots": "*i64", **TABLE}
+LATE = {"ordered": "*bf16", "own_rows": "*i32", "flags": "*i32"}
 PAGES = {"k_pages": "*bf16", "v_pages": "*bf16", "page_table": "*i32", "request": "*i64", "position": "*i64", **TABLE}
 WORDS = {"UNIT": 2, "BLOCK_W": 4096, **WORLD}
 
@@ -27,7 +28,7 @@ def compile_it(kernel: Any, pointers: dict[str, str], constants: dict[str, Any],
     """``is_wide``: whether it should move 16 bytes at once."""
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     text = compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
     for access in ("ld", "st") if is_wide else ():
@@ -39,7 +40,10 @@ if __name__ == "__main__":
     compile_it(peer_rows.await_readers_kernel, TABLE, PADDED | {"FIRST": True}, 1)
     compile_it(peer_rows.await_messages_kernel, TABLE, PADDED, 1)
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
-    compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True}, 4)
+    compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True, "ORDERED": False}, 4)
+    compile_it(peer_rows.post_rows_kernel, given | LATE | {"num_tokens": "i32"}, WIDTHS | {"COUNT_ON_DEVICE": False, "ORDERED": True}, 4)
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, **WORLD}
+    compile_it(peer_rows.pull_pieces_kernel, LATE | TABLE | {"out": "*i64", "source": "*i32", "order": "*i32"}, pieces, 32, is_wide=True)
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True, **WORLD}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True}, 8)

@@ -81,6 +81,14 @@ def test_a_thread_without_a_context_gets_the_device_s(cuda: FakeCuda) -> None:
     assert len(cuda.launched) == 2
 
 
+@pytest.mark.parametrize("is_dependent", [False, True])
+def test_a_dependent_may_begin_before_the_launch_before_it_has_ended(cuda: FakeCuda, is_dependent: bool) -> None:
+    compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]], launch_pdl=is_dependent), ARGUMENTS, ROLES)
+    again_form(compiled, 0, (1, 1), ARGUMENTS, ROLES, TENSORS)(0, [1024, 2048, 4096])
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert cuda.launched[0].attributes == (((6, 1),) if is_dependent else ())
+
+
 def test_errors_say_what_cuda_says(cuda: FakeCuda) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]]), ARGUMENTS, ROLES)
     again = again_form(compiled, 0, (1, 1), ARGUMENTS, ROLES, TENSORS)
@@ -100,7 +108,6 @@ def test_errors_say_what_cuda_says(cuda: FakeCuda) -> None:
     [
         ({"num_ctas": 2}, "launch attributes"),
         ({"launch_cooperative_grid": True}, "launch attributes"),
-        ({"launch_pdl": True}, "launch attributes"),
         ({"shared": 229 * 1024}, "launch attributes"),
         ({"global_scratch_size": 64}, "scratch memory"),
         ({"profile_scratch_size": 64}, "scratch memory"),

@@ -20,8 +20,10 @@ from cpattn.moves import torch_moves
 pytest.importorskip("triton")
 import triton.language as tl
 
-from cpattn.kernels import peer_flags
+from cpattn.kernels import peer_flags, peer_rows
+from cpattn.kernels.arrivals import PIECE_ROWS
 from cpattn.moves import peer_moves
+from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
 
 HEADER = -(-WORDS * WORD_BYTES // 256) * 256
@@ -33,6 +35,8 @@ def in_the_interpreter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
         monkeypatch.setattr(peer_flags, "_flags", lambda flags, is_waited: tl.load(flags, mask=is_waited, other=0))
         monkeypatch.setattr(peer_flags, "_now", lambda: 0)
+        monkeypatch.setattr(peer_rows, "let_next_begin", lambda: None)
+        monkeypatch.setattr(peer_rows, "announce", lambda flag, turn: tl.store(flag, turn))
 
 
 class Ranks:
@@ -98,6 +102,46 @@ def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtyp
                 peer_moves.pull_rows(ranks.board(rank), rows, got, index, places)
                 torch_moves.gather_rows(want, torch.cat(gathered), index, places)
                 assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims", "dtype"), [(2, (64, 64), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)], ids=str
+)
+def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: torch.dtype, device: str) -> None:
+    """Own rows lie in order once a message is posted, those of others come piece by piece, and each says so: turn after turn."""
+    torch.manual_seed(0)
+    size, rows, pieces, width = 3, 20, 4, dims[0] + (dims[1] or 0)
+    ranks, mine = Ranks(size, device), 1
+    # A row in order is of some rank's row, or of none; piece 2 has rows of this rank alone, and rows of none.
+    source = torch.randperm(size * rows, device=device).int()[: pieces * PIECE_ROWS]
+    source = torch.nn.functional.pad(source, (0, pieces * PIECE_ROWS - len(source)), value=-1)
+    source[2 * PIECE_ROWS : 3 * PIECE_ROWS] = -1
+    source[[3, 20]] = -1
+    own_rows = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    is_own = (source >= mine * rows) & (source < (mine + 1) * rows)
+    own_rows[(source[is_own] - mine * rows).long()] = torch.nonzero(is_own)[:, 0].int()
+    order = torch.tensor([3, 0, 1, -1], dtype=torch.int32, device=device)
+    flags = torch.zeros(2 + pieces, dtype=torch.int32, device=device)
+    for turn in (1, 2):
+        got = torch.full((pieces * PIECE_ROWS, heads, width), 7.0, dtype=dtype, device=device)
+        late = LateRows(got, own_rows, torch.where(is_own, -1, source), order, flags)
+        want, gathered = got.clone(), []
+        for rank in range(size):
+            k = torch.randn(rows, heads, dims[0], dtype=dtype, device=device)
+            v = None if dims[1] is None else torch.randn(rows, heads, dims[1], dtype=dtype, device=device)
+            peer_moves.post_rows(ranks.board(rank), rows, k, v, rows, late if rank == mine else None, first=True)
+            gathered.append(message_of(rows, (k, v), rows))
+        assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
+        whole = torch.cat(gathered)
+        want[is_own] = whole[source[is_own].long()]
+        assert torch.equal(got, want)
+        peer_moves.pull_pieces(ranks.board(mine), rows, late)
+        want[source >= 0] = whole[source[source >= 0].long()]
+        assert torch.equal(got, want)
+        assert flags.tolist() == [turn, turn, turn, turn, 0, turn]
+        assert ranks.words(0, READY + BOARDS * size, 0)[mine] == turn
+        for rank in (0, 2):
+            peer_moves.pull_nothing(ranks.board(rank))
 
 
 @pytest.mark.parametrize("has_v", [True, False], ids=["k and v", "k alone"])
@@ -238,4 +282,4 @@ def test_they_compile_for_hopper() -> None:
         env=environment | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 8
+    assert len(done.stdout.split()) == 10

@@ -1,0 +1,92 @@
+"""Keys in order of which those of other ranks come late: while the attention runs, which begins with those that are here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, int32
+
+from cpattn.device_tables import DeviceTables, IntArray, expand_runs_on_host
+from cpattn.exchange.message import Message
+from cpattn.exchange.strategy import Setup
+from cpattn.keys import Arrivals, Keys
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.moves.late_rows import LateRows
+
+# Rows that are announced together, and the words of flags before theirs, as cpattn.kernels.arrivals has them, which needs Triton.
+PIECE_ROWS = 16
+_FIRST_FLAG = 2
+
+
+class LateKeys(NamedTuple):
+    """How they come, and what to attend to."""
+
+    rows: LateRows
+    keys: Keys
+
+    @classmethod
+    def of(cls, setup: Setup, ordered: Message) -> LateKeys:
+        """Of the memory of all keys in order."""
+        tables = late_tables(setup.meta, ordered.whole.shape[0])
+        flags = setup.transport.arena.buffer("arrivals", (_FIRST_FLAG + tables.late.shape[0],), int32, setup.problem.device)
+        # What was there before could look like a turn to come.
+        flags.zero_()
+        return cls(
+            LateRows(ordered.whole, tables.own_rows, tables.source, tables.order, flags),
+            ordered.keys._replace(arrivals=Arrivals(flags, tables.late)),
+        )
+
+
+class LateTables(NamedTuple):
+    """Of one rank; see :class:`LateRows` and :class:`Arrivals`."""
+
+    own_rows: Tensor
+    source: Tensor
+    order: Tensor
+    late: Tensor
+
+
+def late_tables(meta: CPMetadata, num_rows: int) -> LateTables:
+    """For ``num_rows`` rows, all keys of the batch in order. What no query of this rank sees does not come at all."""
+
+    def build() -> LateTables:
+        tables = DeviceTables(_on_host(meta, -(-num_rows // PIECE_ROWS)), meta.device)
+        return LateTables(*(tables[name] for name in LateTables._fields))
+
+    tables: LateTables = meta.derive(("late keys", num_rows), build)
+    return tables
+
+
+def _on_host(meta: CPMetadata, pieces: int) -> dict[str, IntArray]:
+    plan, own, table = meta.plan, meta.chunk_host, meta.plan.chunk_table
+    first_key = meta.k_starts + plan.prefix_lens
+    own_rows = _runs(first_key[own.request] + own.start, own.q_len, meta.rows)
+    # How many of each request's new tokens this rank's queries see.
+    seen = np.zeros(len(plan.batch), dtype=np.int64)
+    np.maximum.at(seen, own.request, own.start + own.q_len)
+    is_late = (table.rank != meta.cp_rank) & (table.start < seen[table.request]) & (table.length > 0)
+    request, start, length = table.request[is_late], table.start[is_late], table.length[is_late]
+    begin = first_key[request] + start
+    source = np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
+    sent = (table.rank * meta.rows + plan.chunk_rows)[is_late]
+    source[_runs(begin, length)] = _runs(sent, length)
+    # Tiles begin with the last key that they see, and the longest ones come first.
+    first = begin // PIECE_ROWS
+    many = (begin + length - 1) // PIECE_ROWS - first + 1
+    piece = _runs(first, many)
+    need = (first_key + seen)[request].repeat(many) - piece * PIECE_ROWS
+    piece = piece[np.lexsort((piece, need))]
+    _, where = np.unique(piece, return_index=True)
+    order = np.full(pieces, -1, dtype=np.int64)
+    order[: len(where)] = piece[np.sort(where)]
+    late = np.zeros(pieces, dtype=np.int64)
+    late[piece] = 1
+    return {"own_rows": own_rows, "source": source, "order": order, "late": late}
+
+
+def _runs(first: IntArray, lengths: IntArray, capacity: int = 0) -> IntArray:
+    """One run after another, and then -1."""
+    total = int(lengths.sum())
+    runs: IntArray = expand_runs_on_host(first, lengths, total).numpy()
+    return runs if total >= capacity else np.pad(runs, (0, capacity - total), constant_values=-1)

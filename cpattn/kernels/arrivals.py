@@ -1,0 +1,36 @@
+"""Device code by which rows are read while others are still on their way: a kernel brings rows piece by piece, and the attention
+beside it waits for each piece when it comes to it.
+
+The rows are in memory of this GPU, in pieces of PIECE_ROWS. ``flags`` says what is there: its first word is the number of the
+turn, its second one that number once all pieces are there, and then there is a word for each piece, with that number once it is.
+So nothing has to be cleared from turn to turn. ``late`` says which pieces are waited for: those with a row that is brought.
+
+The attention is launched as a dependent of the kernel that brings the rows (programmatic dependent launch), and so begins when
+all programs of that have begun. They wait for nothing, and end whatever else there is to compute: nobody waits in vain.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PIECE_ROWS = 16
+# Words of flags before those of the pieces.
+FIRST_FLAG = 2
+
+
+@triton.jit
+def let_next_begin():
+    """Lets the next kernel of the stream begin, where it was launched as a dependent, once all programs have come here or ended."""
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def announce(flag, turn):
+    """Says that what this program has written before is there, also to copies by TMA, which are ordered apart from other reads."""
+    thread = tl.arange(0, 32)
+    tl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+    # All threads have written, and stand behind that fence, before one of them says so.
+    tl.debug_barrier()
+    tl.atomic_xchg(flag, turn, sem="release", scope="gpu")
