@@ -17,6 +17,9 @@ from cpattn.moves.late_rows import LateRows
 # Rows that are announced together, and the words of flags before theirs, as cpattn.kernels.arrivals has them, which needs Triton.
 PIECE_ROWS = 16
 _FIRST_FLAG = 2
+# About as the attention cuts them; see cpattn.kernels.tiles.
+_BLOCK_KEYS = 128
+_LENGTH_CLASSES = 16
 
 
 class LateKeys(NamedTuple):
@@ -51,7 +54,7 @@ def late_tables(meta: CPMetadata, num_rows: int) -> LateTables:
     """For ``num_rows`` rows, all keys of the batch in order. What no query of this rank sees does not come at all."""
 
     def build() -> LateTables:
-        tables = DeviceTables(_on_host(meta, -(-num_rows // PIECE_ROWS)), meta.device)
+        tables = DeviceTables(_on_host(meta, max(1, -(-num_rows // PIECE_ROWS))), meta.device)
         return LateTables(*(tables[name] for name in LateTables._fields))
 
     tables: LateTables = meta.derive(("late keys", num_rows), build)
@@ -71,12 +74,13 @@ def _on_host(meta: CPMetadata, pieces: int) -> dict[str, IntArray]:
     source = np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
     sent = (table.rank * meta.rows + plan.chunk_rows)[is_late]
     source[_runs(begin, length)] = _runs(sent, length)
-    # Tiles begin with the last key that they see, and the longest ones come first.
+    # The attention takes requests of about the longest tiles first, one after the other, and each tile from its last key on.
+    blocks = (plan.prefix_lens + seen) // _BLOCK_KEYS
+    length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     first = begin // PIECE_ROWS
     many = (begin + length - 1) // PIECE_ROWS - first + 1
-    piece = _runs(first, many)
-    need = (first_key + seen)[request].repeat(many) - piece * PIECE_ROWS
-    piece = piece[np.lexsort((piece, need))]
+    piece, of = _runs(first, many), request.repeat(many)
+    piece = piece[np.lexsort((-piece, of, -length_class[of]))]
     _, where = np.unique(piece, return_index=True)
     order = np.full(pieces, -1, dtype=np.int64)
     order[: len(where)] = piece[np.sort(where)]

@@ -117,6 +117,30 @@ def pull_rows_kernel(
     end_pull(table, heap, rank, board, WORLD)
 
 
+@triton.jit
+def _piece(order, step, num_pieces):
+    """The piece that this program brings in its ``step``-th turn; -1 for none."""
+    i = tl.program_id(0) + step * tl.num_programs(0)
+    return tl.where(i < num_pieces, tl.load(order + tl.minimum(i, num_pieces - 1)), -1)
+
+
+@triton.jit
+def _sources_of(source, piece, PIECE: tl.constexpr):
+    """Which of all ranks' rows come to a piece's; -1 for none."""
+    row_R = tl.maximum(piece, 0) * PIECE + tl.arange(0, PIECE)
+    return tl.where(piece >= 0, tl.load(source + row_R), -1).to(tl.int64)
+
+
+@triton.jit
+def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_W: tl.constexpr):
+    """BLOCK_W columns of these rows, from wherever they lie."""
+    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    is_row_R = from_R >= 0
+    from_R = tl.maximum(from_R, 0)
+    source_R = _at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
+    return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
+
+
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_pieces", "rows_of_rank", "out_stride"])
 def pull_pieces_kernel(
     table, out, source, order, flags, rank, board, offset, num_pieces, rows_of_rank, out_stride,
@@ -124,26 +148,47 @@ def pull_pieces_kernel(
 ):  # fmt: skip
     """Pieces of PIECE rows, in the order of ``order``, none for -1: row i of ``out`` is row ``source[i]`` of all ranks' rows, rank after
     rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it begins when all programs
-    of this one have begun, and so are certain to end."""
-    let_next_begin()
+    of this one have begun, and so are certain to end.
+
+    While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
+    programs could not fill the links otherwise.
+    """
+    PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
     heap, is_there = may_pull(table, rank, board)
+    if not is_there:
+        # What this rank has itself as well, before anybody reads it. All bits set are NaN in every floating dtype.
+        for row in range(tl.program_id(0), num_pieces * PIECE, tl.num_programs(0)):
+            for part in tl.static_range(PARTS):
+                word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
+                to_W = out + (tl.cast(row, tl.int64) * out_stride) * UNIT + word_W
+                tl.store(to_W, tl.full([BLOCK_W], -1, out.dtype.element_ty), mask=word_W < WIDTH)
+    let_next_begin()
     turn = tl.load(flags)
-    word_1W = tl.arange(0, BLOCK_W)[None, :]
-    for i in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
-        piece = tl.load(order + i)
+    piece = _piece(order, 0, num_pieces)
+    next_piece = _piece(order, 1, num_pieces)
+    from_R = _sources_of(source, piece, PIECE)
+    next_from_R = _sources_of(source, next_piece, PIECE)
+    values_RW = _load_part(table, out, from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+    for step in range(tl.cdiv(num_pieces, tl.num_programs(0))):
+        last_piece = _piece(order, step + 2, num_pieces)
+        row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
+        to_R = out + (row_R * out_stride) * UNIT
+        is_row_R = from_R >= 0
+        for part in tl.static_range(PARTS):
+            if part + 1 < PARTS:
+                next_RW = _load_part(table, out, from_R, part + 1, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+            else:
+                next_RW = _load_part(table, out, next_from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+            word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+            tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
+            values_RW = next_RW
+        last_from_R = _sources_of(source, last_piece, PIECE)
         if piece >= 0:
-            row_R = piece * PIECE + tl.arange(0, PIECE)
-            from_R = tl.load(source + row_R).to(tl.int64)
-            is_row_R = from_R >= 0
-            from_R = tl.maximum(from_R, 0)
-            source_R = _at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
-            to_R = out + (row_R.to(tl.int64) * out_stride) * UNIT
-            for word in tl.static_range(0, WIDTH, BLOCK_W):
-                inside_RW = is_row_R[:, None] & (word + word_1W < WIDTH)
-                values_RW = tl.load(source_R[:, None] + (word + word_1W), mask=inside_RW, other=0, cache_modifier=".cg")
-                # All bits set are NaN in every floating dtype.
-                tl.store(to_R[:, None] + (word + word_1W), tl.where(is_there, values_RW, -1), mask=inside_RW)
             announce(flags + 2 + piece, turn)
+        piece = next_piece
+        next_piece = last_piece
+        from_R = next_from_R
+        next_from_R = last_from_R
     if end_pull(table, heap, rank, board, WORLD):
         announce(flags + 1, turn)
 

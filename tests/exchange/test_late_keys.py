@@ -51,11 +51,11 @@ def test_tables_bring_what_is_seen_and_not_here(batch: list[tuple[int, int]], cp
         assert all(piece < 0 for piece in order[int(late.sum()) :])
 
 
-def test_the_last_keys_that_a_tile_sees_come_first_in_every_request() -> None:
-    plan = cpattn.plan([(0, 128), (0, 128)], 2)
-    order = [piece for piece in late_tables(plan.metadata(0), 256).order.tolist() if piece >= 0]
+def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
+    plan = cpattn.plan([(0, 128), (0, 1024), (0, 1024)], 2)
+    order = [piece for piece in late_tables(plan.metadata(0), 2176).order.tolist() if piece >= 0]
     # Rank 0 has the first and the last quarter of each request, rank 1 those between.
-    assert order == [5, 13, 4, 12, 3, 11, 2, 10]
+    assert order == [*range(55, 23, -1), *range(119, 87, -1), 5, 4, 3, 2]
 
 
 def test_another_batch_in_a_bucket_has_its_own() -> None:

@@ -142,6 +142,10 @@ def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: to
         assert ranks.words(0, READY + BOARDS * size, 0)[mine] == turn
         for rank in (0, 2):
             peer_moves.pull_nothing(ranks.board(rank))
+    # Where a wait has found a fault, all is NaN, what this rank has itself as well.
+    ranks.heaps[mine].view(torch.int32)[FAULT] = 1
+    peer_moves.pull_pieces(ranks.board(mine), rows, late)
+    assert got.isnan().all()
 
 
 @pytest.mark.parametrize("has_v", [True, False], ids=["k and v", "k alone"])
