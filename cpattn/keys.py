@@ -22,6 +22,24 @@ class Arrivals(NamedTuple):
     late: Tensor
 
 
+class PrefixKeys(NamedTuple):
+    """Cached keys that are read where they lie, beside new ones that lie elsewhere.
+
+    Attributes:
+        k, v: ``[P, Hkv, D]`` and ``[P, Hkv, Dv]``.
+        places: int32 ``[2 * num_requests]``: of each request how many of a key range's first keys are read here, a multiple of
+            :data:`PREFIX_UNIT`, and in which row the first of them lies.
+    """
+
+    k: Tensor
+    v: Tensor
+    places: Tensor
+
+
+PREFIX_UNIT = 128
+"""Kernels load blocks of so many keys, or a divisor of it, and none of a block's keys may lie elsewhere."""
+
+
 # A named tuple, as one is made in every call.
 class Keys(NamedTuple):
     """K and V, one key after another or in pages.
@@ -36,6 +54,7 @@ class Keys(NamedTuple):
         k_scale, v_scale: what K and V are to be multiplied by where they are stored in fewer bits, or None.
         arrivals: what tells a kernel that runs beside the one that brings them which are there, or None where all are. Only a
             launch that begins before the one before it in the stream has ended has to look at it.
+        prefix: where the first keys of each span lie, if not in k and v; ``s`` of a span is row ``k_start + s`` there all the same.
     """
 
     k: Tensor
@@ -44,6 +63,7 @@ class Keys(NamedTuple):
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     arrivals: Arrivals | None = None
+    prefix: PrefixKeys | None = None
 
     @property
     def page_size(self) -> int:

@@ -61,6 +61,7 @@ class Backend:
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
         waits_for_keys: whether its launches over keys without pages may run while :attr:`cpattn.keys.Keys.arrivals` still come.
+        reads_prefix: whether it attends to :class:`cpattn.keys.PrefixKeys`.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
@@ -91,6 +92,7 @@ class Backend:
     fp32_out: bool
     reads_pages: Callable[[Problem], bool] = lambda problem: False
     waits_for_keys: Callable[[Problem], bool] = lambda problem: False
+    reads_prefix: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
     propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None

@@ -53,8 +53,8 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def _waits_for_keys(problem: Problem) -> bool:
-    """The kernel for Hopper does."""
+def _has_hopper_kernel(problem: Problem) -> bool:
+    """Of keys without pages."""
     if problem.v_in_k or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), 0):
         return False
     from cpattn.kernels.ragged_attention import specialized_kernel
@@ -83,7 +83,8 @@ BACKEND = Backend(
     v_head_dim=True,
     fp32_out=True,
     reads_pages=lambda problem: True,
-    waits_for_keys=_waits_for_keys,
+    waits_for_keys=_has_hopper_kernel,
+    reads_prefix=_has_hopper_kernel,
     accumulate=triton_accumulate,
     unavailable=_unavailable,
     refuses=_refuses,

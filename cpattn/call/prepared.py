@@ -171,8 +171,9 @@ class PreparedCall:
         assert meta is not None  # whoever calls has it
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
+            waits, reads_prefix = self.backend.waits_for_keys(self.problem), self.backend.reads_prefix(self.problem)
             self._exchange = self.strategy.prepare(
-                Setup(self.problem, meta, self.transport, self._reads_pages, self.backend.waits_for_keys(self.problem))
+                Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
             )
         if not hasattr(self._exchange, "transfers"):
             raise CPError(f"strategy={self.strategy.name!r} prepared a {type(self._exchange).__name__}; return an object with transfers")

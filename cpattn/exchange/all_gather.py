@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.gathered_rows import gathered_rows
+from cpattn.exchange.key_order import KeyOrder, key_order
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.late_keys import LateKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer, pages_of_heads
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import causal_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
-from cpattn.keys import Keys
+from cpattn.keys import Keys, PrefixKeys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.moves.moves import Moves, moves_for
@@ -43,7 +45,7 @@ def _is_alone(problem: Problem, plan: Layout) -> bool:
 def _prepare(setup: Setup) -> _Alone | _AllGather:
     if _is_alone(setup.problem, setup.meta.plan):
         return _Alone.of(setup)
-    problem, meta = setup.problem, setup.meta
+    problem = setup.problem
     kv = setup.kv.group(problem.overlap)
     all_rows = _rows_of_all(setup, kv)
     groups = []
@@ -57,13 +59,13 @@ def _prepare(setup: Setup) -> _Alone | _AllGather:
     order = _IntoPages.of(setup, kv) if problem.cache == "paged" else _InOrder.of(setup, kv)
     late = None
     if isinstance(order, _InOrder) and len(all_rows) == 1 and all_rows[0].can_bring and setup.waits_for_keys:
-        late = LateKeys.of(setup, order.ordered)
+        late = LateKeys.of(setup, order.ordered, order.order)
     return _AllGather(
         transfers=tuple(rows.transfer for rows in all_rows),
         groups=tuple(groups),
         num_tokens=setup.num_tokens,
         order=order,
-        prefix=_Prefix(order.ordered.whole, meta.prefix_key_rows, order.moves) if isinstance(order, _InOrder) and problem.cache else None,
+        prefix=order.prefix if isinstance(order, _InOrder) else None,
         late=late,
     )
 
@@ -84,8 +86,9 @@ def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
             prefix.put(io, kv_heads)
         work.wait()
         if late is not None:
+            assert isinstance(order, _InOrder)
             rows.bring(late.rows)
-            attend(late.keys, order.spans)
+            attend(order.with_prefix(late.keys, io, kv_heads), order.spans)
             continue
         keys = order.keys(io, rows, kv_heads)
         if q_heads is None:
@@ -125,36 +128,6 @@ class _Alone(NamedTuple):
         return self.pages.keys(io.cache)
 
 
-class _InOrder(NamedTuple):
-    """From rank-major order to each request's prefix and extend in one piece, K and V at once.
-
-    Attributes:
-        ordered: memory for the keys of one group of heads: its attention has read them before the next group's take their place.
-        restore_index: the row of each token among the gathered ones.
-        rows: where they go; None where new keys are all that there is.
-    """
-
-    spans: Spans
-    ordered: Message
-    restore_index: Tensor
-    rows: Tensor | None
-    moves: Moves
-
-    @classmethod
-    def of(cls, setup: Setup, kv: KVFormat) -> _InOrder:
-        meta, arena, moves = setup.meta, setup.transport.arena, moves_for(setup.problem.device)
-        spans = causal_spans(meta, paged=False)
-        if setup.problem.cache is None:
-            return cls(spans, message_buffer(arena, "ordered", kv, meta.restore_index.shape[0]), meta.restore_index, None, moves)
-        ordered = message_buffer(arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-        return cls(spans, ordered, meta.restore_index, meta.extend_key_rows, moves)
-
-    def keys(self, io: IO, arrived: RowsOfAll, heads: slice | None) -> Keys:
-        """What has arrived, put in order."""
-        arrived.gather(self.ordered.whole, self.restore_index, self.rows)
-        return self.ordered.keys
-
-
 class _Prefix(NamedTuple):
     """Cached keys that are put in order beside the new ones: the memory for both, and where the cached ones go."""
 
@@ -167,6 +140,54 @@ class _Prefix(NamedTuple):
         cache = io.cache
         assert isinstance(cache, PackedKV)
         self.moves.pack(self.ordered, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], self.rows)
+
+
+class _InOrder(NamedTuple):
+    """From rank-major order to each request's keys in one piece, K and V at once; cached ones that the backend reads where they lie
+    stay there.
+
+    Attributes:
+        ordered: memory for the keys of one group of heads: its attention has read them before the next group's take their place.
+        order: where they go.
+        prefix: of what is cached, where any of it is put.
+        restore_index: the row of each new token among the gathered ones.
+    """
+
+    spans: Spans
+    ordered: Message
+    order: KeyOrder
+    prefix: _Prefix | None
+    restore_index: Tensor
+
+    @classmethod
+    def of(cls, setup: Setup, kv: KVFormat) -> _InOrder:
+        meta, moves, is_packed = setup.meta, moves_for(setup.problem.device), setup.problem.cache == "packed"
+        order = key_order(meta, is_packed, setup.reads_prefix)
+        ordered = message_buffer(setup.transport.arena, "ordered", kv, order.rows)
+        spans = causal_spans(meta, paged=False, k_starts=None if order.prefix_places is None else order.k_starts)
+        prefix = None if order.prefix_rows is None else _Prefix(ordered.whole, order.prefix_rows, moves)
+        return cls(spans, ordered, order, prefix, meta.restore_index)
+
+    def keys(self, io: IO, arrived: RowsOfAll, heads: slice | None) -> Keys:
+        """What has arrived, put in order."""
+        arrived.gather(self.ordered.whole, self.restore_index, self.order.new_rows)
+        return self.with_prefix(self.ordered.keys, io, heads)
+
+    def with_prefix(self, keys: Keys, io: IO, heads: slice | None) -> Keys:
+        """And what is read where it lies."""
+        cache, places = io.cache, self.order.prefix_places
+        if places is None:
+            return keys
+        assert isinstance(cache, PackedKV)
+        k, v = heads_of(cache.k, heads), heads_of(cache.v, heads)
+        assert v is not None  # it is not a part of K, or the backend would not read it there
+        return keys._replace(prefix=PrefixKeys(_aligned(k), _aligned(v), places))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As a kernel takes cached keys: rows and heads at multiples of 16 bytes."""
+    numbers = x.data_ptr() | x.stride(0) * x.element_size() | x.stride(1) * x.element_size()
+    return x if numbers % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 class _IntoPages(NamedTuple):

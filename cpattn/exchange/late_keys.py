@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, int32
 
-from cpattn.device_tables import DeviceTables, IntArray, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, IntArray
+from cpattn.exchange.key_order import KeyOrder, runs
 from cpattn.exchange.message import Message
 from cpattn.exchange.strategy import Setup
 from cpattn.keys import Arrivals, Keys
@@ -29,9 +30,9 @@ class LateKeys(NamedTuple):
     keys: Keys
 
     @classmethod
-    def of(cls, setup: Setup, ordered: Message) -> LateKeys:
-        """Of the memory of all keys in order."""
-        tables = late_tables(setup.meta, ordered.whole.shape[0])
+    def of(cls, setup: Setup, ordered: Message, order: KeyOrder) -> LateKeys:
+        """Of the memory of keys in order."""
+        tables = late_tables(setup.meta, order)
         flags = setup.transport.arena.buffer("arrivals", (_FIRST_FLAG + tables.late.shape[0],), int32, setup.problem.device)
         # What was there before could look like a turn to come.
         flags.zero_()
@@ -50,21 +51,24 @@ class LateTables(NamedTuple):
     late: Tensor
 
 
-def late_tables(meta: CPMetadata, num_rows: int) -> LateTables:
-    """For ``num_rows`` rows, all keys of the batch in order. What no query of this rank sees does not come at all."""
+def late_tables(meta: CPMetadata, order: KeyOrder) -> LateTables:
+    """For keys in that order. What no query of this rank sees does not come at all."""
+    pieces, in_place = max(1, -(-order.rows // PIECE_ROWS)), order.prefix_places is not None
 
     def build() -> LateTables:
-        tables = DeviceTables(_on_host(meta, max(1, -(-num_rows // PIECE_ROWS))), meta.device)
+        # A bucket's next batch has an order of its own; it has no packed cache.
+        k_starts = order.k_starts if in_place else meta.k_starts
+        tables = DeviceTables(_on_host(meta, k_starts + meta.plan.prefix_lens, pieces), meta.device)
         return LateTables(*(tables[name] for name in LateTables._fields))
 
-    tables: LateTables = meta.derive(("late keys", num_rows), build)
+    tables: LateTables = meta.derive(("late keys", pieces, in_place), build)
     return tables
 
 
-def _on_host(meta: CPMetadata, pieces: int) -> dict[str, IntArray]:
+def _on_host(meta: CPMetadata, first_key: IntArray, pieces: int) -> dict[str, IntArray]:
+    """Given the row of each request's first new token."""
     plan, own, table = meta.plan, meta.chunk_host, meta.plan.chunk_table
-    first_key = meta.k_starts + plan.prefix_lens
-    own_rows = _runs(first_key[own.request] + own.start, own.q_len, meta.rows)
+    own_rows = runs(first_key[own.request] + own.start, own.q_len, meta.rows)
     # How many of each request's new tokens this rank's queries see.
     seen = np.zeros(len(plan.batch), dtype=np.int64)
     np.maximum.at(seen, own.request, own.start + own.q_len)
@@ -73,13 +77,13 @@ def _on_host(meta: CPMetadata, pieces: int) -> dict[str, IntArray]:
     begin = first_key[request] + start
     source = np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
     sent = (table.rank * meta.rows + plan.chunk_rows)[is_late]
-    source[_runs(begin, length)] = _runs(sent, length)
+    source[runs(begin, length)] = runs(sent, length)
     # The attention takes requests of about the longest tiles first, one after the other, and each tile from its last key on.
     blocks = (plan.prefix_lens + seen) // _BLOCK_KEYS
     length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     first = begin // PIECE_ROWS
     many = (begin + length - 1) // PIECE_ROWS - first + 1
-    piece, of = _runs(first, many), request.repeat(many)
+    piece, of = runs(first, many), request.repeat(many)
     piece = piece[np.lexsort((-piece, of, -length_class[of]))]
     _, where = np.unique(piece, return_index=True)
     order = np.full(pieces, -1, dtype=np.int64)
@@ -87,10 +91,3 @@ def _on_host(meta: CPMetadata, pieces: int) -> dict[str, IntArray]:
     late = np.zeros(pieces, dtype=np.int64)
     late[piece] = 1
     return {"own_rows": own_rows, "source": source, "order": order, "late": late}
-
-
-def _runs(first: IntArray, lengths: IntArray, capacity: int = 0) -> IntArray:
-    """One run after another, and then -1."""
-    total = int(lengths.sum())
-    runs: IntArray = expand_runs_on_host(first, lengths, total).numpy()
-    return runs if total >= capacity else np.pad(runs, (0, capacity - total), constant_values=-1)

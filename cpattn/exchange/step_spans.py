@@ -33,16 +33,20 @@ class KeyRanges(NamedTuple):
     alignment: Alignment
 
 
-def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
-    """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key."""
+def causal_spans(meta: CPMetadata, paged: bool, k_starts: IntArray | None = None) -> Spans:
+    """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key.
+
+    Args:
+        k_starts: of each request, where keys are in another order than one after another, which no bucket's are.
+    """
 
     def build() -> Spans:
         chunks = meta.chunk_host
-        k_start = meta.k_starts[chunks.request]
+        k_start = (meta.k_starts if k_starts is None else k_starts)[chunks.request]
         ranges = KeyRanges(k_start, chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
         return _build(meta, [_own_table(meta, ranges)], paged)[0]
 
-    return meta.derive(("causal spans", paged), build)
+    return meta.derive(("causal spans", paged, k_starts is None), build)
 
 
 def all_causal_spans(meta: CPMetadata) -> Spans:

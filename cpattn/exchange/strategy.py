@@ -32,6 +32,7 @@ class Setup(NamedTuple):
         transport: over which the call goes; its ``arena`` has the memory.
         reads_pages: whether the backend attends to pages of the cache as they are.
         waits_for_keys: whether its launches wait for keys that come while they run (:class:`cpattn.keys.Arrivals`).
+        reads_prefix: whether they read packed prefixes where those lie (:class:`cpattn.keys.PrefixKeys`).
     """
 
     problem: Problem
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     transport: Transport
     reads_pages: bool
     waits_for_keys: bool = False
+    reads_prefix: bool = False
 
     @property
     def kv(self) -> KVFormat:

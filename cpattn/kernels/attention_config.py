@@ -79,9 +79,11 @@ class HopperConfig(AttentionConfig):
         Q_TMA: q is a tensor descriptor.
         PAGE_KEYS: keys of a block that lie in one page for certain.
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
+        PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`).
     """
 
     STAGES: int
     Q_TMA: bool
     PAGE_KEYS: int
     WAITS: bool
+    PREFIX: bool

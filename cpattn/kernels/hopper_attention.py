@@ -31,8 +31,10 @@ def launch(
     k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
     :data:`cpattn.kernels.tile_shapes.PAGE_UNIT`.
     """
-    k, v, arrivals = keys.k, keys.v, keys.arrivals
+    k, v, arrivals, prefix = keys.k, keys.v, keys.arrivals, keys.prefix
     waits = arrivals is not None
+    # What is not there is not looked at.
+    none = work.limits
     block_n, d_padded, dv_padded = config["BLOCK_N"], config["D_PADDED"], config["DV_PADDED"]
     # As many keys of a block as lie in one page for certain.
     page_size = config["PAGE_SIZE"]
@@ -47,8 +49,12 @@ def launch(
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=_blocks(k, block_n, d_padded, page_keys), v=_blocks(v, block_n, dv_padded, page_keys),
         limits=work.limits, counter=work.limits,
-        arrived=work.limits if arrivals is None else arrivals.flags, late=work.limits if arrivals is None else arrivals.late,
-        C=HopperConfig(**config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits), **arguments,
+        arrived=none if arrivals is None else arrivals.flags, late=none if arrivals is None else arrivals.late,
+        k_prefix=none if prefix is None else _blocks(prefix.k, block_n, d_padded, page_keys),
+        v_prefix=none if prefix is None else _blocks(prefix.v, block_n, dv_padded, page_keys),
+        prefix_places=none if prefix is None else prefix.places,
+        C=HopperConfig(**config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None),
+        **arguments,
     )  # fmt: skip
     return lambda *given: launch(*given, counter_for_launch(device))
 

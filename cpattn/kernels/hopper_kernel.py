@@ -56,7 +56,7 @@ def _make_channels(k_dtype: gl.constexpr, v_dtype: gl.constexpr, C: gl.constexpr
 
 @gluon.jit(do_not_specialize=["window"])
 def hopper_attention_kernel(
-    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late,
+    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late, k_prefix, v_prefix, prefix_places,
     page_table, page_table_stride_request, page_table_stride_page,
     q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window, C: gl.constexpr,
@@ -64,7 +64,9 @@ def hopper_attention_kernel(
     """One of the programs that share all items, ``tile * heads + head`` each. ``counter``, numbers drawn and
     programs that have ended, is 0 before and after a launch. C is a :class:`cpattn.kernels.attention_config.HopperConfig`."""
     channels = _make_channels(k.dtype, v.dtype, C)
-    sources = Sources(q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late)
+    sources = Sources(
+        q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late, k_prefix, v_prefix, prefix_places
+    )
     queries = QueryRows(q_pointer, q_stride_row, q_stride_head)
     output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
     scoring = Scoring(tanh_scale, exponent_scale)

@@ -14,7 +14,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from cpattn.kernels.arrivals import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.hopper_channels import put_item, wait_empty
-from cpattn.kernels.tile_keys import PageLine, find_in_run, keys_seen, last_block, load_page_line, load_run, load_tile, page_entry
+from cpattn.kernels.tile_keys import (
+    PageLine,
+    find_in_run,
+    keys_seen,
+    last_block,
+    load_page_line,
+    load_request,
+    load_run,
+    load_tile,
+    page_entry,
+)
 from cpattn.kernels.tiles import WARPGROUP_ROWS
 
 _ROWS = gl.constexpr(WARPGROUP_ROWS)
@@ -30,7 +40,8 @@ _CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpre
 
 class Sources(NamedTuple):
     """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA. With C.WAITS what
-    has arrived of the keys, as :mod:`cpattn.kernels.arrivals` says."""
+    has arrived of the keys, as :mod:`cpattn.kernels.arrivals` says; with C.PREFIX other keys and values, and for each request how many
+    of its first keys lie there, and from where on."""
 
     q: Any
     k: Any
@@ -40,6 +51,9 @@ class Sources(NamedTuple):
     stride_page: Any
     arrived: Any
     late: Any
+    k_prefix: Any
+    v_prefix: Any
+    prefix_places: Any
 
 
 class Queue(NamedTuple):
@@ -52,7 +66,8 @@ class Queue(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What is brought for an item: where its queries begin and how many there are, its heads, and its keys."""
+    """What is brought for an item: where its queries begin and how many there are, its heads, and its keys, those before
+    ``prefix_end`` from the prefixes."""
 
     q_begin: Any
     q_count: Any
@@ -61,6 +76,8 @@ class Item(NamedTuple):
     k_start: Any
     keys: Any
     line: Any
+    prefix_end: Any
+    prefix_start: Any
 
 
 class Brought(NamedTuple):
@@ -121,12 +138,17 @@ def _load_pages(source, item, block, stage, smem, full, PADDED: gl.constexpr, C:
 
 
 @gluon.jit
-def _load_block(source, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
+def _load_block(source, prefix, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
     """Brings a block of K or of V into a stage; once it is there, ``full`` says so."""
     BYTES: gl.constexpr = C.BLOCK_N * PADDED * smem.dtype.primitive_bitwidth // 8
     mbarrier.expect(full, BYTES)
     if C.PAGE_SIZE:
         _load_pages(source, item, block, stage, smem, full, PADDED, C)
+    elif C.PREFIX:
+        if block < item.prefix_end:
+            _tma_load(prefix, [item.kv_head, item.prefix_start + block, 0], full, smem.index(stage))
+        else:
+            _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
     else:
         _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
 
@@ -206,7 +228,7 @@ def _await_block(brought, block, item, sources, C: gl.constexpr):
     """Waits until a key block of the item is there, if not all are."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
     all_here = brought.all_here
-    if all_here == 0:
+    if (all_here == 0) & (block >= item.prefix_end):
         first = item.k_start + gl.maximum(block, item.keys.first)
         all_here = _await_rows(first, item.k_start + gl.minimum(block + BLOCK_N, item.keys.end), sources)
     return Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, all_here)
@@ -225,7 +247,7 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
         brought = _await_block(brought, block, item, sources, C)
     wait_empty(channels.k, i, STAGES)
     # K may hold anything outside of the range: its scores are masked.
-    _load_block(sources.k, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
+    _load_block(sources.k, sources.k_prefix, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
     if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
         # After the first keys, which need not wait until the warpgroups are done with the last queries.
         if block == last:
@@ -238,9 +260,9 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
     wait_empty(channels.v, i, STAGES)
     is_edge = block < item.keys.first or block + BLOCK_N > item.keys.end
     if is_edge:
-        _load_block(sources.v, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
+        _load_block(sources.v, sources.v_prefix, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
     else:
-        _load_block(sources.v, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
+        _load_block(sources.v, sources.v_prefix, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
     return Brought(i + 1, brought.queries0, brought.queries1, edges, brought.all_here)
 
 
@@ -282,7 +304,14 @@ def _item_of(number, tile, k_start, sources, tiles, window, C: gl.constexpr):
     if C.PAGE_SIZE:
         pointer = load_page_line(sources.page_table, sources.stride_request, tiles, number // C.HEADS)
         line = PageLine(pointer, sources.stride_page)
-    return Item(tile.q_begin, tile.q_count, first_head, first_head // C.GROUP, k_start, keys_seen(tile, window, C), line)
+    prefix_end = 0
+    prefix_start = 0
+    if C.PREFIX:
+        places = sources.prefix_places + 2 * load_request(tiles, number // C.HEADS)
+        prefix_end = gl.load(places)
+        prefix_start = gl.load(places + 1)
+    keys = keys_seen(tile, window, C)
+    return Item(tile.q_begin, tile.q_count, first_head, first_head // C.GROUP, k_start, keys, line, prefix_end, prefix_start)
 
 
 @gluon.jit

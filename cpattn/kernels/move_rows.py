@@ -39,6 +39,7 @@ def pack_kernel(
         is_row_R = is_row_R & is_token_R
         to_row_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
         is_row_R = is_row_R & (to_row_R >= 0)
+        is_token_R = is_row_R
     to_R = message + (to_row_R * message_stride_row + head_R * message_stride_head)
     pack_columns(to_R, k + (row_R * k_stride_row + head_R * k_stride_head), is_row_R, is_token_R, D, D_PADDED)
     if HAS_V:

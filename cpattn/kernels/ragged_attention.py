@@ -52,8 +52,7 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
-    k, v, page_table = keys.k, keys.v, keys.page_table
-    arrivals = keys.arrivals
+    k, v, page_table, _, _, arrivals, prefix = keys
     if into is None:
         num_queries, num_heads, _ = q.shape
         out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
@@ -68,11 +67,17 @@ def ragged_attention(
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
         (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
-        None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None, shapes, packs,
+        None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
+        None if prefix is None else (prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride()), shapes, packs,
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
-    where = arrivals or (() if page_table is None else (page_table,))
-    tensors = (q, k, v, out, lse, lse if sinks is None else sinks, *where)
+    tensors: tuple[Tensor, ...] = (q, k, v, out, lse, lse if sinks is None else sinks)
+    if page_table is not None:
+        tensors += (page_table,)
+    if arrivals is not None:
+        tensors += arrivals
+    if prefix is not None:
+        tensors += prefix
     if is_on_current_device(q):
         launch(*tensors)
     else:
@@ -84,8 +89,14 @@ def ragged_attention(
 
 # Which of the tensors above the kernels' parameters are.
 _TENSORS = {"q": 0, "q_pointer": 0, "k": 1, "v": 2, "out": 3, "lse": 4, "sinks": 5}
-_PAGED_TENSORS = _TENSORS | {"page_table": 6}
-_ARRIVING_TENSORS = _TENSORS | {"arrived": 6, "late": 7}
+
+
+def _tensors_of(keys: Keys) -> dict[str, int]:
+    """With those that only some keys have."""
+    more = [] if keys.page_table is None else ["page_table"]
+    more += [] if keys.arrivals is None else ["arrived", "late"]
+    more += [] if keys.prefix is None else ["k_prefix", "v_prefix", "prefix_places"]
+    return _TENSORS | {name: len(_TENSORS) - 1 + i for i, name in enumerate(more)}
 
 
 def _prepare(
@@ -101,6 +112,9 @@ def _prepare(
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
     if shapes is None:
         shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
+    if keys.prefix is not None:
+        # The only kernel that has two sources.
+        shapes = tuple(shape for shape in shapes if shape.specialized)
     if packs is None:
         packs = packs_for(num_heads // k.shape[-2], shapes[0].block_m)
     work = launch_for(spans, shapes, packs, num_heads, options.window, processors)
@@ -113,9 +127,11 @@ def _prepare(
     warn_of_tile_file()
     if q.is_cuda:
         warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, keys.page_size))
-    tensors = _ARRIVING_TENSORS if keys.arrivals else _TENSORS if keys.page_table is None else _PAGED_TENSORS
+    tensors = _tensors_of(keys)
     arguments = _arguments(q, keys, options, out, lse, work)
     config = _config(q, keys, options, into, work)
+    if keys.prefix is not None and specialized is None:
+        raise AssertionError("keys with a prefix elsewhere, for which no kernel is there")
     if specialized is not None:
         launch: LaunchFunction = specialized.launch(work, q, keys, tensors=tensors, arguments=arguments, config=config)
         return launch

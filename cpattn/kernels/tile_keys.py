@@ -92,9 +92,15 @@ def load_tile(tiles, tile):
 
 
 @triton.jit
+def load_request(tiles, tile):
+    """The tile's request."""
+    return tl.load(tiles + tile * _FIELDS + 5)
+
+
+@triton.jit
 def load_page_line(page_table, stride_request, tiles, tile):
     """Where the line of the page table begins that the tile's request has."""
-    return page_table + tl.load(tiles + tile * _FIELDS + 5).to(tl.int64) * stride_request
+    return page_table + load_request(tiles, tile).to(tl.int64) * stride_request
 
 
 @triton.jit

@@ -1,0 +1,55 @@
+"""Cached keys that are read where they lie, against the same keys in one piece: bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
+from cpattn.kernels.tile_shapes import tile_shapes
+from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_no_block_has_keys_of_both(dims: tuple[int, int]) -> None:
+    for shape in tile_shapes(*dims, torch.bfloat16, (9, 0), specialized=True):
+        assert not shape.specialized or PREFIX_UNIT % shape.block_n == 0
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or specialized_kernel(torch.device("cuda")) is None,
+    reason="needs a Hopper GPU, and a Triton that has what its kernel needs",
+)
+@pytest.mark.parametrize("window", [None, 333])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_bits_are_those_of_keys_in_one_piece(head_dim: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    prefixes, extends = np.array([1000, 0, 128, 255, 2048]), np.array([300, 70, 1, 512, 33])
+    lengths = prefixes + extends
+    begins = np.cumsum(lengths) - lengths
+    whole = torch.randn(2, int(lengths.sum()), 4, head_dim, device="cuda", dtype=torch.bfloat16)
+    stay = prefixes // PREFIX_UNIT * PREFIX_UNIT
+    # Strided, as an engine may have them, and apart from each other.
+    cache = torch.full((2, int(stay.sum()) + 64, 6, head_dim), torch.nan, device="cuda", dtype=torch.bfloat16)[:, :, 1:5]
+    cached = np.cumsum(stay[::-1])[::-1] - stay
+    near = torch.cat([whole[:, first + kept : first + length] for first, kept, length in zip(begins, stay, lengths, strict=True)], 1)
+    for first, kept, to in zip(begins, stay, cached, strict=True):
+        cache[:, to : to + kept] = whole[:, first : first + kept]
+    near_begins = np.cumsum(lengths - stay) - (lengths - stay)
+    q = torch.randn(int(extends.sum()), 16, head_dim, device="cuda", dtype=torch.bfloat16)
+    options, request = AttentionOptions(scale=0.1, window=window), np.arange(5)
+    in_one, apart = (
+        Spans.build(extends, k_start, lengths, prefixes + 1, "cuda", request=request) for k_start in (begins, near_begins - stay)
+    )
+    places = torch.from_numpy(np.stack([stay, cached], 1).reshape(-1)).int().cuda()
+    plain = tuple(shape for shape in tile_shapes(head_dim, head_dim, q.dtype, (9, 0), specialized=True) if shape.specialized)
+    expected = ragged_attention(q, Keys(whole[0], whole[1]), in_one, options, shapes=plain)
+    got = ragged_attention(q, Keys(near[0], near[1], prefix=PrefixKeys(cache[0], cache[1], places)), apart, options)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        assert not mine.isnan().any()
