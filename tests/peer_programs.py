@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -190,3 +192,40 @@ def stay_away(limit: float) -> tuple[bool, str, str, float]:
     except cpattn.GroupError as error:
         late = str(error)
     return is_nan, said, late, seconds
+
+
+def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[bool]:
+    """Calls over several batches in turn, some as graphs, in memory that they share and that is NaN before each: whether each result
+    is that of collectives."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = PeerMemoryTransport(dist.new_group())
+    torch.manual_seed(rank)
+    same: list[bool] = []
+    calls: list[tuple[Callable[[], Any], Any]] = []
+    replays: list[tuple[torch.cuda.CUDAGraph, list[Any]] | None] = []
+    for batch in batches:
+        meta, theirs = (cpattn.build_metadata(batch, size, rank, device="cuda") for _ in range(2))
+        q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        other = cpattn.cp_attention(q, k, v, theirs, group=cpattn.transport(kind="collectives"), strategy="all_gather", backend="triton")
+        calls.append((partial(cpattn.cp_attention, q, k, v, meta, group=group, strategy="all_gather", backend="triton"), other))
+        replays.append(None)
+    for turn in turns:
+        call, expected = calls[abs(turn)]
+        for (name, _), block in group.arena._blocks.items():
+            if name == "ordered":
+                block.fill_(255)
+        if turn < 0:
+            captured = replays[abs(turn)]
+            if captured is None:
+                call()
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    captured = graph, [call() for _ in range(3)]
+                replays[abs(turn)] = captured
+            graph, outs = captured
+            graph.replay()
+            same.append(all(torch.equal(out, expected) for out in outs))
+        else:
+            same.append(torch.equal(call(), expected))
+    return same

@@ -3,6 +3,9 @@
 With pages their order is that of the pages: what arrives is written to its slots, and attended to there.
 With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
 at once, and over collectives the attention of the first group runs while the next is in flight.
+
+Over the memory of peers, and with a backend whose launches wait for keys, the others' come while the attention runs, and only those
+that this rank's queries see. Packed prefixes are read where they lie if the backend can.
 """
 
 from __future__ import annotations
@@ -78,7 +81,10 @@ def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
     works = []
     for rows, kv_heads, _ in groups:
         k, v = (io.k, io.v) if kv_heads is None else (heads_of(io.k, kv_heads), heads_of(io.v, kv_heads))
-        rows.put(k, v, num_tokens, None if late is None else late.rows)
+        if late is None:
+            rows.put(k, v, num_tokens)
+        else:
+            rows.put(k, v, num_tokens, late.rows)
         works.append(io.start())
     for (rows, kv_heads, q_heads), work in zip(groups, works, strict=True):
         if prefix is not None:

@@ -11,16 +11,14 @@ from cpattn.device_tables import DeviceTables, IntArray
 from cpattn.exchange.key_order import KeyOrder, runs
 from cpattn.exchange.message import Message
 from cpattn.exchange.strategy import Setup
+from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
+from cpattn.kernels.tiles import LENGTH_CLASSES
 from cpattn.keys import Arrivals, Keys
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.late_rows import LateRows
 
-# Rows that are announced together, and the words of flags before theirs, as cpattn.kernels.arrivals has them, which needs Triton.
-PIECE_ROWS = 16
-_FIRST_FLAG = 2
-# About as the attention cuts them; see cpattn.kernels.tiles.
+# Of most shapes of tiles.
 _BLOCK_KEYS = 128
-_LENGTH_CLASSES = 16
 
 
 class LateKeys(NamedTuple):
@@ -33,9 +31,9 @@ class LateKeys(NamedTuple):
     def of(cls, setup: Setup, ordered: Message, order: KeyOrder) -> LateKeys:
         """Of the memory of keys in order."""
         tables = late_tables(setup.meta, order)
-        flags = setup.transport.arena.buffer("arrivals", (_FIRST_FLAG + tables.late.shape[0],), int32, setup.problem.device)
-        # What was there before could look like a turn to come.
-        flags.zero_()
+        flags = setup.transport.arena.buffer("arrivals", (FIRST_FLAG + tables.late.shape[0],), int32, setup.problem.device)
+        # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
+        flags[1:].copy_(flags[:1].expand(len(flags) - 1))
         return cls(
             LateRows(ordered.whole, tables.own_rows, tables.source, tables.order, flags),
             ordered.keys._replace(arrivals=Arrivals(flags, tables.late)),
@@ -80,14 +78,15 @@ def _on_host(meta: CPMetadata, first_key: IntArray, pieces: int) -> dict[str, In
     source[runs(begin, length)] = runs(sent, length)
     # The attention takes requests of about the longest tiles first, one after the other, and each tile from its last key on.
     blocks = (plan.prefix_lens + seen) // _BLOCK_KEYS
-    length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
+    length_class = blocks * LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     first = begin // PIECE_ROWS
     many = (begin + length - 1) // PIECE_ROWS - first + 1
     piece, of = runs(first, many), request.repeat(many)
     piece = piece[np.lexsort((-piece, of, -length_class[of]))]
     _, where = np.unique(piece, return_index=True)
-    order = np.full(pieces, -1, dtype=np.int64)
-    order[: len(where)] = piece[np.sort(where)]
+    order = np.full(1 + pieces, -1, dtype=np.int64)
+    order[0] = len(where)
+    order[1 : 1 + len(where)] = piece[np.sort(where)]
     late = np.zeros(pieces, dtype=np.int64)
     late[piece] = 1
     return {"own_rows": own_rows, "source": source, "order": order, "late": late}

@@ -3,7 +3,8 @@ beside it waits for each piece when it comes to it.
 
 The rows are in memory of this GPU, in pieces of PIECE_ROWS. ``flags`` says what is there: its first word is the number of the
 turn, its second one that number once all pieces are there, and then there is a word for each piece, with that number once it is.
-So nothing has to be cleared from turn to turn. ``late`` says which pieces are waited for: those with a row that is brought.
+So nothing has to be cleared from turn to turn; whoever is new to the memory sets all words to the number of the present turn, which
+no later turn has. ``late`` says which pieces are waited for: those with a row that is brought.
 
 The attention is launched as a dependent of the kernel that brings the rows (programmatic dependent launch), and so begins when
 all programs of that have begun. They wait for nothing, and end whatever else there is to compute: nobody waits in vain.
@@ -15,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PIECE_ROWS = 16
-# Words of flags before those of the pieces.
-FIRST_FLAG = 2
+from cpattn.kernels import arrival_layout
+
+_FIRST_FLAG = tl.constexpr(arrival_layout.FIRST_FLAG)
 
 
 @triton.jit
@@ -34,3 +35,15 @@ def announce(flag, turn):
     # All threads have written, and stand behind that fence, before one of them says so.
     tl.debug_barrier()
     tl.atomic_xchg(flag, turn, sem="release", scope="gpu")
+
+
+@triton.jit
+def piece_flag(flags, piece):
+    """That of a piece."""
+    return flags + _FIRST_FLAG + piece
+
+
+@triton.jit
+def all_flag(flags):
+    """That of all pieces."""
+    return flags + 1

@@ -12,7 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from cpattn.kernels.arrivals import FIRST_FLAG, PIECE_ROWS
+from cpattn.kernels.arrival_layout import PIECE_ROWS
+from cpattn.kernels.arrivals import all_flag, piece_flag
 from cpattn.kernels.hopper_channels import put_item, wait_empty
 from cpattn.kernels.tile_keys import (
     PageLine,
@@ -29,7 +30,9 @@ from cpattn.kernels.tiles import WARPGROUP_ROWS
 
 _ROWS = gl.constexpr(WARPGROUP_ROWS)
 _PIECE_ROWS = gl.constexpr(PIECE_ROWS)
-_FIRST_FLAG = gl.constexpr(FIRST_FLAG)
+# Places of a warp.
+_TURN = gl.constexpr(30)
+_ALL = gl.constexpr(31)
 # Keys and dims of a part of a key block, by which pages are loaded and keys outside of the range cleared.
 _PART_KEYS = gl.constexpr(16)
 PART_DIMS = gl.constexpr(64)
@@ -207,17 +210,18 @@ def _await_rows(begin, end, sources):
     """Waits until the keys of these rows are there; whether it has found that all are."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     place = gl.arange(0, 32, layout)
-    turn = gl.load(sources.arrived)
     piece = begin // _PIECE_ROWS + place
     is_late = gl.load(sources.late + piece, mask=piece * _PIECE_ROWS < end, other=0) != 0
-    # The last place looks whether all are there: a block has fewer pieces.
-    flags = sources.arrived + gl.where(place == 31, 1, gl.where(is_late, piece + _FIRST_FLAG, 1))
+    # A block has fewer pieces than there are places: one of the others looks what turn it is, one whether all pieces are there.
+    flags = gl.where(is_late, piece_flag(sources.arrived, piece), all_flag(sources.arrived))
+    flags = gl.where(place == _TURN, sources.arrived, flags)
     all_here = 0
     missing = 1
     while missing > 0:
-        is_here = _flags(flags) == turn
-        all_here = gl.max(gl.where((place == 31) & is_here, 1, 0), 0)
-        missing = gl.max(gl.where(is_late & (place < 31), gl.where(is_here, 0, 1), 0), 0) * (1 - all_here)
+        words = _flags(flags)
+        turn = gl.sum(gl.where(place == _TURN, words, 0), 0)
+        all_here = gl.max(gl.where((place == _ALL) & (words == turn), 1, 0), 0)
+        missing = gl.max(gl.where(is_late & (words != turn), 1, 0), 0) * (1 - all_here)
     # Copies by TMA are ordered apart from other reads.
     gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, $1;", "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1)
     return all_here

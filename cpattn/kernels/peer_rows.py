@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cpattn.kernels.arrivals import announce, let_next_begin
+from cpattn.kernels.arrivals import all_flag, announce, let_next_begin, piece_flag
 from cpattn.kernels.move_pages import slots_of
 from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, may_post, may_pull
 
@@ -121,7 +121,7 @@ def pull_rows_kernel(
 def _piece(order, step, num_pieces):
     """The piece that this program brings in its ``step``-th turn; -1 for none."""
     i = tl.program_id(0) + step * tl.num_programs(0)
-    return tl.where(i < num_pieces, tl.load(order + tl.minimum(i, num_pieces - 1)), -1)
+    return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
 
 
 @triton.jit
@@ -141,35 +141,39 @@ def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constex
     return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_pieces", "rows_of_rank", "out_stride"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "out_stride"])
 def pull_pieces_kernel(
-    table, out, source, order, flags, rank, board, offset, num_pieces, rows_of_rank, out_stride,
+    table, out, source, order, flags, rank, board, offset, num_rows, rows_of_rank, out_stride,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
-    """Pieces of PIECE rows, in the order of ``order``, none for -1: row i of ``out`` is row ``source[i]`` of all ranks' rows, rank after
-    rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it begins when all programs
-    of this one have begun, and so are certain to end.
+    """Pieces of PIECE rows, as many as ``order`` begins with, in the order that follows: row i of ``out`` is row ``source[i]`` of all
+    ranks' rows, rank after rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it
+    begins when all programs of this one have begun, and so are certain to end.
 
     While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
     programs could not fill the links otherwise.
     """
     PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
     heap, is_there = may_pull(table, rank, board)
-    if not is_there:
-        # What this rank has itself as well, before anybody reads it. All bits set are NaN in every floating dtype.
-        for row in range(tl.program_id(0), num_pieces * PIECE, tl.num_programs(0)):
+    if is_there:
+        let_next_begin()
+    else:
+        # What this rank has itself as well, before anybody reads it: the next kernel begins after this one. All bits set are NaN in
+        # every floating dtype.
+        for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
             for part in tl.static_range(PARTS):
                 word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
                 to_W = out + (tl.cast(row, tl.int64) * out_stride) * UNIT + word_W
                 tl.store(to_W, tl.full([BLOCK_W], -1, out.dtype.element_ty), mask=word_W < WIDTH)
-    let_next_begin()
     turn = tl.load(flags)
+    num_pieces = tl.load(order)
+    order += 1
     piece = _piece(order, 0, num_pieces)
     next_piece = _piece(order, 1, num_pieces)
     from_R = _sources_of(source, piece, PIECE)
     next_from_R = _sources_of(source, next_piece, PIECE)
     values_RW = _load_part(table, out, from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
-    for step in range(tl.cdiv(num_pieces, tl.num_programs(0))):
+    for step in range(tl.cdiv(num_pieces - tl.program_id(0), tl.num_programs(0))):
         last_piece = _piece(order, step + 2, num_pieces)
         row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
         to_R = out + (row_R * out_stride) * UNIT
@@ -184,13 +188,13 @@ def pull_pieces_kernel(
             values_RW = next_RW
         last_from_R = _sources_of(source, last_piece, PIECE)
         if piece >= 0:
-            announce(flags + 2 + piece, turn)
+            announce(piece_flag(flags, piece), turn)
         piece = next_piece
         next_piece = last_piece
         from_R = next_from_R
         next_from_R = last_from_R
     if end_pull(table, heap, rank, board, WORLD):
-        announce(flags + 1, turn)
+        announce(all_flag(flags), turn)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])

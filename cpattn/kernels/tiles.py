@@ -28,7 +28,7 @@ TILE_FIELDS = 8
 WARPGROUP_ROWS = 64
 
 # Tiles are sorted by length in this many steps, and by span within a step.
-_LENGTH_CLASSES = 16
+LENGTH_CLASSES = 16
 
 # What a key block costs a tile beside its rows, in rows: loading K and V, and the loop itself. In the specialized kernel
 # a second warpgroup mostly fills the gaps of the first, so that half a tile costs 0.7 of a whole one.
@@ -128,7 +128,7 @@ def cut(host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None)
     """Returns the tiles and how many key blocks each visits."""
     span, first, q_count, blocks = TilesOfSpans.of(host, tokens_per_tile, block_n, window)
     # Tiles of one span and length class stay side by side and share its keys in the cache.
-    length_class = blocks * _LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
+    length_class = blocks * LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     order = np.lexsort((-blocks, span, -length_class))
     is_first = np.ones(len(order), dtype=bool)
     is_first[1:] = (np.diff(span[order]) != 0) | (np.diff(length_class[order]) != 0)

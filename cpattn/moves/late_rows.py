@@ -15,7 +15,7 @@ class LateRows(NamedTuple):
         ordered: the memory, ``[n, Hkv, width]``, contiguous.
         own_rows: ``[rows]``: where each of this rank's rows goes; -1 for none.
         source: ``[pieces * PIECE_ROWS]``: which of all ranks' rows comes to each; -1 for those that are not brought.
-        order: ``[pieces]``: the pieces that have such a row, the first to be needed first, and then -1.
+        order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
         flags: which are there; see :class:`cpattn.keys.Arrivals`.
     """
 

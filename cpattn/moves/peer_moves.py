@@ -9,7 +9,7 @@ import triton
 from torch import Tensor, int8, int16, int32, int64, uint8
 
 from cpattn.kernels.arguments import Words
-from cpattn.kernels.arrivals import PIECE_ROWS
+from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.peer_rows import (
     await_messages_kernel,
@@ -158,12 +158,12 @@ def pull_pieces(board: Board, rows: int, late: LateRows) -> None:
 
 
 def _prepare_pull_pieces(board: Board, rows: int, late: LateRows) -> LaunchFunction:
-    out, pieces = late.ordered, late.order.shape[0]
+    out, pieces = late.ordered, late.order.shape[0] - 1
     word, width, stride, unit = _row_words(out)
     return _pull_pieces.prepare(
         (min(_PROGRAMS_BESIDE, max(1, pieces)), 1), _MOST_WARPS, {"table": 0, "out": 1, "source": 2, "order": 3, "flags": 4},
         table=board.table, out=Words(out, word), source=late.source, order=late.order, flags=late.flags, offset=board.offset,
-        num_pieces=pieces, rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS,
+        num_rows=out.shape[0], rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS,
         BLOCK_W=min(512, triton.next_power_of_2(width)), **board.place,
     )  # fmt: skip
 

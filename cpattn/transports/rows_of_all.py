@@ -38,4 +38,5 @@ class RowsOfAll(Protocol):
         """Writes all ranks' rows, rank after rank, to pages, as :meth:`cpattn.moves.moves.Moves.write_pages`."""
 
     def bring(self, late: LateRows) -> None:
-        """Brings the others' rows. A kernel that is launched next, as a dependent, may begin at once, and waits for each piece."""
+        """Brings the others' rows. A kernel that is launched next, as a dependent, may begin at once, and waits for each piece; any other
+        begins when all are there."""

@@ -78,6 +78,13 @@ def test_what_finds_no_memory_goes_over_collectives(ranks: ProcessRanks) -> None
         assert f"rank {ranks.size - 1} could not make" in says
 
 
+def test_batches_of_several_sizes_take_turns(ranks: ProcessRanks) -> None:
+    """What says which keys have come is memory that they share: none may take another's turn for its own."""
+    batches = [[(0, 40)], [(0, 3000), (0, 500)], [(0, 700)]]
+    for same in ranks.run(programs.take_turns, batches, [1, 1, 2, 1, -1, 2, 2, 2, -1, 0, 0, -1, 1, -2, 0, -2, -1, 2]):
+        assert all(same), same
+
+
 def test_it_is_what_auto_takes(ranks: ProcessRanks) -> None:
     for says in ranks.run(programs.attend_by_default):
         assert says == f"auto: its {ranks.size} ranks read the memory of each other's GPUs"

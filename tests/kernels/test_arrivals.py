@@ -10,8 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cpattn.exchange.late_keys import PIECE_ROWS
-from cpattn.kernels import arrivals
+from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
 from cpattn.keys import Arrivals, Keys
 from cpattn.options import AttentionOptions
@@ -29,10 +28,6 @@ def causal(tokens: int) -> Spans:
     return Spans.build(np.array([tokens]), np.array([0]), np.array([tokens]), np.array([1]), "cuda")
 
 
-def test_both_sides_have_the_same_pieces() -> None:
-    assert PIECE_ROWS == arrivals.PIECE_ROWS
-
-
 @needs_waiting
 @pytest.mark.parametrize("window", [None, 700])
 def test_it_waits_for_each_piece_until_it_is_there(window: int | None) -> None:
@@ -48,7 +43,7 @@ def test_it_waits_for_each_piece_until_it_is_there(window: int | None) -> None:
     for piece in range(0, pieces, 3):
         rows = slice(piece * PIECE_ROWS, (piece + 1) * PIECE_ROWS)
         come[:, rows] = whole[:, rows]
-    flags = torch.full((2 + pieces,), TURN - 1, device="cuda", dtype=torch.int32)
+    flags = torch.full((FIRST_FLAG + pieces,), TURN - 1, device="cuda", dtype=torch.int32)
     flags[:1] = TURN
     keys = Keys(come[0], come[1], arrivals=Arrivals(flags, late))
     # Compiled before anything waits.
@@ -69,7 +64,7 @@ def test_it_waits_for_each_piece_until_it_is_there(window: int | None) -> None:
                 assert not ended.query()
                 for to, one in zip(come, source, strict=True):
                     to[rows].copy_(one[rows], non_blocking=True)
-                flags[2 + piece : 3 + piece].copy_(turn, non_blocking=True)
+                flags[FIRST_FLAG + piece : FIRST_FLAG + piece + 1].copy_(turn, non_blocking=True)
     torch.cuda.synchronize()
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])
@@ -80,9 +75,9 @@ def test_it_waits_for_nothing_once_all_is_there() -> None:
     q, spans = torch.randn(300, 16, 128, device="cuda", dtype=torch.bfloat16), causal(300)
     k, v = torch.randn(2, 300, 4, 128, device="cuda", dtype=torch.bfloat16)
     pieces = -(-300 // PIECE_ROWS)
-    flags = torch.zeros(2 + pieces, device="cuda", dtype=torch.int32)
+    flags = torch.zeros(FIRST_FLAG + pieces, device="cuda", dtype=torch.int32)
     late = torch.ones(pieces, device="cuda", dtype=torch.int32)
-    flags[:2] = TURN
+    flags[:FIRST_FLAG] = TURN
     out, lse = ragged_attention(q, Keys(k, v, arrivals=Arrivals(flags, late)), spans, OPTIONS)
     expected = ragged_attention(q, Keys(k, v), spans, OPTIONS)
     assert torch.equal(out, expected[0])
