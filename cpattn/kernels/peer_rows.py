@@ -118,8 +118,8 @@ def pull_rows_kernel(
 
 
 @triton.jit
-def _piece(order, step, num_pieces):
-    """The piece that this program brings in its ``step``-th turn; -1 for none."""
+def _pieces(order, step, num_pieces):
+    """The piece, or pieces, that this program brings in its ``step``-th turn, or turns; -1 for none."""
     i = tl.program_id(0) + step * tl.num_programs(0)
     return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
 
@@ -144,14 +144,15 @@ def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constex
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "out_stride"])
 def pull_pieces_kernel(
     table, out, source, order, flags, rank, board, offset, num_rows, rows_of_rank, out_stride,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, TOGETHER: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
     """Pieces of PIECE rows, as many as ``order`` begins with, in the order that follows: row i of ``out`` is row ``source[i]`` of all
     ranks' rows, rank after rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it
     begins when all programs of this one have begun, and so are certain to end.
 
     While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
-    programs could not fill the links otherwise.
+    programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that is
+    under way: between two H100 announcing each one took as long as bringing it.
     """
     PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
     heap, is_there = may_pull(table, rank, board)
@@ -168,33 +169,34 @@ def pull_pieces_kernel(
     turn = tl.load(flags)
     num_pieces = tl.load(order)
     order += 1
-    piece = _piece(order, 0, num_pieces)
-    next_piece = _piece(order, 1, num_pieces)
+    piece = _pieces(order, 0, num_pieces)
+    next_piece = _pieces(order, 1, num_pieces)
     from_R = _sources_of(source, piece, PIECE)
     next_from_R = _sources_of(source, next_piece, PIECE)
     values_RW = _load_part(table, out, from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
-    for step in range(tl.cdiv(num_pieces - tl.program_id(0), tl.num_programs(0))):
-        last_piece = _piece(order, step + 2, num_pieces)
-        row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
-        to_R = out + (row_R * out_stride) * UNIT
-        is_row_R = from_R >= 0
-        for part in tl.static_range(PARTS):
-            if part + 1 < PARTS:
-                next_RW = _load_part(table, out, from_R, part + 1, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
-            else:
-                next_RW = _load_part(table, out, next_from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
-            word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-            tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
-            values_RW = next_RW
-        last_from_R = _sources_of(source, last_piece, PIECE)
-        if piece >= 0:
-            announce(piece_flag(flags, piece), turn)
-        piece = next_piece
-        next_piece = last_piece
-        from_R = next_from_R
-        next_from_R = last_from_R
-    if end_pull(table, heap, rank, board, WORLD):
-        announce(all_flag(flags), turn)
+    steps = tl.cdiv(num_pieces - tl.program_id(0), tl.num_programs(0))
+    for first_step in range(0, steps, TOGETHER):
+        group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces)
+        for i in tl.static_range(TOGETHER):
+            last_piece = _pieces(order, first_step + i + 2, num_pieces)
+            row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
+            to_R = out + (row_R * out_stride) * UNIT
+            is_row_R = from_R >= 0
+            for part in tl.static_range(PARTS):
+                if part + 1 < PARTS:
+                    next_RW = _load_part(table, out, from_R, part + 1, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+                else:
+                    next_RW = _load_part(table, out, next_from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+                word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+                tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
+                values_RW = next_RW
+            last_from_R = _sources_of(source, last_piece, PIECE)
+            piece = next_piece
+            next_piece = last_piece
+            from_R = next_from_R
+            next_from_R = last_from_R
+        announce(piece_flag(flags, group_T), turn, group_T >= 0)
+    announce(all_flag(flags), turn, end_pull(table, heap, rank, board, WORLD))
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])

@@ -31,7 +31,8 @@ _PROGRAMS = 132
 _POSTING_PROGRAMS = 1056
 # Of a pull beside an attention, which computes on the other multiprocessors. Each has as many threads as a multiprocessor takes, so that
 # few of them have enough bytes on their way.
-_PROGRAMS_BESIDE = 16
+_PROGRAMS_BESIDE = 24
+_PIECES_TOGETHER = 4
 _MOST_WARPS = {"num_warps": 32}
 _ROWS = 4
 _WARPS = {"num_warps": 8}
@@ -164,7 +165,7 @@ def _prepare_pull_pieces(board: Board, rows: int, late: LateRows) -> LaunchFunct
         (min(_PROGRAMS_BESIDE, max(1, pieces)), 1), _MOST_WARPS, {"table": 0, "out": 1, "source": 2, "order": 3, "flags": 4},
         table=board.table, out=Words(out, word), source=late.source, order=late.order, flags=late.flags, offset=board.offset,
         num_rows=out.shape[0], rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS,
-        BLOCK_W=min(512, triton.next_power_of_2(width)), **board.place,
+        BLOCK_W=min(512, triton.next_power_of_2(width)), TOGETHER=_PIECES_TOGETHER, **board.place,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
     compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True, "ORDERED": False}, 4)
     compile_it(peer_rows.post_rows_kernel, given | LATE | {"num_tokens": "i32"}, WIDTHS | {"COUNT_ON_DEVICE": False, "ORDERED": True}, 4)
-    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, **WORLD}
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, **WORLD}
     compile_it(peer_rows.pull_pieces_kernel, LATE | TABLE | {"out": "*i64", "source": "*i32", "order": "*i32"}, pieces, 32, is_wide=True)
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True, **WORLD}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)

@@ -36,7 +36,7 @@ def in_the_interpreter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peer_flags, "_flags", lambda flags, is_waited: tl.load(flags, mask=is_waited, other=0))
         monkeypatch.setattr(peer_flags, "_now", lambda: 0)
         monkeypatch.setattr(peer_rows, "let_next_begin", lambda: None)
-        monkeypatch.setattr(peer_rows, "announce", lambda flag, turn: tl.store(flag, turn))
+        monkeypatch.setattr(peer_rows, "announce", lambda flags, turn, is_there: tl.store(flags, turn, mask=is_there))
 
 
 class Ranks:
