@@ -31,6 +31,8 @@ _HOPPER_ORDERS = {
     "sinks": ["triton", "flash_attn4", "flash_attn3", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 1.06 to 1.07, flash_attn4 1.00 to 2.22.
     "pages": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
+    # Of whole calls over the memory of peers; see LATE_FLOPS_A_BYTE.
+    "long, keys late": ["triton", "flash_attn3", "flash_attn4", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 0.95 to 0.97, flash_attn4 0.95 to 0.97.
     "long": ["flash_attn3", "flash_attn4", "triton", "flash_attn2", "torch_flash", "reference"],
     # flash_attn3 0.81 to 0.85, flash_attn4 up to 1.42, and of the host's time 3 times as much.
@@ -45,6 +47,11 @@ LONG_PAIRS = 2**23
 # H100) not hidden before so many pairs: of a prompt of 8k over 2 ranks flash_attn4 took 1.22 times as long as triton, and 0.96 as a
 # graph (benchmarks/results/peers_2_gpus.md).
 EAGER_LONG_PAIRS = 3 * 2**23
+# triton attends while keys of other ranks still come, and others begin when all are there. A byte takes 2.5 ps to come between two H100
+# (400 GB/s), and others gain 4% of attention at 600 TFLOP/s: what comes late decides up to so much attention a byte.
+LATE_FLOPS_A_BYTE = 2.5e-12 / 0.04 * 600e12
+# What a byte of a packed prefix that others have copied in order counts: a copy is faster than the links between GPUs.
+COPIED_BYTE = 1 / 3
 
 
 class Workload(NamedTuple):
@@ -55,6 +62,8 @@ class Workload(NamedTuple):
         merges: whether there is more than one result for a query.
         decodes: whether each request has a few new tokens at most.
         new_tokens: of a request, and pairs: of queries and keys, both on a rank and in the mean.
+        late_bytes: of keys that come to a rank before or beside its only launch; a packed prefix that may have to be copied counts
+            :data:`COPIED_BYTE` each.
     """
 
     alignments: frozenset[Alignment]
@@ -62,6 +71,7 @@ class Workload(NamedTuple):
     decodes: bool = False
     new_tokens: int = 0
     pairs: int = 0
+    late_bytes: int = 0
 
 
 def auto_order(problem: Problem, workload: Workload) -> list[Backend]:
@@ -85,7 +95,10 @@ def _kind(problem: Problem, workload: Workload) -> str:
         return "long with sinks" if is_long else "sinks"
     if problem.page_size is not None:
         return "pages"
-    return "long" if is_long else "short"
+    if not is_long:
+        return "short"
+    flops = 4 * workload.pairs * problem.q_heads * problem.head_dim
+    return "long, keys late" if flops < workload.late_bytes * LATE_FLOPS_A_BYTE else "long"
 
 
 def choose_backend(name: str | Backend | AttentionCallable, problem: Problem, workload: Workload) -> Backend:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpattn.attention.auto import Workload, choose_backend
+from cpattn.attention.auto import COPIED_BYTE, Workload, choose_backend
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.call.arguments import Arguments
 from cpattn.errors import UnsupportedError
@@ -67,7 +67,7 @@ def choose(arguments: Arguments, problem: Problem, plan: Layout) -> Choice:
     refusal: UnsupportedError | None = None
     for strategy in candidate_strategies(arguments.strategy, problem, plan):
         schedule = strategy.schedule(problem, plan)
-        workload = workload_of(schedule, plan)
+        workload = workload_of(schedule, plan, problem)
         try:
             return Choice(problem, strategy, schedule, workload, choose_backend(arguments.backend, problem, workload))
         except UnsupportedError as error:
@@ -76,8 +76,12 @@ def choose(arguments: Arguments, problem: Problem, plan: Layout) -> Choice:
     raise refusal
 
 
-def workload_of(schedule: Schedule, plan: Layout) -> Workload:
+def workload_of(schedule: Schedule, plan: Layout, problem: Problem) -> Workload:
     """What a schedule asks of a backend."""
+    late = 0
+    if plan.cp_size > 1 and problem.cache != "paged" and len(schedule) == 1 and schedule[0].keys == "all":
+        new = (plan.cp_size - 1) * problem.rows
+        late = int(problem.key_bytes * (new + plan.num_prefix_tokens * COPIED_BYTE))
     num_extended = int(np.count_nonzero(plan.extend_lens))
     return Workload(
         alignments=alignments(schedule),
@@ -85,4 +89,5 @@ def workload_of(schedule: Schedule, plan: Layout) -> Workload:
         decodes=only_decodes(plan),
         new_tokens=plan.num_tokens // (plan.cp_size * max(1, num_extended)),
         pairs=sum(plan.rank_pairs) // plan.cp_size,
+        late_bytes=late,
     )
