@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from gpu_report import RESULTS, write_gpu_report
 import cpattn
 from cpattn.testing import ProcessRanks, SoloCommunicator
 from cpattn.transports.groups import Kind
+from cpattn.transports.peer_rows import PeerRows
 
 KINDS: tuple[Kind, ...] = ("peer_memory", "collectives")
 PAGE_SIZE = 64
@@ -68,10 +70,25 @@ def calls_of(case: Case) -> dict[str, Callable[[], Any]]:
         cache = cpattn.PagedKV(k_pages, v_pages, table)
     else:
         cache = cpattn.PackedKV(*(normal(meta.plan.num_prefix_tokens, KV_HEADS, HEAD_DIM) for _ in range(2)))
-    attend = partial(cpattn.cp_attention, q, k, v, meta, kv_cache=cache, strategy=case.strategy)
+    attend = partial(cpattn.cp_attention, q, k, v, kv_cache=cache, strategy=case.strategy)
     backends = ["triton"] if case.strategy != "all_gather" or cpattn.BACKENDS["flash_attn4"].unavailable() else ["triton", "flash_attn4"]
     groups = {"no transfer": SoloCommunicator(rank, cp_size)} | {kind: cpattn.transport(kind=kind) for kind in KINDS}
-    return {f"{backend}, {name}": partial(attend, backend=backend, group=group) for backend in backends for name, group in groups.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        f"{backend}, {name}": partial(attend, meta, backend=backend, group=group) for backend in backends for name, group in groups.items()
+    }
+    if case.strategy == "all_gather":
+        # What is prepared is kept with the metadata.
+        again = cpattn.build_metadata(case.batch, cp_size, rank, device="cuda")
+        calls["triton, peer_memory without waiting"] = partial(
+            _keys_first, partial(attend, again, backend="triton", group=groups["peer_memory"])
+        )
+    return calls
+
+
+def _keys_first(call: Callable[[], Any]) -> Any:
+    """A call whose attention begins when all keys are there."""
+    with patch.object(PeerRows, "can_bring", False):
+        return call()
 
 
 def rank_times(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:

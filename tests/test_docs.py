@@ -261,9 +261,36 @@ def test_quotients_of_backends_are_in_the_results() -> None:
             kind = with_sinks.get(kind, kind) if "sinks" in batch else kind
             found.setdefault((kind, f"`{backend}`"), []).append(float(quotient))
     for kind, row in table(CHOOSING, "on 9, kind of call").items():
+        if kind.startswith("long, keys late"):
+            assert row["`flash_attn4`"] == _quotients_of_calls_with_late_keys()
+            continue
         for backend in ("`flash_attn3`", "`flash_attn4`"):
             values = found[kind.split(":")[0], backend]
             assert row[backend] == f"{min(values):.2f} to {max(values):.2f}", (kind, backend)
+
+
+def _quotients_of_calls_with_late_keys() -> str:
+    """Of flash_attn4, in the batches for which the order counts."""
+    batches = {("8 x (8k + 2k)", "2"), ("8 x 8k", "2"), ("8 x 8k", "4"), ("1 x 32k", "4")}
+    quotients = []
+    for line in (ROOT / "benchmarks" / "results" / "late_keys.md").read_text().splitlines():
+        cells = line.strip("| ").split(" | ")
+        if tuple(cells[:2]) in batches:
+            times = cells[2:]
+            flash_attn4, _, triton = (float(time.replace(",", "")) for time in times[-3:])
+            quotients.append(flash_attn4 / triton)
+    assert len(quotients) == len(batches)
+    return f"{min(quotients):.2f} to {max(quotients):.2f}"
+
+
+def test_figures_of_late_keys_are_in_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "late_keys.md").read_text()
+    columns = {"launch alone": 0, '`"collectives"`': 3, '`"peer_memory"`, keys first': 5, '`"peer_memory"`, keys beside': 6}
+    for case, row in table(PERFORMANCE, "batch, GPUs").items():
+        batch, _, gpus = case.rpartition(", ")
+        (line,) = (line for line in results.splitlines() if line.startswith(f"| {batch} | {gpus} |"))
+        times = line.strip("| ").split(" | ")[2:]
+        assert [row[name] for name in columns] == [times[i] for i in columns.values()], case
 
 
 def test_figures_of_a_launch_are_in_the_results() -> None:
