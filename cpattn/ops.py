@@ -199,19 +199,8 @@ def _attention_over_pages_shapes(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 @_fake("attend")
-def _attend_shapes(
-    q: Tensor,
-    meta: Tensor | None,
-    order: Any,
-    options: str,
-    sinks: Any,
-    out: Any,
-    k_pages: Any,
-    v_pages: Any,
-    page_table: Any,
-    cache: Tensor | None,
-    v_head_dim: int,
-) -> tuple[Tensor, Tensor]:
+def _attend_shapes(q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, *pages: Any) -> tuple[Tensor, Tensor]:
+    *_, cache, v_head_dim = pages
     _refuse_export(meta, cache)
     return _results(q, v_head_dim, options, out)
 
