@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cpattn.metadata.chunks import Chunks
     from cpattn.metadata.cp_metadata import CPMetadata
     from cpattn.metadata.plan import Chunk, Plan, build_metadata, plan, required_rows
+    from cpattn.metadata.striped import Striped
     from cpattn.options import AttentionOptions
     from cpattn.pool.kv_pool import KVPool
     from cpattn.problem import Problem
@@ -99,6 +100,7 @@ __all__ = [
     "Request",
     "RowCountError",
     "Spans",
+    "Striped",
     "TensorMismatchError",
     "Transport",
     "UnknownNameError",
@@ -148,6 +150,7 @@ _NAMES = {
     "metadata.chunks": "Chunks",
     "metadata.cp_metadata": "CPMetadata",
     "metadata.plan": "Chunk Plan build_metadata plan required_rows",
+    "metadata.striped": "Striped",
     "options": "AttentionOptions",
     "problem": "Problem",
     "serving": "attend gather_kv slot_mapping write_kv",

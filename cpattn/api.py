@@ -261,8 +261,8 @@ def cp_attention(
             once give each thread a process group of its own (``torch.distributed.new_group``).
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
-            :class:`PagedKV` this call's keys and values are written as well: every token's on every rank, or, where the
-            plan has ``prefix_shards``, each rank's own.
+            :class:`PagedKV` this call's keys and values are written as well: every token's on every rank; where the plan has
+            ``prefix_shards``, each rank's own; with an ``owner``, those that the rule gives this rank.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
             do, for a sharded cache; ``"auto"``; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,12 @@ class TableLines:
         tokens: int64 ``[lines, holders]``: of how many tokens of its request each line has the pages, new ones included, on each
             rank of a sharded cache. One holder stands for all ranks of a replicated one.
         sharded: whether each rank has pages of its own tokens alone, or of all.
+        owner: the rule by which tokens lie on ranks, as of :func:`cpattn.plan`.
     """
 
     tokens: IntArray
     sharded: bool
+    owner: Hashable = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,9 +66,9 @@ class PagedKV(_InGraphs):
     """A view of an engine's own pages: the prefix is read from them, and this call's keys and values are written to them.
 
     Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
-    rank holds everything, t is the token's absolute position. Where the plan says that prefixes are sharded
-    (``prefix_shards``), each rank has pages of its own. Then t counts the tokens that this rank holds of the request, in
-    the order of the sequence. The new tokens that it owns come after them.
+    rank holds everything, t is the token's absolute position. Where the plan says that the cache is sharded
+    (``prefix_shards`` or ``owner``), each rank has pages of its own. Then t counts the tokens that this rank holds of the
+    request, in the order of the sequence, new ones included.
 
     >>> import cpattn, torch
     >>> pages = torch.zeros(8, 16, 2, 64)

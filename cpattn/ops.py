@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Nothing has a default: torch's own compiler would pass each such argument by keyword, which costs the host 0.4 us apiece.
 _ATTENTION = "Tensor q, Tensor k, Tensor? v, Tensor? meta, Tensor(a!)? order, Tensor? group, str options, Tensor? sinks, Tensor(b!)? out"
-_ATTEND = "Tensor q, Tensor? meta, Tensor(a!)? order, str options, Tensor? sinks, Tensor(b!)? out"
+_ATTEND = "Tensor q, Tensor? meta, Tensor(a!)? order, Tensor? group, str options, Tensor? sinks, Tensor(b!)? out"
 _PAGES = "Tensor k_pages, Tensor? v_pages, Tensor page_table, Tensor? cache"
 _WRITTEN_PAGES = "Tensor(c!) k_pages, Tensor(d!)? v_pages"
 
@@ -199,7 +199,9 @@ def _attention_over_pages_shapes(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 @_fake("attend")
-def _attend_shapes(q: Tensor, meta: Tensor | None, order: Any, options: str, sinks: Any, out: Any, *pages: Any) -> tuple[Tensor, Tensor]:
+def _attend_shapes(
+    q: Tensor, meta: Tensor | None, order: Any, group: Any, options: str, sinks: Any, out: Any, *pages: Any
+) -> tuple[Tensor, Tensor]:
     *_, cache, v_head_dim = pages
     _refuse_export(meta, cache)
     return _results(q, v_head_dim, options, out)

@@ -28,6 +28,7 @@ class Problem:
         softcap: scores become ``softcap * tanh(scores / softcap)``; None for no cap.
         sinks: whether each head has one more logit without a value.
         fixed: whether a CUDA graph may replay the call over other batches of the same bucket.
+        max_requests: of such a batch; None where the call is about one batch alone.
         overlap: groups of KV heads into which an all-gather is split.
     """
 
@@ -47,6 +48,7 @@ class Problem:
     sinks: bool = False
     fixed: bool = False
     overlap: int = 1
+    max_requests: int | None = None
 
     @property
     def merge_dtype(self) -> torch.dtype:

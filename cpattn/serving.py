@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpattn.call import checks
-from cpattn.call.agreed import refusal_of, validated
+from cpattn.call.agreed import describe, refusal_of, validated
 from cpattn.call.arguments import Arguments, BackendChoice
 from cpattn.call.find import find_call
 from cpattn.call.forward_context import ForwardContext, current_context
@@ -22,6 +22,7 @@ from cpattn.call.in_graph import (
     cache_fits,
     cache_handle,
     enters_graph,
+    group_of,
     is_plain,
     is_traced,
     order,
@@ -31,14 +32,16 @@ from cpattn.call.in_graph import (
 from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
-from cpattn.errors import UnsupportedError
+from cpattn.call.prepared import PreparedCall
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.striped_places import owned_places
 from cpattn.moves.moves import moves_for
 from cpattn.ops import implements, parse_options
 from cpattn.transports.groups import Group, as_transport
@@ -46,7 +49,7 @@ from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transfer import Transfer
 
 # What attend takes by keyword.
-_ATTEND_KEYWORDS = ("v_dim", "backend", "scale", "window", "softcap", "sinks", "out", "return_lse", "check")
+_ATTEND_KEYWORDS = ("group", "v_dim", "backend", "scale", "window", "softcap", "sinks", "out", "return_lse", "check")
 
 
 @leaves_graph
@@ -111,8 +114,8 @@ def gather_kv(
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check: bool = False) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
-    Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. Made on
-    the device, without waiting for it.
+    Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. With an
+    ``owner`` the slots of rows that other ranks hold are -1. Made on the device, without waiting for it.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(3, 2)], cp_size=2, cp_rank=0, pad_to=2)
@@ -125,7 +128,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
         check: look at the table on a GPU as well, which waits for it; on the CPU it is looked at in every call.
 
     Returns:
-        int64 ``[cp_size * rows]``; ``[rows]`` for a sharded cache.
+        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards``.
 
     Raises:
         PageTableError: the table is too narrow, or page_size is no positive integer. Where the table is looked at: a negative page
@@ -137,12 +140,18 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
     check_page_table(page_table, page_size, meta)
     if check or page_table.device.type == "cpu":
         check_slot_pages(page_table, page_size, meta)
-    request, position = (place.long() for place in (meta.held_places if meta.plan.sharded else meta.gathered_places))
+    request, position = (place.long() for place in _written_places(meta))
     is_token = position >= 0
     if not page_table.numel():
         return torch.full_like(position, -1)
     page = page_table[request.clamp(min=0), position.clamp(min=0) // page_size].long()
     return torch.where(is_token, page * page_size + position % page_size, -1)
+
+
+def _written_places(meta: CPMetadata) -> tuple[Tensor, Tensor]:
+    if meta.plan.owner is not None:
+        return owned_places(meta)
+    return meta.held_places if meta.plan.sharded else meta.gathered_places
 
 
 @has_operator
@@ -200,6 +209,7 @@ def attend(
     kv_cache: PagedKV,
     meta: CPMetadata | None,
     *,
+    group: Group = ...,
     v_dim: int | None = ...,
     backend: BackendChoice = ...,
     scale: float | None = ...,
@@ -218,6 +228,7 @@ def attend(
     kv_cache: PagedKV,
     meta: CPMetadata | None,
     *,
+    group: Group = ...,
     v_dim: int | None = ...,
     backend: BackendChoice = ...,
     scale: float | None = ...,
@@ -236,6 +247,7 @@ def attend(
     kv_cache: PagedKV,
     meta: CPMetadata | None,
     *,
+    group: Group = None,
     v_dim: int | None = None,
     backend: BackendChoice = "auto",
     scale: float | None = None,
@@ -247,7 +259,10 @@ def attend(
     check: bool = False,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """This rank's queries over pages that hold everything already, this call's tokens included. Sends nothing.
+    """This rank's queries over pages that hold everything already, this call's tokens included. Writes nothing.
+
+    Over pages that this rank has whole it sends nothing. Over a sharded cache it is a collective call: queries go to all ranks, and
+    partial results come back.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(2, 1)], cp_size=1, cp_rank=0)
@@ -259,43 +274,53 @@ def attend(
     Args:
         q: ``[meta.rows, Hq, D]``.
         meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
-        kv_cache: replicated pages. They are only read, so that requests may share them, and K and V may be one; the rest as in
-            :func:`cp_attention`.
+        kv_cache: its pages are only read, so that requests may share them, and K and V may be one; the rest as in
+            :func:`cp_attention`. In a striped cache a long chunk of new tokens is cut where its rank's turn begins: of small
+            interleaves :func:`cp_attention` is faster, which has the new keys at hand.
+        group: of a sharded cache, as in :func:`cp_attention`; else it is not looked at.
         check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
-            call. A few rows of what a caller's own kernel returns are compared with the reference. No other rank is asked.
+            call. A few rows of what a caller's own kernel returns are compared with the reference. Of a sharded cache all ranks
+            compare plan and arguments first; else no other rank is asked.
 
     Returns:
         As :func:`cp_attention`.
 
     Raises:
-        CPError: in its subclasses, before anything is computed.
+        CPError: in its subclasses, before anything is computed. A window over a sharded cache is one of those.
+        GroupError: over a sharded cache also in the middle of a call, as in :func:`cp_attention`.
         BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """
     arguments = Arguments(q, None, None, v_dim, kv_cache, RESIDENT, backend, None, scale, window, softcap, sinks, out)
     if enters_graph(meta):
-        results = attend_in_graph(arguments, meta, {"return_lse": return_lse, "check": check, **unknown})
+        results = attend_in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, **unknown})
         if results is not NotImplemented:
             return results  # type: ignore[no-any-return]
     if unknown:
         refuse_words("attend", unknown, _ATTEND_KEYWORDS)
-    result, lse = _attend(arguments, meta, return_lse, check)
+    result, lse = _attend(arguments, meta, group, return_lse, check)
     return result if lse is None else (result, lse)
 
 
 @leaves_graph
-def _attend(arguments: Arguments, meta: CPMetadata | None, return_lse: bool, check: bool) -> tuple[Tensor, Tensor | None]:
+def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_lse: bool, check: bool) -> tuple[Tensor, Tensor | None]:
     context: ForwardContext | None = None
     if meta is None:
         context = current_context()
-        arguments, meta, check = context.complete(arguments), context.meta, check or context.check
+        arguments, meta = context.complete(arguments), context.meta
+        group, check = context.group if group is None else group, check or context.check
     checks.check_metadata(meta)
-    if meta.plan.sharded:
-        raise UnsupportedError("attend computes over a cache that this rank holds whole, but the plan has prefix_shards; use cp_attention")
-    # Any one rank can do this alone.
-    transport = as_transport(None, 1)
+    is_sharded = meta.plan.sharded
+    # Any one rank can do this alone where it has everything.
+    transport = as_transport(group, meta.plan.cp_size) if is_sharded else as_transport(None, 1)
+    if is_sharded:
+        arguments = arguments._replace(strategy=RESIDENT_SHARDS)
     problems: list[str] = []
+
+    def find() -> PreparedCall:
+        return find_call(arguments, meta, transport, check=check)
+
     with InFlight(transport, meta.device) as in_flight:
-        call = find_call(arguments, meta, transport, check=check)
+        call = validated(find, lambda call: describe(call, meta), meta, in_flight, check and is_sharded, None)
         in_flight.expect(call.transfers)
         result, lse = call.run(arguments, in_flight, problems if check else None)
     refusal = refusal_of(problems)
@@ -308,12 +333,20 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, return_lse: bool, che
 
 @implements("attend")
 def _attend_operator(
-    q: Tensor, meta: Tensor | None, order: Tensor | None, options: str, sinks: Tensor | None, out: Tensor | None, *given: Any
+    q: Tensor,
+    meta: Tensor | None,
+    order: Tensor | None,
+    group: Tensor | None,
+    options: str,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    *given: Any,
 ) -> tuple[Tensor, Tensor]:
     k_pages, v_pages, page_table, handle, _ = given
     cache, asked = cache_as_given(k_pages, v_pages, page_table, handle), parse_options(options)
     arguments = Arguments(
         q, None, None, asked.v_dim, cache, RESIDENT, asked.backend, None, asked.scale, asked.window, asked.softcap, sinks, out
     )
-    result, lse = _attend(arguments, None if meta is None else resolve(meta, CPMetadata), asked.return_lse, asked.check)
+    known, in_group = None if meta is None else resolve(meta, CPMetadata), group_of(group, asked.group_name)
+    result, lse = _attend(arguments, known, in_group, asked.return_lse, asked.check)
     return results_of(result, lse, out)

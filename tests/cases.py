@@ -29,6 +29,7 @@ EXCHANGES = [
     ("pass_q_ring", "packed"),
     ("pass_q_ring", "sharded"),
 ]
+STRIPED_EXCHANGES = [("ring", "striped"), ("pass_q", "striped"), ("pass_q_ring", "striped")]
 
 
 @dataclass
@@ -48,8 +49,10 @@ class AttentionCase:
     seed: int = 0
     device: str = "cpu"
     overlap: int | None = None
-    cache: str = "packed"  # or "paged", or "sharded": pages of which each rank holds its own tokens alone
+    # Or "paged"; or "sharded", pages of which each rank holds its own tokens alone; or "striped", those of its positions.
+    cache: str = "packed"
     page_size: int = 16
+    interleave: int = 1
     v_in_k: bool = False
     options: dict[str, object] = field(init=False)
 
@@ -91,6 +94,8 @@ class AttentionCase:
         """A plan of the batch, with its prefixes spread at random where the cache is sharded."""
         if self.cache == "sharded":
             options["prefix_shards"] = random_shards(self.batch, cp_size, self.seed)
+        if self.cache == "striped":
+            options["owner"] = cpattn.Striped(self.interleave)
         return cpattn.plan(self.batch, cp_size, **options)
 
     def problem(self, plan: cpattn.Plan) -> Problem:

@@ -18,7 +18,7 @@ from typing import Any
 import fault_programs
 import numpy as np
 import torch
-from cases import EXCHANGES, AttentionCase
+from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 from fault_injection import Injected
 from own_partitions import OwnPartition
@@ -80,10 +80,20 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
         return 0 if rng.random() < zero else int(rng.choice([1, 2, int(rng.integers(1, 12)), int(rng.integers(1, most))]))
 
     batch = [(length(0.4, 90), length(0.15, 90)) for _ in range(rng.integers(0, 7))]
-    strategy, cache = EXCHANGES[rng.integers(len(EXCHANGES))]
+    # The last two are for windows that some request is longer than.
+    exchanges = [*EXCHANGES, *STRIPED_EXCHANGES, ("all_gather", "striped"), ("pass_q", "windows striped")]
+    strategy, cache = exchanges[rng.integers(len(exchanges))]
     kv_heads = int(rng.choice([1, 2, 4]))
     backend = str(rng.choice(["reference", "cpu"]))
-    is_reference, is_sharded = backend == "reference", cache == "sharded"
+    is_sharded, longest = cache in ("sharded", "striped", "windows striped"), max((sum(request) for request in batch), default=0)
+    window = int(rng.integers(1, 100)) if rng.random() < 0.3 and not is_sharded else None
+    if (strategy, cache) in exchanges[-2:]:
+        cache = "striped"
+        if longest < 2:
+            strategy = "pass_q"
+        else:
+            backend, window = "reference", int(rng.integers(1, longest))
+    is_reference = backend == "reference"
     v_in_k = bool(rng.random() < 0.1)
     case = AttentionCase(
         batch,
@@ -92,13 +102,14 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
         v_head_dim=int(rng.choice([8, 16])) if v_in_k or rng.random() < 0.3 else None,
         dtype=torch.float32 if rng.random() < 0.8 else torch.bfloat16,
         scale=float(rng.choice([0.05, 1.0])) if rng.random() < 0.2 else None,
-        window=int(rng.integers(1, 100)) if is_reference and not is_sharded and rng.random() < 0.3 else None,
+        window=window if is_reference else None,
         softcap=3.0 if is_reference and rng.random() < 0.2 else None,
         sinks=bool(rng.random() < 0.3),
         seed=number,
-        overlap=int(rng.choice([n for n in (1, 2, 4) if kv_heads % n == 0])) if strategy == "all_gather" else None,
+        overlap=int(rng.choice([n for n in (1, 2, 4) if kv_heads % n == 0])) if strategy == "all_gather" and not is_sharded else None,
         cache=cache,
         page_size=int(rng.choice([1, 3, 16])),
+        interleave=int(rng.choice([1, 2, 3, 16])),
         v_in_k=v_in_k,
     )
     # Drawn in any case, as all that follows depends on how much was drawn before.

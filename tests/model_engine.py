@@ -49,14 +49,15 @@ class ModelEngine:
     Everything is float64 and the backend the reference, so that results are close to the oracle's to a few roundings.
     """
 
-    def __init__(self, cp_size: int, sharded: bool, num_pages: int = 64, page_size: int = 3, seed: int = 0) -> None:
+    def __init__(self, cp_size: int, owner: str | cpattn.Striped, num_pages: int = 64, page_size: int = 3, seed: int = 0) -> None:
         self.cp_size = cp_size
-        self.sharded = sharded
+        self.owner = owner
+        self.sharded = owner != "replicated"
         self.num_pages = num_pages
         self.generator = torch.Generator().manual_seed(seed)
         self.pools = [
             cpattn.KVPool(
-                num_pages, page_size, 1, KV_HEADS, HEAD_DIM, V_HEAD_DIM, dtype=torch.float64, cp_size=cp_size, cp_rank=rank, sharded=sharded
+                num_pages, page_size, 1, KV_HEADS, HEAD_DIM, V_HEAD_DIM, dtype=torch.float64, cp_size=cp_size, cp_rank=rank, owner=owner
             )
             for rank in range(cp_size)
         ]
@@ -108,9 +109,13 @@ class ModelEngine:
         assert plans[0].batch == tuple((self.length(name), extend) for name, extend in extends)
         step = Step(plans, {name: slice(self.length(name), self.length(name) + extend) for name, extend in extends})
         names = list(step.new)
-        # The plan's chunks in order say which rank has each new token.
-        for chunk in plans[0].chunks:
-            self.owners[names[chunk.request]] += [chunk.rank] * chunk.length
+        if isinstance(self.owner, cpattn.Striped):
+            for name, rows in step.new.items():
+                self.owners[name] += [position // self.owner.interleave % self.cp_size for position in range(rows.start, rows.stop)]
+        else:
+            # The plan's chunks in order say which rank has each new token.
+            for chunk in plans[0].chunks:
+                self.owners[names[chunk.request]] += [chunk.rank] * chunk.length
         for name, rows in step.new.items():
             self.origins[name] += [step] * (rows.stop - rows.start)
         step.slots = [[slot for name, rows in step.new.items() for slot in self.slots(rank, name, rows)] for rank in range(self.cp_size)]

@@ -52,17 +52,24 @@ class RankPages:
         before: list[tuple[int, int, int]] = []  # (request, number on the rank, prefix row)
         after: list[tuple[int, int, int]] = []  # (request, number on the rank, new row)
         prefix_start = 0
+        # The tokens on the rank that holds the most: the table must be wide enough for that.
+        held = plan.total_lens.copy()
         for request, (prefix_len, extend_len) in enumerate(plan.batch):
             prefix_rows, new_rows = np.arange(prefix_len) + prefix_start, np.arange(extend_len) + token_start[request]
-            if plan.prefix_shards is not None:
+            if plan.owner is not None:
+                position = np.arange(prefix_len + extend_len)
+                owners = (position // plan.owner.interleave) % plan.cp_size
+                is_own = owners == self.rank
+                prefix_rows, new_rows = prefix_rows[is_own[:prefix_len]], new_rows[is_own[prefix_len:]]
+                held[request] = np.bincount(owners, minlength=plan.cp_size).max()
+            elif plan.prefix_shards is not None:
                 owners = shared.permutation(np.repeat(np.arange(plan.cp_size), plan.prefix_shards[request]))
                 prefix_rows, new_rows = prefix_rows[owners == self.rank], new_rows[token_owner[new_rows] == self.rank]
+                held[request] = (plan.shard_lens[request] + plan.rank_extends[request]).max()
             before += [(request, n, row) for n, row in enumerate(prefix_rows.tolist())]
             after += [(request, len(prefix_rows) + n, row) for n, row in enumerate(new_rows.tolist())]
             lines.append(-(-(len(prefix_rows) + len(new_rows)) // self.page_size))
             prefix_start += prefix_len
-        # Wide enough for the rank that holds the most, as the check asks.
-        held = plan.total_lens if plan.prefix_shards is None else (plan.shard_lens + plan.rank_extends).max(axis=1, initial=0)
         width = -(-int(held.max(initial=0)) // self.page_size) + 1
         pages = own.permutation(sum(lines) + 3)
         table = own.choice(GARBAGE, (self.max_requests or len(plan.batch), width))

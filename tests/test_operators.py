@@ -55,7 +55,7 @@ FIXED = cpattn.build_metadata([(0, 7)], 1, 0)
 def _samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     own, packed = pages(), rows(22, 2, 16)
     call = Q, K, K, META.handle, ops.ORDER, ALONE.handle
-    reads = Q, META.handle, ops.ORDER
+    reads = Q, META.handle, ops.ORDER, ALONE.handle
     write = K, K, torch.arange(19), False, ops.ORDER
     # What operators write to is given as clones.
     out, cache = torch.empty(19, 4, 16), (*CACHE.written, TABLE, CACHE.handle)
@@ -126,6 +126,37 @@ def test_pieces_in_one_graph() -> None:
         assert torch.equal(got, expected)
     assert torch.equal(mine.k_pages, theirs.k_pages)
     assert not torch.equal(mine.k_pages, pages()[0])
+
+
+def test_a_striped_cache_in_one_graph() -> None:
+    """The operators know the owner rule by the metadata, and the group of ``attend`` as that of ``cp_attention``."""
+    plan = cpattn.plan([(9, 4), (6, 7)], 2, owner=cpattn.Striped(2))
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+
+    @torch.no_grad()
+    def calls(q: Tensor, k: Tensor, cache: cpattn.PagedKV, meta: cpattn.CPMetadata, group: cpattn.Transport) -> tuple[Tensor, ...]:
+        result, lse = cpattn.cp_attention(q, k, k, meta, group=group, kv_cache=cache, return_lse=True)
+        near = cpattn.cp_attention(q, k, k, meta, group=group, kv_cache=cache, window=5)
+        return result, lse, near, cpattn.attend(q, cache, meta, group=group), cpattn.attend(q, cache, None)
+
+    compiled = whole(calls, "aot_eager")
+
+    def run(group: cpattn.Transport) -> None:
+        meta = plan.metadata(group.rank)
+        q, k = (cpattn.shard(x, meta) for x in (rows(11, 4, 16), rows(11, 2, 16)))
+        mine, theirs = (cpattn.PagedKV(*pages(), table) for _ in range(2))
+        with cpattn.forward_context(meta, group=group):
+            got, expected = compiled(q, k, mine, meta, group), calls(q, k, theirs, meta, group)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(mine.k_pages, theirs.k_pages)
+        assert not torch.equal(mine.k_pages, pages()[0])
+        result, _, near, *held = expected
+        assert not torch.equal(near, result)
+        for again in held:
+            torch.testing.assert_close(again, result)
+
+    run_loopback(run, 2)
 
 
 def _two_calls(x: Tensor) -> Tensor:

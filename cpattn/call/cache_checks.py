@@ -19,14 +19,14 @@ from cpattn.metadata.cp_metadata import CPMetadata
 def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
     needed = meta.plan.num_prefix_tokens
     if kv_cache is None:
+        if meta.plan.sharded:
+            raise PrefixError(
+                f"the plan has {meta.plan.sharded_by}, but kv_cache is None; pass this rank's pages: PagedKV(k_pages, v_pages, page_table)"
+            )
         if needed:
             raise PrefixError(
                 f"the batch has {needed} prefix tokens, but kv_cache is None; pass kv_cache=PackedKV(k, v) with those tokens, "
                 "or PagedKV(k_pages, v_pages, page_table)"
-            )
-        if meta.plan.sharded:
-            raise PrefixError(
-                "the plan has prefix_shards, but kv_cache is None; pass this rank's pages: PagedKV(k_pages, v_pages, page_table)"
             )
         return
     if isinstance(kv_cache, PagedKV):
@@ -51,7 +51,7 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
     needed = meta.plan.num_prefix_tokens
     if meta.plan.sharded:
         raise PrefixError(
-            "the plan has prefix_shards, but kv_cache is a PackedKV, which every rank has whole; pass this rank's pages: PagedKV"
+            f"the plan has {meta.plan.sharded_by}, but kv_cache is a PackedKV, which every rank has whole; pass this rank's pages: PagedKV"
         )
     if meta.bucket is not None and (needed or len(cache.k)):
         raise PrefixError("a PackedKV changes in size from batch to batch, and a bucket's graph cannot; pass a PagedKV")

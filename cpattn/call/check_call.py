@@ -8,7 +8,7 @@ from cpattn.call.arguments import Arguments
 from cpattn.call.cache_checks import check_cache
 from cpattn.call.page_checks import check_attend, check_writable
 from cpattn.call.tensor_kinds import check_no_fp8
-from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.resident_shards import is_resident
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
@@ -20,7 +20,7 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
         with_cache: whether a cache that the plan needs may not be missing.
     """
     q, k, v, cache = arguments.q, arguments.k, arguments.v, arguments.kv_cache
-    if arguments.strategy is RESIDENT:
+    if is_resident(arguments.strategy):
         check_attend(q, cache, arguments.v_dim, meta)
     else:
         checks.check_qkv(q, k, v, arguments.v_dim, meta)
@@ -38,5 +38,5 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
 
 def check_written(arguments: Arguments) -> None:
     """That the pages that a call writes can be written."""
-    if isinstance(arguments.kv_cache, PagedKV) and arguments.strategy is not RESIDENT:
+    if isinstance(arguments.kv_cache, PagedKV) and not is_resident(arguments.strategy):
         check_writable(arguments.kv_cache)

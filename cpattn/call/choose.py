@@ -58,6 +58,7 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         softcap=options.softcap,
         sinks=options.sinks is not None,
         fixed=meta.bucket is not None,
+        max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
     )
 

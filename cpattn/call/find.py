@@ -18,6 +18,7 @@ from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
 from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.resident_shards import is_resident
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.transports.transport import Transport
@@ -52,7 +53,7 @@ def find_call(arguments: Arguments, meta: CPMetadata, transport: Transport, *, c
 def check_contents(arguments: Arguments, meta: CPMetadata) -> None:
     """Looks at what a page table holds."""
     if isinstance(arguments.kv_cache, PagedKV):
-        check_page_contents(arguments.kv_cache, meta, written=arguments.strategy is not RESIDENT)
+        check_page_contents(arguments.kv_cache, meta, written=not is_resident(arguments.strategy))
 
 
 def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -> PreparedCall:

@@ -29,8 +29,7 @@ class CapturedCache:
                     f"the plan has {plan.num_prefix_tokens} prefix tokens, but a graph was captured without a kv_cache; capture with one"
                 )
             return
-        held = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens
-        longest = int(held.max(initial=0))
+        longest = int(plan.held_lens.max(initial=0))
         if longest > self.fits:
             raise PlanError(
                 f"the plan has a request of {longest} tokens, but a graph was captured with a page table for {self.fits}; "

@@ -63,22 +63,23 @@ def attention_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Gro
     return _results(call, arguments, width_of(k if v is None else v), more["return_lse"])
 
 
-def attend_in_graph(arguments: Arguments, meta: CPMetadata | None, more: dict[str, Any]) -> Any:
+def attend_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Group, more: dict[str, Any]) -> Any:
     """What ``attend`` returns for these arguments, from its operator; NotImplemented where that cannot take them.
 
     Args:
         more: return_lse, check, and whatever else was given by keyword.
     """
     q, _, _, v_dim, cache, _, backend, _, scale, window, softcap, sinks, _ = arguments
-    if not (_fits(arguments, meta) and isinstance(cache, PagedKV) and are_options(more)):
+    if not (_fits(arguments, meta) and isinstance(cache, PagedKV) and group_fits(group) and are_options(more)):
         return NotImplemented
     options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
-    text, handle = options_text(options), None if meta is None else meta.handle
+    text = options_text({**options, "group_name": group_name(group)})
+    handle = None if meta is None else meta.handle
     pages = *pages_in_graph(cache), cache.page_table, cache_handle(cache)
     v_head_dim = width_of(cache.k_pages if cache.v_pages is None else cache.v_pages)
 
     def call(out: Tensor | None) -> Any:
-        return torch.ops.cpattn.attend.default(q, handle, order(), text, sinks, out, *pages, v_head_dim)
+        return torch.ops.cpattn.attend.default(q, handle, order(), group_handle(group), text, sinks, out, *pages, v_head_dim)
 
     return _results(call, arguments, v_head_dim, more["return_lse"])
 

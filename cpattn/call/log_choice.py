@@ -12,7 +12,7 @@ from cpattn.byte_sizes import in_words
 from cpattn.call.arguments import Arguments
 from cpattn.call.choose import Choice
 from cpattn.exchange.auto import explain_strategies
-from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.log import logger
 from cpattn.memo import Memo
@@ -64,7 +64,7 @@ def _reasons(arguments: Arguments, choice: Choice, meta: CPMetadata) -> list[str
         strategy = _chosen(names[0], explain_strategies(choice.problem, meta.plan, choice.strategy))
     if by_auto[1]:
         backend = _chosen(names[1], explain_choice(choice.problem, choice.workload))
-    return [f"backend {backend}"] if choice.strategy is RESIDENT else [f"strategy {strategy}", f"backend {backend}"]
+    return [f"backend {backend}"] if is_resident(choice.strategy) else [f"strategy {strategy}", f"backend {backend}"]
 
 
 def _chosen(chosen: str, explained: Mapping[str, str]) -> str:

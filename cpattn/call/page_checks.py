@@ -90,7 +90,8 @@ def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
 def _most_held(meta: CPMetadata) -> IntArray:
     """The tokens that pages hold of each request after the call, on the rank that holds the most."""
     plan: Layout = meta.plan
-    return (plan.shard_lens + plan.rank_extends).max(axis=1, initial=0) if plan.sharded else plan.total_lens
+    most: IntArray = plan.held_lens.max(axis=1, initial=0)
+    return most
 
 
 def check_lines(cache: PagedKV, meta: CPMetadata) -> None:
@@ -103,16 +104,21 @@ def check_lines(cache: PagedKV, meta: CPMetadata) -> None:
         return
     if lines.sharded and not plan.sharded:
         raise PrefixError(
-            "kv_cache comes from a sharded KVPool, but the plan has no prefix_shards, so that it takes every rank's pages for whole; "
-            "let pool.plan make the plan of each step"
+            "kv_cache comes from a sharded KVPool, but the plan has no prefix_shards and no owner, so that it takes every rank's pages for "
+            "whole; let pool.plan make the plan of each step"
         )
     if plan.sharded and not lines.sharded:
         raise PrefixError(
-            "kv_cache comes from a KVPool in which every rank has all tokens, but the plan has prefix_shards; let pool.plan make the "
-            "plan of each step, or make the pool with sharded=True"
+            f"kv_cache comes from a KVPool in which every rank has all tokens, but the plan has {plan.sharded_by}; let pool.plan make the "
+            "plan of each step, or make the pool with an owner"
+        )
+    if lines.owner != plan.owner:
+        raise PrefixError(
+            f"kv_cache comes from a KVPool with owner={lines.owner or 'computed'!r}, but the plan has {plan.sharded_by}; let "
+            "pool.plan make the plan of each step"
         )
     # Of all ranks, so that all refuse alike.
-    needed = plan.shard_lens + plan.rank_extends if plan.sharded else plan.total_lens[:, None]
+    needed = plan.held_lens if plan.sharded else plan.total_lens[:, None]
     # Where lines are missing, the check of the table's form says so.
     needed, held = needed[: len(lines.tokens)], lines.tokens[: len(needed)]
     if held.shape != needed.shape:

@@ -125,9 +125,7 @@ def _new_tokens(meta: CPMetadata) -> tuple[IntArray, IntArray]:
     """Of each request the tokens that this rank writes: first and last, plus one. In a sharded cache they are counted among those
     that this rank holds."""
     plan, rank = meta.plan, meta.cp_rank
-    if not plan.sharded:
-        return plan.prefix_lens, plan.total_lens
-    return plan.shard_lens[:, rank], plan.shard_lens[:, rank] + plan.rank_extends[:, rank]
+    return plan.shard_lens[:, rank] if plan.sharded else plan.prefix_lens, plan.held_lens[:, rank]
 
 
 def _pages_of(entries: _Entries, table: Tensor) -> npt.NDArray[np.integer]:

@@ -39,6 +39,13 @@ def spans_of(plan: Layout, hop: Hop) -> Iterator[tuple[RankSpans, int]]:
     elif hop.keys == "all":
         k_len = plan.prefix_lens[request] + start + length
         yield RankSpans(rank, length, k_len, k_len - length + 1), 1
+    elif hop.keys == "new":
+        yield RankSpans(rank, length, start + length, start + 1), 1
+    elif hop.keys == "cached":
+        for offset, count in [(0, 1)] if hop.queries == 0 else sample(1, plan.cp_size):
+            attends = (rank + offset) % plan.cp_size
+            cached = plan.shard_lens[request, attends]
+            yield RankSpans(attends, length, cached, cached), count
     elif isinstance(hop.queries, int):
         yield _over_shards(plan, hop.queries, hop.keys), 1
     else:

@@ -74,10 +74,10 @@ class Tally:
         link = self.choice.link
         self._send(link.gather_seconds(nbytes), link.host_gather, link.hides_gather, cover)
 
-    def gather_parts(self, nbytes: int) -> None:
+    def gather_parts(self, nbytes: int, cover: float = 0.0) -> None:
         """The same of parts for one rank each, an all-to-all, which the host starts as slowly as shifts."""
         link = self.choice.link
-        self._send(link.gather_seconds(nbytes), link.host_shift)
+        self._send(link.gather_seconds(nbytes), link.host_shift, link.hides_gather if cover else 0.0, cover)
 
     def shift(self, nbytes: int, cover: float) -> None:
         """A message to the next rank, beside so many seconds of attention."""
@@ -108,6 +108,14 @@ def all_gather(choice: Choice) -> Tally:
     plan, problem, _, schedule, transport, link, *_ = choice
     tally, groups = Tally(choice), problem.overlap
     (hop,) = schedule
+    if plan.owner is not None:
+        # Packed, written and put in order as any new keys are, with what a window reaches beside them.
+        message = int(hop.sent.max(initial=0))
+        tally.gather(message)
+        tally.move(2 * message, launches=3)
+        tally.move(2 * problem.rows * problem.key_bytes)
+        tally.attend(hop)
+        return tally
     sent = int(hop.sent.max(initial=0)) // groups
     own, new, old = (rows * problem.key_bytes // groups for rows in (problem.rows, plan.num_tokens, plan.num_prefix_tokens))
     for group in range(groups):
@@ -166,6 +174,8 @@ def ring(choice: Choice) -> Tally:
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
     plan, problem, _, schedule, *_ = choice
+    if plan.owner is not None:
+        return _striped_pass_q(choice)
     tally = Tally(choice)
     _write_own(tally)
     # Who has few queries of its own goes on to those of others.
@@ -183,21 +193,48 @@ def pass_q(choice: Choice) -> Tally:
     return _finished(tally)
 
 
+def _striped_pass_q(choice: Choice) -> Tally:
+    """New keys and values are gathered with the queries, and put in order for one's own, while results go back."""
+    plan, problem, _, schedule, *_ = choice
+    tally = Tally(choice)
+    over_pages = problem.cache == "paged"
+    *cached, new = schedule
+    rows, results = plan.cp_size * problem.rows, problem.rows * problem.result_bytes
+    tally.move(2 * problem.rows * (problem.query_bytes + problem.key_bytes), launches=2)
+    _copy_pages(tally, int(plan.shard_lens.sum(axis=0).max()))
+    launches = _attend_and_merge(tally, cached, merges=False, over_pages=over_pages)
+    tally.gather(int(cached[0].sent.max()), tally.cover(launches[:-1]) if plan.cp_size > 1 else 0.0)
+    tally.move(2 * rows * problem.key_bytes // plan.cp_size)
+    tally.move(2 * rows * problem.key_bytes)
+    own = _attend_and_merge(tally, [new], merges=True)
+    if plan.cp_size > 1 and problem.rows:
+        _put(tally, plan.cp_size * results)
+        tally.gather_parts(int(new.sent.max()), tally.cover(own))
+        tally.move((plan.cp_size + 2) * results)
+    return _finished(tally)
+
+
 def pass_q_ring(choice: Choice) -> Tally:
     """Queries go around as keys do in a ring, and the results of each hop go back beside the next one."""
     plan, problem, _, schedule, *_ = choice
     first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
     tally = Tally(choice)
-    _write_own(tally)
     queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    over_pages = problem.cache == "paged" and plan.owner is None
+    if plan.owner is None:
+        _write_own(tally)
+    else:
+        # A copy of the shard is attended to, and new keys travel with the queries past those who write them.
+        tally.move(2 * plan.largest_shard * problem.key_bytes, launches=2)
+        queries += problem.rows * problem.key_bytes
     if plan.cp_size > 1:
         tally.move(2 * queries)
-    over_pages = problem.cache == "paged"
     before = [
         seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0, over_pages=over_pages)
     ]
     for number, count in sample(1, plan.cp_size):
         one = Tally(choice)
+        _write_passing(one)
         launches = _attend_and_merge(one, [hops[number]], merges=False, over_pages=over_pages)
         one.shift(queries, tally.cover(before if number == 1 else launches))
         _put(one, results)
@@ -257,10 +294,10 @@ def _finished(tally: Tally) -> Tally:
 
 
 def _write_passing(tally: Tally) -> None:
-    """One rank's new keys go into pages that every rank has whole."""
+    """One rank's new keys go into pages that every rank has whole, or as many of them as striped ones hold."""
     plan, problem = tally.choice.plan, tally.choice.problem
-    if problem.cache == "paged" and not plan.sharded:
-        tally.move(2 * problem.rows * problem.key_bytes)
+    if problem.cache == "paged" and (not plan.sharded or plan.owner is not None):
+        tally.move(2 * problem.rows * problem.key_bytes // (1 if plan.owner is None else plan.cp_size))
 
 
 def _write_own(tally: Tally) -> None:

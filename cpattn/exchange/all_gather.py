@@ -25,6 +25,7 @@ from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer,
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import causal_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
+from cpattn.exchange.striped_window import StripedWindow, window_schedule
 from cpattn.keys import Keys, PrefixKeys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
@@ -36,6 +37,8 @@ from cpattn.transports.transfer import Transfer
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
+    if plan.owner is not None:
+        return window_schedule(problem, plan)
     message = 0 if _is_alone(problem, plan) else problem.rows * problem.key_bytes
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, (plan.cp_size - 1) * message)),)
 
@@ -45,7 +48,9 @@ def _is_alone(problem: Problem, plan: Layout) -> bool:
     return plan.cp_size == 1 and problem.cache != "packed"
 
 
-def _prepare(setup: Setup) -> _Alone | _AllGather:
+def _prepare(setup: Setup) -> _Alone | _AllGather | StripedWindow:
+    if setup.meta.plan.owner is not None:
+        return StripedWindow.of(setup)
     if _is_alone(setup.problem, setup.meta.plan):
         return _Alone.of(setup)
     problem = setup.problem
@@ -73,7 +78,10 @@ def _prepare(setup: Setup) -> _Alone | _AllGather:
     )
 
 
-def _forward(held: _Alone | _AllGather, io: IO, attend: Attend) -> None:
+def _forward(held: _Alone | _AllGather | StripedWindow, io: IO, attend: Attend) -> None:
+    if isinstance(held, StripedWindow):
+        held.forward(io, attend)
+        return
     if isinstance(held, _Alone):
         attend(held.keys(io), held.spans)
         return
@@ -246,6 +254,8 @@ def _rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
+    if plan.owner is not None and problem.window is not None:
+        return None if problem.overlap == 1 else "of a striped cache it brings all heads at once; leave overlap out"
     if plan.sharded:
         return "it would bring the whole of a sharded cache to every rank"
     return None

@@ -85,6 +85,10 @@ def _preferred(problem: Problem, plan: Layout) -> _Preference:
         if has_long_prefix and plan.cp_size > 1 and problem.device.type == "cuda":
             return _Preference([RING, ALL_GATHER], f"an all-gather would copy {in_words(copied_bytes)} of cached keys and values")
         return _Preference([ALL_GATHER, RING] if fits else [RING, ALL_GATHER], why)
+    if problem.window is not None:
+        if only_decodes(plan):
+            return _Preference([PASS_Q, ALL_GATHER], f"no request has more than {DECODE_TOKENS} new tokens, so that no key has to travel")
+        return _Preference([ALL_GATHER, PASS_Q], "of a striped cache it brings what a window reaches")
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
     fits = gathered <= AUTO_GATHER_QUERIES_LIMIT
     pass_q = [PASS_Q, PASS_Q_RING] if fits else [PASS_Q_RING, PASS_Q]

@@ -12,6 +12,7 @@ from cpattn.exchange.step_spans import causal_spans, prefix_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.striped_places import striped_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
 
@@ -103,6 +104,26 @@ class OwnShard(NamedTuple):
         assert isinstance(cache, PagedKV)
         self.held.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.new_places, io.k, io.v)
         return self.held.keys(cache)
+
+
+class HeldShard(NamedTuple):
+    """What this rank holds of a sharded cache, in which new tokens lie already."""
+
+    held: PagedKeys
+
+    @classmethod
+    def of(cls, setup: Setup) -> HeldShard:
+        meta, kv = setup.meta, setup.kv
+        if setup.reads_pages:
+            return cls(PagedKeys.as_they_are(kv))
+        most = int(meta.plan.held_lens.sum(axis=0).max())
+        places = meta.shard_places if meta.plan.owner is None else striped_places(meta)
+        return cls(PagedKeys.copied(kv, message_buffer(setup.transport.arena, "shard", kv, most), places))
+
+    def keys(self, io: IO) -> Keys:
+        """All of it."""
+        assert isinstance(io.cache, PagedKV)
+        return self.held.keys(io.cache)
 
 
 class WholePages(NamedTuple):

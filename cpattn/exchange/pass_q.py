@@ -11,6 +11,7 @@ queries and the last one's results are in flight. It holds two ranks' queries an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,13 +19,20 @@ import torch
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
-from cpattn.exchange.keys_at_hand import OwnKeys, OwnShard, Prefixes
+from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import message_buffer
+from cpattn.exchange.queries_and_keys import QueriesAndKeys
+from cpattn.exchange.results import Results
 from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
+from cpattn.exchange.striped_pass_q import StripedPassQ, striped_schedule
+from cpattn.exchange.striped_shard import StripedShard
+from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.striped_places import owned_places_by_rank
+from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
 from cpattn.transports.transfer import Transfer
@@ -32,6 +40,8 @@ from cpattn.transports.transport import Transport
 
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
+    if plan.owner is not None:
+        return striped_schedule(problem, plan)
     others = plan.cp_size - 1
     queries, results = (sends(problem, plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
     own = shard_hop(problem, plan, 0, 0, queries)
@@ -41,7 +51,7 @@ def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
     return (*prefix_hop(problem, plan), own, Hop("others", 0, alignment, others * own.results, results))
 
 
-class _PassQ(NamedTuple):
+class GatheredQueries(NamedTuple):
     """
     Attributes:
         own_spans: this rank's queries over its own keys, launch after launch; spans: all other ranks' queries, rank after rank.
@@ -49,44 +59,67 @@ class _PassQ(NamedTuple):
     """
 
     transfers: tuple[Transfer, ...]
-    keys: OwnKeys | OwnShard
+    keys: OwnKeys | OwnShard | StripedShard | HeldShard
     prefixes: Prefixes | None
     own_spans: list[Spans]
     spans: list[Spans]
     queries: Tensor | None
     own: Tensor | None
-    sent: _Results | None
-    received: _Results | None
+    sent: Results | None
+    received: Results | None
+
+    @classmethod
+    def of(
+        cls,
+        setup: Setup,
+        keys: OwnKeys | OwnShard | StripedShard | HeldShard,
+        prefixes: Prefixes | None,
+        own_spans: list[Spans],
+        spans: list[Spans],
+    ) -> GatheredQueries:
+        """Memory and transfers for it."""
+        problem, transport = setup.problem, setup.transport
+        if transport.size == 1:
+            return cls((), keys, prefixes, own_spans, [], None, None, None, None)
+        shape = transport.size, problem.rows, problem.q_heads, problem.head_dim
+        queries = transport.arena.buffer("queries", shape, problem.dtype, problem.device)
+        own = queries[transport.rank]
+        sent, received = (Results.of(setup, f"results {end}", transport.size) for end in ("sent", "received"))
+        gather = transport.prepare_all_gather(queries, own)._replace(fill_missing=partial(own.fill_, torch.nan))
+        exchange = transport.prepare_all_to_all(received.message, sent.message)
+        exchange = exchange._replace(fill_missing=partial(sent.message.fill_, torch.nan))
+        return cls(
+            transfers=(gather, exchange),
+            keys=keys,
+            prefixes=prefixes,
+            own_spans=own_spans,
+            spans=spans,
+            queries=queries.flatten(0, 1),
+            own=own,
+            sent=sent,
+            received=received,
+        )
 
 
-def _prepare_gather(setup: Setup) -> _PassQ:
-    problem, meta, transport = setup.problem, setup.meta, setup.transport
+def _prepare_gather(setup: Setup) -> GatheredQueries | StripedPassQ:
+    meta, window = setup.meta, setup.problem.window
+    if meta.plan.owner is not None:
+        return StripedPassQ.of(setup)
     is_paged = _attends_to_pages(setup)
-    own_spans = source_spans(meta, problem.window, is_paged)[meta.cp_rank]
-    keys, prefixes = _keys_at_hand(setup), Prefixes.of(setup)
-    if transport.size == 1:
-        return _PassQ((), keys, prefixes, own_spans, [], None, None, None, None)
-    shape = transport.size, problem.rows, problem.q_heads, problem.head_dim
-    queries = transport.arena.buffer("queries", shape, problem.dtype, problem.device)
-    own = queries[transport.rank]
-    sent, received = (_Results.of(setup, f"results {end}", transport.size) for end in ("sent", "received"))
-    gather = transport.prepare_all_gather(queries, own)._replace(fill_missing=partial(own.fill_, torch.nan))
-    exchange = transport.prepare_all_to_all(received.message, sent.message)
-    exchange = exchange._replace(fill_missing=partial(sent.message.fill_, torch.nan))
-    return _PassQ(
-        transfers=(gather, exchange),
-        keys=keys,
-        prefixes=prefixes,
-        own_spans=own_spans,
-        spans=gathered_source_spans(meta, problem.window, is_paged),
-        queries=queries.flatten(0, 1),
-        own=own,
-        sent=sent,
-        received=received,
-    )
+    own_spans = source_spans(meta, window, is_paged)[meta.cp_rank]
+    others = gathered_source_spans(meta, window, is_paged)
+    return GatheredQueries.of(setup, _keys_at_hand(setup), Prefixes.of(setup), own_spans, others)
 
 
-def _forward_gather(held: _PassQ, io: IO, attend: Attend) -> None:
+def _forward_gather(held: GatheredQueries | StripedPassQ, io: IO, attend: Attend) -> None:
+    if isinstance(held, StripedPassQ):
+        held.forward(io, attend)
+    else:
+        forward_gathered(held, io, attend)
+
+
+def forward_gathered(held: GatheredQueries, io: IO, attend: Attend) -> None:
+    """Makes one call."""
     keys = held.keys.keys(io)
     arriving = None
     if held.own is not None:
@@ -106,6 +139,9 @@ def _forward_gather(held: _PassQ, io: IO, attend: Attend) -> None:
 
 def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
     queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    if plan.owner is not None:
+        # New keys and values travel beside them, to those who hold them.
+        queries += problem.rows * problem.key_bytes
     hops = []
     for hop in range(plan.cp_size):
         # The queries of the next hop set out before it; its own results go back after it.
@@ -114,21 +150,51 @@ def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
     return (*prefix_hop(problem, plan), *hops)
 
 
+class _NewTokens(NamedTuple):
+    """Over a striped cache, new keys and values: they go around with the queries, past the ranks that hold them.
+
+    Attributes:
+        turns: two messages that take turns; none for one rank.
+        places: of each hop where those that are there go in this rank's pages.
+    """
+
+    turns: tuple[QueriesAndKeys, ...]
+    places: list[tuple[Tensor, Tensor]]
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup) -> _NewTokens | None:
+        meta, size = setup.meta, setup.transport.size
+        if meta.plan.owner is None:
+            return None
+        places = owned_places_by_rank(meta)
+        turns = tuple(QueriesAndKeys.of(setup, f"queries and keys {n}") for n in range(2 if size > 1 else 0))
+        return cls(turns, [places[(meta.cp_rank - hop) % size] for hop in range(size)], moves_for(setup.problem.device))
+
+    def write(self, io: IO, hop: int) -> None:
+        """Those that are there in a hop."""
+        assert isinstance(io.cache, PagedKV)
+        k, v = (io.k, io.v) if hop == 0 else self.turns[hop % 2].new.parts
+        self.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *self.places[hop], k, v)
+
+
 class _PassQRing(NamedTuple):
     """
     Attributes:
+        new: what travels beside the queries, if anything does.
         spans: of each hop its launches.
         queries: two buffers ``[rows, Hq, D]`` that take turns: what is there, and what is on its way.
         sent, received: results, of two hops each, that take turns.
     """
 
     transfers: tuple[Transfer, ...]
-    keys: OwnKeys | OwnShard
+    keys: OwnKeys | OwnShard | StripedShard
     prefixes: Prefixes | None
+    new: _NewTokens | None
     spans: list[list[Spans]]
     queries: tuple[Tensor, ...]
-    sent: tuple[_Results, ...]
-    received: tuple[_Results, ...]
+    sent: tuple[Results, ...]
+    received: tuple[Results, ...]
 
 
 def _prepare_ring(setup: Setup) -> _PassQRing:
@@ -136,37 +202,42 @@ def _prepare_ring(setup: Setup) -> _PassQRing:
     size = transport.size
     by_source = source_spans(meta, problem.window, _attends_to_pages(setup))
     spans = [by_source[(meta.cp_rank - hop) % size] for hop in range(size)]
-    keys, prefixes = _keys_at_hand(setup), Prefixes.of(setup)
+    keys, prefixes, new = _keys_at_hand(setup), Prefixes.of(setup), _NewTokens.of(setup)
     if size == 1:
-        return _PassQRing((), keys, prefixes, spans, (), (), ())
-    shape = problem.rows, problem.q_heads, problem.head_dim
-    queries = tuple(transport.arena.buffer(f"queries {n}", shape, problem.dtype, problem.device) for n in range(2))
-    sent, received = (tuple(_Results.of(setup, f"results {n} {end}", 1) for n in range(2)) for end in ("sent", "received"))
-    shifts = [_shift_queries(transport, queries, hop) for hop in range(size - 1)]
+        return _PassQRing((), keys, prefixes, new, spans, (), (), ())
+    if new is None:
+        shape = problem.rows, problem.q_heads, problem.head_dim
+        messages = queries = tuple(transport.arena.buffer(f"queries {n}", shape, problem.dtype, problem.device) for n in range(2))
+        fill_missing: Callable[[], object] = partial(queries[0].fill_, torch.nan)
+    else:
+        messages, queries = tuple(turn.whole for turn in new.turns), tuple(turn.q for turn in new.turns)
+        fill_missing = new.turns[0].fill_missing
+    sent, received = (tuple(Results.of(setup, f"results {n} {end}", 1) for n in range(2)) for end in ("sent", "received"))
+    shifts = [transport.prepare_shift(messages[1 - hop % 2], messages[hop % 2]) for hop in range(size - 1)]
+    # All that comes later was received.
+    shifts[0] = shifts[0]._replace(fill_missing=fill_missing)
     returns = [_return_results(transport, sent[hop % 2], received[hop % 2], hop) for hop in range(1, size)]
     # In each hop the queries of the next one set out before the results of this one go back.
     in_turn = [transfer for pair in zip(shifts[1:], returns, strict=False) for transfer in pair]
-    return _PassQRing((shifts[0], *in_turn, returns[-1]), keys, prefixes, spans, queries, sent, received)
+    return _PassQRing((shifts[0], *in_turn, returns[-1]), keys, prefixes, new, spans, queries, sent, received)
 
 
-def _shift_queries(transport: Transport, queries: tuple[Tensor, ...], hop: int) -> Transfer:
-    transfer = transport.prepare_shift(queries[1 - hop % 2], queries[hop % 2])
-    # All that comes later was received.
-    return transfer if hop else transfer._replace(fill_missing=partial(queries[0].fill_, torch.nan))
-
-
-def _return_results(transport: Transport, sent: _Results, received: _Results, hop: int) -> Transfer:
+def _return_results(transport: Transport, sent: Results, received: Results, hop: int) -> Transfer:
     transfer = transport.prepare_shift(received.message, sent.message, by=-hop)
     return transfer._replace(fill_missing=partial(sent.message.fill_, torch.nan))
 
 
 def _forward_ring(held: _PassQRing, io: IO, attend: Attend) -> None:
     keys = held.keys.keys(io)
-    if held.queries:
+    if held.new is not None and held.new.turns:
+        held.new.turns[0].put(io)
+    elif held.queries:
         held.queries[0].copy_(io.q)
     returning = None
     for hop, launches in enumerate(held.spans):
         arriving = io.start() if hop + 1 < len(held.spans) else None
+        if held.new is not None:
+            held.new.write(io, hop)
         if hop == 0:
             if held.prefixes is not None:
                 held.prefixes.attend(io, attend)
@@ -187,50 +258,37 @@ def _forward_ring(held: _PassQRing, io: IO, attend: Attend) -> None:
 
 
 def _attends_to_pages(setup: Setup) -> bool:
-    return setup.problem.cache == "paged" and setup.meta.plan.sharded and setup.reads_pages
+    plan = setup.meta.plan
+    return setup.problem.cache == "paged" and plan.sharded and plan.owner is None and setup.reads_pages
 
 
-def _keys_at_hand(setup: Setup) -> OwnKeys | OwnShard:
-    """What this rank holds."""
+def _keys_at_hand(setup: Setup) -> OwnKeys | OwnShard | StripedShard:
+    """What this rank holds, or brings of a striped cache."""
     plan = setup.meta.plan
     if not (plan.sharded and setup.problem.cache == "paged"):
         return OwnKeys.of(setup)
+    if plan.owner is not None:
+        return StripedShard.of(setup, message_buffer(setup.transport.arena, "shard", setup.kv, plan.largest_shard))
     copy = None if setup.reads_pages else message_buffer(setup.transport.arena, "shard", setup.kv, plan.largest_shard)
     return OwnShard.of(setup, copy)
-
-
-class _Results(NamedTuple):
-    """A message of results ``[ranks, rows, Hq, Dv + 1]``: out, and LSE in the last column.
-
-    Attributes:
-        out, lse: its parts with the rows of all ranks on one axis; partials: with an axis of ranks.
-    """
-
-    message: Tensor
-    out: Tensor
-    lse: Tensor
-    partials: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, setup: Setup, name: str, ranks: int) -> _Results:
-        problem = setup.problem
-        shape = ranks, problem.rows, problem.q_heads, problem.v_head_dim + 1
-        message = setup.transport.arena.buffer(name, shape, problem.merge_dtype, problem.device)
-        flat = message.flatten(0, 1)
-        return cls(message, flat[..., :-1], flat[..., -1], (message[..., :-1], message[..., -1]))
-
-    def put(self, out: Tensor, lse: Tensor) -> None:
-        """Fills the message."""
-        self.out.copy_(out)
-        self.lse.copy_(lse)
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
     if problem.cache == "paged" and not plan.sharded:
         return "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (prefix_shards)"
+    if plan.owner is not None:
+        return None
     return why_not_shards(problem, plan)
+
+
+def _why_not_ring(problem: Problem, plan: Layout) -> str | None:
+    if plan.owner is not None and problem.window is not None:
+        return why_not_shards(problem, plan)
+    if plan.owner is not None and problem.fixed:
+        return "of a striped cache it attends to a copy, which changes in size from batch to batch, and a bucket's graph cannot"
+    return _why_not(problem, plan)
 
 
 _TRAVELS = "queries, and partial outputs back"
 PASS_Q = Strategy("pass_q", _gather_schedule, _prepare_gather, _forward_gather, _why_not, _TRAVELS)
-PASS_Q_RING = Strategy("pass_q_ring", _ring_schedule, _prepare_ring, _forward_ring, _why_not, _TRAVELS)
+PASS_Q_RING = Strategy("pass_q_ring", _ring_schedule, _prepare_ring, _forward_ring, _why_not_ring, _TRAVELS)

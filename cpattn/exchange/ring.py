@@ -17,9 +17,11 @@ from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import launches_per_shard, shard_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
+from cpattn.exchange.striped_shard import StripedShard
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.striped_places import new_rows_in_shards, owned_places_by_rank
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
@@ -62,16 +64,20 @@ class _Ring(NamedTuple):
         shard: what this rank holds of a sharded cache, which is what travels then; None if its new tokens travel.
         own: this rank's new tokens.
         spans: of each hop its launches.
-        places: of each hop where the keys at hand go in pages that every rank has whole; None without such pages.
+        places: of each hop where the new keys at hand go in pages that every rank has whole, or in those of a striped cache that
+            this rank holds; None without such pages.
+        new_rows: of a striped cache, which rows of each hop's message they are; new: memory for them.
     """
 
     transfers: tuple[Transfer, ...]
     messages: tuple[Message, Message]
     prefixes: Prefixes | None
-    shard: OwnShard | None
+    shard: OwnShard | StripedShard | None
     own: OwnKeys
     spans: list[list[Spans]]
     places: list[tuple[Tensor, Tensor]] | None
+    new_rows: list[Tensor]
+    new: Message | None
     num_tokens: int | Tensor
     moves: Moves
 
@@ -82,16 +88,27 @@ def _prepare(setup: Setup) -> _Ring:
     is_sharded = problem.cache == "paged" and plan.sharded
     owners = [(meta.cp_rank - hop) % plan.cp_size for hop in range(plan.cp_size)]
     spans = shard_spans(meta, problem.window)
-    # Pages that every rank has whole get all keys that pass by.
-    places = meta.gathered_places_by_rank if problem.cache == "paged" and not is_sharded else None
+    is_striped = is_sharded and plan.owner is not None
+    # Pages that every rank has whole get all new keys that pass by, and striped ones their own.
+    places = None
+    if is_striped:
+        places = owned_places_by_rank(meta)
+    elif problem.cache == "paged" and not is_sharded:
+        places = meta.gathered_places_by_rank
+    new_rows = new_rows_in_shards(meta) if is_striped else []
+    shard: OwnShard | StripedShard | None = None
+    if is_sharded:
+        shard = (StripedShard if is_striped else OwnShard).of(setup, messages[0])
     return _Ring(
         transfers=transfers,
         messages=messages,
         prefixes=Prefixes.of(setup),
-        shard=OwnShard.of(setup, messages[0]) if is_sharded else None,
+        shard=shard,
         own=OwnKeys.of(setup),
         spans=[spans[owner] for owner in owners],
         places=None if places is None else [places[owner] for owner in owners],
+        new_rows=[new_rows[owner] for owner in owners] if is_striped else [],
+        new=message_buffer(setup.transport.arena, "new rows", setup.kv, meta.rows) if is_striped else None,
         num_tokens=setup.num_tokens,
         moves=moves_for(problem.device),
     )
@@ -109,9 +126,13 @@ def _forward(ring: _Ring, io: IO, attend: Attend) -> None:
         if hop == 0 and ring.prefixes is not None:
             ring.prefixes.attend(io, attend)
         if ring.places is not None:
-            # Every rank holds every token: what passes by is written, too.
+            # What passes by is written, too.
             assert isinstance(io.cache, PagedKV)
-            k, v = (io.k, io.v) if hop == 0 else ring.messages[hop % 2].parts
+            passing = ring.messages[hop % 2]
+            if hop and ring.new is not None:
+                ring.moves.gather_rows(ring.new.whole, passing.whole, ring.new_rows[hop])
+                passing = ring.new
+            k, v = passing.parts if hop else (io.k, io.v)
             ring.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *ring.places[hop], k, v)
         for spans in launches:
             attend(keys, spans)
@@ -132,6 +153,8 @@ def _turns(transport: Transport, kv: KVFormat, rows: int) -> tuple[tuple[Message
 
 def why_not_shards(problem: Problem, plan: Layout) -> str | None:
     """What no strategy can serve that takes one rank's shard at a time."""
+    if plan.owner is not None and problem.window is not None:
+        return "between its neighbours in a striped shard a token's positions have gaps, so that no window is a range of keys there"
     if plan.sharded and problem.window is not None:
         return "a sharded cache does not know its tokens' positions, which a window needs"
     if plan.is_callers and problem.fixed and problem.window is not None:

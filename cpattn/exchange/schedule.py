@@ -23,15 +23,15 @@ class Hop(NamedTuple):
     Attributes:
         queries: what rank r attends with: the queries of rank ``r - queries`` (0 for its own), those of all other ranks, or of all
             ranks those of its share of the heads.
-        keys: what it attends to: the shard of rank ``r - keys`` (0 for its own), ``"all"`` keys of the batch, or the
-            prefixes that every rank has whole.
+        keys: what it attends to: the shard of rank ``r - keys`` (0 for its own), ``"all"`` keys of the batch, the prefixes that
+            every rank has whole, what is ``"cached"`` of the prefixes on this rank alone, or the ``"new"`` tokens of all ranks.
         alignment: of its spans.
         results: partial results that it gives for each query that it is about.
         sent: int64 ``[cp_size]`` bytes that each rank sends: what has set out before the hop, or during it, since the last one.
     """
 
     queries: int | Literal["others", "all"]
-    keys: int | Literal["all", "prefix"]
+    keys: int | Literal["all", "prefix", "cached", "new"]
     alignment: Alignment
     results: int
     sent: IntArray
@@ -71,6 +71,13 @@ def hop_pairs(plan: Layout, hop: Hop) -> IntArray:
         return np.array(plan.rank_pairs, dtype=np.int64)
     if hop.keys == "prefix":
         return prefix_pairs(plan)
+    if hop.keys == "new":
+        over_new: IntArray = np.array(plan.rank_pairs, dtype=np.int64) - plan.rank_extends.T @ plan.prefix_lens
+        return over_new
+    if hop.keys == "cached":
+        cached: IntArray = plan.rank_extends.T @ plan.shard_lens
+        own = cached.diagonal()
+        return cached.sum(axis=0) - own if hop.queries == "others" else own
     pairs = shard_pairs(plan)
     owners = (ranks - hop.keys) % plan.cp_size
     if hop.queries == "others":

@@ -1,7 +1,7 @@
 """The spans of a strategy's steps: which of a rank's queries see which keys of those at hand.
 
-Keys lie in one of three orders: all of a batch (each request's prefix and extend in one piece), the prefixes alone, or
-one rank's shard. A shard is, for each request, what this rank holds of the prefix, then its chunks in sequence order.
+Keys lie in one of these orders: all of a batch (each request's prefix and extend in one piece), the prefixes alone, the new
+tokens alone, or one rank's shard. A shard is, for each request, what this rank holds of the prefix, then its chunks in sequence order.
 What a chunk of queries sees of a shard is a beginning of its request's piece, one key range, whether it is none, one
 chunk or all. A sliding window breaks this, since a shard has gaps in position: with a window a shard is as many
 launches as a rank may own chunks of a request.
@@ -21,6 +21,7 @@ from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.striped_window import Reach
 from cpattn.spans import Alignment, Spans, SpanTable
 
 
@@ -125,6 +126,144 @@ def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> 
     return meta.derive(("gathered source spans", window, paged), build)
 
 
+def cached_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
+    """Over what this rank holds of the prefixes: its own queries, and those of all other ranks, rank after rank. New tokens lie
+    apart."""
+
+    def build() -> list[Spans]:
+        own = _cached_ranges(meta, meta.chunk_host)
+        parts = []
+        for source in range(meta.plan.cp_size):
+            ranges = _cached_ranges(meta, chunk_tables(meta.plan, source))
+            if source == meta.cp_rank:
+                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+            parts.append(_table(meta, source, ranges))
+        return _build(meta, [_own_table(meta, own), _one_after_another(parts)], paged)
+
+    own, others = meta.derive(("cached spans", paged), build)
+    return own, others
+
+
+def new_token_spans(meta: CPMetadata) -> Spans:
+    """This rank's queries over the new tokens of all ranks, request after request, without the prefixes."""
+
+    def build() -> Spans:
+        chunks = meta.chunk_host
+        begins = exclusive_cumsum(meta.plan.extend_lens)[chunks.request]
+        ranges = KeyRanges(begins, chunks.start + chunks.q_len, chunks.start + 1, "bottom_right")
+        return _build(meta, [_own_table(meta, ranges)], paged=False)[0]
+
+    return meta.derive("new token spans", build)
+
+
+def window_spans(meta: CPMetadata, window: int) -> Spans:
+    """This rank's queries over what their window reaches of the prefixes, and the new tokens of all ranks, in one piece for each
+    request."""
+
+    def build() -> Spans:
+        chunks, plan = meta.chunk_host, meta.plan
+        reached = Reach.of(plan, window).lengths
+        before = reached[chunks.request] + chunks.start
+        begins = exclusive_cumsum(reached + plan.extend_lens)[chunks.request]
+        ranges = KeyRanges(begins, before + chunks.q_len, before + 1, "bottom_right")
+        return _build(meta, [_own_table(meta, ranges)], paged=False, reached=window - 1)[0]
+
+    return meta.derive(("window spans", window), build)
+
+
+def held_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
+    """Over what this rank holds of a sharded cache, new tokens included: its own queries, and those of all other ranks, rank after
+    rank."""
+    if meta.plan.owner is None:
+        return source_spans(meta, None, paged)[meta.cp_rank][0], gathered_source_spans(meta, None, paged)[0]
+
+    def build() -> list[Spans]:
+        parts, own = [], None
+        for source in range(meta.plan.cp_size):
+            pieces, ranges = _held_ranges(meta, source)
+            if source == meta.cp_rank:
+                own = _with_padding(meta, pieces, ranges, meta.rows)
+                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+            parts.append(_with_padding(meta, pieces, ranges, meta.rows))
+        assert own is not None
+        return _build(meta, [own, _one_after_another(parts)], paged)
+
+    own, others = meta.derive(("held spans", paged), build)
+    return own, others
+
+
+def held_alignment(plan: Layout, fixed: bool, own: bool) -> Alignment:
+    """Of those."""
+    if plan.owner is None:
+        return "bottom_right" if own else "full"
+    # A single query sees all of its range.
+    return "full" if not fixed and plan.extend_lens.max(initial=0) <= 1 else "any"
+
+
+def _held_ranges(meta: CPMetadata, source: int) -> tuple[ChunkTables, KeyRanges]:
+    """The queries of ``source``, cut where this rank's turn of the stripes begins, over what this rank holds. From there on each query
+    sees one key more than the one before, up to the last of the turn, and then as many until the next turn."""
+    plan, rank = meta.plan, meta.cp_rank
+    chunks, owner = chunk_tables(plan, source), plan.owner
+    begin, turn = rank * owner.interleave, plan.cp_size * owner.interleave
+    first = chunks.k_len - chunks.q_len  # absolute positions
+    next_turn = (first - begin) // turn + 1
+    pieces = 1 + np.maximum(0, -((begin - chunks.k_len) // turn) - next_turn)
+    nth = np.arange(pieces.sum()) - exclusive_cumsum(pieces).repeat(pieces)
+    start = np.where(nth == 0, first.repeat(pieces), begin + (next_turn.repeat(pieces) + nth - 1) * turn)
+    end = np.where(nth + 1 == pieces.repeat(pieces), chunks.k_len.repeat(pieces), begin + (next_turn.repeat(pieces) + nth) * turn)
+    entry, request = chunks.entry.repeat(pieces), chunks.request.repeat(pieces)
+    held = plan.held_lens[:, rank]
+    k_len, diagonal = (owner.held(seen, plan.cp_size)[:, rank] for seen in (end, start + 1))
+    cut = ChunkTables(entry, request, start - plan.prefix_lens[request], end - start, end)
+    alignment = held_alignment(plan, meta.bucket is not None, own=source == rank)
+    return cut, KeyRanges(exclusive_cumsum(held)[request], k_len, diagonal, alignment)
+
+
+def reached_spans(meta: CPMetadata, window: int) -> tuple[Spans, Spans]:
+    """Over what their window reaches of the prefixes on this rank: its own queries, and those of all other ranks, rank after rank.
+
+    A query's window begins at a number of its own in the stripe, so that each query is a span.
+    """
+
+    def build() -> list[Spans]:
+        parts, own = [], None
+        for source in range(meta.plan.cp_size):
+            queries, ranges = _reached_ranges(meta, source, window)
+            if source == meta.cp_rank:
+                own = _with_padding(meta, queries, ranges, meta.rows)
+                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+            parts.append(_with_padding(meta, queries, ranges, meta.rows))
+        assert own is not None
+        return _build(meta, [own, _one_after_another(parts)], paged=False, reached=window - 1)
+
+    own, others = meta.derive(("reached spans", window), build)
+    return own, others
+
+
+def _reached_ranges(meta: CPMetadata, source: int, window: int) -> tuple[ChunkTables, KeyRanges]:
+    plan, rank, chunks = meta.plan, meta.cp_rank, chunk_tables(meta.plan, source)
+    reach = Reach.of(plan, window)
+    nth = np.arange(chunks.q_len.sum()) - exclusive_cumsum(chunks.q_len).repeat(chunks.q_len)
+    entry, request, start, before = (
+        column.repeat(chunks.q_len) for column in (chunks.entry, chunks.request, chunks.start, chunks.k_len - chunks.q_len)
+    )
+    prefix_lens = plan.prefix_lens[request]
+    begins = np.clip(before + nth + 1 - window, prefix_lens - reach.lengths[request], prefix_lens)
+    first = plan.owner.held(begins, plan.cp_size)[:, rank]
+    k_len = plan.shard_lens[request, rank] - first
+    counts = reach.counts[:, rank]
+    k_start = exclusive_cumsum(counts)[request] + first - reach.first[request, rank]
+    queries = ChunkTables(entry, request, start + nth, np.ones_like(nth), before + nth + 1)
+    return queries, KeyRanges(k_start, k_len, k_len, "bottom_right")
+
+
+def _cached_ranges(meta: CPMetadata, chunks: ChunkTables) -> KeyRanges:
+    cached = meta.plan.shard_lens[:, meta.cp_rank]
+    k_len = cached[chunks.request]
+    return KeyRanges(exclusive_cumsum(cached)[chunks.request], k_len, k_len, "full")
+
+
 def launches_per_shard(plan: Layout, window: int | None) -> int:
     """How many launches one shard takes."""
     return 1 if window is None else plan.most_chunks
@@ -179,9 +318,9 @@ def _table(meta: CPMetadata, source: int, ranges: KeyRanges) -> SpanTable:
     return _with_padding(meta, chunk_tables(meta.plan, source), ranges)
 
 
-def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> SpanTable:
-    """With the padding of q as the last span; in a bucket, after as many empty spans as there may be chunks."""
-    missing = 0 if meta.bucket is None else meta.bucket.max_chunks - len(chunks.q_len)
+def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges, most: int | None = None) -> SpanTable:
+    """With the padding of q as the last span; in a bucket, after as many empty spans as there may be chunks, or ``most``."""
+    missing = 0 if meta.bucket is None else (most or meta.bucket.max_chunks) - len(chunks.q_len)
     padding = meta.rows - int(chunks.q_len.sum())
     more = missing + (1 if padding or meta.bucket is not None else 0)
     q_len, k_start, k_len, diagonal, request = (
@@ -192,13 +331,13 @@ def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges) -> S
     return SpanTable(q_len, k_start, k_len, diagonal, request, ranges.alignment)
 
 
-def _build(meta: CPMetadata, tables: list[SpanTable], paged: bool) -> list[Spans]:
+def _build(meta: CPMetadata, tables: list[SpanTable], paged: bool, reached: int = 0) -> list[Spans]:
     if paged:
         tables = [table._replace(k_start=np.zeros_like(table.k_start)) for table in tables]
     fixed_lengths = None
     if meta.bucket is not None:
-        # Without pages a bucket has no prefixes, and all ranks' rows are the most that there can be.
-        longest = meta.bucket.max_seqlen if paged else min(meta.bucket.max_seqlen, meta.plan.cp_size * meta.rows)
+        # Without pages a bucket has no prefixes but what is reached of them, and all ranks' rows are the most that there can be.
+        longest = meta.bucket.max_seqlen if paged else min(meta.bucket.max_seqlen, reached + meta.plan.cp_size * meta.rows)
         fixed_lengths = meta.bucket.max_rows, longest
     return Spans.build_all(tables, meta.device, fixed_lengths)
 

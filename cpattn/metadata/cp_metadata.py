@@ -153,7 +153,7 @@ class CPMetadata:
             raise PlanError(f"copy_ got a {type(plan).__name__}; pass the Plan of the next batch, or any rank's CPMetadata of it")
         if self.bucket is None:
             raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
-        for name in ("cp_size", "kind", "sharded"):
+        for name in ("cp_size", "kind", "sharded", "owner"):
             mine, theirs = getattr(self.plan, name), getattr(plan, name)
             if mine != theirs:
                 shown = "partition" if name == "kind" else name

@@ -16,6 +16,7 @@ from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, 
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
 from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
+from cpattn.metadata.striped import Striped, parse_owner
 
 
 class Chunk(NamedTuple):
@@ -45,6 +46,7 @@ class Layout:
     remainder: str = "balanced"
     pad_to: int = 1
     prefix_shards: tuple[tuple[int, ...], ...] | None = None
+    owner: Striped | None = None
 
     def __post_init__(self) -> None:
         pairs = parse_batch(self.batch)
@@ -73,6 +75,12 @@ class Layout:
             shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
+        if self.owner is not None:
+            parse_owner(self.owner)
+            if self.prefix_shards is not None:
+                raise PlanError(
+                    f"owner={self.owner} beside prefix_shards; the rule says which tokens each rank holds, so leave prefix_shards out"
+                )
         if self.remainder not in remainders_of(self.partition if isinstance(self.partition, str) else ""):
             which = "a partition of your own" if callers else f"partition={self.partition!r}"
             raise PlanError(f"remainder={self.remainder!r} beside {which}, which says itself where each token goes; leave it out")
@@ -86,14 +94,19 @@ class Layout:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
-        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards)
+        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards, self.owner)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
             f"partition={self.partition!r}, {f'remainder={self.remainder!r}, ' if self.cuts_alike else ''}pad_to={self.pad_to}, "
-            f"rows={self.rows}{', sharded prefixes' if self.sharded else ''})"
+            f"rows={self.rows}{self.cache_in_words})"
         )
+
+    @property
+    def cache_in_words(self) -> str:
+        """How a cache is sharded, for the end of a list; nothing where each rank has all of it."""
+        return f", owner={self.owner}" if self.owner is not None else ", sharded prefixes" if self.sharded else ""
 
     @property
     def is_callers(self) -> bool:
@@ -137,8 +150,13 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part of the prefixes only (``prefix_shards``), rather than all of them."""
-        return self.prefix_shards is not None
+        """Whether each rank holds a part of the prefixes only (``prefix_shards`` or ``owner``), rather than all of them."""
+        return self.prefix_shards is not None or self.owner is not None
+
+    @property
+    def sharded_by(self) -> str:
+        """What says so, in the words of :func:`cpattn.plan`."""
+        return "prefix_shards" if self.owner is None else f"owner={self.owner}"
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -167,6 +185,8 @@ class Layout:
         # A change to the rules of the layout must change this number: ranks of two versions then find out.
         digest.update(b"layout 3")
         digest.update(repr((self.cp_size, self.kind, self.remainder, self.pad_to, self.sharded)).encode())
+        if self.owner is not None:
+            digest.update(repr(self.owner).encode())
         digest.update(self._pairs.astype("<i8").tobytes())
         if self.sharded:
             digest.update(self.shard_lens.astype("<i8").tobytes())
@@ -182,7 +202,7 @@ class Layout:
         if isinstance(self.partition, CallersPartition):
             return self.partition.chunks
         assert isinstance(self.partition, str)
-        table = PARTITIONS[self.partition](self._pairs, self.cp_size, self.remainder, self.shard_lens if self.sharded else None)
+        table = PARTITIONS[self.partition](self._pairs, self.cp_size, self.remainder, self.computed_lens)
         return Chunks._make(map(frozen, table))
 
     @cached_property
@@ -225,7 +245,21 @@ class Layout:
     @cached_property
     def shard_lens(self) -> IntArray:
         """``[num_requests, cp_size]`` the prefix tokens of each request that each rank holds; 0 where prefixes are not sharded."""
+        if self.owner is not None:
+            return frozen(self.owner.held(self.prefix_lens, self.cp_size))
         return frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
+
+    @property
+    def computed_lens(self) -> IntArray | None:
+        """``shard_lens`` where ranks keep what they compute, so that who computes has to be even in what it holds; else None."""
+        return self.shard_lens if self.prefix_shards is not None else None
+
+    @cached_property
+    def held_lens(self) -> IntArray:
+        """``[num_requests, cp_size]`` the tokens of each request that each rank's cache holds after the step, new ones included."""
+        if not self.sharded:
+            return np.broadcast_to(self.total_lens[:, None], (len(self.batch), self.cp_size))
+        return frozen(self.shard_lens + self.rank_extends if self.owner is None else self.owner.held(self.total_lens, self.cp_size))
 
     @cached_property
     def rank_extends(self) -> IntArray:
@@ -234,12 +268,12 @@ class Layout:
 
     @cached_property
     def shard_totals(self) -> IntArray:
-        """``[cp_size]`` the tokens that each rank holds once it has its new ones: its shard of the prefixes and of the extends."""
+        """``[cp_size]`` the tokens that each rank brings to the others: its shard of the prefixes, and the new ones that it computes."""
         return frozen((self.shard_lens + self.rank_extends).sum(axis=0))
 
     @property
     def largest_shard(self) -> int:
-        """The tokens of the rank that holds the most."""
+        """The tokens of the rank that brings the most."""
         return int(self.shard_totals.max())
 
 

@@ -39,7 +39,7 @@ def table_of_plan(plan: Layout) -> list[tuple[str, str]]:
     """Lines of a table: what, and the numbers."""
     return [
         ("requests", f"{len(plan.batch):,}: {plan.num_tokens:,} new tokens over {plan.num_prefix_tokens:,} cached ones"),
-        ("ranks", f"{plan.cp_size:,}: {describe_partition(plan)}{', sharded prefixes' if plan.sharded else ''}"),
+        ("ranks", f"{plan.cp_size:,}: {describe_partition(plan)}{plan.cache_in_words}"),
         ("tokens a rank", f"{_range(plan.rank_tokens)}, in {plan.rows:,} rows"),
         ("query-key pairs a rank", _range(plan.rank_pairs)),
         ("fullest rank over the mean", f"tokens {plan.token_imbalance:.4f}, pairs {plan.pair_imbalance:.4f}"),

@@ -23,6 +23,7 @@ from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
 from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths, first_dealt
+from cpattn.metadata.striped import Striped
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +105,7 @@ class Plan(Layout):
     @cached_property
     def lengths(self) -> IntArray:
         """``[num_requests, num_chunks]`` tokens of each chunk, empty ones included."""
-        dealer = first_dealt(self.extend_lens, self.shard_lens) if self.sharded else 0
+        dealer = 0 if self.computed_lens is None else first_dealt(self.extend_lens, self.computed_lens)
         return frozen(chunk_lengths(self.extend_lens, self.chunk_rank, self.cp_size, self.remainder, dealer))
 
     @cached_property
@@ -137,6 +138,7 @@ def plan(
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
+    owner: Striped | None = None,
 ) -> Plan:
     """Lays a ragged batch out over ``cp_size`` ranks. Pure and deterministic: call it on every rank alike.
 
@@ -164,12 +166,14 @@ def plan(
         prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
             rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens, or whole
             requests and decodes, are then dealt so that they go to ranks which hold few of their requests.
+        owner: instead of prefix_shards, the rule by which a sharded cache's tokens lie on ranks, prefix and new ones alike:
+            :class:`Striped`. None if every rank keeps all, or what it computes.
 
     Raises:
         BatchError: not integer pairs, or a negative length.
         PlanError: an option out of its range; a partition of your own returned no layout of the batch.
     """
-    return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards)  # type: ignore[arg-type]
+    return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards, owner)  # type: ignore[arg-type]
 
 
 @leaves_graph
@@ -214,6 +218,7 @@ def build_metadata(
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
+    owner: Striped | None = None,
     bucket: Bucket | None = None,
 ) -> CPMetadata:
     """:func:`plan` and :meth:`Plan.metadata` in one call; the arguments and errors are theirs.
@@ -222,7 +227,7 @@ def build_metadata(
     >>> cpattn.build_metadata([(0, 8)], cp_size=2, cp_rank=1).position_ids
     tensor([2, 3, 4, 5])
     """
-    planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards)
+    planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards, owner=owner)
     return planned.metadata(cp_rank, device, bucket)
 
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from cpattn.call.tensor_kinds import check_kind
 from cpattn.errors import BatchError, CPError, PageTableError, RankError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
+from cpattn.metadata.striped import Striped
+
+# Every rank has all tokens, or those that it computed.
+OWNERS = ("replicated", "computed")
 
 
 def parse_size(name: str, value: Any, least: int = 1) -> int:
@@ -30,9 +34,19 @@ def parse_rank(cp_rank: Any, cp_size: int) -> int:
     return int(cp_rank)
 
 
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise CPError(f"{name}={value!r} ({type(value).__name__}); pass True or False")
+def parse_owner(owner: Any, sharded: Any) -> str | Striped:
+    """The owner rule of a pool; ``sharded`` is the older word for two of them, and None where it was not given."""
+    if sharded is not None and not isinstance(sharded, bool):
+        raise CPError(f"sharded={sharded!r} ({type(sharded).__name__}); pass True or False")
+    if owner is None:
+        return OWNERS[bool(sharded)]
+    if sharded is not None:
+        raise CPError(f"owner={shown(owner)} beside sharded={sharded}; the owner says whether the pool is sharded, so leave sharded out")
+    if isinstance(owner, Striped):
+        return owner
+    if not isinstance(owner, str) or owner not in OWNERS:
+        raise CPError(f"owner={shown(owner)}; pass {', '.join(map(repr, OWNERS))} or cpattn.Striped(interleave)")
+    return OWNERS[OWNERS.index(owner)]
 
 
 def check_dtype(dtype: Any) -> None:

@@ -19,6 +19,7 @@ from cpattn.memo import Memo
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.partition import Partition
 from cpattn.metadata.plan import Plan, plan
+from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
 from cpattn.pool.books import CachedRequest, PageBooks
 from cpattn.pool.history import Before, History, pages_written
@@ -71,7 +72,9 @@ class KVPool:
         v_head_dim: that of K if None; 0 where V is a part of K (MLA).
         dtype, device: of the pages.
         cp_size, cp_rank: of the group.
-        sharded: whether each rank holds only the tokens that it owned when they were written, or all of them.
+        owner: which rank holds a token: ``"replicated"``, every rank all of them; ``"computed"``, the rank that computed it;
+            or :class:`Striped`, a rank by the token's position.
+        sharded: True for ``owner="computed"``, False for ``"replicated"``; instead of owner.
     """
 
     def __init__(
@@ -87,27 +90,30 @@ class KVPool:
         device: torch.device | str = "cpu",
         cp_size: int = 1,
         cp_rank: int = 0,
-        sharded: bool = False,
+        owner: str | Striped | None = None,
+        sharded: bool | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "kv_heads": kv_heads}
         shape = [checks.parse_size(name, size) for name, size in sizes.items()]
         head_dim = checks.parse_size("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else checks.parse_size("v_head_dim", v_head_dim, least=0)
-        checks.check_flag("sharded", sharded)
+        owner = checks.parse_owner(owner, sharded)
         checks.check_dtype(dtype)
         device = parse_device(device)
         checks.check_holds_data(device)
         self.page_size = shape[2]
         self.cp_size = checks.parse_size("cp_size", cp_size)
         self.cp_rank = checks.parse_rank(cp_rank, self.cp_size)
-        self.sharded = sharded
+        self.owner = owner
+        self.sharded = owner != "replicated"
         # Pages made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
             self.k_pages = checks.make_pages((*shape, head_dim), dtype, device)
             self.v_pages = checks.make_pages((*shape, v_head_dim), dtype, device) if v_head_dim else None
-        self._holders = self.cp_size if sharded else 1
-        self._here = self.cp_rank if sharded else 0
+        self._rule = owner if isinstance(owner, Striped) else None
+        self._holders = self.cp_size if self.sharded else 1
+        self._here = self.cp_rank if self.sharded else 0
         self._books = PageBooks(self._holders, shape[1])
         self._requests: dict[Hashable, CachedRequest] = {}
         self._history = History()
@@ -120,8 +126,12 @@ class KVPool:
         return (
             f"KVPool({pages} pages of {self.page_size} tokens, {self.free_pages} free, {len(self._requests)} requests, "
             f"{layers} layers of {heads} heads, k {head_dim}, v {v_head_dim}, {self.k_pages.dtype}, {self.k_pages.device}, "
-            f"rank {self.cp_rank} of {self.cp_size}, {'sharded' if self.sharded else 'replicated'})"
+            f"rank {self.cp_rank} of {self.cp_size}, {self._owner_in_words})"
         )
+
+    @property
+    def _owner_in_words(self) -> str:
+        return repr(self._rule) if self._rule is not None else "sharded" if self.sharded else "replicated"
 
     @property
     def free_pages(self) -> int:
@@ -178,8 +188,9 @@ class KVPool:
         requests = [self._of(name) for name in names]
         batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
         held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
-        planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=held if self.sharded else None)
-        new = planned.rank_extends if self.sharded else planned.extend_lens[:, None]
+        shards = held if self.owner == "computed" else None
+        planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=shards, owner=self._rule)
+        new = planned.held_lens - held if self.sharded else planned.extend_lens[:, None]
         self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
         before = [Before(name, request, len(request.owners)) for name, request in zip(names, requests, strict=True)]
         self._append_owners(requests, planned)
@@ -242,7 +253,7 @@ class KVPool:
         tokens = np.zeros((size[0], self._holders), dtype=np.int64)
         for number, request in enumerate(cached):
             tokens[number] = self._held(request.owners)
-        self._tables.keep(id(made), _MadeTable(weakref.ref(made), made._version, TableLines(tokens, self.sharded)))
+        self._tables.keep(id(made), _MadeTable(weakref.ref(made), made._version, TableLines(tokens, self.sharded, self._rule)))
         return made
 
     def layer(self, layer: int, page_table: Tensor) -> PagedKV:
@@ -295,7 +306,9 @@ class KVPool:
 
     def _append_owners(self, requests: Sequence[CachedRequest], planned: Plan) -> None:
         new = [np.zeros(extend, dtype=np.int64) for _, extend in planned.batch]
-        if self.sharded:
+        if self._rule is not None:
+            new = [self._rule.ranks(prefix + np.arange(extend), self.cp_size) for prefix, extend in planned.batch]
+        elif self.sharded:
             for chunk in planned.chunks:
                 new[chunk.request][chunk.start : chunk.start + chunk.length] = chunk.rank
         for request, owners in zip(requests, new, strict=True):

@@ -9,7 +9,15 @@ import torch
 import cpattn
 from cpattn.costs.hop_spans import RankSpans, sample, spans_of
 from cpattn.exchange.schedule import Hop, hop_pairs
-from cpattn.exchange.step_spans import causal_spans, gathered_source_spans, prefix_spans, shard_spans, source_spans
+from cpattn.exchange.step_spans import (
+    cached_spans,
+    causal_spans,
+    gathered_source_spans,
+    new_token_spans,
+    prefix_spans,
+    shard_spans,
+    source_spans,
+)
 from cpattn.spans import HostSpans, Spans
 
 BATCH = [(40, 131), (0, 57), (9, 3), (64, 1), (30, 0), (0, 2)]
@@ -18,6 +26,7 @@ PLANS = {
     "zigzag": cpattn.plan(BATCH, 3),
     "contiguous, padded": cpattn.plan(BATCH, 3, partition="contiguous", pad_to=16),
     "sharded": cpattn.plan(BATCH, 3, prefix_shards=SHARDED),
+    "striped": cpattn.plan(BATCH, 3, owner=cpattn.Striped(4)),
     "one rank": cpattn.plan(BATCH, 1),
 }
 
@@ -53,6 +62,12 @@ def attended(meta: cpattn.CPMetadata, hop: Hop) -> HostSpans:
         return causal_spans(meta, paged=False).host
     if hop.keys == "prefix":
         return prefix_spans(meta, None, paged=False).host
+    if hop.keys == "new":
+        new: Spans = new_token_spans(meta)
+        return new.host
+    if hop.keys == "cached":
+        cached: tuple[Spans, Spans] = cached_spans(meta, paged=False)
+        return cached[hop.queries == "others"].host
     if isinstance(hop.queries, int):
         by_rank: list[list[Spans]] = source_spans(meta, None, paged=False) if hop.queries else shard_spans(meta, None)
         spans: Spans = by_rank[(rank - hop.queries - hop.keys) % size][0]

@@ -63,6 +63,29 @@ def test_a_replicated_pool_has_no_shards() -> None:
         attend(pool, sharded, pool.page_table(["long", "short"]), group=SoloCommunicator(0, 2))
 
 
+def test_a_pool_of_another_owner() -> None:
+    batch, rule = [(0, 21), (0, 2)], cpattn.Striped(2)
+    none, step = [[0, 0], [0, 0]], pool_of(2).plan(STEP)
+    for owner, plan, message in (
+        (
+            "computed",
+            cpattn.plan(batch, 2, owner=rule),
+            r"a KVPool with owner='computed', but the plan has owner=Striped\(interleave=2\); ",
+        ),
+        (rule, cpattn.plan(batch, 2, prefix_shards=none), r"a KVPool with owner=Striped\(interleave=2\), but the plan has prefix_shards; "),
+        (rule, cpattn.plan(batch, 2, owner=cpattn.Striped(3)), r"but the plan has owner=Striped\(interleave=3\); let pool.plan make"),
+        (rule, step, "from a sharded KVPool, but the plan has no prefix_shards and no owner"),
+    ):
+        pool = cpattn.KVPool(16, 4, 1, 2, 8, cp_size=2, owner=owner)
+        for name, _ in STEP:
+            pool.admit(name)
+        assert pool.sharded
+        assert pool.owner == owner
+        pool.plan(STEP)
+        with pytest.raises(cpattn.PrefixError, match=message):
+            attend(pool, plan, pool.page_table(["long", "short"]), group=SoloCommunicator(0, 2))
+
+
 def test_a_sharded_pool_of_another_number_of_ranks() -> None:
     pool = pool_of(2, sharded=True)
     batch = pool.plan(STEP).batch

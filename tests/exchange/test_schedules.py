@@ -240,7 +240,7 @@ def schedule_and_call(strategy: str, plan: cpattn.Plan, form: str, bucket: cpatt
 
 
 @pytest.mark.parametrize("form", ["dense", "pages", "mla"])
-@pytest.mark.parametrize("cache", ["none", "whole", "sharded"])
+@pytest.mark.parametrize("cache", ["none", "whole", "sharded", "striped"])
 @pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
 def test_what_is_sent_is_what_the_schedule_says(strategy: str, cache: str, form: str) -> None:
     from cpattn.testing import run_loopback
@@ -249,7 +249,8 @@ def test_what_is_sent_is_what_the_schedule_says(strategy: str, cache: str, form:
     # A bucket sends its rows, also where its batch has nothing new.
     for batch, cp_size in ((new, 1), (new, 2), (new, 3), ([(prefix, 0) for prefix, _ in new], 2)):
         shards = [[prefix - (cp_size - 1), *[1] * (cp_size - 1)] if prefix else [0] * cp_size for prefix, _ in batch]
-        plan = cpattn.plan(batch, cp_size, prefix_shards=shards if cache == "sharded" else None)
+        owner = cpattn.Striped(2) if cache == "striped" else None
+        plan = cpattn.plan(batch, cp_size, prefix_shards=shards if cache == "sharded" else None, owner=owner)
         problem = problem_of(plan, cache="paged" if form == "pages" or plan.sharded else None)
         if cpattn.STRATEGIES[strategy].why_not(problem, plan) is not None:
             continue

@@ -39,16 +39,19 @@ def random_table(rng: np.random.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "sharded", "options"),
+    ("strategy", "cache", "options"),
     [
-        pytest.param("all_gather", False, {}, id="all_gather"),
-        pytest.param("all_gather", False, {"window": 100, "sinks": True}, id="all_gather window sinks"),
-        pytest.param("ring", False, {}, id="ring"),
-        pytest.param("pass_q", True, {"softcap": 20.0}, id="pass_q"),
-        pytest.param("pass_q_ring", True, {}, id="pass_q_ring"),
+        pytest.param("all_gather", "paged", {}, id="all_gather"),
+        pytest.param("all_gather", "paged", {"window": 100, "sinks": True}, id="all_gather window sinks"),
+        pytest.param("ring", "paged", {}, id="ring"),
+        pytest.param("pass_q", "sharded", {"softcap": 20.0}, id="pass_q"),
+        pytest.param("pass_q_ring", "sharded", {}, id="pass_q_ring"),
+        pytest.param("pass_q", "striped", {"sinks": True}, id="pass_q striped"),
+        pytest.param("pass_q", "striped", {"window": 100}, id="pass_q striped window"),
+        pytest.param("all_gather", "striped", {"window": 100}, id="all_gather striped window"),
     ],
 )
-def test_a_graph_replays_a_hundred_batches(strategy: str, sharded: bool, options: dict[str, object]) -> None:
+def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: dict[str, object]) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     communicator, eager_communicator = SoloCommunicator(CP_RANK, CP_SIZE), SoloCommunicator(CP_RANK, CP_SIZE)
@@ -57,8 +60,8 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, sharded: bool, options
     def make_plan() -> cpattn.Plan:
         while True:
             batch = random_batch(rng)
-            shards = random_shards(batch, CP_SIZE, int(rng.integers(1000))) if sharded else None
-            plan = cpattn.plan(batch, CP_SIZE, prefix_shards=shards)
+            shards = random_shards(batch, CP_SIZE, int(rng.integers(1000))) if cache == "sharded" else None
+            plan = cpattn.plan(batch, CP_SIZE, prefix_shards=shards, owner=cpattn.Striped(4) if cache == "striped" else None)
             if plan.fits(BUCKET):
                 return plan
 
@@ -71,9 +74,9 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, sharded: bool, options
     meta = make_plan().metadata(CP_RANK, "cuda", bucket=BUCKET)
 
     def attend(meta: cpattn.CPMetadata, pages: Tensor, group: cpattn.Communicator) -> Any:
-        cache = cpattn.PagedKV(pages[0], pages[1], table)
+        kv_cache = cpattn.PagedKV(pages[0], pages[1], table)
         return cpattn.cp_attention(
-            q, k, v, meta, group=group, kv_cache=cache, strategy=strategy, backend="triton", return_lse=True, **options
+            q, k, v, meta, group=group, kv_cache=kv_cache, strategy=strategy, backend="triton", return_lse=True, **options
         )  # type: ignore[call-overload]
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -104,16 +107,16 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, sharded: bool, options
         # Afresh, without a bucket: other sizes, other launches, the same bits.
         fresh = plan.metadata(CP_RANK, "cuda")
         rows = fresh.rows
-        cache = cpattn.PagedKV(expected_pages[0], expected_pages[1], table)
+        kv_cache = cpattn.PagedKV(expected_pages[0], expected_pages[1], table)
         if rows:
             expected, expected_lse = cpattn.cp_attention(
-                q[:rows], k[:rows], v[:rows], fresh, group=eager_communicator, kv_cache=cache, strategy=strategy, backend="triton",
+                q[:rows], k[:rows], v[:rows], fresh, group=eager_communicator, kv_cache=kv_cache, strategy=strategy, backend="triton",
                 return_lse=True, **options,
             )  # type: ignore[call-overload]  # fmt: skip
             assert torch.equal(out[:held], expected[:held])
             assert torch.equal(lse[:held], expected_lse[:held])
         # A rank alone answers the queries of others with its own, padding included, as if those were their tokens.
-        if not sharded:
+        if cache == "paged":
             assert (out[held:] == 0).all()
             assert (lse[held:] == -torch.inf).all()
         assert torch.equal(pages, expected_pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import AttentionCase
+from cases import STRIPED_EXCHANGES, AttentionCase
 from torch import Tensor
 
 import cpattn
@@ -97,6 +97,7 @@ def test_ugly_batches(backend: str, strategy: str, batch: list[tuple[int, int]])
         ("pass_q", "sharded"),
         ("pass_q_ring", "packed"),
         ("pass_q_ring", "sharded"),
+        *STRIPED_EXCHANGES,
     ],
 )
 @pytest.mark.parametrize("page_size", [1, 16, 128])
@@ -112,6 +113,7 @@ def test_caches(backend: str, page_size: int, strategy: str, cache: str) -> None
         device="cuda",
         cache=cache,
         page_size=page_size,
+        interleave=3,
         sinks=page_size == 16,
     )
     half_only = serving(backend, case, "all_gather")
@@ -119,12 +121,23 @@ def test_caches(backend: str, page_size: int, strategy: str, cache: str) -> None
         case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy != "all_gather")
 
 
-@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("pass_q", "sharded"), ("ring", "packed")])
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("pass_q", "sharded"), ("pass_q", "striped"), ("ring", "packed")])
 def test_latent_attention(strategy: str, cache: str) -> None:
     """One KV head of 576, of which the first 512 columns are V."""
     batch = [(640, 300), (0, 3), (997, 1), (131, 89)]
     case = AttentionCase(batch, 16, 1, 576, 512, torch.bfloat16, scale=192**-0.5, device="cuda", cache=cache, page_size=64, v_in_k=True)
     case.check_loopback(case.plan(3, pad_to=8), strategy, "triton")
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "pass_q"])
+@pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "triton"])
+def test_a_window_over_a_striped_cache(backend: str, strategy: str) -> None:
+    case = AttentionCase(
+        MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache="striped", interleave=3, window=100
+    )
+    half_only = serving(backend, case, "all_gather")
+    for cp_size in (1, 3):
+        case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy == "pass_q")
 
 
 def test_an_engines_own_kernel() -> None:

@@ -10,18 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_engine import ModelEngine
 
+import cpattn
+
 # Which strategies can serve a cache, "auto" included.
 STRATEGIES = {False: ["auto", "all_gather", "ring"], True: ["auto", "pass_q", "pass_q_ring", "ring"]}
 
-caches = pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+caches = pytest.mark.parametrize("owner", ["replicated", "computed", cpattn.Striped(3)], ids=["replicated", "computed", "striped"])
 
 
 @caches
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
-def test_turns_of_prefill_and_decode(cp_size: int, sharded: bool) -> None:
+def test_turns_of_prefill_and_decode(cp_size: int, owner: str | cpattn.Striped) -> None:
     """Several requests, each call with another strategy: zigzag prefills, decodes one token a call, and idle ones."""
-    engine = ModelEngine(cp_size, sharded, page_size=4)
-    strategies = cycle(STRATEGIES[sharded])
+    engine = ModelEngine(cp_size, owner, page_size=4)
+    strategies = cycle(STRATEGIES[owner != "replicated"])
     for name in "abc":
         engine.admit(name)
     engine.step([("a", 23), ("b", 0), ("c", 1)], next(strategies), pad_to=4)
@@ -40,14 +42,18 @@ def test_turns_of_prefill_and_decode(cp_size: int, sharded: bool) -> None:
 @caches
 @given(chunks=st.lists(st.integers(1, 30), min_size=1, max_size=5), cp_size=st.integers(1, 4), data=st.data())
 @settings(max_examples=12, deadline=None)
-def test_any_chunking_of_a_prefill_equals_one_shot(sharded: bool, chunks: list[int], cp_size: int, data: st.DataObject) -> None:
-    whole, chunked = (ModelEngine(cp_size, sharded, page_size=7) for _ in range(2))
+def test_any_chunking_of_a_prefill_equals_one_shot(
+    owner: str | cpattn.Striped, chunks: list[int], cp_size: int, data: st.DataObject
+) -> None:
+    whole, chunked = (ModelEngine(cp_size, owner, page_size=7) for _ in range(2))
     for engine in (whole, chunked):
         engine.admit("a")
     expected = whole.step([("a", sum(chunks))])
     outputs = [
         chunked.step(
-            [("a", chunk)], data.draw(st.sampled_from(STRATEGIES[sharded])), data.draw(st.sampled_from(["zigzag", "contiguous", "whole"]))
+            [("a", chunk)],
+            data.draw(st.sampled_from(STRATEGIES[owner != "replicated"])),
+            data.draw(st.sampled_from(["zigzag", "contiguous", "whole"])),
         )
         for chunk in chunks
     ]
@@ -59,7 +65,7 @@ def test_any_chunking_of_a_prefill_equals_one_shot(sharded: bool, chunks: list[i
 @pytest.mark.parametrize("prefill", [1, 8, 13])
 def test_decoding_fills_all_ranks_of_a_sharded_cache_alike(cp_size: int, prefill: int, partition: str) -> None:
     """One token a call goes to the rank that holds the fewest, and not to rank 0 every time."""
-    engine = ModelEngine(cp_size, sharded=True)
+    engine = ModelEngine(cp_size, "computed")
     engine.admit("a")
     engine.step([("a", prefill)])
     for _ in range(2 * cp_size):

@@ -28,7 +28,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *(({"v_head_dim": wrong}, f"v_head_dim={wrong!r}; pass an integer from 0 to 2147483647") for wrong in (-1, False, 0.0)),
     *(({"cp_size": 2, "cp_rank": wrong}, f"cp_rank={wrong!r}; pass .* from 0 to 1 .cp_size is 2") for wrong in (2, -1, True, 0.0)),
     *(({"dtype": wrong}, "dtype=.*; pass the floating torch dtype") for wrong in DTYPES),
-    *(({"sharded": wrong}, f"sharded={wrong!r} .*; pass True or False") for wrong in (1, None, "yes")),
+    *(({"sharded": wrong}, f"sharded={wrong!r} .*; pass True or False") for wrong in (1, "yes")),
+    *(
+        ({"owner": wrong}, f"owner={wrong!r}; pass 'replicated', 'computed' or cpattn.Striped.interleave.")
+        for wrong in ("striped", 4, True)
+    ),
+    ({"owner": "computed", "sharded": True}, "owner='computed' beside sharded=True; .* so leave sharded out"),
     *(({"device": wrong}, f"device={wrong!r} cannot be used on this machine .*; pass one of 'cpu'") for wrong in ("gpu", "", "cuda:99")),
     ({"device": "meta"}, "device='meta' holds no data, and pages are to hold keys and values; pass 'cpu'"),
     *(({"device": wrong}, f"device={wrong!r} is a .*; pass a torch.device or its name, one of 'cpu'") for wrong in (None, 1.5, True)),

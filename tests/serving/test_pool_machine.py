@@ -41,13 +41,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(
         cp_size=st.integers(1, 4),
-        sharded=st.booleans(),
+        owner=st.sampled_from(["replicated", "computed", cpattn.Striped(1), cpattn.Striped(5)]),
         page_size=st.sampled_from([1, 3, 4, 16]),
         num_pages=st.integers(4, 24),
         seed=st.integers(0, 1000),
     )
-    def start(self, cp_size: int, sharded: bool, page_size: int, num_pages: int, seed: int) -> None:
-        self.engine = ModelEngine(cp_size, sharded, num_pages, page_size, seed)
+    def start(self, cp_size: int, owner: str | cpattn.Striped, page_size: int, num_pages: int, seed: int) -> None:
+        self.engine = ModelEngine(cp_size, owner, num_pages, page_size, seed)
         self.engine.admit(NAMES[0])
 
     @property

@@ -34,7 +34,7 @@ def refused(pool: cpattn.KVPool, plan: Any, message: str) -> None:
 @pytest.mark.parametrize("cp_size", [1, 3])
 def test_the_next_step_reads_nothing_of_a_failed_one(cp_size: int, sharded: bool) -> None:
     """A step fails on every rank but rank 0, which has written NaN; its requests, and others, go on as if it had not been."""
-    engine = ModelEngine(cp_size, sharded, num_pages=16, page_size=4)
+    engine = ModelEngine(cp_size, "computed" if sharded else "replicated", num_pages=16, page_size=4)
     for name in "abc":
         engine.admit(name)
     engine.step([("a", 23), ("b", 5), ("c", 6)])

@@ -1,0 +1,91 @@
+"""Where tokens of a striped cache lie, as tensors of one rank's metadata: what it writes to its pages, and reads from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.metadata.chunk_tables import chunk_tables
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
+
+Places = tuple[Tensor, Tensor]
+
+
+def owned_places(meta: CPMetadata) -> Places:
+    """Of each row of the gathered buffer ``[cp_size * rows]``: its request, and its number among the request's tokens that this
+    rank holds; -1 where another rank holds it, and on padding."""
+
+    def build() -> Places:
+        plan: Layout = meta.plan
+        request, position = meta.gathered_places
+        assert plan.owner is not None
+        is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
+        return torch.where(is_own, request, -1), torch.where(is_own, plan.owner.numbers(position, plan.cp_size), -1)
+
+    return meta.derive("owned places", build)
+
+
+def owned_places_by_rank(meta: CPMetadata) -> list[Places]:
+    """The same of each rank's rows, ``[rows]`` each."""
+    request, number = owned_places(meta)
+    return list(zip(torch.split(request, meta.rows), torch.split(number, meta.rows), strict=True))
+
+
+def cached_places(meta: CPMetadata) -> Places:
+    """Of each token of a prefix that this rank holds, request after request: its request and its number there. Then -1, up to
+    the number of the rank that holds the most."""
+    plan: Layout = meta.plan
+    cached = plan.shard_lens[:, meta.cp_rank]
+    most = int(plan.shard_lens.sum(axis=0).max())
+    return meta.derive("cached places", lambda: _places_in_shard(meta, cached, cached, most))
+
+
+def striped_places(meta: CPMetadata) -> Places:
+    """The same of each token that this rank holds, cached and new."""
+    held = meta.plan.held_lens
+    most = int(held.sum(axis=0).max())
+    return meta.derive("striped places", lambda: _places_in_shard(meta, held[:, meta.cp_rank], held[:, meta.cp_rank], most))
+
+
+def places_in_shard(meta: CPMetadata) -> Places:
+    """Of each row of a shard that this rank sends: of each request what is cached here, and then, as -1, the new tokens that this
+    rank computes. Then -1, up to the rows of the largest shard."""
+    plan: Layout = meta.plan
+    cached = plan.shard_lens[:, meta.cp_rank]
+    total = cached + plan.rank_extends[:, meta.cp_rank]
+    return meta.derive("places in shard", lambda: _places_in_shard(meta, cached, total, plan.largest_shard))
+
+
+def new_rows_in_shards(meta: CPMetadata) -> list[Tensor]:
+    """Of each rank the rows ``[rows]`` of its new tokens, in its local order, within its shard; -1 on padding."""
+
+    def build() -> list[Tensor]:
+        tables = {str(rank): _new_rows(meta, rank) for rank in range(meta.plan.cp_size)}
+        on_device = DeviceTables(tables, meta.device)
+        return [on_device[name] for name in tables]
+
+    return meta.derive("new rows in shards", build)
+
+
+def _places_in_shard(meta: CPMetadata, cached: IntArray, lengths: IntArray, size: int) -> Places:
+    total = int(lengths.sum())
+    request = expand_runs_on_host(np.arange(len(lengths)), lengths, total, step=0).numpy()
+    number = expand_runs_on_host(np.zeros_like(lengths), lengths, total).numpy()
+    number = np.where(number < cached[request], number, -1)
+    tables = {"request": request.astype(np.int64), "number": number.astype(np.int64)}
+    on_device = DeviceTables({name: np.pad(table, (0, size - total), constant_values=-1) for name, table in tables.items()}, meta.device)
+    return on_device["request"], on_device["number"]
+
+
+def _new_rows(meta: CPMetadata, rank: int) -> IntArray:
+    plan: Layout = meta.plan
+    chunks = chunk_tables(plan, rank)
+    cached, extends = plan.shard_lens[:, rank], plan.rank_extends[:, rank]
+    # A rank's rows are its requests' new tokens one after another; before each request's lie as many cached ones more.
+    shift = (exclusive_cumsum(cached) + cached)[chunks.request]
+    rows = exclusive_cumsum(chunks.q_len) + shift
+    expanded = expand_runs_on_host(rows, chunks.q_len, int(extends.sum())).numpy().astype(np.int64)
+    return np.pad(expanded, (0, meta.rows - len(expanded)), constant_values=-1)
