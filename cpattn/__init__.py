@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cpattn.metadata.striped import Striped
     from cpattn.options import AttentionOptions
     from cpattn.pool.kv_pool import KVPool
+    from cpattn.pool.relayout import relayout
     from cpattn.problem import Problem
     from cpattn.serving import attend, gather_kv, slot_mapping, write_kv
     from cpattn.spans import Spans
@@ -118,6 +119,7 @@ __all__ = [
     "measure_links",
     "plan",
     "prepare",
+    "relayout",
     "release",
     "required_rows",
     "shard",
@@ -145,6 +147,7 @@ _NAMES = {
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
     "pool.kv_pool": "KVPool",
+    "pool.relayout": "relayout",
     "metadata.batch": "Request",
     "metadata.bucket": "Bucket",
     "metadata.chunks": "Chunks",
