@@ -75,7 +75,9 @@ class Striped:
 
     def numbers(self, positions: Positions, cp_size: int) -> Positions:
         """Its number among the request's tokens on that rank."""
-        return positions // (self.interleave * cp_size) * self.interleave + positions % self.interleave
+        # No position is beyond the first turn of so many tokens; of int32 tensors a larger number would wrap.
+        turn = min(self.interleave * cp_size, MAX_TOKENS)
+        return positions // turn * self.interleave + positions % self.interleave
 
     def held(self, lengths: IntArray, cp_size: int) -> IntArray:
         """``[n, cp_size]`` how many of the first ``lengths [n]`` positions each rank holds."""

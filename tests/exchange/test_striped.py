@@ -71,6 +71,13 @@ def test_the_rule_is_that_of_the_model(batch: Batch, cp_size: int, interleave: i
             assert list(zip(*found, strict=True)) == slots
 
 
+@pytest.mark.parametrize("interleave", [2**29, 2**31 - 1])
+def test_one_turn_is_longer_than_int32_counts(interleave: int) -> None:
+    """All that there is lies on the first rank."""
+    case = AttentionCase([(3, 7)], cache="striped", interleave=interleave)
+    case.check_loopback(case.plan(4), "pass_q", "reference")
+
+
 @pytest.mark.parametrize(("strategy", "cache"), STRIPED_EXCHANGES)
 @given(case=striped_cases(), cp_size=cp_sizes, partition=partitions, pad_to=st.sampled_from([1, 4]))
 @settings(max_examples=25, deadline=None)
