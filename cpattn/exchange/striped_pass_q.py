@@ -25,7 +25,7 @@ from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import cached_places, owned_places
-from cpattn.metadata.striped_window import window_places
+from cpattn.metadata.striped_window import reached_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
@@ -83,7 +83,7 @@ class StripedPassQ(NamedTuple):
             own_spans, other_spans = cached_spans(meta, paged=setup.reads_pages)
         else:
             # A range of a window's keys begins anywhere, and ranges in pages do not.
-            places = window_places(meta, problem.window).cached
+            places = reached_places(meta, problem.window)
             own_spans, other_spans = reached_spans(meta, problem.window)
         cached = PagedKeys.as_they_are(kv)
         if places is not None:

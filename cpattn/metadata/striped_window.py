@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import Places, owned_places
@@ -37,12 +37,28 @@ class Reach(NamedTuple):
 
 def reach_rows(plan: Layout, window: int, max_requests: int | None) -> int:
     """How many cached rows each rank sends: those of the rank that has the most. In a bucket, the most that so many requests may
-    have on any."""
+    have on any. No window is longer than a bucket's longest request: calls leave such a one out."""
     assert plan.owner is not None
     if max_requests is None:
         return int(Reach.of(plan, window).counts.sum(axis=0).max())
     turns, rest = divmod(window - 1, plan.owner.interleave * plan.cp_size)
     return max_requests * (turns * plan.owner.interleave + min(rest, plan.owner.interleave))
+
+
+def reached_places(meta: CPMetadata, window: int) -> Places:
+    """Of each cached row that this rank sends, or attends to a copy of: its request and its number there. Then -1, up to the rank that
+    has the most. Made once a batch and window."""
+
+    def build() -> Places:
+        reach, most = Reach.of(meta.plan, window), _most_rows(meta, window)
+        first, counts = reach.first[:, meta.cp_rank], reach.counts[:, meta.cp_rank]
+        runs = DeviceTables({"request": np.arange(len(counts)), "first": first, "counts": counts}, meta.device)
+        total = int(counts.sum())
+        request = expand_runs_on_device(runs["request"], runs["counts"], total, step=0)
+        number = expand_runs_on_device(runs["first"], runs["counts"], total)
+        return _padded(request, most), _padded(number, most)
+
+    return meta.derive(("reached places", window), build)
 
 
 class WindowPlaces(NamedTuple):
@@ -61,47 +77,67 @@ class WindowPlaces(NamedTuple):
 
 def window_places(meta: CPMetadata, window: int) -> WindowPlaces:
     """Made once a batch and window."""
+    return WindowPlaces(reached_places(meta, window), _owned_in_messages(meta, window), _order_in_messages(meta, window))
 
-    def build() -> WindowPlaces:
+
+def _owned_in_messages(meta: CPMetadata, window: int) -> Places:
+    def build() -> Places:
+        size = meta.plan.cp_size
+        missing = torch.full((size, _most_rows(meta, window)), -1, dtype=torch.int32, device=meta.device)
+        request, number = (torch.cat([x.view(size, meta.rows), missing], dim=1).flatten() for x in owned_places(meta))
+        return request, number
+
+    return meta.derive(("owned in messages", window), build)
+
+
+def _order_in_messages(meta: CPMetadata, window: int) -> Tensor:
+    def build() -> Tensor:
         plan: Layout = meta.plan
-        reach, most = Reach.of(plan, window), reach_rows(plan, window, None if meta.bucket is None else meta.bucket.max_requests)
-        rank = meta.cp_rank
-        counts = reach.counts[:, rank]
-        keys = int(reach.lengths.sum()) + plan.num_tokens
+        keys = int(Reach.of(plan, window).lengths.sum()) + plan.num_tokens
         if meta.bucket is not None:
             keys = meta.bucket.max_requests * (window - 1) + plan.cp_size * meta.rows
-        tables = {
-            "request": _padded(_runs(np.arange(len(counts)), counts, step=0), most),
-            "number": _padded(_runs(reach.first[:, rank], counts), most),
-            "order": _padded(_rows_in_order(plan, reach, meta.rows, most), keys),
-        }
-        on_device = DeviceTables(tables, meta.device)
-        missing = torch.full((plan.cp_size, most), -1, dtype=torch.int32, device=meta.device)
-        request, number = (torch.cat([x.view(plan.cp_size, meta.rows), missing], dim=1).flatten() for x in owned_places(meta))
-        return WindowPlaces((on_device["request"], on_device["number"]), (request, number), on_device["order"])
+        return _padded(_rows_in_order(meta, window), keys)
 
-    return meta.derive(("window places", window), build)
+    return meta.derive(("order in messages", window), build)
 
 
-def _rows_in_order(plan: Layout, reach: Reach, rows: int, most: int) -> IntArray:
-    """Of each key its row among all messages, of which each has ``rows`` new and ``most`` cached rows."""
+def _rows_in_order(meta: CPMetadata, window: int) -> Tensor:
+    """Of each key its row among all messages, of which each has this rank's number of new rows, and then cached ones."""
+    plan, reach, size = meta.plan, Reach.of(meta.plan, window), meta.rows + _most_rows(meta, window)
     assert plan.owner is not None
-    chunks, size = plan.chunk_table, rows + most
+    chunks, reached, new = plan.chunk_table, int(reach.lengths.sum()), plan.num_tokens
     begins = exclusive_cumsum(reach.lengths + plan.extend_lens)
-    in_order = np.empty(int(reach.lengths.sum()) + plan.num_tokens, dtype=np.int64)
-    in_order[_runs(begins + reach.lengths, plan.extend_lens)] = _runs(chunks.rank * size + plan.chunk_rows, chunks.length)
-    request = _runs(np.arange(len(begins)), reach.lengths, step=0)
-    position = _runs(plan.prefix_lens - reach.lengths, reach.lengths)
-    owner = plan.owner.ranks(position, plan.cp_size)
-    before = (reach.counts.cumsum(axis=0) - reach.counts)[request, owner]
-    place = plan.owner.numbers(position, plan.cp_size) - reach.first[request, owner]
-    in_order[_runs(begins, reach.lengths)] = owner * size + rows + before + place
+    # Of each request and rank what to add to a token's number on that rank for its row in the message.
+    shift = meta.rows + np.arange(plan.cp_size) * size + reach.counts.cumsum(axis=0) - reach.counts - reach.first
+    tables = {
+        "request": np.arange(len(begins)),
+        "begins": begins,
+        "reached": reach.lengths,
+        "first": plan.prefix_lens - reach.lengths,
+        "begins_new": begins + reach.lengths,
+        "new": plan.extend_lens,
+        "rows": chunks.rank * size + plan.chunk_rows,
+        "length": chunks.length,
+        "shift": shift.flatten(),
+    }
+    # Token by token only on the device: in decoding a window reaches many more tokens than are new.
+    on_device = DeviceTables(tables, meta.device)
+
+    def expanded(first: str, lengths: str, total: int, step: int = 1) -> Tensor:
+        return expand_runs_on_device(on_device[first], on_device[lengths], total, step)
+
+    request, position = expanded("request", "reached", reached, step=0), expanded("first", "reached", reached)
+    of = request * plan.cp_size + plan.owner.ranks(position, plan.cp_size)
+    rows = on_device["shift"].index_select(0, of) + plan.owner.numbers(position, plan.cp_size)
+    in_order = torch.empty(reached + new, dtype=torch.int32, device=meta.device)
+    in_order[expanded("begins", "reached", reached).long()] = rows
+    in_order[expanded("begins_new", "new", new).long()] = expanded("rows", "length", new)
     return in_order
 
 
-def _runs(first: IntArray, lengths: IntArray, step: int = 1) -> IntArray:
-    return expand_runs_on_host(first, lengths, int(lengths.sum()), step).numpy().astype(np.int64)
+def _most_rows(meta: CPMetadata, window: int) -> int:
+    return reach_rows(meta.plan, window, None if meta.bucket is None else meta.bucket.max_requests)
 
 
-def _padded(table: IntArray, size: int) -> IntArray:
-    return np.pad(table, (0, size - len(table)), constant_values=-1)
+def _padded(table: Tensor, size: int) -> Tensor:
+    return torch.cat([table, table.new_full((size - len(table),), -1)])

@@ -103,6 +103,22 @@ def test_auto_brings_what_a_window_reaches_but_to_decode() -> None:
         assert candidate_strategies("auto", case.problem(plan), plan)[0].name == first
 
 
+def test_in_decoding_a_window_puts_no_keys_in_order() -> None:
+    """There are many of them, and tables of them would cost more than the attention."""
+    case = AttentionCase([(90, 1), (30, 1)], cache="striped", window=9)
+    plan = case.plan(2)
+
+    def program(group: cpattn.Transport) -> set[Any]:
+        meta, cache = plan.metadata(group.rank), case.pages(plan, group.rank).cache
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=cache, window=9)
+        return set(meta._derived)
+
+    for made in run_loopback(program, 2):
+        assert ("reached places", 9) in made
+        assert not made & {("order in messages", 9), ("owned in messages", 9)}
+
+
 def attend_to_written(case: AttentionCase, plan: cpattn.Plan, backend: str, bucket: cpattn.Bucket | None, group: cpattn.Transport) -> Any:
     """A rank's call over pages in which the new tokens lie already."""
     meta = plan.metadata(group.rank, bucket=bucket)
