@@ -17,22 +17,22 @@ _CACHES = {"packed": "PackedKV", "paged": "PagedKV", None: "none"}
 
 
 def validated(
-    validate: Callable[[], T], describe: Callable[[T], str], meta: CPMetadata, in_flight: InFlight, check: bool, label: str | None
+    validate: Callable[[], T], describe: Callable[[T], str], fingerprint: str, in_flight: InFlight, check: bool, label: str | None
 ) -> T:
-    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the same plan."""
+    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the plan of this fingerprint."""
     if not check:
         if label is not None:
             checks.check_label(label)
         return validate()
-    account = Account("", meta.plan.fingerprint, "")
+    account = Account("", fingerprint, "")
     try:
         checks.check_label(label)
         account = account._replace(label=label or "")
         value = validate()
     except Exception as refusal:
-        agree(in_flight, meta.device, account._replace(refusal=refusal))
+        agree(in_flight, in_flight.device, account._replace(refusal=refusal))
         raise
-    agree(in_flight, meta.device, account._replace(arguments=describe(value)))
+    agree(in_flight, in_flight.device, account._replace(arguments=describe(value)))
     return value
 
 

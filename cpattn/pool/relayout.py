@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.call.agreed import validated
-from cpattn.call.page_checks import check_page_shapes, check_page_table, check_writable
+from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table, check_writable
 from cpattn.call.page_contents import check_page_contents
 from cpattn.device_tables import DeviceTables, IntArray
 from cpattn.errors import GroupError, PageTableError, PlanError, PrefixError, TensorMismatchError
@@ -25,10 +27,12 @@ from cpattn.metadata.routes import Places, Round, routes
 from cpattn.moves.moves import moves_for
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
+from cpattn.transports.process_group import ProcessGroupTransport
 from cpattn.transports.transfer import Transfer
 from cpattn.transports.transport import Transport
 
-# Of the tokens that one exchange moves, over all ranks: what messages hold does not grow with the context.
+# Of the message that a rank sends in an exchange at most, and of that which it receives, whatever the context. Most are smaller: one
+# has that size where all its tokens go from one rank to one other.
 _ROUND_BYTES = 256 * 2**20
 
 
@@ -53,18 +57,21 @@ def relayout(
     >>> moved.k_pages[1, :, 0, 0].tolist()  # the tokens of pages 2 and 0
     [8.0, 9.0, 10.0, 11.0, 0.0, 1.0, 2.0, 3.0]
 
-    What moves are the prefixes. An engine that grows or shrinks its group, or changes its owner rule or page size, calls it
-    between two steps, and goes on with ``to_plan``. From a replicated cache each rank gives what it has.
+    What moves are the prefixes, each request's by itself: pages that requests share have a copy for each then. An engine that grows
+    or shrinks its group, or changes its owner rule or page size, calls it between two steps, and goes on with ``to_plan``. From a
+    replicated cache each rank gives what it has.
 
     Args:
         cache: this rank's pages as ``plan`` has them: one layer's, or all layers' in a sequence. None on ranks beyond its
             cp_size.
-        plan: whose prefixes are in the cache: replicated, or with an ``owner``. What is new in it does not count.
+        plan: whose prefixes are in the cache: replicated, or with an ``owner``. What is new in it does not count: of a
+            :class:`KVPool` pass ``pool.plan`` of the requests with 0 new tokens each.
         to_cache: pages for ``to_plan``, of the same heads, head_dim, dtype and device, for all cached tokens. They must be
             others than those in ``cache``. None on ranks beyond its cp_size.
         to_plan: of the same prefixes, in the same order.
         group: of as many ranks as the larger of both plans has; its first ranks are those of the smaller one.
-        check: compare plans and caches of all ranks first, in one small collective that waits for the device.
+        check: compare plans and caches of all ranks first, in one small collective that waits for the device; and look at page tables
+            on a GPU, as it is done on a CPU anyway.
 
     Raises:
         PlanError: other prefixes, or ``prefix_shards``, which do not say which tokens a rank has.
@@ -73,24 +80,24 @@ def relayout(
 
     Of a rank that fails in the middle of the call, K arrives as NaN and V as 0.
     """
-    old, new = _prefixes(plan, "plan"), _prefixes(to_plan, "to_plan")
-    if old.batch != new.batch:
-        raise PlanError(
-            f"plan and to_plan speak of other prefixes: {old.prefix_lens.tolist()} and {new.prefix_lens.tolist()} tokens; "
-            "pass plans of the same requests, in the same order"
-        )
-    transport = as_transport(group, max(old.cp_size, new.cp_size))
-    given = _as_list(cache, "cache"), _as_list(to_cache, "to_cache")
-    if not any(given):
-        raise PrefixError(f"cache and to_cache are both None on rank {transport.rank}; pass what this rank has in either layout")
-    device = next(layer for layers in given for layer in layers).k_pages.device
-    meta = new.metadata(min(transport.rank, new.cp_size - 1), device)
+    # What is wrong on this rank alone is found where the others hear of it.
+    transport = as_transport(group, max((given.cp_size for given in (plan, to_plan) if isinstance(given, Layout)), default=1))
 
     def validate() -> _Moved:
-        return _Moved.of(*given, old, new, transport)
+        old, new = _prefixes(plan, "plan"), _prefixes(to_plan, "to_plan")
+        if old.batch != new.batch:
+            raise PlanError(
+                f"plan and to_plan speak of other prefixes: {old.prefix_lens.tolist()} and {new.prefix_lens.tolist()} tokens; "
+                "pass plans of the same requests, in the same order"
+            )
+        sources, targets = _as_list(cache, "cache"), _as_list(to_cache, "to_cache")
+        if not sources and not targets:
+            raise PrefixError(f"cache and to_cache are both None on rank {transport.rank}; pass what this rank has in either layout")
+        return _Moved.of(sources, targets, old, new, transport, check)
 
-    with InFlight(transport, device) as in_flight:
-        moved = validated(validate, _Moved.describe, meta, in_flight, check, None)
+    with InFlight(transport, _device_of([cache, to_cache], transport)) as in_flight:
+        # Both plans are among the arguments.
+        moved = validated(validate, _Moved.describe, "", in_flight, check, None)
         messages: list[Message] = []
 
         def make() -> list[Transfer]:
@@ -105,13 +112,13 @@ class _Moved(NamedTuple):
     """What is moved, layer after layer.
 
     Attributes:
-        plan: the fingerprint of the layout that they are in.
+        plans: the fingerprints of the layout that they are in, and of that into which they go.
         sources, targets: pages of each layer; empty where this rank has none.
         routes: the exchanges of one layer; rows: that each rank's message has in them for each other rank.
     """
 
     kv: KVFormat
-    plan: str
+    plans: tuple[str, str]
     layers: int
     sources: list[PagedKV]
     targets: list[PagedKV]
@@ -119,7 +126,7 @@ class _Moved(NamedTuple):
     routes: list[Round]
 
     @classmethod
-    def of(cls, sources: list[PagedKV], targets: list[PagedKV], old: Plan, new: Plan, transport: Transport) -> _Moved:
+    def of(cls, sources: list[PagedKV], targets: list[PagedKV], old: Plan, new: Plan, transport: Transport, check: bool) -> _Moved:
         size = max(old.cp_size, new.cp_size)
         if transport.size != size:
             raise GroupError(
@@ -131,26 +138,26 @@ class _Moved(NamedTuple):
                 raise PrefixError(f"{name} is {has} on rank {transport.rank}, but its plan has cp_size={of.cp_size}; {fix}")
         if sources and targets and len(sources) != len(targets):
             raise PrefixError(f"cache has {len(sources)} layers, to_cache {len(targets)}; pass as many of each")
-        _check(sources, old, transport.rank, written=False)
-        _check(targets, new, transport.rank, written=True)
+        _check(sources, old, transport.rank, "cache", reads_table=check)
+        _check(targets, new, transport.rank, "to_cache", reads_table=check)
         like = (sources or targets)[0]
         for pages in (*sources, *targets):
             _check_like(pages, like)
         for source, target in zip(sources, targets, strict=False):
-            _check_apart(source, target, old, new, transport.rank)
+            if check or source.page_table.device.type == "cpu":
+                _check_apart(source, target, old, new, transport.rank)
         k, v = like.k_pages, like.v_pages
         kv = KVFormat(k.shape[2], k.shape[3], k.shape[3] if v is None else v.shape[3], v is None, k.dtype, k.device)
-        tokens = max(1, _ROUND_BYTES // (kv.heads * kv.width * kv.dtype.itemsize))
+        # A message has as many rows for each rank as the rank that gets the most, and that may get all of them.
+        tokens = max(1, _ROUND_BYTES // (kv.heads * kv.width * kv.dtype.itemsize * size))
         layers = max(len(sources), len(targets))
-        return cls(kv, old.fingerprint, layers, sources, targets, *routes(old, new, transport.rank, size, tokens))
+        return cls(kv, (old.fingerprint, new.fingerprint), layers, sources, targets, *routes(old, new, transport.rank, size, tokens))
 
     def describe(self) -> str:
         """What must be the same on every rank."""
         kv = self.kv
-        exchanges = f"{len(self.routes)} exchanges of {self.rows} rows"
-        return (
-            f"relayout from {self.plan}, {self.layers} layers of {kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, {exchanges}"
-        )
+        heads, exchanges = f"{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}", f"{len(self.routes)} exchanges of {self.rows} rows"
+        return f"relayout from {' to '.join(self.plans)}, {self.layers} layers of {heads}, {kv.dtype}, {exchanges}"
 
     def messages(self, transport: Transport) -> list[Message]:
         """Memory for what is sent and received in an exchange."""
@@ -205,20 +212,49 @@ def _as_list(given: Any, name: str) -> list[PagedKV]:
     return layers
 
 
-def _check(layers: list[PagedKV], of: Plan, rank: int, *, written: bool) -> None:
-    """The form of pages and table, and, on a CPU, what the table holds."""
+def _device_of(given: list[Any], transport: Transport) -> torch.device:
+    """Of the pages that this rank has; where it was given none, of those that its group is for, to say so to the others."""
+    layers = [layer for one in given for layer in (one if isinstance(one, Sequence) else [one])]
+    for pages in layers:
+        if isinstance(pages, PagedKV) and isinstance(pages.k_pages, Tensor):
+            return pages.k_pages.device
+    is_of_gpus = isinstance(transport, ProcessGroupTransport) and dist.get_backend(transport.group) != "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if is_of_gpus and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _check(layers: list[PagedKV], of: Plan, rank: int, name: str, *, reads_table: bool) -> None:
+    """The form of pages and table, what a KVPool says of it, and, on a CPU or where it is asked for, what the table holds."""
     if not layers:
         return
+    written = name == "to_cache"
     # As tokens that are written, so that each needs a slot of its own.
     batch = [(0, prefix) if written else (prefix, 0) for prefix, _ in of.batch]
     meta = CPMetadata(plan_of(batch, of.cp_size, owner=of.owner), rank, layers[0].k_pages.device)
     for pages in layers:
         check_page_shapes(pages)
+        check_lines(pages, meta)
+        _check_all_are_prefixes(pages, of, name)
         check_page_table(pages.page_table, pages.page_size, meta)
         if written:
             check_writable(pages)
-        if pages.page_table.device.type == "cpu":
+        if reads_table or pages.page_table.device.type == "cpu":
             check_page_contents(pages, meta, written=written)
+
+
+def _check_all_are_prefixes(pages: PagedKV, of: Plan, name: str) -> None:
+    """That a KVPool's tokens are prefixes of the plan: those of the plan that brought them are its new ones, and would stay behind."""
+    if pages.lines is None:
+        return
+    held = pages.lines.tokens[: len(of.batch)]
+    prefixes = of.held_lens if of.sharded else of.prefix_lens[:, None]
+    if (held > prefixes).any():
+        line, rank = (int(place) for place in np.argwhere(held > prefixes)[0])
+        where, plan = f" on rank {rank}" if of.sharded else "", "to_plan" if name == "to_cache" else "plan"
+        raise PrefixError(
+            f"line {line} of {name}'s page_table is of a KVPool that has {int(held[line, rank])} tokens of the request{where}, but "
+            f"{plan}'s prefix has {int(prefixes[line, rank])} there, and new tokens are not moved; pass what pool.plan makes of the "
+            "requests with 0 new tokens"
+        )
 
 
 def _check_like(pages: PagedKV, like: PagedKV) -> None:
@@ -233,8 +269,8 @@ def _check_like(pages: PagedKV, like: PagedKV) -> None:
 
 
 def _check_apart(source: PagedKV, target: PagedKV, old: Plan, new: Plan, rank: int) -> None:
-    """That one pool's pages, where both are of it, are not used by both; seen on a CPU alone."""
-    if source.k_pages.data_ptr() != target.k_pages.data_ptr() or source.page_table.device.type != "cpu":
+    """That one pool's pages, where both are of it, are not used by both."""
+    if source.k_pages.data_ptr() != target.k_pages.data_ptr():
         return
     used = [_used(cache, of.held_lens[:, rank]) for cache, of in ((source, old), (target, new))]
     both = used[0] & used[1]

@@ -40,6 +40,7 @@ class InFlight:
 
     Attributes:
         transport: over which it goes.
+        device: of what it sends.
         captures: whether a CUDA graph captures it.
         is_profiled: whether a profiler runs, so that what is done is to be named in its trace.
 
@@ -48,7 +49,6 @@ class InFlight:
 
     __slots__ = (
         "_begin",
-        "_device",
         "_expected",
         "_has_begun",
         "_has_failed",
@@ -57,13 +57,14 @@ class InFlight:
         "_is_starting",
         "_works",
         "captures",
+        "device",
         "is_profiled",
         "transport",
     )
 
     def __init__(self, transport: Transport, device: torch.device) -> None:
         self.transport = transport
-        self._device = device
+        self.device = device
         self.captures = device.type == "cuda" and is_capturing(device)
         self.is_profiled = profiler_runs()
         self._begin = _begin_in_ranges(transport) if self.is_profiled else transport.start
@@ -85,7 +86,7 @@ class InFlight:
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
         if not self._is_ready:
-            self._on_all_alike(lambda: self.transport.ready(self._device, self.captures))
+            self._on_all_alike(lambda: self.transport.ready(self.device, self.captures))
             self._is_ready = True
         self.transport.state.calls[self.transport.part] += counts
         try:
@@ -152,8 +153,8 @@ class InFlight:
         self.transport.arena.call_captures = self.captures
         try:
             # What a graph captures cannot wait for what was launched outside of it; torch synchronizes before it captures.
-            if self._device.type == "cuda" and not self.captures:
-                state.follow_last_call(self._device)
+            if self.device.type == "cuda" and not self.captures:
+                state.follow_last_call(self.device)
         except BaseException:
             self.transport.arena.call_captures = None
             state.leave()
@@ -209,7 +210,7 @@ class InFlight:
         if not left and all(work.is_done for work in self._works):
             self._end(f"a call raised ({what})")
             return
-        settling = Settling(self.transport, self._works, left, self._device)
+        settling = Settling(self.transport, self._works, left, self.device)
         try:
             settling.wait(INTERRUPTED_WAITS if is_interrupt else None)
         except BaseException:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from paged_caches import RankPages
 
 import cpattn
+from cpattn.exchange.message import message_buffer
 from cpattn.pool import relayout as relayouts
 from cpattn.testing import run_loopback
 
@@ -50,7 +51,7 @@ def test_any_layout_into_any_other(
     cases = [AttentionCase(batch, v_in_k=v_in_k, v_head_dim=8, seed=layer) for layer in range(layers)]
     plans = [cpattn.plan(batch, cp_size, owner=owner) for cp_size, owner in (old, new)]
     room = relayouts._ROUND_BYTES
-    relayouts._ROUND_BYTES = tokens * 2 * (16 if v_in_k else 24) * 4
+    relayouts._ROUND_BYTES = tokens * 2 * (16 if v_in_k else 24) * 4 * max(old[0], new[0])
 
     def program(group: cpattn.Transport) -> None:
         before = [pages_of(replace_size(case, page_sizes[0]), old, group.rank) for case in cases]
@@ -139,6 +140,84 @@ def test_ranks_that_differ_are_found() -> None:
 
     for message in run_loopback(program, 2):
         assert "relayout from" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cache": None, "to_cache": None}, cpattn.PrefixError, "cache and to_cache are both None on rank 1"),
+        ({"to_plan": cpattn.plan([(9, 2)], 2)}, cpattn.PlanError, "plan and to_plan speak of other prefixes"),
+        ({"to_plan": cpattn.plan([(9, 2), (4, 0)], 2)}, cpattn.DisagreementError, "relayout from"),
+        ({"to_cache": [5]}, cpattn.PrefixError, "to_cache is a list; pass a PagedKV"),
+        ({"plan": None}, cpattn.PlanError, "plan is a NoneType; pass a Plan"),
+    ],
+)
+def test_what_one_rank_is_given_wrong_all_ranks_hear(changes: dict[str, Any], error: type[cpattn.CPError], message: str) -> None:
+    case = AttentionCase([(9, 2), (4, 0)])
+
+    def program(group: cpattn.Transport) -> str:
+        before, after = (pages_of(case, (2, owner), group.rank) for owner in (None, cpattn.Striped()))
+        assert before is not None
+        assert after is not None
+        given: dict[str, Any] = {"cache": before.cache, "to_cache": emptied(after.cache), "plan": cpattn.plan(case.batch, 2)}
+        given |= {"to_plan": cpattn.plan(case.batch, 2, owner=cpattn.Striped())} | (changes if group.rank == 1 else {})
+        with pytest.raises(error) as refusal:
+            cpattn.relayout(**given, group=group, check=True)
+        return str(refusal.value)
+
+    for found in run_loopback(program, 2, timeout=20):
+        assert message in found
+
+
+@pytest.mark.parametrize("new", [(4, None), (4, cpattn.Striped(4096))])
+def test_messages_are_no_larger_than_they_may_be(new: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replicated target gets each token on each rank; from long stripes all go from one rank to one other."""
+    sizes = []
+
+    def recorded(*given: Any) -> Any:
+        message = message_buffer(*given)
+        sizes.append(message.whole.nbytes)
+        return message
+
+    monkeypatch.setattr(relayouts, "_ROUND_BYTES", 2**12)
+    monkeypatch.setattr(relayouts, "message_buffer", recorded)
+    case = AttentionCase([(90, 0)])
+
+    def program(group: cpattn.Transport) -> None:
+        before, after = (pages_of(case, layout, group.rank) for layout in ((1, None), new))
+        assert after is not None
+        plans = [cpattn.plan(case.batch, cp_size, owner=owner) for cp_size, owner in ((1, None), new)]
+        cpattn.relayout(before.cache if before else None, plans[0], emptied(after.cache), plans[1], group=group)
+
+    run_loopback(program, 4)
+    assert 2**11 < max(sizes) <= 2**12
+
+
+def a_pool(owner: Any, rank: int) -> cpattn.KVPool:
+    return cpattn.KVPool(8, 4, 1, 2, 8, cp_size=2, cp_rank=rank, owner=owner)
+
+
+def test_one_pool_into_another() -> None:
+    """After the plan that brings its tokens a pool has to be asked for one of which they are prefixes."""
+
+    def program(group: cpattn.Transport) -> None:
+        pools = [a_pool(owner, group.rank) for owner in ("replicated", cpattn.Striped(2))]
+        for pool in pools:
+            pool.admit("a")
+        brought = [pool.plan([("a", 9)]) for pool in pools]
+        caches = [pool.layer(0, pool.page_table(["a"])) for pool in pools]
+        caches[0].k_pages.normal_(generator=torch.Generator().manual_seed(1))
+        settled = [pool.plan([("a", 0)]) for pool in pools]
+        with pytest.raises(
+            cpattn.PrefixError, match=r"line 0 of cache's page_table is of a KVPool that has 9 tokens .* prefix has 0 there"
+        ):
+            cpattn.relayout(caches[0], brought[0], caches[1], brought[1], group=group, check=True)
+        cpattn.relayout(caches[0], settled[0], caches[1], settled[1], group=group)
+        lines = [cache.k_pages[cache.page_table[0].long()].flatten(0, 1) for cache in caches]
+        positions = torch.tensor([p for p in range(9) if p // 2 % 2 == group.rank])
+        assert torch.equal(lines[1][: len(positions)], lines[0][positions])
+
+    run_loopback(program, 2)
 
 
 def refused(rank: int = 0, size: int = 2, **changes: Any) -> None:

@@ -136,7 +136,7 @@ class ContextParallel:
             return share
 
         with InFlight(self._transport, self.meta.device) as in_flight:
-            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta, in_flight, self._check, None)
+            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta.plan.fingerprint, in_flight, self._check, None)
             # In float64, so that the sum has the precision of its parts.
             return gather_whole(in_flight, "loss", share.double()[None]).sum().to(share.dtype)
 
