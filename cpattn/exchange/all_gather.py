@@ -256,6 +256,12 @@ def _rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
 def _why_not(problem: Problem, plan: Layout) -> str | None:
     if plan.owner is not None and problem.window is not None:
         return None if problem.overlap == 1 else "of a striped cache it brings all heads at once; leave overlap out"
+    if plan.owner is not None:
+        # A longer window is left out of a call.
+        return (
+            "it would bring the whole of a striped cache to every rank, as no window is shorter than the longest request of this batch; "
+            "'auto' takes for each batch what can serve it"
+        )
     if plan.sharded:
         return "it would bring the whole of a sharded cache to every rank"
     return None

@@ -87,7 +87,9 @@ def _preferred(problem: Problem, plan: Layout) -> _Preference:
         return _Preference([ALL_GATHER, RING] if fits else [RING, ALL_GATHER], why)
     if problem.window is not None:
         if only_decodes(plan):
-            return _Preference([PASS_Q, ALL_GATHER], f"no request has more than {DECODE_TOKENS} new tokens, so that no key has to travel")
+            return _Preference(
+                [PASS_Q, ALL_GATHER], f"no request has more than {DECODE_TOKENS} new tokens, so that no cached key has to travel"
+            )
         return _Preference([ALL_GATHER, PASS_Q], "of a striped cache it brings what a window reaches")
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
     fits = gathered <= AUTO_GATHER_QUERIES_LIMIT

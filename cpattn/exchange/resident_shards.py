@@ -27,7 +27,10 @@ def _prepare(setup: Setup) -> GatheredQueries:
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
-    return "a shard has gaps in position, which a window needs; cp_attention has one" if problem.window is not None else None
+    if problem.window is None:
+        return None
+    fix = "; cp_attention takes one over a striped cache" if plan.owner is not None else ""
+    return f"between its neighbours in a shard a token's positions have gaps, so that no window is a range of keys there{fix}"
 
 
 RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathered, _why_not)

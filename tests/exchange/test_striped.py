@@ -331,7 +331,8 @@ def test_what_a_striped_cache_cannot_do_is_said() -> None:
     for options, message in (
         ({"strategy": "ring", "window": 4}, "no window is a range of keys there; 'all_gather', 'pass_q' could"),
         ({"strategy": "pass_q_ring", "window": 4}, "no window is a range of keys there; 'all_gather', 'pass_q' could"),
-        ({"strategy": "all_gather"}, "would bring the whole of a sharded cache to every rank; 'ring', 'pass_q', 'pass_q_ring' could"),
+        # No request has more than 21 tokens, so that such a window is none.
+        ({"strategy": "all_gather", "window": 21}, "no window is shorter than the longest request of this batch; 'auto' takes"),
         ({"strategy": "all_gather", "window": 4, "overlap": 2}, "of a striped cache it brings all heads at once; leave overlap out"),
     ):
         with pytest.raises(cpattn.UnsupportedError, match=message):
@@ -342,6 +343,6 @@ def test_what_a_striped_cache_cannot_do_is_said() -> None:
         cpattn.PrefixError, match=r"the plan has owner=Striped\(interleave=1\), but kv_cache is None; pass this rank's pages"
     ):
         call(meta, kv_cache=None)
-    with pytest.raises(cpattn.UnsupportedError, match="a shard has gaps in position, which a window needs; cp_attention has one"):
+    with pytest.raises(cpattn.UnsupportedError, match="no window is a range of keys there; cp_attention takes one over a striped"):
         cpattn.attend(cpattn.shard(case.q, meta), cache, meta, group=group, window=3)
     assert group.bytes_sent == 0
