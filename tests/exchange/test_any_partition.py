@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cases import EXCHANGES, AttentionCase
+from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from own_partitions import OwnPartition
 from strategies import Batch
 
@@ -41,13 +41,13 @@ def test_whole_requests(strategy: str, cache: str, cp_size: int, window: int | N
     case.check_loopback(case.plan(cp_size, partition="whole", pad_to=4), strategy, "reference")
 
 
-@all_exchanges
+@pytest.mark.parametrize(("strategy", "cache"), [*EXCHANGES, *STRIPED_EXCHANGES])
 def test_whole_requests_of_a_latent(strategy: str, cache: str) -> None:
     case = AttentionCase(BATCH, kv_heads=1, v_head_dim=8, v_in_k=True, cache=cache)
     case.check_loopback(case.plan(3, partition="whole"), strategy, "cpu")
 
 
-@all_exchanges
+@pytest.mark.parametrize(("strategy", "cache"), [*EXCHANGES, *STRIPED_EXCHANGES])
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_with_another_kernel(strategy: str, cache: str, cp_size: int) -> None:
     case = AttentionCase(BATCH, cache=cache, dtype=torch.bfloat16, overlap=2 if strategy == "all_gather" else None)

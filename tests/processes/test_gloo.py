@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import rank_programs as programs
 import torch
-from cases import EXCHANGES, AttentionCase
+from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from peers.work import Work
 from strategies import Batch
 
@@ -31,7 +31,7 @@ def test_window_and_softcap(ranks: ProcessRanks, strategy: str) -> None:
     case.check(ranks.run(programs.attend, case, plan, strategy, "reference"), plan, strategy, "reference")
 
 
-@pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
+@pytest.mark.parametrize(("strategy", "cache"), [*EXCHANGES, *STRIPED_EXCHANGES])
 def test_batches_of_any_size_one_after_another(ranks: ProcessRanks, strategy: str, cache: str) -> None:
     batches: list[Batch] = [[(0, 300)], [(0, 1)], [], [(9, 0)], [(0, 2), (70, 1)], [(50, 90)] * 3]
     cases = [AttentionCase(batch, cache=cache) for batch in batches]
