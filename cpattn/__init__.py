@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cpattn.call.prepared import PreparedCall
     from cpattn.costs.estimate import Estimate, Estimates, estimate
     from cpattn.costs.links import measure_links
-    from cpattn.costs.machine import MACHINES, KernelCosts, LinkCosts, Machine
     from cpattn.errors import (
         BackendError,
         BatchError,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from cpattn.exchange.registry import STRATEGIES
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
+    from cpattn.machine import MACHINES, KernelCosts, LinkCosts, Machine
     from cpattn.metadata.batch import Request
     from cpattn.metadata.bucket import Bucket
     from cpattn.metadata.chunks import Chunks
@@ -140,7 +140,7 @@ _NAMES = {
     "call.prepared": "PreparedCall",
     "costs.estimate": "Estimate Estimates estimate",
     "costs.links": "measure_links",
-    "costs.machine": "MACHINES KernelCosts LinkCosts Machine",
+    "machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.registry": "STRATEGIES",

@@ -29,6 +29,8 @@ from cpattn.call.in_graph import (
 )
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -392,13 +394,15 @@ def explain(
     ``"able"``, or the reason why it was passed over. With a PagedKV it also says whether the backend reads the pages or a
     packed copy of them, and of ``triton`` which kernel and which launch it uses. On an H100 or H200 it says for which kind
     of call the order is.
-    Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why.
+    Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
+    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why.
 
     >>> import cpattn, torch
-    >>> meta = cpattn.build_metadata([(0, 4)], cp_size=1, cp_rank=0)
+    >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
     >>> q = torch.randn(4, 2, 64)
-    >>> cpattn.explain(q, q, q, meta, softcap=30.0)["reference"]
-    'chosen'
+    >>> explained = cpattn.explain(q, q, q, meta, softcap=30.0)
+    >>> explained["reference"], explained["keys"]
+    ('chosen', 'none travel: each rank holds all that its queries see')
 
     The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
@@ -407,4 +411,6 @@ def explain(
     options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
     choice = choose(arguments, problem_of(arguments, meta, options), meta.plan)
     explained = explain_choice(choice.problem, choice.workload)
+    if choice.strategy is ALL_GATHER:
+        explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
     return explained if group is None else explained | {"transport": as_transport(group, meta.plan.cp_size).describe()}

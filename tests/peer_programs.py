@@ -19,12 +19,12 @@ from cpattn.transports.peer_memory import PeerMemoryTransport
 from cpattn.transports.transfer import Transfer
 
 
-def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str) -> list[tuple[tuple[Tensor, Tensor], bool]]:
+def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str, partition: str) -> list[tuple[tuple[Tensor, Tensor], bool]]:
     """Each case over both kinds of transport, twice over; the result through peers' memory, and whether all bits were equal."""
     results = []
     transports = [cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives")]
     for case in cases:
-        plan = case.plan(dist.get_world_size(), pad_to=8)
+        plan = case.plan(dist.get_world_size(), pad_to=8, partition=partition)
         runs = [[case.on_rank(plan, dist.get_rank(), transport, strategy, backend) for transport in transports] for _ in range(2)]
         bits = [[x.nan_to_num(7.0) for x in result] for pair in runs for result in pair]
         results.append((runs[0][0], all(torch.equal(x, y) for other in bits[1:] for x, y in zip(bits[0], other, strict=True))))

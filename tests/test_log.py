@@ -55,7 +55,7 @@ def test_a_kind_of_call_has_one_line_on_all_ranks_that_are_threads(caplog: pytes
         call(3)
     size = (3 * 15 + 5) * CASE.kv_heads * 2 * CASE.head_dim * 4
     assert lines(caplog) == [
-        "3 ranks, 4/2 heads of 16 in float32 on cpu with a packed cache: strategy 'all_gather' (chosen, all keys and values are "
+        "3 ranks, 4/2 heads of 16 in float32 on cpu with a packed cache: strategy 'all_gather' (chosen, a rank's keys and values are "
         f"{size / 1024:.1f} KiB, within 8.0 GiB); backend 'cpu' (chosen)"
     ]
 

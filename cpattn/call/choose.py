@@ -13,9 +13,11 @@ from cpattn.errors import UnsupportedError
 from cpattn.exchange.auto import candidate_strategies, only_decodes
 from cpattn.exchange.schedule import Schedule, alignments, num_results
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import View
 from cpattn.problem import Problem
 
 
@@ -81,8 +83,9 @@ def workload_of(schedule: Schedule, plan: Layout, problem: Problem) -> Workload:
     """What a schedule asks of a backend."""
     late = 0
     if plan.cp_size > 1 and problem.cache != "paged" and len(schedule) == 1 and schedule[0].keys == "all":
-        new = (plan.cp_size - 1) * problem.rows
-        late = int(problem.key_bytes * (new + plan.num_prefix_tokens * COPIED_BYTE))
+        # A bucket's choice stays whatever batch it holds.
+        new = (plan.cp_size - 1) * problem.rows if problem.fixed else traveling_keys(problem, plan).needed
+        late = int(problem.key_bytes * (new + int(View.of(plan).prefix.max()) * COPIED_BYTE))
     num_extended = int(np.count_nonzero(plan.extend_lens))
     return Workload(
         alignments=alignments(schedule),

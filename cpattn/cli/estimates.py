@@ -9,7 +9,7 @@ from cpattn.byte_sizes import in_words
 from cpattn.cli.console import print_table, print_title, say
 from cpattn.cli.traffic import Shape, problem_of
 from cpattn.costs.estimate import Estimate, Estimates, estimate
-from cpattn.costs.machine import MACHINES, TRANSPORTS, Machine
+from cpattn.machine import MACHINES, TRANSPORTS, Machine
 from cpattn.metadata.plan import Plan
 
 

@@ -13,8 +13,8 @@ from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, 
 from cpattn.cli.estimates import estimates_of, print_estimates
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
 from cpattn.cli.traffic import Shape, in_words, strategy_bytes
-from cpattn.costs.machine import MACHINES
 from cpattn.exchange.registry import STRATEGIES
+from cpattn.machine import MACHINES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
 from cpattn.metadata.partition import PARTITIONS, remainders_of
 from cpattn.metadata.plan import Plan

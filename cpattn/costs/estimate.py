@@ -12,15 +12,16 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
-from cpattn.costs.machine import TRANSPORTS, KernelCosts, Machine, find_machine
 from cpattn.costs.steps import STEPS, Choice
-from cpattn.errors import HeadCountError, OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
+from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
+from cpattn.machine import TRANSPORTS, KernelCosts, Machine, find_machine
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.draw import text_table
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.problem_checks import check_is_problem, check_problem
 from cpattn.problem import Problem
 
 # Groups of KV heads that an all-gather may be split into, where they divide the heads.
@@ -226,24 +227,11 @@ def _check_backends(machine: Machine) -> None:
 def _check(plan: Any, problem: Any) -> None:
     if not isinstance(plan, Layout):
         raise OptionError(f"plan is a {type(plan).__name__}; pass what cpattn.plan(batch, cp_size) returns")
-    if not isinstance(problem, Problem):
-        raise OptionError(f"problem is a {type(problem).__name__}; pass a cpattn.Problem(device, dtype, plan.rows, ...)")
+    check_is_problem(problem)
     if problem.rows != plan.rows:
         raise OptionError(f"problem.rows={shown(problem.rows)}, but the plan's ranks have {plan.rows}; pass rows=plan.rows")
-    for name in ("q_heads", "kv_heads", "head_dim", "v_head_dim"):
-        value = getattr(problem, name)
-        if not is_integer(value) or value < 1:
-            raise OptionError(f"problem.{name}={shown(value)}; it must be an integer of at least 1")
+    check_problem(problem)
     _check_cache(plan, problem)
-    if problem.window is not None and (not is_integer(problem.window) or problem.window < 1):
-        raise OptionError(
-            f"problem.window={shown(problem.window)}; pass the number of keys that a query sees, its own included: an integer of at least "
-            "1, or None"
-        )
-    if problem.q_heads % problem.kv_heads:
-        raise HeadCountError(
-            f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
-        )
     if problem.dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedError(f"problem.dtype={problem.dtype}; estimates are for torch.bfloat16 and torch.float16")
     for name in ("head_dim", "v_head_dim"):

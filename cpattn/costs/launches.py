@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cpattn.costs.hop_spans import spans_of
-from cpattn.costs.machine import KernelCosts, Machine
 from cpattn.device_tables import IntArray
 from cpattn.exchange.schedule import Hop
 from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, tile_shapes
 from cpattn.kernels.tiles import TilesOfSpans, block_costs
+from cpattn.machine import KernelCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 from cpattn.spans import HostSpans

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from cpattn.costs.machine import LinkCosts, Machine, find_machine
 from cpattn.current import is_capturing
 from cpattn.errors import GroupError, UnsupportedError, in_a_line
 from cpattn.graphs import leaves_graph
+from cpattn.machine import LinkCosts, Machine, find_machine
 from cpattn.metadata.devices import parse_device
 from cpattn.transports.groups import Group, transport
 from cpattn.transports.in_flight import InFlight

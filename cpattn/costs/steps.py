@@ -15,9 +15,11 @@ import numpy as np
 from cpattn.attention.backend import Backend
 from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
-from cpattn.costs.machine import KernelCosts, LinkCosts, Machine
 from cpattn.exchange.schedule import Hop, Schedule, num_results
+from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import View
 from cpattn.problem import Problem
 
 
@@ -59,6 +61,11 @@ class Tally:
         self.host += launches * machine.host_launch
         self.launches += launches
 
+    def move_rows(self, rows: int, groups: int, launches: int = 1) -> None:
+        """The K and V of so many tokens, of one of so many groups of heads; none without any."""
+        if rows:
+            self.move(2 * rows * self.choice.problem.key_bytes // groups, launches)
+
     def attend(self, *hops: Hop, groups: int = 1, over_pages: bool = False) -> list[float]:
         """The launches of hops between which ranks do not wait for each other, over one of so many groups of heads, in pages or not.
         Returns the seconds of each on the slowest rank."""
@@ -70,12 +77,13 @@ class Tally:
         return [float(launch.max(initial=0)) for launch in seconds]
 
     def gather(self, nbytes: int, cover: float = 0.0) -> None:
-        """An all-gather in which a rank receives so many bytes, beside so many seconds of attention."""
+        """An all-gather in which a rank receives so many bytes, beside so many seconds of attention. One of parts that are needed takes
+        no longer, and the host starts it as fast."""
         link = self.choice.link
         self._send(link.gather_seconds(nbytes), link.host_gather, link.hides_gather, cover)
 
     def gather_parts(self, nbytes: int, cover: float = 0.0) -> None:
-        """The same of parts for one rank each, an all-to-all, which the host starts as slowly as shifts."""
+        """The same of parts for one rank each, from point to point, which the host starts as slowly as shifts."""
         link = self.choice.link
         self._send(link.gather_seconds(nbytes), link.host_shift, link.hides_gather if cover else 0.0, cover)
 
@@ -105,9 +113,9 @@ class Tally:
 
 def all_gather(choice: Choice) -> Tally:
     """Pack, gather, put in order, attend: for each group of heads, of which all set out at once."""
-    plan, problem, _, schedule, transport, link, *_ = choice
+    plan, problem, *_ = choice
     tally, groups = Tally(choice), problem.overlap
-    (hop,) = schedule
+    (hop,) = choice.schedule
     if plan.owner is not None:
         # Packed, written and put in order as any new keys are, with what a window reaches beside them.
         message = int(hop.sent.max(initial=0))
@@ -116,33 +124,41 @@ def all_gather(choice: Choice) -> Tally:
         tally.move(2 * problem.rows * problem.key_bytes)
         tally.attend(hop)
         return tally
-    sent = int(hop.sent.max(initial=0)) // groups
-    own, new, old = (rows * problem.key_bytes // groups for rows in (problem.rows, plan.num_tokens, plan.num_prefix_tokens))
+    view, traveling = View.of(plan), traveling_keys(problem, plan)
     for group in range(groups):
-        if problem.cache == "packed" and old:
-            tally.move(2 * old)
-        if sent:
-            tally.move(2 * own)
-        if transport == "peer_memory" and sent:
-            # What arrives goes straight to its place, and so do a rank's own rows.
-            tally.move(2 * own, launches=2)
-        elif sent or problem.cache is not None:
-            tally.move(2 * new)
+        if problem.cache == "packed":
+            tally.move_rows(int(view.prefix.max()), groups)
         over_pages = problem.cache == "paged"
+        _collect(tally, traveling, plan.num_tokens if over_pages else int(view.new.max()))
         if over_pages:
             _copy_pages(tally, (plan.num_tokens + plan.num_prefix_tokens) // groups)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
-        if group == 0:
-            tally.gather(sent)
-        else:
-            # It follows the one before, and is hidden as far as the attention to that one goes; nobody waits for it to begin.
-            tally.gather(sent, seconds)
-            if sent and link.hides_gather:
-                tally.exposed -= min(link.latency, seconds)
+        received = max(traveling.needed, int(traveling.sent.max())) * problem.key_bytes // groups
+        # What follows another is hidden as far as the attention to that one goes; nobody waits for it to begin.
+        tally.gather(received, seconds if group else 0.0)
+        if group and received and choice.link.hides_gather:
+            tally.exposed -= min(choice.link.latency, seconds)
         if groups > 1:
             # Into some heads of the result: a copy with strides, at half the speed.
             tally.move(4 * _outputs(choice) * problem.dtype.itemsize // groups)
     return tally
+
+
+def _collect(tally: Tally, traveling: Traveling, new: int) -> None:
+    """New keys of a group of heads into and out of messages, and so many of them to their places."""
+    choice, groups = tally.choice, tally.choice.problem.overlap
+    if traveling.what == "nothing":
+        if choice.problem.cache is not None:
+            tally.move_rows(new, groups)
+        return
+    tally.move_rows(choice.problem.rows, groups)
+    if choice.transport == "peer_memory":
+        # What arrives goes straight to its place, and so do a rank's own rows.
+        tally.move_rows(choice.problem.rows, groups, launches=2)
+        return
+    if traveling.what == "needed":
+        tally.move_rows(int(traveling.sent.max()), groups)
+    tally.move_rows(new, groups)
 
 
 def ring(choice: Choice) -> Tally:

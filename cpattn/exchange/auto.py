@@ -12,7 +12,9 @@ from cpattn.exchange.registry import STRATEGIES, able_strategies, find_strategy
 from cpattn.exchange.ring import RING
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import View
 from cpattn.problem import Problem
 
 # All-gather is one launch and needs no merging, but holds all keys twice (gathered and in order). Beyond this many
@@ -75,12 +77,10 @@ def explain_strategies(problem: Problem, plan: Layout, chosen: Strategy) -> dict
 
 def _preferred(problem: Problem, plan: Layout) -> _Preference:
     if not plan.sharded:
-        # Pages are not copied, at least where a backend reads them.
-        copied = 0 if problem.cache == "paged" else plan.num_prefix_tokens
-        gathered = (plan.cp_size * problem.rows + copied) * problem.key_bytes
+        rows, copied = _rows_of_gather(problem, plan)
+        gathered, copied_bytes = (rows + copied) * problem.key_bytes, copied * problem.key_bytes
         fits = gathered <= AUTO_GATHER_LIMIT
-        why = f"all keys and values are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_LIMIT)}"
-        copied_bytes = copied * problem.key_bytes
+        why = f"a rank's keys and values are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_LIMIT)}"
         has_long_prefix = copied >= AUTO_COPY_RATIO * plan.num_tokens and copied_bytes > AUTO_COPY_LIMIT * plan.cp_size
         if has_long_prefix and plan.cp_size > 1 and problem.device.type == "cuda":
             return _Preference([RING, ALL_GATHER], f"an all-gather would copy {in_words(copied_bytes)} of cached keys and values")
@@ -106,6 +106,16 @@ def _preferred(problem: Problem, plan: Layout) -> _Preference:
     return _Preference(
         [RING, *pass_q], f"a rank sends {in_words(sent[RING.name])} of keys, and would of queries {in_words(sent[PASS_Q.name])}"
     )
+
+
+def _rows_of_gather(problem: Problem, plan: Layout) -> tuple[int, int]:
+    """Of an all-gather the rows of new keys that a rank holds, and of cached ones that it copies, at most."""
+    # Pages are not copied, at least where a backend reads them.
+    if problem.cache == "paged":
+        return plan.cp_size * problem.rows, 0
+    view = View.of(plan)
+    is_whole = traveling_keys(problem, plan).what == "all"
+    return plan.cp_size * problem.rows if is_whole else int(view.new.max()), int(view.prefix.max())
 
 
 def only_decodes(plan: Layout) -> bool:

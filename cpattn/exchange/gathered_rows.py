@@ -7,7 +7,6 @@ from functools import partial
 from torch import Tensor
 
 from cpattn.exchange.message import KVFormat, Message
-from cpattn.moves.late_rows import LateRows
 from cpattn.moves.moves import moves_for
 from cpattn.transports.transport import Transport
 
@@ -20,8 +19,6 @@ class GatheredRows:
         transfer: that brings the others'.
     """
 
-    can_bring = False
-
     def __init__(self, transport: Transport, kv: KVFormat, memory: Tensor) -> None:
         rows = memory.shape[0] // transport.size
         self.all = Message.of(memory, kv)
@@ -30,7 +27,7 @@ class GatheredRows:
         self._moves = moves_for(kv.device)
         self.transfer = transport.prepare_all_gather(memory, self._own)._replace(fill_missing=partial(kv.fill_missing_, self._own))
 
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         """See :class:`RowsOfAll`, as for the others."""
         self._moves.pack(self._own, k, v, num_tokens)
 
@@ -43,10 +40,6 @@ class GatheredRows:
     ) -> None:
         """Writes them to pages."""
         self._moves.write_pages(k_pages, v_pages, page_table, request, position, *self.all.parts)
-
-    def bring(self, late: LateRows) -> None:
-        """They are all here at once."""
-        raise NotImplementedError
 
 
 def gathered_rows(transport: Transport, kv: KVFormat, rows: int, groups: int = 1) -> list[GatheredRows]:

@@ -1,4 +1,8 @@
-"""The order in which an all-gather puts keys: each request's in one piece, cached ones before new ones, as far as they are put at all."""
+"""The order in which a rank puts the keys that its queries see: each request's in one piece, cached ones before new ones.
+
+Rows of other requests, and of what lies behind this rank's queries, have no place there; nor have cached keys that are read where
+they lie. A query's own keys lie as they would among all keys, one after another, so that a row's result has the same bits.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +11,98 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all
 from cpattn.keys import PREFIX_UNIT
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import SeenKeys
+
+
+class RequestRows(NamedTuple):
+    """Where each request's rows are; int64 ``[num_requests]`` on the host.
+
+    Attributes:
+        kept: how many of its cached keys are read where they lie, its first ones; put: how many have rows, which follow those in turn.
+        new: how many of its new ones have rows, after those.
+        begins: its first row.
+    """
+
+    kept: IntArray
+    put: IntArray
+    new: IntArray
+    begins: IntArray
+
+    @classmethod
+    def of(cls, meta: CPMetadata, in_place: bool) -> RequestRows:
+        """Of one rank. A bucket's messages are of its size, and so is this: all new keys have rows, and there are no cached ones.
+
+        Args:
+            in_place: whether cached keys are read where they lie, all but the last of each request that share a block with new ones.
+        """
+        plan: Layout = meta.plan
+        if meta.bucket is not None:
+            none = np.zeros_like(plan.extend_lens)
+            return cls(none, none, plan.extend_lens, exclusive_cumsum(plan.extend_lens))
+        seen = SeenKeys.of(plan, meta.cp_rank, window=None)
+        kept = seen.prefix_len // PREFIX_UNIT * PREFIX_UNIT * in_place
+        put = seen.prefix_len - kept
+        return cls(kept, put, seen.new_len, exclusive_cumsum(put + seen.new_len))
+
+    @property
+    def k_starts(self) -> IntArray:
+        """Where each request's first key is, or would be: key ``s`` is in row ``k_starts + s``."""
+        return self.begins - self.kept
+
+    @property
+    def new_starts(self) -> IntArray:
+        """Where its first new one is."""
+        return self.begins + self.put
 
 
 class KeyOrder(NamedTuple):
-    """Where keys go.
+    """What the keys of one rank's metadata are put in order by. Index tensors are int32 on its device; a negative entry stands for a
+    row that has no place.
 
     Attributes:
-        rows: all there are.
-        k_starts: ``[num_requests]`` of each request where its first key is, or would be: key ``s`` is in row ``k_starts + s``.
-        new_rows: int32 ``[num_tokens]`` on the device, the row of each new token; None where they are in their own order.
-        prefix_rows: int32 ``[num_prefix_tokens]`` on the device, the row of each cached token, -1 for those that are not put; None
-            where none is.
-        prefix_places: of those that stay where they are; see :class:`cpattn.keys.PrefixKeys`.
+        rows: of the memory that it is about.
+        are_own: whether they are this rank's own rows as they lie, and all that its queries see; new_are_own: the same of the new
+            ones among them, which then lie in its order.
+        new_places ``[n]``: of each new token that has a place that place; None where new tokens alone have one, in turn.
+        prefix_places ``[plan.num_prefix_tokens]``: of each cached token its place; None where none has one.
+        kept ``[2 * num_requests]``: of those that are read where they lie; see :class:`cpattn.keys.PrefixKeys`. None where none is.
     """
 
     rows: int
-    k_starts: IntArray
-    new_rows: Tensor | None
-    prefix_rows: Tensor | None
+    are_own: bool
+    new_are_own: bool
+    new_places: Tensor | None
     prefix_places: Tensor | None
+    kept: Tensor | None
 
 
-def key_order(meta: CPMetadata, packed: bool, in_place: bool) -> KeyOrder:
-    """Of a batch.
-
-    Args:
-        packed: whether there is a packed cache.
-        in_place: whether cached keys are read where they lie, all but the last of each request that share a block with new ones.
-    """
-    plan = meta.plan
-    if not packed:
-        return KeyOrder(meta.restore_index.shape[0], meta.k_starts, None, None, None)
-    if not in_place or not plan.num_prefix_tokens:
-        prefix_rows = meta.prefix_key_rows if plan.num_prefix_tokens else None
-        return KeyOrder(plan.num_tokens + plan.num_prefix_tokens, meta.k_starts, meta.extend_key_rows, prefix_rows, None)
-    order: KeyOrder = meta.derive("key order in place", lambda: _in_place(meta))
+def key_order(meta: CPMetadata, in_place: bool) -> KeyOrder:
+    """See :meth:`RequestRows.of`."""
+    if meta.bucket is not None:
+        return KeyOrder(meta.whole_rows, False, False, None, None, None)
+    order: KeyOrder = meta.derive(("key order", in_place), lambda: _key_order(meta, in_place))
     return order
 
 
-def _in_place(meta: CPMetadata) -> KeyOrder:
-    plan = meta.plan
-    prefixes, extends = plan.prefix_lens, plan.extend_lens
-    put = prefixes % PREFIX_UNIT
-    stay = prefixes - put
-    begins, cached = exclusive_cumsum(put + extends), exclusive_cumsum(prefixes)
-    prefix_rows = np.full(plan.num_prefix_tokens if put.any() else 0, -1, dtype=np.int64)
-    if put.any():
-        prefix_rows[runs(cached + stay, put)] = runs(begins, put)
-    places = np.stack([stay, cached], axis=1).reshape(-1)
-    tables = DeviceTables({"new": runs(begins + put, extends), "prefix": prefix_rows, "places": places}, meta.device)
-    return KeyOrder(int((put + extends).sum()), begins - stay, tables["new"], tables["prefix"] if put.any() else None, tables["places"])
-
-
-def runs(first: IntArray, lengths: IntArray, capacity: int = 0) -> IntArray:
-    """One run after another, and then -1.
-
-    >>> runs(np.array([7, 0]), np.array([2, 1]), 4)
-    array([ 7,  8,  0, -1], dtype=int32)
-    """
-    total = int(lengths.sum())
-    found: IntArray = expand_runs_on_host(first, lengths, total).numpy()
-    return found if total >= capacity else np.pad(found, (0, capacity - total), constant_values=-1)
+def _key_order(meta: CPMetadata, in_place: bool) -> KeyOrder:
+    plan: Layout = meta.plan
+    kept, put, new, begins = rows = RequestRows.of(meta, in_place)
+    num_put, num_new = int(put.sum()), int(new.sum())
+    runs = {}
+    if num_put:
+        runs["new"] = rows.new_starts, new
+        # Those without a place, kept or not seen, come first in each request.
+        others = plan.prefix_lens - put
+        runs["prefix"] = np.stack([-others, begins], axis=1).ravel(), np.stack([others, put], axis=1).ravel()
+    places = expand_all(runs, meta.device)
+    kept_places = None
+    if kept.any():
+        cached = exclusive_cumsum(plan.prefix_lens)
+        kept_places = DeviceTables({"kept": np.stack([kept, cached], axis=1).ravel()}, meta.device)["kept"]
+    new_are_own = num_new == meta.num_tokens
+    are_own = new_are_own and not num_put and kept_places is None
+    return KeyOrder(num_put + num_new, are_own, new_are_own, places.get("new"), places.get("prefix"), kept_places)

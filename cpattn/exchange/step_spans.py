@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.device_tables import exclusive_cumsum
+from cpattn.exchange.key_order import RequestRows
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -34,20 +35,22 @@ class KeyRanges(NamedTuple):
     alignment: Alignment
 
 
-def causal_spans(meta: CPMetadata, paged: bool, k_starts: IntArray | None = None) -> Spans:
-    """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key.
+def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
+    """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key."""
+    return meta.derive(("causal spans", paged), lambda: _causal(meta, meta.k_starts, paged))
 
-    Args:
-        k_starts: of each request, where keys are in another order than one after another, which no bucket's are.
-    """
 
-    def build() -> Spans:
-        chunks = meta.chunk_host
-        k_start = (meta.k_starts if k_starts is None else k_starts)[chunks.request]
-        ranges = KeyRanges(k_start, chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
-        return _build(meta, [_own_table(meta, ranges)], paged)[0]
+def spans_in_order(meta: CPMetadata, in_place: bool) -> Spans:
+    """The same over keys in the order of :class:`cpattn.exchange.key_order.KeyOrder`, where each request's begin elsewhere."""
+    if meta.bucket is not None:
+        return causal_spans(meta, paged=False)
+    return meta.derive(("spans in order", in_place), lambda: _causal(meta, RequestRows.of(meta, in_place).k_starts, paged=False))
 
-    return meta.derive(("causal spans", paged, k_starts is None), build)
+
+def _causal(meta: CPMetadata, starts: IntArray, paged: bool) -> Spans:
+    chunks = meta.chunk_host
+    ranges = KeyRanges(starts[chunks.request], chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
+    return _build(meta, [_own_table(meta, ranges)], paged)[0]
 
 
 def all_causal_spans(meta: CPMetadata) -> Spans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -12,6 +13,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError, shown
+from cpattn.memo import Memo
 from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, parse_prefix_shards
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
@@ -32,6 +34,9 @@ _LIMITS = {
     "cp_size": (2**16, "a plan has tables of all ranks; cp_size is the size of the context-parallel group"),
     "pad_to": (MAX_TOKENS, "row numbers are int32"),
 }
+_OTHER_PARTITIONS = ", or pass a function of (batch, cp_size) that returns cpattn.Chunks"
+# Of a plan: by window, of which a model has few.
+_MOST_REMEMBERED = 16
 # Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.
 MOST_SHARES = 2**27
 
@@ -65,7 +70,7 @@ class Layout:
             )
         callers = not isinstance(self.partition, str) and callable(self.partition)
         if not callers:
-            _choose(self, "partition", tuple(PARTITIONS), ", or pass a function of (batch, cp_size) that returns cpattn.Chunks")
+            _choose(self, "partition", tuple(PARTITIONS), _OTHER_PARTITIONS)
         _choose(self, "remainder", REMAINDERS)
         # What Request._make does, without a Python call for each.
         object.__setattr__(self, "batch", tuple(map(tuple.__new__, repeat(Request), pairs.tolist())))
@@ -122,6 +127,12 @@ class Layout:
     def kind(self) -> str:
         """The name of its partition, or that it is a caller's: those may follow each other in a bucket, whatever they are."""
         return self.partition if isinstance(self.partition, str) else "a caller's"
+
+    def may_follow(self, other: Layout) -> bool:
+        """Whether it may take the other's place in a bucket, as far as partitions go: a rank has at most as many chunks of a request."""
+        if self.is_callers or other.is_callers:
+            return self.kind == other.kind
+        return self.most_chunks == other.most_chunks
 
     @cached_property
     def num_tokens(self) -> int:
@@ -222,6 +233,11 @@ class Layout:
         if isinstance(self.partition, str):
             return MOST_CHUNKS[self.partition]
         return most_of_a_share(self.chunk_table, self.cp_size)
+
+    @cached_property
+    def memo(self) -> Memo[Hashable, Any]:
+        """What others have worked out of it, by keys of their own."""
+        return Memo(_MOST_REMEMBERED)
 
     @cached_property
     def _pairs(self) -> IntArray:

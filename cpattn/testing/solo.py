@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cpattn.transports.transfer import Transfer, Work
-from cpattn.transports.transport import Transport
+from cpattn.transports.transport import Transport, as_bytes
 
 _DONE = Work(lambda: None)
 
@@ -36,6 +38,16 @@ class SoloCommunicator(Transport):
         transfer = super().prepare_all_gather(out, x)
         to, message = _as_words(*transfer.arguments)
         return transfer._replace(arguments=(to.view(self.size, len(message)), message.expand(self.size, -1)))
+
+    def prepare_uneven_all_to_all(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer:
+        return Transfer(type(self)._uneven_all_to_all, x.nbytes, (as_bytes(out), as_bytes(x)), part=self.part)
+
+    def _uneven_all_to_all(self, out: Tensor, x: Tensor) -> Work:
+        # As far as its own message goes, and zeros.
+        many = min(len(out), len(x))
+        out[:many].copy_(x[:many])
+        out[many:].zero_()
+        return _DONE
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         out.copy_(x)

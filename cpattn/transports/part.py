@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cpattn.transports.transfer import Work
-from cpattn.transports.transport import Transport
+from cpattn.transports.transfer import Transfer, Work
+from cpattn.transports.transport import Transport, as_bytes
 
 
 class PairwiseTransport(Transport):
@@ -33,6 +33,20 @@ class PairwiseTransport(Transport):
 
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
         return self._exchange(dict(enumerate(x)), dict(enumerate(out)))
+
+    def prepare_uneven_all_to_all(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer:
+        """See :meth:`Transport.prepare_uneven_all_to_all`, as for the others."""
+        row = (x if len(x) else out)[:1].nbytes
+        sizes = [row * rows for rows in received], [row * rows for rows in sent]
+        return Transfer(type(self)._uneven_all_to_all, x.nbytes, (as_bytes(out), as_bytes(x), *sizes), part=self.part)
+
+    def _uneven_all_to_all(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        """Of bytes, with so many of each rank."""
+        send, receive = (
+            {rank: part for rank, part in enumerate(torch.split(message, sizes)) if len(part)}
+            for message, sizes in ((x, sent), (out, received))
+        )
+        return self._exchange(send, receive)
 
     def _make_part(self, ranks: tuple[int, ...]) -> Transport:
         return GroupPart(self, ranks)

@@ -20,7 +20,7 @@ from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.transports.peer_heap import Machine, PeerHeap, allocate, why_not_shared
 from cpattn.transports.posted import Posted
 from cpattn.transports.process_group import ProcessGroupTransport
-from cpattn.transports.rows_of_all import RowsOfAll
+from cpattn.transports.rows_of_all import RowsOfPeers
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
 
@@ -238,7 +238,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfAll | None:
+    ) -> RowsOfPeers | None:
         """See :meth:`Transport.rows_of_all`."""
         nbytes = math.prod(shape) * dtype.itemsize
         if not self._takes(nbytes):

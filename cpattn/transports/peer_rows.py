@@ -14,14 +14,12 @@ from cpattn.transports.transfer import Transfer, Work
 
 
 class PeerRows:
-    """:class:`cpattn.transports.rows_of_all.RowsOfAll` of messages ``[rows, Hkv, width]`` that are posted.
+    """:class:`cpattn.transports.rows_of_all.RowsOfPeers` of messages ``[rows, Hkv, width]`` that are posted.
 
     Args:
         message: that this rank posts; nbytes: that count as sent for it.
         fill_missing: writes into a message what stands for rows that this rank could not make.
     """
-
-    can_bring = True
 
     def __init__(
         self,

@@ -79,6 +79,10 @@ class ProcessGroupTransport(PairwiseTransport):
         receive = dist.P2POp(dist.irecv, out, ranks[(rank - by) % self.size], group)
         return _work(dist.batch_isend_irecv([send, receive]), x)
 
+    def _uneven_all_to_all(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        # In one call of the host, and a collective of all ranks: NCCL's first transfer of a group would wait for those that have nothing.
+        return _work([dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True)], x)
+
     def _exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Work:
         # Point to point, which every backend has; it is what NCCL makes of an all-to-all as well.
         group, rank, ranks = self.group, self.rank, self._global_ranks

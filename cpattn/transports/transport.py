@@ -19,7 +19,7 @@ from cpattn.handles import new_handle
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
-from cpattn.transports.rows_of_all import RowsOfAll
+from cpattn.transports.rows_of_all import RowsOfPeers
 from cpattn.transports.transfer import Transfer, Work
 
 # What reduce_scatter adds up.
@@ -98,7 +98,7 @@ class Transport(ABC):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfAll | None:
+    ) -> RowsOfPeers | None:
         """Rows that this rank reads where they lie, in the others' memory; None where it cannot, and they have to be gathered.
 
         Args:
@@ -141,16 +141,35 @@ class Transport(ABC):
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         """An :meth:`all_gather` of these two, to be started any number of times: to view a message as bytes takes the host
         several microseconds, and all layers of a batch send from and to the same memory."""
-        return Transfer(type(self)._all_gather, (self.size - 1) * x.nbytes, (_as_bytes(out), _as_bytes(x)), part=self.part)
+        return Transfer(type(self)._all_gather, (self.size - 1) * x.nbytes, (as_bytes(out), as_bytes(x)), part=self.part)
 
     def prepare_shift(self, out: Tensor, x: Tensor, by: int = 1) -> Transfer:
         """A :meth:`shift` of these two, to be started any number of times."""
-        return Transfer(type(self)._shift, x.nbytes, (_as_bytes(out), _as_bytes(x), by % self.size), part=self.part)
+        return Transfer(type(self)._shift, x.nbytes, (as_bytes(out), as_bytes(x), by % self.size), part=self.part)
 
     def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
         """An :meth:`all_to_all` of these two, to be started any number of times."""
-        parts = _as_bytes(out).view(self.size, -1), _as_bytes(x).view(self.size, -1)
+        parts = as_bytes(out).view(self.size, -1), as_bytes(x).view(self.size, -1)
         return Transfer(type(self)._all_to_all, x.nbytes // self.size * (self.size - 1), parts, part=self.part)
+
+    def prepare_uneven_all_to_all(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer | None:
+        """An all-to-all of as many rows as each two ranks have for each other; None where this transport has none.
+
+        >>> import cpattn, torch
+        >>> def program(group):
+        ...     x, out = torch.full((2,), group.rank), torch.empty(1 if group.rank else 2, dtype=torch.int64)
+        ...     sent, received = ([0, 1], [0, 2]) if group.rank == 0 else ([2, 0], [1, 0])
+        ...     group.start(group.prepare_uneven_all_to_all(out, x[: sum(sent)], received, sent)).wait()
+        ...     return out.tolist()
+        >>> cpattn.testing.run_loopback(program, size=2)
+        [[1, 1], [0]]
+
+        Args:
+            out: ``[sum(received), ...]``, what comes from the ranks, one after another.
+            x: ``[sum(sent), ...]``, likewise what goes to them.
+            received, sent: the rows of each rank, ``[size]``; 0 of this one.
+        """
+        return None
 
     def prepare_reduce_scatter(self, out: Tensor, x: Tensor, scratch: str = "reduce_scatter") -> Transfer:
         """A :meth:`reduce_scatter` of these two, to be started any number of times, and NaN for the others where this rank
@@ -284,7 +303,8 @@ def _reduce_scatter(transport: Transport, exchange: Transfer, received: Tensor, 
     return Work(wait)
 
 
-def _as_bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
+    """A contiguous message as uint8 ``[nbytes]``."""
     # A view in another dtype that is made under inference_mode could not be written outside of it, as a failed call has to.
     with torch.inference_mode(False):
         return x.view(-1).view(torch.uint8)

@@ -19,7 +19,7 @@ import torch
 
 import cpattn
 from cpattn.costs.launches import Launches
-from cpattn.costs.machine import H100, H200, LinkCosts
+from cpattn.machine import H100, H200, LinkCosts
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # From here on estimates are held to 10%.

@@ -34,7 +34,7 @@ def test_a_fault_anywhere_keeps_ranks_in_step(strategy: str, cache: str, data: s
     overlap = data.draw(st.sampled_from([1, 2, 4])) if strategy == "all_gather" else None
     backend = data.draw(st.sampled_from(["reference", "cpu"]))
     case = AttentionCase(batch, heads=4, kv_heads=4, cache=cache, page_size=5, overlap=overlap, seed=seed)
-    plan = case.plan(cp_size, pad_to=data.draw(st.sampled_from([1, 4])))
+    plan = case.plan(cp_size, pad_to=data.draw(st.sampled_from([1, 4])), partition=data.draw(st.sampled_from(["zigzag", "whole"])))
     failing = data.draw(st.lists(st.integers(0, cp_size - 1), min_size=1, unique=True))
     faults = Faults({rank: data.draw(st.integers(0, 400)) for rank in failing})
     then = AttentionCase(MIXED, heads=4, kv_heads=4, cache=cache, page_size=5, overlap=overlap, seed=seed + 1)

@@ -1,66 +1,122 @@
-"""Which rows come late, and in which order, against the layout of the batch read row by row."""
+"""Which rows lie where, which come late, and in which order: against the layout of the batch read token by token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from cases import AttentionCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Batch, lengths
+from torch import Tensor
 
 import cpattn
-from cpattn.exchange.key_order import key_order
+from cpattn.attention.reference import reference_attention
+from cpattn.exchange.gathered_rows import GatheredRows
+from cpattn.exchange.key_order import RequestRows, key_order
 from cpattn.exchange.late_keys import late_tables
+from cpattn.exchange.message import KVFormat
+from cpattn.exchange.step_spans import spans_in_order
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.keys import PREFIX_UNIT
+from cpattn.keys import PREFIX_UNIT, Keys
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.moves.late_rows import LateRows
+from cpattn.moves.moves import moves_for
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
+from cpattn.testing import run_loopback
+from cpattn.transports.transport import Transport
 
-BATCHES = [
-    [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)],
-    [(0, 1)],
-    [(5, 0), (0, 1), (33, 2)],
-    [(0, 200)],
-    [(0, 16)] * 9,
-]
+PARTITIONS = ["zigzag", "contiguous", "whole"]
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["all in order", "prefixes in place"])
-@pytest.mark.parametrize("partition", ["zigzag", "contiguous", "whole"])
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_tables_bring_what_is_seen_and_not_here(batch: list[tuple[int, int]], cp_size: int, partition: str, in_place: bool) -> None:
-    plan = cpattn.plan(batch, cp_size, partition=partition, pad_to=8)
-    gathered, at = {}, 0
-    for request, (prefix, extend) in enumerate(batch):
-        prefix %= PREFIX_UNIT if in_place else 10**9
-        gathered.update({(request, token): at + prefix + token for token in range(extend)})
-        at += prefix + extend
+def token(request: Any, position: Any) -> Any:
+    """A number by which a token of the batch is known."""
+    return np.asarray(request) * 10**5 + position
+
+
+def memory_of(meta: CPMetadata, window: int | None, in_place: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which token is in each row of a rank's memory at last, -1 for none, and which of them come late. No row is put twice."""
+    plan, order, tables = meta.plan, key_order(meta, in_place), late_tables(meta, window, in_place)
+    gathered = np.full((plan.cp_size, meta.rows), -1)
+    for chunk, first in zip(plan.chunks, plan.chunk_rows, strict=True):
+        gathered[chunk.rank, first : first + chunk.length] = token(
+            chunk.request, plan.prefix_lens[chunk.request] + chunk.start + np.arange(chunk.length)
+        )
+    memory, source = np.full(order.rows, -1), tables.source.numpy()
+    is_late = np.zeros(order.rows, dtype=bool)
+    # What comes lies in the memory.
+    assert (source[order.rows :] == -1).all()
+    is_late[:] = source[: order.rows] >= 0
+    memory[is_late] = gathered.ravel()[source[: order.rows][is_late]]
+    own, there = tables.own_rows.numpy(), gathered[meta.cp_rank]
+    assert ((own >= 0) == (there >= 0)).all()
+    assert (memory[own[own >= 0]] == -1).all()
+    memory[own[own >= 0]] = there[own >= 0]
+    if order.prefix_places is not None:
+        cached = np.concatenate([token(i, np.arange(prefix)) for i, (prefix, _) in enumerate(plan.batch)])
+        places = order.prefix_places.numpy()
+        assert (memory[places[places >= 0]] == -1).all()
+        memory[places[places >= 0]] = cached[places >= 0]
+    return memory, is_late
+
+
+@given(
+    batch=st.lists(st.tuples(lengths(20) | st.sampled_from([127, 128, 129, 300]), lengths(70)), min_size=1, max_size=6),
+    cp_size=st.sampled_from([1, 2, 3, 5]),
+    partition=st.sampled_from(PARTITIONS),
+    pad_to=st.sampled_from([1, 8]),
+    window=st.none() | st.integers(1, 90),
+    in_place=st.booleans(),
+    bucket=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
+    batch: Batch, cp_size: int, partition: str, pad_to: int, window: int | None, in_place: bool, bucket: bool
+) -> None:
+    if bucket:
+        batch = [(0, extend) for _, extend in batch]
+    plan = cpattn.plan(batch, cp_size, partition=partition, pad_to=pad_to)
+    starts = np.cumsum(plan.prefix_lens) - plan.prefix_lens
     for rank in range(cp_size):
-        meta = plan.metadata(rank)
-        order = key_order(meta, packed=True, in_place=in_place)
-        assert order.rows == at
-        tables = late_tables(meta, order)
-        source = np.full(-(-at // PIECE_ROWS) * PIECE_ROWS, -1)
-        own = np.full(plan.rows, -1)
-        seen = dict.fromkeys(range(len(batch)), 0)
-        for chunk in plan.chunks:
-            if chunk.rank == rank:
-                seen[chunk.request] = max(seen[chunk.request], chunk.start + chunk.length)
-        for chunk, first in zip(plan.chunks, plan.chunk_rows, strict=True):
-            for i in range(chunk.length):
-                key = gathered[chunk.request, chunk.start + i]
-                if chunk.rank == rank:
-                    own[first + i] = key
-                elif chunk.start + i < seen[chunk.request]:
-                    source[key] = chunk.rank * plan.rows + first + i
-        assert tables.own_rows.tolist() == own.tolist()
-        assert tables.source.tolist() == source.tolist()
-        late = (source.reshape(-1, PIECE_ROWS) >= 0).any(1)
+        meta = plan.metadata(rank, bucket=cpattn.Bucket(8, plan.rows + 8, 64) if bucket else None)
+        order, tables = key_order(meta, in_place), late_tables(meta, window, in_place)
+        memory, is_late = memory_of(meta, window, in_place)
+        reached = np.zeros(order.rows, dtype=bool)
+        kept = np.zeros((len(batch), 2), dtype=int) if order.kept is None else order.kept.numpy().reshape(-1, 2)
+        for _, q_len, k_start, k_len, diagonal, request in zip(*spans_in_order(meta, in_place).host, strict=True):
+            # Each query sees the keys before the next one's own, and those form one range for the chunk.
+            first = 0 if window is None else max(0, diagonal - window)
+            keys = np.arange(first, min(k_len, diagonal + q_len - 1) if q_len else 0)
+            here = keys[keys >= kept[request, 0]]
+            assert (memory[k_start + here] == token(request, here)).all()
+            reached[k_start + here] = True
+            # All others are where they lie in the cache.
+            stay = keys[keys < kept[request, 0]]
+            assert not len(stay) or kept[request, 1] == starts[request]
+            assert (stay < plan.prefix_lens[request]).all()
+        assert (kept[:, 0] % PREFIX_UNIT == 0).all()
+        assert in_place or not kept.any()
+        # What nobody sees is not waited for, whichever piece it is in.
+        assert (reached | ~is_late).all()
+        late = np.pad(is_late, (0, len(tables.source) - len(is_late))).reshape(-1, PIECE_ROWS).any(1)
         assert tables.late.tolist() == late.tolist()
         count, *pieces = tables.order.tolist()
         assert sorted(pieces[:count]) == np.flatnonzero(late).tolist()
         assert all(piece < 0 for piece in pieces[count:])
+        # Of other requests, and behind its queries, a rank's memory has nothing.
+        if not bucket and window is None:
+            assert reached.sum() == order.rows
 
 
 def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
     plan = cpattn.plan([(0, 128), (0, 1024), (0, 1024)], 2)
-    count, *order = late_tables(plan.metadata(0), key_order(plan.metadata(0), False, False)).order.tolist()
+    count, *order = late_tables(plan.metadata(0), None, False).order.tolist()
     # Rank 0 has the first and the last quarter of each request, rank 1 those between.
     assert order[:count] == [*range(55, 23, -1), *range(119, 87, -1), 5, 4, 3, 2]
 
@@ -69,26 +125,105 @@ def test_another_batch_in_a_bucket_has_its_own() -> None:
     bucket = cpattn.Bucket(max_requests=4, max_rows=64, max_chunks=8)
     first, second = (cpattn.plan(batch, 2) for batch in ([(0, 100), (0, 20)], [(0, 30), (0, 5), (0, 60)]))
     meta = first.metadata(1, bucket=bucket)
-    tables = late_tables(meta, key_order(meta, False, False))
+    tables = late_tables(meta, None, False)
     meta.copy_(second)
     fresh = second.metadata(1, bucket=bucket)
-    for mine, theirs in zip(tables, late_tables(fresh, key_order(fresh, False, False)), strict=True):
+    for mine, theirs in zip(tables, late_tables(fresh, None, False), strict=True):
         assert mine.tolist() == theirs.tolist()
 
 
 def test_prefixes_in_place() -> None:
-    """What shares a block with new tokens is put before them, and all else is read where it lies."""
+    """What shares a block with new tokens is put before them, and all else is read where it lies; of a request without new tokens
+    nothing is put."""
     batch = [(300, 5), (0, 7), (256, 3), (40, 0)]
-    meta = cpattn.plan(batch, 2).metadata(0)
-    order = key_order(meta, packed=True, in_place=True)
-    assert order.rows == 44 + 5 + 7 + 3 + 40
-    assert order.k_starts.tolist() == [-256, 49, 56 - 256, 59]
+    meta = cpattn.plan(batch, 1).metadata(0)
+    order = key_order(meta, in_place=True)
+    assert order.rows == 44 + 5 + 7 + 3
+    assert RequestRows.of(meta, in_place=True).k_starts.tolist() == [-256, 49, 56 - 256, 59]
+    assert order.kept is not None
+    assert order.kept.tolist() == [256, 0, 0, 300, 256, 300, 0, 556]
     assert order.prefix_places is not None
-    assert order.prefix_places.tolist() == [256, 0, 0, 300, 256, 300, 0, 556]
-    assert order.prefix_rows is not None
-    rows = order.prefix_rows.tolist()
+    rows = order.prefix_places.tolist()
     assert rows[256:300] == [*range(44)]
-    assert rows[556:] == [*range(59, 99)]
-    assert all(row == -1 for row in [*rows[:256], *rows[300:556]])
-    assert order.new_rows is not None
-    assert order.new_rows.tolist() == [*range(44, 49), *range(49, 56), *range(56, 59)]
+    assert all(row < 0 for row in [*rows[:256], *rows[300:]])
+    assert order.new_places is not None
+    assert order.new_places.tolist() == [*range(44, 49), *range(49, 56), *range(56, 59)]
+
+
+class RowsReadLate(GatheredRows):
+    """:class:`cpattn.transports.rows_of_all.RowsOfPeers`, as far as results go: what a GPU's kernels do with the same tables."""
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
+        super().put(k, v, num_tokens)
+        if late is not None:
+            late.ordered.fill_(torch.nan)
+            moves_for(k.device).pack(late.ordered, k, v, num_tokens, late.own_rows)
+
+    def bring(self, late: LateRows) -> None:
+        comes = late.source[: len(late.ordered)] >= 0
+        late.ordered[comes] = self.all.whole[late.source[: len(late.ordered)][comes].long()]
+
+
+def attend_late(
+    seen: list[tuple[bool, bool]], q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Copies each span's keys together from wherever they are, and notes whether any have come late or stayed in the cache."""
+    seen.append((keys.arrivals is not None, keys.prefix is not None))
+    ks, vs, host = [], [], spans.host
+    for k_start, k_len, request in zip(host.k_start, host.k_len, host.request, strict=True):
+        kept = 0
+        if keys.prefix is not None:
+            most, row = keys.prefix.places.view(-1, 2)[request].tolist()
+            kept = min(k_len, most)
+            ks.append(keys.prefix.k[row : row + kept])
+            vs.append(keys.prefix.v[row : row + kept])
+        ks.append(keys.k[k_start + kept : k_start + k_len])
+        vs.append(keys.v[k_start + kept : k_start + k_len])
+    begins = np.cumsum(host.k_len) - host.k_len
+    copied = Spans.build(host.q_len, begins, host.k_len, host.diagonal, request=host.request)
+    return reference_attention(q, Keys(torch.cat(ks), torch.cat(vs)), copied, options, dtype)
+
+
+def rows_of_all(
+    transport: Transport, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Any
+) -> RowsReadLate:
+    """In the place of :meth:`Transport.rows_of_all`."""
+    rows, heads, width = shape
+    memory = transport.arena.buffer("read", (transport.size * rows, heads, width), dtype, device)
+    return RowsReadLate(transport, KVFormat(heads, width // 2, width // 2, False, dtype, device), memory)
+
+
+@pytest.mark.parametrize("bucket", [None, cpattn.Bucket(8, 64, 64)], ids=["exact", "bucket"])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_attention_over_late_keys_and_prefixes_in_place(
+    partition: str, window: int | None, bucket: cpattn.Bucket | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bits are those over collectives, in a memory that holds NaN where nothing was put: no query sees that."""
+    prefixes = (300, 0, 7, 128, 0, 129) if bucket is None else (0,) * 6
+    case = AttentionCase([*zip(prefixes, (54, 5, 0, 50, 6, 1), strict=True)], window=window)
+    plan = case.plan(3, partition=partition, pad_to=4)
+    seen: list[tuple[bool, bool]] = []
+    backend = replace(
+        cpattn.BACKENDS["reference"],
+        attend=partial(attend_late, seen),
+        waits_for_keys=lambda problem: True,
+        reads_prefix=lambda problem: True,
+    )
+
+    def attend(group: cpattn.Communicator, backend: Any) -> tuple[Tensor, Tensor]:
+        meta = plan.metadata(group.rank, bucket=bucket)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        kv_cache = case.prefix if bucket is None else None
+        return cpattn.cp_attention(
+            q, k, v, meta, group=group, kv_cache=kv_cache, strategy="all_gather", backend=backend, window=window, return_lse=True
+        )
+
+    expected = run_loopback(lambda group: attend(group, "reference"), 3)
+    monkeypatch.setattr(Transport, "rows_of_all", rows_of_all)
+    for mine, theirs in zip(run_loopback(lambda group: attend(group, backend), 3), expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+    assert any(in_place for _, in_place in seen) == (bucket is None)
+    # A bucket's are of its size, whatever they hold.
+    assert any(late for late, _ in seen) == (partition != "uncut" or bucket is not None)

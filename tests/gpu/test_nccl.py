@@ -12,6 +12,7 @@ from cases import AttentionCase
 from torch import Tensor
 
 import cpattn
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.testing import ProcessRanks
 
 
@@ -45,6 +46,14 @@ def test_attention_over_nccl(ranks: ProcessRanks, strategy: str, backend: str) -
     plan = cpattn.plan(case.batch, ranks.size, pad_to=8)
     outputs = attend(ranks, case, plan, strategy, backend)
     case.check(outputs, plan, strategy, backend, rounded_partials=strategy != "all_gather" and not cpattn.BACKENDS[backend].fp32_out)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch_flash"])
+def test_only_keys_that_are_needed_travel_over_nccl(ranks: ProcessRanks, backend: str) -> None:
+    case = AttentionCase([(9, 1500), *[(9, 400)] * 9], heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", overlap=2)
+    plan = cpattn.plan(case.batch, ranks.size, partition="whole")
+    assert traveling_keys(case.problem(plan), plan).what == "needed"
+    case.check(attend(ranks, case, plan, "all_gather", backend), plan, "all_gather", backend)
 
 
 @pytest.mark.parametrize(

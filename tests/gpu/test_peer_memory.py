@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import peer_programs as programs
 import pytest
@@ -46,11 +47,19 @@ def test_odd_widths(ranks: ProcessRanks, head_dim: int, dtype: torch.dtype) -> N
         compare(ranks, [case], strategy)
 
 
-def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str) -> None:
-    by_rank = ranks.run(programs.attend_over_both, cases, strategy, "triton")
+@pytest.mark.parametrize("window", [None, 100])
+def test_only_rows_that_are_needed_are_read(ranks: ProcessRanks, window: int | None) -> None:
+    """The bits of the uneven all-to-all; over whole requests nothing is read or sent."""
+    batches = [[(9, 1500), *[(9, 400)] * 9], [(7, 64)] * 8, [(0, 333)]]
+    cases = [replace(case_of(batch, "packed"), window=window) for batch in batches]
+    compare(ranks, cases, "all_gather", "whole")
+
+
+def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str, partition: str = "zigzag") -> None:
+    by_rank = ranks.run(programs.attend_over_both, cases, strategy, "triton", partition)
     for n, case in enumerate(cases):
         assert all(results[n][1] for results in by_rank), case.batch
-        plan = case.plan(ranks.size, pad_to=8)
+        plan = case.plan(ranks.size, pad_to=8, partition=partition)
         outputs = [(out.cuda(), lse.cuda()) for (out, lse), _ in (results[n] for results in by_rank)]
         case.check(outputs, plan, strategy, "triton")
 

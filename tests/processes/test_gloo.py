@@ -10,6 +10,7 @@ from peers.work import Work
 from strategies import Batch
 
 import cpattn
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.testing import ProcessRanks, oracle_attention, relative_rmse, single_device_bound
 
 MIXED = [(0, 131), (64, 57), (0, 3), (97, 1), (30, 0), (0, 1)]
@@ -22,6 +23,14 @@ def test_attention_is_exact(ranks: ProcessRanks, strategy: str, cache: str, dtyp
     for partition in ("zigzag", "contiguous", "whole"):
         plan = case.plan(ranks.size, partition=partition, pad_to=16)
         case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
+
+
+def test_only_keys_that_are_needed_travel(ranks: ProcessRanks) -> None:
+    """One request is cut among all ranks, and some ranks may have nothing to send."""
+    case = AttentionCase([(9, 150), *[(9, 40)] * 9], dtype=torch.bfloat16, overlap=2)
+    plan = case.plan(ranks.size, partition="whole")
+    assert traveling_keys(case.problem(plan), plan).what == "needed"
+    case.check(ranks.run(programs.attend, case, plan, "all_gather", "cpu"), plan, "all_gather", "cpu")
 
 
 @pytest.mark.parametrize("strategy", cpattn.STRATEGIES)

@@ -1,0 +1,62 @@
+"""How an all-gather brings rows of keys, and what is attended to of them: by which of the ways that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cpattn.exchange.gathered_rows import gathered_rows
+from cpattn.exchange.key_order import key_order
+from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
+from cpattn.exchange.late_keys import LateRowsOfPeers
+from cpattn.exchange.message import KVFormat
+from cpattn.exchange.needed_rows import needed_rows
+from cpattn.exchange.seen_keys import exchanged_rows, gathered_rows_seen
+from cpattn.exchange.strategy import Setup
+from cpattn.exchange.traveling_keys import Traveling
+from cpattn.transports.rows_of_all import RowsInOrder, RowsOfAll, RowsOfPeers
+
+
+def rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
+    """Of each group of KV heads; ``kv`` is of one of them."""
+    return _rows_of_peers(setup, kv) or gathered_rows(setup.transport, kv, setup.meta.rows, setup.problem.overlap)
+
+
+def _rows_of_peers(setup: Setup, kv: KVFormat) -> list[RowsOfPeers]:
+    """The same where ranks read each other's memory; else none."""
+    shape = setup.meta.rows, kv.heads, kv.width
+    found = [setup.transport.rows_of_all(shape, kv.dtype, kv.device, kv.fill_missing_) for _ in range(setup.problem.overlap)]
+    return [rows for rows in found if rows is not None]
+
+
+def keys_in_order(setup: Setup, kv: KVFormat, travels: Traveling) -> tuple[Sequence[RowsInOrder], InOrder | OwnInOrder | OwnInPlace]:
+    """What is brought of each group of KV heads, and what is attended to of it. Others' rows come late where they can, and where what is
+    attended to is one group in one launch."""
+    problem, meta = setup.problem, setup.meta
+    order = key_order(meta, setup.reads_prefix)
+    peers = _rows_of_peers(setup, kv) if travels.what != "nothing" else []
+    if peers and setup.waits_for_keys and problem.overlap == 1 and not order.new_are_own:
+        ordered = OrderedKeys.of(setup, kv)
+        late = LateRowsOfPeers.of(setup, peers[0], ordered.memory)
+        return [late], InOrder(ordered, late.late.source, late.arrivals)
+    rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
+    if order.are_own:
+        return rows, OwnInPlace.of(setup)
+    ordered = OrderedKeys.of(setup, kv)
+    if order.new_are_own:
+        return rows, OwnInOrder(ordered, meta.num_tokens)
+    # Who reads others' memory reads no more than is in the index.
+    return rows, InOrder(ordered, gathered_rows_seen(meta, problem.window) if source is None else source)
+
+
+def _arriving(setup: Setup, kv: KVFormat, travels: Traveling, new_are_own: bool) -> tuple[Sequence[RowsInOrder], Tensor | None]:
+    """Over collectives: those that are needed, and where they are among what arrives; or, without such a table, all."""
+    problem, meta = setup.problem, setup.meta
+    if travels.what != "all":
+        table = exchanged_rows(meta, problem.window)
+        own = 0 if new_are_own and not any(table.sent) else meta.num_tokens
+        rows = needed_rows(setup.transport, kv, table, own, problem.overlap, travels.what == "needed")
+        if rows is not None:
+            return rows, table.source
+    return gathered_rows(setup.transport, kv, meta.rows, problem.overlap), None

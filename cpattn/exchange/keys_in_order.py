@@ -1,0 +1,120 @@
+"""The keys that a rank's queries see, in order in its own memory: new ones as they arrive, cached ones beside them. Those that the
+backend reads where they lie stay there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.exchange.key_order import KeyOrder, key_order
+from cpattn.exchange.keys_at_hand import OwnKeys
+from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
+from cpattn.exchange.step_spans import spans_in_order
+from cpattn.exchange.strategy import IO, Setup
+from cpattn.keys import Arrivals, Keys, PrefixKeys
+from cpattn.kv_cache import PackedKV
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.spans import Spans
+from cpattn.transports.rows_of_all import RowsInOrder
+
+
+class OrderedKeys(NamedTuple):
+    """Memory for the keys of one group of heads, and where they go in it. The attention of a group has read them before the next
+    group's take their place."""
+
+    memory: Message
+    order: KeyOrder
+    spans: Spans
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup, kv: KVFormat) -> OrderedKeys:
+        """Of what this rank's queries see; ``kv`` is of one group of heads."""
+        order = key_order(setup.meta, setup.reads_prefix)
+        memory = message_buffer(setup.transport.arena, "ordered", kv, order.rows)
+        return cls(memory, order, spans_in_order(setup.meta, setup.reads_prefix), moves_for(setup.problem.device))
+
+    def put_prefix(self, io: IO, heads: slice | None) -> None:
+        """Cached keys of one group of heads, those that have a place."""
+        cache, places = io.cache, self.order.prefix_places
+        assert isinstance(cache, PackedKV)
+        assert places is not None  # or there is nothing to put
+        self.moves.pack(self.memory.whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
+
+    def keys(self, io: IO, heads: slice | None, arrivals: Arrivals | None = None) -> Keys:
+        """What lies there, and what is read where it lies."""
+        keys, kept = self.memory.keys, self.order.kept
+        if arrivals is not None:
+            keys = keys._replace(arrivals=arrivals)
+        if kept is None:
+            return keys
+        cache = io.cache
+        assert isinstance(cache, PackedKV)
+        k, v = heads_of(cache.k, heads), heads_of(cache.v, heads)
+        assert v is not None  # it is not a part of K, or the backend would not read it there
+        return keys._replace(prefix=PrefixKeys(_aligned(k), _aligned(v), kept))
+
+
+class InOrder(NamedTuple):
+    """What has arrived, put in order.
+
+    Attributes:
+        source: the row of each new token that has a place among those that arrive; negative for a row of zeros.
+        arrivals: what the attention waits for; None where all is there.
+    """
+
+    ordered: OrderedKeys
+    source: Tensor
+    arrivals: Arrivals | None = None
+
+    @property
+    def spans(self) -> Spans:
+        """This rank's queries over the keys in order."""
+        return self.ordered.spans
+
+    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+        """In order."""
+        arrived.gather(self.ordered.memory.whole, self.source, self.ordered.order.new_places)
+        return self.ordered.keys(io, heads, self.arrivals)
+
+
+class OwnInOrder(NamedTuple):
+    """This rank's own rows, which are all new keys that its queries see, put beside cached ones from where they lie."""
+
+    ordered: OrderedKeys
+    num_tokens: int
+
+    @property
+    def spans(self) -> Spans:
+        """This rank's queries over the keys in order."""
+        return self.ordered.spans
+
+    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+        """In order; nothing of what may have arrived is looked at."""
+        moves, places = self.ordered.moves, self.ordered.order.new_places
+        moves.pack(self.ordered.memory.whole, heads_of(io.k, heads), heads_of(io.v, heads), self.num_tokens, places)
+        return self.ordered.keys(io, heads)
+
+
+class OwnInPlace(NamedTuple):
+    """This rank's own rows where they lie, which is all that its queries see, while others receive some."""
+
+    own: OwnKeys
+    spans: Spans
+
+    @classmethod
+    def of(cls, setup: Setup) -> OwnInPlace:
+        return cls(OwnKeys.of(setup), spans_in_order(setup.meta, setup.reads_prefix))
+
+    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+        """As they are; nothing of what may have arrived is looked at."""
+        keys = self.own.keys(io)
+        return keys._replace(k=heads_of(keys.k, heads), v=heads_of(keys.v, heads))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As a kernel takes cached keys: rows and heads at multiples of 16 bytes."""
+    numbers = x.data_ptr() | x.stride(0) * x.element_size() | x.stride(1) * x.element_size()
+    return x if numbers % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

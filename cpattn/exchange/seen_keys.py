@@ -1,0 +1,81 @@
+"""Which rows of new keys a rank's queries see, and where it finds them: the tables for that, on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import Pieces, SeenKeys
+
+
+def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
+    """Of each new token that has a place in this rank's order, its row among all ranks' rows, rank after rank: int32 ``[n]`` on the
+    device. A negative entry stands for zeros, where queries that see ``window`` keys see none. A bucket's have all new tokens."""
+    if meta.bucket is not None:
+        return meta.restore_index
+
+    def build() -> Tensor:
+        plan: Layout = meta.plan
+        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        owner = plan.chunk_table.rank[seen.pieces.entry]
+        return expand_all({"rows": _with_holes(seen, owner * meta.rows + seen.pieces.rows(plan))}, meta.device)["rows"]
+
+    rows: Tensor = meta.derive(("gathered rows seen", window), build)
+    return rows
+
+
+class ExchangedRows(NamedTuple):
+    """What one rank sends to each other one, and where it finds what it sees among its own rows and those that it receives.
+
+    Attributes:
+        sent, received: rows to and from each rank, ``[cp_size]``.
+        outgoing: int32 ``[sum(sent)]``, its own rows, those for rank 0 first.
+        source: like :func:`gathered_rows_seen`, among its tokens and then the rows received, those of rank 0 first.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    outgoing: Tensor
+    source: Tensor
+
+
+def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
+    """For queries that see ``window`` keys, or all."""
+
+    def build() -> ExchangedRows:
+        plan: Layout = meta.plan
+        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        first, owner = seen.pieces.rows(plan), plan.chunk_table.rank[seen.pieces.entry]
+        arrives = (owner != meta.cp_rank).nonzero()[0]
+        arrives = arrives[owner[arrives].argsort(kind="stable")]
+        first[arrives] = meta.num_tokens + exclusive_cumsum(seen.pieces.length[arrives])
+        # What others see of this rank's chunks, theirs in the order in which they take them.
+        seen_by_others = Pieces.of(plan, window)
+        viewer = plan.chunk_table.rank[seen_by_others.seen_by]
+        leaves = ((plan.chunk_table.rank[seen_by_others.entry] == meta.cp_rank) & (viewer != meta.cp_rank)).nonzero()[0]
+        leaves = leaves[viewer[leaves].argsort(kind="stable")]
+        leaving = seen_by_others.take(leaves)
+        tables = expand_all({"outgoing": (leaving.rows(plan), leaving.length), "source": _with_holes(seen, first)}, meta.device)
+        sent = _rows_of_ranks(viewer[leaves], leaving.length, plan.cp_size)
+        received = _rows_of_ranks(owner[arrives], seen.pieces.length[arrives], plan.cp_size)
+        return ExchangedRows(sent, received, tables["outgoing"], tables["source"])
+
+    return meta.derive(("exchanged rows", window), build)
+
+
+def _with_holes(seen: SeenKeys, first: IntArray) -> tuple[IntArray, IntArray]:
+    """The runs of rows that begin at ``first``, and in the places of those that nobody sees runs of negative numbers."""
+    holes, lengths = seen.holes, seen.pieces.length
+    if not holes.any():
+        return first, lengths
+    return np.stack([-holes, first], axis=1).ravel(), np.stack([holes, lengths], axis=1).ravel()
+
+
+def _rows_of_ranks(rank: IntArray, length: IntArray, cp_size: int) -> tuple[int, ...]:
+    # Sums in float64 are exact: they are at most 2**31.
+    return tuple(np.bincount(rank, length, minlength=cp_size).astype(np.int64).tolist())

@@ -1,0 +1,32 @@
+"""What a caller's Problem must be before anything is worked out from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cpattn.errors import HeadCountError, OptionError, shown
+from cpattn.metadata.batch import is_integer
+from cpattn.problem import Problem
+
+
+def check_is_problem(problem: Any) -> None:
+    """Raises OptionError for anything else."""
+    if not isinstance(problem, Problem):
+        raise OptionError(f"problem is a {type(problem).__name__}; pass a cpattn.Problem(device, dtype, plan.rows, ...)")
+
+
+def check_problem(problem: Problem) -> None:
+    """Raises OptionError or HeadCountError for heads, head dims or a window that no call could have."""
+    for name in ("q_heads", "kv_heads", "head_dim", "v_head_dim"):
+        value = getattr(problem, name)
+        if not is_integer(value) or value < 1:
+            raise OptionError(f"problem.{name}={shown(value)}; it must be an integer of at least 1")
+    if problem.window is not None and (not is_integer(problem.window) or problem.window < 1):
+        raise OptionError(
+            f"problem.window={shown(problem.window)}; pass the number of keys that a query sees, its own included: an integer of at least "
+            "1, or None"
+        )
+    if problem.q_heads % problem.kv_heads:
+        raise HeadCountError(
+            f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
+        )
