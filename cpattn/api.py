@@ -34,6 +34,7 @@ from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.auto_partition import explain_partition
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.moves import moves_for, whole_rows
 from cpattn.ops import implements, options_text, parse_options
@@ -394,6 +395,7 @@ def explain(
     ``"able"``, or the reason why it was passed over. With a PagedKV it also says whether the backend reads the pages or a
     packed copy of them, and of ``triton`` which kernel and which launch it uses. On an H100 or H200 it says for which kind
     of call the order is.
+    Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
     strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why.
 
@@ -411,6 +413,7 @@ def explain(
     options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
     choice = choose(arguments, problem_of(arguments, meta, options), meta.plan)
     explained = explain_choice(choice.problem, choice.workload)
+    explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy is ALL_GATHER:
         explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
     return explained if group is None else explained | {"transport": as_transport(group, meta.plan.cp_size).describe()}

@@ -43,7 +43,7 @@ prompts = [torch.randint(512, (length,)).to(device) for length in (301, 1, 97)]
 input_ids = torch.cat(prompts)
 
 batch = [(0, len(prompt)) for prompt in prompts]  # (prefix_len, extend_len) of each prompt
-meta = cpattn.build_metadata(batch, cp_size, rank, device)
+meta = cpattn.build_metadata(batch, cp_size, rank, device, partition="auto")
 
 with torch.no_grad(), cpattn_hf.context_parallel(model, meta) as cp:
     logits_local = model(**cp.inputs(input_ids)).logits  # [1, meta.rows, vocab]

@@ -25,7 +25,7 @@ rank, cp_size = dist.get_rank(), dist.get_world_size()
 
 # Three requests: a prompt, a follow-up over 512 cached tokens, and a decode step over 300.
 batch = [(0, 700), (512, 130), (300, 1)]
-meta = cpattn.build_metadata(batch, cp_size, rank, device)
+meta = cpattn.build_metadata(batch, cp_size, rank, device, partition="auto")
 
 # Random tensors stand in for a model's projections; the seed makes them the same on every rank.
 torch.manual_seed(0)

@@ -116,7 +116,7 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     drawn_size = int(rng.choice([1, 2, 3, 4, 5, 7]))
     cp_size = drawn_size if cp_size is None else cp_size
     options = {
-        "partition": ["zigzag", "contiguous", "whole", OwnPartition(number)][rng.integers(4)],
+        "partition": ["zigzag", "contiguous", "whole", "uncut", OwnPartition(number)][rng.integers(5)],
         "pad_to": int(rng.choice([1, 1, 4, 16])),
     }
     faults = None

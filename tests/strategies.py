@@ -73,8 +73,9 @@ def plan_options() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def named_plan_options() -> st.SearchStrategy[dict[str, Any]]:
-    """Those, or ``"whole"``, which has no remainder rule."""
-    return plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": st.just("whole"), "pad_to": pad_tos})
+    """Those, or ``"whole"`` and ``"uncut"``, which have no remainder rule."""
+    whole = st.sampled_from(["whole", "uncut"])
+    return plan_options() | st.fixed_dictionaries({"cp_size": cp_sizes, "partition": whole, "pad_to": pad_tos})
 
 
 def any_plan_options() -> st.SearchStrategy[dict[str, Any]]:

@@ -11,6 +11,7 @@ import cpattn
 from cpattn.cli.batch_file import BATCH_HELP, read_batch
 from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError, HeadCountError, PlanError, shown
+from cpattn.metadata.auto_partition import AUTO
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
 
 # The ranks of commands that are given no number of them.
@@ -29,7 +30,8 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
             "--partition", choices=list(PARTITIONS), nargs="+", help="who owns which tokens (default: all that go with --remainder)"
         )
     else:
-        parser.add_argument("--partition", choices=list(PARTITIONS), default="zigzag", help="who owns which tokens (default: zigzag)")
+        choices = [*PARTITIONS, AUTO]
+        parser.add_argument("--partition", choices=choices, default="zigzag", help="who owns which tokens (default: zigzag)")
     parser.add_argument(
         "--remainder",
         choices=REMAINDERS,
@@ -39,11 +41,24 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
     parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="round the rows of a rank up to a multiple of this (default: 1)")
 
 
-def plan_from(options: argparse.Namespace) -> cpattn.Plan:
-    """The plan that those options ask for. Raises BatchError or PlanError."""
+def plan_from(
+    options: argparse.Namespace, problem: cpattn.Problem | None = None, machine: str | None = None, token_cost: int | None = None
+) -> cpattn.Plan:
+    """The plan that those options ask for; problem, machine and token_cost are what ``auto`` goes by. Raises BatchError or PlanError."""
     batch = read_batch(options.batch)
     check_cp_size(options.cp)
-    return cpattn.plan(batch, options.cp, partition=options.partition, remainder=options.remainder, pad_to=options.pad_to)
+    if options.partition != AUTO:
+        problem = machine = None
+    return cpattn.plan(
+        batch,
+        options.cp,
+        partition=options.partition,
+        remainder=options.remainder,
+        pad_to=options.pad_to,
+        problem=problem,
+        machine=machine,
+        token_cost=token_cost,
+    )
 
 
 def check_cp_size(cp_size: int) -> None:

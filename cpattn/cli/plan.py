@@ -12,7 +12,7 @@ from cpattn.cli import estimates
 from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title, say
 from cpattn.cli.estimates import estimates_of, print_estimates
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
-from cpattn.cli.traffic import Shape, in_words, strategy_bytes
+from cpattn.cli.traffic import Shape, in_words, keys_in_words, needed_bytes, partition_in_words, problem_of, strategy_bytes
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.machine import MACHINES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
@@ -47,6 +47,9 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_plan_options(parser)
+    parser.add_argument(
+        "--token-cost", type=int, metavar="N", help="with --partition auto: what the rest of a layer pays for a token, in query-key pairs"
+    )
     sizes = parser.add_argument_group("sizes of the attention, for the bytes that are sent")
     add_shape_options(sizes, heads=32, head_dim=128)
     output = parser.add_argument_group("output")
@@ -61,7 +64,8 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0."""
-    plan, shape = plan_from(options), shape_from(options)
+    shape = shape_from(options)
+    plan = plan_from(options, problem_of(None, shape), options.machine, options.token_cost)
     if options.draw is not None:
         from cpattn.viz import draw_plan_picture
 
@@ -111,6 +115,7 @@ def as_json(plan: Plan, shape: Shape, machine: str | None = None) -> dict[str, A
         "fingerprint": plan.fingerprint,
         "chunks": [chunk._asdict() for chunk in plan.chunks],
         "attention": shape._asdict(),
+        "needed_bytes_per_rank": needed_bytes(plan, shape),
         "strategies": {name: {"bytes_sent_per_rank": sent} for name, sent in strategy_bytes(plan, shape).items()},
         **costs,
     }
@@ -143,8 +148,19 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
         left=(0, 1),
     )
 
+    print()
+    _say_and_why(f"partition: {partition_in_words(plan, shape, None)}")
+    _say_and_why(f"keys of an all_gather: {keys_in_words(plan, shape)}")
+
     print_title("who owns which token")
     print_layout(plan)
+
+
+def _say_and_why(text: str) -> None:
+    """What is before the last colon, and then what explains it."""
+    what, _, why = text.rpartition(": ")
+    say(what)
+    say(f"({why})")
 
 
 def print_layout(plan: Plan) -> None:
@@ -160,7 +176,7 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     first = plans[0]
     say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
-    names += [f"{name}: sent" for name in strategy_bytes(first, shape)]
+    names += ["keys needed of others", *(f"{name}: sent" for name in strategy_bytes(first, shape))]
     names += [] if machine is None else [f"us on {machine}"]
     names += [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)
@@ -168,7 +184,9 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     cells = [_comparison_column(plan, shape, best, machine) for plan in plans]
     print_table(["partition", *(str(plan.partition) for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
     print()
-    say(f"bytes are those of one attention call, {shape}")
+    _say_and_why(partition_in_words(first, shape, machine).partition("; ")[2])
+    say(f"bytes are those of one attention call, {shape}; of the rank with the most")
+    say("keys needed of others: those that a rank's queries see and that it does not hold")
     if machine is not None:
         say("us: of the way that is estimated to be the fastest, as a CUDA graph")
 
@@ -181,6 +199,7 @@ def _comparison_column(plan: Plan, shape: Shape, best: float, machine: str | Non
         f"{plan.cp_size * plan.rows - plan.num_tokens:,}",
         f"{plan.token_imbalance:.4f}",
         Styled(imbalance, "bold green") if plan.pair_imbalance == best else imbalance,
+        in_words(needed_bytes(plan, shape)),
         *(in_words(sent) for sent in strategy_bytes(plan, shape).values()),
         *([] if machine is None else [f"{estimates_of(plan, shape, machine)[0].graph * 1e6:,.1f}"]),
         *(f"{pairs:,}" for pairs in plan.rank_pairs),

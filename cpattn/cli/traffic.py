@@ -12,6 +12,8 @@ import torch
 from cpattn.byte_sizes import in_words as in_words
 from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import bytes_sent
+from cpattn.exchange.traveling_keys import explain_keys, traveling_keys
+from cpattn.metadata.auto_partition import explain_partition
 from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
 
@@ -31,17 +33,17 @@ class Shape(NamedTuple):
         return f"{self.heads} query and {self.kv_heads} key/value heads of {dims}, {self.dtype}"
 
 
-def problem_of(plan: Plan, shape: Shape) -> Problem:
-    """What such a call asks for."""
+def problem_of(plan: Plan | None, shape: Shape) -> Problem:
+    """What such a call asks for; without a plan, of any batch."""
     return Problem(
         device=torch.device("cpu"),
         dtype=getattr(torch, shape.dtype),
-        rows=plan.rows,
+        rows=0 if plan is None else plan.rows,
         q_heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         v_head_dim=shape.v_head_dim,
-        cache="packed" if plan.num_prefix_tokens else None,
+        cache="packed" if plan is not None and plan.num_prefix_tokens else None,
     )
 
 
@@ -49,3 +51,19 @@ def strategy_bytes(plan: Plan, shape: Shape) -> dict[str, int]:
     """The bytes that a rank sends in one call, by strategy: those of the rank that sends the most."""
     problem = problem_of(plan, shape)
     return {strategy.name: int(bytes_sent(strategy.schedule(problem, plan)).max()) for strategy in able_strategies(problem, plan)}
+
+
+def needed_bytes(plan: Plan, shape: Shape) -> int:
+    """The bytes of new keys and values that a rank's queries see and that it does not hold: of the rank that lacks the most."""
+    problem = problem_of(plan, shape)
+    return traveling_keys(problem, plan).needed * problem.key_bytes
+
+
+def partition_in_words(plan: Plan, shape: Shape, machine: str | None) -> str:
+    """Its partition, and what ``auto`` takes for its batch."""
+    return explain_partition(plan, problem_of(plan, shape), machine)
+
+
+def keys_in_words(plan: Plan, shape: Shape) -> str:
+    """What an all-gather brings, and why."""
+    return explain_keys(problem_of(plan, shape), plan)

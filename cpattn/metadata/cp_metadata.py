@@ -155,7 +155,7 @@ class CPMetadata:
             raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
         for name in ("cp_size", "kind", "sharded", "owner"):
             mine, theirs = getattr(self.plan, name), getattr(plan, name)
-            if mine != theirs:
+            if mine != theirs and not (name == "kind" and plan.may_follow(self.plan)):
                 shown = "partition" if name == "kind" else name
                 raise PlanError(f"the plan has {shown}={theirs!r}, this metadata {mine!r}; a graph cannot be replayed over another layout")
         self.bucket.check(plan)

@@ -34,7 +34,7 @@ _LIMITS = {
     "cp_size": (2**16, "a plan has tables of all ranks; cp_size is the size of the context-parallel group"),
     "pad_to": (MAX_TOKENS, "row numbers are int32"),
 }
-_OTHER_PARTITIONS = ", or pass a function of (batch, cp_size) that returns cpattn.Chunks"
+_OTHER_PARTITIONS = ", or pass a function of (batch, cp_size) that returns cpattn.Chunks; cpattn.plan takes 'auto' as well"
 # Of a plan: by window, of which a model has few.
 _MOST_REMEMBERED = 16
 # Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.

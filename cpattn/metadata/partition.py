@@ -3,7 +3,7 @@
 A partition is called with the batch ``[n, 2]`` (prefix and new tokens of each request) and the number of ranks, and returns a
 :class:`Chunks`. Zigzag and contiguous cut every request alike: into as many chunks, of which each has the same owner in every
 request. How long the chunks are, given that a length seldom divides by their number, is the remainder rule's affair.
-Whole cuts as few requests as it can, and needs no such rule; it is never less even than zigzag.
+Whole cuts as few requests as it can, and needs no such rule; it is never less even than zigzag. Uncut cuts none, and is not even.
 Causal load balance by pairing a front with a back chunk is that of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.chunks import Chunks, joined, pairs_by_rank, steps_off
+from cpattn.metadata.uncut import uncut
 from cpattn.metadata.whole.divide import divide_whole
 from cpattn.metadata.whole.sharded_caches import to_least_held
 
@@ -63,9 +64,10 @@ PARTITIONS: dict[str, Callable[[IntArray, int, str, IntArray | None], Chunks]] =
     "zigzag": zigzag,
     "contiguous": contiguous,
     "whole": whole,
+    "uncut": uncut,
 }
-# The most chunks of one request that a rank may own.
-MOST_CHUNKS = {"zigzag": 2, "contiguous": 1, "whole": 2}
+# The most chunks of one request that a rank may own. Of uncut it is 1, but a bucket's tables are those of what it may follow.
+MOST_CHUNKS = {"zigzag": 2, "contiguous": 1, "whole": 2, "uncut": 2}
 # Of those that cut all requests alike.
 OWNERS: dict[str, Callable[[int], IntArray]] = {"zigzag": zigzag_owners, "contiguous": contiguous_owners}
 REMAINDERS = ("balanced", "first")

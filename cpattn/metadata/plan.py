@@ -14,6 +14,8 @@ import torch
 from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError, RankError, shown
 from cpattn.graphs import leaves_graph
+from cpattn.machine import Machine
+from cpattn.metadata.auto_partition import AUTO, CANDIDATES, AutoChoice
 from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -22,8 +24,9 @@ from cpattn.metadata.draw import draw_plan, summarize_plan
 from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
-from cpattn.metadata.partition import OWNERS, PARTITIONS, Partition, chunk_lengths, first_dealt
+from cpattn.metadata.partition import OWNERS, REMAINDERS, Partition, chunk_lengths, first_dealt
 from cpattn.metadata.striped import Striped
+from cpattn.problem import Problem
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +142,9 @@ def plan(
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
     owner: Striped | None = None,
+    problem: Problem | None = None,
+    machine: Machine | str | None = None,
+    token_cost: int | None = None,
 ) -> Plan:
     """Lays a ragged batch out over ``cp_size`` ranks. Pure and deterministic: call it on every rank alike.
 
@@ -157,8 +163,10 @@ def plan(
         partition: ``"zigzag"`` cuts each request into 2 * cp_size chunks and gives rank r chunks r and
             2 * cp_size - 1 - r, so that causal work is even. ``"contiguous"`` cuts it into cp_size chunks. ``"whole"`` leaves
             each request whole on one rank, and cuts, by zigzag, as few as it needs to keep ranks even: in tokens to within
-            one, and in query-key pairs to within 2% of the mean where the batch allows it. Or a function of your own: it is
-            called with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on every rank.
+            one, and in query-key pairs to within 2% of the mean where the batch allows it. ``"uncut"`` leaves every request
+            whole, however uneven ranks are then. ``"auto"`` is whichever of whole and zigzag is estimated to take less for a
+            layer's attention on the slowest rank: the plan's ``partition`` says which. Or a function of your own: it is called
+            with the batch as int64 ``[n, 2]`` and cp_size, and returns :class:`Chunks`, the same on every rank.
         remainder: where the tokens go that a division into equal chunks leaves over. ``"balanced"``: any two ranks
             differ by at most one token over the whole batch. ``"first"``: to the first chunks of each request; of zigzag
             and contiguous alone.
@@ -168,12 +176,28 @@ def plan(
             requests and decodes, are then dealt so that they go to ranks which hold few of their requests.
         owner: instead of prefix_shards, the rule by which a sharded cache's tokens lie on ranks, prefix and new ones alike:
             :class:`Striped`. None if every rank keeps all, or what it computes.
+        problem: of ``"auto"`` alone: what the calls ask for, the same on every rank; ``device``, ``dtype`` and ``rows`` count only for
+            sizes. None for 32 query and 8 key/value heads of 128 in bf16, with keys and values in order or packed.
+        machine: of ``"auto"`` alone: a :class:`Machine`, or the name of one of :data:`cpattn.MACHINES`, the same on every rank. None
+            for ``"h100-nvlink"``.
+        token_cost: of ``"auto"`` alone: what the rest of a layer pays for a token, in query-key pairs, an integer of at least 0. With it
+            evenness in tokens gives way where that is faster, and ``"uncut"`` is one more to choose from, but over sharded caches.
 
     Raises:
         BatchError: not integer pairs, or a negative length.
         PlanError: an option out of its range; a partition of your own returned no layout of the batch.
+        UnknownNameError: there is no machine of that name.
+        OptionError: problem, machine or token_cost are something else, or ask for what no call could.
     """
-    return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards, owner)  # type: ignore[arg-type]
+    if not (isinstance(partition, str) and partition == AUTO):
+        _refuse_beside(partition, problem=problem, machine=machine, token_cost=token_cost)
+        return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards, owner)  # type: ignore[arg-type]
+    if remainder != REMAINDERS[0]:
+        raise PlanError(f"remainder={shown(remainder)} beside partition='auto', which goes with 'balanced' alone; leave it out")
+    choice = AutoChoice.of(problem, machine, token_cost)
+    names = choice.names(prefix_shards is not None or owner is not None)
+    plans = [Plan(batch, cp_size, name, pad_to=pad_to, prefix_shards=prefix_shards, owner=owner) for name in names]  # type: ignore[arg-type]
+    return choice.cheapest(plans)
 
 
 @leaves_graph
@@ -184,10 +208,13 @@ def required_rows(
     partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
+    problem: Problem | None = None,
+    machine: Machine | str | None = None,
+    token_cost: int | None = None,
 ) -> int:
     """The physical rows that each rank would have, for an engine that sizes its buffers or picks a bucket.
 
-    With whole, and with the balanced remainder of zigzag and contiguous, it is the batch's new tokens divided by
+    With whole and auto, and with the balanced remainder of zigzag and contiguous, it is the batch's new tokens divided by
     ``cp_size``, rounded up, and nothing else is worked out. Arguments and errors as in :func:`plan`.
 
     >>> import cpattn
@@ -195,8 +222,9 @@ def required_rows(
     8
     """
     sizes = {"cp_size": cp_size, "pad_to": pad_to}
-    named = isinstance(partition, str) and partition in tuple(PARTITIONS)
-    if named and remainder == "balanced" and all(map(is_size, sizes, sizes.values())):
+    even = isinstance(partition, str) and partition in (AUTO, *CANDIDATES, *OWNERS)
+    usual = problem is None and machine is None and token_cost is None
+    if even and usual and remainder == "balanced" and all(map(is_size, sizes, sizes.values())):
         pairs = parse_batch(batch)
         # Integers of numpy may be too narrow for what is computed with them.
         ranks, multiple = int(cp_size), int(pad_to)
@@ -204,7 +232,9 @@ def required_rows(
         if ranks * rows <= MAX_TOKENS and ranks * len(pairs) <= MOST_SHARES:
             return rows
     # The plan does what is left, and says what is wrong.
-    return plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to).rows
+    return plan(
+        batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, problem=problem, machine=machine, token_cost=token_cost
+    ).rows
 
 
 @leaves_graph
@@ -229,6 +259,14 @@ def build_metadata(
     """
     planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards, owner=owner)
     return planned.metadata(cp_rank, device, bucket)
+
+
+def _refuse_beside(partition: Any, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise PlanError(
+                f"{name}= beside partition={shown(partition)}, which does not look at it; leave it out, or pass partition='auto'"
+            )
 
 
 def _check_bucket(bucket: Any) -> None:

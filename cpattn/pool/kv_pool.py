@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV, TableLines
+from cpattn.machine import Machine
 from cpattn.memo import Memo
+from cpattn.metadata.auto_partition import AUTO
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.partition import Partition
 from cpattn.metadata.plan import Plan, plan
@@ -23,6 +26,7 @@ from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
 from cpattn.pool.books import CachedRequest, PageBooks
 from cpattn.pool.history import Before, History, pages_written
+from cpattn.problem import Problem
 
 _TABLES_REMEMBERED = 64
 
@@ -171,8 +175,19 @@ class KVPool:
         cached = self._of(request)
         self._cut(cached, checks.parse_length(length, request, len(cached.owners)))
 
-    def plan(self, extends: Sequence[tuple[Hashable, int]], *, partition: str | Partition = "zigzag", pad_to: int = 1) -> Plan:
-        """The plan of a step in which each request gets so many new tokens, and the pages to write them to.
+    def plan(
+        self,
+        extends: Sequence[tuple[Hashable, int]],
+        *,
+        partition: str | Partition = AUTO,
+        pad_to: int = 1,
+        problem: Problem | None = None,
+        machine: Machine | str | None = None,
+        token_cost: int | None = None,
+    ) -> Plan:
+        """The plan of a step in which each request gets so many new tokens, and the pages to write them to. The partition is
+        ``"auto"`` unless another is asked for; without a ``problem`` it goes by the pool's own heads, four query heads for each. The
+        rest is as in :func:`cpattn.plan`.
 
         Where new tokens go to a part-filled page that other requests share, the request gets a page of its own with a copy of
         the tokens in it. So compute a step, or put it into the device's queue, before the next is planned.
@@ -188,14 +203,35 @@ class KVPool:
         requests = [self._of(name) for name in names]
         batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
         held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
+        if isinstance(partition, str) and partition == AUTO and problem is None:
+            problem = self._usual_problem
         shards = held if self.owner == "computed" else None
-        planned = plan(batch, self.cp_size, partition=partition, pad_to=pad_to, prefix_shards=shards, owner=self._rule)
+        planned = plan(
+            batch,
+            self.cp_size,
+            partition=partition,
+            pad_to=pad_to,
+            prefix_shards=shards,
+            owner=self._rule,
+            problem=problem,
+            machine=machine,
+            token_cost=token_cost,
+        )
         new = planned.held_lens - held if self.sharded else planned.extend_lens[:, None]
         self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
         before = [Before(name, request, len(request.owners)) for name, request in zip(names, requests, strict=True)]
         self._append_owners(requests, planned)
         self._history.add(planned, before, pages_written(requests, held, new, self.page_size, self._books.takes))
         return planned
+
+    @cached_property
+    def _usual_problem(self) -> Problem:
+        """What calls over these pages ask for, with four query heads for each of theirs."""
+        _, _, page_size, heads, head_dim = self.k_pages.shape
+        v_head_dim = head_dim if self.v_pages is None else self.v_pages.shape[-1]
+        of_heads: dict[str, Any] = {"q_heads": 4 * heads, "kv_heads": heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
+        kind: dict[str, Any] = {"v_in_k": self.v_pages is None, "cache": "paged", "page_size": page_size}
+        return Problem(self.k_pages.device, self.k_pages.dtype, 0, **of_heads, **kind)
 
     def undo(self, plan: Plan) -> None:
         """Takes the last step back: its requests have the tokens and pages that they had before it. Call it on every rank after a

@@ -71,6 +71,8 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert row.split()[1:4] == [f"{plan.rank_tokens[rank]:,}", f"{plan.rows - plan.rank_tokens[rank]}", f"{plan.rank_pairs[rank]:,}"]
     assert "8 query and 1 key/value heads of 128, float32" in text
     assert f"{3 * 24 * 1 * 256 * 4:,}" in text
+    assert "keys of an all_gather: a rank receives those that its queries see, at most 48.0 KiB of 72.0 KiB" in text
+    assert "partition: zigzag; 'auto' takes whole\n(a layer's attention on h100-nvlink is estimated at " in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -86,14 +88,24 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["strategies"]["ring"] == {"bytes_sent_per_rank": 3 * plan.rows * 8 * 256 * 2}
 
 
+def test_auto_is_shown_as_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(output(capsys, "--batch", "900 x 20", "--cp", "4", "--partition", "auto", "--json"))
+    assert found["partition"] == "whole"
+    assert found["needed_bytes_per_rank"] == 0
+    short = "--batch", "300", "--cp", "8", "--token-cost", "1000", "--json"
+    assert json.loads(output(capsys, *short, "--partition", "auto"))["partition"] == "uncut"
+    assert "'auto' takes whole\n" in output(capsys, "--batch", "900 x 20", "--cp", "4", "--compare")
+
+
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--batch", TEXT, "--cp", "2", "--compare")
-    lines = {line[:20].strip(): line.split()[-5:] for line in text.splitlines()}
+    lines = {line[:20].strip(): line.split()[-6:] for line in text.splitlines()}
     plans = [cpattn.plan(BATCH, 2, partition=p, remainder=r) for p in ("zigzag", "contiguous") for r in ("balanced", "first")]
-    plans.append(cpattn.plan(BATCH, 2, partition="whole"))
+    plans += [cpattn.plan(BATCH, 2, partition=partition) for partition in ("whole", "uncut")]
     assert lines["partition"] == [plan.partition for plan in plans]
-    assert lines["remainder"] == ["balanced", "first", "balanced", "first", "none"]
+    assert lines["remainder"] == ["balanced", "first", "balanced", "first", "none", "none"]
     assert lines["pairs, max / mean"] == [f"{plan.pair_imbalance:.4f}" for plan in plans]
+    assert re.search(r"keys needed of others( +\d[^ ]* \w+){6}", text)
     assert lines["pairs of rank 1"] == [f"{plan.rank_pairs[1]:,}" for plan in plans]
     found = json.loads(output(capsys, "--batch", TEXT, "--cp", "2", "--compare", "--json"))
     assert [other["fingerprint"] for other in found["plans"]] == [plan.fingerprint for plan in plans]

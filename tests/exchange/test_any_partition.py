@@ -102,11 +102,12 @@ def check_in_a_bucket(
 )
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 def test_whole_requests_through_a_bucket(strategy: str, cache: str, window: int | None, cp_size: int) -> None:
-    """A rank has at most two chunks of any request, so that a window over its shard takes as many launches for each batch."""
+    """A rank has at most two chunks of any request, so that a window over its shard takes as many launches for each batch. Cut ones may
+    follow."""
     batches = [BATCH, [(11, 3)], [], [(20, 50), (60, 1), (0, 9)]]
     if cache == "packed":
         batches = [[(0, extend_len) for _, extend_len in batch] for batch in batches]
-    check_in_a_bucket(batches, ["whole"] * len(batches), (strategy, cache, window), cp_size)
+    check_in_a_bucket(batches, ["whole", "zigzag", "whole", "uncut"], (strategy, cache, window), cp_size)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])

@@ -32,7 +32,7 @@ from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 from cpattn.transports.transport import Transport
 
-PARTITIONS = ["zigzag", "contiguous", "whole"]
+PARTITIONS = ["zigzag", "contiguous", "whole", "uncut"]
 
 
 def token(request: Any, position: Any) -> Any:

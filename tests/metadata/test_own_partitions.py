@@ -238,7 +238,9 @@ def test_other_arguments_beside_it() -> None:
         planned(remainder="first")
     with pytest.raises(PlanError, match=r"remainder='first' beside partition='whole', which says itself where each token goes"):
         cpattn.plan(BATCH, 3, partition="whole", remainder="first")
-    with pytest.raises(PlanError, match=r"partition=3 is unknown; choose one of 'zigzag', 'contiguous', 'whole', or pass a function of"):
+    with pytest.raises(
+        PlanError, match=r"partition=3 is unknown; choose one of 'zigzag', 'contiguous', 'whole', 'uncut', or pass a function of"
+    ):
         cpattn.plan(BATCH, 3, partition=3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"3 ranks of 1073741824 rows are 3221225472 rows"):
         planned(pad_to=2**30)

@@ -353,7 +353,7 @@ def test_truncating_a_sharded_request_counts_each_ranks_tokens() -> None:
     pools = [pool_of(cp_size=3, cp_rank=rank, sharded=True) for rank in range(3)]
     for pool in pools:
         pool.admit("a")
-        plan = pool.plan([("a", 30)])
+        plan = pool.plan([("a", 30)], partition="zigzag")
         # Zigzag: ranks 0, 1, 2, 2, 1, 0 have 5 tokens each. Of the first 17, ranks 0 and 1 have 5 and rank 2 has 7.
         assert [chunk.rank for chunk in plan.chunks] == [0, 1, 2, 2, 1, 0]
         assert pool.free_pages == 8 - 3

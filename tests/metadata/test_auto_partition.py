@@ -1,0 +1,135 @@
+"""Partition "auto": whichever of zigzag and whole is estimated to be faster, the same on every rank."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from strategies import Batch
+
+import cpattn
+from cpattn.metadata.auto_partition import CANDIDATES, USUAL
+
+SHORT = [(0, 900)] * 40
+LONG = [(0, 65536)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "cp_size", "taken"),
+    [
+        pytest.param(LONG, 8, "whole", id="one long"),
+        pytest.param(SHORT, 8, "whole", id="many short"),
+        pytest.param([*LONG, *SHORT], 4, "whole", id="one long beside short ones"),
+        pytest.param([(0, 1291), (2588, 2620), (0, 2898)], 2, "zigzag", id="no even division"),
+        pytest.param([(8192, 1)] * 64, 8, "whole", id="equal decodes"),
+        pytest.param(SHORT, 1, "whole", id="one rank"),
+        pytest.param([], 4, "whole", id="no requests"),
+    ],
+)
+def test_it_is_one_of_the_partitions_that_have_names(batch: Batch, cp_size: int, taken: str) -> None:
+    plan = cpattn.plan(batch, cp_size, partition="auto", pad_to=8)
+    assert plan == cpattn.plan(batch, cp_size, partition=taken, pad_to=8)
+    assert plan.fingerprint == pickle.loads(pickle.dumps(plan)).fingerprint
+    assert cpattn.required_rows(batch, cp_size, partition="auto", pad_to=8) == plan.rows
+    assert cpattn.required_rows(batch, cp_size, partition="auto", pad_to=8, machine="a100-nvlink") == plan.rows
+    assert cpattn.build_metadata(batch, cp_size, 0, partition="auto", pad_to=8).plan == plan
+
+
+def test_sharded_caches_are_planned_as_well() -> None:
+    shards = [[4, 0, 0, 0], [0, 0, 0, 4]]
+    plan = cpattn.plan([(4, 900), (4, 900)], 4, partition="auto", prefix_shards=shards)
+    assert plan == cpattn.plan([(4, 900), (4, 900)], 4, partition=plan.partition, prefix_shards=shards)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_taken_is_nearly_the_fastest_by_the_full_estimate(seed: int) -> None:
+    """Log-normal prompts, some of them with prefixes, a long one and decodes among them."""
+    rng = np.random.default_rng(seed)
+    count, cp_size = int(rng.integers(1, 30)), int(rng.choice([2, 4, 8]))
+    extends = np.minimum(np.exp(rng.normal(6.5, 1.2, count)).astype(int) + 1, 32768).tolist()
+    batch = [(int(np.exp(rng.normal(7, 1.2))) * int(rng.random() < 0.4), extend) for extend in extends]
+    batch += [(4096 * seed, 16384)] * (seed % 3 == 0) + [(int(prefix), 1) for prefix in rng.integers(1, 9000, 5 * (seed % 4))]
+    cache: dict[str, Any] = {"cache": "packed"} if seed % 2 else {"cache": "paged", "page_size": 64}
+
+    def seconds(plan: cpattn.Plan) -> float:
+        problem = replace(USUAL, rows=plan.rows, **cache)
+        found = cpattn.estimate(plan, problem, "h100-nvlink")
+        return min(one.graph for one in found if (one.strategy, one.overlap, one.backend) == ("all_gather", 1, "triton"))
+
+    best = min(seconds(cpattn.plan(batch, cp_size, partition=name)) for name in CANDIDATES)
+    assert seconds(cpattn.plan(batch, cp_size, partition="auto", problem=replace(USUAL, **cache))) <= 1.02 * best
+
+
+@pytest.mark.parametrize(
+    ("batch", "token_cost", "taken"),
+    [
+        ([(0, 300)], 1000, "uncut"),
+        ([(0, 300)], 100_000, "whole"),
+        ([(0, 20_000)], 0, "whole"),
+        ([(0, 300)] * 3, 1000, "uncut"),
+    ],
+)
+def test_evenness_gives_way_where_tokens_cost_little(batch: Batch, token_cost: int, taken: str) -> None:
+    plan = cpattn.plan(batch, 8, partition="auto", token_cost=token_cost)
+    assert plan == cpattn.plan(batch, 8, partition=taken)
+    assert cpattn.required_rows(batch, 8, partition="auto", token_cost=token_cost) == plan.rows
+    # With a sharded cache one rank would hold all of a request.
+    shards = [[0] * 8] * len(batch)
+    assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards).partition != "uncut"
+
+
+def test_uncut_requests_go_where_there_is_least() -> None:
+    plan = cpattn.plan([(0, 10), (0, 3), (5, 0), (0, 4), (5, 1)], 2, partition="uncut")
+    assert [tuple(chunk) for chunk in plan.chunks] == [(0, 0, 10, 0), (1, 0, 3, 1), (3, 0, 4, 1), (4, 0, 1, 1)]
+    assert cpattn.required_rows(plan.batch, 2, partition="uncut") == plan.rows == 10
+    # Of equal ranks the one that holds the least of the request.
+    assert cpattn.plan([(6, 1)], 3, partition="uncut", prefix_shards=[[3, 2, 1]]).chunks[0].rank == 2
+
+
+def test_what_is_asked_for_decides() -> None:
+    """With a window few keys are seen and fewer travel, so that the sizes of chunks count for more."""
+    batch = [(0, 6000), (0, 3500), (0, 2000), (0, 8000)]
+    assert cpattn.plan(batch, 4, partition="auto", machine="h200-nvlink").partition == "zigzag"
+    assert cpattn.plan(batch, 4, partition="auto", problem=replace(USUAL, window=128)).partition == "whole"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"problem": 3}, cpattn.OptionError, r"problem is a int; pass a cpattn.Problem"),
+        ({"problem": replace(USUAL, kv_heads=0)}, cpattn.OptionError, "problem.kv_heads=0; it must be an integer of at least 1"),
+        ({"problem": replace(USUAL, kv_heads=5)}, cpattn.HeadCountError, "q_heads=32 is no multiple of kv_heads=5"),
+        ({"machine": "abacus"}, cpattn.UnknownNameError, "machine='abacus' is unknown; choose one of 'h100-nvlink'"),
+        ({"token_cost": -1}, cpattn.OptionError, "token_cost=-1; pass what the rest of a layer pays for a token, in query-key pairs"),
+        ({"partition": "whole", "token_cost": 0}, cpattn.PlanError, "token_cost= beside partition='whole'"),
+        ({"remainder": "first"}, cpattn.PlanError, "remainder='first' beside partition='auto', which goes with 'balanced' alone"),
+        ({"partition": "whole", "problem": USUAL}, cpattn.PlanError, "problem= beside partition='whole', which does not look at it"),
+        ({"partition": "zigzag", "machine": "h100-nvlink"}, cpattn.PlanError, "machine= beside partition='zigzag'"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    for ask in (cpattn.plan, cpattn.required_rows):
+        with pytest.raises(error, match=message):
+            ask(SHORT, 2, **{"partition": "auto"} | options)
+
+
+def test_explain_says_what_it_takes_and_why() -> None:
+    meta = cpattn.build_metadata(SHORT, 4, 0)
+    q, k = torch.zeros(meta.rows, 8, 16), torch.zeros(meta.rows, 2, 16)
+    said = cpattn.explain(q, k, k, meta)["partition"]
+    assert said.startswith("zigzag; 'auto' takes whole: a layer's attention on h100-nvlink is estimated at ")
+    assert cpattn.explain(q[:9], k[:9], k[:9], cpattn.build_metadata([(0, 9)], 1, 0))["partition"] == "zigzag: there is one rank"
+
+
+def test_a_pool_takes_it_by_itself() -> None:
+    pool = cpattn.KVPool(64, 16, 1, kv_heads=2, head_dim=16, cp_size=2)
+    for name in range(8):
+        pool.admit(name)
+    assert pool.plan([(name, 100) for name in range(8)]).partition == "whole"
+    assert pool.plan([(0, 20)], partition="contiguous").partition == "contiguous"
+    with pytest.raises(cpattn.PlanError, match="machine= beside partition='zigzag'"):
+        pool.plan([(0, 1)], partition="zigzag", machine="h100-nvlink")
