@@ -179,15 +179,16 @@ class KVPool:
         self,
         extends: Sequence[tuple[Hashable, int]],
         *,
-        partition: str | Partition = AUTO,
+        partition: str | Partition | None = None,
         pad_to: int = 1,
         problem: Problem | None = None,
         machine: Machine | str | None = None,
         token_cost: int | None = None,
     ) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to. The partition is
-        ``"auto"`` unless another is asked for; without a ``problem`` it goes by the pool's own heads, four query heads for each. The
-        rest is as in :func:`cpattn.plan`.
+        ``"auto"`` unless another is asked for; without a ``problem`` it goes by the pool's own heads, four query heads for each. With
+        ``owner="computed"`` it is ``"zigzag"``, as the partition then says where tokens stay: a rank that computes a whole request
+        would hold it, and decode it alone. The rest is as in :func:`cpattn.plan`.
 
         Where new tokens go to a part-filled page that other requests share, the request gets a page of its own with a copy of
         the tokens in it. So compute a step, or put it into the device's queue, before the next is planned.
@@ -203,6 +204,8 @@ class KVPool:
         requests = [self._of(name) for name in names]
         batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
         held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
+        if partition is None:
+            partition = "zigzag" if self.owner == "computed" and problem is None and machine is None and token_cost is None else AUTO
         if isinstance(partition, str) and partition == AUTO and problem is None:
             problem = self._usual_problem
         shards = held if self.owner == "computed" else None
