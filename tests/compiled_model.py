@@ -72,15 +72,8 @@ def run_batches(plain: Model, compiled: Any, group: Any, cp_size: int, cp_rank: 
     return outputs
 
 
-def run_in_process() -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """On a rank of the default group: the outputs, and how many graphs were compiled for them."""
-    plain, backend = new_model(), CountingBackend()
-    compiled = torch.compile(plain, backend=backend, fullgraph=True)
-    return run_batches(plain, compiled, None, dist.get_world_size(), dist.get_rank()), backend.graphs
-
-
 def run_on_gpu() -> list[tuple[Tensor, Tensor]]:
-    """The same on the rank's own GPU, compiled by torch's own backend."""
+    """On a rank of the default group, on its own GPU: the outputs, compiled by torch's own backend."""
     plain = new_model().to(f"cuda:{torch.cuda.current_device()}")
     outputs = run_batches(plain, torch.compile(plain, dynamic=True), None, dist.get_world_size(), dist.get_rank())
     return [(compiled.cpu(), expected.cpu()) for compiled, expected in outputs]

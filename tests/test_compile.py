@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import compiled_model
 import pytest
 import torch
 from compiled_model import CountingBackend, new_model, run_batches
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import cpattn
 from cpattn import graphs
-from cpattn.testing import ProcessRanks, run_loopback
+from cpattn.testing import run_loopback
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,8 @@ def check(outputs: list[tuple[Tensor, Tensor]]) -> None:
         torch.testing.assert_close(compiled, plain)
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False], ids=["default", "dynamic", "static"])
-@pytest.mark.parametrize("cp_size", [1, 2])
+# Whole graphs over processes and of every kind of cache are tested in test_whole_graphs.py.
+@pytest.mark.parametrize(("cp_size", "dynamic"), [(1, False), (2, None), (2, True)], ids=["static", "default", "dynamic"])
 def test_a_model_over_several_batches(cp_size: int, dynamic: bool | None) -> None:
     plain, backend = new_model(), CountingBackend()
     compiled = torch.compile(plain, backend=backend, dynamic=dynamic, fullgraph=dynamic is not False)
@@ -44,13 +43,6 @@ def test_a_model_over_several_batches(cp_size: int, dynamic: bool | None) -> Non
         return  # torch compiles anew for each size, which is what this asks for
     # A size of 1 has graphs of its own; by default so has the first batch of each rank, before torch knows what changes.
     assert 1 <= backend.graphs <= (2 if dynamic else 4)
-
-
-def test_over_processes() -> None:
-    with ProcessRanks(2, timeout=60) as ranks:
-        for outputs, graphs_made in ranks.run(compiled_model.run_in_process):
-            check(outputs)
-            assert 1 <= graphs_made <= 3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own backend for CPUs needs a C++ compiler")
