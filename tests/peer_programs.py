@@ -32,12 +32,12 @@ def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str, pa
     return results
 
 
-def replay(strategy: str, calls: int, replays: int) -> list[float]:
+def replay(strategy: str, calls: int, replays: int, partition: str = "zigzag") -> list[float]:
     """Graphs of so many calls, whose inputs change from replay to replay, with eager calls in between; the largest difference
     between each replay's last result and the same call over collectives."""
     torch.manual_seed(dist.get_rank())
     size, rank = dist.get_world_size(), dist.get_rank()
-    meta = cpattn.build_metadata([(0, 700), (0, 33), (0, 1)], size, rank, device="cuda")
+    meta = cpattn.build_metadata([(0, 700), (0, 33), (0, 1)], size, rank, device="cuda", partition=partition)
     q, k, v = (torch.randn(meta.rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
     peers, collectives = (cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives"))
 

@@ -75,6 +75,12 @@ def test_a_graph_replays_it(ranks: ProcessRanks, strategy: str, calls: int) -> N
         assert differences == [0.0] * 8
 
 
+def test_a_graph_replays_ranks_that_need_nothing_of_others(ranks: ProcessRanks) -> None:
+    """The first rank's queries see its own keys alone, and the others read them."""
+    for differences in ranks.run(programs.replay, "all_gather", 3, 8, "contiguous"):
+        assert differences == [0.0] * 8
+
+
 def test_memory_grows(ranks: ProcessRanks) -> None:
     assert all(ranks.run(programs.grow_and_shrink, [100, 30_000, 77, 70_000, 100]))
 
