@@ -21,9 +21,10 @@ from attention_cases import HEAD_DIM, HEADS, KV_HEADS
 from gpu_report import RESULTS, write_gpu_report
 
 import cpattn
+from cpattn.call import prepared
+from cpattn.exchange.strategy import Setup
 from cpattn.testing import ProcessRanks, SoloCommunicator
 from cpattn.transports.groups import Kind
-from cpattn.transports.peer_rows import PeerRows
 
 KINDS: tuple[Kind, ...] = ("peer_memory", "collectives")
 PAGE_SIZE = 64
@@ -86,9 +87,13 @@ def calls_of(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def _keys_first(call: Callable[[], Any]) -> Any:
-    """A call whose attention begins when all keys are there."""
-    with patch.object(PeerRows, "can_bring", False):
+    """A call whose attention begins when all keys are there; of a backend that waits for none, it is prepared so."""
+    with patch.object(prepared, "Setup", _of_a_backend_that_does_not_wait):
         return call()
+
+
+def _of_a_backend_that_does_not_wait(*given: Any, **named: Any) -> Setup:
+    return Setup(*given, **named)._replace(waits_for_keys=False)
 
 
 def rank_times(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
