@@ -114,21 +114,6 @@ def sharded_loss(model: Any, labels: Tensor, plan: cpattn.Plan, group: Any, cp_r
         return outputs.loss.cpu(), cp.loss(outputs).cpu()
 
 
-@cache
-def first_ranks(size: int) -> Any:
-    """The group of the first ranks; every process has to ask for it."""
-    return dist.new_group(list(range(size)))
-
-
-def run_in_processes(family: str, dtype: torch.dtype, plan: cpattn.Plan, strategy: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """sharded_logits on the first ``plan.cp_size`` processes; None on the others."""
-    cpattn_hf.register()
-    group = first_ranks(plan.cp_size)
-    if dist.get_rank() >= plan.cp_size:
-        return None
-    return sharded_logits(family, dtype, plan, strategy, group, dist.get_rank())
-
-
 def run_on_gpu(family: str, mode: str, plan: cpattn.Plan) -> dict[str, Tensor]:
     """Logits and loss of a rank of the default group on its own GPU, sharded and plain.
 

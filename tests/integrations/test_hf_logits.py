@@ -1,8 +1,8 @@
-"""Models of transformers with their sequence over real processes: the logits are those of the plain model."""
+"""Models of transformers with their sequence over several ranks: the logits are those of the plain model."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import hf_cases
@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 import cpattn
 from cpattn.integrations import transformers as cpattn_hf
-from cpattn.testing import ProcessRanks, relative_rmse, run_loopback
+from cpattn.testing import relative_rmse, run_loopback
 
 # Prime lengths, a single token, none at all, and fewer tokens than ranks.
 BATCH = [(0, 29), (0, 1), (0, 0), (0, 3), (0, 13), (0, 2)]
@@ -44,14 +44,18 @@ def check_logits(results: list[tuple[Tensor, Tensor, Tensor]], family: str, dtyp
             assert last[2].isnan().all()
 
 
+# Over real processes it runs in examples/hugging_face.py, which test_hf_example.py starts.
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("family", hf_cases.CONFIGS)
-def test_logits_are_the_plain_models(four_processes: ProcessRanks, family: str, cp_size: int, strategy: str) -> None:
+def test_logits_are_the_plain_models(family: str, cp_size: int, strategy: str) -> None:
+    cpattn_hf.register()
+    # Made before the threads are: both would seed the one generator that there is.
+    hf_cases.model_of(family)
     # Many padding rows with one of the strategies: of 4 ranks, each has 12 tokens or so in 32 rows.
     plan = cpattn.plan(BATCH, cp_size, pad_to=32 if strategy == "all_gather" else 1)
-    results = four_processes.run(hf_cases.run_in_processes, family, torch.float32, plan, strategy)
-    check_logits([result for result in results if result is not None], family)
+    run = partial(hf_cases.sharded_logits, family, torch.float32, plan, strategy)
+    check_logits(run_loopback(lambda group: run(group, group.rank), cp_size), family)
 
 
 @pytest.mark.parametrize(("family", "partition"), [("llama", "contiguous"), ("llama", "whole"), ("gemma2", "contiguous")])
