@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -81,15 +78,3 @@ def test_last_rows_of_a_bucket_are_those_of_the_batch_in_it() -> None:
         meta.copy_(plan)
         for given, expected in zip(last_rows(meta), last_rows(plan.metadata(1)), strict=True):
             assert torch.equal(given, expected)
-
-
-def test_importing_the_package_of_adapters_imports_no_other_library() -> None:
-    program = "import cpattn, cpattn.integrations, sys; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
-def test_without_transformers_the_error_says_what_to_install() -> None:
-    program = "import sys; sys.modules['transformers'] = None; import cpattn.integrations.transformers"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "needs Hugging Face transformers: pip install 'cpattn[transformers]'" in done.stderr
