@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,20 +27,22 @@ def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
     done = cpattn("demo", "--batch", str(batch), "--cp", "3", "--heads", "4", "--head-dim", "32", "--dtype", "float32", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
+    check_demo(done.stdout, "3 processes over gloo on the CPU")
     for text in ("rank", "query-key pairs", "all_gather", "ring", "relative RMSE", "bytes sent", "as exact as one device's"):
         assert text in done.stdout
     # 22 rows a rank, 1 head of K and V, 32 wide, fp32, to 2 other ranks
     assert f"{22 * 2 * 32 * 4 * 2:,}" in done.stdout
 
 
-@pytest.mark.parametrize(("transport", "ranks"), [("loopback", "3 threads on the CPU"), ("gloo", "3 processes over gloo on the CPU")])
-def test_whatever_carries_the_bytes_the_demo_is_the_same(
-    transport: Any, ranks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_is_the_same_where_ranks_are_threads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The path of GPUs, but for the device and NCCL."""
-    monkeypatch.setattr("cpattn.cli.demo.place_for", lambda device, cp_size: Place("cpu", transport, 3))
+    monkeypatch.setattr("cpattn.cli.demo.place_for", lambda device, cp_size: Place("cpu", "loopback", 3))
     assert main(["demo", "--batch", "0+60, 33+5, 4+0", "--heads", "4/2", "--head-dim", "32", "--dtype", "float32"]) == 0
-    text = capsys.readouterr().out
+    check_demo(capsys.readouterr().out, "3 threads on the CPU")
+
+
+def check_demo(text: str, ranks: str) -> None:
+    """Each strategy has a line, is exact, and was timed."""
     assert ranks in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if "FLOP/s" in line}
     for strategy in STRATEGIES:
@@ -70,6 +73,7 @@ def test_demo_exits_with_1_if_an_output_is_off(monkeypatch: pytest.MonkeyPatch, 
         return out, lse
 
     monkeypatch.setattr(comparison, "in_order", with_two_tokens_swapped)
+    monkeypatch.setattr("cpattn.cli.demo.place_for", lambda device, cp_size: Place("cpu", "loopback", 2))
     assert main(["demo", "--cp", "2", "--heads", "2", "--head-dim", "8"]) == 1
     assert "an output is OFF" in capsys.readouterr().out
 
@@ -98,11 +102,13 @@ def test_a_bad_batch_file_is_refused_in_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_refusal_is_the_exit_code_of_the_process(tmp_path: Path) -> None:
-    done = cpattn("demo", "--batch", str(tmp_path / "none.json"))
-    assert done.returncode == 2
-    assert "cannot read the batch file" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_refusal_is_the_exit_code_of_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpattn", "demo", "--batch", "none.json"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("cpattn", run_name="__main__")
+    error = capsys.readouterr().err
+    assert "cannot read the batch file" in error
+    assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cases import AttentionCase
 from problems import problem
 
 import cpattn
+from cpattn import log
 from cpattn.call import find, log_choice
 from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies, explain_strategies
 from cpattn.testing import run_loopback
@@ -152,24 +153,43 @@ for _ in range(2):
 """
 
 
-def stderr_of(value: str | None, **environment: str) -> str:
-    kept = {name: text for name, text in os.environ.items() if name not in ("CPATTN_LOG", "RANK")}
-    given = {} if value is None else {"CPATTN_LOG": value}
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=kept | given | environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stderr
-
-
 def test_the_environment_shows_it_on_stderr_with_the_rank() -> None:
-    text = stderr_of(" Debug ", RANK="3")
-    info, debug = text.splitlines()
+    environment = os.environ | {"CPATTN_LOG": " Debug ", "RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    info, debug = done.stderr.splitlines()
     assert info.startswith("[cpattn rank 3] INFO: 1 rank, 2/2 heads of 8 in float32 on cpu: strategy 'all_gather' (chosen, ")
     assert debug.startswith("[cpattn rank 3] DEBUG: prepared all_gather on cpu for CPMetadata(")
-    (line,) = stderr_of("info").splitlines()
+
+
+@pytest.fixture
+def set_up_anew() -> Iterator[logging.Logger]:
+    """The logger, as a process finds it that has not logged yet."""
+    found = logging.getLogger("cpattn")
+    handlers, level, propagate = list(found.handlers), found.level, found.propagate
+    found.handlers.clear()
+    log._set_up.cache_clear()
+    yield found
+    found.handlers[:], found.propagate = handlers, propagate
+    found.setLevel(level)
+    log._set_up.cache_clear()
+
+
+def test_a_line_without_a_rank(set_up_anew: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CPATTN_LOG", "info")
+    monkeypatch.delenv("RANK", raising=False)
+    call()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("[cpattn] INFO: 1 rank, ")
+    assert not set_up_anew.propagate
 
 
-def test_a_value_that_is_not_known_is_named_once() -> None:
-    text = stderr_of("loud", PYTHONWARNINGS="always")
-    assert text.count("CPATTN_LOG=loud is unknown, and nothing is logged for it: set it to info or debug, or unset it") == 1
-    assert "[cpattn" not in text
+def test_a_value_that_is_not_known_is_named_once(
+    set_up_anew: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CPATTN_LOG", "loud")
+    message = "CPATTN_LOG=loud is unknown, and nothing is logged for it: set it to info or debug, or unset it"
+    with pytest.warns(UserWarning, match=message) as caught:
+        call()
+    assert len(caught) == 1
+    assert "[cpattn" not in capsys.readouterr().err
+    assert [type(handler) for handler in set_up_anew.handlers] == [logging.NullHandler]

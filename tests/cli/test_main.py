@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+import traceback
+from typing import NoReturn
 
 import pytest
 
@@ -17,28 +18,20 @@ _END = "-- the end of a command --"
 PLAN = ["plan", "--batch", "0+3670, 4096+128, 77+1", "--cp", "8"]
 
 
-def run_in_terminal(arguments: list[str], columns: int, **environment: str) -> str:
-    """What the command writes to a pseudo-terminal of that width."""
-    return in_terminal([sys.executable, "-m", "cpattn", *arguments], columns, **environment)
+def in_terminal(commands: list[list[str]], columns: int, **environment: str) -> str:
+    """What the commands write to a pseudo-terminal of that width, each followed by a line that is none of its own.
 
-
-def one_after_another(commands: list[list[str]]) -> list[str]:
-    """A program that runs these commands, each followed by a line that is none of its own; a process takes seconds to start."""
-    runs = "; ".join(f"assert main({command!r}) == 0; print({_END!r}, flush=True)" for command in commands)
-    return [sys.executable, "-c", f"from cpattn.cli.main import main; {runs}"]
-
-
-def in_terminal(command: list[str], columns: int, **environment: str) -> str:
+    In a child of this process, which has imported what a new one would take seconds to import."""
     pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
     import fcntl
     import struct
     import termios
 
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    process = subprocess.Popen(command, stdout=theirs, stdin=theirs, env=kept | {"TERM": "xterm-256color"} | environment)
-    os.close(theirs)
+    child, ours = pty.fork()
+    if not child:
+        _run_and_exit(commands, environment)
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    os.write(ours, b"\n")
     written = b""
     try:
         while piece := os.read(ours, 65536):
@@ -46,8 +39,29 @@ def in_terminal(command: list[str], columns: int, **environment: str) -> str:
     except OSError:  # the other side is closed
         pass
     os.close(ours)
-    assert process.wait() == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, written.decode()
     return written.decode().replace("\r\n", "\n")
+
+
+def _run_and_exit(commands: list[list[str]], environment: dict[str, str]) -> NoReturn:
+    """Never returns to the test that was forked."""
+    code = 1
+    try:
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        for name in ("COLUMNS", "NO_COLOR"):
+            os.environ.pop(name, None)
+        os.environ.update({"TERM": "xterm-256color"} | environment)
+        sys.stdin.readline()  # now the terminal has its width
+        codes = []
+        for command in commands:
+            codes.append(main(command))
+            print(_END, flush=True)
+        code = int(any(codes))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def without_colors(text: str) -> str:
@@ -59,7 +73,7 @@ def test_a_terminal_gets_colours_and_no_line_is_too_wide(columns: int) -> None:
     pytest.importorskip("rich")
     plans = [PLAN, [*PLAN, "--compare", "--pad-to", "128"], ["picture", "ring", *PLAN[1:]]]
     commands = [*plans, ["env"], ["bench", "metadata", "--seconds", "0.1"]]
-    *texts, rest = in_terminal(one_after_another(commands), columns).split(_END + "\n")
+    *texts, rest = in_terminal(commands, columns).split(_END + "\n")
     assert (len(texts), rest) == (len(commands), "")
     for command, text in zip(commands, texts, strict=True):
         assert "\x1b[" in text, command
@@ -69,22 +83,26 @@ def test_a_terminal_gets_colours_and_no_line_is_too_wide(columns: int) -> None:
 
 
 def test_no_color_is_respected() -> None:
-    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", run_in_terminal(PLAN, 80, NO_COLOR="1"))
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", in_terminal([PLAN], 80, NO_COLOR="1"))
 
 
 def test_a_file_gets_plain_text() -> None:
-    commands = one_after_another([PLAN, [*PLAN, "--compare"], ["env"], ["picture", "work", *PLAN[1:]]])
-    done = subprocess.run(commands, capture_output=True, check=True, env=os.environ | {"FORCE_COLOR": "1"})
+    commands = [PLAN, [*PLAN, "--compare"], ["env"], ["picture", "work", *PLAN[1:]]]
+    # One after another in one process, which takes seconds to start.
+    runs = "; ".join(f"assert main({command!r}) == 0; print({_END!r}, flush=True)" for command in commands)
+    program = f"from cpattn.cli.main import main; {runs}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
     assert all(part.strip() for part in done.stdout.split(_END.encode())[:-1])
     assert done.stderr == b""
     assert done.stdout.isascii()
 
 
-def test_without_rich_a_terminal_gets_plain_text(tmp_path: Path) -> None:
-    (tmp_path / "rich").mkdir()
-    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('no rich here')")
-    text = run_in_terminal(PLAN, 80, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+def test_without_rich_a_terminal_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    text = in_terminal([PLAN], 80)
     assert "\x1b" not in text
     assert "query-key pairs" in text
 
