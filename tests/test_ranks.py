@@ -45,10 +45,10 @@ def test_a_stuck_thread_keeps_nobody_for_longer_than_the_timeout(rank_0_fails: b
 
 
 def test_a_stopped_process_is_killed_after_the_timeout() -> None:
-    with ProcessRanks(3, timeout=3) as ranks:
-        assert ranks.run(programs.rank_of_this_process) == [0, 1, 2]
+    with ProcessRanks(2, timeout=3) as ranks:
+        assert ranks.run(programs.rank_of_this_process) == [0, 1]
         outcomes = ranks.outcomes(programs.stop, 1)
-        assert outcomes[0] == outcomes[2] == (True, "returned")
+        assert outcomes[0] == (True, "returned")
         assert outcomes[1] == (False, "the rank had not returned 6 s after the first one did; its process was killed")
         # It is not there for the next run.
         assert ranks.outcomes(programs.rank_of_this_process)[1] == (False, "the process died with exit code -9")

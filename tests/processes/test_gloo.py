@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import group_programs
 import pytest
 import rank_programs as programs
 import torch
@@ -96,6 +97,22 @@ def test_subgroup_whose_ranks_are_not_the_global_ones(ranks: ProcessRanks) -> No
     case.check(outputs, cpattn.plan(case.batch, 2), "ring", "cpu")
 
 
+def test_a_process_outside_of_the_group_is_told_so(ranks: ProcessRanks) -> None:
+    member, *outsiders = ranks.run(group_programs.outside_of_a_group)
+    assert member == "(8, 2)"
+    for said in outsiders:
+        assert said.startswith("group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not")
+        assert "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here" in said
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+def test_a_destroyed_group_is_refused_on_every_rank(ranks: ProcessRanks, used: bool) -> None:
+    """And the one that is made in its place works."""
+    for *said, works in ranks.run(group_programs.after_it_is_destroyed, used):
+        assert all(message.startswith("this process group has been destroyed") and "new_group" in message for message in said)
+        assert works == "(8, 2)"
+
+
 MISTAKES = [
     ("rows", "RowCountError", r"q has \d+ rows, but this rank's metadata has \d+ \(rank \d of \d\); shard the input"),
     ("k rows", "RowCountError", r"k has \d+ rows"),
@@ -183,11 +200,11 @@ def test_unshard_with_metadata_of_another_plan(ranks: ProcessRanks) -> None:
         assert "the ranks disagree on the plan" in text
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
-def test_a_rank_that_dies_makes_the_others_raise(strategy: str) -> None:
+def test_a_rank_that_dies_between_two_calls_makes_the_others_raise() -> None:
+    """In the midst of a call, and in a ring: test_gloo_failures.py."""
     timeout = 5.0
     with ProcessRanks(3, timeout=timeout) as ranks:
-        outcomes = ranks.outcomes(programs.die_in_the_middle, strategy)
+        outcomes = ranks.outcomes(programs.die_in_the_middle, "all_gather")
     assert outcomes[1] == (False, "the process died with exit code 7")
     for rank in (0, 2):
         done, (error, seconds) = outcomes[rank]
