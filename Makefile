@@ -26,9 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m cpattn demo
 
-# One more process than there are cores: some tests wait for processes of their own.
+# One more process than there are cores: some tests wait for processes of their own. Files begin in the order of tests/conftest.py.
+# Each of the processes that tests start would compile the package anew where the environment lets Python write no bytecode.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadfile --no-loadscope-reorder
 
 # With the interpreter that has the machine's own CUDA build of torch, and the kernels to test; nothing is installed.
 # Most of the time goes into compiling kernels, so processes share the work, and the GPUs; without pytest-xdist: PYTEST_JOBS=

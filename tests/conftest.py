@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from gpu_workers import rotated
 
@@ -17,3 +18,17 @@ if torch.cuda.device_count() > 1 and "PYTEST_XDIST_WORKER" in os.environ:
 # triton, as transformers may.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # torch's compiler would start processes to compile in, which takes longer than the few kernels here.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# The files that take longest, the longest first. Of several processes one would else run such a file alone at the end.
+LONGEST = [
+    "whole_graphs", "ragged_attention", "gloo_failures", "gloo", "docs", "operators", "pictures", "fuzz", "compile", "mini_engine",
+    "check_backend", "plan", "check_triton", "hf_logits", "process_parts", "failed_calls", "striped", "latent_attention", "cli",
+    "paged_attention", "ranks", "first_strategy", "hf_example",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
