@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,7 @@ def place(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """What each file imports of the package, within functions and for type checkers as well."""
     files = modules()

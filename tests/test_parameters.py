@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cpattn
@@ -13,11 +13,11 @@ MOST = 10
 PUBLIC = {*cpattn.__all__, "attention_forward"}
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
-    for path in sorted(Path(cpattn.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                yield path.name, node
+@cache
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    paths = sorted(Path(cpattn.__file__).parent.rglob("*.py"))
+    nodes = [(path.name, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
 
 
 def is_public(function: ast.FunctionDef, path: str) -> bool:
