@@ -36,13 +36,13 @@ def bytes_of(x: Tensor) -> set[int]:
 
 
 @given(x=views(), y=views())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_views_share_what_some_byte_of_both_says(x: Tensor, y: Tensor) -> None:
     assert share_elements(x, y) == bool(bytes_of(x) & bytes_of(y))
 
 
 @given(x=views())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_view_overlaps_itself_where_two_indices_are_one_element(x: Tensor) -> None:
     starts = element_starts(x)
     assert overlaps_itself(x) == (len(set(starts)) < len(starts))

@@ -117,8 +117,9 @@ def test_an_interrupt_is_not_swallowed() -> None:
         env.guarded(raising(KeyboardInterrupt()), str)
 
 
-@pytest.mark.parametrize("module", ["torch", "numpy"])
-@pytest.mark.parametrize("failure", ["OSError('libcudart.so.12: cannot open shared object file')", "SystemExit(3)"])
+@pytest.mark.parametrize(
+    ("module", "failure"), [("torch", "OSError('libcudart.so.12: cannot open shared object file')"), ("numpy", "SystemExit(3)")]
+)
 def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) -> None:
     """Most of cpattn itself cannot be imported then."""
     (tmp_path / module).mkdir()

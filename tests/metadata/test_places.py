@@ -58,7 +58,7 @@ def check(meta: CPMetadata) -> None:
 @given(
     batch=batches(max_requests=6, max_prefix=40, max_extend=40), options=any_plan_options(), sharded=st.booleans(), seed=st.integers(0, 99)
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_places(batch: Batch, options: dict[str, Any], sharded: bool, seed: int) -> None:
     plan = cpattn.plan(batch, **options, prefix_shards=random_shards(batch, options["cp_size"], seed) if sharded else None)
     for rank in range(plan.cp_size):
@@ -72,7 +72,7 @@ def test_places(batch: Batch, options: dict[str, Any], sharded: bool, seed: int)
     options=any_plan_options(),
     sharded=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_places_of_a_batch_copied_into_a_bucket(first: Batch, second: Batch, options: dict[str, Any], sharded: bool) -> None:
     plans = [
         cpattn.plan(batch, **options, prefix_shards=random_shards(batch, options["cp_size"], 5) if sharded else None)

@@ -45,7 +45,7 @@ def tokens(meta: cpattn.CPMetadata, table: torch.Tensor, page_size: int) -> list
 
 
 @given(step=steps(), dtype=st.sampled_from([torch.int32, torch.int64]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_table_is_refused_where_a_written_slot_is_another_tokens(step: Any, dtype: torch.dtype) -> None:
     meta, table, page_size = step
     by_slot: dict[tuple[int, int], list[tuple[str, str, str]]] = {}
