@@ -214,6 +214,11 @@ def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[b
         for (name, _), block in group.arena._blocks.items():
             if name == "ordered":
                 block.fill_(255)
+        if group._heap is not None:
+            # Once the others have read what lies there.
+            torch.cuda.synchronize()
+            dist.barrier()
+            group._heap._memory[peer_memory._HEADER :].fill_(255)
         if turn < 0:
             captured = replays[abs(turn)]
             if captured is None:

@@ -22,6 +22,7 @@ from cpattn.exchange.brought_keys import keys_in_order, rows_of_all
 from cpattn.exchange.key_order import key_order
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
+from cpattn.exchange.late_keys import LateInOrder
 from cpattn.exchange.message import KVFormat, heads_of, pages_of_heads
 from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
@@ -34,7 +35,7 @@ from cpattn.metadata.layout import Layout
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
-from cpattn.transports.rows_of_all import RowsInOrder, RowsOfAll
+from cpattn.transports.rows_of_all import RowsOfAll, SentRows
 from cpattn.transports.transfer import Transfer
 
 
@@ -53,8 +54,8 @@ def _prepare(setup: Setup) -> _Alone | _AllGather | StripedWindow:
     if travels.what == "nothing" and _are_at_hand(setup):
         return _Alone.of(setup)
     kv = setup.kv.group(problem.overlap)
-    all_rows: Sequence[RowsInOrder]
-    order: InOrder | OwnInOrder | OwnInPlace | _IntoPages
+    all_rows: Sequence[SentRows]
+    order: InOrder | LateInOrder | OwnInOrder | OwnInPlace | _IntoPages
     if problem.cache == "paged":
         all_rows, order = rows_of_all(setup, kv), _IntoPages.of(setup, kv)
     else:
@@ -67,12 +68,13 @@ def _prepare(setup: Setup) -> _Alone | _AllGather | StripedWindow:
             queries_a_key = problem.q_heads // problem.kv_heads
             q_heads = slice(kv_heads.start * queries_a_key, kv_heads.stop * queries_a_key)
         groups.append(_Group(rows, kv_heads, q_heads))
+    ordered = order.ordered if isinstance(order, (InOrder, LateInOrder, OwnInOrder)) else None
     return _AllGather(
         transfers=tuple(_counted(rows.transfer, travels, setup) for rows in all_rows if rows.transfer is not None),
         groups=tuple(groups),
         num_tokens=setup.num_tokens,
         order=order,
-        prefix=order.ordered if isinstance(order, (InOrder, OwnInOrder)) and order.ordered.order.prefix_places is not None else None,
+        prefix=ordered if ordered is not None and ordered.order.prefix_places is not None else None,
     )
 
 
@@ -164,7 +166,7 @@ class _IntoPages(NamedTuple):
         pages = WholePages.of(setup, kv)
         return cls(pages.spans, pages, setup.meta.gathered_places)
 
-    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """What has arrived, in its slots."""
         assert isinstance(io.cache, PagedKV)
         cache = pages_of_heads(io.cache, heads)
@@ -176,7 +178,7 @@ class _IntoPages(NamedTuple):
 class _Group(NamedTuple):
     """A group of KV heads, and the query heads that they belong to; None for all, which spares the slicing."""
 
-    rows: RowsInOrder
+    rows: SentRows
     kv_heads: slice | None
     q_heads: slice | None
 
@@ -185,7 +187,7 @@ class _AllGather(NamedTuple):
     transfers: tuple[Transfer, ...]
     groups: tuple[_Group, ...]
     num_tokens: int | Tensor
-    order: InOrder | OwnInOrder | OwnInPlace | _IntoPages
+    order: InOrder | LateInOrder | OwnInOrder | OwnInPlace | _IntoPages
     prefix: OrderedKeys | None
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from cpattn.exchange.gathered_rows import gathered_rows
 from cpattn.exchange.key_order import key_order
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
-from cpattn.exchange.late_keys import LateRowsOfPeers
+from cpattn.exchange.late_keys import LateInOrder, LateKeys
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.needed_rows import needed_rows
 from cpattn.exchange.seen_keys import exchanged_rows, gathered_rows_seen
 from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
-from cpattn.transports.rows_of_all import RowsInOrder, RowsOfAll, RowsOfPeers
+from cpattn.transports.rows_of_all import RowsInOrder, RowsOfAll, SentRows
 
 
 def rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
@@ -23,23 +23,26 @@ def rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
     return _rows_of_peers(setup, kv) or gathered_rows(setup.transport, kv, setup.meta.rows, setup.problem.overlap)
 
 
-def _rows_of_peers(setup: Setup, kv: KVFormat) -> list[RowsOfPeers]:
+def _rows_of_peers(setup: Setup, kv: KVFormat) -> list[RowsOfAll]:
     """The same where ranks read each other's memory; else none."""
     shape = setup.meta.rows, kv.heads, kv.width
     found = [setup.transport.rows_of_all(shape, kv.dtype, kv.device, kv.fill_missing_) for _ in range(setup.problem.overlap)]
     return [rows for rows in found if rows is not None]
 
 
-def keys_in_order(setup: Setup, kv: KVFormat, travels: Traveling) -> tuple[Sequence[RowsInOrder], InOrder | OwnInOrder | OwnInPlace]:
+def keys_in_order(
+    setup: Setup, kv: KVFormat, travels: Traveling
+) -> tuple[Sequence[SentRows], InOrder | LateInOrder | OwnInOrder | OwnInPlace]:
     """What is brought of each group of KV heads, and what is attended to of it. Others' rows come late where they can, and where what is
     attended to is one group in one launch."""
     problem, meta = setup.problem, setup.meta
     order = key_order(meta, setup.reads_prefix)
     peers = _rows_of_peers(setup, kv) if travels.what != "nothing" else []
-    if peers and setup.waits_for_keys and problem.overlap == 1 and not order.new_are_own:
-        ordered = OrderedKeys.of(setup, kv)
-        late = LateRowsOfPeers.of(setup, peers[0], ordered.memory)
-        return [late], InOrder(ordered, late.late.source, late.arrivals)
+    if peers and setup.waits_for_keys and problem.overlap == 1:
+        # All ranks do the same: what one posts the others read.
+        late = LateKeys.of(setup, kv)
+        if late is not None:
+            return [late], LateInOrder.of(setup, late)
     rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
     if order.are_own:
         return rows, OwnInPlace.of(setup)

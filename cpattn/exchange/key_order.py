@@ -59,6 +59,33 @@ class RequestRows(NamedTuple):
         return self.begins + self.put
 
 
+class RowsOfRanks(NamedTuple):
+    """Of all ranks at once, so that each knows where the others' rows are.
+
+    Attributes:
+        new_starts: where each request's first new key is; int64 ``[cp_size, num_requests]``.
+        most: rows of the rank that has the most.
+    """
+
+    new_starts: IntArray
+    most: int
+
+    @classmethod
+    def of(cls, meta: CPMetadata, in_place: bool) -> RowsOfRanks:
+        """See :meth:`RequestRows.of`."""
+        plan: Layout = meta.plan
+        if meta.bucket is not None:
+            # The same on all ranks.
+            return cls(RequestRows.of(meta, in_place).new_starts[None].repeat(plan.cp_size, axis=0), meta.whole_rows)
+        request, start, length, rank = plan.chunk_table
+        new = np.zeros((plan.cp_size, len(plan.batch)), dtype=np.int64)
+        np.maximum.at(new, (rank, request), start + length)
+        prefix = plan.prefix_lens * (new > 0)
+        put = prefix - prefix // PREFIX_UNIT * PREFIX_UNIT * in_place
+        ends = (put + new).cumsum(axis=1)
+        return cls(ends - new, int(ends[:, -1:].max(initial=0)))
+
+
 class KeyOrder(NamedTuple):
     """What the keys of one rank's metadata are put in order by. Index tensors are int32 on its device; a negative entry stands for a
     row that has no place.

@@ -3,7 +3,8 @@ backend reads where they lie stay there."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,18 +14,22 @@ from cpattn.exchange.keys_at_hand import OwnKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup
-from cpattn.keys import Arrivals, Keys, PrefixKeys
+from cpattn.keys import Keys, PrefixKeys
 from cpattn.kv_cache import PackedKV
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
-from cpattn.transports.rows_of_all import RowsInOrder
+from cpattn.transports.rows_of_all import RowsInOrder, SentRows
 
 
 class OrderedKeys(NamedTuple):
     """Memory for the keys of one group of heads, and where they go in it. The attention of a group has read them before the next
-    group's take their place."""
+    group's take their place.
 
-    memory: Message
+    Attributes:
+        memory: gives it.
+    """
+
+    memory: Callable[[], Message]
     order: KeyOrder
     spans: Spans
     moves: Moves
@@ -32,8 +37,13 @@ class OrderedKeys(NamedTuple):
     @classmethod
     def of(cls, setup: Setup, kv: KVFormat) -> OrderedKeys:
         """Of what this rank's queries see; ``kv`` is of one group of heads."""
+        message = message_buffer(setup.transport.arena, "ordered", kv, key_order(setup.meta, setup.reads_prefix).rows)
+        return cls.within(setup, lambda: message)
+
+    @classmethod
+    def within(cls, setup: Setup, memory: Callable[[], Message]) -> OrderedKeys:
+        """The same in memory that is there, of as many rows or more."""
         order = key_order(setup.meta, setup.reads_prefix)
-        memory = message_buffer(setup.transport.arena, "ordered", kv, order.rows)
         return cls(memory, order, spans_in_order(setup.meta, setup.reads_prefix), moves_for(setup.problem.device))
 
     def put_prefix(self, io: IO, heads: slice | None) -> None:
@@ -41,13 +51,11 @@ class OrderedKeys(NamedTuple):
         cache, places = io.cache, self.order.prefix_places
         assert isinstance(cache, PackedKV)
         assert places is not None  # or there is nothing to put
-        self.moves.pack(self.memory.whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
+        self.moves.pack(self.memory().whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
 
-    def keys(self, io: IO, heads: slice | None, arrivals: Arrivals | None = None) -> Keys:
+    def keys(self, io: IO, heads: slice | None) -> Keys:
         """What lies there, and what is read where it lies."""
-        keys, kept = self.memory.keys, self.order.kept
-        if arrivals is not None:
-            keys = keys._replace(arrivals=arrivals)
+        keys, kept = self.memory().keys, self.order.kept
         if kept is None:
             return keys
         cache = io.cache
@@ -62,22 +70,21 @@ class InOrder(NamedTuple):
 
     Attributes:
         source: the row of each new token that has a place among those that arrive; negative for a row of zeros.
-        arrivals: what the attention waits for; None where all is there.
     """
 
     ordered: OrderedKeys
     source: Tensor
-    arrivals: Arrivals | None = None
 
     @property
     def spans(self) -> Spans:
         """This rank's queries over the keys in order."""
         return self.ordered.spans
 
-    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order."""
-        arrived.gather(self.ordered.memory.whole, self.source, self.ordered.order.new_places)
-        return self.ordered.keys(io, heads, self.arrivals)
+        # What is not in order as it comes can be put so.
+        cast("RowsInOrder", arrived).gather(self.ordered.memory().whole, self.source, self.ordered.order.new_places)
+        return self.ordered.keys(io, heads)
 
 
 class OwnInOrder(NamedTuple):
@@ -91,10 +98,10 @@ class OwnInOrder(NamedTuple):
         """This rank's queries over the keys in order."""
         return self.ordered.spans
 
-    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order; nothing of what may have arrived is looked at."""
         moves, places = self.ordered.moves, self.ordered.order.new_places
-        moves.pack(self.ordered.memory.whole, heads_of(io.k, heads), heads_of(io.v, heads), self.num_tokens, places)
+        moves.pack(self.ordered.memory().whole, heads_of(io.k, heads), heads_of(io.v, heads), self.num_tokens, places)
         return self.ordered.keys(io, heads)
 
 
@@ -108,7 +115,7 @@ class OwnInPlace(NamedTuple):
     def of(cls, setup: Setup) -> OwnInPlace:
         return cls(OwnKeys.of(setup), spans_in_order(setup.meta, setup.reads_prefix))
 
-    def keys(self, io: IO, arrived: RowsInOrder, heads: slice | None) -> Keys:
+    def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """As they are; nothing of what may have arrived is looked at."""
         keys = self.own.keys(io)
         return keys._replace(k=heads_of(keys.k, heads), v=heads_of(keys.v, heads))

@@ -6,9 +6,11 @@ word READY of every other rank's heap once the message lies there, with its SIZE
 rank's heap once it has read theirs. So nobody reads a message too early, and nobody writes over one that is still being read.
 The counts are on the device, and so a CUDA graph replays all of it. They wrap around: what counts is their difference.
 
-Whoever waits is one warp, in a kernel before the one that moves the message: what it finds is a word that all programs of the
-next kernel read alike, and one multiprocessor waits instead of all. A wait ends after a time that lies in memory, too. It then
-writes into the word FAULT of every rank who did not come, and from there on no wait of the group waits any more.
+Every program that moves a part of a message waits by itself. It waits for kernels alone that stand before its own in the streams of
+all ranks, and so for none that needs its multiprocessor; and kernels that wait leave room on each multiprocessor, or most of them
+free, for those of other groups. A wait ends after a time that lies in memory, too. It then writes into the word FAULT of every rank
+who did not come, and from there on no wait of the group waits any more. Some programs of a launch may find a fault that others have
+not met: each part is then right or NaN.
 
 Suffixes: W ranks, padded to a power of two; F flags that are waited for.
 """
@@ -27,8 +29,7 @@ _LIMIT = tl.constexpr(peer_layout.LIMIT)
 _POSTS = tl.constexpr(peer_layout.POSTS)
 _POSTED = tl.constexpr(peer_layout.POSTED)
 _PULLED = tl.constexpr(peer_layout.PULLED)
-_MAY_POST = tl.constexpr(peer_layout.MAY_POST)
-_MAY_PULL = tl.constexpr(peer_layout.MAY_PULL)
+_MAY_COPY = tl.constexpr(peer_layout.MAY_COPY)
 _READY = tl.constexpr(peer_layout.READY)
 _OTHER_MESSAGE = tl.constexpr(peer_layout.OTHER_MESSAGE)
 
@@ -69,35 +70,46 @@ def _tell_fault(table, fault, WORLD: tl.constexpr):
 
 
 @triton.jit
+def _any(found):
+    """Whether any thread of the program has found so. What several warps read of memory that changes need not be the same, and where
+    it decides what they do next they have to agree."""
+    found = tl.inline_asm_elementwise(
+        "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q; }",
+        "=r,r", [found.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    return found != 0
+
+
+@triton.jit
 def _await(table, heap, flags_F, wants_F, rank_F, is_waited_F, WORLD: tl.constexpr):
     """Waits until each flag has come to what is wanted, the time is over, or the group has a fault; each flag is a rank's."""
     # The loop carries no tensor: Triton 3.6 cannot compile one that does.
     behind = tl.min(_behind(flags_F, wants_F, is_waited_F), 0)
     fault = tl.load(heap + _FAULT, volatile=True)
     begin = _now()
-    while (behind < 0) & (fault == 0):
+    while _any((behind < 0) & (fault == 0)):
         behind_F = _behind(flags_F, wants_F, is_waited_F)
         behind = tl.min(behind_F, 0)
         fault = tl.load(heap + _FAULT, volatile=True)
         limit = tl.load(heap + _LIMIT, volatile=True).to(tl.int64) * 1000000
-        if (behind < 0) & (fault == 0) & (_now() - begin > limit):
+        if _any((behind < 0) & (fault == 0) & (_now() - begin > limit)):
             fault = tl.max(tl.where(behind_F < 0, 1 + rank_F, 0), 0)
             _tell_fault(table, fault, WORLD)
 
 
 @triton.jit
-def _end_wait(table, heap, verdict, WORLD: tl.constexpr):
-    """Writes down for the next kernel whether it may go on, and for the host what is wrong."""
+def _found_no_fault(table, heap, WORLD: tl.constexpr):
+    """Whether there is none, after a wait; the host is told of one."""
     fault = tl.load(heap + _FAULT, volatile=True)
     if fault != 0:
         tl.store(tl.load(table + WORLD).to(tl.pointer_type(tl.int32)), fault)
-    tl.store(verdict, (fault == 0).to(tl.int32))
+    return _any(fault != 0) == 0
 
 
 @triton.jit
 def await_readers(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
     """Waits until all have read what this rank has posted before: on this board, or, as a call begins, on all of them, since
-    boards lie elsewhere in another call."""
+    boards lie elsewhere in another call. This rank's heap, and whether it may be written."""
     heap = heap_of(table, rank)
     if FIRST:
         flag_F = tl.arange(0, BOARDS * WORLD_PADDED)
@@ -109,13 +121,13 @@ def await_readers(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, 
     read_F = heap + _READY + BOARDS * WORLD + board_F * WORLD + reader_F
     posts_F = tl.load(heap + _POSTS + board_F)
     _await(table, heap, read_F, posts_F, reader_F, reader_F < WORLD, WORLD)
-    _end_wait(table, heap, heap + _MAY_POST + board, WORLD)
+    return heap, _found_no_fault(table, heap, WORLD)
 
 
 @triton.jit
 def await_messages(table, rank, board, size, first, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
     """Waits for the messages of ``many`` ranks from ``first`` on, around the ring. One of another size than this rank's is a fault: its
-    rank makes another call."""
+    rank makes another call. This rank's heap, and whether the messages lie there."""
     heap = heap_of(table, rank)
     rank_W = tl.arange(0, WORLD_PADDED)
     posts = tl.load(heap + _POSTS + board)
@@ -124,23 +136,22 @@ def await_messages(table, rank, board, size, first, many, WORLD: tl.constexpr, W
     _await(table, heap, flags_W, posts + rank_W * 0, rank_W, is_waited_W, WORLD)
     sizes_W = tl.load(flags_W + 2 * BOARDS * WORLD, mask=is_waited_W, other=size, volatile=True)
     other = tl.max(tl.where(sizes_W != size, 1 + rank_W, 0), 0)
-    if (other > 0) & (tl.load(heap + _FAULT, volatile=True) == 0):
-        _tell_fault(table, other + (_OTHER_MESSAGE - 1), WORLD)
-    _end_wait(table, heap, heap + _MAY_PULL + board, WORLD)
+    if _any((other > 0) & (tl.load(heap + _FAULT, volatile=True) == 0)):
+        _tell_fault(table, tl.where(other > 0, other + (_OTHER_MESSAGE - 1), 0), WORLD)
+    return heap, _found_no_fault(table, heap, WORLD)
 
 
 @triton.jit
-def may_post(table, rank, board):
-    """This rank's heap, and whether the wait before found that it may be written."""
-    heap = heap_of(table, rank)
-    return heap, tl.load(heap + _MAY_POST + board) != 0
+def let_copy(heap, board, is_there):
+    """Writes down for who ends a copy whether the message was there as it began."""
+    tl.store(heap + _MAY_COPY + board, is_there.to(tl.int32))
 
 
 @triton.jit
-def may_pull(table, rank, board):
-    """This rank's heap, and whether the wait before found that the messages lie there."""
+def may_copy(table, rank, board):
+    """This rank's heap, and what was written down before a copy began."""
     heap = heap_of(table, rank)
-    return heap, tl.load(heap + _MAY_PULL + board) != 0
+    return heap, tl.load(heap + _MAY_COPY + board) != 0
 
 
 @triton.jit
@@ -155,10 +166,10 @@ def _is_last(counter):
 
 
 @triton.jit
-def end_post(table, heap, rank, board, size, is_written, WORLD: tl.constexpr):
-    """Has the last program tell all ranks that the message lies there, and of which size it is."""
+def end_post(table, heap, rank, board, size, WORLD: tl.constexpr):
+    """Has the last program tell all ranks that the message lies there, and of which size it is; but for a group with a fault."""
     is_last = _is_last(heap + _POSTED + board)
-    if is_last & is_written:
+    if is_last & _found_no_fault(table, heap, WORLD):
         posts = tl.load(heap + _POSTS + board) + 1
         tl.store(heap + _POSTS + board, posts)
         for reader in tl.static_range(WORLD):

@@ -15,10 +15,9 @@ LIMIT = 1
 POSTS = 16
 POSTED = POSTS + BOARDS
 PULLED = POSTED + BOARDS
-MAY_POST = PULLED + BOARDS
-MAY_PULL = MAY_POST + BOARDS
+MAY_COPY = PULLED + BOARDS
 # One for each board and rank: READY, then READ, then SIZE, each BOARDS * ranks words.
-READY = MAY_PULL + BOARDS
+READY = MAY_COPY + BOARDS
 WORDS = READY + 3 * BOARDS * MOST_RANKS
 
 # A fault is 1 + the rank that did not come, or this + the rank that has posted another message than was expected.

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from cpattn.kernels.arrivals import all_flag, announce, let_next_begin, piece_flag
 from cpattn.kernels.move_pages import slots_of
-from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, may_post, may_pull
+from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, let_copy, may_copy
 
 
 @triton.jit
@@ -23,44 +23,33 @@ def _at(table, rank, offset, like, WIDE: tl.constexpr = True):
     return tl.multiple_of(pointer, 16) if WIDE else pointer
 
 
-@triton.jit(do_not_specialize=["rank", "board"])
-def await_readers_kernel(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
-    """One warp, before a post."""
-    await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
-
-
 @triton.jit(do_not_specialize=["rank", "board", "size", "first_rank", "many"])
 def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
-    """One warp, before a pull or a copy."""
-    await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
+    """One warp, before a copy."""
+    heap, is_there = await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
+    let_copy(heap, board, is_there)
 
 
 @triton.jit
-def _post_columns(
-    to_R, too_R, from_R, is_row_R, is_token_R, is_too_R, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOO: tl.constexpr
-):  # fmt: skip
-    """DIM columns from the pointers ``to_R`` on: the source's on tokens, 0 on padding, which is not read. With TOO also those of
-    tokens from ``too_R`` on."""
+def _post_columns(to_R, from_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
+    """DIM columns from the pointers ``to_R`` on: the source's on tokens, 0 on padding, which is not read."""
     column_1D = tl.arange(0, DIM_PADDED)[None, :]
     values_RD = tl.load(from_R[:, None] + column_1D, mask=is_token_R[:, None] & (column_1D < DIM), other=0)
     tl.store(to_R[:, None] + column_1D, values_RD, mask=is_row_R[:, None] & (column_1D < DIM))
-    if TOO:
-        tl.store(too_R[:, None] + column_1D, values_RD, mask=is_too_R[:, None] & (column_1D < DIM))
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "num_tokens"])
 def post_rows_kernel(
-    table, k, v, ordered, own_rows, flags, rank, board, offset, size, num_rows, num_tokens,
+    table, k, v, places, flags, rank, board, offset, size, num_rows, num_tokens,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT_ON_DEVICE: tl.constexpr, ORDERED: tl.constexpr, WORLD: tl.constexpr,
+    COUNT_ON_DEVICE: tl.constexpr, PLACES: tl.constexpr, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
     """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K.
 
-    With ORDERED row i also goes to row ``own_rows[i]`` of ``ordered``, of the same layout, and none for a negative one; and a new
-    round of arrivals begins.
+    With PLACES row i goes to row ``places[i]``, and none for a negative one; and a new round of arrivals begins.
     """
-    heap, can_write = may_post(table, rank, board)
+    heap, can_write = await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
     if COUNT_ON_DEVICE:
         num_tokens = tl.load(num_tokens)
     message = _at(table, rank, offset, k)
@@ -70,32 +59,32 @@ def post_rows_kernel(
         head_R = pair_R % HEADS
         is_row_R = row_R < tl.where(can_write, num_rows, 0)
         is_token_R = row_R < num_tokens
-        to_R = message + pair_R * (D + DV)
-        own_R = row_R
-        if ORDERED:
-            own_R = tl.load(own_rows + row_R, mask=row_R < num_rows, other=-1).to(tl.int64)
-        too_R = ordered + (own_R * HEADS + head_R) * (D + DV)
+        to_R = row_R
+        if PLACES:
+            to_R = tl.load(places + row_R, mask=is_row_R, other=-1).to(tl.int64)
+            is_row_R = to_R >= 0
+        to_R = message + (to_R * HEADS + head_R) * (D + DV)
         from_R = k + (row_R * k_stride_row + head_R * k_stride_head)
-        _post_columns(to_R, too_R, from_R, is_row_R, is_token_R, own_R >= 0, D, D_PADDED, ORDERED)
+        _post_columns(to_R, from_R, is_row_R, is_token_R, D, D_PADDED)
         if DV:
             from_R = v + (row_R * v_stride_row + head_R * v_stride_head)
-            _post_columns(to_R + D, too_R + D, from_R, is_row_R, is_token_R, own_R >= 0, DV, DV_PADDED, ORDERED)
-    if ORDERED:  # noqa: SIM102, as this one is for the compiler
+            _post_columns(to_R + D, from_R, is_row_R, is_token_R, DV, DV_PADDED)
+    if PLACES:  # noqa: SIM102, as this one is for the compiler
         if tl.program_id(0) == 0:
             # Nobody reads it in this launch.
             tl.store(flags, tl.load(flags) + 1)
-    end_post(table, heap, rank, board, size, can_write, WORLD)
+    end_post(table, heap, rank, board, size, WORLD)
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "rows_of_rank"])
 def pull_rows_kernel(
-    table, out, index, slots, rank, board, offset, num_rows, rows_of_rank, out_stride,
+    table, out, index, slots, rank, board, offset, size, num_rows, rows_of_rank, out_stride,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, SLOTS: tl.constexpr,
-    WORLD: tl.constexpr,
+    WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = gathered[index[i]]`` or ``out[slots[i]] = gathered[index[i]]``, where ``gathered`` are all ranks' rows, rank after
     rank, of WIDTH words; zeros for a negative index. Strides are in units of UNIT words."""
-    heap, is_there = may_pull(table, rank, board)
+    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
     word_1W = tl.arange(0, BLOCK_W)[None, :]
     for first in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
         row_R = first + tl.arange(0, BLOCK_R)
@@ -141,21 +130,25 @@ def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constex
     return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "out_stride"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows"])
 def pull_pieces_kernel(
-    table, out, source, order, flags, rank, board, offset, num_rows, rows_of_rank, out_stride,
+    table, like, source, order, flags, rank, board, offset, size, num_rows,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, TOGETHER: tl.constexpr, WORLD: tl.constexpr,
+    WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Pieces of PIECE rows, as many as ``order`` begins with, in the order that follows: row i of ``out`` is row ``source[i]`` of all
-    ranks' rows, rank after rank; none for -1. Each piece is announced once it is there, to a kernel that runs beside this one: it
-    begins when all programs of this one have begun, and so are certain to end.
+    """Pieces of PIECE rows of this rank's message, as many as ``order`` begins with, in the order that follows: row i is row
+    ``source[i]`` of all ranks' messages of ``num_rows`` rows, rank after rank; none for -1. ``like`` is of the words that are moved.
+    Each piece is announced once it is there, to a kernel that runs beside this one: it begins when all programs of this one know that
+    the messages lie there, and so are certain to end.
 
     While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
     programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that is
     under way: between two H100 announcing each one took as long as bringing it.
     """
     PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
-    heap, is_there = may_pull(table, rank, board)
+    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
+    out = _at(table, rank, offset, like)
+    row_units = WIDTH // UNIT
     if is_there:
         let_next_begin()
     else:
@@ -164,8 +157,8 @@ def pull_pieces_kernel(
         for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
             for part in tl.static_range(PARTS):
                 word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
-                to_W = out + (tl.cast(row, tl.int64) * out_stride) * UNIT + word_W
-                tl.store(to_W, tl.full([BLOCK_W], -1, out.dtype.element_ty), mask=word_W < WIDTH)
+                to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
+                tl.store(to_W, tl.full([BLOCK_W], -1, like.dtype.element_ty), mask=word_W < WIDTH)
     turn = tl.load(flags)
     num_pieces = tl.load(order)
     order += 1
@@ -173,20 +166,20 @@ def pull_pieces_kernel(
     next_piece = _pieces(order, 1, num_pieces)
     from_R = _sources_of(source, piece, PIECE)
     next_from_R = _sources_of(source, next_piece, PIECE)
-    values_RW = _load_part(table, out, from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+    values_RW = _load_part(table, out, from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
     steps = tl.cdiv(num_pieces - tl.program_id(0), tl.num_programs(0))
     for first_step in range(0, steps, TOGETHER):
         group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces)
         for i in tl.static_range(TOGETHER):
             last_piece = _pieces(order, first_step + i + 2, num_pieces)
             row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
-            to_R = out + (row_R * out_stride) * UNIT
+            to_R = out + (row_R * row_units) * UNIT
             is_row_R = from_R >= 0
             for part in tl.static_range(PARTS):
                 if part + 1 < PARTS:
-                    next_RW = _load_part(table, out, from_R, part + 1, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+                    next_RW = _load_part(table, out, from_R, part + 1, offset, num_rows, WIDTH, UNIT, BLOCK_W)
                 else:
-                    next_RW = _load_part(table, out, next_from_R, 0, offset, rows_of_rank, WIDTH, UNIT, BLOCK_W)
+                    next_RW = _load_part(table, out, next_from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
                 word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
                 tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
                 values_RW = next_RW
@@ -199,16 +192,16 @@ def pull_pieces_kernel(
     announce(all_flag(flags), turn, end_pull(table, heap, rank, board, WORLD))
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "rows_of_rank", "page_size"])
 def pull_pages_kernel(
-    table, k_pages, v_pages, page_table, request, position, rank, board, offset, num_rows, rows_of_rank,
+    table, k_pages, v_pages, page_table, request, position, rank, board, offset, size, num_rows, rows_of_rank,
     page_size, table_stride_request, table_stride_page,
     k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    TABLE: tl.constexpr, WORLD: tl.constexpr,
+    TABLE: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Row i of all ranks' messages ``[rows_of_rank, HEADS, D + DV]``, rank after rank, into its slot; none for a negative position."""
-    heap, is_there = may_pull(table, rank, board)
+    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
     for first in range(tl.program_id(0) * BLOCK_R, num_rows * HEADS, tl.num_programs(0) * BLOCK_R):
         pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         row_R = pair_R // HEADS
@@ -239,25 +232,27 @@ def _pull_columns(to_R, from_R, is_row_R, is_there, DIM: tl.constexpr, DIM_PADDE
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_units"])
 def post_words_kernel(
-    table, x, rank, board, offset, size, num_units, UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+    table, x, rank, board, offset, size, num_units,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
     """A message as it is, in units of UNIT words, from which the compiler sees how wide its accesses may be."""
-    heap, can_write = may_post(table, rank, board)
+    heap, can_write = await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
     message = _at(table, rank, offset, x)
     num_words = tl.where(can_write, num_units, 0) * UNIT
     for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK_W), tl.num_programs(0)):
         word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)
         tl.store(message + word_W, tl.load(x + word_W, mask=word_W < num_words), mask=word_W < num_words)
-    end_post(table, heap, rank, board, size, can_write, WORLD)
+    end_post(table, heap, rank, board, size, WORLD)
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_units", "first_rank", "many"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_units", "first_rank", "many"])
 def pull_words_kernel(
-    table, out, rank, board, offset, num_units, first_rank, many, UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+    table, out, rank, board, offset, size, num_units, first_rank, many,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
 ):  # fmt: skip
     """``num_units`` units of UNIT words, ``offset`` bytes behind the beginning of each of ``many`` ranks' heaps, from ``first_rank``
     on around the ring; where there are several, ``out`` has a part for each rank."""
-    heap, is_there = may_pull(table, rank, board)
+    heap, is_there = await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
     num_words = num_units * UNIT
     blocks = tl.cdiv(num_words, BLOCK_W)
     for block in range(tl.program_id(0), blocks * many, tl.num_programs(0)):
@@ -275,7 +270,7 @@ def pull_words_kernel(
 @triton.jit(do_not_specialize=["rank", "board", "num_words"])
 def end_copy_kernel(table, out, rank, board, num_words, BLOCK_W: tl.constexpr, WORLD: tl.constexpr):
     """One program, after a message was copied: NaN in its place where the group has a fault; and the message has been read."""
-    heap, is_there = may_pull(table, rank, board)
+    heap, is_there = may_copy(table, rank, board)
     if not is_there:
         for block in range(tl.cdiv(num_words, BLOCK_W)):
             word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)

@@ -19,6 +19,8 @@ from torch import Tensor
 from cpattn.kernels.available import has_kernels
 from cpattn.kernels.cuda_driver import has_peer_atomics
 from cpattn.kernels.peer_layout import FAULT, LIMIT, MOST_RANKS
+from cpattn.memo import Memo
+from cpattn.transports.posted import OwnMemory
 
 # Of torch: multicast is not used here, and to set it up has put GPUs out of service. Others in this process may want it.
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
@@ -89,6 +91,7 @@ class PeerHeap:
         """Collective: ``memory`` is of :func:`allocate`, as large on every rank."""
         self.capacity = memory.numel()
         self._memory = memory.zero_()
+        self._places: Memo[tuple[int, int], OwnMemory] = Memo(64)
         self.set_limit(limit)
         # The others write to it once they know where it lies.
         torch.cuda.synchronize(memory.device)
@@ -112,6 +115,11 @@ class PeerHeap:
     def message_of(self, rank: int, offset: int, nbytes: int) -> Tensor:
         """Bytes ``[1, nbytes]`` of another rank's heap."""
         return self._peers[rank].narrow(1, offset, nbytes)
+
+    def own_memory(self, offset: int, nbytes: int) -> OwnMemory:
+        """Bytes of this rank's."""
+        found = self._places.get((offset, nbytes))
+        return self._places.keep((offset, nbytes), OwnMemory(self._memory[offset : offset + nbytes])) if found is None else found
 
     @property
     def fault(self) -> int:

@@ -17,10 +17,11 @@ from torch import Tensor
 from cpattn.current import is_capturing
 from cpattn.errors import GroupError, OptionError, UnsupportedError, in_a_line
 from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
+from cpattn.moves.late_rows import LateRows
 from cpattn.transports.peer_heap import Machine, PeerHeap, allocate, why_not_shared
-from cpattn.transports.posted import Posted
+from cpattn.transports.posted import OwnMemory, Posted
 from cpattn.transports.process_group import ProcessGroupTransport
-from cpattn.transports.rows_of_all import RowsOfPeers
+from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
 
@@ -238,7 +239,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfPeers | None:
+    ) -> RowsOfAll | None:
         """See :meth:`Transport.rows_of_all`."""
         nbytes = math.prod(shape) * dtype.itemsize
         if not self._takes(nbytes):
@@ -246,6 +247,21 @@ class PeerMemoryTransport(ProcessGroupTransport):
         from cpattn.transports.peer_rows import PeerRows
 
         return PeerRows(Posted(nbytes), nbytes * (self.size - 1), shape, dtype, device, fill_missing)
+
+    def late_rows(self, rows: int, like: Tensor, late: LateRows, fill_missing: Callable[[Tensor], None]) -> LateRowsOfPeers | None:
+        """See :meth:`Transport.late_rows`."""
+        if not self._takes(rows * like.nbytes) or rows * like.nbytes > _MOST_BYTES:
+            return None
+        from cpattn.transports.peer_rows import PeerRowsInOrder
+
+        # What is read of it the strategy knows.
+        return PeerRowsInOrder(Posted(rows * like.nbytes), 0, like, fill_missing, late)
+
+    def own_memory(self, message: Posted) -> OwnMemory:
+        """Where it lies in the call that is under way."""
+        assert self._heap is not None
+        assert message.board is not None  # it was placed as the call began
+        return self._heap.own_memory(message.board.offset, message.nbytes)
 
     def _takes(self, nbytes: int) -> bool:
         """Whether a message of that size goes through shared memory, as far as can be said before it has a place."""

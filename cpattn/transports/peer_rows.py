@@ -9,12 +9,57 @@ from torch import Tensor
 
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages, post_rows, pull_pages, pull_pieces, pull_rows
-from cpattn.transports.posted import Posted, Poster
+from cpattn.transports.posted import OwnMemory, Posted, Poster
 from cpattn.transports.transfer import Transfer, Work
 
 
-class PeerRows:
-    """:class:`cpattn.transports.rows_of_all.RowsOfPeers` of messages ``[rows, Hkv, width]`` that are posted.
+class _PostedRows:
+    """What this rank posts of K and V."""
+
+    def __init__(
+        self,
+        message: Posted,
+        nbytes: int,
+        rows: int,
+        like: Tensor,
+        fill_missing: Callable[[Tensor], None],
+        late: LateRows | None = None,
+    ) -> None:
+        """``like``: of a row; ``nbytes``: that count as sent. For the others see :class:`PeerRows` and :class:`PeerRowsInOrder`."""
+        self._message = message
+        self._rows = rows
+        self._like = like
+        self._fill_missing = fill_missing
+        self._late = late
+        self._given: tuple[Tensor, Tensor | None, int | Tensor] | None = None
+        self.transfer = Transfer(_post, nbytes, (self,), self._forget, posted=message)
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self._given = k, v, num_tokens
+
+    def _board(self) -> Board:
+        assert self._message.board is not None  # it was placed as the call began
+        return self._message.board
+
+    def _forget(self) -> None:
+        self._given = None
+
+    def post(self, transport: Poster) -> Work:
+        """Posts what was put, or, if that is nothing, what stands for it."""
+        board, is_first = transport.begin_post(self._message)
+        given, self._given = self._given, None
+        with transport.on_device():
+            if given is None:
+                # One row for all: a rank may be here since it has no memory.
+                missing = torch.empty_like(self._like)
+                self._fill_missing(missing)
+                given = missing.expand(self._rows, -1, -1), None, self._rows
+            post_rows(board, self._rows, *given, self._late, first=is_first)
+        return Work(_nothing)
+
+
+class PeerRows(_PostedRows):
+    """:class:`cpattn.transports.rows_of_all.RowsOfAll` of messages ``[rows, Hkv, width]`` that are posted.
 
     Args:
         message: that this rank posts; nbytes: that count as sent for it.
@@ -30,53 +75,49 @@ class PeerRows:
         device: torch.device,
         fill_missing: Callable[[Tensor], None],
     ) -> None:
-        self._message = message
-        self._shape = shape
-        self._like = torch.empty(0, dtype=dtype, device=device)
-        self._fill_missing = fill_missing
-        self._given: tuple[Tensor, Tensor | None, int | Tensor, LateRows | None] | None = None
-        self.transfer = Transfer(_post, nbytes, (self,), self._forget, posted=message)
-
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
-        self._given = k, v, num_tokens, late
+        super().__init__(message, nbytes, shape[0], torch.empty(1, *shape[1:], dtype=dtype, device=device), fill_missing)
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
-        pull_rows(self._board(), self._shape[0], out, index, slots)
+        pull_rows(self._board(), self._rows, out, index, slots)
         self._message.is_pulled = True
 
     def write_pages(
         self, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor
     ) -> None:
-        pull_pages(self._board(), self._shape[0], Pages(k_pages, v_pages, page_table, request, position))
+        pull_pages(self._board(), self._rows, Pages(k_pages, v_pages, page_table, request, position))
         self._message.is_pulled = True
 
-    def bring(self, late: LateRows) -> None:
-        pull_pieces(self._board(), self._shape[0], late)
-        self._message.is_pulled = True
 
-    def _board(self) -> Board:
-        assert self._message.board is not None  # it was placed as the call began
-        return self._message.board
+class PeerRowsInOrder(_PostedRows):
+    """:class:`cpattn.transports.rows_of_all.LateRowsOfPeers`.
 
-    def _forget(self) -> None:
-        self._given = None
+    Args:
+        late: where rows go.
+        like: ``[1, Hkv, width]``. For the others see :class:`PeerRows`.
+    """
+
+    def __init__(self, message: Posted, nbytes: int, like: Tensor, fill_missing: Callable[[Tensor], None], late: LateRows) -> None:
+        super().__init__(message, nbytes, late.own_rows.shape[0], like, fill_missing, late)
+        self._held: OwnMemory | None = None
+
+    @property
+    def memory(self) -> OwnMemory:
+        assert self._held is not None  # this rank has posted
+        return self._held
 
     def post(self, transport: Poster) -> Work:
-        """Posts what was put, or, if that is nothing, what stands for it."""
-        board, is_first = transport.begin_post(self._message)
-        given, self._given = self._given, None
-        rows, heads, width = self._shape
-        with transport.on_device():
-            if given is None:
-                # One row for all: a rank may be here since it has no memory.
-                missing = self._like.new_empty(1, heads, width)
-                self._fill_missing(missing)
-                given = missing.expand(self._shape), None, rows, None
-            post_rows(board, rows, *given, first=is_first)
-        return Work(_nothing)
+        """See :class:`PeerRows`."""
+        work = super().post(transport)
+        self._held = transport.own_memory(self._message)
+        return work
+
+    def bring(self, message: Tensor) -> None:
+        assert self._late is not None
+        pull_pieces(self._board(), message, self._late)
+        self._message.is_pulled, self._held = True, None
 
 
-def _post(transport: Poster, rows: PeerRows) -> Work:
+def _post(transport: Poster, rows: _PostedRows) -> Work:
     return rows.post(transport)
 
 

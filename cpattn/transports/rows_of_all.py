@@ -10,13 +10,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cpattn.moves.late_rows import LateRows
+from cpattn.transports.posted import OwnMemory
 from cpattn.transports.transfer import Transfer
 
 
-class RowsInOrder(Protocol):
-    """One call's use: ``put``, then start the transfer and wait for it, then ``gather``, once: after it the other ranks may write
-    over what was read."""
+class SentRows(Protocol):
+    """One call's use: ``put``, then start the transfer and wait for it."""
 
     @property
     def transfer(self) -> Transfer | None:
@@ -24,6 +23,10 @@ class RowsInOrder(Protocol):
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         """Says what this rank sends, as :meth:`cpattn.moves.moves.Moves.pack`. K and V stay as they are until the transfer has begun."""
+
+
+class RowsInOrder(SentRows, Protocol):
+    """Then ``gather``, once: after it the other ranks may write over what was read."""
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
         """Puts rows in order, as :meth:`cpattn.moves.moves.Moves.gather_rows`."""
@@ -42,13 +45,18 @@ class RowsOfAll(RowsInOrder, Protocol):
         """Writes all ranks' rows, rank after rank, to pages, as :meth:`cpattn.moves.moves.Moves.write_pages`."""
 
 
-class RowsOfPeers(RowsOfAll, Protocol):
-    """Where ranks read each other's memory: the others' can come late as well, which ``put`` is told, and ``bring`` in the place of
-    ``gather`` then does."""
+class LateRowsOfPeers(SentRows, Protocol):
+    """Where ranks read each other's memory, messages whose rows each rank has in an order of its own. This rank's are in their places
+    once the transfer has begun, and the others' come late: while the attention runs that reads them."""
 
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
-        """With ``late`` this rank's rows also go to their places in order, and the others' are not there from then on."""
+    @property
+    def transfer(self) -> Transfer:
+        """That makes this rank's known."""
 
-    def bring(self, late: LateRows) -> None:
-        """Brings the others' rows. A kernel that is launched next, as a dependent, may begin at once, and waits for each piece; any other
-        begins when all are there."""
+    @property
+    def memory(self) -> OwnMemory:
+        """This rank's message, from the beginning of the transfer on until :meth:`bring`."""
+
+    def bring(self, message: Tensor) -> None:
+        """Brings the others' rows to this rank's message, ``[rows, Hkv, width]``. A kernel that is launched next, as a dependent, may
+        begin at once, and waits for each piece; any other begins when all are there."""

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.handles import new_handle
+from cpattn.moves.late_rows import LateRows
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
-from cpattn.transports.rows_of_all import RowsOfPeers
+from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
 from cpattn.transports.transfer import Transfer, Work
 
 # What reduce_scatter adds up.
@@ -98,12 +99,23 @@ class Transport(ABC):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfPeers | None:
+    ) -> RowsOfAll | None:
         """Rows that this rank reads where they lie, in the others' memory; None where it cannot, and they have to be gathered.
 
         Args:
             shape: of each rank's message, ``[rows, heads, width]``.
             fill_missing: writes into a message what stands for rows that a rank could not make.
+        """
+        return None
+
+    def late_rows(self, rows: int, like: Tensor, late: LateRows, fill_missing: Callable[[Tensor], None]) -> LateRowsOfPeers | None:
+        """Messages of so many rows on each rank, which each has in an order of its own, and of which the others' rows come late; None
+        where they cannot.
+
+        Args:
+            like: a row, ``[1, heads, width]``.
+            late: where rows go.
+            fill_missing: as for :meth:`rows_of_all`.
         """
         return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.reference import reference_attention
 from cpattn.exchange.gathered_rows import GatheredRows
-from cpattn.exchange.key_order import RequestRows, key_order
+from cpattn.exchange.key_order import RequestRows, RowsOfRanks, key_order
 from cpattn.exchange.late_keys import late_tables
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.step_spans import spans_in_order
@@ -30,6 +30,7 @@ from cpattn.moves.moves import moves_for
 from cpattn.options import AttentionOptions
 from cpattn.spans import Spans
 from cpattn.testing import run_loopback
+from cpattn.transports.posted import OwnMemory
 from cpattn.transports.transport import Transport
 
 PARTITIONS = ["zigzag", "contiguous", "whole", "uncut"]
@@ -48,12 +49,17 @@ def memory_of(meta: CPMetadata, window: int | None, in_place: bool) -> tuple[np.
         gathered[chunk.rank, first : first + chunk.length] = token(
             chunk.request, plan.prefix_lens[chunk.request] + chunk.start + np.arange(chunk.length)
         )
+    # Each rank's message has its rows in its own order.
+    messages = np.full((plan.cp_size, RowsOfRanks.of(meta, in_place).most), -1)
+    for rank, there in enumerate(gathered):
+        own = late_tables(plan.metadata(rank, bucket=meta.bucket), window, in_place).own_rows.numpy()
+        messages[rank, own[own >= 0]] = there[own >= 0]
     memory, source = np.full(order.rows, -1), tables.source.numpy()
     is_late = np.zeros(order.rows, dtype=bool)
     # What comes lies in the memory.
     assert (source[order.rows :] == -1).all()
     is_late[:] = source[: order.rows] >= 0
-    memory[is_late] = gathered.ravel()[source[: order.rows][is_late]]
+    memory[is_late] = messages.ravel()[source[: order.rows][is_late]]
     own, there = tables.own_rows.numpy(), gathered[meta.cp_rank]
     assert ((own >= 0) == (there >= 0)).all()
     assert (memory[own[own >= 0]] == -1).all()
@@ -151,17 +157,20 @@ def test_prefixes_in_place() -> None:
 
 
 class RowsReadLate(GatheredRows):
-    """:class:`cpattn.transports.rows_of_all.RowsOfPeers`, as far as results go: what a GPU's kernels do with the same tables."""
+    """:class:`cpattn.transports.rows_of_all.LateRowsOfPeers`, as far as results go: what a GPU's kernels do with the same tables."""
 
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None) -> None:
-        super().put(k, v, num_tokens)
-        if late is not None:
-            late.ordered.fill_(torch.nan)
-            moves_for(k.device).pack(late.ordered, k, v, num_tokens, late.own_rows)
+    def __init__(self, transport: Transport, kv: KVFormat, memory: Tensor, late: LateRows) -> None:
+        super().__init__(transport, kv, memory)
+        self._late = late
+        self.memory = OwnMemory(self._own.view(-1).view(torch.uint8))
 
-    def bring(self, late: LateRows) -> None:
-        comes = late.source[: len(late.ordered)] >= 0
-        late.ordered[comes] = self.all.whole[late.source[: len(late.ordered)][comes].long()]
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self._own.fill_(torch.nan)
+        moves_for(k.device).pack(self._own, k, v, num_tokens, self._late.own_rows)
+
+    def bring(self, message: Tensor) -> None:
+        source = self._late.source[: len(message)]
+        message[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
 
 
 def attend_late(
@@ -184,13 +193,16 @@ def attend_late(
     return reference_attention(q, Keys(torch.cat(ks), torch.cat(vs)), copied, options, dtype)
 
 
-def rows_of_all(
-    transport: Transport, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Any
-) -> RowsReadLate:
-    """In the place of :meth:`Transport.rows_of_all`."""
-    rows, heads, width = shape
-    memory = transport.arena.buffer("read", (transport.size * rows, heads, width), dtype, device)
-    return RowsReadLate(transport, KVFormat(heads, width // 2, width // 2, False, dtype, device), memory)
+def late_rows(transport: Transport, rows: int, like: Tensor, late: LateRows, fill_missing: Any) -> RowsReadLate:
+    """In the place of :meth:`Transport.late_rows`."""
+    _, heads, width = like.shape
+    memory = transport.arena.buffer("read", (transport.size * rows, heads, width), like.dtype, like.device)
+    return RowsReadLate(transport, KVFormat(heads, width // 2, width // 2, False, like.dtype, like.device), memory, late)
+
+
+def rows_of_all(transport: Transport, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Any) -> Any:
+    """In the place of :meth:`Transport.rows_of_all`: that there are such."""
+    return object()
 
 
 @pytest.mark.parametrize("bucket", [None, cpattn.Bucket(8, 64, 64)], ids=["exact", "bucket"])
@@ -221,6 +233,7 @@ def test_attention_over_late_keys_and_prefixes_in_place(
 
     expected = run_loopback(lambda group: attend(group, "reference"), 3)
     monkeypatch.setattr(Transport, "rows_of_all", rows_of_all)
+    monkeypatch.setattr(Transport, "late_rows", late_rows)
     for mine, theirs in zip(run_loopback(lambda group: attend(group, backend), 3), expected, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])

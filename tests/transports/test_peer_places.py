@@ -80,7 +80,7 @@ def test_the_words_of_a_heap_do_not_overlap() -> None:
 
     assert words.POSTS >= words.LIMIT + 1
     assert words.READY + 3 * BOARDS * MOST_RANKS == WORDS
-    assert words.READY == words.POSTS + 5 * BOARDS
+    assert words.READY == words.POSTS + 4 * BOARDS
 
 
 @pytest.fixture(scope="module")
