@@ -27,7 +27,7 @@ from cpattn.moves.late_rows import LateRows
 # post they wait, and leave room on each multiprocessor for what other streams run meanwhile.
 _PROGRAMS = 132
 # Of a post, whose programs have four warps.
-_POSTING_PROGRAMS = 396
+_POSTING_PROGRAMS = 264
 # Of a pull beside an attention, which computes on the other multiprocessors. Each has as many threads as a multiprocessor takes, so that
 # few of them have enough bytes on their way.
 _PROGRAMS_BESIDE = 24
