@@ -1,9 +1,12 @@
 """cp_attention over many short requests: cut by zigzag, left whole, and as ``partition="auto"`` has it, beside peers and one GPU.
 
 PYTHONPATH=.:FOLDER python benchmarks/bench_partitions.py [--ranks 2] [--results FOLDER] [--seconds 120]
+PYTHONPATH=. python benchmarks/bench_partitions.py --by-length
+PYTHONPATH=. python benchmarks/bench_partitions.py --by-length --draw
 
 FOLDER is where ring-flash-attn was unpacked, if it is not installed. Each is timed by the strategy, backend and transport that ``auto``
-takes, and over collectives as well. --check tries everything on a CPU over small batches, in seconds.
+takes, and over collectives as well. --by-length times ours alone, over as many tokens in requests of each length; --draw draws what that
+has written. --check tries everything on a CPU over small batches, in seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from peers import ours, ring_flash_attention
 from peers.batches import ragged
 from peers.bench import MOST_LAYERS, WRONG, Bench, Task
-from peers.report import HEADER, MODES, Line, Mode, best, markdown
+from peers.report import HEADER, MODES, Line, Mode, best, markdown, read
 from peers.sglang_form import sglang_form
 from peers.ulysses import ulysses
 from peers.variants import Kind, Variant
@@ -36,6 +39,10 @@ BATCHES = {
 }
 CHECKED_BATCHES = {"ragged": [(0, 40), (0, 8), (0, 64)], "uneven, a prefix": [(3, 17), (0, 9), (30, 6)]}
 PARTITIONS = ("zigzag", "whole", "auto")
+# As many tokens in requests of each length.
+TOKENS = 32768
+LENGTHS = {f"{TOKENS // length} x {length}": length for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)}
+ALL_BATCHES = BATCHES | {name: [(0, length)] * (TOKENS // length) for name, length in LENGTHS.items()}
 
 
 def all_variants(device_type: str) -> dict[str, Variant]:
@@ -65,21 +72,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="at most; long batches get fewer")
-    parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES), metavar="NAME")
+    parser.add_argument("--batches", nargs="+", choices=list(ALL_BATCHES), metavar="NAME")
+    parser.add_argument("--by-length", action="store_true", help="ours alone, over requests of each length")
+    parser.add_argument("--draw", action="store_true", help="only draw the results by length that are there")
     parser.add_argument("--seconds", type=float, default=120, help="after which no further batch is begun")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="on a CPU, over small batches")
     options = parser.parse_args()
+    name = f"partitions_{options.ranks}_gpus" + "_by_length" * options.by_length
     if options.check:
         check(options.ranks)
-    else:
-        measure(options.results / f"partitions_{options.ranks}_gpus", options.ranks, options.batches, options.rounds, options.seconds)
+        return
+    if not options.draw:
+        variants = all_variants("cuda")
+        if options.by_length:
+            variants = {name: made for name, made in variants.items() if made.kind in ("auto", "one GPU")}
+        names = options.batches or list(LENGTHS if options.by_length else BATCHES)
+        measure(options.results / name, options.ranks, names, variants, options.rounds, options.seconds)
+    if options.by_length:
+        draw(options.results / name, options.ranks)
 
 
-def measure(path: Path, num_ranks: int, names: list[str], rounds: int, seconds: float) -> None:
+def measure(path: Path, num_ranks: int, names: list[str], variants: dict[str, Variant], rounds: int, seconds: float) -> None:
     """Times the batches one after another, and writes what is known after each."""
     bench = Bench("cuda", num_ranks, rounds, time.monotonic() + seconds)
-    variants = all_variants("cuda")
     left_out: list[str] = []
     try:
         for i, name in enumerate(names):
@@ -88,7 +104,7 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, seconds: 
                 left_out.append(name)
                 continue
             before = len(bench.lines)
-            bench.measure(Task(name, BATCHES[name], HEADS, variants, left / (len(names) - i) / 2))
+            bench.measure(Task(name, ALL_BATCHES[name], HEADS, variants, left / (len(names) - i) / 2))
             for line in bench.lines[before:]:
                 print(line, flush=True)
             write(path, num_ranks, bench.lines, [*left_out, *names[i + 1 :]])
@@ -96,6 +112,24 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, seconds: 
     finally:
         bench.close()
     print("\n\n".join(summary(bench.lines, mode) for mode in MODES), flush=True)
+
+
+def draw(path: Path, ranks: int) -> None:
+    """Time over the length of requests, as graphs: of each partition, and on one GPU. Needs matplotlib."""
+    from gpu_report import draw_lines
+
+    lines = read(path)
+    curves: dict[str, dict[int, float]] = {}
+    for name, length in LENGTHS.items():
+        times = {partition: [line for line in lines if (line.batch, line.variant) == (name, _name(partition))] for partition in PARTITIONS}
+        for partition, found in times.items():
+            if found and (time_of := found[0].median("graph")) is not None:
+                curves.setdefault(partition, {})[length] = time_of / 1e3
+        alone = best(lines, name, "one GPU", "graph")
+        if alone is not None:
+            curves.setdefault("one GPU", {})[length] = alone[1] / 1e3
+    title = f"A layer's attention over {TOKENS // 1024}k tokens in requests of one length, {ranks} GPUs"
+    draw_lines(path.with_suffix(".png"), title, ("tokens of a request", "ms, as a CUDA graph"), curves)
 
 
 def check(num_ranks: int) -> None:
