@@ -9,8 +9,9 @@ The counts are on the device, and so a CUDA graph replays all of it. They wrap a
 Every program that moves a part of a message waits by itself. It waits for kernels alone that stand before its own in the streams of
 all ranks, and so for none that needs its multiprocessor; and kernels that wait leave room on each multiprocessor, or most of them
 free, for those of other groups. A wait ends after a time that lies in memory, too. It then writes into the word FAULT of every rank
-who did not come, and from there on no wait of the group waits any more. Some programs of a launch may find a fault that others have
-not met: each part is then right or NaN.
+who did not come, and from there on no wait of the group waits any more. Where one stops, others come to wait for those who wait for
+it: who has waited for half of the time says so in its word WAITING, a count of programs, and is blamed last. Some programs of a
+launch may find a fault that others have not met: each part is then right or NaN.
 
 Suffixes: W ranks, padded to a power of two; F flags that are waited for.
 """
@@ -26,6 +27,7 @@ from cpattn.kernels import peer_layout
 BOARDS = tl.constexpr(peer_layout.BOARDS)
 _FAULT = tl.constexpr(peer_layout.FAULT)
 _LIMIT = tl.constexpr(peer_layout.LIMIT)
+_WAITING = tl.constexpr(peer_layout.WAITING)
 _POSTS = tl.constexpr(peer_layout.POSTS)
 _POSTED = tl.constexpr(peer_layout.POSTED)
 _PULLED = tl.constexpr(peer_layout.PULLED)
@@ -81,20 +83,38 @@ def _any(found):
 
 
 @triton.jit
+def _to_blame(table, rank_F, is_behind_F):
+    """1 + a rank that is behind, one that does not wait itself if there is one; 0 where none is."""
+    heap_F = tl.load(table + rank_F, mask=is_behind_F, other=0).to(tl.pointer_type(tl.int32))
+    waiting_F = tl.load(heap_F + _WAITING, mask=is_behind_F, other=0, volatile=True)
+    idle = tl.max(tl.where(is_behind_F & (waiting_F == 0), 1 + rank_F, 0), 0)
+    return tl.where(idle > 0, idle, tl.max(tl.where(is_behind_F, 1 + rank_F, 0), 0))
+
+
+@triton.jit
 def _await(table, heap, flags_F, wants_F, rank_F, is_waited_F, WORLD: tl.constexpr):
     """Waits until each flag has come to what is wanted, the time is over, or the group has a fault; each flag is a rank's."""
     # The loop carries no tensor: Triton 3.6 cannot compile one that does.
     behind = tl.min(_behind(flags_F, wants_F, is_waited_F), 0)
     fault = tl.load(heap + _FAULT, volatile=True)
+    # Alike for all threads of the program, as what it depends on is.
+    has_said = 0
     begin = _now()
     while _any((behind < 0) & (fault == 0)):
         behind_F = _behind(flags_F, wants_F, is_waited_F)
         behind = tl.min(behind_F, 0)
         fault = tl.load(heap + _FAULT, volatile=True)
         limit = tl.load(heap + _LIMIT, volatile=True).to(tl.int64) * 1000000
-        if _any((behind < 0) & (fault == 0) & (_now() - begin > limit)):
-            fault = tl.max(tl.where(behind_F < 0, 1 + rank_F, 0), 0)
+        waited = _now() - begin
+        is_long = _any((behind < 0) & (fault == 0) & (2 * waited > limit))
+        if is_long & (has_said == 0):
+            has_said = 1
+            tl.atomic_add(heap + _WAITING, 1, sem="relaxed", scope="sys")
+        if _any((behind < 0) & (fault == 0) & (waited > limit)):
+            fault = _to_blame(table, rank_F, behind_F < 0)
             _tell_fault(table, fault, WORLD)
+    if has_said != 0:
+        tl.atomic_add(heap + _WAITING, -1, sem="relaxed", scope="sys")
 
 
 @triton.jit

@@ -11,6 +11,7 @@ WORD_BYTES = 4
 # One of each.
 FAULT = 0
 LIMIT = 1
+WAITING = 2
 # One for each board.
 POSTS = 16
 POSTED = POSTS + BOARDS

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,3 +36,28 @@ def quick_calls_within_kernels(device: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
         yield
+
+
+@pytest.fixture
+def peer_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels over peers' memory in the interpreter, which has no assembler; its programs run one after another, and it is not made
+    for threads."""
+    if device != "cpu":
+        return
+    pytest.importorskip("triton")
+    import triton.language as tl
+
+    from cpattn.kernels import launch, peer_flags, peer_rows
+
+    monkeypatch.setattr(peer_flags, "_flags", lambda flags, is_waited: tl.load(flags, mask=is_waited, other=0))
+    monkeypatch.setattr(peer_flags, "_now", lambda: 0)
+    monkeypatch.setattr(peer_flags, "_any", lambda found: found)
+    monkeypatch.setattr(peer_rows, "let_next_begin", lambda: None)
+    monkeypatch.setattr(peer_rows, "announce", lambda flags, turn, is_there: tl.store(flags, turn, mask=is_there))
+    call, one_at_a_time = launch._Prepared.__call__, threading.Lock()
+
+    def launch_alone(prepared: Any, *tensors: Any) -> None:
+        with one_at_a_time:
+            call(prepared, *tensors)
+
+    monkeypatch.setattr(launch._Prepared, "__call__", launch_alone)

@@ -8,36 +8,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from cpattn.kernels.peer_layout import BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WORD_BYTES, WORDS
+from cpattn.kernels.peer_layout import BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WAITING, WORD_BYTES, WORDS
 from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
-import triton.language as tl
-
-from cpattn.kernels import peer_flags, peer_rows
+from cpattn.kernels import peer_flags
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.moves import peer_moves
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
 
+pytestmark = pytest.mark.usefixtures("peer_kernels")
 HEADER = -(-WORDS * WORD_BYTES // 256) * 256
-
-
-@pytest.fixture(autouse=True)
-def in_the_interpreter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no assembler, and its programs run one after another."""
-    if device == "cpu":
-        monkeypatch.setattr(peer_flags, "_flags", lambda flags, is_waited: tl.load(flags, mask=is_waited, other=0))
-        monkeypatch.setattr(peer_flags, "_now", lambda: 0)
-        monkeypatch.setattr(peer_flags, "_any", lambda found: found)
-        monkeypatch.setattr(peer_rows, "let_next_begin", lambda: None)
-        monkeypatch.setattr(peer_rows, "announce", lambda flags, turn, is_there: tl.store(flags, turn, mask=is_there))
 
 
 class Ranks:
@@ -253,6 +242,22 @@ def test_nobody_waits_any_more_after_a_fault(device: str) -> None:
     peer_moves.pull_pages(ranks.board(0), 1, Pages(pages, None, None, None, torch.tensor([0, 5], device=device)))
     assert pages.flatten(0, 1)[[0, 5]].isnan().all()
     assert pages.isnan().sum() == 2 * 16
+
+
+@pytest.mark.parametrize(("waiting", "blamed"), [((), 2), ((2,), 1), ((1, 2), 2)], ids=str)
+def test_who_waits_itself_is_blamed_last(waiting: tuple[int, ...], blamed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 1 and 2 post nothing; who of them waits for another has said so."""
+    if device == "cpu":
+        clock = count(step=100_000_000)
+        monkeypatch.setattr(peer_flags, "_now", lambda: next(clock))
+    ranks, x = Ranks(3, device), torch.ones(1, 64, dtype=torch.uint8, device=device)
+    for rank in waiting:
+        ranks.heaps[rank].view(torch.int32)[WAITING] = 1
+    peer_moves.post_words(ranks.board(0), x, first=True)
+    peer_moves.pull_words(ranks.board(0), torch.zeros(1, 192, dtype=torch.uint8, device=device), 0, 3)
+    assert [int(heap.view(torch.int32)[FAULT]) for heap in ranks.heaps] == [1 + blamed] * 3
+    # It has said so meanwhile, and does not wait any more.
+    assert [int(heap.view(torch.int32)[WAITING]) for heap in ranks.heaps] == [0, 1 in waiting, 2 in waiting]
 
 
 def test_a_message_of_another_size_is_a_fault(device: str) -> None:
