@@ -18,7 +18,18 @@ PACKAGE = str(Path(cpattn.__file__).parent)
 # another matter.
 TRANSPORT = tuple(
     f"{PACKAGE}/transports/{name}.py"
-    for name in ("in_flight", "group_state", "process_group", "loopback", "part", "transfer", "peer_memory", "peer_heap")
+    for name in (
+        "in_flight",
+        "group_state",
+        "process_group",
+        "loopback",
+        "part",
+        "transfer",
+        "peer_memory",
+        "peer_processes",
+        "peer_heap",
+        "peer_loopback",
+    )
 )
 BASE, MEMORY = f"{PACKAGE}/transports/transport.py", {"buffer", "reuse", "release", "allocate"}
 

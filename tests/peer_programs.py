@@ -12,17 +12,21 @@ import torch
 import torch.distributed as dist
 from cases import AttentionCase
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn
-from cpattn.transports import peer_memory
-from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports import peer_memory, peer_processes
+from cpattn.transports.groups import Kind
+from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.transfer import Transfer
+
+KINDS: tuple[Kind, Kind] = ("peer_memory", "collectives")
 
 
 def attend_over_both(cases: list[AttentionCase], strategy: str, backend: str, partition: str) -> list[tuple[tuple[Tensor, Tensor], bool]]:
     """Each case over both kinds of transport, twice over; the result through peers' memory, and whether all bits were equal."""
     results = []
-    transports = [cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives")]
+    transports = [cpattn.transport(kind=kind) for kind in KINDS]
     for case in cases:
         plan = case.plan(dist.get_world_size(), pad_to=8, partition=partition)
         runs = [[case.on_rank(plan, dist.get_rank(), transport, strategy, backend) for transport in transports] for _ in range(2)]
@@ -39,7 +43,7 @@ def replay(strategy: str, calls: int, replays: int, partition: str = "zigzag") -
     size, rank = dist.get_world_size(), dist.get_rank()
     meta = cpattn.build_metadata([(0, 700), (0, 33), (0, 1)], size, rank, device="cuda", partition=partition)
     q, k, v = (torch.randn(meta.rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
-    peers, collectives = (cpattn.transport(kind=kind) for kind in ("peer_memory", "collectives"))
+    peers, collectives = (cpattn.transport(kind=kind) for kind in KINDS)
 
     def call(transport: cpattn.Communicator) -> Tensor:
         out = cpattn.cp_attention(q, k, v, meta, group=transport, strategy=strategy, backend="triton")
@@ -110,7 +114,7 @@ def without_memory() -> tuple[list[bool], list[bool], str]:
                 ]
                 same.append(torch.equal(*results))
             if dist.get_rank() == dist.get_world_size() - 1:
-                patch.setattr(peer_memory, "allocate", _no_memory)
+                patch.setattr(peer_processes, "allocate", _no_memory)
     return same, places, transport.describe()
 
 
@@ -234,3 +238,108 @@ def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[b
         else:
             same.append(torch.equal(call(), expected))
     return same
+
+
+def refusal_where(name: str, value: str | None) -> str:
+    """What a call over peers' memory says with this in the environment, of ranks that share a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+        transport = PeerMemoryTransport(dist.new_group())
+        meta = cpattn.build_metadata([(0, 70)], transport.size, transport.rank, device="cuda")
+        x = torch.randn(meta.rows, 2, 64, device="cuda")
+        try:
+            cpattn.cp_attention(x, x, x, meta, group=transport)
+        except cpattn.UnsupportedError as error:
+            return str(error)
+    return "it was made"
+
+
+def attend_where(name: str, value: str, cases: list[AttentionCase], strategy: str) -> list[tuple[Tensor, Tensor]]:
+    """Each case over peers' memory, with this in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        transport = PeerMemoryTransport(dist.new_group())
+        size, rank = dist.get_world_size(), dist.get_rank()
+        return [case.on_rank(case.plan(size), rank, transport, strategy, "triton") for case in cases]
+
+
+def replay_where(name: str, value: str) -> list[float]:
+    """The largest difference between replays of a graph and eager calls, whose inputs change, with this in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        transport = PeerMemoryTransport(dist.new_group())
+        meta = cpattn.build_metadata([(0, 300), (0, 5)], transport.size, transport.rank, device="cuda")
+        q, k, v = (torch.randn(meta.rows, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        call = partial(cpattn.cp_attention, q, k, v, meta, group=transport, strategy="all_gather", backend="triton")
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out: Any = call()
+        differences = []
+        for _ in range(4):
+            for x in (q, k, v):
+                x.normal_()
+            graph.replay()
+            got = out.clone()
+            eager: Any = call()
+            differences.append(float((got - eager).abs().max()))
+        return differences
+
+
+def along_mesh_axes(cases: list[AttentionCase], strategy: str) -> list[tuple[bool, str]]:
+    """Calls over the axes of a mesh and over all ranks in turn, through peers' memory and by collectives: whether all bits are equal,
+    and what each says of itself."""
+    size = dist.get_world_size()
+    mesh = DeviceMesh("cuda", torch.arange(size).view(-1, 2), mesh_dim_names=("outer", "inner"))
+    results = []
+    for _ in range(2):
+        for group in (mesh["outer"], mesh["inner"], None):
+            peers, collectives = (cpattn.transport(group, kind=kind) for kind in KINDS)
+            for case in cases:
+                plan = case.plan(peers.size)
+                both = [case.on_rank(plan, peers.rank, transport, strategy, "triton") for transport in (peers, collectives)]
+                same = all(torch.equal(mine, theirs) for mine, theirs in zip(*both, strict=True))
+                results.append((same, peers.describe()))
+    return results
+
+
+def release_together() -> list[bool]:
+    """Whether shared memory is given back to the GPU where ranks release it together, stays where a graph has captured it, and calls
+    after either are right."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = dist.new_group()
+    transport = cpattn.transport(group, kind="peer_memory")
+    assert isinstance(transport, PeerMemoryTransport)
+    meta = cpattn.build_metadata([(0, 20_000)], size, rank, device="cuda")
+    q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 8, 8))
+    expected = cpattn.cp_attention(q, k, v, meta, group=cpattn.transport(kind="collectives"), strategy="all_gather", backend="triton")
+    call = partial(cpattn.cp_attention, q, k, v, meta, group=transport, strategy="all_gather", backend="triton")
+    said = []
+    for captures in (False, False, True):
+        said.append(torch.equal(call(), expected))
+        heap = transport._heap
+        assert heap is not None
+        capacity = heap.capacity
+        if captures:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out: Any = call()
+        del heap
+        # All but what ranks share, which stays.
+        cpattn.release()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        free = torch.cuda.mem_get_info()[0]
+        cpattn.release(group)
+        torch.cuda.empty_cache()
+        # It is back once nobody sees it any more.
+        dist.barrier()
+        torch.cuda.synchronize()
+        freed = torch.cuda.mem_get_info()[0] - free
+        said.append((transport._heap is not None) if captures else freed >= capacity)
+    graph.replay()
+    said.append(torch.equal(out, expected))
+    said.append(torch.equal(call(), expected))
+    return said

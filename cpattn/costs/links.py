@@ -17,7 +17,7 @@ from cpattn.machine import LinkCosts, Machine, find_machine
 from cpattn.metadata.devices import parse_device
 from cpattn.transports.groups import Group, transport
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.peer_memory import PeerTransport
 from cpattn.transports.transfer import Transfer
 from cpattn.transports.transport import Transport
 
@@ -108,7 +108,7 @@ def _with_links(machine: Machine, found: Transport, measured: _Measured) -> Mach
     """The machine with what was measured, in the place of what carried it."""
     name = f"{machine.name}, links measured"
     # What an automatic choice takes it has found out by now.
-    if isinstance(found, PeerMemoryTransport):
+    if isinstance(found, PeerTransport):
         if found.shares_memory:
             known = machine.peer_memory or replace(machine.collectives, hides_gather=0.0, hides_shift=1.0, by_kernels=False)
             # Those that share memory are of one host.

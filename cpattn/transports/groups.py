@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from cpattn.errors import GroupError, OptionError, UnknownNameError, shown
 from cpattn.graphs import leaves_graph
 from cpattn.transports.group_state import state_of
-from cpattn.transports.loopback import LoopbackGroup
-from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.loopback import LoopbackGroup, LoopbackTransport
+from cpattn.transports.peer_loopback import PeerLoopbackTransport
+from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.process_group import ProcessGroupTransport
 from cpattn.transports.transport import Transport, living_transports
 
@@ -46,8 +47,8 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
         group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
         kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"peer_memory"``: ranks of one host read
             what they need from the memory of each other's GPUs; whether they can they find out together, in the first call that
-            sends. ``"auto"``: the memory of peers for calls over CUDA tensors where ranks can share it, and collectives for all
-            others.
+            sends. An end of a :class:`LoopbackGroup` takes it as well, where all ranks are on one GPU. ``"auto"``: the memory of
+            peers for calls over CUDA tensors where ranks can share it, and collectives for all others.
 
     Raises:
         GroupError: there is no such group, this process is not in it, or it has been destroyed.
@@ -60,6 +61,8 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
         raise UnknownNameError(f"kind={kind!r} is unknown; choose one of {_KINDS}")
     if isinstance(group, ProcessGroupTransport) and kind != "auto":
         group = group.group
+    if isinstance(group, LoopbackTransport) and kind == "peer_memory":
+        group = group.end_of_kind(PeerLoopbackTransport)
     if isinstance(group, Transport):
         if kind not in ("auto", group.kind):
             raise OptionError(
@@ -137,7 +140,11 @@ def release(group: Group = None) -> None:
     """Frees the memory that messages over a group take up, or, without one, over all groups of this process that are idle.
 
     It is kept between calls, as large as the largest batch so far needed, and the next call makes it anew. What CUDA graphs
-    have captured stays, and memory that ranks share stays as long as the group. Each rank may do so by itself.
+    have captured stays.
+
+    Memory that ranks share is freed where a group is given. Then all its ranks have to do so, between the same calls, and each waits for
+    its device and for the others, within the group's timeout. Without a group it stays, and each rank may free the rest by itself; so it
+    may over a group that shares none.
 
     >>> import cpattn
     >>> cpattn.release()
@@ -147,7 +154,8 @@ def release(group: Group = None) -> None:
             None is for everything but what calls of other threads are using.
 
     Raises:
-        GroupError: group is none of these, or a call is under way on it.
+        GroupError: group is none of these, a call is under way on it, a CUDA graph captures, or a rank did not come in time in an
+            earlier call.
     """
     if group is None:
         transports = [transport for transport in living_transports() if not transport.state.is_in_use]
@@ -160,6 +168,10 @@ def release(group: Group = None) -> None:
         raise GroupError("a call is under way on this group, whose memory it uses; release it after the call")
     for transport in transports:
         transport.release()
+    if group is not None:
+        # In an order that is every rank's: a group has one transport of a kind.
+        for transport in sorted(transports, key=lambda transport: transport.kind):
+            transport.release_together()
 
 
 _MEMBERS_ONLY = "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here"

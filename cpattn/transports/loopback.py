@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from cpattn.metadata.batch import is_integer
 from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.transfer import Work
 from cpattn.transports.transport import Transport
+
+T = TypeVar("T")
+E = TypeVar("E", bound="LoopbackTransport")
 
 
 class _Key(NamedTuple):
@@ -40,7 +43,8 @@ class LoopbackGroup:
     >>> out
     tensor([1., 2.])
 
-    Transfers are copies, made when the receiver waits. On CUDA all ranks must use one stream.
+    Transfers are copies, made when the receiver waits. On CUDA all ranks must use one stream. Ranks whose tensors are on one GPU can read
+    each other's memory instead, ``cpattn.transport(end, kind="peer_memory")``, as ranks of several GPUs do.
     ``timeout`` (seconds) bounds every wait; :meth:`abort` makes all waiting ranks raise at once.
     """
 
@@ -56,6 +60,9 @@ class LoopbackGroup:
         self._sent: dict[tuple[int, int], int] = {}
         self._expected: dict[tuple[int, int], int] = {}
         self._aborted = False
+        # By rank, how often it has met the others; by number, what each has said.
+        self._met = [0] * size
+        self._meetings: dict[int, dict[int, Any]] = {}
         self._transports: WeakValueDictionary[int, Transport] = WeakValueDictionary()
 
     def __repr__(self) -> str:
@@ -69,7 +76,7 @@ class LoopbackGroup:
         with self._changed:
             transport = self._transports.get(rank)
             if transport is None:
-                transport = self._transports[rank] = _LoopbackTransport(self, rank)
+                transport = self._transports[rank] = LoopbackTransport(self, rank)
             return transport
 
     def communicator(self, rank: int) -> Transport:
@@ -115,6 +122,31 @@ class LoopbackGroup:
             self._await(lambda: self._posted[key].is_read, f"rank {key.receiver}, which reads a message of rank {key.sender}")
             del self._posted[key]
 
+    def meet(self, rank: int, what: T) -> list[T]:
+        """What each rank says, in the order of ranks, once all have come to this meeting: a collective."""
+        with self._changed:
+            number = self._met[rank]
+            self._met[rank] += 1
+            said = self._meetings.setdefault(number, {})
+            said[rank] = what
+            # Who is here has left the last one; the last who comes is the last who can have been there.
+            if len(said) == self.size:
+                self._meetings.pop(number - 1, None)
+            self._changed.notify_all()
+            self._await(lambda: len(said) == self.size, "all ranks to come to a call")
+            return [said[other] for other in range(self.size)]
+
+    def change(self, what: Callable[[], None]) -> None:
+        """Does what others may wait for."""
+        with self._changed:
+            what()
+            self._changed.notify_all()
+
+    def await_change(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits until another rank has made that so by :meth:`change`."""
+        with self._changed:
+            self._await(condition, what)
+
     @staticmethod
     def _next(counts: dict[tuple[int, int], int], sender: int, receiver: int) -> _Key:
         number = counts[sender, receiver] = counts.get((sender, receiver), -1) + 1
@@ -128,24 +160,40 @@ class LoopbackGroup:
             raise TimeoutError(f"waited {self.timeout} s for {what}; do all ranks make the same calls in the same order?")
 
 
-class _LoopbackTransport(PairwiseTransport):
+class LoopbackTransport(PairwiseTransport):
+    """The end of one rank of a :class:`LoopbackGroup`."""
+
     kind = "loopback"
 
     def __init__(self, group: LoopbackGroup, rank: int) -> None:
         super().__init__(rank, group.size)
-        self._group = group
+        self.group = group
+        # Of other kinds, which end with this one.
+        self._others: dict[type[LoopbackTransport], LoopbackTransport] = {}
+
+    def end_of_kind(self, kind: type[E]) -> E:
+        """This rank's end of another kind; the same one each time."""
+        if isinstance(self, kind):
+            return self
+        found = self._others.get(kind)
+        if found is None:
+            found = self._others[kind] = kind(self.group, self.rank)
+            # What they send meets on one wire.
+            found.state = self.state
+        assert isinstance(found, kind)
+        return found
 
     def _exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Work:
-        sent = self._group.post(self.rank, send)
-        left = list(zip(self._group.expect(self.rank, receive), receive.values(), strict=True))
+        sent = self.group.post(self.rank, send)
+        left = list(zip(self.group.expect(self.rank, receive), receive.values(), strict=True))
 
         def wait() -> None:
             # An interrupted wait goes on where it was.
             while left:
-                self._group.read(*left[-1])
+                self.group.read(*left[-1])
                 left.pop()
             while sent:
-                self._group.retire(sent[-1])
+                self.group.retire(sent[-1])
                 sent.pop()
 
         return Work(wait)

@@ -86,10 +86,6 @@ class GroupPart(PairwiseTransport):
         """Memory of the kind that the whole group sends from and to."""
         return self._whole.allocate(nbytes, device)
 
-    def peer(self, rank: int, buffer: Tensor) -> Tensor | None:
-        """As the whole group's."""
-        return self._whole.peer(self.part[rank], buffer)
-
     def parts(self) -> list[Transport]:
         """All of the whole group's parts that are parts of this one, too."""
         return [part for part in self._whole.parts() if set(part.part) < set(self.part)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Machine(NamedTuple):
         host: the machine that it runs on; gpu: its GPU there.
         visible: all GPUs that it can reach.
         why_not: why it cannot share its memory, or None.
-        may_share_gpu: whether torch has been told that ranks may share a GPU, which is for tests.
+        may_share_gpu: whether torch has been told that ranks may share a GPU.
     """
 
     host: str
@@ -50,7 +50,7 @@ class Machine(NamedTuple):
         try:
             uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
             reached = {uuid for i, uuid in enumerate(uuids) if i == device.index or has_peer_atomics(device.index, i)}
-            return cls(_host(), uuids[device.index], frozenset(reached), _why_not_here(device), bool(os.environ.get(_SHARED_GPU)))
+            return cls(_host(), uuids[device.index], frozenset(reached), _why_not_here(device), os.environ.get(_SHARED_GPU) == "1")
         except Exception as error:
             return cls("", "", frozenset(), f"it cannot say which GPUs it reaches ({type(error).__name__}: {error})")
 
@@ -68,7 +68,10 @@ def why_not_shared(machines: list[Machine]) -> str | None:
     gpus = [machine.gpu for machine in machines]
     for rank, gpu in enumerate(gpus):
         if gpus.index(gpu) != rank and not all(machine.may_share_gpu for machine in machines):
-            return f"ranks {gpus.index(gpu)} and {rank} share a GPU"
+            return (
+                f"ranks {gpus.index(gpu)} and {rank} share a GPU (give each its own, or set {_SHARED_GPU}=1 on all ranks: "
+                "kernels of several processes then take turns, which is slow)"
+            )
     for rank, machine in enumerate(machines):
         for other, gpu in enumerate(gpus):
             if gpu not in machine.visible:
@@ -87,30 +90,27 @@ class PeerHeap:
         table: int64 ``[size + 1]`` on the device: the address of each rank's heap, and of the word where this host reads of a fault.
     """
 
-    def __init__(self, memory: Tensor, group: dist.ProcessGroup, limit: float) -> None:
-        """Collective: ``memory`` is of :func:`allocate`, as large on every rank."""
+    def __init__(self, memory: Tensor, peers: Sequence[Tensor], held: Any = None) -> None:
+        """Of memory that :func:`empty_heap` has emptied, and that others have as well.
+
+        Args:
+            peers: each rank's heap as this one sees it, uint8 ``[1, nbytes]``.
+            held: what has to live as long as they are seen.
+        """
         self.capacity = memory.numel()
-        self._memory = memory.zero_()
+        self._memory, self._peers, self._held = memory, list(peers), held
         self._places: Memo[tuple[int, int], OwnMemory] = Memo(64)
-        self.set_limit(limit)
-        # The others write to it once they know where it lies.
-        torch.cuda.synchronize(memory.device)
-        with _without_multicast():
-            self._handle = _symmetric_memory().rendezvous(memory, group.group_name)
-        self._peers: list[Tensor] = [
-            self._handle.get_buffer(rank, (1, self.capacity), torch.uint8) for rank in range(self._handle.world_size)
-        ]
         # Pinned memory has one address for the host and for the device.
-        self._fault = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._fault = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=memory.is_cuda)
         self._fault_here = np.frombuffer(self._fault.numpy(), dtype=np.int32)
-        addresses = [*self._handle.buffer_ptrs, self._fault.data_ptr()]
+        addresses = [*(peer.data_ptr() for peer in self._peers), self._fault.data_ptr()]
         self.table = torch.tensor(addresses, dtype=torch.int64, device=memory.device)
         # The copy is made before another stream reads it.
-        torch.cuda.synchronize(memory.device)
+        synchronize(memory.device)
 
     def set_limit(self, seconds: float) -> None:
         """How long its device waits for another rank; waits that are captured read it anew."""
-        self._memory.view(torch.int32)[LIMIT] = max(1, int(seconds * 1000))
+        _set_limit(self._memory, seconds)
 
     def message_of(self, rank: int, offset: int, nbytes: int) -> Tensor:
         """Bytes ``[1, nbytes]`` of another rank's heap."""
@@ -133,6 +133,31 @@ class PeerHeap:
     def mark(self, fault: int) -> None:
         """Has no wait over it wait any more."""
         self._memory.view(torch.int32)[FAULT] = fault
+
+
+def empty_heap(memory: Tensor, limit: float) -> None:
+    """What a rank does with its memory before it tells the others where it lies, who write to it then."""
+    memory.zero_()
+    _set_limit(memory, limit)
+    synchronize(memory.device)
+
+
+def _set_limit(memory: Tensor, seconds: float) -> None:
+    memory.view(torch.int32)[LIMIT] = max(1, int(seconds * 1000))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was launched on a GPU; elsewhere nothing is left to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def heap_of_processes(memory: Tensor, group: dist.ProcessGroup) -> PeerHeap:
+    """Of what each rank has by :func:`allocate`, as large on every rank, and has emptied. A collective of their hosts."""
+    with _without_multicast():
+        handle = _symmetric_memory().rendezvous(memory, group.group_name)
+    peers = [handle.get_buffer(rank, (1, memory.numel()), torch.uint8) for rank in range(handle.world_size)]
+    return PeerHeap(memory, peers, handle)
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:

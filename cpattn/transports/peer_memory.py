@@ -1,26 +1,29 @@
-"""A transport through the memory of other GPUs of the same host: a rank posts a message in memory of its own that all others can
-read, and they pull it from there. No collective of torch.distributed carries it, and a CUDA graph replays it.
+"""Transports through memory that all ranks can read: a rank posts a message in memory of its own, and the others pull it from
+there. No collective carries it, and a CUDA graph replays it.
+
+What ranks say to each other on the host, and how they come to see each other's memory, differs:
+:mod:`cpattn.transports.peer_processes` has it for processes, :mod:`cpattn.transports.peer_loopback` for threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cpattn.current import is_capturing
 from cpattn.errors import GroupError, OptionError, UnsupportedError, in_a_line
 from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.moves.late_rows import LateRows
-from cpattn.transports.peer_heap import Machine, PeerHeap, allocate, why_not_shared
-from cpattn.transports.posted import OwnMemory, Posted
-from cpattn.transports.process_group import ProcessGroupTransport
+from cpattn.transports.part import PairwiseTransport
+from cpattn.transports.peer_heap import PeerHeap, synchronize
+from cpattn.transports.posted import HostTurns, OwnMemory, Posted
 from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
@@ -34,24 +37,33 @@ _MOST_SECONDS = 24 * 3600
 _MOST_BYTES = 8 * 2**30
 _ALIGNMENT = 256
 _HEADER = -(-WORDS * WORD_BYTES // _ALIGNMENT) * _ALIGNMENT
-_LEAST_BYTES = 32 * 2**20
 # Before the number of a fault, in what ranks say to each other.
 _FAULT_FOUND = "has found fault "
 # What a graph has captured stays, also where it outlives its transport.
 _of_graphs: list[PeerHeap] = []
 
 
-class PeerMemoryTransport(ProcessGroupTransport):
-    """Over the memory of the ranks' GPUs, for calls over CUDA tensors of ranks that can read each other's memory. What is sent
-    outside of a call goes over the process group.
+class PeerTransport(PairwiseTransport):
+    """Over memory that the ranks share, for calls that can; the others go over what it is mixed with, which comes after it among a
+    class's bases and carries what is sent outside of a call.
 
-    Args:
-        limit: seconds that a rank's device waits for another's.
-        insists: whether it refuses the calls that it cannot serve; if not they go over the process group, on all ranks alike.
+    A subclass says what the ranks do together on their hosts: ``_told_by_all``, ``_why_not_shared``, ``_allocate`` and ``_make_heap``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, limit: float = DEFAULT_LIMIT_SECONDS, insists: bool = True) -> None:
-        super().__init__(group)
+    # What the ranks do, in words.
+    _sharing: ClassVar[str]
+    # Of the tensors that its kernels take; tests run them in Triton's interpreter.
+    _device_type: ClassVar[str] = "cuda"
+    # Of a heap as it is first made.
+    _least_bytes: ClassVar[int] = 32 * 2**20
+
+    def _set_up(self, limit: float, insists: bool) -> None:
+        """Of each one as it is made.
+
+        Args:
+            limit: seconds that a rank's device waits for another's.
+            insists: whether it refuses the calls that it cannot serve; if not they go another way, on all ranks alike.
+        """
         self.kind = "peer_memory" if insists else "auto"
         self._insists = insists
         self._heap: PeerHeap | None = None
@@ -69,7 +81,25 @@ class PeerMemoryTransport(ProcessGroupTransport):
         self._placed: list[Posted] = []
         # The stream that copies run on.
         self._beside: torch.cuda.Stream | None = None
+        # Where hosts wait for each other, and not devices.
+        self._turns: HostTurns | None = None
         self.limit = limit
+
+    @abstractmethod
+    def _told_by_all(self, what: Any) -> list[Any]:
+        """What each rank says to all, in the order of ranks. A collective of their hosts."""
+
+    @abstractmethod
+    def _why_not_shared(self, device: torch.device) -> str | None:
+        """Why ranks whose tensors are on their GPUs cannot share memory, or None; the same on every rank. A collective of their hosts."""
+
+    @abstractmethod
+    def _allocate(self, nbytes: int, device: torch.device) -> Tensor:
+        """Memory that can be shared, uint8 of at least that many bytes; each rank by itself."""
+
+    @abstractmethod
+    def _make_heap(self, memory: Tensor) -> PeerHeap:
+        """Of what each rank has allocated. A collective of their hosts."""
 
     @property
     def shares_memory(self) -> bool:
@@ -108,7 +138,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
             but = (
                 "" if self._too_large is None else f"; not in calls of {self._too_large[0] / 2**20:.0f} MiB and more: {self._too_large[1]}"
             )
-            return f"{self.kind}: its {self.size} ranks read the memory of each other's GPUs{but}"
+            return f"{self.kind}: its {self.size} ranks {self._sharing}{but}"
         return f"{self.kind}: in their first call over CUDA tensors the ranks find out whether they can share memory"
 
     def check_usable(self) -> None:
@@ -131,7 +161,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
         self._is_first, self._captures, self._shares = True, captures, False
         if self.size == 1:
             return
-        if device.type != "cuda":
+        if device.type != self._device_type:
             why_not: str | None = f"it is for CUDA tensors, and this call's are on {device}"
         else:
             why_not = self._why_not_on(device)
@@ -141,7 +171,8 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def _why_not_on(self, device: torch.device) -> str | None:
         """Why ranks whose tensors are on their GPUs cannot share memory, or None."""
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         if self._heap is None and self._why_not is None:
             if self._captures:
                 raise GroupError(
@@ -185,7 +216,7 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
         self._placed = list(offsets)
         for number, (message, offset) in enumerate(offsets.items()):
-            message.board = Board(heap.table, self.rank, self.size, number, offset, message.nbytes)
+            message.board, message.turns = Board(heap.table, self.rank, self.size, number, offset, message.nbytes), self._turns
         return True
 
     def _heap_for(self, messages: Collection[Posted], nbytes: int) -> PeerHeap | None:
@@ -214,8 +245,8 @@ class PeerMemoryTransport(ProcessGroupTransport):
                 from cpattn.moves.peer_moves import pull_nothing
 
                 with self.on_device():
-                    pull_nothing(message.board)
-                message.is_pulled = True
+                    pull_nothing(message.begin_pull())
+                    message.end_pull()
         self.forget()
 
     def forget(self) -> None:
@@ -227,15 +258,14 @@ class PeerMemoryTransport(ProcessGroupTransport):
     def on_device(self) -> AbstractContextManager[Any]:
         """Kernels are launched on the current device, which need not be that of the messages."""
         device = self._device
-        return nullcontext() if device is None or torch.cuda.current_device() == device.index else torch.cuda.device(device)
+        if device is None or device.type != "cuda" or torch.cuda.current_device() == device.index:
+            return nullcontext()
+        return torch.cuda.device(device)
 
     def begin_post(self, message: Posted) -> tuple[Board, bool]:
         """Where a message is posted that is about to be, and whether it is the first of its call."""
-        if message.board is None:
-            raise AssertionError("a transfer was started that its call has not announced")
         is_first, self._is_first = self._is_first, False
-        message.is_pulled = False
-        return message.board, is_first
+        return message.begin_post(is_first), is_first
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
@@ -269,16 +299,20 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def prepare_all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         """See :meth:`Transport.prepare_all_gather`, as for the others."""
-        return self._through_heap(super().prepare_all_gather(out, x), x, partial(_pull_later, out=out, first=0, many=self.size, skip=0))
+        return self._through_heap(super().prepare_all_gather(out, x), x, partial(pull_later, out=out, first=0, many=self.size, skip=0))
 
     def prepare_shift(self, out: Tensor, x: Tensor, by: int = 1) -> Transfer:
         """Copy engines bring it, on a stream of their own."""
-        return self._through_heap(super().prepare_shift(out, x, by), x, partial(_copy_beside, out=out, source=(self.rank - by) % self.size))
+        return self._through_heap(super().prepare_shift(out, x, by), x, self._bring_one(out, (self.rank - by) % self.size))
+
+    def _bring_one(self, out: Tensor, source: int) -> partial[Work]:
+        """How another rank's message is brought."""
+        return partial(_copy_beside, out=out, source=source)
 
     def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
         """Each rank pulls its part of every message."""
         part_bytes = x.nbytes // self.size
-        pull = partial(_pull_later, out=out, first=0, many=self.size, skip=self.rank * part_bytes)
+        pull = partial(pull_later, out=out, first=0, many=self.size, skip=self.rank * part_bytes)
         return self._through_heap(super().prepare_all_to_all(out, x), x, pull)
 
     def _through_heap(self, transfer: Transfer, x: Tensor, bring: partial[Work]) -> Transfer:
@@ -292,9 +326,8 @@ class PeerMemoryTransport(ProcessGroupTransport):
         """Copies another rank's message on a stream of its own, while this stream goes on."""
         from cpattn.moves.peer_moves import await_messages, end_copy
 
-        heap, board = self._heap, message.board
+        heap, board = self._heap, message.begin_pull()
         assert heap is not None
-        assert board is not None  # it has been posted
         here = torch.cuda.current_stream(out.device)
         if self._beside is None:
             # What it waits for is worth more than what runs meanwhile.
@@ -305,15 +338,8 @@ class PeerMemoryTransport(ProcessGroupTransport):
             await_messages(board, source, 1)
             out.copy_(heap.message_of(source, board.offset, message.nbytes))
             end_copy(board, out)
-        message.is_pulled = True
+        message.end_pull()
         return Work(partial(here.wait_stream, beside))
-
-    def _make_part(self, ranks: tuple[int, ...]) -> Transport:
-        if not self._insists:
-            part = super()._make_part(ranks)
-            part.kind = ProcessGroupTransport.kind
-            return part
-        raise UnsupportedError("parts of a group do not share memory; split cpattn.transport(group), which sends over its collectives")
 
     def _in_words(self, fault: int) -> str:
         if fault < OTHER_MESSAGE:
@@ -322,13 +348,10 @@ class PeerMemoryTransport(ProcessGroupTransport):
 
     def _ask(self) -> None:
         assert self._device is not None
-        machines: list[Any] = [None] * self.size
-        with torch.cuda.device(self._device):
-            dist.all_gather_object(machines, Machine.here(self._device), group=self.group)
-        self._why_not = why_not_shared(machines)
+        self._why_not = self._why_not_shared(self._device)
         if self._why_not is None:
             try:
-                self._grow(_LEAST_BYTES)
+                self._grow(self._least_bytes)
             except UnsupportedError as error:
                 self._why_not = str(error)
 
@@ -352,59 +375,83 @@ class PeerMemoryTransport(ProcessGroupTransport):
                 "together; make one such call before you capture"
             )
         assert self._device is not None
-        with torch.cuda.device(self._device):
+        with self.on_device():
             memory, failure, heap = None, "", None
             try:
-                torch.cuda.synchronize(self._device)
-                # On the device: the host of a rank that has not waited does not know of it.
-                failure = self._fault_before_growth()
-                memory = None if failure else _allocate(nbytes + nbytes // 8, self._device)
+                failure = self._fault_on_device()
+                memory = None if failure else self._allocate_or_empty_cache(nbytes + nbytes // 8, self._device)
             except Exception as error:
                 failure = f"could not make {nbytes / 2**20:.0f} MiB of shared memory ({in_a_line(error)})"
             self._raise_first(failure)
             try:
                 assert memory is not None
-                heap = PeerHeap(memory, self.group, self._limit)
+                heap = self._make_heap(memory)
             except Exception as error:
                 failure = f"could not see the others' memory ({in_a_line(error)})"
             self._raise_first(failure)
             # Nobody reads the old one any more: all have come here, and have waited for their devices.
             self._heap = heap
 
-    def _fault_before_growth(self) -> str:
-        fault = 0 if self._heap is None else self._heap.fault_on_device()
-        return f"{_FAULT_FOUND}{fault}" if fault else ""
+    def release_together(self) -> None:
+        """See :meth:`Transport.release_together`."""
+        if self._heap is None:
+            return
+        assert self._device is not None
+        if self.state.failure is not None:
+            # Nobody comes any more, and nobody calls.
+            self._heap = None
+            return
+        if is_capturing(self._device):
+            raise GroupError(
+                "a CUDA graph captures, and memory that ranks share is freed once their devices have done their work; release it before"
+            )
+        with self.on_device():
+            is_captured = self._heap in self._captured
+            said = self._told_by_all((self._fault_on_device(), is_captured))
+        # Where a graph replays over it on one rank, the others' are read there.
+        if not any(captured for _, captured in said):
+            self._heap, self._too_large = None, None
+        self._raise_fault(fault for fault, _ in said)
+
+    def _allocate_or_empty_cache(self, nbytes: int, device: torch.device) -> Tensor:
+        try:
+            return self._allocate(nbytes, device)
+        except torch.OutOfMemoryError:
+            # It is not torch's caching allocator's, which may hold what is needed.
+            torch.cuda.empty_cache()
+            return self._allocate(nbytes, device)
+
+    def _fault_on_device(self) -> str:
+        """What has gone wrong, also as far as the host of a rank that has not waited does not know of it; waits for the device."""
+        assert self._device is not None
+        synchronize(self._device)
+        return next((f"{_FAULT_FOUND}{fault}" for heap in self._heaps() if (fault := heap.fault_on_device())), "")
 
     def _raise_first(self, failure: str) -> None:
         """Raises what the first rank says that has failed, on every rank."""
-        said = [""] * self.size
-        dist.all_gather_object(said, failure, group=self.group)
+        said = self._told_by_all(failure)
+        self._raise_fault(said)
         for rank, text in enumerate(said):
-            if text.startswith(_FAULT_FOUND):
-                self.state.give_up(self._in_words(int(text.removeprefix(_FAULT_FOUND))))
-                raise self.state.error()
             if text:
                 raise UnsupportedError(f"rank {rank} {text}")
 
+    def _raise_fault(self, said: Iterable[str]) -> None:
+        for text in said:
+            if text.startswith(_FAULT_FOUND):
+                self.state.give_up(self._in_words(int(text.removeprefix(_FAULT_FOUND))))
+                raise self.state.error()
+
     def _heaps(self) -> list[PeerHeap]:
-        """All that calls or graphs may be using."""
+        """All that calls or graphs may be using. A device that waits over one knows nothing of a fault in another until its host looks:
+        it waits no longer than its own limit, and what it reads then is right or NaN."""
         if self._heap is None or self._heap in self._captured:
             return self._captured
         return [*self._captured, self._heap]
 
 
-def _allocate(nbytes: int, device: torch.device) -> Tensor:
-    try:
-        return allocate(nbytes, device)
-    except torch.OutOfMemoryError:
-        # It is not torch's caching allocator's, which may hold what is needed.
-        torch.cuda.empty_cache()
-        return allocate(nbytes, device)
-
-
 def _post(transport: Transport, message: Posted, x: Tensor, bring: Callable[..., Work]) -> Work:
     """Posts bytes, and says how the others' are brought."""
-    assert isinstance(transport, PeerMemoryTransport)
+    assert isinstance(transport, PeerTransport)
     if message.board is None and message.otherwise is not None:
         # Only within a call a message has a place.
         return message.otherwise.begin(transport, *message.otherwise.arguments)
@@ -413,23 +460,23 @@ def _post(transport: Transport, message: Posted, x: Tensor, bring: Callable[...,
     board, is_first = transport.begin_post(message)
     with transport.on_device():
         post_words(board, x, is_first)
+        message.end_post()
         return bring(transport, message)
 
 
-def _pull_later(transport: PeerMemoryTransport, message: Posted, out: Tensor, first: int, many: int, skip: int) -> Work:
+def pull_later(transport: PeerTransport, message: Posted, out: Tensor, first: int, many: int, skip: int) -> Work:
     """Whoever waits pulls."""
     from cpattn.moves.peer_moves import pull_words
 
     def wait() -> None:
-        assert message.board is not None  # it has been posted
         with transport.on_device():
-            pull_words(message.board, out, first, many, skip)
-        message.is_pulled = True
+            pull_words(message.begin_pull(first, many), out, first, many, skip)
+            message.end_pull()
 
     return Work(wait)
 
 
-def _copy_beside(transport: PeerMemoryTransport, message: Posted, out: Tensor, source: int) -> Work:
+def _copy_beside(transport: PeerTransport, message: Posted, out: Tensor, source: int) -> Work:
     return transport.bring_beside(message, out, source)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpattn.moves.late_rows import LateRows
-from cpattn.moves.peer_moves import Board, Pages, post_rows, pull_pages, pull_pieces, pull_rows
+from cpattn.moves.peer_moves import Pages, post_rows, pull_pages, pull_pieces, pull_rows
 from cpattn.transports.posted import OwnMemory, Posted, Poster
 from cpattn.transports.transfer import Transfer, Work
 
@@ -37,10 +37,6 @@ class _PostedRows:
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         self._given = k, v, num_tokens
 
-    def _board(self) -> Board:
-        assert self._message.board is not None  # it was placed as the call began
-        return self._message.board
-
     def _forget(self) -> None:
         self._given = None
 
@@ -55,6 +51,7 @@ class _PostedRows:
                 self._fill_missing(missing)
                 given = missing.expand(self._rows, -1, -1), None, self._rows
             post_rows(board, self._rows, *given, self._late, first=is_first)
+        self._message.end_post()
         return Work(_nothing)
 
 
@@ -78,14 +75,14 @@ class PeerRows(_PostedRows):
         super().__init__(message, nbytes, shape[0], torch.empty(1, *shape[1:], dtype=dtype, device=device), fill_missing)
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
-        pull_rows(self._board(), self._rows, out, index, slots)
-        self._message.is_pulled = True
+        pull_rows(self._message.begin_pull(), self._rows, out, index, slots)
+        self._message.end_pull()
 
     def write_pages(
         self, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor
     ) -> None:
-        pull_pages(self._board(), self._rows, Pages(k_pages, v_pages, page_table, request, position))
-        self._message.is_pulled = True
+        pull_pages(self._message.begin_pull(), self._rows, Pages(k_pages, v_pages, page_table, request, position))
+        self._message.end_pull()
 
 
 class PeerRowsInOrder(_PostedRows):
@@ -113,8 +110,9 @@ class PeerRowsInOrder(_PostedRows):
 
     def bring(self, message: Tensor) -> None:
         assert self._late is not None
-        pull_pieces(self._board(), message, self._late)
-        self._message.is_pulled, self._held = True, None
+        pull_pieces(self._message.begin_pull(), message, self._late)
+        self._message.end_pull()
+        self._held = None
 
 
 def _post(transport: Poster, rows: _PostedRows) -> Work:

@@ -17,23 +17,73 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class HostTurns(Protocol):
+    """Where the hosts of ranks wait for each other before they launch, so that no kernel has to wait."""
+
+    def await_readers(self, board: Board, first: bool) -> None:
+        """Until all ranks have launched what reads this rank's last message on this board; with ``first`` on all boards."""
+
+    def await_posts(self, board: Board, first_rank: int, many: int) -> None:
+        """Until ``many`` ranks from ``first_rank`` on, around the ring, have launched what posts their messages on this board."""
+
+    def note_post(self, board: Board) -> None:
+        """What posts this rank's message has been launched."""
+
+    def note_read(self, board: Board) -> None:
+        """What reads the others' messages has been launched."""
+
+
 class Posted:
-    """A message of one rank, in memory that the others can read.
+    """A message of one rank, in memory that the others can read. Who launches what posts it, or what pulls the others', does so
+    between a begin and an end.
 
     Attributes:
         nbytes: of it.
         otherwise: the same transfer as a collective, for those who start it outside of a call.
         board: where it lies in the call that is under way.
+        turns: what hosts wait by; None where devices wait.
         is_pulled: whether this rank has pulled the others' since it posted its own.
     """
 
-    __slots__ = ("board", "is_pulled", "nbytes", "otherwise")
+    __slots__ = ("board", "is_pulled", "nbytes", "otherwise", "turns")
 
     def __init__(self, nbytes: int, otherwise: Transfer | None = None) -> None:
         self.nbytes = nbytes
         self.otherwise = otherwise
         self.board: Board | None = None
+        self.turns: HostTurns | None = None
         self.is_pulled = True
+
+    def begin_post(self, first: bool) -> Board:
+        """Where it goes; ``first`` says whether it is the first of its call."""
+        board = self.board
+        if board is None:
+            raise AssertionError("a transfer was started that its call has not announced")
+        if self.turns is not None:
+            self.turns.await_readers(board, first)
+        self.is_pulled = False
+        return board
+
+    def end_post(self) -> None:
+        """It has been posted."""
+        if self.turns is not None:
+            assert self.board is not None
+            self.turns.note_post(self.board)
+
+    def begin_pull(self, first_rank: int = 0, many: int | None = None) -> Board:
+        """Where those of so many ranks lie, of all by default."""
+        board = self.board
+        assert board is not None  # it has been posted
+        if self.turns is not None:
+            self.turns.await_posts(board, first_rank, board.size if many is None else many)
+        return board
+
+    def end_pull(self) -> None:
+        """Whatever this rank reads of the others' has been read."""
+        self.is_pulled = True
+        if self.turns is not None:
+            assert self.board is not None
+            self.turns.note_read(self.board)
 
 
 class OwnMemory:

@@ -276,10 +276,6 @@ class Transport(ABC):
         """Memory for the arena, uint8 ``[nbytes]``, of a kind that this transport can send from and to."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def peer(self, rank: int, buffer: Tensor) -> Tensor | None:
-        """Another rank's buffer of that place in its arena, where this rank can read it; None where it cannot."""
-        return None
-
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """:meth:`Arena.buffer` of this transport's arena: uninitialised memory of that shape, kept under ``name`` and given
         again to whoever asks for that name."""
@@ -288,6 +284,9 @@ class Transport(ABC):
     def release(self) -> None:
         """Frees the buffers that no CUDA graph has captured; the next call makes them anew."""
         self.arena.release()
+
+    def release_together(self) -> None:  # noqa: B027 - most transports share nothing
+        """Frees memory that ranks share and that no CUDA graph has captured: a collective, which waits for the device."""
 
 
 # The name that it had first, for those who use or subclass it.

@@ -11,7 +11,7 @@ import cpattn
 from cpattn import Transport
 from cpattn.costs import links
 from cpattn.testing import run_loopback
-from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.peer_processes import PeerMemoryTransport
 
 H100 = cpattn.MACHINES["h100-nvlink"]
 

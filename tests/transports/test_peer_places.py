@@ -19,7 +19,7 @@ from cpattn.testing import ProcessRanks
 from cpattn.transports import peer_heap
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.peer_heap import Machine, why_not_shared
-from cpattn.transports.peer_memory import PeerMemoryTransport
+from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.posted import Posted
 from cpattn.transports.transfer import Transfer, Work
 
@@ -78,7 +78,7 @@ def test_the_words_of_a_heap_do_not_overlap() -> None:
     """Of the largest group the last flag is the last word."""
     from cpattn.kernels import peer_layout as words
 
-    assert words.POSTS >= words.LIMIT + 1
+    assert max(words.FAULT, words.LIMIT, words.WAITING) < words.POSTS
     assert words.READY + 3 * BOARDS * MOST_RANKS == WORDS
     assert words.READY == words.POSTS + 4 * BOARDS
 
@@ -104,6 +104,9 @@ class _Heap:
 
     def set_limit(self, seconds: float) -> None:
         self.limits.append(seconds)
+
+    def fault_on_device(self) -> int:
+        return self.fault
 
 
 def _transfer(message: Posted | None) -> Transfer:
@@ -207,6 +210,34 @@ def test_what_finds_no_memory_goes_otherwise(ranks: ProcessRanks) -> None:
         assert said["asked"] == 2
         assert said["again"]
         assert said["says"].startswith("auto: its 2 ranks read the memory of each other's GPUs; not in calls of 1 MiB and more: rank 1")
+
+
+def _released() -> list[bool]:
+    """What is left of shared memory after each rank's release: alone, where one's graph holds it, together, and with a fault."""
+    group = dist.new_group()
+    transport = cpattn.transport(group, kind="peer_memory")
+    assert isinstance(transport, PeerMemoryTransport)
+    transport._device = torch.device("cpu")
+    heap: Any = _Heap(2**20)
+    transport._heap = heap
+    cpattn.release()
+    left = [transport._heap is heap]
+    transport._captured = [heap] if dist.get_rank() else []
+    cpattn.release(group)
+    left.append(transport._heap is heap)
+    transport._captured = []
+    cpattn.release(group)
+    left.append(transport._heap is None)
+    # Now there is nothing that the ranks would have to free together.
+    if dist.get_rank():
+        cpattn.release(group)
+    transport._heap, heap.fault = heap, dist.get_rank()
+    left.append("rank 0 did not post or read a message" in _refusal(lambda: cpattn.release(group)))
+    return [*left, transport._heap is None, transport.state.failure is not None]
+
+
+def test_shared_memory_is_released_by_all_ranks_together(ranks: ProcessRanks) -> None:
+    assert ranks.run(_released) == [[True] * 6] * 2
 
 
 def _failed_capture() -> list[bool]:

@@ -82,6 +82,8 @@ def _identities() -> list[bool]:
         cpattn.transport(world, kind="peer_memory").state is world.state,
         world.split(2, 3) == parts,
         axis.size == 3 and axis.part == () and cpattn.transport(mesh["cp"].get_group()) is axis,
+        # So is one of the axis.
+        cpattn.transport(mesh["cp"], kind="peer_memory") is cpattn.transport(mesh["cp"].get_group(), kind="peer_memory") is not axis,
         # The mesh's axis and the world's part have the same ranks, and each its own messages.
         axis is not parts[1] and axis.rank == parts[1].rank,
         # torch's own groups, and so its timeouts, are as they were.
@@ -90,7 +92,7 @@ def _identities() -> list[bool]:
 
 
 def test_one_transport_for_each_group(ranks: ProcessRanks) -> None:
-    assert ranks.run(_identities) == [[True] * 9] * WORLD
+    assert ranks.run(_identities) == [[True] * 10] * WORLD
 
 
 def _with_unlike_memberships() -> list[float]:

@@ -1,0 +1,212 @@
+"""Ranks as threads that share the memory of one GPU, or, without one, of the interpreter: whole calls, beside those that copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import AttentionCase
+from failed_calls import Faults, attend_with_faults, check_partly_failed
+
+import cpattn
+from cpattn.testing import run_loopback
+
+pytest.importorskip("triton")
+from cpattn.kernels.peer_layout import POSTS
+from cpattn.transports import peer_loopback
+from cpattn.transports.peer_loopback import PeerLoopbackTransport
+
+pytestmark = pytest.mark.usefixtures("peer_kernels", "shared_memory")
+
+
+@pytest.fixture
+def shared_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(PeerLoopbackTransport, "_device_type", "cpu")
+        monkeypatch.setattr(peer_loopback, "has_kernels", lambda device: True)
+
+
+def peers_of(group: cpattn.Transport) -> PeerLoopbackTransport:
+    peers = cpattn.transport(group, kind="peer_memory")
+    assert isinstance(peers, PeerLoopbackTransport)
+    assert peers is cpattn.transport(peers, kind="peer_memory") is cpattn.transport(peers)
+    return peers
+
+
+def case_of(batch: list[tuple[int, int]], device: str, cache: str = "packed") -> AttentionCase:
+    return AttentionCase(batch, heads=2, kv_heads=1, head_dim=16, cache=cache, page_size=4, device=device)
+
+
+def backend_on(device: str) -> str:
+    return "triton" if device == "cuda" else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [("all_gather", "packed"), ("all_gather", "paged"), ("ring", "sharded"), ("pass_q", "sharded"), ("pass_q_ring", "striped")],
+)
+def test_bits_are_those_of_copies(strategy: str, cache: str, device: str) -> None:
+    """Calls of several sizes follow each other in the same memory; of the last one a rank has no token."""
+    cases = [case_of(batch, device, cache) for batch in ([(5, 9), (0, 2)], [(3, 1)])]
+
+    def program(group: cpattn.Transport) -> list[bool]:
+        same = []
+        for case in cases:
+            plan = case.plan(group.size)
+            results = [case.on_rank(plan, group.rank, transport, strategy, backend_on(device)) for transport in (peers_of(group), group)]
+            same.append(all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True)))
+        heap = peers_of(group)._heap
+        assert heap is not None
+        # It is what carried them.
+        assert int(heap._memory.view(torch.int32)[POSTS]) >= 2
+        assert peers_of(group).describe() == "peer_memory: its 3 ranks are threads that share the memory of one GPU"
+        return same
+
+    assert run_loopback(program, 3) == [[True] * 2] * 3
+
+
+@pytest.mark.parametrize("line", [0, 150])
+def test_a_rank_that_raises_leaves_the_others_in_step(line: int, device: str) -> None:
+    case = case_of([(0, 9), (4, 6)], device)
+    plan = case.plan(2)
+
+    def program(group: cpattn.Transport) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        peers, backend = peers_of(group), backend_on(device)
+        failed = attend_with_faults(case, plan, peers, group.rank, "all_gather", backend, Faults({1: line}))
+        return [failed, case.on_rank(plan, group.rank, peers, "all_gather", backend)]
+
+    first, second = run_loopback(program, 2, timeout=20)
+    check_partly_failed(case, plan, "all_gather", [first[0], second[0]])
+    case.check([x for x in (first[1], second[1]) if x is not None], plan, "all_gather", backend_on(device))
+    assert second[0] is None or line
+
+
+def attend(tokens: int, group: cpattn.Transport, device: str) -> torch.Tensor:
+    meta = cpattn.build_metadata([(0, tokens)], group.size, group.rank, device=device)
+    x = torch.randn(meta.rows, 1, 16, device=device)
+    out = cpattn.cp_attention(x, x, x, meta, group=group, backend=backend_on(device))
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def test_a_rank_of_another_plan_is_found(device: str) -> None:
+    def program(group: cpattn.Transport) -> tuple[bool, str]:
+        peers = peers_of(group)
+        is_nan = bool(attend(8 if group.rank else 12, peers, device).isnan().any())
+        with pytest.raises(cpattn.GroupError) as raised:
+            cpattn.check(peers)
+        with pytest.raises(cpattn.GroupError):
+            # It is one group, however its ranks send.
+            attend(8, group, device)
+        return is_nan, str(raised.value)
+
+    for is_nan, said in run_loopback(program, 2):
+        assert is_nan
+        assert "has posted a message of another size" in said
+
+
+def test_memory_grows_and_is_released_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks release between the same calls; what a graph has captured on one of them stays on all."""
+    monkeypatch.setattr(PeerLoopbackTransport, "_least_bytes", 1024)
+
+    def program(group: cpattn.Transport) -> list[bool]:
+        peers, memory = peers_of(group), []
+        for tokens in (4, 60, 4):
+            attend(tokens, peers, device)
+            memory.append(0 if peers._heap is None else peers._heap.capacity)
+        heap = peers._heap
+        assert heap is not None
+        cpattn.release()
+        is_kept_alone = peers._heap is heap
+        peers._captured = [heap] if group.rank == 1 else []
+        cpattn.release(peers)
+        is_kept_for_graph = peers._heap is heap
+        peers._captured = []
+        cpattn.release(peers)
+        is_released = peers._heap is None
+        attend(4, peers, device)
+        return [memory[0] < memory[1] == memory[2], is_kept_alone, is_kept_for_graph, is_released, peers._heap is not None]
+
+    assert run_loopback(program, 2) == [[True] * 5] * 2
+
+
+def test_a_fault_that_only_the_device_knows_of_is_found_at_release(device: str) -> None:
+    def program(group: cpattn.Transport) -> str:
+        peers = peers_of(group)
+        attend(8, peers, device)
+        heap = peers._heap
+        assert heap is not None
+        if group.rank == 0:
+            heap.mark(2)
+        with pytest.raises(cpattn.GroupError) as raised:
+            cpattn.release(peers)
+        assert peers._heap is None
+        # Once it was given up nobody meets.
+        cpattn.release(peers)
+        return str(raised.value)
+
+    assert all("rank 1 did not post or read a message within 30 s" in said for said in run_loopback(program, 2))
+
+
+def test_a_fault_in_memory_that_a_graph_has_captured_is_found_where_memory_grows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeerLoopbackTransport, "_least_bytes", 1024)
+
+    def program(group: cpattn.Transport) -> str:
+        peers = peers_of(group)
+        attend(4, peers, device)
+        captured = peers._heap
+        assert captured is not None
+        peers._captured = [captured]
+        attend(60, peers, device)
+        assert peers._heap is not captured
+        if group.rank == 1:
+            captured.mark(1)
+        with pytest.raises(cpattn.GroupError) as raised:
+            attend(600, peers, device)
+        return str(raised.value)
+
+    assert all("rank 0 did not post or read a message" in said for said in run_loopback(program, 2))
+
+
+def test_a_rank_that_stays_away_is_waited_for_as_long_as_the_group_says(device: str) -> None:
+    def program(group: cpattn.Transport) -> str:
+        if group.rank == 1:
+            return ""
+        with pytest.raises(TimeoutError, match=r"waited 0\.2 s for all ranks to come to a call"):
+            attend(8, peers_of(group), device)
+        with pytest.raises(cpattn.GroupError) as raised:
+            attend(8, peers_of(group), device)
+        return str(raised.value)
+
+    assert "this group cannot be used any more" in run_loopback(program, 2, timeout=0.2)[0]
+
+
+def test_ranks_that_launch_elsewhere_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike, as all of them see it."""
+    if device == "cpu":
+        places = iter(["cuda:0, stream 0", "cuda:0, stream 7"])
+        monkeypatch.setattr(peer_loopback, "_place", lambda device: next(places))
+
+    def program(group: cpattn.Transport) -> str:
+        elsewhere = torch.cuda.Stream() if device == "cuda" and group.rank else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(elsewhere), pytest.raises(cpattn.UnsupportedError) as raised:
+            attend(8, peers_of(group), device)
+        return str(raised.value)
+
+    first, second = run_loopback(program, 2)
+    assert first == second
+    assert "all ranks share one GPU and one stream" in first
+
+
+def test_what_has_no_shared_memory_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(group: cpattn.Transport) -> list[str]:
+        peers, said = peers_of(group), []
+        for call in (lambda: attend(8, peers, device), lambda: peers.split(2, 1)):
+            with pytest.raises(cpattn.UnsupportedError) as raised:
+                call()
+            said.append(str(raised.value))
+        return said
+
+    monkeypatch.setattr(peer_loopback, "has_kernels", lambda device: False)
+    for refused, split in run_loopback(program, 2):
+        assert "kind='peer_memory' cannot serve this call: there are no Triton kernels" in refused
+        assert "make a LoopbackGroup for each axis" in split
