@@ -124,3 +124,21 @@ def test_a_rank_of_another_plan_is_named(ranks: ProcessRanks) -> None:
 
 def test_tensors_need_not_be_on_the_current_device(ranks: ProcessRanks) -> None:
     assert all(ranks.run(programs.on_another_device))
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_each_axis_of_a_mesh_has_memory_of_its_own(ranks: ProcessRanks, strategy: str) -> None:
+    if ranks.size % 2:
+        pytest.skip("it takes two times so many GPUs")
+    reads = "ranks read the memory of each other's GPUs"
+    for results in ranks.run(programs.along_mesh_axes, [case_of(batch, "packed") for batch in BATCHES[:2]], strategy):
+        assert all(same for same, _ in results)
+        said = {says for _, says in results}
+        assert said == {f"peer_memory: its {n} {reads}" for n in {2, ranks.size}} | (
+            {"peer_memory: there is one rank, and nothing to send"} if ranks.size == 2 else set()
+        )
+
+
+def test_memory_is_released_together(ranks: ProcessRanks) -> None:
+    for said in ranks.run(programs.release_together):
+        assert said == [True] * 8
