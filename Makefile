@@ -56,6 +56,7 @@ SANITIZE = PYTHONPATH=.:$$PYTHONPATH compute-sanitizer --error-exitcode 1
 sanitize:
 	$(SANITIZE) --tool memcheck --report-api-errors no $(PYTHON) -m pytest -q tests/kernels -k "$(RACE_CHECKED) or several_items"
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest -q tests/kernels -k "$(RACE_CHECKED)"
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/sanitize_peers.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

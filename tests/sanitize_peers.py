@@ -1,0 +1,121 @@
+"""The kernels over peers' memory under compute-sanitizer, in small calls: those that post, wait, pull and bring late keys.
+
+PYTHONPATH=. python tests/sanitize_peers.py [--sanitizer compute-sanitizer]
+
+Ranks that are threads share one GPU, under the checkers of memory, of races and of what was never written; ranks that are processes have
+a GPU each, where there are two, under that of memory. All run side by side. What the flags of several ranks order lies in global memory,
+which the race checker does not look at: it is about the shared memory of a program. The checker of what was never written does not see
+what another process has written, so it is for threads alone. Other kernels run unchecked: ``make sanitize`` has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from cases import AttentionCase
+
+import cpattn
+from cpattn.testing import ProcessRanks, run_loopback
+
+# Strategy, cache, and groups of heads: with one group keys come late where the backend waits for them.
+CALLS = [
+    ("all_gather", "packed", 1),
+    ("all_gather", "packed", 2),
+    ("all_gather", "paged", 1),
+    ("ring", "packed", None),
+    ("pass_q", "sharded", None),
+]
+BATCH = [(37, 90), (0, 3), (8, 1)]
+KERNELS = ("post_", "pull_", "await_", "end_copy")
+MOST_SECONDS = 300
+SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
+
+
+class Run(NamedTuple):
+    """One of the runs side by side."""
+
+    tool: str
+    ranks: str
+
+    def command(self, sanitizer: str, port: int) -> list[str]:
+        kernels = [part for name in KERNELS for part in ("--kernel-name", f"kernel_substring={name}")]
+        checked = [sanitizer, "--tool", self.tool, "--error-exitcode", "1", "--report-api-errors", "no", "--port", str(port), *kernels]
+        return [*checked, sys.executable, __file__, "--ranks", self.ranks]
+
+
+def calls(transport: cpattn.Transport) -> None:
+    """Small calls over a transport, each twice over the same memory."""
+    for strategy, cache, overlap in CALLS:
+        case = AttentionCase(
+            BATCH, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, overlap=overlap, page_size=16
+        )
+        plan = case.plan(transport.size)
+        for check in (False, True):
+            result = case.on_rank(plan, transport.rank, transport, strategy, "triton", check=check)
+        case.check([result], plan, strategy, "triton")
+    torch.cuda.synchronize()
+    cpattn.check(transport)
+
+
+def on_threads() -> None:
+    run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory")), size=3, timeout=120)
+
+
+def in_process() -> None:
+    assert dist.is_initialized()
+    calls(cpattn.transport(kind="peer_memory"))
+
+
+def on_processes() -> None:
+    with ProcessRanks(2, timeout=120, transport="nccl") as ranks:
+        ranks.run(in_process)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer")
+    parser.add_argument("--ranks", choices=["threads", "processes"], help="the calls themselves, unchecked")
+    given = parser.parse_args()
+    if given.ranks is not None:
+        on_threads() if given.ranks == "threads" else on_processes()
+        return 0
+    if not torch.cuda.is_available() or not (shutil.which(given.sanitizer) or Path(given.sanitizer).exists()):
+        print(f"it takes a GPU, and {given.sanitizer}: that of CUDA's toolkit, or of nvidia-cuda-sanitizer-api from PyPI", file=sys.stderr)
+        return 2
+    gpus = torch.cuda.device_count()
+    runs = [Run(tool, "threads") for tool in ("memcheck", "racecheck", "initcheck")] + [Run("memcheck", "processes")] * (gpus > 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    started = []
+    for number, run in enumerate(runs):
+        # Each tensor in memory of its own: beside torch's, which gives one piece to several, what is read beyond an end is not seen.
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if run.ranks == "threads":
+            environment["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]
+        command = run.command(given.sanitizer, 49152 + 200 * number)
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    failed = 0
+    for run, process in zip(runs, started, strict=True):
+        try:
+            said, _ = process.communicate(timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        found = " ".join(match.group(2) for match in SUMMARY.finditer(said)) or "it did not end as it should"
+        print(f"{run.tool}, ranks as {run.ranks}: {found}", flush=True)
+        if process.returncode:
+            failed += 1
+            print(said[-6000:], flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
