@@ -26,7 +26,7 @@ class OrderedKeys(NamedTuple):
     group's take their place.
 
     Attributes:
-        memory: gives it.
+        memory: where it is in the call that is under way, as it need not stay from call to call.
     """
 
     memory: Callable[[], Message]
@@ -82,7 +82,7 @@ class InOrder(NamedTuple):
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order."""
-        # What is not in order as it comes can be put so.
+        # It is what was prepared with this.
         cast("RowsInOrder", arrived).gather(self.ordered.memory().whole, self.source, self.ordered.order.new_places)
         return self.ordered.keys(io, heads)
 

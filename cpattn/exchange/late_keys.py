@@ -50,7 +50,7 @@ class LateKeys(NamedTuple):
         # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
         flags[1:].copy_(flags[:1].expand(len(flags) - 1))
         shape = RowsOfRanks.of(meta, setup.reads_prefix).most, kv.heads, kv.width
-        late = LateRows(tables.own_rows, tables.source, tables.order, flags)
+        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.reads_prefix)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)
         return None if peers is None else cls(peers, kv, shape, Arrivals(flags, tables.late))

@@ -7,7 +7,8 @@ So nothing has to be cleared from turn to turn; whoever is new to the memory set
 no later turn has. ``late`` says which pieces are waited for: those with a row that is brought.
 
 The attention is launched as a dependent of the kernel that brings the rows (programmatic dependent launch), and so begins when
-all programs of that have begun. They wait for nothing, and end whatever else there is to compute: nobody waits in vain.
+all programs of that know that what they bring is there for them. They wait for nothing any more, and end whatever else there is to
+compute: nobody waits in vain.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators

@@ -6,12 +6,12 @@ word READY of every other rank's heap once the message lies there, with its SIZE
 rank's heap once it has read theirs. So nobody reads a message too early, and nobody writes over one that is still being read.
 The counts are on the device, and so a CUDA graph replays all of it. They wrap around: what counts is their difference.
 
-Every program that moves a part of a message waits by itself. It waits for kernels alone that stand before its own in the streams of
-all ranks, and so for none that needs its multiprocessor; and kernels that wait leave room on each multiprocessor, or most of them
-free, for those of other groups. A wait ends after a time that lies in memory, too. It then writes into the word FAULT of every rank
-who did not come, and from there on no wait of the group waits any more. Where one stops, others come to wait for those who wait for
-it: who has waited for half of the time says so in its word WAITING, a count of programs, and is blamed last. Some programs of a
-launch may find a fault that others have not met: each part is then right or NaN.
+Whoever waits is one warp, as a rule in a kernel before the one that moves the message: what it finds is a word that all programs of
+the next kernel read alike, and one multiprocessor waits instead of all, on which other groups may have something to do. A kernel of few
+programs may wait by itself. A wait ends after a time that lies in memory, too. It then writes into the word FAULT of every rank who did
+not come, and from there on no wait of the group waits any more. Where one stops, others come to wait for those who wait for it: who has
+waited for half of the time says so in its word WAITING, a count of programs, and is blamed last. Where programs wait by themselves some
+may find a fault that others have not met: each part is then right or NaN.
 
 Suffixes: W ranks, padded to a power of two; F flags that are waited for.
 """
@@ -31,7 +31,8 @@ _WAITING = tl.constexpr(peer_layout.WAITING)
 _POSTS = tl.constexpr(peer_layout.POSTS)
 _POSTED = tl.constexpr(peer_layout.POSTED)
 _PULLED = tl.constexpr(peer_layout.PULLED)
-_MAY_COPY = tl.constexpr(peer_layout.MAY_COPY)
+_MAY_POST = tl.constexpr(peer_layout.MAY_POST)
+_MAY_PULL = tl.constexpr(peer_layout.MAY_PULL)
 _READY = tl.constexpr(peer_layout.READY)
 _OTHER_MESSAGE = tl.constexpr(peer_layout.OTHER_MESSAGE)
 
@@ -120,16 +121,16 @@ def _await(table, heap, flags_F, wants_F, rank_F, is_waited_F, WORLD: tl.constex
 @triton.jit
 def _found_no_fault(table, heap, WORLD: tl.constexpr):
     """Whether there is none, after a wait; the host is told of one."""
-    fault = tl.load(heap + _FAULT, volatile=True)
-    if fault != 0:
-        tl.store(tl.load(table + WORLD).to(tl.pointer_type(tl.int32)), fault)
-    return _any(fault != 0) == 0
+    has_fault = _any(tl.load(heap + _FAULT, volatile=True) != 0)
+    if has_fault:
+        tl.store(tl.load(table + WORLD).to(tl.pointer_type(tl.int32)), tl.load(heap + _FAULT, volatile=True))
+    return has_fault == 0
 
 
 @triton.jit
 def await_readers(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
     """Waits until all have read what this rank has posted before: on this board, or, as a call begins, on all of them, since
-    boards lie elsewhere in another call. This rank's heap, and whether it may be written."""
+    boards lie elsewhere in another call. Writes down for the next kernel whether this rank may post."""
     heap = heap_of(table, rank)
     if FIRST:
         flag_F = tl.arange(0, BOARDS * WORLD_PADDED)
@@ -141,13 +142,13 @@ def await_readers(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, 
     read_F = heap + _READY + BOARDS * WORLD + board_F * WORLD + reader_F
     posts_F = tl.load(heap + _POSTS + board_F)
     _await(table, heap, read_F, posts_F, reader_F, reader_F < WORLD, WORLD)
-    return heap, _found_no_fault(table, heap, WORLD)
+    tl.store(heap + _MAY_POST + board, _found_no_fault(table, heap, WORLD).to(tl.int32))
 
 
 @triton.jit
 def await_messages(table, rank, board, size, first, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
-    """Waits for the messages of ``many`` ranks from ``first`` on, around the ring. One of another size than this rank's is a fault: its
-    rank makes another call. This rank's heap, and whether the messages lie there."""
+    """Waits for the messages of ``many`` ranks from ``first`` on, around the ring. One of another size or form than this rank's is a
+    fault: its rank makes another call. This rank's heap, and whether the messages lie there."""
     heap = heap_of(table, rank)
     rank_W = tl.arange(0, WORLD_PADDED)
     posts = tl.load(heap + _POSTS + board)
@@ -162,16 +163,23 @@ def await_messages(table, rank, board, size, first, many, WORLD: tl.constexpr, W
 
 
 @triton.jit
-def let_copy(heap, board, is_there):
-    """Writes down for who ends a copy whether the message was there as it began."""
-    tl.store(heap + _MAY_COPY + board, is_there.to(tl.int32))
+def let_pull(heap, board, is_there):
+    """Writes down for the next kernel whether the messages lie there."""
+    tl.store(heap + _MAY_PULL + board, is_there.to(tl.int32))
 
 
 @triton.jit
-def may_copy(table, rank, board):
-    """This rank's heap, and what was written down before a copy began."""
+def may_post(table, rank, board):
+    """This rank's heap, and whether the wait before found that it may be written."""
     heap = heap_of(table, rank)
-    return heap, tl.load(heap + _MAY_COPY + board) != 0
+    return heap, tl.load(heap + _MAY_POST + board) != 0
+
+
+@triton.jit
+def may_pull(table, rank, board):
+    """This rank's heap, and whether the wait before found that the messages lie there."""
+    heap = heap_of(table, rank)
+    return heap, tl.load(heap + _MAY_PULL + board) != 0
 
 
 @triton.jit
@@ -186,10 +194,10 @@ def _is_last(counter):
 
 
 @triton.jit
-def end_post(table, heap, rank, board, size, WORLD: tl.constexpr):
-    """Has the last program tell all ranks that the message lies there, and of which size it is; but for a group with a fault."""
+def end_post(table, heap, rank, board, size, is_written, WORLD: tl.constexpr):
+    """Has the last program tell all ranks that the message lies there, and of which size it is."""
     is_last = _is_last(heap + _POSTED + board)
-    if is_last & _found_no_fault(table, heap, WORLD):
+    if is_last & is_written:
         posts = tl.load(heap + _POSTS + board) + 1
         tl.store(heap + _POSTS + board, posts)
         for reader in tl.static_range(WORLD):
@@ -202,6 +210,8 @@ def end_post(table, heap, rank, board, size, WORLD: tl.constexpr):
 def end_pull(table, heap, rank, board, WORLD: tl.constexpr):
     """Has the last program tell all ranks that their messages have been read; whether this is it."""
     is_last = _is_last(heap + _PULLED + board)
+    # What was read may be the NaN of a rank that has found one.
+    _found_no_fault(table, heap, WORLD)
     if is_last:
         posts = tl.load(heap + _POSTS + board)
         for writer in tl.static_range(WORLD):

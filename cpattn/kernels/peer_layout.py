@@ -16,9 +16,10 @@ WAITING = 2
 POSTS = 16
 POSTED = POSTS + BOARDS
 PULLED = POSTED + BOARDS
-MAY_COPY = PULLED + BOARDS
+MAY_POST = PULLED + BOARDS
+MAY_PULL = MAY_POST + BOARDS
 # One for each board and rank: READY, then READ, then SIZE, each BOARDS * ranks words.
-READY = MAY_COPY + BOARDS
+READY = MAY_PULL + BOARDS
 WORDS = READY + 3 * BOARDS * MOST_RANKS
 
 # A fault is 1 + the rank that did not come, or this + the rank that has posted another message than was expected.

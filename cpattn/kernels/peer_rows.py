@@ -12,7 +12,7 @@ import triton.language as tl
 
 from cpattn.kernels.arrivals import all_flag, announce, let_next_begin, piece_flag
 from cpattn.kernels.move_pages import slots_of
-from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, let_copy, may_copy
+from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, let_pull, may_post, may_pull
 
 
 @triton.jit
@@ -23,11 +23,17 @@ def _at(table, rank, offset, like, WIDE: tl.constexpr = True):
     return tl.multiple_of(pointer, 16) if WIDE else pointer
 
 
+@triton.jit(do_not_specialize=["rank", "board"])
+def await_readers_kernel(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
+    """One warp, before a post."""
+    await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
+
+
 @triton.jit(do_not_specialize=["rank", "board", "size", "first_rank", "many"])
 def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
-    """One warp, before a copy."""
+    """One warp, before a pull or a copy."""
     heap, is_there = await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
-    let_copy(heap, board, is_there)
+    let_pull(heap, board, is_there)
 
 
 @triton.jit
@@ -43,13 +49,13 @@ def post_rows_kernel(
     table, k, v, places, flags, rank, board, offset, size, num_rows, num_tokens,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT_ON_DEVICE: tl.constexpr, PLACES: tl.constexpr, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
+    COUNT_ON_DEVICE: tl.constexpr, PLACES: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
     """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K.
 
     With PLACES row i goes to row ``places[i]``, and none for a negative one; and a new round of arrivals begins.
     """
-    heap, can_write = await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
+    heap, can_write = may_post(table, rank, board)
     if COUNT_ON_DEVICE:
         num_tokens = tl.load(num_tokens)
     message = _at(table, rank, offset, k)
@@ -73,18 +79,18 @@ def post_rows_kernel(
         if tl.program_id(0) == 0:
             # Nobody reads it in this launch.
             tl.store(flags, tl.load(flags) + 1)
-    end_post(table, heap, rank, board, size, WORLD)
+    end_post(table, heap, rank, board, size, can_write, WORLD)
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "rows_of_rank"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank"])
 def pull_rows_kernel(
-    table, out, index, slots, rank, board, offset, size, num_rows, rows_of_rank, out_stride,
+    table, out, index, slots, rank, board, offset, num_rows, rows_of_rank, out_stride,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, SLOTS: tl.constexpr,
-    WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
+    WORLD: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = gathered[index[i]]`` or ``out[slots[i]] = gathered[index[i]]``, where ``gathered`` are all ranks' rows, rank after
     rank, of WIDTH words; zeros for a negative index. Strides are in units of UNIT words."""
-    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
+    heap, is_there = may_pull(table, rank, board)
     word_1W = tl.arange(0, BLOCK_W)[None, :]
     for first in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
         row_R = first + tl.arange(0, BLOCK_R)
@@ -192,16 +198,16 @@ def pull_pieces_kernel(
     announce(all_flag(flags), turn, end_pull(table, heap, rank, board, WORLD))
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "rows_of_rank", "page_size"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])
 def pull_pages_kernel(
-    table, k_pages, v_pages, page_table, request, position, rank, board, offset, size, num_rows, rows_of_rank,
+    table, k_pages, v_pages, page_table, request, position, rank, board, offset, num_rows, rows_of_rank,
     page_size, table_stride_request, table_stride_page,
     k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    TABLE: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
+    TABLE: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
     """Row i of all ranks' messages ``[rows_of_rank, HEADS, D + DV]``, rank after rank, into its slot; none for a negative position."""
-    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
+    heap, is_there = may_pull(table, rank, board)
     for first in range(tl.program_id(0) * BLOCK_R, num_rows * HEADS, tl.num_programs(0) * BLOCK_R):
         pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         row_R = pair_R // HEADS
@@ -233,26 +239,26 @@ def _pull_columns(to_R, from_R, is_row_R, is_there, DIM: tl.constexpr, DIM_PADDE
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_units"])
 def post_words_kernel(
     table, x, rank, board, offset, size, num_units,
-    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
     """A message as it is, in units of UNIT words, from which the compiler sees how wide its accesses may be."""
-    heap, can_write = await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
+    heap, can_write = may_post(table, rank, board)
     message = _at(table, rank, offset, x)
     num_words = tl.where(can_write, num_units, 0) * UNIT
     for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK_W), tl.num_programs(0)):
         word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)
         tl.store(message + word_W, tl.load(x + word_W, mask=word_W < num_words), mask=word_W < num_words)
-    end_post(table, heap, rank, board, size, WORLD)
+    end_post(table, heap, rank, board, size, can_write, WORLD)
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_units", "first_rank", "many"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_units", "first_rank", "many"])
 def pull_words_kernel(
-    table, out, rank, board, offset, size, num_units, first_rank, many,
-    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr,
+    table, out, rank, board, offset, num_units, first_rank, many,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
     """``num_units`` units of UNIT words, ``offset`` bytes behind the beginning of each of ``many`` ranks' heaps, from ``first_rank``
     on around the ring; where there are several, ``out`` has a part for each rank."""
-    heap, is_there = await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
+    heap, is_there = may_pull(table, rank, board)
     num_words = num_units * UNIT
     blocks = tl.cdiv(num_words, BLOCK_W)
     for block in range(tl.program_id(0), blocks * many, tl.num_programs(0)):
@@ -270,7 +276,7 @@ def pull_words_kernel(
 @triton.jit(do_not_specialize=["rank", "board", "num_words"])
 def end_copy_kernel(table, out, rank, board, num_words, BLOCK_W: tl.constexpr, WORLD: tl.constexpr):
     """One program, after a message was copied: NaN in its place where the group has a fault; and the message has been read."""
-    heap, is_there = may_copy(table, rank, board)
+    heap, is_there = may_pull(table, rank, board)
     if not is_there:
         for block in range(tl.cdiv(num_words, BLOCK_W)):
             word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)

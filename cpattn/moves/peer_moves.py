@@ -13,6 +13,7 @@ from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.peer_rows import (
     await_messages_kernel,
+    await_readers_kernel,
     end_copy_kernel,
     post_rows_kernel,
     post_words_kernel,
@@ -23,13 +24,13 @@ from cpattn.kernels.peer_rows import (
 )
 from cpattn.moves.late_rows import LateRows
 
-# Programs of a pull: enough to fill the links between GPUs. Between two H200 132 took 0 to 6% less of a layer than 264. Like those of a
-# post they wait, and leave room on each multiprocessor for what other streams run meanwhile.
+# Programs of a pull: enough to fill the links between GPUs. Between two H200 132 took 0 to 6% less of a layer than 264, and leave room on
+# each multiprocessor for what other streams run meanwhile.
 _PROGRAMS = 132
-# Of a post, whose programs have four warps.
+# Of a post, whose programs have four warps; between two H100 132 and 396 took as long.
 _POSTING_PROGRAMS = 264
 # Of a pull beside an attention, which computes on the other multiprocessors. Each has as many threads as a multiprocessor takes, so that
-# few of them have enough bytes on their way.
+# few of them have enough bytes on their way. They wait by themselves, on so many multiprocessors that others stay free.
 _PROGRAMS_BESIDE = 24
 _PIECES_TOGETHER = 4
 _MOST_WARPS = {"num_warps": 32}
@@ -46,6 +47,7 @@ _pull_rows = Launcher(pull_rows_kernel)
 _pull_pages = Launcher(pull_pages_kernel)
 _pull_pieces = Launcher(pull_pieces_kernel)
 _pull_words = Launcher(pull_words_kernel)
+_await_readers = Launcher(await_readers_kernel)
 _await_messages = Launcher(await_messages_kernel)
 _end_copy = Launcher(end_copy_kernel)
 
@@ -58,6 +60,7 @@ class Board(NamedTuple):
         rank, size: of the group.
         number: of the board.
         offset: of the message in each heap, in bytes; nbytes: of the message.
+        form: how it is laid out, 0 to 3; see :class:`cpattn.transports.posted.Posted`.
     """
 
     table: Tensor
@@ -66,6 +69,7 @@ class Board(NamedTuple):
     number: int
     offset: int
     nbytes: int
+    form: int = 0
 
     @property
     def place(self) -> dict[str, Any]:
@@ -73,17 +77,34 @@ class Board(NamedTuple):
         return {"rank": self.rank, "board": self.number, "WORLD": self.size}
 
     @property
+    def size_word(self) -> int:
+        """By which ranks tell messages apart that are not of one call, or not laid out alike."""
+        return (4 * self.nbytes + self.form) % 2**31
+
+    @property
     def waits(self) -> dict[str, Any]:
-        """What those take that wait. By the size ranks tell messages apart that are not of one call."""
-        return self.place | {"size": self.nbytes % 2**31, "WORLD_PADDED": triton.next_power_of_2(self.size)}
+        """What those take that wait."""
+        return self.place | {"WORLD_PADDED": triton.next_power_of_2(self.size)}
+
+
+def await_readers(board: Board, first: bool) -> None:
+    """Waits until everybody has read the last message; before the first one of a call, all messages of the last call."""
+    key = *board[1:], first
+    launch = _await_readers.prepared.get(key) or _await_readers.prepared.keep(
+        key,
+        _await_readers.prepare((1, 1), _ONE_WARP, {"table": 0}, table=board.table, FIRST=first, **board.waits),
+    )
+    launch(board.table)
 
 
 def await_messages(board: Board, first_rank: int, many: int) -> None:
-    """Waits until the messages of ``many`` ranks lie there, from ``first_rank`` on, around the ring: before a copy."""
+    """Waits until the messages of ``many`` ranks lie there, from ``first_rank`` on, around the ring."""
     key = *board[1:], first_rank, many
     launch = _await_messages.prepared.get(key) or _await_messages.prepared.keep(
         key,
-        _await_messages.prepare((1, 1), _ONE_WARP, {"table": 0}, table=board.table, first_rank=first_rank, many=many, **board.waits),
+        _await_messages.prepare(
+            (1, 1), _ONE_WARP, {"table": 0}, table=board.table, size=board.size_word, first_rank=first_rank, many=many, **board.waits
+        ),
     )
     launch(board.table)
 
@@ -98,19 +119,20 @@ def post_rows(
         late: says in which rows of the message they go, in place of the first ones; from now on the others' are not there.
         first: whether it is the first message of its call.
     """
+    await_readers(board, first)
     values = k if v is None else v
     counted = isinstance(num_tokens, Tensor)
     key = (
         *board[1:], rows, k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None, None if counted else num_tokens,
-        late is None, first,
+        late is None,
     )  # fmt: skip
-    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens, late, first))
+    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens, late))
     placed = () if late is None else (late.own_rows, late.flags)
     launch(board.table, k, values, *placed, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
 
 
 def _prepare_post_rows(
-    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None, first: bool
+    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None
 ) -> LaunchFunction:
     _, heads, dim = k.shape
     values = k if v is None else v
@@ -121,10 +143,10 @@ def _prepare_post_rows(
         (min(_POSTING_PROGRAMS, max(1, triton.cdiv(rows * heads, block))), 1), {},
         tensors | ({"num_tokens": len(tensors)} if isinstance(num_tokens, Tensor) else {}),
         table=board.table, k=k, v=values, places=board.table if late is None else late.own_rows,
-        flags=board.table if late is None else late.flags, offset=board.offset, num_rows=rows, num_tokens=num_tokens,
+        flags=board.table if late is None else late.flags, offset=board.offset, size=board.size_word, num_rows=rows, num_tokens=num_tokens,
         k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
         HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor), PLACES=late is not None, FIRST=first, **board.waits,
+        BLOCK_R=block, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor), PLACES=late is not None, **board.place,
     )  # fmt: skip
 
 
@@ -143,7 +165,7 @@ def _prepare_pull_pieces(board: Board, like: Tensor, late: LateRows) -> LaunchFu
         (min(_PROGRAMS_BESIDE, max(1, pieces)), 1), _MOST_WARPS, {"table": 0, "like": 1, "source": 2, "order": 3, "flags": 4},
         table=board.table, like=Words(like, word), source=late.source, order=late.order, flags=late.flags, offset=board.offset,
         num_rows=like.shape[0], WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)),
-        TOGETHER=_PIECES_TOGETHER, **board.waits,
+        TOGETHER=_PIECES_TOGETHER, size=board.size_word, **board.waits,
     )  # fmt: skip
 
 
@@ -162,6 +184,7 @@ def _row_words(out: Tensor) -> tuple[Any, int, int, int]:
 
 def pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
     """:meth:`cpattn.moves.moves.Moves.gather_rows` from the ``rows`` rows of each rank's message, rank after rank, once they lie there."""
+    await_messages(board, 0, board.size)
     key = (
         *board[1:],
         rows,
@@ -183,7 +206,7 @@ def _prepare_pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slot
         (min(_PROGRAMS, max(1, triton.cdiv(index.shape[0], _ROWS))), 1), _WARPS, {"table": 0, "out": 1, "index": 2, "slots": 3},
         table=board.table, out=Words(out, word), index=index, slots=index if slots is None else slots, offset=board.offset,
         num_rows=index.shape[0], rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, BLOCK_R=_ROWS,
-        BLOCK_W=min(1024, triton.next_power_of_2(width)), SLOTS=slots is not None, **board.waits,
+        BLOCK_W=min(1024, triton.next_power_of_2(width)), SLOTS=slots is not None, **board.place,
     )  # fmt: skip
 
 
@@ -199,6 +222,7 @@ class Pages(NamedTuple):
 
 def pull_pages(board: Board, rows: int, pages: Pages) -> None:
     """:meth:`cpattn.moves.moves.Moves.write_pages` of the rows of all ranks' messages, rank after rank, once they lie there."""
+    await_messages(board, 0, board.size)
     k_pages, v_pages, page_table, request, position = pages
     values = k_pages if v_pages is None else v_pages
     key = (
@@ -226,13 +250,14 @@ def _prepare_pull_pages(board: Board, rows: int, pages: Pages) -> LaunchFunction
         k_page_stride=k_pages.stride(0), k_page_stride_token=k_pages.stride(1), k_page_stride_head=k_pages.stride(2),
         v_page_stride=values.stride(0), v_page_stride_token=values.stride(1), v_page_stride_head=values.stride(2),
         HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, TABLE=page_table is not None, **board.waits,
+        BLOCK_R=block, TABLE=page_table is not None, **board.place,
     )  # fmt: skip
 
 
 def post_words(board: Board, x: Tensor, first: bool) -> None:
     """Posts bytes ``[1, n]`` as they are, once everybody has read the last message."""
-    key = *board[1:], x.nbytes, x.dtype, x.data_ptr() % 16, first
+    await_readers(board, first)
+    key = *board[1:], x.nbytes, x.dtype, x.data_ptr() % 16
     launch = _post_words.prepared.get(key)
     if launch is None:
         words = Words(x, _word(x, x.nbytes))
@@ -240,8 +265,8 @@ def post_words(board: Board, x: Tensor, first: bool) -> None:
         unit = _unit(words, count, 0)
         launch = _post_words.prepared.keep(key, _post_words.prepare(
             (min(_POSTING_PROGRAMS, max(1, triton.cdiv(count, _WORDS))), 1), _WARPS, {"table": 0, "x": 1},
-            table=board.table, x=words, offset=board.offset, num_units=count // unit, UNIT=unit, BLOCK_W=_WORDS, FIRST=first,
-            **board.waits,
+            table=board.table, x=words, offset=board.offset, size=board.size_word, num_units=count // unit, UNIT=unit,
+            BLOCK_W=_WORDS, **board.place,
         ))  # fmt: skip
     launch(board.table, x)
 
@@ -249,6 +274,7 @@ def post_words(board: Board, x: Tensor, first: bool) -> None:
 def pull_words(board: Board, out: Tensor, first_rank: int, many: int, skip_bytes: int = 0) -> None:
     """Pulls the messages of ``many`` ranks from ``first_rank`` on, around the ring, each from ``skip_bytes`` on: into the
     bytes ``[1, n]`` one rank's, or into their equal parts all ranks'."""
+    await_messages(board, first_rank, many)
     key = *board[1:], out.nbytes, out.dtype, out.data_ptr() % 16, first_rank, many, skip_bytes
     launch = _pull_words.prepared.get(key)
     if launch is None:
@@ -258,7 +284,7 @@ def pull_words(board: Board, out: Tensor, first_rank: int, many: int, skip_bytes
         launch = _pull_words.prepared.keep(key, _pull_words.prepare(
             (min(_PROGRAMS, max(1, triton.cdiv(count, _WORDS) * many)), 1), _WARPS, {"table": 0, "out": 1},
             table=board.table, out=words, offset=board.offset + skip_bytes, num_units=count // unit, UNIT=unit,
-            first_rank=first_rank, many=many, BLOCK_W=_WORDS, **board.waits,
+            first_rank=first_rank, many=many, BLOCK_W=_WORDS, **board.place,
         ))  # fmt: skip
     launch(board.table, out)
 

@@ -119,7 +119,10 @@ class PeerHeap:
     def own_memory(self, offset: int, nbytes: int) -> OwnMemory:
         """Bytes of this rank's."""
         found = self._places.get((offset, nbytes))
-        return self._places.keep((offset, nbytes), OwnMemory(self._memory[offset : offset + nbytes])) if found is None else found
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._places.keep((offset, nbytes), OwnMemory(self._memory[offset : offset + nbytes]))
+        return found
 
     @property
     def fault(self) -> int:

@@ -23,7 +23,7 @@ from cpattn.kernels.peer_layout import BOARDS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.moves.late_rows import LateRows
 from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.peer_heap import PeerHeap, synchronize
-from cpattn.transports.posted import HostTurns, OwnMemory, Posted
+from cpattn.transports.posted import HostTurns, Posted
 from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
@@ -209,14 +209,16 @@ class PeerTransport(PairwiseTransport):
         if heap is None:
             # What was posted before in this call has been read.
             for message in offsets:
-                message.board = None
+                message.board = message.memory = None
             self._shares = False
             return False
         from cpattn.moves.peer_moves import Board
 
         self._placed = list(offsets)
         for number, (message, offset) in enumerate(offsets.items()):
-            message.board, message.turns = Board(heap.table, self.rank, self.size, number, offset, message.nbytes), self._turns
+            message.board = Board(heap.table, self.rank, self.size, number, offset, message.nbytes, message.form)
+            message.memory = heap.own_memory(offset, message.nbytes) if message.form else None
+            message.turns = self._turns
         return True
 
     def _heap_for(self, messages: Collection[Posted], nbytes: int) -> PeerHeap | None:
@@ -252,7 +254,7 @@ class PeerTransport(PairwiseTransport):
     def forget(self) -> None:
         """See :meth:`Transport.forget`."""
         for message in self._placed:
-            message.board, message.is_pulled = None, True
+            message.board, message.memory, message.is_pulled = None, None, True
         self._placed = []
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -285,13 +287,7 @@ class PeerTransport(PairwiseTransport):
         from cpattn.transports.peer_rows import PeerRowsInOrder
 
         # What is read of it the strategy knows.
-        return PeerRowsInOrder(Posted(rows * like.nbytes), 0, like, fill_missing, late)
-
-    def own_memory(self, message: Posted) -> OwnMemory:
-        """Where it lies in the call that is under way."""
-        assert self._heap is not None
-        assert message.board is not None  # it was placed as the call began
-        return self._heap.own_memory(message.board.offset, message.nbytes)
+        return PeerRowsInOrder(Posted(rows * like.nbytes, form=1 + late.in_place), 0, like, fill_missing, late)
 
     def _takes(self, nbytes: int) -> bool:
         """Whether a message of that size goes through shared memory, as far as can be said before it has a place."""
@@ -344,7 +340,8 @@ class PeerTransport(PairwiseTransport):
     def _in_words(self, fault: int) -> str:
         if fault < OTHER_MESSAGE:
             return f"rank {fault - 1} did not post or read a message within {self._limit:g} s"
-        return f"rank {fault - OTHER_MESSAGE} has posted a message of another size: it has another plan, or has skipped a call"
+        rank = fault - OTHER_MESSAGE
+        return f"rank {rank} has posted another message: it has another plan or another kind of backend, or has skipped a call"
 
     def _ask(self) -> None:
         assert self._device is not None

@@ -95,24 +95,17 @@ class PeerRowsInOrder(_PostedRows):
 
     def __init__(self, message: Posted, nbytes: int, like: Tensor, fill_missing: Callable[[Tensor], None], late: LateRows) -> None:
         super().__init__(message, nbytes, late.own_rows.shape[0], like, fill_missing, late)
-        self._held: OwnMemory | None = None
 
     @property
     def memory(self) -> OwnMemory:
-        assert self._held is not None  # this rank has posted
-        return self._held
-
-    def post(self, transport: Poster) -> Work:
-        """See :class:`PeerRows`."""
-        work = super().post(transport)
-        self._held = transport.own_memory(self._message)
-        return work
+        memory = self._message.memory
+        assert memory is not None  # it was placed as the call began
+        return memory
 
     def bring(self, message: Tensor) -> None:
         assert self._late is not None
         pull_pieces(self._message.begin_pull(), message, self._late)
         self._message.end_pull()
-        self._held = None
 
 
 def _post(transport: Poster, rows: _PostedRows) -> Work:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from cpattn.memo import Memo
@@ -15,6 +16,25 @@ if TYPE_CHECKING:
     from cpattn.moves.peer_moves import Board
 
 T = TypeVar("T")
+
+
+class OwnMemory:
+    """Where this rank's own message lies in memory that others read: uint8 ``[nbytes]``."""
+
+    __slots__ = ("_views", "whole")
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        self._views: Memo[Hashable, Any] = Memo(16)
+
+    def seen_as(self, key: Hashable, make: Callable[[Tensor], T]) -> T:
+        """What ``make`` makes of it: views, which would cost a call several microseconds. They are kept as long as the memory is."""
+        found: T | None = self._views.get(key)
+        if found is None:
+            # Views made under inference_mode could not be written outside of it.
+            with torch.inference_mode(False):
+                found = self._views.keep(key, make(self.whole))
+        return found
 
 
 class HostTurns(Protocol):
@@ -40,17 +60,21 @@ class Posted:
     Attributes:
         nbytes: of it.
         otherwise: the same transfer as a collective, for those who start it outside of a call.
-        board: where it lies in the call that is under way.
+        form: how it is laid out: 0 for this rank's rows or bytes in turn, 1 for keys in the order that its queries see them in, 2 for
+            those without cached keys that are read elsewhere. Ranks whose forms differ would read each other's wrongly.
+        board: where it lies in the call that is under way; memory: the same as this rank's memory.
         turns: what hosts wait by; None where devices wait.
         is_pulled: whether this rank has pulled the others' since it posted its own.
     """
 
-    __slots__ = ("board", "is_pulled", "nbytes", "otherwise", "turns")
+    __slots__ = ("board", "form", "is_pulled", "memory", "nbytes", "otherwise", "turns")
 
-    def __init__(self, nbytes: int, otherwise: Transfer | None = None) -> None:
+    def __init__(self, nbytes: int, otherwise: Transfer | None = None, form: int = 0) -> None:
         self.nbytes = nbytes
         self.otherwise = otherwise
+        self.form = form
         self.board: Board | None = None
+        self.memory: OwnMemory | None = None
         self.turns: HostTurns | None = None
         self.is_pulled = True
 
@@ -86,29 +110,11 @@ class Posted:
             self.turns.note_read(self.board)
 
 
-class OwnMemory:
-    """Where this rank's own message lies in memory that others read: uint8 ``[nbytes]``."""
-
-    __slots__ = ("_views", "whole")
-
-    def __init__(self, whole: Tensor) -> None:
-        self.whole = whole
-        self._views: Memo[Hashable, Any] = Memo(16)
-
-    def seen_as(self, key: Hashable, make: Callable[[Tensor], T]) -> T:
-        """What ``make`` makes of it: views, which would cost a call several microseconds. They are kept as long as the memory is."""
-        found: T | None = self._views.get(key)
-        return self._views.keep(key, make(self.whole)) if found is None else found
-
-
 class Poster(Protocol):
     """A transport over which messages are posted."""
 
     def begin_post(self, message: Posted) -> tuple[Board, bool]:
         """Where a message is posted that is about to be, and whether it is the first of its call."""
-
-    def own_memory(self, message: Posted) -> OwnMemory:
-        """Where it lies in the call that is under way."""
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Within which kernels are launched on the messages' device."""

@@ -108,6 +108,11 @@ class Transport(ABC):
         """
         return None
 
+    @property
+    def shares_memory(self) -> bool:
+        """Of the call that is under way, or of the last one: whether ranks read each other's memory."""
+        return False
+
     def late_rows(self, rows: int, like: Tensor, late: LateRows, fill_missing: Callable[[Tensor], None]) -> LateRowsOfPeers | None:
         """Messages of so many rows on each rank, which each has in an order of its own, and of which the others' rows come late; None
         where they cannot.

@@ -14,7 +14,8 @@ from triton.compiler import ASTSource, compile
 from cpattn.kernels import peer_rows
 
 HOPPER = GPUTarget("cuda", 90, 32)
-WORLD = {"WORLD": 3, "WORLD_PADDED": 4}
+WORLD = {"WORLD": 3}
+PADDED = {"WORLD": 3, "WORLD_PADDED": 4}
 TABLE = {"table": "*i64"}
 WIDTHS = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 64, **WORLD}
 ORDER = {"out": "*i64", "index": "*i64", "slots": "*i64", **TABLE}
@@ -36,16 +37,17 @@ def compile_it(kernel: Any, pointers: dict[str, str], constants: dict[str, Any],
 
 
 if __name__ == "__main__":
-    compile_it(peer_rows.await_messages_kernel, TABLE, WORLD, 1)
+    compile_it(peer_rows.await_readers_kernel, TABLE, PADDED | {"FIRST": True}, 1)
+    compile_it(peer_rows.await_messages_kernel, TABLE, PADDED, 1)
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
-    compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True, "PLACES": False, "FIRST": True}, 4)
-    placed = WIDTHS | {"COUNT_ON_DEVICE": False, "PLACES": True, "FIRST": False}
+    compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True, "PLACES": False}, 4)
+    placed = WIDTHS | {"COUNT_ON_DEVICE": False, "PLACES": True}
     compile_it(peer_rows.post_rows_kernel, given | LATE | {"num_tokens": "i32"}, placed, 4)
-    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, **WORLD}
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, **PADDED}
     compile_it(peer_rows.pull_pieces_kernel, LATE | TABLE | {"like": "*i64", "source": "*i32", "order": "*i32"}, pieces, 32, is_wide=True)
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True, **WORLD}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True}, 8)
-    compile_it(peer_rows.post_words_kernel, TABLE | {"x": "*i64"}, WORDS | {"FIRST": True}, 8, is_wide=True)
+    compile_it(peer_rows.post_words_kernel, TABLE | {"x": "*i64"}, WORDS, 8, is_wide=True)
     compile_it(peer_rows.pull_words_kernel, TABLE | {"out": "*i64"}, WORDS, 8, is_wide=True)
-    compile_it(peer_rows.end_copy_kernel, TABLE | {"out": "*i64"}, {"BLOCK_W": 1024, "WORLD": 3}, 1)
+    compile_it(peer_rows.end_copy_kernel, TABLE | {"out": "*i64"}, {"BLOCK_W": 1024, **WORLD}, 1)

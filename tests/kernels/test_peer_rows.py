@@ -124,14 +124,14 @@ def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: to
             v = None if dims[1] is None else torch.randn(rows, heads, dims[1], dtype=dtype, device=device)
             messages[rank].fill_(7.0)
             # Each has flags of its own.
-            late = LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags))
+            late = LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), in_place=False)
             peer_moves.post_rows(ranks.board(rank, nbytes=nbytes), rows, k, v, rows, late, first=True)
             want.append(torch.full(shape, 7.0, dtype=dtype, device=device))
             has_place = places[rank] >= 0
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
             assert torch.equal(messages[rank], want[rank])
         assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
-        late = LateRows(places[mine], source, order, flags)
+        late = LateRows(places[mine], source, order, flags, in_place=False)
         peer_moves.pull_pieces(ranks.board(mine, nbytes=nbytes), messages[mine], late)
         comes = source[:num_rows] >= 0
         want[mine][comes] = torch.cat(want)[source[:num_rows][comes].long()]
@@ -207,7 +207,7 @@ def test_what_is_posted_and_read_is_said(device: str) -> None:
             peer_moves.post_words(ranks.board(rank, 1), x, first=layer == 1)
         for rank in range(3):
             assert ranks.words(rank, READY, 1) == [layer] * 3
-            assert ranks.words(rank, sizes, 1) == [64] * 3
+            assert ranks.words(rank, sizes, 1) == [4 * 64] * 3
             assert ranks.words(rank, reads, 1) == [layer - 1] * 3
         # Rank 0 reads nothing, rank 1 pulls, and rank 2 copies.
         peer_moves.pull_nothing(ranks.board(0, 1))
@@ -274,6 +274,19 @@ def test_a_message_of_another_size_is_a_fault(device: str) -> None:
         assert int(heap.view(torch.int32)[FAULT]) == OTHER_MESSAGE + 1
 
 
+def test_a_message_of_another_form_is_a_fault(device: str) -> None:
+    """One as large, whose rows lie in another order: a rank has another kind of backend."""
+    ranks = Ranks(2, device)
+    x = torch.ones(1, 64, dtype=torch.uint8, device=device)
+    boards = [ranks.board(rank)._replace(form=rank) for rank in range(2)]
+    for board in boards:
+        peer_moves.post_words(board, x, first=True)
+    out = torch.zeros(1, 128, dtype=torch.uint8, device=device)
+    peer_moves.pull_words(boards[1], out, 0, 2)
+    assert (out == 255).all()
+    assert int(ranks.fault[0]) == OTHER_MESSAGE
+
+
 def test_launches_are_of_the_addresses_alignment(device: str) -> None:
     """Bytes that begin at 8 after a multiple of 16, and then at 2."""
     ranks = Ranks(2, device)
@@ -301,4 +314,4 @@ def test_they_compile_for_hopper() -> None:
         env=environment | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 9
+    assert len(done.stdout.split()) == 10
