@@ -36,7 +36,7 @@ class LinkCosts:
     True
 
     Attributes:
-        latency: seconds of a message of no bytes, its launch included.
+        latency: seconds of a message of no bytes, its launch included; of one from a rank to another ``shift_latency``, if that is given.
         gather: bytes a second that a rank receives in an all-gather.
         shift: bytes a second that a rank receives from one other.
         hides_gather, hides_shift: of what travels beside attention, the part that costs nothing. Where kernels of the call itself fetch a
@@ -44,6 +44,11 @@ class LinkCosts:
         by_kernels: whether kernels carry it, for which multiprocessors have to be free.
         host_gather, host_shift: seconds that the host takes to start one.
         measured_ranks: of how many ranks it was measured; 0 if it is stated, by data sheets.
+        hides_late: as ``hides_gather``, of keys that come beside an attention that waits for each of them: the kernel that brings them
+            takes multiprocessors meanwhile, and the first tiles wait. late_latency: seconds that they take more than others.
+        from_one: bytes a second that all others together receive from one rank whose memory they read; None where it is no limit.
+        shift_of_many: as ``shift``, of a ring of more than two ranks; None where it is the same.
+        shift_latency: see ``latency``.
     """
 
     latency: float
@@ -55,20 +60,37 @@ class LinkCosts:
     host_gather: float
     host_shift: float
     measured_ranks: int = 0
+    hides_late: float = 0.0
+    from_one: float | None = None
+    shift_of_many: float | None = None
+    shift_latency: float | None = None
+    late_latency: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, ("gather", "shift"), ("latency", "hides_gather", "hides_shift", "host_gather", "host_shift", "measured_ranks"))
-        for name in ("hides_gather", "hides_shift"):
+        given = tuple(name for name in ("from_one", "shift_of_many") if getattr(self, name) is not None)
+        at_least_0 = ("latency", "hides_gather", "hides_shift", "hides_late", "late_latency", "host_gather", "host_shift", "measured_ranks")
+        _check(self, ("gather", "shift", *given), at_least_0 if self.shift_latency is None else (*at_least_0, "shift_latency"))
+        for name in ("hides_gather", "hides_shift", "hides_late"):
             if getattr(self, name) > 1:
                 raise OptionError(f"LinkCosts.{name}={shown(getattr(self, name))}; it is a part, of 1 at most")
 
-    def gather_seconds(self, nbytes: int) -> float:
-        """Of an all-gather in which a rank receives that many bytes."""
-        return self.latency + nbytes / self.gather if nbytes else 0.0
+    def gather_seconds(self, nbytes: int, others: int = 1, crowded: float = 0.0) -> float:
+        """Of an all-gather in which a rank receives that many bytes, of which it reads a part ``crowded`` while all ``others`` read the
+        same rank's memory."""
+        if not nbytes:
+            return 0.0
+        slowed = 0.0 if self.from_one is None else crowded * max(0.0, others / self.from_one - 1 / self.gather)
+        return self.latency + nbytes * (1 / self.gather + slowed)
 
-    def shift_seconds(self, nbytes: int) -> float:
-        """Of a message of that many bytes from one rank to another."""
-        return self.latency + nbytes / self.shift if nbytes else 0.0
+    def shift_seconds(self, nbytes: int, others: int = 1) -> float:
+        """Of a message of that many bytes from one rank to another, of so many others."""
+        shift = self.shift if others == 1 or self.shift_of_many is None else self.shift_of_many
+        return self.latency_of_shift + nbytes / shift if nbytes else 0.0
+
+    @property
+    def latency_of_shift(self) -> float:
+        """Of a message from one rank to another."""
+        return self.latency if self.shift_latency is None else self.shift_latency
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,8 @@ class KernelCosts:
         splits: whether the keys of a long row are shared by several programs.
         least_rows: that its smallest query tile computes, however few queries it has.
         host: seconds that the host takes to launch it.
+        waits_for_keys: whether it attends to keys without pages while they still come, where it has its kernel for Hopper.
+        reads_prefix: whether that kernel reads packed prefixes where they lie.
     """
 
     backend: str
@@ -104,6 +128,8 @@ class KernelCosts:
     splits: bool
     least_rows: int
     host: float
+    waits_for_keys: bool = False
+    reads_prefix: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str):
@@ -179,13 +205,23 @@ class Machine:
         return replace(self, kernels=tuple(replace(kernel, flops=kernel.flops * self.boost) for kernel in self.kernels), boost=1.0)
 
 
-# NCCL between two H100 and two H200: 64 MiB in 295 us, 256 MiB in 996 to 1,105 (measured). It is the same for what is sent to one rank.
-_NVLINK_4 = LinkCosts(28 * US, 255 * GB, 255 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US, measured_ranks=2)
-# A kernel that pulls 64 MiB takes 252 us, and a copy engine 195 to 222 (measured). Flags and the launches around them are in the latency.
-# The kernel that pulls a gather stands in the call's own stream, and hides nothing; the copy engine of a shift has one of its own.
+# NCCL between two H100 and two H200: 64 MiB in 295 us, 256 MiB in 996 to 1,105 (measured). It is the same for what is sent to one rank of
+# two. In a ring of four H100 8 and 52 MB took 75 and 340 us a hop (peers_4_gpus.csv, 1 x 8k and 64 ragged).
+_NVLINK_4 = LinkCosts(
+    28 * US, 255 * GB, 255 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US, measured_ranks=2,
+    shift_of_many=175 * GB,
+)  # fmt: skip
+# A kernel that pulls 64 MiB takes 252 us, and a copy engine 195 to 222 (measured). In calls a pull came at 266 to 434 GB/s between two H100
+# (late_keys.md, keys first). Flags and the launches around them are in the latency; of a hop they took 16 to 60 us (peers_2_gpus.csv and
+# peers_4_gpus.csv, short rings). The kernel that pulls a gather stands in the call's own stream, and hides nothing but late keys. The copy
+# engine of a shift has a stream of its own: 256 MiB beside 3.4 ms of attention made that 3% longer (measured).
+# Late keys: half of the pull was hidden, by batch between a quarter and all of it, and short calls took 10 to 18 us more (late_keys.md,
+# partitions_2_gpus.csv). From one rank: NVLink 4 carries 450 GB/s each way (data sheet). Between four H100 the keys of a single request
+# came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
 _NVLINK_4_PEERS = LinkCosts(
-    22 * US, 300 * GB, 330 * GB, 0.0, 1.0, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2
-)
+    22 * US, 330 * GB, 330 * GB, 0.0, 0.86, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2, hides_late=0.5,
+    from_one=450 * GB, shift_latency=40 * US, late_latency=12 * US,
+)  # fmt: skip
 # Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
 # them, which is more than NVLink carries above, and a message from one rank to the next one.
 _INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, 0.7, 0.7, by_kernels=True, host_gather=90 * US, host_shift=200 * US)
@@ -193,13 +229,16 @@ _INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, 0.7, 0.7, by_kernels=True, h
 # Pages as long as its key tiles flash_attn4 would load whole, with what lies after a request's last token.
 _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 # Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention
-# alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv. Host: transports_2_gpus.csv, whose
-# two processes take twice what one does in prepared_calls_gpu.md.
+# alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv, and of flash_attn4 in
+# backends_gpu_fa4.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in prepared_calls_gpu.md.
 _H100_KERNELS = (
-    KernelCosts("triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US),
-    KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 3.05e12, stays=False, splits=False, least_rows=128, host=280 * US),
+    KernelCosts(
+        "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US, waits_for_keys=True,
+        reads_prefix=True,
+    ),
+    KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 2.95e12, stays=False, splits=False, least_rows=128, host=280 * US),
     KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, (), 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),
-)
+)  # fmt: skip
 H100 = Machine(
     "h100-nvlink",
     measured=True,
@@ -225,7 +264,7 @@ H100 = Machine(
 H200 = replace(
     H100,
     name="h200-nvlink",
-    kernels=tuple(replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=4.25e12) for kernel in _H100_KERNELS),
+    kernels=tuple(replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=kernel.read * 4.25 / 3.05) for kernel in _H100_KERNELS),
     copy=4.27e12,
     boost=1.18,
 )
@@ -252,8 +291,8 @@ A100 = replace(
     kernels=_A100_KERNELS,
     copy=1.75e12,
     boost=1.0,
-    collectives=replace(_NVLINK_4, gather=170 * GB, shift=170 * GB, measured_ranks=0),
-    peer_memory=replace(_NVLINK_4_PEERS, gather=200 * GB, shift=220 * GB, measured_ranks=0),
+    collectives=replace(_NVLINK_4, gather=170 * GB, shift=170 * GB, shift_of_many=None, measured_ranks=0),
+    peer_memory=replace(_NVLINK_4_PEERS, gather=200 * GB, shift=220 * GB, from_one=300 * GB, measured_ranks=0),
     # Eight adapters of 200 Gb/s (data sheet of DGX A100).
     across=replace(_INFINIBAND, gather=160 * GB, shift=22 * GB),
 )

@@ -12,9 +12,10 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
-from cpattn.costs.steps import STEPS, Choice
+from cpattn.costs.steps import STEPS, Choice, tally_of
 from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
 from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
 from cpattn.machine import TRANSPORTS, KernelCosts, Machine, find_machine
@@ -142,7 +143,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     attention = Launches(plan, problem, machine)
     found: list[Estimate] = []
     for name, strategy in STRATEGIES.items():
-        reason = strategy.why_not(problem, plan) or _why_unknown(strategy, problem)
+        reason = strategy.why_not(problem, plan) or why_unknown(strategy, problem)
         if reason:
             refused[name] = reason
             continue
@@ -171,23 +172,27 @@ def _of_backend(
         schedule = strategy.schedule(split, plan)
         for transport in TRANSPORTS:
             link = machine.link(transport, plan.cp_size)
-            if link is None:
-                continue
-            choice = Choice(plan, split, machine, schedule, transport, link, BACKENDS[kernel.backend], kernel, attention)
-            tally = STEPS[strategy.name](choice)
-            yield Estimate(
-                strategy.name,
-                transport,
-                overlap,
-                kernel.backend,
-                tally.compute,
-                tally.moves,
-                tally.transfer,
-                tally.exposed,
-                machine.host_call + tally.host,
-                int(bytes_sent(schedule).max(initial=0)),
-                tally.launches,
-            )
+            if link is not None:
+                choice = Choice(plan, split, machine, schedule, transport, link, BACKENDS[kernel.backend], kernel, attention)
+                yield estimate_of(strategy, choice)
+
+
+def estimate_of(strategy: Strategy, choice: Choice) -> Estimate:
+    """One way of making a call, by a strategy that :data:`cpattn.costs.steps.STEPS` has."""
+    tally = tally_of(strategy.name, choice)
+    return Estimate(
+        strategy.name,
+        choice.transport,
+        choice.problem.overlap,
+        choice.backend.name,
+        tally.compute,
+        tally.moves,
+        tally.transfer,
+        tally.exposed,
+        choice.machine.host_call + tally.host,
+        int(bytes_sent(choice.schedule).max(initial=0)),
+        tally.launches,
+    )
 
 
 def _order(one: Estimate) -> tuple[int, str, str, int, str]:
@@ -195,8 +200,11 @@ def _order(one: Estimate) -> tuple[int, str, str, int, str]:
     return round(one.graph * 1e9), one.strategy, one.backend, one.overlap, one.transport
 
 
-def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
-    if problem.window is not None and strategy.name != "all_gather":
+def why_unknown(strategy: Strategy, problem: Problem) -> str | None:
+    """Why the model does not know how long a strategy takes, or None."""
+    if strategy.name not in STEPS:
+        return "its steps are not estimated"
+    if problem.window is not None and strategy.name not in ("all_gather", RESIDENT.name):
         return "with a window its hops are not estimated"
     return None
 

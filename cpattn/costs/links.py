@@ -13,7 +13,7 @@ import torch
 from cpattn.current import is_capturing
 from cpattn.errors import GroupError, UnsupportedError, in_a_line
 from cpattn.graphs import leaves_graph
-from cpattn.machine import LinkCosts, Machine, find_machine
+from cpattn.machine import H100, LinkCosts, Machine, find_machine
 from cpattn.metadata.devices import parse_device
 from cpattn.transports.groups import Group, transport
 from cpattn.transports.in_flight import InFlight
@@ -48,10 +48,11 @@ class _Measured(NamedTuple):
     host_gather: float
     host_shift: float
     measured_ranks: int
+    shift_latency: float
 
     def into(self, known: LinkCosts) -> LinkCosts:
-        """A link as known otherwise."""
-        return replace(known, **self._asdict())
+        """A link as known otherwise, without what is known of groups of other sizes."""
+        return replace(known, from_one=None, shift_of_many=None, **self._asdict())
 
 
 @leaves_graph
@@ -67,8 +68,8 @@ def measure_links(group: Group = None, machine: Machine | str = "h100-nvlink", *
 
     An all-gather and a message to the next rank are timed at three sizes, seven times each. Of each the median of the slowest rank counts,
     so that all ranks return the same. It takes up to 300 MiB of memory meanwhile. A rank that fails in the midst gives the group up, as the
-    others have gone on. It is for :func:`cpattn.estimate` where links are unlike what it knows; what the rest of the
-    machine does is taken as it is given.
+    others have gone on. It is for :func:`cpattn.estimate`, and as ``cpattn.transport(group).machine``
+    for ``"auto"``, where links are unlike what these know; what the rest of the machine does is taken as it is given.
 
     Args:
         group: as for :func:`cpattn.transport`, whose kind says what is measured: by itself that is what calls over the group take. A group
@@ -110,7 +111,9 @@ def _with_links(machine: Machine, found: Transport, measured: _Measured) -> Mach
     # What an automatic choice takes it has found out by now.
     if isinstance(found, PeerTransport):
         if found.shares_memory:
-            known = machine.peer_memory or replace(machine.collectives, hides_gather=0.0, hides_shift=1.0, by_kernels=False)
+            # What is hidden beside attention is much alike.
+            known = machine.peer_memory or H100.peer_memory
+            assert known is not None
             # Those that share memory are of one host.
             of_host = max(machine.ranks_per_host, found.size)
             return replace(machine, name=name, peer_memory=measured.into(known), ranks_per_host=of_host)
@@ -138,7 +141,7 @@ def _measure(found: Transport, device: torch.device) -> _Measured:
     count = len(sizes)
     gather_rate, gather_latency = _line([nbytes * (found.size - 1) for nbytes in sizes], done[:count])
     shift_rate, shift_latency = _line(sizes, done[count:])
-    return _Measured(max(gather_latency, shift_latency), gather_rate, shift_rate, host[0], host[count], found.size)
+    return _Measured(gather_latency, gather_rate, shift_rate, host[0], host[count], found.size, shift_latency)
 
 
 def _sizes(cp_size: int, device: torch.device) -> list[int]:

@@ -15,8 +15,12 @@ import numpy as np
 from cpattn.attention.backend import Backend
 from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
+from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.kernels.tile_shapes import has_specialized
+from cpattn.keys import PREFIX_UNIT
 from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
@@ -54,6 +58,11 @@ class Tally:
     host: float = 0.0
     launches: int = 0
 
+    @property
+    def seconds(self) -> float:
+        """Of the device."""
+        return self.compute + self.moves + self.exposed
+
     def move(self, nbytes: int, launches: int = 1) -> None:
         """Kernels that read and write so many bytes, both counted."""
         machine = self.choice.machine
@@ -71,31 +80,37 @@ class Tally:
         Returns the seconds of each on the slowest rank."""
         choice = self.choice
         seconds = [choice.attention.seconds(hop, choice.kernel, groups, over_pages) for hop in hops]
-        self.compute += float(np.sum(seconds, axis=0).max(initial=0))
+        slowest = [float(launch.max(initial=0)) for launch in seconds]
+        self.compute += slowest[0] if len(hops) == 1 else float(np.sum(seconds, axis=0).max(initial=0))
         self.host += choice.kernel.host * len(hops)
         self.launches += len(hops)
-        return [float(launch.max(initial=0)) for launch in seconds]
+        return slowest
 
-    def gather(self, nbytes: int, cover: float = 0.0) -> None:
-        """An all-gather in which a rank receives so many bytes, beside so many seconds of attention. One of parts that are needed takes
-        no longer, and the host starts it as fast."""
-        link = self.choice.link
-        self._send(link.gather_seconds(nbytes), link.host_gather, link.hides_gather, cover)
+    def gather(self, nbytes: int, cover: float = 0.0, *, comes_late: bool = False) -> None:
+        """An all-gather in which a rank receives so many bytes, beside so many seconds of attention, which may wait for each of them. One
+        of parts that are needed takes no longer, and the host starts it as fast."""
+        link, plan = self.choice.link, self.choice.plan
+        seconds, latency, hides = link.gather_seconds(nbytes, plan.cp_size - 1, _largest_share(plan)), link.latency, link.hides_gather
+        if comes_late and nbytes:
+            seconds, latency, hides = seconds + link.late_latency, latency + link.late_latency, link.hides_late
+        self._send(seconds, latency, link.host_gather, hides, cover)
 
     def gather_parts(self, nbytes: int, cover: float = 0.0) -> None:
         """The same of parts for one rank each, from point to point, which the host starts as slowly as shifts."""
         link = self.choice.link
-        self._send(link.gather_seconds(nbytes), link.host_shift, link.hides_gather if cover else 0.0, cover)
+        self._send(link.gather_seconds(nbytes), link.latency, link.host_shift, link.hides_gather if cover else 0.0, cover)
 
     def shift(self, nbytes: int, cover: float) -> None:
         """A message to the next rank, beside so many seconds of attention."""
         link = self.choice.link
-        self._send(link.shift_seconds(nbytes), link.host_shift, link.hides_shift, cover)
+        self._send(
+            link.shift_seconds(nbytes, self.choice.plan.cp_size - 1), link.latency_of_shift, link.host_shift, link.hides_shift, cover
+        )
 
-    def _send(self, seconds: float, host: float, hides: float = 0.0, cover: float = 0.0) -> None:
+    def _send(self, seconds: float, latency: float, host: float, hides: float, cover: float) -> None:
         if seconds:
             self.transfer += seconds
-            self.exposed += seconds - hides * min(max(0.0, seconds - self.choice.link.latency), cover)
+            self.exposed += seconds - hides * min(max(0.0, seconds - latency), cover)
             self.host += host
             self.launches += 1
 
@@ -125,17 +140,20 @@ def all_gather(choice: Choice) -> Tally:
         tally.attend(hop)
         return tally
     view, traveling = View.of(plan), traveling_keys(problem, plan)
+    over_pages, comes_late = problem.cache == "paged", keys_come_late(choice, traveling)
     for group in range(groups):
         if problem.cache == "packed":
-            tally.move_rows(int(view.prefix.max()), groups)
-        over_pages = problem.cache == "paged"
-        _collect(tally, traveling, plan.num_tokens if over_pages else int(view.new.max()))
+            tally.move_rows(_copied_prefix(choice, view), groups)
+        _collect(tally, traveling, plan.num_tokens if over_pages else int(view.new.max()), comes_late=comes_late)
         if over_pages:
             _copy_pages(tally, (plan.num_tokens + plan.num_prefix_tokens) // groups)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
-        received = max(traveling.needed, int(traveling.sent.max())) * problem.key_bytes // groups
+        rows = (
+            traveling.needed if choice.transport == "peer_memory" and not over_pages else max(traveling.needed, int(traveling.sent.max()))
+        )
+        received = rows * problem.key_bytes // groups
         # What follows another is hidden as far as the attention to that one goes; nobody waits for it to begin.
-        tally.gather(received, seconds if group else 0.0)
+        tally.gather(received, seconds if group or comes_late else 0.0, comes_late=comes_late)
         if group and received and choice.link.hides_gather:
             tally.exposed -= min(choice.link.latency, seconds)
         if groups > 1:
@@ -144,12 +162,43 @@ def all_gather(choice: Choice) -> Tally:
     return tally
 
 
-def _collect(tally: Tally, traveling: Traveling, new: int) -> None:
+def keys_come_late(choice: Choice, traveling: Traveling) -> bool:
+    """Whether the attention begins while others' keys still come: all heads at once, read from the memory of peers."""
+    may = choice.transport == "peer_memory" and traveling.what != "nothing" and choice.problem.overlap == 1
+    return may and choice.kernel.waits_for_keys and _has_hopper_kernel(choice)
+
+
+def _has_hopper_kernel(choice: Choice) -> bool:
+    problem = choice.problem
+    if problem.cache == "paged" or problem.v_in_k:
+        return False
+    return has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, choice.machine.capability, 0)
+
+
+def _copied_prefix(choice: Choice, view: View) -> int:
+    """Tokens of packed prefixes that a rank copies in order: all that it sees, or what shares a block with new tokens."""
+    if not (choice.kernel.reads_prefix and _has_hopper_kernel(choice)):
+        return int(view.prefix.max(initial=0))
+    return int((choice.plan.prefix_lens % PREFIX_UNIT).sum())
+
+
+def _largest_share(plan: Layout) -> float:
+    """Of the batch's new tokens those of its largest request: by what ranks, which all read keys in the same order, crowd at one of them.
+    After the first request they have drifted apart."""
+    return int(plan.extend_lens.max(initial=0)) / max(1, plan.num_tokens)
+
+
+def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) -> None:
     """New keys of a group of heads into and out of messages, and so many of them to their places."""
     choice, groups = tally.choice, tally.choice.problem.overlap
     if traveling.what == "nothing":
         if choice.problem.cache is not None:
             tally.move_rows(new, groups)
+        return
+    if comes_late:
+        # A rank's own rows are put where they are attended to, and others read them. The attention is launched as a dependent, and its
+        # first tiles wait.
+        tally.move(2 * choice.problem.rows * choice.problem.key_bytes, launches=3)
         return
     tally.move_rows(choice.problem.rows, groups)
     if choice.transport == "peer_memory":
@@ -189,11 +238,32 @@ def ring(choice: Choice) -> Tally:
 
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
-    plan, problem, _, schedule, *_ = choice
-    if plan.owner is not None:
+    if choice.plan.owner is not None:
         return _striped_pass_q(choice)
     tally = Tally(choice)
     _write_own(tally)
+    return _over_own_keys(tally)
+
+
+def resident(choice: Choice) -> Tally:
+    """Attend to pages that have everything already."""
+    tally, plan = Tally(choice), choice.plan
+    _copy_pages(tally, plan.num_tokens + plan.num_prefix_tokens)
+    tally.attend(*choice.schedule, over_pages=True)
+    return tally
+
+
+def resident_shards(choice: Choice) -> Tally:
+    """As pass_q, over shards in which new tokens lie already."""
+    tally = Tally(choice)
+    _copy_pages(tally, int(choice.plan.held_lens.sum(axis=0).max()))
+    return _over_own_keys(tally)
+
+
+def _over_own_keys(tally: Tally) -> Tally:
+    """This rank's queries and those of others over the keys that it holds, and the results back."""
+    choice = tally.choice
+    plan, problem, _, schedule, *_ = choice
     # Who has few queries of its own goes on to those of others.
     launches = _attend_and_merge(tally, schedule, merges=False, over_pages=problem.cache == "paged")
     if plan.cp_size > 1 and problem.rows:
@@ -265,7 +335,19 @@ STEPS: dict[str, Callable[[Choice], Tally]] = {
     "ring": ring,
     "pass_q": pass_q,
     "pass_q_ring": pass_q_ring,
+    RESIDENT.name: resident,
+    RESIDENT_SHARDS.name: resident_shards,
 }
+
+
+def tally_of(strategy: str, choice: Choice) -> Tally:
+    """What a call by a strategy of :data:`STEPS` adds up to."""
+    tally, problem = STEPS[strategy](choice), choice.problem
+    if problem.sinks and not (choice.backend.native_sinks and num_results(choice.schedule) == 1):
+        # On the finished result, by eight small kernels. One passes over it, at 0.6 to 0.8 TB/s of an H100 (backends_gpu_merging.csv).
+        dtype = problem.dtype if num_results(choice.schedule) == 1 else problem.merge_dtype
+        tally.move(9 * dtype.itemsize * _outputs(choice), launches=8)
+    return tally
 
 
 def _outputs(choice: Choice) -> int:

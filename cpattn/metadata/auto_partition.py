@@ -34,9 +34,9 @@ UNEVEN = "uncut"
 USUAL = Problem(torch.device("cuda"), torch.bfloat16, rows=0, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128)
 USUAL_MACHINE = "h100-nvlink"
 
-# Of an attention kernel: (query, head) rows and keys of its tiles, and what a tile costs beside its key blocks, in keys.
-_TILE_ROWS, _TILE_KEYS, _TILE_OVERHEAD = 128, 128, 384
-# A tile that is at most half full costs such a part of a full one, in tenths.
+# Of :mod:`cpattn.kernels.tile_shapes`, for heads of 128 on Hopper: (query, head) rows and keys of tiles.
+_TILE_ROWS, _TILE_KEYS = 128, 128
+# A tile that is at most half full costs such a part of a full one, in tenths, by :func:`cpattn.kernels.tiles.block_costs`.
 _HALF_FULL = 7
 
 P = TypeVar("P", bound=Layout)
@@ -46,11 +46,14 @@ class PairCosts(NamedTuple):
     """What a call's steps cost, each in query-key pairs of all heads.
 
     Attributes:
-        received: of the K and V of a token that come from another rank; copied: that are copied on a rank; read: that a launch
-            reads, for queries that are so few that this takes the time.
+        received: of the K and V of a token that come from another rank, as far as attention does not hide it; copied: that are copied on
+            a rank; read: that a launch reads, for queries that are so few that this takes the time.
         message: of a message of no bytes.
+        tile: what a tile costs beside its key blocks, in keys.
         tile_key: of a key of the longest tile, while the rest of the machine waits for it.
         packs: how many query heads may share a tile.
+        reads_peers: whether ranks read of each other's memory what they need; comes_late: whether that comes while the attention runs.
+        in_place: whether packed prefixes are read where they lie.
         seconds: of a pair.
     """
 
@@ -58,8 +61,12 @@ class PairCosts(NamedTuple):
     copied: int
     read: int
     message: int
+    tile: int
     tile_key: int
     packs: tuple[int, ...]
+    reads_peers: bool
+    comes_late: bool
+    in_place: bool
     seconds: float
 
     @classmethod
@@ -67,20 +74,26 @@ class PairCosts(NamedTuple):
         """On a machine, by its first kernel."""
         kernel = machine.kernels[0]
         pair = 2 * problem.q_heads * (problem.head_dim + problem.v_head_dim) / kernel.flops
-        link = machine.link("peer_memory", cp_size) or machine.link("collectives", cp_size)
+        peers = machine.link("peer_memory", cp_size)
+        link = peers or machine.link("collectives", cp_size)
         assert link is not None  # every machine has collectives
+        comes_late = peers is not None and kernel.waits_for_keys and not problem.v_in_k
         group = problem.q_heads // problem.kv_heads
 
         def pairs(seconds: float) -> int:
             return max(1, round(seconds / pair))
 
         return cls(
-            received=pairs(problem.key_bytes / link.gather),
+            received=pairs(problem.key_bytes / link.gather * (1 - link.hides_late * comes_late)),
             copied=pairs(2 * problem.key_bytes / machine.copy),
             read=pairs(problem.key_bytes / kernel.read),
-            message=pairs(link.latency),
+            message=pairs(link.latency + link.late_latency * comes_late),
+            tile=kernel.tile * _TILE_KEYS,
             tile_key=max(1, _TILE_ROWS * machine.multiprocessors // problem.q_heads),
             packs=(1,) if group == 1 or group > _TILE_ROWS else (1, group),
+            reads_peers=peers is not None,
+            comes_late=comes_late,
+            in_place=kernel.reads_prefix and not problem.v_in_k,
             seconds=pair,
         )
 
@@ -155,7 +168,7 @@ def _attention(plan: Layout, problem: Problem, costs: PairCosts) -> int:
     for halves in (1, 2):
         longest_tiles = 0
         for pack in costs.packs:
-            tiles = _Tiles.of(length, before, max(1, _TILE_ROWS // (halves * pack)), window, halves)
+            tiles = _Tiles.of(length, before, max(1, _TILE_ROWS // (halves * pack)), window, halves, costs.tile)
             longest = np.zeros(plan.cp_size, dtype=np.int64)
             np.maximum.at(longest, rank, tiles.longest * costs.tile_key)
             loads = plan.by_rank.sums(np.maximum(tiles.pairs, reading))
@@ -179,11 +192,12 @@ class _Tiles(NamedTuple):
     longest: IntArray
 
     @classmethod
-    def of(cls, length: IntArray, before: IntArray, tile: int, window: int, halves: int) -> _Tiles:
-        """Of chunks of which ``before`` keys come before their own; tiles have 1/halves of the rows of full ones."""
+    def of(cls, length: IntArray, before: IntArray, tile: int, window: int, halves: int, beside: int) -> _Tiles:
+        """Of chunks of which ``before`` keys come before their own; tiles have 1/halves of the rows of full ones, and cost ``beside`` keys
+        more than they see."""
         full = (length - 1) // tile
         rest = length - full * tile
-        most, overhead = window + tile, _TILE_KEYS // 2 + _TILE_OVERHEAD
+        most, overhead = window + tile, _TILE_KEYS // 2 + beside
         # The first tiles see all keys before them, and each a tile more; from some on a window bounds what they see.
         growing = full if window == MAX_TOKENS else np.clip((most - before) // tile, 0, full)
         keys = growing * (before + (growing + 1) * tile // 2) + (full - growing) * most + full * overhead
@@ -200,8 +214,13 @@ def _transfer(plan: Layout, problem: Problem, costs: PairCosts) -> int:
     if plan.cp_size == 1 or plan.sharded or problem.fixed or problem.cache == "paged":
         return 0
     lacking, view = lacking_rows(plan, problem.window), View.of(plan)
-    copied = int(view.prefix.max(initial=0))
+    prefix, new = int(view.prefix.max(initial=0)), int(view.new.max())
+    copied = 0 if costs.in_place else prefix
     if not lacking.most:
-        return (copied + int(view.new.max()) * (copied > 0)) * costs.copied
+        return (copied + new * (prefix > 0)) * costs.copied
     received = (plan.cp_size - 1) * plan.rows if lacking.is_nearly_all(plan) else lacking.most
-    return received * costs.received + (copied + plan.rows + int(view.new.max())) * costs.copied + costs.message
+    if costs.reads_peers:
+        received = int(lacking.received.max())
+    # Where others' rows come late a rank's own are put in order alone; else they are packed, and all of them put in order.
+    copied += plan.rows if costs.comes_late else plan.rows + new
+    return received * costs.received + copied * costs.copied + costs.message

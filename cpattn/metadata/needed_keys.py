@@ -156,7 +156,14 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, plan: Layout) -> View:
-        """Of all ranks."""
+        """Of all ranks; worked out once."""
+        found: View | None = plan.memo.get("view")
+        if found is None:
+            found = plan.memo.keep("view", cls._of(plan))
+        return found
+
+    @classmethod
+    def _of(cls, plan: Layout) -> View:
         request, start, length, rank = plan.chunk_table
         order = plan.by_rank.order
         before, here = order[:-1], order[1:]

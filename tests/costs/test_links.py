@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert link.gather == pytest.approx(1e9)
         assert link.shift == pytest.approx(1e9)
         assert link.latency == pytest.approx(3e-6)
+        assert link.shift_latency == pytest.approx(3e-6)
         assert link.host_gather == link.host_shift == 5e-6 * 3
 
 
@@ -94,7 +96,7 @@ def test_ranks_that_cannot_share_memory_have_no_peer_memory(why_not: str | None)
     """As they have found out; over CPU tensors nobody asks."""
     found = object.__new__(PeerMemoryTransport)
     found.size, found._shares, found._why_not = 2, False, why_not
-    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2))
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2, 6e-6))
     assert machine.collectives.gather == 2e9
     assert machine.peer_memory == (H100.peer_memory if why_not is None else None)
 
@@ -102,7 +104,7 @@ def test_ranks_that_cannot_share_memory_have_no_peer_memory(why_not: str | None)
 def test_what_went_through_the_memory_of_peers_is_theirs() -> None:
     found = object.__new__(PeerMemoryTransport)
     found.size, found._shares, found._why_not = 2, True, None
-    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2))
+    machine = links._with_links(H100, found, links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2, 6e-6))
     assert machine.collectives == H100.collectives
     assert machine.peer_memory is not None
     assert (machine.peer_memory.gather, machine.peer_memory.shift, machine.peer_memory.hides_gather) == (2e9, 3e9, 0.0)
@@ -112,9 +114,10 @@ def test_peers_that_a_machine_does_not_know_of_are_of_one_host() -> None:
     """And hide what they do anywhere: what copy engines bring."""
     found = object.__new__(PeerMemoryTransport)
     found.size, found._shares, found._why_not = 2, True, None
-    measured = links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2)
+    measured = links._Measured(1e-6, 2e9, 3e9, 4e-6, 5e-6, 2, 6e-6)
     link = links._with_links(cpattn.MACHINES["h100-infiniband"], found, measured).link("peer_memory", 2)
-    assert link == cpattn.LinkCosts(1e-6, 2e9, 3e9, 0.0, 1.0, by_kernels=False, host_gather=4e-6, host_shift=5e-6, measured_ranks=2)
+    assert H100.peer_memory is not None
+    assert link == replace(H100.peer_memory, **measured._asdict(), from_one=None, shift_of_many=None)
 
 
 def test_noise_gives_no_rate_below_nothing() -> None:

@@ -12,6 +12,9 @@ import torch
 from strategies import Batch
 
 import cpattn
+from cpattn.kernels.tile_shapes import tile_shapes
+from cpattn.kernels.tiles import block_costs
+from cpattn.metadata import auto_partition
 from cpattn.metadata.auto_partition import CANDIDATES, USUAL
 
 SHORT = [(0, 900)] * 40
@@ -62,6 +65,13 @@ def test_what_is_taken_is_nearly_the_fastest_by_the_full_estimate(seed: int) -> 
 
     best = min(seconds(cpattn.plan(batch, cp_size, partition=name)) for name in CANDIDATES)
     assert seconds(cpattn.plan(batch, cp_size, partition="auto", problem=replace(USUAL, **cache))) <= 1.02 * best
+
+
+def test_tiles_are_those_of_the_kernel() -> None:
+    full, half = tile_shapes(128, 128, torch.bfloat16, (9, 0), specialized=True)
+    assert (full.block_m, full.block_n, half.block_m) == (auto_partition._TILE_ROWS, auto_partition._TILE_KEYS, full.block_m // 2)
+    of_full, of_half = block_costs(np.array([full.block_m, half.block_m]), full)
+    assert round(10 * of_half / of_full) == auto_partition._HALF_FULL
 
 
 @pytest.mark.parametrize(
