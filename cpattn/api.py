@@ -7,13 +7,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cpattn.attention.auto import explain_choice
 from cpattn.call import checks
 from cpattn.call.agreed import describe, validated
 from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
 from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
+from cpattn.call.explain_choice import comparison, explain_backend, explain_strategy
 from cpattn.call.find import check_contents, prepare_call
 from cpattn.call.in_graph import (
     are_options,
@@ -391,10 +391,11 @@ def explain(
     sinks: Tensor | None = None,
     group: Group = None,
 ) -> dict[str, str]:
-    """What ``backend="auto"`` would do with such a call: for each backend in the order that it is tried, ``"chosen"``,
-    ``"able"``, or the reason why it was passed over. With a PagedKV it also says whether the backend reads the pages or a
-    packed copy of them, and of ``triton`` which kernel and which launch it uses. On an H100 or H200 it says for which kind
-    of call the order is.
+    """What ``backend="auto"`` would do with such a call: for each backend ``"chosen"``, ``"able"``, or the reason why it was passed
+    over, with the microseconds that a call is estimated to take with it, the fastest first. With a PagedKV it also says whether the
+    backend reads the pages or a packed copy of them, and of ``triton`` which kernel and which launch it uses.
+    Under ``"strategy"`` it says what was chosen, and what decided: the two fastest ways by estimate, for which machine, over which
+    transport, and whether as a CUDA graph or eagerly. Without a group GPUs are taken to read each other's memory.
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
     strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why.
@@ -411,9 +412,12 @@ def explain(
     checks.check_metadata(meta)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks)
     options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
-    choice = choose(arguments, problem_of(arguments, meta, options), meta.plan)
-    explained = explain_choice(choice.problem, choice.workload)
+    transport = None if group is None else as_transport(group, meta.plan.cp_size)
+    choice = choose(arguments, problem_of(arguments, meta, options), meta.plan, transport)
+    by_auto = isinstance(strategy, str) and strategy == "auto"
+    why = explain_strategy(choice, meta.plan)[choice.strategy.name] if by_auto else f"asked for, {comparison(choice) or 'as it is'}"
+    explained = explain_backend(choice) | {"strategy": f"{choice.strategy.name}: {why}"}
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy is ALL_GATHER:
         explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
-    return explained if group is None else explained | {"transport": as_transport(group, meta.plan.cp_size).describe()}
+    return explained if transport is None else explained | {"transport": transport.describe()}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cases import AttentionCase
-from problems import problem, workload
+from problems import CAUSAL, problem
 
 import cpattn
-from cpattn.attention.auto import choose_backend
+from cpattn.attention.auto import able_backends
 
 
 def test_one_rank_needs_no_process_group() -> None:
@@ -136,7 +136,7 @@ def test_outputs_are_fresh_memory() -> None:
 
 def test_an_unsupported_dtype_is_refused_with_every_backend_s_reason() -> None:
     with pytest.raises(cpattn.UnsupportedError, match=r"no backend can serve this call: cpu: it takes .*; reference: it takes"):
-        choose_backend("auto", problem(dtype=torch.float8_e4m3fn), workload())
+        able_backends("auto", problem(dtype=torch.float8_e4m3fn), CAUSAL)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), True, "1"])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from problems import problem
 import cpattn
 from cpattn import log
 from cpattn.call import find, log_choice
-from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies, explain_strategies
+from cpattn.call.arguments import Arguments
+from cpattn.call.choose import choose
+from cpattn.call.explain_choice import explain_strategy
+from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies
 from cpattn.testing import run_loopback
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +58,13 @@ def test_a_kind_of_call_has_one_line_on_all_ranks_that_are_threads(caplog: pytes
     with caplog.at_level(logging.INFO, "cpattn"):
         call(3)
         call(3)
-    size = (3 * 15 + 5) * CASE.kv_heads * 2 * CASE.head_dim * 4
-    assert lines(caplog) == [
-        "3 ranks, 4/2 heads of 16 in float32 on cpu with a packed cache: strategy 'all_gather' (chosen, a rank's keys and values are "
-        f"{size / 1024:.1f} KiB, within 8.0 GiB); backend 'cpu' (chosen)"
-    ]
+    (line,) = lines(caplog)
+    assert re.fullmatch(
+        r"3 ranks, 4/2 heads of 16 in float32 on cpu with a packed cache: strategy 'all_gather' \(chosen, all_gather with cpu estimated "
+        r"[\d,]+ us, ring with cpu at least [\d,]+ us: eagerly over collectives on h100-nvlink, as this machine is unknown\); "
+        r"backend 'cpu' \(chosen\)",
+        line,
+    )
 
 
 def test_what_was_passed_over_is_named_in_the_words_of_explain(caplog: pytest.LogCaptureFixture) -> None:
@@ -107,8 +113,8 @@ def test_nothing_is_worked_out_where_nobody_listens(monkeypatch: pytest.MonkeyPa
     def never(*_: object) -> dict[str, str]:
         raise AssertionError("nobody listens")
 
-    monkeypatch.setattr(log_choice, "explain_choice", never)
-    monkeypatch.setattr(log_choice, "explain_strategies", never)
+    monkeypatch.setattr(log_choice, "explain_backend", never)
+    monkeypatch.setattr(log_choice, "explain_strategy", never)
     with caplog.at_level(logging.WARNING, "cpattn"):
         call()
     assert not log_choice._told
@@ -124,22 +130,27 @@ def test_a_call_that_is_found_again_logs_nothing(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("rows", [16, 2**21])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("decodes", [False, True])
-def test_strategies_are_explained_in_the_order_of_auto(rows: int, sharded: bool, decodes: bool) -> None:
+def test_strategies_are_explained_the_chosen_one_first(rows: int, sharded: bool, decodes: bool) -> None:
     batch = [(64, 1)] * (4 * rows if decodes and rows == 16 else 4) if decodes else [(64, 4 * rows)]
     plan = cpattn.plan(batch, 4, prefix_shards=[[16] * 4] * len(batch) if sharded else None)
     asked = problem("cpu", torch.bfloat16, rows=rows, cache="paged", page_size=16)
-    order = candidate_strategies("auto", asked, plan)
-    explained = explain_strategies(asked, plan, order[0])
+    (first, *others), *_ = candidate_strategies("auto", asked, plan)
+    x = torch.empty(0)
+    choice = choose(Arguments(x, x, x), asked, plan)
+    explained = explain_strategy(choice, plan)
     assert set(explained) == set(cpattn.STRATEGIES)
-    tried = [name for name, reason in explained.items() if reason == "able" or reason.startswith("chosen")]
-    assert tried == [strategy.name for strategy in order]
+    assert choice.strategy in (first, *others)
+    assert next(iter(explained)) == choice.strategy.name
     assert (explained["ring"] == "able, but not taken for such a batch") == (sharded and decodes)
-    assert explained[order[0].name].startswith("chosen, ")
-    later = explain_strategies(asked, plan, order[-1])
-    assert all(later[strategy.name] == "no backend can serve it" for strategy in order[:-1])
-    gathered = 4 * rows * asked.key_bytes
-    if not sharded:
-        assert (gathered <= AUTO_GATHER_LIMIT) == ("within" in explained[order[0].name])
+    if others:
+        named = rf"chosen, {choice.strategy.name} with cpu estimated [\d,]+ us, \w+ with cpu (estimated|at least) "
+        assert re.match(named, explained[choice.strategy.name])
+    else:
+        gathered = 4 * rows * asked.key_bytes
+        assert (gathered <= AUTO_GATHER_LIMIT) == ("within" in explained[first.name])
+    *earlier, (*_, last) = candidate_strategies("auto", asked, plan)
+    later = explain_strategy(choice._replace(strategy=last, decision=replace(choice.decision, compared=())), plan)
+    assert all(later[one.name] == "no backend can serve it" for group in earlier for one in group)
 
 
 PROGRAM = """

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from cpattn.attention.auto import COPIED_BYTE, Workload, choose_backend
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.call.arguments import Arguments
-from cpattn.errors import UnsupportedError
-from cpattn.exchange.auto import candidate_strategies, only_decodes
-from cpattn.exchange.schedule import Schedule, alignments, num_results
+from cpattn.costs.decide import Decision, Setting
+from cpattn.costs.known_machine import machine_of
+from cpattn.exchange.auto import candidate_strategies
+from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.strategy import Strategy
-from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import View
 from cpattn.problem import Problem
+from cpattn.transports.transport import Transport
 
 
 class Choice(NamedTuple):
@@ -26,14 +23,14 @@ class Choice(NamedTuple):
 
     Attributes:
         schedule: of the strategy.
-        workload: what the backend was chosen for.
+        decision: with what it was compared.
     """
 
     problem: Problem
     strategy: Strategy
     schedule: Schedule
-    workload: Workload
     backend: Backend
+    decision: Decision
 
 
 def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions) -> Problem:
@@ -65,33 +62,14 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
     )
 
 
-def choose(arguments: Arguments, problem: Problem, plan: Layout) -> Choice:
-    """The first strategy that a backend, or the one asked for, can serve. Raises UnknownNameError or UnsupportedError."""
-    refusal: UnsupportedError | None = None
-    for strategy in candidate_strategies(arguments.strategy, problem, plan):
-        schedule = strategy.schedule(problem, plan)
-        workload = workload_of(schedule, plan, problem)
-        try:
-            return Choice(problem, strategy, schedule, workload, choose_backend(arguments.backend, problem, workload))
-        except UnsupportedError as error:
-            refusal = error
-    assert refusal is not None  # there is at least one candidate
-    raise refusal
+def choose(arguments: Arguments, problem: Problem, plan: Layout, transport: Transport | None = None) -> Choice:
+    """Of what is asked for, and what can serve, the fastest by estimate. Raises UnknownNameError or UnsupportedError.
 
-
-def workload_of(schedule: Schedule, plan: Layout, problem: Problem) -> Workload:
-    """What a schedule asks of a backend."""
-    late = 0
-    if plan.cp_size > 1 and problem.cache != "paged" and len(schedule) == 1 and schedule[0].keys == "all":
-        # A bucket's choice stays whatever batch it holds.
-        new = (plan.cp_size - 1) * problem.rows if problem.fixed else traveling_keys(problem, plan).needed
-        late = int(problem.key_bytes * (new + int(View.of(plan).prefix.max()) * COPIED_BYTE))
-    num_extended = int(np.count_nonzero(plan.extend_lens))
-    return Workload(
-        alignments=alignments(schedule),
-        merges=num_results(schedule) > 1,
-        decodes=only_decodes(plan),
-        new_tokens=plan.num_tokens // (plan.cp_size * max(1, num_extended)),
-        pairs=sum(plan.rank_pairs) // plan.cp_size,
-        late_bytes=late,
-    )
+    Without a transport ranks are taken to be of one host, and to share memory where they have GPUs.
+    """
+    machine = (None if transport is None else transport.machine) or machine_of(problem.device)
+    over_peers = problem.device.type == "cuda" if transport is None else transport.may_share_memory(problem.device)
+    name = "peer_memory" if over_peers and machine.link("peer_memory", plan.cp_size) is not None else "collectives"
+    groups = candidate_strategies(arguments.strategy, problem, plan)
+    decision = Setting(plan, problem, machine, name).decide(groups, arguments.backend)
+    return Choice(problem, *decision.way, decision)

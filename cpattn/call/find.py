@@ -62,7 +62,7 @@ def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -
         checks.check_group(meta, transport)
     options = check_arguments(arguments, meta)
     problem = problem_of(arguments, meta, options)
-    choice = choose(arguments, problem, meta.plan)
+    choice = choose(arguments, problem, meta.plan, transport)
     if isinstance(arguments.backend, str) and arguments.backend == "auto":
         warn_of_reference(choice.backend, problem, meta)
     log_choice(arguments, choice, meta)

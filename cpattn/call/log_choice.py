@@ -7,11 +7,10 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from logging import DEBUG, INFO
 
-from cpattn.attention.auto import explain_choice
 from cpattn.byte_sizes import in_words
 from cpattn.call.arguments import Arguments
 from cpattn.call.choose import Choice
-from cpattn.exchange.auto import explain_strategies
+from cpattn.call.explain_choice import explain_backend, explain_strategy
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.log import logger
@@ -61,9 +60,9 @@ def _reasons(arguments: Arguments, choice: Choice, meta: CPMetadata) -> list[str
         return []
     strategy, backend = (f"{name!r} (asked for)" for name in names)
     if by_auto[0]:
-        strategy = _chosen(names[0], explain_strategies(choice.problem, meta.plan, choice.strategy))
+        strategy = _chosen(names[0], explain_strategy(choice, meta.plan))
     if by_auto[1]:
-        backend = _chosen(names[1], explain_choice(choice.problem, choice.workload))
+        backend = _chosen(names[1], explain_backend(choice))
     return [f"backend {backend}"] if is_resident(choice.strategy) else [f"strategy {strategy}", f"backend {backend}"]
 
 

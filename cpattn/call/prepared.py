@@ -23,6 +23,7 @@ from cpattn.current import is_on_current_device
 from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
+from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -47,7 +48,7 @@ class PreparedCall:
         problem: what the call asks for, in kinds and sizes.
         strategy, backend: what was chosen.
         schedule: the hops of one call as data.
-        workload: what the backend was chosen for.
+        decision: with what they were compared.
         transport: over which it goes.
     """
 
@@ -58,7 +59,7 @@ class PreparedCall:
         self._checked_lines = getattr(arguments.kv_cache, "lines", None)
         self._options: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS}
         self._returns_lse = False
-        self.problem, self.strategy, self.schedule, self.workload, self.backend = choice
+        self.problem, self.strategy, self.schedule, self.backend, self.decision = choice
         self.transport = transport
         # It is remembered with the metadata, which a reference from here would keep alive.
         self._meta = weakref.ref(meta)
@@ -66,7 +67,7 @@ class PreparedCall:
         problem, backend = self.problem, self.backend
         # Further layers come with sinks of their own.
         options = AttentionOptions(options.scale, options.window, options.softcap)
-        self._attention = Attention.of(backend, options, problem.v_head_dim, self.workload.merges, problem.dtype, problem.sinks)
+        self._attention = Attention.of(backend, options, problem.v_head_dim, num_results(self.schedule) > 1, problem.dtype, problem.sinks)
         # A NaN in the result may be missing in its LSE: the kernel's, or since a value of NaN is a part of a key that some of
         # the queries in its tile do not see.
         self._nan_in_out_alone = not backend.propagates_nan or (problem.v_in_k and problem.v_head_dim == problem.head_dim)

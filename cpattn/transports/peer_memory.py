@@ -106,6 +106,10 @@ class PeerTransport(PairwiseTransport):
         """Of the call that is under way, or of the last one: whether it goes through shared memory."""
         return self._shares
 
+    def may_share_memory(self, device: torch.device) -> bool:
+        """Where the ranks have not found that they cannot."""
+        return device.type == "cuda" and self.size > 1 and self._why_not is None
+
     @property
     def cannot_share(self) -> bool:
         """Whether the ranks have found that they cannot share memory."""

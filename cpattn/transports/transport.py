@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.handles import new_handle
+from cpattn.machine import Machine
 from cpattn.moves.late_rows import LateRows
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
@@ -50,12 +51,16 @@ class Transport(ABC):
         lasts: whether further calls will use it, so that what is prepared for one can be kept.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
         handle: by which operators in compiled graphs refer to this transport: int64 without an axis, on the CPU.
+        machine: by whose constants ``"auto"`` compares ways to make a call; None for those of the device. The same on every rank: set it
+            to what :func:`cpattn.measure_links` returns where links are unlike those of :data:`cpattn.MACHINES`. What has been prepared
+            already stays as it is.
     """
 
     kind: str = "custom"
     state: GroupState
     part: tuple[int, ...] = ()
     lasts: bool = True
+    machine: Machine | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -78,6 +83,11 @@ class Transport(ABC):
     def describe(self) -> str:
         """What carries the bytes, and why, in words."""
         return self.kind
+
+    def may_share_memory(self, device: torch.device) -> bool:
+        """Whether calls with tensors on that device go through the memory of peers, or may, as long as nobody has found out. The same
+        on every rank."""
+        return False
 
     def ready(self, device: torch.device, captures: bool) -> None:  # noqa: B027 - most transports need nothing
         """A call with tensors on that device is about to send, and a CUDA graph may capture it. Raises what is wrong on every rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem, workload
+from problems import CAUSAL, problem
 from torch import Tensor
 
-import cpattn
-from cpattn.attention import auto
-from cpattn.attention.auto import choose_backend, explain_choice
+from cpattn.attention.auto import able_backends, explain_backends
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.registry import BACKENDS
-from cpattn.call.arguments import Arguments
-from cpattn.call.choose import choose
 from cpattn.errors import UnsupportedError
-from cpattn.problem import Problem
 from cpattn.testing import relative_rmse
 
 SOME_KEYS = 60
@@ -106,15 +100,15 @@ def test_half_precision_can_return_fp32(name: str, dtype: torch.dtype) -> None:
     assert relative_rmse(precise, expected) < 1e-6 < torch.finfo(dtype).eps / 10 < relative_rmse(rounded, expected)
 
 
-def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
-    assert choose_backend("auto", problem(), workload()).name == "cpu"
-    assert choose_backend("auto", problem(window=3), workload()).name == "reference"
-    assert choose_backend("auto", problem(dtype=torch.float64), workload()).name == "reference"
-    reasons = explain_choice(problem(window=3), workload())
+def test_auto_has_those_that_can_serve_and_says_why() -> None:
+    assert [backend.name for backend in able_backends("auto", problem(), CAUSAL)] == ["cpu", "reference"]
+    assert [backend.name for backend in able_backends("auto", problem(window=3), CAUSAL)] == ["reference"]
+    assert [backend.name for backend in able_backends("auto", problem(dtype=torch.float64), CAUSAL)] == ["reference"]
+    reasons = explain_backends(problem(window=3), CAUSAL)
     assert reasons["cpu"] == "it has no sliding window"
-    assert reasons["reference"] == "chosen"
-    plain = explain_choice(problem(), workload())
-    assert plain | {"cpu": "chosen", "reference": "able"} == plain
+    assert reasons["reference"] == "able"
+    plain = explain_backends(problem(), CAUSAL)
+    assert plain | {"cpu": "able", "reference": "able"} == plain
     assert plain["flash_attn4"] == "it runs on cuda tensors, not on cpu ones"
 
 
@@ -130,81 +124,4 @@ def test_auto_takes_the_first_that_can_serve_and_says_why() -> None:
 )
 def test_explicit_choice_never_falls_back(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedError, match=f"backend='cpu' cannot serve this call: {reason}; .*'reference'.* could"):
-        choose_backend("cpu", problem(**changes), workload())
-
-
-def on_hopper(**changes: Any) -> Problem:
-    return problem("cuda", torch.bfloat16, **{"head_dim": 128, "v_head_dim": 128} | changes)
-
-
-@pytest.mark.parametrize(
-    ("asked", "made", "first"),
-    [
-        ({"page_size": 64}, {"decodes": True}, ["flash_attn3", "triton", "flash_attn4"]),
-        # Also where the results of sharded keys are merged.
-        ({"sinks": True}, {"decodes": True, "merges": True}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
-        ({"sinks": True}, {"merges": True, "new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
-        ({"sinks": True}, {"new_tokens": 1024, "pairs": 3 * 2**23}, ["flash_attn4", "triton", "flash_attn3"]),
-        ({"sinks": True}, {"new_tokens": 1023, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
-        ({"sinks": True, "page_size": 64}, {"new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn4", "flash_attn3"]),
-        ({"page_size": 64}, {"new_tokens": 2**15, "pairs": 2**30}, ["triton", "flash_attn3", "flash_attn4"]),
-        ({}, {"new_tokens": 1024, "pairs": 3 * 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
-        ({"fixed": True}, {"new_tokens": 1024, "pairs": 2**23}, ["flash_attn3", "flash_attn4", "triton"]),
-        ({}, {"new_tokens": 1023, "pairs": 2**30}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({}, {"new_tokens": 2**15, "pairs": 3 * 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
-        ({"fixed": True}, {"new_tokens": 2**15, "pairs": 2**23 - 1}, ["flash_attn3", "triton", "flash_attn4"]),
-    ],
-    ids=[
-        "decode",
-        "decode and merge",
-        "ring",
-        "ring with sinks",
-        "long with sinks",
-        "short with sinks",
-        "pages with sinks",
-        "pages",
-        "long",
-        "long with a bucket",
-        "many short",
-        "few pairs",
-        "few pairs with a bucket",
-    ],
-)
-def test_the_order_on_hopper(asked: dict[str, Any], made: dict[str, Any], first: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "capability", lambda device: (9, 0))
-    assert [backend.name for backend in auto.auto_order(on_hopper(**asked), workload(**made))][:3] == first
-
-
-def test_all_orders_on_hopper_are_of_the_same_backends() -> None:
-    assert len({frozenset(order) for order in auto._HOPPER_ORDERS.values()}) == 1
-
-
-def test_what_is_chosen_on_hopper_says_for_which_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "capability", lambda device: (9, 0))
-    for name, backend in BACKENDS.items():
-        able = replace(backend, unavailable=lambda: None, refuses=lambda problem: None, how=lambda problem: None)
-        monkeypatch.setitem(BACKENDS, name, able)
-    reasons = explain_choice(on_hopper(), workload(decodes=True))
-    assert reasons["flash_attn3"] == "chosen, the order is that for decoding"
-    assert list(reasons)[:3] == ["flash_attn3", "triton", "flash_attn4"]
-    assert reasons["triton"] == "able"
-
-
-@pytest.mark.parametrize(
-    ("batch", "decodes", "new_tokens", "pairs"),
-    [
-        ([(100, 1), (0, 16), (7, 0)], True, 4, (101 + 136) // 2),
-        ([(100, 1), (0, 17)], False, 4, (101 + 153) // 2),
-        ([(0, 8), (0, 0), (0, 24)], False, 8, (36 + 300) // 2),
-        ([(5, 0)], True, 0, 0),
-    ],
-    ids=["decode", "one chunk beside it", "an idle request", "nothing new"],
-)
-def test_sizes_of_a_call_are_alike_on_every_rank(batch: list[tuple[int, int]], decodes: bool, new_tokens: int, pairs: int) -> None:
-    for rank in range(2):
-        meta = cpattn.build_metadata(batch, 2, rank)
-        x = torch.empty(0)
-        problem_here = problem(rows=meta.rows, cache="packed")
-        made = choose(Arguments(x, x, x, strategy="all_gather"), problem_here, meta.plan).workload
-        assert (made.decodes, made.new_tokens, made.pairs) == (decodes, new_tokens, pairs)
+        able_backends("cpu", problem(**changes), CAUSAL)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
-from problems import problem, workload
+from problems import CAUSAL, problem
 
 from cpattn.attention import fa3_build, flash_attn3
 from cpattn.attention.backend import AttentionOptions, Backend
@@ -63,9 +63,6 @@ def on_any_device() -> Backend:
 def asked(**changes: Any) -> Problem:
     plain: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
     return problem(**plain | changes)
-
-
-CAUSAL = workload().alignments
 
 
 def test_each_build_does_all_that_it_claims(build: FakeBuild) -> None:

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from problems import problem, workload
+from problems import CAUSAL, problem
 
 import cpattn
-from cpattn.attention.auto import choose_backend
+from cpattn.attention.auto import able_backends
 from cpattn.call import slow_reference
 from cpattn.call.slow_reference import warn_of_reference
 from cpattn.problem import Problem
@@ -30,13 +30,13 @@ def _nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
 def warned(asked: Problem, meta: cpattn.CPMetadata) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warn_of_reference(choose_backend("auto", asked, workload()), asked, meta)
+        warn_of_reference(able_backends("auto", asked, CAUSAL)[0], asked, meta)
     return [str(warning.message) for warning in found]
 
 
 def test_the_warning_names_memory_and_time() -> None:
     meta = cpattn.build_metadata([(0, 8192)], 2, 1)
-    assert choose_backend("auto", WIDE, workload()).name == "reference"
+    assert able_backends("auto", WIDE, CAUSAL)[0].name == "reference"
     (message,) = warned(WIDE, meta)
     assert message.startswith("backend='auto' is left with 'reference', which is plain torch, for heads of 512/512 in bfloat16 on cuda:0")
     memory, seconds = re.findall(r"about ([\d.e+-]+) GiB beside the tensors, and ([\d.e+-]+) s in each layer at least", message)[0]

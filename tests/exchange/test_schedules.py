@@ -18,7 +18,8 @@ from torch import Tensor
 import cpattn
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import prepare_call
-from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies, explain_strategies
+from cpattn.costs.decide import Setting
+from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
 from cpattn.exchange.schedule import Schedule, alignments, bytes_sent, hop_pairs, num_results
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
@@ -146,52 +147,50 @@ def test_groups_of_heads_cover_each_query_head_once() -> None:
     assert [launch.keys.k.shape[1] for launch in launches] == [1, 1]
 
 
-def candidates(plan: cpattn.Plan, name: Any = "auto", **changes: Any) -> list[str]:
-    return [strategy.name for strategy in candidate_strategies(name, problem_of(plan, **changes), plan)]
+def candidates(plan: cpattn.Plan, name: Any = "auto", **changes: Any) -> list[list[str]]:
+    return [[strategy.name for strategy in group] for group in candidate_strategies(name, problem_of(plan, **changes), plan)]
 
 
 def test_auto_takes_the_ring_where_gathered_keys_would_not_fit() -> None:
     most = AUTO_GATHER_LIMIT // problem_of(cpattn.plan([], 1)).key_bytes
-    assert candidates(cpattn.plan([(most - 8, 8)], 1))[:2] == ["all_gather", "ring"]
-    assert candidates(cpattn.plan([(most - 7, 8)], 1))[:2] == ["ring", "all_gather"]
-
-
-def test_auto_takes_the_ring_over_a_long_prefix_that_would_be_copied() -> None:
-    """Of many more tokens than are new, and of some size; of pages nothing is copied."""
-    sizes = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "device": torch.device("cuda"), "dtype": torch.bfloat16}
-    long, short, much_new = (cpattn.plan([batch], 2) for batch in ((122_880, 2048), (8192, 512), (122_880, 8192)))
-    assert candidates(long, cache="packed", **sizes)[0] == "ring"
-    assert "would copy 480.0 MiB" in explain_strategies(problem_of(long, cache="packed", **sizes), long, cpattn.STRATEGIES["ring"])["ring"]
-    for plan in (short, much_new, cpattn.plan([(122_880, 2048)], 8), cpattn.plan([(122_880, 2048)], 1)):
-        assert candidates(plan, cache="packed", **sizes)[0] == "all_gather"
-    assert candidates(long, cache="paged", page_size=16, **sizes)[0] == "all_gather"
-    assert candidates(long, cache="packed", **sizes | {"device": torch.device("cpu")})[0] == "all_gather"
+    assert candidates(cpattn.plan([(most - 8, 8)], 2)) == [["all_gather", "ring"]]
+    assert candidates(cpattn.plan([(most - 7, 8)], 2)) == [["ring"], ["all_gather"]]
+    assert candidates(cpattn.plan([(most - 7, 8)], 1)) == [["all_gather"], ["ring"]]
 
 
 def test_auto_does_not_count_pages_that_stay_where_they_are() -> None:
     plan = cpattn.plan([(2**17, 1)] * 64, 4)
-    assert candidates(plan, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, cache="paged", page_size=1)[0] == "all_gather"
+    found = candidates(plan, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, cache="paged", page_size=1)
+    assert found == [["all_gather", "ring"]]
 
 
-def test_auto_sends_what_is_smaller_where_the_cache_is_sharded() -> None:
+def taken(plan: cpattn.Plan, **changes: Any) -> str:
+    """Between GPUs that read each other's memory, eagerly."""
+    sizes: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "dtype": torch.bfloat16}
+    problem = problem_of(plan, cache="paged", page_size=16, **sizes | changes)
+    setting = Setting(plan, problem, cpattn.MACHINES["h100-nvlink"], "peer_memory")
+    return setting.decide(candidate_strategies("auto", problem, plan), "auto").way.strategy.name
+
+
+def test_auto_takes_what_is_faster_where_the_cache_is_sharded() -> None:
     """Queries for decoding and for a short extend over a long prefix, keys for a long extend over a short one."""
     decode = cpattn.plan([(8192, 1)] * 4, 4, prefix_shards=[[2048] * 4] * 4)
-    assert candidates(decode)[0] == "pass_q"
-    assert candidates(cpattn.plan([(64, 8192)], 4, prefix_shards=[[16] * 4]))[0] == "ring"
+    assert taken(decode) == "pass_q"
+    assert taken(cpattn.plan([(131072, 64)], 4, prefix_shards=[[32768] * 4])) == "pass_q"
+    assert taken(cpattn.plan([(64, 32768)], 4, prefix_shards=[[16] * 4])) == "ring"
     wide = cpattn.plan([(2**20, 8192)], 4, prefix_shards=[[2**18] * 4])
-    assert candidates(wide, head_dim=4096, v_head_dim=4096)[0] == "pass_q_ring"
-    assert "all_gather" not in candidates(decode)
+    assert candidates(wide, head_dim=4096, v_head_dim=4096) == [["pass_q_ring", "ring"], ["pass_q"]]
 
 
 @pytest.mark.parametrize("new", [1, DECODE_TOKENS])
 def test_auto_never_sends_a_sharded_cache_around_to_decode(new: int) -> None:
     """Not even where the cache is so short that its keys are fewer bytes than the queries and their results."""
     short = cpattn.plan([(2, new)] * 8, 2, prefix_shards=[[1, 1]] * 8)
-    assert candidates(short, q_heads=32) == ["pass_q", "pass_q_ring"]
+    assert candidates(short, q_heads=32) == [["pass_q", "pass_q_ring"]]
     # One prompt among them, and there is something to compare.
     mixed = cpattn.plan([(2, new)] * 8 + [(2, DECODE_TOKENS + 1)], 2, prefix_shards=[[1, 1]] * 9)
-    assert candidates(mixed, q_heads=32)[0] == "ring"
-    assert candidates(short, "ring", q_heads=32) == ["ring"]
+    assert candidates(mixed, q_heads=32) == [["pass_q", "pass_q_ring", "ring"]]
+    assert candidates(short, "ring", q_heads=32) == [["ring"]]
 
 
 def test_an_all_gather_is_split_only_if_that_is_asked_for() -> None:
@@ -210,7 +209,7 @@ def test_an_unknown_strategy_of_any_type_is_refused() -> None:
 
 def test_a_strategy_of_the_caller_is_taken_as_it_is() -> None:
     own = replace(cpattn.STRATEGIES["ring"], name="mine", why_not=lambda problem, plan: "it is Monday" if plan.num_tokens == 4 else None)
-    assert candidate_strategies(own, problem_of(cpattn.plan([(0, 5)], 1)), cpattn.plan([(0, 5)], 1)) == [own]
+    assert candidate_strategies(own, problem_of(cpattn.plan([(0, 5)], 1)), cpattn.plan([(0, 5)], 1)) == [[own]]
     with pytest.raises(cpattn.UnsupportedError, match="strategy='mine' cannot serve this call: it is Monday; 'all_gather', 'ring', "):
         candidates(cpattn.plan([(0, 4)], 1), own)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from paged_caches import RankPages
-from problems import problem, workload
+from problems import CAUSAL, problem
 
 import cpattn
 from cpattn.attention import fa3_build, flash_attn3
@@ -35,9 +35,6 @@ def build() -> Iterator[fa3_build.Build]:
 def asked(**changes: Any) -> Problem:
     plain: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128}
     return problem(torch.device("cuda", 0), **plain | changes)
-
-
-CAUSAL = workload().alignments
 
 
 FEATURES: dict[str, tuple[dict[str, Any], str]] = {

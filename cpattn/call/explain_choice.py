@@ -1,0 +1,70 @@
+"""What ``auto`` has chosen, and why, in words."""
+
+from __future__ import annotations
+
+from cpattn.attention.auto import explain_backends, how_served
+from cpattn.attention.registry import BACKENDS
+from cpattn.call.choose import Choice
+from cpattn.costs.decide import Compared
+from cpattn.exchange.auto import auto_candidates
+from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.schedule import alignments
+from cpattn.metadata.layout import Layout
+
+# Of the ways that were compared so many are named.
+_NAMED = 2
+
+
+def explain_backend(choice: Choice) -> dict[str, str]:
+    """For each backend ``"chosen"`` or ``"able"``, with the microseconds that a call is estimated to take with it, or the reason why it
+    cannot serve the call. What can comes first, the fastest of it at the beginning."""
+    problem, decision = choice.problem, choice.decision
+    reasons = explain_backends(problem, alignments(choice.schedule))
+    reasons |= {name: f"able{how_served(BACKENDS[name], problem)}" for name, reason in reasons.items() if reason == "able"}
+    chosen = choice.backend.name
+    if chosen in reasons:
+        reasons[chosen] = f"chosen{how_served(choice.backend, problem)}"
+    times = {one.way.backend.name: _estimated(one) for one in decision.compared if one.way.strategy is choice.strategy}
+    if len(times) > 1:
+        others = {name: "its time is not estimated" for name, reason in reasons.items() if reason.startswith("able")}
+        reasons |= {name: f"{reasons[name]}, {time}" for name, time in (others | times).items()}
+        return {name: reasons[name] for name in times} | reasons
+    return reasons
+
+
+def explain_strategy(choice: Choice, plan: Layout) -> dict[str, str]:
+    """For each strategy ``"able"``, or why it cannot serve the call; for the chosen one ``"chosen"``, and what decided. The chosen one
+    comes first, but for those that no backend could serve."""
+    problem, decision = choice.problem, choice.decision
+    groups, why = auto_candidates(problem, plan)
+    tried = [strategy.name for group in groups for strategy in group]
+    names = [*tried, *(name for name in STRATEGIES if name not in tried)]
+    reasons = {
+        name: STRATEGIES[name].why_not(problem, plan) or ("able" if name in tried else "able, but not taken for such a batch")
+        for name in names
+    }
+    chosen = choice.strategy.name
+    for group in groups:
+        if choice.strategy in group:
+            break
+        reasons |= {strategy.name: "no backend can serve it" for strategy in group if reasons[strategy.name] == "able"}
+    compared = {one.way.strategy.name: one for one in reversed(decision.compared)}
+    reasons |= {name: f"able, {_estimated(one)}" for name, one in compared.items() if len(compared) > 1}
+    first = {name: reasons[name] for name in tried if reasons[name] == "no backend can serve it"}
+    return (
+        first | {chosen: f"chosen, {comparison(choice) or why}"} | {name: reasons[name] for name in names if name not in (chosen, *first)}
+    )
+
+
+def comparison(choice: Choice) -> str:
+    """The fastest two ways, and for what they were estimated; empty where nothing was compared."""
+    decision = choice.decision
+    ways = [f"{one.way.strategy.name} with {one.way.backend.name} {_estimated(one)}" for one in decision.compared[:_NAMED]]
+    if not ways:
+        return ""
+    how = "as a CUDA graph" if decision.as_graph else "eagerly"
+    return f"{', '.join(ways)}: {how} over {decision.transport} on {decision.machine.name}"
+
+
+def _estimated(one: Compared) -> str:
+    return f"{'at least' if one.at_least else 'estimated'} {one.seconds * 1e6:,.0f} us"
