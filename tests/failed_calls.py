@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import AttentionCase
+from cases import PACKED, AttentionCase
 from fault_injection import Injected, fault_at
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def attend_with_faults(
     """This rank's call: its local out and LSE, or None where it raised what was injected."""
     meta = plan.metadata(rank, case.device)
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
-    pages = None if case.cache == "packed" else case.pages(plan, rank)
+    pages = None if case.cache in PACKED else case.pages(plan, rank)
 
     def call() -> tuple[Tensor, Tensor]:
         return cpattn.cp_attention(  # type: ignore[call-overload, no-any-return, misc]
@@ -38,7 +38,7 @@ def attend_with_faults(
             meta,
             group=group,
             v_dim=v.shape[2] if case.v_in_k else None,
-            kv_cache=case.prefix if pages is None else pages.cache,
+            kv_cache=case.packed(plan, rank) if pages is None else pages.cache,
             strategy=strategy,
             backend=backend,
             return_lse=True,

@@ -14,7 +14,7 @@ from cpattn.exchange.auto import candidate_strategies, only_decodes
 from cpattn.exchange.schedule import Schedule, alignments, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import traveling_keys
-from cpattn.kv_cache import PagedKV
+from cpattn.kv_cache import PagedKV, cached_heads
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
@@ -62,6 +62,7 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         fixed=meta.bucket is not None,
         max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
+        own_heads=cached_heads(cache) not in (None, k.shape[-2]),
     )
 
 
@@ -82,16 +83,18 @@ def choose(arguments: Arguments, problem: Problem, plan: Layout) -> Choice:
 def workload_of(schedule: Schedule, plan: Layout, problem: Problem) -> Workload:
     """What a schedule asks of a backend."""
     late = 0
-    if plan.cp_size > 1 and problem.cache != "paged" and len(schedule) == 1 and schedule[0].keys == "all":
+    if plan.cp_size > 1 and problem.cache != "paged" and len(schedule) == 1 and schedule[0].keys == "all" and schedule[0].united == 1:
         # A bucket's choice stays whatever batch it holds.
         new = (plan.cp_size - 1) * problem.rows if problem.fixed else traveling_keys(problem, plan).needed
         late = int(problem.key_bytes * (new + int(View.of(plan).prefix.max()) * COPIED_BYTE))
+    # Ranks that divide heads attend to each other's rows.
     num_extended = int(np.count_nonzero(plan.extend_lens))
+    cut_among = plan.cp_size // schedule[0].united
     return Workload(
         alignments=alignments(schedule),
         merges=num_results(schedule) > 1,
         decodes=only_decodes(plan),
-        new_tokens=plan.num_tokens // (plan.cp_size * max(1, num_extended)),
+        new_tokens=plan.num_tokens // (cut_among * max(1, num_extended)),
         pairs=sum(plan.rank_pairs) // plan.cp_size,
         late_bytes=late,
     )

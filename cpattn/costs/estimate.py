@@ -12,8 +12,10 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
-from cpattn.costs.steps import STEPS, Choice
+from cpattn.costs.steps import Choice, steps_of
 from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.divided_heads import DividedHeads
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
@@ -174,7 +176,7 @@ def _of_backend(
             if link is None:
                 continue
             choice = Choice(plan, split, machine, schedule, transport, link, BACKENDS[kernel.backend], kernel, attention)
-            tally = STEPS[strategy.name](choice)
+            tally = steps_of(strategy)(choice)
             yield Estimate(
                 strategy.name,
                 transport,
@@ -196,7 +198,8 @@ def _order(one: Estimate) -> tuple[int, str, str, int, str]:
 
 
 def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
-    if problem.window is not None and strategy.name != "all_gather":
+    attends = strategy.across if isinstance(strategy, DividedHeads) else strategy
+    if problem.window is not None and attends is not ALL_GATHER:
         return "with a window its hops are not estimated"
     return None
 

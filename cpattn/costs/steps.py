@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +16,15 @@ import numpy as np
 from cpattn.attention.backend import Backend
 from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
+from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
+from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.schedule import Hop, Schedule, num_results
+from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
+from cpattn.metadata.united import united_layout
 from cpattn.problem import Problem
 
 
@@ -258,6 +263,43 @@ def pass_q_ring(choice: Choice) -> Tally:
         one.move(3 * results)
         tally.add(one, count)
     return _finished(tally)
+
+
+def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
+    """Rows are exchanged for heads within a group, put in order, and attended to with another strategy across groups; results go back."""
+    plan, problem, machine = choice.plan, choice.problem, choice.machine
+    size, across = strategy.group_size(plan), strategy.across
+    assert across is not None  # of all that divide heads
+    if size == 1:
+        return STEPS[across.name](choice)
+    shares, united = shares_of(problem, size), united_layout(plan, size)
+    busiest = share_of(problem, plan, size, max(shares, key=lambda share: share.sizes))
+    transport = choice.transport if size == plan.cp_size else "collectives"
+    link, outer = machine.link(transport, size), machine.link("collectives", plan.cp_size)
+    assert link is not None
+    assert outer is not None  # collectives are always there
+    of_groups = choice._replace(
+        plan=united,
+        problem=busiest,
+        schedule=across.schedule(busiest, united),
+        transport=transport,
+        link=outer,
+        attention=choice.attention.of(united, busiest),
+    )
+    tally, exchanged = STEPS[across.name](of_groups), Tally(choice._replace(link=link))
+    widths = Widths.of(problem, shares)
+    for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
+        # All of a group's rows: into the message, and out of it.
+        exchanged.move(2 * size * problem.rows * width, launches=into)
+        exchanged.gather_parts((size - 1) * problem.rows * width)
+        exchanged.move(2 * size * problem.rows * width, launches=out_of)
+    tally.add(exchanged, 1)
+    return tally
+
+
+def steps_of(strategy: Strategy) -> Callable[[Choice], Tally]:
+    """What one call of it does."""
+    return partial(divided_heads, strategy=strategy) if isinstance(strategy, DividedHeads) else STEPS[strategy.name]
 
 
 STEPS: dict[str, Callable[[Choice], Tally]] = {
