@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UnknownNameError,
         UnsupportedError,
     )
+    from cpattn.exchange.hybrid import hybrid
     from cpattn.exchange.registry import STRATEGIES
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
@@ -116,6 +117,7 @@ __all__ = [
     "explain",
     "forward_context",
     "gather_kv",
+    "hybrid",
     "measure_links",
     "plan",
     "prepare",
@@ -143,6 +145,7 @@ _NAMES = {
     "machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
+    "exchange.hybrid": "hybrid",
     "exchange.registry": "STRATEGIES",
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",

@@ -17,6 +17,7 @@ from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import num_results
 from cpattn.problem import Problem
 from cpattn.testing import oracle_attention, relative_rmse, rmse, rmse_bound, run_loopback, single_device_bound
+from cpattn.transports.groups import Group
 
 # Each strategy with the caches that it serves.
 EXCHANGES = [
@@ -140,7 +141,7 @@ class AttentionCase:
         self,
         plan: cpattn.Plan,
         rank: int,
-        communicator: cpattn.Communicator | None,
+        communicator: Group,
         strategy: StrategyChoice,
         backend: Any,
         check: bool = False,

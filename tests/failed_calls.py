@@ -12,6 +12,7 @@ from fault_injection import Injected, fault_at
 from torch import Tensor
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 
 
 @dataclass
@@ -23,7 +24,13 @@ class Faults:
 
 
 def attend_with_faults(
-    case: AttentionCase, plan: cpattn.Plan, group: cpattn.Communicator | None, rank: int, strategy: str, backend: Any, faults: Faults
+    case: AttentionCase,
+    plan: cpattn.Plan,
+    group: cpattn.Communicator | None,
+    rank: int,
+    strategy: StrategyChoice,
+    backend: Any,
+    faults: Faults,
 ) -> tuple[Tensor, Tensor] | None:
     """This rank's call: its local out and LSE, or None where it raised what was injected."""
     meta = plan.metadata(rank, case.device)
@@ -67,7 +74,9 @@ def with_fault(call: Callable[[], Any], rank: int, faults: Faults) -> Any:
     return result
 
 
-def check_partly_failed(case: AttentionCase, plan: cpattn.Plan, strategy: str, results: list[tuple[Tensor, Tensor] | None]) -> None:
+def check_partly_failed(
+    case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, results: list[tuple[Tensor, Tensor] | None]
+) -> None:
     """What the ranks that did not raise may have got: each row is right, or NaN with LSE NaN; never anything else."""
     expected, expected_lse = (x.to("cpu", torch.float64) for x in case.expected)
     failed = {rank for rank, result in enumerate(results) if result is None}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn
 
@@ -154,3 +155,14 @@ def in_group(size: int, program: Any, *arguments: Any) -> Any:
     """``program(transport, *arguments)`` on the members of :func:`group_of`."""
     group = group_of(size)
     return None if group is None else program(cpattn.transport(group), *arguments)
+
+
+def attend_over_a_mesh(shape: tuple[int, int], case: AttentionCase, across: str) -> tuple[Tensor, Tensor] | None:
+    """Of the last ranks of the world, as a mesh of two axes; None of the others."""
+    first = dist.get_world_size() - shape[0] * shape[1]
+    mesh = DeviceMesh("cpu", torch.arange(first, dist.get_world_size()).view(shape), mesh_dim_names=("outer", "inner"))
+    if mesh.get_coordinate() is None:
+        return None
+    group: Any = mesh
+    assert cpattn.transport(group) is cpattn.transport(group)
+    return case.on_rank(case.plan(4), dist.get_rank() - first, group, cpattn.hybrid(shape[1], across), "cpu", check=True)

@@ -16,6 +16,7 @@ from cpattn.costs.steps import Choice, steps_of
 from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import DividedHeads
+from cpattn.exchange.hybrid import ACROSS, hybrid
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
@@ -119,7 +120,8 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     >>> best.strategy, best.transport, 5e-3 < best.graph < 9e-3
     ('all_gather', 'peer_memory', True)
 
-    It knows the library's own strategies, over collectives and the memory of peers; an all-gather in one or more groups of heads; and
+    It knows the library's own strategies, over collectives and the memory of peers; for a group over several hosts :func:`cpattn.hybrid`
+    of as many ranks as a host has, or of a divisor of that; an all-gather in one or more groups of heads; and
     the backends that the machine has constants for, whatever is installed here. Nothing is computed, and no GPU is needed.
 
     Args:
@@ -143,7 +145,8 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     refused: dict[str, str] = {}
     attention = Launches(plan, problem, machine)
     found: list[Estimate] = []
-    for name, strategy in STRATEGIES.items():
+    for strategy in (*STRATEGIES.values(), *_hybrids(plan, machine)):
+        name = strategy.name
         reason = strategy.why_not(problem, plan) or _why_unknown(strategy, problem)
         if reason:
             refused[name] = reason
@@ -159,6 +162,14 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
             f"nothing that is known of {machine.name!r} can serve this call: " + "; ".join(f"{way}: {why}" for way, why in refused.items())
         )
     return Estimates(found, machine.name, refused)
+
+
+def _hybrids(plan: Layout, machine: Machine) -> Iterator[Strategy]:
+    """Of a group over several hosts, where the ranks of a group that divides heads are on one."""
+    if plan.cp_size > machine.ranks_per_host:
+        for within in range(2, machine.ranks_per_host + 1):
+            if plan.cp_size % within == 0 and machine.ranks_per_host % within == 0:
+                yield from (hybrid(within, across) for across in ACROSS)
 
 
 def _of_backend(

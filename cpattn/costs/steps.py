@@ -7,7 +7,7 @@ travel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -275,9 +275,7 @@ def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
     shares, united = shares_of(problem, size), united_layout(plan, size)
     busiest = share_of(problem, plan, size, max(shares, key=lambda share: share.sizes))
     transport = choice.transport if size == plan.cp_size else "collectives"
-    link, outer = machine.link(transport, size), machine.link("collectives", plan.cp_size)
-    assert link is not None
-    assert outer is not None  # collectives are always there
+    link, outer = _link_within(machine, transport, size), _link_across(machine, size, plan.cp_size)
     of_groups = choice._replace(
         plan=united,
         problem=busiest,
@@ -295,6 +293,22 @@ def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
         exchanged.move(2 * size * problem.rows * width, launches=out_of)
     tally.add(exchanged, 1)
     return tally
+
+
+def _link_within(machine: Machine, transport: str, size: int) -> LinkCosts:
+    """Of an all-to-all. Over several hosts each rank sends to each other one by the adapter that is its own."""
+    link = machine.link(transport, size)
+    assert link is not None  # of such a transport there are no estimates
+    return link if size <= machine.ranks_per_host else replace(link, gather=link.shift)
+
+
+def _link_across(machine: Machine, size: int, cp_size: int) -> LinkCosts:
+    """Across groups of so many ranks. A gather comes over the adapters of those ranks of a host that gather the same."""
+    link = machine.link("collectives", cp_size)
+    assert link is not None  # collectives are always there
+    if cp_size <= machine.ranks_per_host:
+        return link
+    return replace(link, gather=min(link.gather, link.shift * max(1, machine.ranks_per_host // size)))
 
 
 def steps_of(strategy: Strategy) -> Callable[[Choice], Tally]:

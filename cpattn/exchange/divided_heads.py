@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from cpattn.transports.transfer import Transfer
 from cpattn.transports.transport import Transport
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DividedHeads(Strategy):
     """
     Attributes:
@@ -43,15 +43,21 @@ class DividedHeads(Strategy):
     within: int | None = None
     across: Strategy | None = None
 
+    def __repr__(self) -> str:
+        return self.name
+
     def group_size(self, plan: Layout) -> int:
         """The ranks of a group, of a plan's."""
         return self.within or plan.cp_size
 
 
-def divide_heads(name: str, within: int | None, across: Strategy, travels: str) -> DividedHeads:
+D = TypeVar("D", bound=DividedHeads)
+
+
+def divide_heads(kind: type[D], name: str, within: int | None, across: Strategy, travels: str) -> D:
     """The strategy of groups of ``within`` ranks, or of all ranks, that ``across`` serves."""
     given = within, across
-    return DividedHeads(
+    return kind(
         name,
         schedule=partial(_schedule, *given),
         prepare=partial(_prepare, *given),

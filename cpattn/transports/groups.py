@@ -14,6 +14,7 @@ from cpattn.errors import GroupError, OptionError, UnknownNameError, shown
 from cpattn.graphs import leaves_graph
 from cpattn.transports.group_state import state_of
 from cpattn.transports.loopback import LoopbackGroup, LoopbackTransport
+from cpattn.transports.mesh import group_of_mesh
 from cpattn.transports.peer_loopback import PeerLoopbackTransport
 from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.process_group import ProcessGroupTransport
@@ -44,7 +45,7 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
     True
 
     Args:
-        group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one axis, or of two for all ranks of both, a Transport, or None for the default group.
         kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"peer_memory"``: ranks of one host read
             what they need from the memory of each other's GPUs; whether they can they find out together, in the first call that
             sends. An end of a :class:`LoopbackGroup` takes it as well, where all ranks are on one GPU. ``"auto"``: the memory of
@@ -181,12 +182,14 @@ def _process_group(group: Any) -> dist.ProcessGroup:
     if isinstance(group, dist.ProcessGroup):
         return group
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            names = group.mesh_dim_names or "unnamed"
-            raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
         if group.get_coordinate() is None:
             raise GroupError(f"group is a device mesh that this process is not in; {_MEMBERS_ONLY}")
-        return group.get_group()
+        if group.ndim > 2:
+            names = group.mesh_dim_names or "unnamed"
+            raise GroupError(
+                f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axes alone, one or two: mesh['cp']"
+            )
+        return group.get_group() if group.ndim == 1 else group_of_mesh(group)
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError(
             "group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not in the group; "

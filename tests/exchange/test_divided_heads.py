@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,12 @@ from strategies import batches, non_empty_batches
 
 import cpattn
 from cpattn.exchange.head_shares import head_shares
+from cpattn.exchange.schedule import bytes_sent, hop_pairs
+from cpattn.metadata.united import united_layout
 from cpattn.testing import run_loopback
+from cpattn.transports.transfer import Transfer
 
+ACROSS = st.sampled_from(["ring", "all_gather"])
 BATCH = [(37, 60), (0, 41), (90, 1), (0, 0), (5, 0), (12, 7), (0, 2)]
 
 
@@ -42,16 +47,21 @@ def test_each_query_head_is_on_one_rank_beside_its_kv_head(kv_heads: int, group:
         assert max(share.q_heads for share in shares) - min(share.q_heads for share in shares) <= 1
 
 
-@given(data=st.data(), batch=batches(), cp_size=st.integers(1, 7), seed=st.integers(0, 10**6))
-@settings(max_examples=80, deadline=None)
+@given(data=st.data(), batch=batches(), cp_size=st.integers(1, 8), seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
 def test_any_heads_partition_and_cache(data: st.DataObject, batch: Any, cp_size: int, seed: int) -> None:
-    strategy, cache = data.draw(st.sampled_from(HEAD_EXCHANGES))
+    _, cache = data.draw(st.sampled_from([*HEAD_EXCHANGES, ("hybrid", "paged")]))
+    within = data.draw(st.sampled_from([n for n in range(1, cp_size + 1) if cp_size % n == 0]))
+    strategy: Any = "ulysses" if within == cp_size and data.draw(st.booleans()) else cpattn.hybrid(within, data.draw(ACROSS))
     kv_heads, backend = data.draw(st.sampled_from([1, 2, 3, 5])), data.draw(st.sampled_from(["reference", "reference", "cpu"]))
     is_reference = backend == "reference"
+    if cache == "paged":
+        # Where every rank has all heads.
+        kv_heads = kv_heads if within == 1 else 1
     v_in_k = data.draw(st.booleans())
     case = AttentionCase(
         batch,
-        heads=kv_heads * -(-cp_size // kv_heads) * data.draw(st.sampled_from([1, 2, 3])),
+        heads=kv_heads * -(-within // kv_heads) * data.draw(st.sampled_from([1, 2, 3])),
         kv_heads=kv_heads,
         head_dim=8,
         v_head_dim=data.draw(st.sampled_from([None, 4] if v_in_k else [None, 3, 16])),
@@ -61,6 +71,7 @@ def test_any_heads_partition_and_cache(data: st.DataObject, batch: Any, cp_size:
         softcap=data.draw(st.sampled_from([None, 3.0])) if is_reference else None,
         sinks=data.draw(st.booleans()),
         cache=cache,
+        within=within,
         page_size=data.draw(st.sampled_from([1, 3, 16])),
         seed=seed,
     )
@@ -86,13 +97,18 @@ def test_float64_and_strides_and_memory_of_the_callers() -> None:
 
 
 @pytest.mark.parametrize(("cache", "heads"), [("packed", (4, 2)), ("own pages", (4, 2)), ("paged", (3, 1))])
-@pytest.mark.parametrize("cp_size", [1, 3])
-def test_through_a_bucket(cache: str, heads: tuple[int, int], cp_size: int) -> None:
+@pytest.mark.parametrize(
+    ("cp_size", "strategy"), [(1, "ulysses"), (3, "ulysses"), (4, cpattn.hybrid(2, "ring")), (6, cpattn.hybrid(3, "all_gather"))], ids=str
+)
+def test_through_a_bucket(cache: str, heads: tuple[int, int], cp_size: int, strategy: Any) -> None:
     """One rank's metadata, refilled with layouts that have nothing in common; pages of one KV head have all of a rank's."""
     batches = [BATCH, [(11, 3)], [], [(20, 50), (60, 1), (0, 9)]]
     if cache == "packed":  # in a bucket, no prefix at all
         batches = [[(0, extend_len) for _, extend_len in batch] for batch in batches]
-    cases = [AttentionCase(batch, *heads, cache=cache, page_size=5, seed=seed, window=30) for seed, batch in enumerate(batches)]
+    # A ring with a window over a partition of one's own takes another number of launches each time.
+    options: dict[str, Any] = {"cache": cache, "page_size": 5, "window": None if "ring" in str(strategy) else 30}
+    options["within"] = None if strategy == "ulysses" else strategy.within
+    cases = [AttentionCase(batch, *heads, seed=seed, **options) for seed, batch in enumerate(batches)]
     plans = [case.plan(cp_size, partition=OwnPartition(seed)) for seed, case in enumerate(cases)]
     bucket = cpattn.Bucket(max_requests=8, max_rows=160, max_chunks=70, max_seqlen=160)
 
@@ -101,11 +117,11 @@ def test_through_a_bucket(cache: str, heads: tuple[int, int], cp_size: int) -> N
         outputs = []
         for case, plan in zip(cases, plans, strict=True):
             meta.copy_(plan)
-            outputs.append(case.on_rank(plan, group.rank, group, "ulysses", "reference", meta=meta))
+            outputs.append(case.on_rank(plan, group.rank, group, strategy, "reference", meta=meta))
         return outputs
 
     for case, plan, *outputs in zip(cases, plans, *run_loopback(program, cp_size), strict=True):
-        case.check(outputs, plan, "ulysses", "reference")
+        case.check(outputs, plan, strategy, "reference")
 
 
 @pytest.mark.parametrize("cache", ["packed", "own pages"])
@@ -129,17 +145,19 @@ def test_one_launch_over_whole_requests(cache: str) -> None:
         assert [(k, q) for q, k in zip(q_len.tolist(), k_len.tolist(), strict=True) if q] == requests
 
 
-@pytest.mark.parametrize(("strategy", "cache"), HEAD_EXCHANGES)
 @given(data=st.data(), batch=non_empty_batches(), cp_size=st.integers(1, 4), seed=st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
-def test_a_fault_anywhere_keeps_ranks_in_step(strategy: str, cache: str, data: st.DataObject, batch: Any, cp_size: int, seed: int) -> None:
+@settings(max_examples=30, deadline=None)
+def test_a_fault_anywhere_keeps_ranks_in_step(data: st.DataObject, batch: Any, cp_size: int, seed: int) -> None:
+    _, cache = data.draw(st.sampled_from(HEAD_EXCHANGES))
+    within = data.draw(st.sampled_from([n for n in range(1, cp_size + 1) if cp_size % n == 0]))
+    strategy = cpattn.hybrid(within, data.draw(ACROSS))
     backend, kv_heads = data.draw(st.sampled_from(["reference", "cpu"])), data.draw(st.sampled_from([1, 3, 4]))
     heads = 12 // kv_heads * kv_heads
-    case = AttentionCase(batch, heads, kv_heads, cache=cache, page_size=5, seed=seed)
+    case = AttentionCase(batch, heads, kv_heads, cache=cache, within=within, page_size=5, seed=seed)
     plan = case.plan(cp_size, pad_to=data.draw(st.sampled_from([1, 4])), partition=data.draw(st.sampled_from(["zigzag", "whole"])))
     failing = data.draw(st.lists(st.integers(0, cp_size - 1), min_size=1, unique=True))
     faults = Faults({rank: data.draw(st.integers(0, 300)) for rank in failing})
-    then = AttentionCase(BATCH, heads, kv_heads, cache=cache, page_size=5, seed=seed + 1)
+    then = AttentionCase(BATCH, heads, kv_heads, cache=cache, within=within, page_size=5, seed=seed + 1)
     then_plan = then.plan(cp_size)
 
     def program(group: cpattn.Transport) -> Any:
@@ -187,3 +205,88 @@ def test_a_cache_of_own_heads_is_for_those_who_divide_them() -> None:
     both = cpattn.PackedKV(cache.k, torch.zeros(8, 4, 8))
     with pytest.raises(cpattn.HeadCountError, match=r"kv_cache\.k has 2 heads, kv_cache\.v has 4; they must have the same"):
         cpattn.cp_attention(x, x, x, meta, group=group, kv_cache=both, strategy="ulysses")
+
+
+def test_hybrids_are_made_once_and_say_what_they_are() -> None:
+    strategy = cpattn.hybrid(2, "all_gather")
+    assert strategy is cpattn.hybrid(within=np.int64(2), across="all_gather")
+    assert pickle.loads(pickle.dumps(strategy)) is strategy
+    assert repr(strategy) == strategy.name == "hybrid(within=2, across='all_gather')"
+    with pytest.raises(cpattn.OptionError, match="within=0; pass the ranks of a group that divides heads"):
+        cpattn.hybrid(0)
+    with pytest.raises(cpattn.UnknownNameError, match="across='pass_q' is unknown; choose one of 'ring', 'all_gather'"):
+        cpattn.hybrid(2, "pass_q")
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (4, {}, "it has groups of 4 ranks, and cp_size=6 is no multiple of that"),
+        (3, {"heads": 2}, "2 query heads cannot be divided among 3 ranks"),
+        (2, {"cache": "sharded"}, "a sharded cache has all heads of some"),
+    ],
+)
+def test_hybrids_that_cannot_serve(size: int, options: dict[str, Any], message: str) -> None:
+    case = AttentionCase([(8, 12)], **options)
+    plan = case.plan(6)
+    reason = cpattn.hybrid(size).why_not(case.problem(plan), plan)
+    assert reason is not None
+    assert message in reason
+
+
+@pytest.mark.parametrize("across", ["ring", "all_gather"])
+@pytest.mark.parametrize("within", [1, 2, 3, 6])
+@pytest.mark.parametrize("heads", [(6, 6), (12, 2), (7, 7)], ids=str)
+def test_bytes_are_those_of_the_schedule_and_keys_cross_once(within: int, across: str, heads: tuple[int, int]) -> None:
+    """Any factorisation; across groups each rank sends its heads of its group's rows, to each other group once."""
+    case = AttentionCase([(0, 131), (0, 57), (0, 3)], *heads)
+    plan = case.plan(6, pad_to=4)
+    strategy = cpattn.hybrid(within, across)
+    schedule = strategy.schedule(case.problem(plan), plan)
+    assert sum(int(hop_pairs(plan, hop).sum()) for hop in schedule) == sum(plan.rank_pairs)
+    sent_across = {}
+
+    def program(group: cpattn.Transport) -> None:
+        meta = plan.metadata(group.rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        starts: list[Transfer] = []
+        start = group.start
+        group.start = lambda transfer: starts.append(transfer) or start(transfer)  # type: ignore[func-returns-value, method-assign]
+        before = group.bytes_sent
+        cpattn.cp_attention(q, k, v, meta, group=group, strategy=strategy, backend="reference")
+        assert group.bytes_sent - before == bytes_sent(schedule)[group.rank]
+        sent_across[group.rank] = sum(transfer.nbytes for transfer in starts if _crosses(transfer, group, within))
+
+    run_loopback(program, 6)
+    if within in (1, 6):
+        assert not any(sent_across.values()) or within == 1
+        return
+    groups = 6 // within
+    for group in range(groups):
+        crossed = sum(sent_across[rank] for rank in range(group * within, (group + 1) * within))
+        # K and V of fp32, of the rows of a group, which are as many on each.
+        largest = max(united_layout(plan, within).rank_tokens)
+        once = largest * heads[1] * (16 + 16) * 4 * (groups - 1)
+        assert crossed <= once * max(1, within / heads[1])
+        if across == "ring":
+            assert crossed == once * max(1, within / heads[1])
+
+
+def _crosses(transfer: Transfer, group: cpattn.Transport, within: int) -> bool:
+    ranks = transfer.part or range(group.size)
+    return len({rank // within for rank in ranks}) > 1
+
+
+def test_a_transport_that_cannot_be_split_is_refused_before_anything_is_sent() -> None:
+    class Whole(cpattn.testing.SoloCommunicator):
+        def _make_part(self, ranks: tuple[int, ...]) -> cpattn.Transport:
+            raise cpattn.UnsupportedError("it has no parts")
+
+    meta, x = cpattn.build_metadata([(0, 16)], 4, 0), torch.zeros(4, 2, 8)
+    group = Whole(0, 4)
+    with pytest.raises(cpattn.UnsupportedError, match=r"hybrid\(within=2.*cannot go over Whole\(rank 0 of 4\): it has no parts"):
+        cpattn.cp_attention(x, x, x, meta, group=group, strategy=cpattn.hybrid(2))
+    assert group.bytes_sent == 0
+    assert group.state.failure is None
+    # All ranks by themselves need no parts.
+    assert cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 8)], 2, 0), group=Whole(0, 2), strategy="ulysses").shape == (4, 2, 8)

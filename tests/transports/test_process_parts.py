@@ -56,6 +56,28 @@ def test_attention_along_each_axis(ranks: ProcessRanks, strategy: str) -> None:
             case.check([results[rank][n] for rank in members], case.plan(len(members)), strategy, "cpu")
 
 
+@pytest.mark.parametrize("across", ["ring", "all_gather"])
+def test_a_hybrid_over_a_mesh_of_two_axes(ranks: ProcessRanks, across: str) -> None:
+    """Of four ranks in a world of six."""
+    case = AttentionCase([(30, 77), (0, 41), (0, 2)], cache="own pages", within=2, sinks=True)
+    results = ranks.run(programs.attend_over_a_mesh, (2, 2), case, across)
+    outputs = [result for result in results if result is not None]
+    assert len(outputs) == 4
+    case.check(outputs, case.plan(4), cpattn.hybrid(2, across), "cpu")
+
+
+def test_a_mesh_that_does_not_ascend_is_refused(ranks: ProcessRanks) -> None:
+    for message in ranks.run(_turned_mesh):
+        assert "which do not ascend along its axes as those of a process group do; pass a mesh whose last axis" in message
+
+
+def _turned_mesh() -> str:
+    mesh: Any = DeviceMesh("cpu", torch.arange(WORLD).view(3, 2).T)
+    with pytest.raises(cpattn.GroupError) as raised:
+        cpattn.transport(mesh)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize("line", [0, 60])
 def test_a_rank_that_raises_in_a_part(ranks: ProcessRanks, line: int) -> None:
     case = AttentionCase([(0, 40), (12, 23)])
