@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from cpattn.exchange.hybrid import hybrid
     from cpattn.exchange.registry import STRATEGIES
+    from cpattn.exchange.two_level import two_level
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
     from cpattn.machine import MACHINES, KernelCosts, LinkCosts, Machine
@@ -127,6 +128,7 @@ __all__ = [
     "shard",
     "slot_mapping",
     "transport",
+    "two_level",
     "unshard",
     "write_kv",
 ]
@@ -147,6 +149,7 @@ _NAMES = {
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
     "exchange.hybrid": "hybrid",
     "exchange.registry": "STRATEGIES",
+    "exchange.two_level": "two_level",
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
     "pool.kv_pool": "KVPool",

@@ -30,6 +30,7 @@ from cpattn.call.in_graph import (
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.divided_heads import DividedHeads, explain_heads
 from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
@@ -270,7 +271,7 @@ def cp_attention(
             heads it may have this rank's KV heads alone.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
             do, for a sharded cache; ``"ulysses"``, in which ranks exchange rows for heads; ``"auto"``; what
-            :func:`cpattn.hybrid` makes; or a Strategy of your own.
+            :func:`cpattn.hybrid` or :func:`cpattn.two_level` makes; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that over collectives the attention of one group runs
@@ -400,7 +401,8 @@ def explain(
     of call the order is.
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
-    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why.
+    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why; where it
+    divides heads, under ``"heads"`` how many each rank has.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -419,4 +421,6 @@ def explain(
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy is ALL_GATHER:
         explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
+    if isinstance(choice.strategy, DividedHeads):
+        explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
     return explained if group is None else explained | {"transport": as_transport(group, meta.plan.cp_size).describe()}

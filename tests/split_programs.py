@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 
 # Not in ascending order of anything, and of all the group sizes that tests use.
 SPLITS: dict[int, list[tuple[int, ...]]] = {
@@ -157,7 +158,7 @@ def in_group(size: int, program: Any, *arguments: Any) -> Any:
     return None if group is None else program(cpattn.transport(group), *arguments)
 
 
-def attend_over_a_mesh(shape: tuple[int, int], case: AttentionCase, across: str) -> tuple[Tensor, Tensor] | None:
+def attend_over_a_mesh(shape: tuple[int, int], case: AttentionCase, strategy: StrategyChoice) -> tuple[Tensor, Tensor] | None:
     """Of the last ranks of the world, as a mesh of two axes; None of the others."""
     first = dist.get_world_size() - shape[0] * shape[1]
     mesh = DeviceMesh("cpu", torch.arange(first, dist.get_world_size()).view(shape), mesh_dim_names=("outer", "inner"))
@@ -165,4 +166,4 @@ def attend_over_a_mesh(shape: tuple[int, int], case: AttentionCase, across: str)
         return None
     group: Any = mesh
     assert cpattn.transport(group) is cpattn.transport(group)
-    return case.on_rank(case.plan(4), dist.get_rank() - first, group, cpattn.hybrid(shape[1], across), "cpu", check=True)
+    return case.on_rank(case.plan(shape[0] * shape[1]), dist.get_rank() - first, group, strategy, "cpu", check=True)

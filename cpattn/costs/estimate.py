@@ -20,6 +20,7 @@ from cpattn.exchange.hybrid import ACROSS, hybrid
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.two_level import TwoLevel, two_level
 from cpattn.machine import TRANSPORTS, KernelCosts, Machine, find_machine
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.draw import text_table
@@ -121,7 +122,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     ('all_gather', 'peer_memory', True)
 
     It knows the library's own strategies, over collectives and the memory of peers; for a group over several hosts :func:`cpattn.hybrid`
-    of as many ranks as a host has, or of a divisor of that; an all-gather in one or more groups of heads; and
+    of as many ranks as a host has, or of a divisor of that, and :func:`cpattn.two_level`; an all-gather in one or more groups of heads; and
     the backends that the machine has constants for, whatever is installed here. Nothing is computed, and no GPU is needed.
 
     Args:
@@ -145,7 +146,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     refused: dict[str, str] = {}
     attention = Launches(plan, problem, machine)
     found: list[Estimate] = []
-    for strategy in (*STRATEGIES.values(), *_hybrids(plan, machine)):
+    for strategy in (*STRATEGIES.values(), *_over_hosts(plan, machine)):
         name = strategy.name
         reason = strategy.why_not(problem, plan) or _why_unknown(strategy, problem)
         if reason:
@@ -164,9 +165,11 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     return Estimates(found, machine.name, refused)
 
 
-def _hybrids(plan: Layout, machine: Machine) -> Iterator[Strategy]:
-    """Of a group over several hosts, where the ranks of a group that divides heads are on one."""
+def _over_hosts(plan: Layout, machine: Machine) -> Iterator[Strategy]:
+    """Of a group over several hosts, where the ranks of a group that divides heads are on one; and an all-gather in two levels."""
     if plan.cp_size > machine.ranks_per_host:
+        if plan.cp_size % machine.ranks_per_host == 0 and machine.ranks_per_host > 1:
+            yield two_level(machine.ranks_per_host)
         for within in range(2, machine.ranks_per_host + 1):
             if plan.cp_size % within == 0 and machine.ranks_per_host % within == 0:
                 yield from (hybrid(within, across) for across in ACROSS)
@@ -210,7 +213,7 @@ def _order(one: Estimate) -> tuple[int, str, str, int, str]:
 
 def _why_unknown(strategy: Strategy, problem: Problem) -> str | None:
     attends = strategy.across if isinstance(strategy, DividedHeads) else strategy
-    if problem.window is not None and attends is not ALL_GATHER:
+    if problem.window is not None and attends is not ALL_GATHER and not isinstance(strategy, TwoLevel):
         return "with a window its hops are not estimated"
     return None
 

@@ -21,6 +21,7 @@ from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.exchange.two_level import TwoLevel
 from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
@@ -295,6 +296,29 @@ def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
     return tally
 
 
+def two_levels(choice: Choice, strategy: TwoLevel) -> Tally:
+    """Pack, gather across hosts and then within each, put in order, attend."""
+    plan, problem, machine, (hop,), *_ = choice
+    within = strategy.within
+    if not hop.sent.any() or within in (1, plan.cp_size):
+        return all_gather(choice)
+    view, over_pages, row = View.of(plan), problem.cache == "paged", problem.rows * problem.key_bytes
+    tally = Tally(choice._replace(link=_link_within(machine, "collectives", within)))
+    first = Tally(choice._replace(link=_link_across(machine, within, plan.cp_size)))
+    hosts = plan.cp_size // within
+    first.gather((hosts - 1) * row)
+    tally.gather((plan.cp_size - hosts) * row)
+    tally.add(first, 1)
+    tally.move_rows(problem.rows, 1)
+    if problem.cache == "packed":
+        tally.move_rows(int(view.prefix.max()), 1)
+    tally.move_rows(plan.num_tokens if over_pages else int(view.new.max()), 1)
+    if over_pages:
+        _copy_pages(tally, plan.num_tokens + plan.num_prefix_tokens)
+    tally.attend(hop, over_pages=over_pages)
+    return tally
+
+
 def _link_within(machine: Machine, transport: str, size: int) -> LinkCosts:
     """Of an all-to-all. Over several hosts each rank sends to each other one by the adapter that is its own."""
     link = machine.link(transport, size)
@@ -313,7 +337,11 @@ def _link_across(machine: Machine, size: int, cp_size: int) -> LinkCosts:
 
 def steps_of(strategy: Strategy) -> Callable[[Choice], Tally]:
     """What one call of it does."""
-    return partial(divided_heads, strategy=strategy) if isinstance(strategy, DividedHeads) else STEPS[strategy.name]
+    if isinstance(strategy, DividedHeads):
+        return partial(divided_heads, strategy=strategy)
+    if isinstance(strategy, TwoLevel):
+        return partial(two_levels, strategy=strategy)
+    return STEPS[strategy.name]
 
 
 STEPS: dict[str, Callable[[Choice], Tally]] = {

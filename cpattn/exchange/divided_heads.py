@@ -71,6 +71,17 @@ def divide_heads(kind: type[D], name: str, within: int | None, across: Strategy,
     )
 
 
+def explain_heads(strategy: DividedHeads, problem: Problem, plan: Layout) -> str:
+    """Who has how many heads, in words, and what carries them."""
+    size = strategy.group_size(plan)
+    shares = shares_of(problem, size)
+    q_heads = sorted({share.q_heads for share in shares})
+    counts = " or ".join(sorted({f"{share.q_heads} with {share.kv_heads} KV" for share in shares}))
+    uneven = f"; uneven, the busiest has {q_heads[-1] * size / problem.q_heads:.2f} times the mean" if len(q_heads) > 1 else ""
+    whole = "" if size in (1, plan.cp_size) else f"; {plan.cp_size // size} such groups, all over collectives"
+    return f"divided among {size} rank{'s' * (size > 1)}: {counts} of {problem.q_heads} with {problem.kv_heads}{uneven}{whole}"
+
+
 def share_of(problem: Problem, plan: Layout, within: int, share: HeadShare) -> Problem:
     """What a rank asks for within its group: the rows of all of its ranks, and its share of the heads."""
     united = united_layout(plan, within)
@@ -158,7 +169,7 @@ def _forward(across: Strategy, held: _Divided | Prepared, io: IO, attend: Attend
         across.forward(held, io, attend)
         return
     problem, there, back = held.problem, held.there, held.back
-    there.put(io.q, io.k, io.v, problem)
+    there.put(io.q, io.k, io.v)
     io.start().wait()
     there.arrange()
     mine = attend.of_heads(there.q, held.share.q)
@@ -168,7 +179,7 @@ def _forward(across: Strategy, held: _Divided | Prepared, io: IO, attend: Attend
     io.start().wait()
     out = io.q.new_empty(*io.q.shape[:2], problem.v_head_dim)
     lse = io.q.new_empty(io.q.shape[:2], dtype=torch.float32)
-    back.take(out, lse, problem)
+    back.take(out, lse)
     # What came for padding are zeros.
     if held.token_index is not None:
         lse.masked_fill_((held.token_index < 0)[:, None], -torch.inf)

@@ -55,21 +55,20 @@ class HeadsThere(NamedTuple):
     """To each rank its heads of all rows.
 
     Attributes:
-        outgoing, incoming: ``[w, n, width]``.
-        ordered ``[R, width]``: what has come, in the order of the batch; order: where each of its rows comes from.
+        places: where in the message q, K and V go, ``[n, heads, D]`` each, and which heads: for each rank, or, where shares are even, once
+            for all, with an axis of ranks in front.
+        incoming ``[w * n, width]``: what comes.
+        ordered ``[R, width]``: the same in the order of the batch; order: where each of its rows comes from.
         q ``[R, heads, D]``, new: this rank's heads of it.
     """
 
     transfer: Transfer
-    outgoing: Tensor
+    places: tuple[_Place, ...]
     incoming: Tensor
     ordered: Tensor
     order: Tensor
     q: Tensor
     new: Message
-    shares: tuple[HeadShare, ...]
-    is_even: bool
-    kv: KVFormat
     moves: Moves
 
     @classmethod
@@ -83,49 +82,39 @@ class HeadsThere(NamedTuple):
 
         outgoing, incoming = buffer("outgoing", size, problem.rows, width), buffer("incoming", size, problem.rows, width)
         ordered = buffer("ordered", rows.meta.rows, width)
-        kv = KVFormat.of(problem)._replace(heads=share.kv_heads)
         transfer = transport.prepare_all_to_all(incoming, outgoing)
         q, new = _parts(ordered, share, problem, widths)
         return cls(
             transfer=transfer._replace(fill_missing=partial(_fill_missing, outgoing, shares, problem, widths)),
-            outgoing=outgoing,
+            places=_places(outgoing, shares, problem, widths),
             incoming=incoming.flatten(0, 1),
             ordered=ordered,
             order=rows.order,
             q=q,
-            new=Message.of(new, kv),
-            shares=shares,
-            is_even=are_even(shares),
-            kv=kv,
+            new=Message.of(new, KVFormat.of(problem)._replace(heads=share.kv_heads)),
             moves=moves_for(problem.device),
         )
 
-    def put(self, q: Tensor, k: Tensor, v: Tensor | None, problem: Problem) -> None:
+    def put(self, q: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Fills the message with what this rank brings. Padding may hold anything: nobody takes it for a key."""
-        widths = Widths.of(problem, self.shares)
-        if not self.is_even:
-            for message, share in zip(self.outgoing, self.shares, strict=True):
-                to_q, to_kv = _parts(message, share, problem, widths)
-                to_q.copy_(q[:, share.q])
-                for to, x in zip(self.kv.parts(to_kv), (k, v), strict=True):
-                    if to is not None and x is not None:
-                        to.copy_(x[:, share.kv])
-            return
-        size, share = len(self.shares), self.shares[0]
-        to_q, to_kv = _parts(self.outgoing, share, problem, widths)
-        to_q.copy_(_by_rank(q, share.q_heads))
-        for to, x in zip(self.kv.parts(to_kv), (k, v), strict=True):
-            if to is None or x is None:
-                continue
-            if problem.kv_heads >= size:
-                to.copy_(_by_rank(x, share.kv_heads))
-            else:
-                # Each KV head goes to all ranks that have some of its query heads.
-                to.view(problem.kv_heads, size // problem.kv_heads, *to.shape[1:]).copy_(x.transpose(0, 1)[:, None, :, None])
+        for place in self.places:
+            place.q.copy_(_heads_of(q, place.share.q, place.q))
+            place.k.copy_(_heads_of(k, place.share.kv, place.k))
+            if v is not None and place.v is not None:
+                place.v.copy_(_heads_of(v, place.share.kv, place.v))
 
     def arrange(self) -> None:
         """Puts what has come in the order of the batch, zeros on padding."""
         self.moves.gather_rows(self.ordered, self.incoming, self.order)
+
+
+class _Place(NamedTuple):
+    """Where a share of the heads lies in a message to one rank, or in those to all."""
+
+    share: HeadShare
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
 
 
 class HeadsBack(NamedTuple):
@@ -133,37 +122,34 @@ class HeadsBack(NamedTuple):
 
     Attributes:
         out, lse: of all ranks' rows ``[w * n, heads * Dv]`` and ``[w * n, heads]``, as they are sent; back: which rows of the result.
-        received: of this rank's rows, what each rank sends, bytes ``[w, n, width]``.
+        received: outputs ``[n, heads, Dv]`` and LSE ``[n, heads]`` that come, and which heads: of each rank, or, where shares are even,
+            once of all, with an axis of ranks in front.
     """
 
     transfer: Transfer
     out: Tensor
     lse: Tensor
     back: Tensor
-    received: Tensor
-    shares: tuple[HeadShare, ...]
-    is_even: bool
+    received: tuple[tuple[HeadShare, Tensor, Tensor], ...]
     moves: Moves
 
     @classmethod
     def of(cls, problem: Problem, transport: Transport, rows: UnitedRows, shares: tuple[HeadShare, ...]) -> HeadsBack:
         """See :meth:`HeadsThere.of`."""
-        share, width = shares[transport.rank], Widths.of(problem, shares).back
+        share, widths = shares[transport.rank], Widths.of(problem, shares)
         sent, received = (
-            transport.arena.buffer(f"heads {end}", (transport.size, problem.rows, width), torch.uint8, problem.device)
+            transport.arena.buffer(f"heads {end}", (transport.size, problem.rows, widths.back), torch.uint8, problem.device)
             for end in ("sent", "received")
         )
-        out, lse = _results(sent.flatten(0, 1), share, problem, shares)
+        out, lse = _results(sent.flatten(0, 1), share, problem, widths)
+        of_ranks = [(shares[0], received)] if are_even(shares) else zip(shares, received, strict=True)
         transfer = transport.prepare_all_to_all(received, sent)
-        fill_missing = partial(_fill_results, out, lse)
         return cls(
-            transfer=transfer._replace(fill_missing=fill_missing),
-            out=out,
+            transfer=transfer._replace(fill_missing=partial(_fill_results, out, lse)),
+            out=out.flatten(1),
             lse=lse,
             back=rows.back,
-            received=received,
-            shares=shares,
-            is_even=are_even(shares),
+            received=tuple((share, *_results(message, share, problem, widths)) for share, message in of_ranks),
             moves=moves_for(problem.device),
         )
 
@@ -172,23 +158,33 @@ class HeadsBack(NamedTuple):
         self.moves.gather_rows(self.out, out.flatten(1), self.back)
         self.moves.gather_rows(self.lse, lse, self.back)
 
-    def take(self, out: Tensor, lse: Tensor, problem: Problem) -> None:
+    def take(self, out: Tensor, lse: Tensor) -> None:
         """What has come, to ``[n, Hq, Dv]`` and ``[n, Hq]``."""
-        if self.is_even:
-            heads = self.shares[0].q_heads
-            from_out, from_lse = _results(self.received, self.shares[0], problem, self.shares)
-            _by_rank(out, heads).copy_(from_out.view(*from_lse.shape, problem.v_head_dim))
-            _by_rank(lse, heads).copy_(from_lse)
-            return
-        for message, share in zip(self.received, self.shares, strict=True):
-            from_out, from_lse = _results(message, share, problem, self.shares)
-            out[:, share.q] = from_out.view(*from_lse.shape, problem.v_head_dim)
-            lse[:, share.q] = from_lse
+        for share, from_out, from_lse in self.received:
+            _heads_of(out, share.q, from_out).copy_(from_out)
+            _heads_of(lse, share.q, from_lse).copy_(from_lse)
 
 
-def _by_rank(x: Tensor, heads: int) -> Tensor:
-    """``[rows, all heads, ...]`` as ``[w, rows, heads, ...]``."""
-    return x.view(len(x), x.shape[1] // heads, heads, *x.shape[2:]).transpose(0, 1)
+def _places(outgoing: Tensor, shares: tuple[HeadShare, ...], problem: Problem, widths: Widths) -> tuple[_Place, ...]:
+    kv, places = KVFormat.of(problem), []
+    for share, message in [(shares[0], outgoing)] if are_even(shares) else zip(shares, outgoing, strict=True):
+        q, new = _parts(message, share, problem, widths)
+        if message is outgoing and problem.kv_heads < len(shares):
+            # Each KV head goes to all ranks that have some of its query heads.
+            new = new.view(problem.kv_heads, len(shares) // problem.kv_heads, *new.shape[1:])
+        places.append(_Place(share, q, *kv.parts(new)))
+    return tuple(places)
+
+
+def _heads_of(x: Tensor, heads: slice, like: Tensor) -> Tensor:
+    """Of ``[n, all heads, ...]`` some heads; or all of them by rank, ``[w, n, heads, ...]``, as ``like`` has them, or with an axis of one
+    more for ranks that share them."""
+    shared = like.ndim - x.ndim
+    if not shared:
+        return x[:, heads]
+    count = int(heads.stop - heads.start)
+    by_rank = x.view(len(x), x.shape[1] // count, count, *x.shape[2:]).transpose(0, 1)
+    return by_rank if shared == 1 else by_rank[:, None]
 
 
 def _parts(message: Tensor, share: HeadShare, problem: Problem, widths: Widths) -> tuple[Tensor, Tensor]:
@@ -199,10 +195,10 @@ def _parts(message: Tensor, share: HeadShare, problem: Problem, widths: Widths) 
     return q, message[..., first : first + share.kv_heads * width].view(*rows, share.kv_heads, width)
 
 
-def _results(message: Tensor, share: HeadShare, problem: Problem, shares: tuple[HeadShare, ...]) -> tuple[Tensor, Tensor]:
-    """Of bytes ``[..., width]`` the outputs ``[..., heads * Dv]`` and the LSE ``[..., heads]``."""
-    first = Widths.of(problem, shares).lse
-    out = message[..., : share.q_heads * problem.v_head_dim * problem.dtype.itemsize].view(problem.dtype)
+def _results(message: Tensor, share: HeadShare, problem: Problem, widths: Widths) -> tuple[Tensor, Tensor]:
+    """Of bytes ``[..., width]`` the outputs ``[..., heads, Dv]`` and the LSE ``[..., heads]``."""
+    first, shape = widths.lse, (*message.shape[:-1], share.q_heads, problem.v_head_dim)
+    out = message[..., : share.q_heads * problem.v_head_dim * problem.dtype.itemsize].view(problem.dtype).view(shape)
     return out, message[..., first : first + share.q_heads * torch.float32.itemsize].view(torch.float32)
 
 

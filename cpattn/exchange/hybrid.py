@@ -29,7 +29,7 @@ class Hybrid(DividedHeads):
         return hybrid, (self.within, self.across.name)
 
 
-def hybrid(within: int, across: str = "ring") -> DividedHeads:
+def hybrid(within: int, across: str = "ring") -> Strategy:
     """A strategy of two dimensions, for ``strategy=``: ranks that follow each other divide heads, and keys travel across their groups.
 
     >>> import cpattn, torch
@@ -72,6 +72,6 @@ def hybrid(within: int, across: str = "ring") -> DividedHeads:
 @cache
 def _made(within: int, across: str) -> DividedHeads:
     strategy = ACROSS[across]
-    name = f"hybrid(within={within}, across={across!r})"
+    name = f"hybrid({within}, {across!r})"
     travels = f"queries, keys and values by heads within groups of {within}, {strategy.travels} across"
     return divide_heads(Hybrid, name, within, strategy, travels)

@@ -40,11 +40,12 @@ def test_groups_of_one_rank_and_of_all_are_what_they_are_made_of() -> None:
     assert not any("hybrid" in name for name in by_strategy(plan, problem_of(plan), "h100-infiniband"))
     ways = by_strategy(plan, problem_of(plan))
     assert {name for name in ways if "hybrid" in name} == {
-        f"hybrid(within={within}, across={across!r})" for within in (2, 4, 8) for across in ("ring", "all_gather")
+        f"hybrid({within}, {across!r})" for within in (2, 4, 8) for across in ("ring", "all_gather")
     }
+    assert ways["two_level(8)"].bytes_sent == ways["all_gather"].bytes_sent
     for name, one in ways.items():
         if "hybrid" in name:
-            within, across = int(name[14]), "ring" if "ring" in name else "all_gather"
+            within, across = int(name[7]), "ring" if "ring" in name else "all_gather"
             assert one.bytes_sent == bytes_sent(cpattn.hybrid(within, across).schedule(problem_of(plan), plan)).max()
             assert one.compute > 0 < one.exposed <= one.transfer
 
@@ -53,7 +54,7 @@ def test_of_several_hosts_keys_that_cross_once_cost_less_than_all_that_cross() -
     """Ulysses sends q and outputs across hosts as well, each rank by an adapter of its own; a ring as many times as there are ranks."""
     plan = cpattn.plan([(0, 2**18)], 32)
     ways = by_strategy(plan, problem_of(plan, q_heads=64))
-    inside = ways["hybrid(within=8, across='ring')"]
+    inside = ways["hybrid(8, 'ring')"]
     assert inside.graph < ways["ring"].graph
     assert inside.transfer < ways["ulysses"].transfer
     # With faster adapters it all comes to the links within a host.
@@ -72,7 +73,7 @@ def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--machine", "h100-nvlink", "--cp", "128", "--batch", "0+1048576"]) == 0
     text = capsys.readouterr().out
     for across in ("ring", "all_gather"):
-        assert f"hybrid(within=8, across='{across}')" in text
+        assert f"hybrid(8, '{across}')" in text
 
 
 @pytest.mark.parametrize("mask", [0, 1], ids=["causal", "varlen causal"])

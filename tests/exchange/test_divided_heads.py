@@ -211,7 +211,7 @@ def test_hybrids_are_made_once_and_say_what_they_are() -> None:
     strategy = cpattn.hybrid(2, "all_gather")
     assert strategy is cpattn.hybrid(within=np.int64(2), across="all_gather")
     assert pickle.loads(pickle.dumps(strategy)) is strategy
-    assert repr(strategy) == strategy.name == "hybrid(within=2, across='all_gather')"
+    assert repr(strategy) == strategy.name == "hybrid(2, 'all_gather')"
     with pytest.raises(cpattn.OptionError, match="within=0; pass the ranks of a group that divides heads"):
         cpattn.hybrid(0)
     with pytest.raises(cpattn.UnknownNameError, match="across='pass_q' is unknown; choose one of 'ring', 'all_gather'"):
@@ -284,9 +284,29 @@ def test_a_transport_that_cannot_be_split_is_refused_before_anything_is_sent() -
 
     meta, x = cpattn.build_metadata([(0, 16)], 4, 0), torch.zeros(4, 2, 8)
     group = Whole(0, 4)
-    with pytest.raises(cpattn.UnsupportedError, match=r"hybrid\(within=2.*cannot go over Whole\(rank 0 of 4\): it has no parts"):
+    with pytest.raises(cpattn.UnsupportedError, match=r"hybrid\(2, 'ring'\).*cannot go over Whole\(rank 0 of 4\): it has no parts"):
         cpattn.cp_attention(x, x, x, meta, group=group, strategy=cpattn.hybrid(2))
     assert group.bytes_sent == 0
     assert group.state.failure is None
     # All ranks by themselves need no parts.
     assert cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 8)], 2, 0), group=Whole(0, 2), strategy="ulysses").shape == (4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "cp_size", "strategy", "said"),
+    [
+        ((8, 2), 4, "ulysses", "divided among 4 ranks: 2 with 1 KV of 8 with 2"),
+        (
+            (8, 4),
+            3,
+            "ulysses",
+            "divided among 3 ranks: 2 with 1 KV or 4 with 2 KV of 8 with 4; uneven, the busiest has 1.50 times the mean",
+        ),
+        ((8, 2), 4, cpattn.hybrid(2), "divided among 2 ranks: 4 with 1 KV of 8 with 2; 2 such groups, all over collectives"),
+    ],
+    ids=["even", "uneven", "hybrid"],
+)
+def test_who_has_how_many_heads_is_explained(heads: tuple[int, int], cp_size: int, strategy: Any, said: str) -> None:
+    meta = cpattn.build_metadata([(0, 12)], cp_size, 0)
+    q, k = torch.zeros(meta.rows, heads[0], 8), torch.zeros(meta.rows, heads[1], 8)
+    assert cpattn.explain(q, k, k, meta, strategy=strategy)["heads"].endswith(said)

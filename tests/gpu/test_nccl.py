@@ -83,6 +83,13 @@ def test_hybrids_over_nccl(ranks: ProcessRanks, across: str, cache: str, heads: 
         case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
 
 
+@pytest.mark.parametrize("cache", ["packed", "paged"])
+def test_two_levels_over_nccl(ranks: ProcessRanks, cache: str) -> None:
+    case = AttentionCase([(0, 777), (640, 300), (0, 3)], head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
+    plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.two_level(2)
+    case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
 def test_check_over_nccl(ranks: ProcessRanks) -> None:
     for error in ranks.run(programs.disagree_on_gpu):
         assert "the ranks disagree on the plan" in error

@@ -56,14 +56,18 @@ def test_attention_along_each_axis(ranks: ProcessRanks, strategy: str) -> None:
             case.check([results[rank][n] for rank in members], case.plan(len(members)), strategy, "cpu")
 
 
-@pytest.mark.parametrize("across", ["ring", "all_gather"])
-def test_a_hybrid_over_a_mesh_of_two_axes(ranks: ProcessRanks, across: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [(cpattn.hybrid(2, "ring"), "own pages"), (cpattn.hybrid(2, "all_gather"), "own packed"), (cpattn.two_level(2), "paged")],
+    ids=str,
+)
+def test_two_levels_over_a_mesh_of_two_axes(ranks: ProcessRanks, strategy: Any, cache: str) -> None:
     """Of four ranks in a world of six."""
-    case = AttentionCase([(30, 77), (0, 41), (0, 2)], cache="own pages", within=2, sinks=True)
-    results = ranks.run(programs.attend_over_a_mesh, (2, 2), case, across)
+    case = AttentionCase([(30, 77), (0, 41), (0, 2)], cache=cache, within=2, sinks=True)
+    results = ranks.run(programs.attend_over_a_mesh, (2, 2), case, strategy)
     outputs = [result for result in results if result is not None]
     assert len(outputs) == 4
-    case.check(outputs, case.plan(4), cpattn.hybrid(2, across), "cpu")
+    case.check(outputs, case.plan(4), strategy, "cpu")
 
 
 def test_a_mesh_that_does_not_ascend_is_refused(ranks: ProcessRanks) -> None:
