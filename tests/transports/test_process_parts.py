@@ -70,16 +70,27 @@ def test_two_levels_over_a_mesh_of_two_axes(ranks: ProcessRanks, strategy: Any, 
     case.check(outputs, case.plan(4), strategy, "cpu")
 
 
-def test_a_mesh_that_does_not_ascend_is_refused(ranks: ProcessRanks) -> None:
-    for message in ranks.run(_turned_mesh):
-        assert "which do not ascend along its axes as those of a process group do; pass a mesh whose last axis" in message
+def test_a_mesh_of_two_axes_is_all_of_its_ranks(ranks: ProcessRanks) -> None:
+    assert all(all(identities) for identities in ranks.run(_mesh_identities))
 
 
-def _turned_mesh() -> str:
-    mesh: Any = DeviceMesh("cpu", torch.arange(WORLD).view(3, 2).T)
-    with pytest.raises(cpattn.GroupError) as raised:
-        cpattn.transport(mesh)
-    return str(raised.value)
+def _mesh_identities() -> list[bool]:
+    world, rank = cpattn.transport(), dist.get_rank()
+    whole: Any = DeviceMesh("cpu", torch.arange(WORLD).view(2, 3))
+    turned: Any = DeviceMesh("cpu", torch.arange(WORLD).view(3, 2).T)
+    places = cpattn.transport(turned)
+    deeper: Any = DeviceMesh("cpu", torch.arange(WORLD).view(1, 2, 3))
+    with pytest.raises(cpattn.GroupError, match=r"a device mesh of 3 axes .*; pass the context-parallel axes alone, one or two"):
+        cpattn.transport(deeper)
+    with pytest.raises(cpattn.GroupError, match="a device mesh that this process is not in"):
+        cpattn.transport(DeviceMesh("cpu", torch.tensor([[(rank + 1) % WORLD]]), _init_backend=False))
+    cpattn.release(turned)
+    return [
+        cpattn.transport(whole) is world,
+        # Whatever the ranks of a mesh are, they are laid out as it has them, and share the world's state.
+        places.rank == turned.mesh.flatten().tolist().index(rank),
+        places is cpattn.transport(turned) and places.state is world.state,
+    ]
 
 
 @pytest.mark.parametrize("line", [0, 60])
