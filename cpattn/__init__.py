@@ -37,7 +37,9 @@ if TYPE_CHECKING:
         UnknownNameError,
         UnsupportedError,
     )
+    from cpattn.exchange.hybrid import hybrid
     from cpattn.exchange.registry import STRATEGIES
+    from cpattn.exchange.two_level import two_level
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
     from cpattn.machine import MACHINES, KernelCosts, LinkCosts, Machine
@@ -116,6 +118,7 @@ __all__ = [
     "explain",
     "forward_context",
     "gather_kv",
+    "hybrid",
     "measure_links",
     "plan",
     "prepare",
@@ -125,6 +128,7 @@ __all__ = [
     "shard",
     "slot_mapping",
     "transport",
+    "two_level",
     "unshard",
     "write_kv",
 ]
@@ -143,7 +147,9 @@ _NAMES = {
     "machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "
     "PoolFullError PrefixError RankError RowCountError TensorMismatchError UnknownNameError UnsupportedError",
+    "exchange.hybrid": "hybrid",
     "exchange.registry": "STRATEGIES",
+    "exchange.two_level": "two_level",
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
     "pool.kv_pool": "KVPool",

@@ -30,6 +30,7 @@ from cpattn.call.in_graph import (
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.divided_heads import DividedHeads, explain_heads
 from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
@@ -259,15 +260,18 @@ def cp_attention(
         v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512). The latent then travels once.
         meta: this rank's metadata, on the tensors' device; or None within a :func:`cpattn.forward_context`, which has it.
-        group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group. With
-            cp_size 1 none is needed. Calls over one group follow each other, in the same order on every rank; for several at
-            once give each thread a process group of its own (``torch.distributed.new_group``).
+        group: a ProcessGroup, a DeviceMesh of one axis, or of two (for all ranks of both, as :func:`cpattn.hybrid` may divide them), a
+            Transport, or None for the default group. With cp_size 1 none is needed. Calls over one group follow each other, in the
+            same order on every rank; for several at once give each thread a process group of its own
+            (``torch.distributed.new_group``).
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank; where the plan has
-            ``prefix_shards``, each rank's own; with an ``owner``, those that the rule gives this rank.
+            ``prefix_shards``, each rank's own; with an ``owner``, those that the rule gives this rank. For a strategy that divides
+            heads it may have this rank's KV heads alone.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
-            do, for a sharded cache; ``"auto"``; or a Strategy of your own.
+            do, for a sharded cache; ``"ulysses"``, in which ranks exchange rows for heads; ``"auto"``; what
+            :func:`cpattn.hybrid` or :func:`cpattn.two_level` makes; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that over collectives the attention of one group runs
@@ -398,7 +402,8 @@ def explain(
     transport, and whether as a CUDA graph or eagerly. Without a group GPUs are taken to read each other's memory.
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
-    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why.
+    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why; where it
+    divides heads, under ``"heads"`` how many each rank has.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -420,4 +425,6 @@ def explain(
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy is ALL_GATHER:
         explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
+    if isinstance(choice.strategy, DividedHeads):
+        explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
     return explained if transport is None else explained | {"transport": transport.describe()}

@@ -124,6 +124,13 @@ class PagedKV(_InGraphs):
         return self.k_pages.shape[1]
 
 
+def cached_heads(cache: PackedKV | PagedKV | None) -> int | None:
+    """The KV heads of a cache, if there is one."""
+    if cache is None:
+        return None
+    return int((cache.k_pages if isinstance(cache, PagedKV) else cache.k).shape[-2])
+
+
 def _is_plain(x: Any) -> bool:
     return type(x) is Tensor or issubclass(type(x), nn.Parameter)
 

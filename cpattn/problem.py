@@ -30,6 +30,7 @@ class Problem:
         fixed: whether a CUDA graph may replay the call over other batches of the same bucket.
         max_requests: of such a batch; None where the call is about one batch alone.
         overlap: groups of KV heads into which an all-gather is split.
+        own_heads: whether the cache has a rank's own share of the KV heads alone, where a strategy divides them.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Problem:
     fixed: bool = False
     overlap: int = 1
     max_requests: int | None = None
+    own_heads: bool = False
 
     @property
     def merge_dtype(self) -> torch.dtype:

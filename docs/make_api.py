@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     "Calls": ("cpattn", ["shard", "cp_attention", "prepare", "PreparedCall", "unshard", "forward_context", "ForwardContext", "explain"]),
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "Striped", "KVPool", "relayout"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
-    "Strategies and backends": ("cpattn", ["STRATEGIES", "BACKENDS", "custom_backend", "RaggedRows"]),
+    "Strategies and backends": ("cpattn", ["STRATEGIES", "hybrid", "two_level", "BACKENDS", "custom_backend", "RaggedRows"]),
     "A backend of one's own": ("cpattn", ["Backend", "Spans", "Keys", "AttentionOptions"]),
     "Groups": ("cpattn", ["transport", "Transport", "LoopbackGroup", "release", "check", "Communicator", "ProcessGroupCommunicator"]),
     "What calls cost": (

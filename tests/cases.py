@@ -12,10 +12,12 @@ from torch import Tensor
 
 import cpattn
 from cpattn.call.arguments import StrategyChoice
+from cpattn.exchange.head_shares import head_shares
 from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import num_results
 from cpattn.problem import Problem
 from cpattn.testing import oracle_attention, relative_rmse, rmse, rmse_bound, run_loopback, single_device_bound
+from cpattn.transports.groups import Group
 
 # Each strategy with the caches that it serves.
 EXCHANGES = [
@@ -29,6 +31,9 @@ EXCHANGES = [
     ("pass_q_ring", "packed"),
     ("pass_q_ring", "sharded"),
 ]
+# Those that divide heads, whose caches may have a rank's own heads alone.
+HEAD_EXCHANGES = [("ulysses", "packed"), ("ulysses", "own packed"), ("ulysses", "own pages")]
+PACKED = ("packed", "own packed")
 STRIPED_EXCHANGES = [("ring", "striped"), ("pass_q", "striped"), ("pass_q_ring", "striped")]
 
 
@@ -49,8 +54,10 @@ class AttentionCase:
     seed: int = 0
     device: str = "cpu"
     overlap: int | None = None
-    # Or "paged"; or "sharded", pages of which each rank holds its own tokens alone; or "striped", those of its positions.
+    # Or "paged"; or "sharded", pages of which each rank holds its own tokens alone; or "striped", those of its positions. "own packed" and
+    # "own pages" have a rank's own KV heads alone, divided among so many ranks that follow each other, or among all.
     cache: str = "packed"
+    within: int | None = None
     page_size: int = 16
     interleave: int = 1
     v_in_k: bool = False
@@ -90,6 +97,16 @@ class AttentionCase:
         """The prefix as every rank has it."""
         return cpattn.PackedKV(self.prefix_k, None if self.v_in_k else self.prefix_v)
 
+    def cached_heads(self, plan: cpattn.Plan, rank: int) -> slice:
+        """The KV heads that a rank's cache has."""
+        size = self.within or plan.cp_size
+        return head_shares(self.heads, self.kv_heads, size)[rank % size].kv if self.cache.startswith("own ") else slice(None)
+
+    def packed(self, plan: cpattn.Plan, rank: int) -> cpattn.PackedKV:
+        """The prefix as a rank has it."""
+        heads, (k, v) = self.cached_heads(plan, rank), (self.prefix.k, self.prefix.v)
+        return cpattn.PackedKV(k[:, heads], None if v is None else v[:, heads])
+
     def plan(self, cp_size: int, **options: Any) -> cpattn.Plan:
         """A plan of the batch, with its prefixes spread at random where the cache is sharded."""
         if self.cache == "sharded":
@@ -109,20 +126,22 @@ class AttentionCase:
             head_dim=self.head_dim,
             v_head_dim=self.v.shape[2],
             v_in_k=self.v_in_k,
-            cache="packed" if self.cache == "packed" else "paged",
+            cache="packed" if self.cache in PACKED else "paged",
             window=self.window,
+            own_heads=self.cache.startswith("own "),
         )
 
     def pages(self, plan: cpattn.Plan, rank: int, **options: Any) -> RankPages:
         """A rank's pages, with the prefix in them."""
-        new_v, prefix_v = (None, None) if self.v_in_k else (self.v, self.prefix_v)
-        return RankPages(plan, rank, self.prefix_k, prefix_v, self.k, new_v, self.page_size, self.seed, **options)
+        heads = self.cached_heads(plan, rank)
+        new_v, prefix_v = (None, None) if self.v_in_k else (self.v[:, heads], self.prefix_v[:, heads])
+        return RankPages(plan, rank, self.prefix_k[:, heads], prefix_v, self.k[:, heads], new_v, self.page_size, self.seed, **options)
 
     def on_rank(
         self,
         plan: cpattn.Plan,
         rank: int,
-        communicator: cpattn.Communicator | None,
+        communicator: Group,
         strategy: StrategyChoice,
         backend: Any,
         check: bool = False,
@@ -138,7 +157,7 @@ class AttentionCase:
             x[meta.num_tokens :] = torch.nan
         before = [x.clone() for x in (q, k, v)]
         max_requests = meta.bucket.max_requests if meta.bucket else None
-        pages = None if self.cache == "packed" else self.pages(plan, rank, max_requests=max_requests)
+        pages = None if self.cache in PACKED else self.pages(plan, rank, max_requests=max_requests)
         out, lse = cpattn.cp_attention(
             q,
             k,
@@ -146,7 +165,7 @@ class AttentionCase:
             meta,
             group=communicator,
             v_dim=v.shape[2] if self.v_in_k else None,
-            kv_cache=self.prefix if pages is None else pages.cache,
+            kv_cache=self.packed(plan, rank) if pages is None else pages.cache,
             strategy=strategy,
             backend=backend,
             return_lse=True,

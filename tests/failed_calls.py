@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import AttentionCase
+from cases import PACKED, AttentionCase
 from fault_injection import Injected, fault_at
 from torch import Tensor
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 
 
 @dataclass
@@ -23,12 +24,18 @@ class Faults:
 
 
 def attend_with_faults(
-    case: AttentionCase, plan: cpattn.Plan, group: cpattn.Communicator | None, rank: int, strategy: str, backend: Any, faults: Faults
+    case: AttentionCase,
+    plan: cpattn.Plan,
+    group: cpattn.Communicator | None,
+    rank: int,
+    strategy: StrategyChoice,
+    backend: Any,
+    faults: Faults,
 ) -> tuple[Tensor, Tensor] | None:
     """This rank's call: its local out and LSE, or None where it raised what was injected."""
     meta = plan.metadata(rank, case.device)
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
-    pages = None if case.cache == "packed" else case.pages(plan, rank)
+    pages = None if case.cache in PACKED else case.pages(plan, rank)
 
     def call() -> tuple[Tensor, Tensor]:
         return cpattn.cp_attention(  # type: ignore[call-overload, no-any-return, misc]
@@ -38,7 +45,7 @@ def attend_with_faults(
             meta,
             group=group,
             v_dim=v.shape[2] if case.v_in_k else None,
-            kv_cache=case.prefix if pages is None else pages.cache,
+            kv_cache=case.packed(plan, rank) if pages is None else pages.cache,
             strategy=strategy,
             backend=backend,
             return_lse=True,
@@ -67,7 +74,9 @@ def with_fault(call: Callable[[], Any], rank: int, faults: Faults) -> Any:
     return result
 
 
-def check_partly_failed(case: AttentionCase, plan: cpattn.Plan, strategy: str, results: list[tuple[Tensor, Tensor] | None]) -> None:
+def check_partly_failed(
+    case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, results: list[tuple[Tensor, Tensor] | None]
+) -> None:
     """What the ranks that did not raise may have got: each row is right, or NaN with LSE NaN; never anything else."""
     expected, expected_lse = (x.to("cpu", torch.float64) for x in case.expected)
     failed = {rank for rank, result in enumerate(results) if result is None}

@@ -18,12 +18,13 @@ from typing import Any
 import fault_programs
 import numpy as np
 import torch
-from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 from fault_injection import Injected
 from own_partitions import OwnPartition
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 from cpattn.testing import ProcessRanks, run_loopback
 
 # Batches that a group of processes runs before another is drawn from loopback.
@@ -40,7 +41,7 @@ class Drawn:
     case: AttentionCase
     cp_size: int
     options: dict[str, Any]
-    strategy: str
+    strategy: StrategyChoice
     backend: str
     faults: Faults | None
 
@@ -81,7 +82,16 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
 
     batch = [(length(0.4, 90), length(0.15, 90)) for _ in range(rng.integers(0, 7))]
     # The last two are for windows that some request is longer than.
-    exchanges = [*EXCHANGES, *STRIPED_EXCHANGES, ("all_gather", "striped"), ("pass_q", "windows striped")]
+    exchanges = [
+        *EXCHANGES,
+        *HEAD_EXCHANGES,
+        ("two_level", "packed"),
+        ("two_level", "paged"),
+        *STRIPED_EXCHANGES,
+        ("all_gather", "striped"),
+        ("pass_q", "windows striped"),
+    ]
+    strategy: StrategyChoice
     strategy, cache = exchanges[rng.integers(len(exchanges))]
     kv_heads = int(rng.choice([1, 2, 4]))
     backend = str(rng.choice(["reference", "cpu"]))
@@ -97,7 +107,7 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     v_in_k = bool(rng.random() < 0.1)
     case = AttentionCase(
         batch,
-        heads=4,
+        heads=8 if strategy == "ulysses" else 4,
         kv_heads=kv_heads,
         v_head_dim=int(rng.choice([8, 16])) if v_in_k or rng.random() < 0.3 else None,
         dtype=torch.float32 if rng.random() < 0.8 else torch.bfloat16,
@@ -115,6 +125,11 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     # Drawn in any case, as all that follows depends on how much was drawn before.
     drawn_size = int(rng.choice([1, 2, 3, 4, 5, 7]))
     cp_size = drawn_size if cp_size is None else cp_size
+    within = int(rng.choice([n for n in range(1, cp_size + 1) if cp_size % n == 0]))
+    if strategy == "ulysses" and rng.random() < 0.7:
+        case.within, strategy = within, cpattn.hybrid(within, str(rng.choice(["ring", "all_gather"])))
+    elif strategy == "two_level":
+        strategy = cpattn.two_level(within)
     options = {
         "partition": ["zigzag", "contiguous", "whole", "uncut", OwnPartition(number)][rng.integers(5)],
         "pad_to": int(rng.choice([1, 1, 4, 16])),

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 from cpattn.transports.groups import Kind
 
 
-def attend(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
+def attend(case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, backend: str) -> tuple[Tensor, Tensor]:
     return case.on_rank(plan, dist.get_rank(), None, strategy, backend)
 
 
@@ -189,7 +190,7 @@ def die_in_the_middle(strategy: str) -> tuple[str, float]:
     return "nothing", time.monotonic() - start
 
 
-def attend_on_gpu(case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> tuple[Tensor, Tensor]:
+def attend_on_gpu(case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, backend: str) -> tuple[Tensor, Tensor]:
     """On the GPU that is this rank's, where the case has come to lie; results go back through the CPU."""
     out, lse = case.on_rank(plan, dist.get_rank(), None, strategy, backend, check=True)
     return out.cpu(), lse.cpu()

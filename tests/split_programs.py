@@ -9,8 +9,10 @@ import torch.distributed as dist
 from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 
 # Not in ascending order of anything, and of all the group sizes that tests use.
 SPLITS: dict[int, list[tuple[int, ...]]] = {
@@ -154,3 +156,14 @@ def in_group(size: int, program: Any, *arguments: Any) -> Any:
     """``program(transport, *arguments)`` on the members of :func:`group_of`."""
     group = group_of(size)
     return None if group is None else program(cpattn.transport(group), *arguments)
+
+
+def attend_over_a_mesh(shape: tuple[int, int], case: AttentionCase, strategy: StrategyChoice) -> tuple[Tensor, Tensor] | None:
+    """Of the last ranks of the world, as a mesh of two axes; None of the others."""
+    first = dist.get_world_size() - shape[0] * shape[1]
+    mesh = DeviceMesh("cpu", torch.arange(first, dist.get_world_size()).view(shape), mesh_dim_names=("outer", "inner"))
+    if mesh.get_coordinate() is None:
+        return None
+    group: Any = mesh
+    assert cpattn.transport(group) is cpattn.transport(group)
+    return case.on_rank(case.plan(shape[0] * shape[1]), dist.get_rank() - first, group, strategy, "cpu", check=True)

@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     ranks: int = 0
 
 
-STRATEGIES = ("all_gather", "ring")
+STRATEGIES = ("all_gather", "ring", "ulysses")
 
 
 def all_variants(device_type: str, strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Variant]:

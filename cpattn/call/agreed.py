@@ -41,11 +41,12 @@ def describe(call: PreparedCall, meta: CPMetadata) -> str:
     each other's memory: how keys lie there is the kernel's."""
     problem, backend = call.problem, call.backend
     shared = f", keys late={backend.waits_for_keys(problem)}/{backend.reads_prefix(problem)}" if call.transport.shares_memory else ""
+    own = " of own heads" if problem.own_heads else ""
     return (
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
         f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
         f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={'in k' if problem.v_in_k else 'given'}, "
-        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{shared}"
+        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{shared}"
     )
 
 

@@ -11,12 +11,16 @@ from cpattn.call.checks import check_no_grad
 from cpattn.call.layout_hints import hint_head_major, is_head_major
 from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table
 from cpattn.call.tensor_kinds import check_kind, in_words, is_fp8
-from cpattn.errors import PrefixError, TensorMismatchError, UnsupportedError
+from cpattn.errors import HeadCountError, PrefixError, TensorMismatchError, UnsupportedError
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
 
-def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
+def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata, own_heads: int | None = None) -> None:
+    """
+    Args:
+        own_heads: how many KV heads a cache may have in the place of all, where the call's strategy divides them.
+    """
     needed = meta.plan.num_prefix_tokens
     if kv_cache is None:
         if meta.plan.sharded:
@@ -31,15 +35,16 @@ def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) ->
         return
     if isinstance(kv_cache, PagedKV):
         check_page_shapes(kv_cache)
-        _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k)
+        _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k, own_heads)
         if (kv_cache.v_pages is None) != (v is None):
             raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
         if v is not None and kv_cache.v_pages is not None:
-            _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v)
+            _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v, own_heads)
+            _check_same_heads("kv_cache.k_pages", kv_cache.k_pages, "kv_cache.v_pages", kv_cache.v_pages)
         check_lines(kv_cache, meta)
         check_page_table(kv_cache.page_table, kv_cache.page_size, meta)
     elif isinstance(kv_cache, PackedKV):
-        _check_packed(kv_cache, k, v, meta)
+        _check_packed(kv_cache, k, v, meta, own_heads)
     else:
         raise PrefixError(
             f"kv_cache is a {type(kv_cache).__name__}; pass a PackedKV(k, v) with the batch's {needed} prefix tokens, or a "
@@ -47,7 +52,7 @@ def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata) ->
         )
 
 
-def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata) -> None:
+def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata, own_heads: int | None) -> None:
     needed = meta.plan.num_prefix_tokens
     if meta.plan.sharded:
         raise PrefixError(
@@ -68,18 +73,32 @@ def _check_packed(cache: PackedKV, k: Tensor, v: Tensor | None, meta: CPMetadata
                 f"kv_cache.{name} has {cached.shape[0]} rows, but the batch has {needed} prefix tokens ({len(meta.plan.batch)} requests); "
                 "pack the prefix of every request, request after request, without padding, the same on every rank"
             )
-        _check_like(f"kv_cache.{name}", cached, name, new)
+        _check_like(f"kv_cache.{name}", cached, name, new, own_heads)
         check_no_grad(**{f"kv_cache.{name}": cached})
+    if cache.v is not None:
+        _check_same_heads("kv_cache.k", cache.k, "kv_cache.v", cache.v)
 
 
-def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor) -> None:
+def _check_same_heads(k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
+    """Of a cache that may have all heads or a rank's own."""
+    if k.shape[-2] != v.shape[-2]:
+        raise HeadCountError(f"{k_name} has {k.shape[-2]} heads, {v_name} has {v.shape[-2]}; they must have the same")
+
+
+def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor, own_heads: int | None) -> None:
     if cached.dtype != new.dtype and (is_fp8(cached.dtype) or cached.dtype == torch.uint8):
         raise UnsupportedError(
             f"{name} is {cached.dtype}, but {new_name} is {new.dtype}; a cache in fp8 is not supported yet: keep it in {new_name}'s dtype"
         )
-    if cached.shape[-2:] != new.shape[-2:] or cached.dtype != new.dtype or cached.device != new.device:
+    heads = (new.shape[-2], own_heads)
+    if cached.shape[-2] not in heads or cached.shape[-1] != new.shape[-1] or cached.dtype != new.dtype or cached.device != new.device:
         head_major = cached.ndim == 4 and is_head_major(cached, new.shape[1])
+        rule = "heads, head_dim, dtype and device must be the same"
+        if own_heads not in (None, new.shape[-2]):
+            rule = f"{rule}, or the heads those of this rank, which are {own_heads}"
+        elif own_heads is None and cached.shape[-1] == new.shape[-1] and new.shape[-2] > cached.shape[-2]:
+            rule = f"{rule} (a cache of a rank's own heads is for strategies that divide them, such as 'ulysses')"
         raise TensorMismatchError(
             f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
-            f"{new.dtype} on {new.device}; heads, head_dim, dtype and device must be the same{hint_head_major(name) if head_major else ''}"
+            f"{new.dtype} on {new.device}; {rule}{hint_head_major(name) if head_major else ''}"
         )

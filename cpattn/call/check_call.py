@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cpattn.attention.backend import AttentionOptions
 from cpattn.call import checks
 from cpattn.call.arguments import Arguments
 from cpattn.call.cache_checks import check_cache
 from cpattn.call.page_checks import check_attend, check_writable
 from cpattn.call.tensor_kinds import check_no_fp8
+from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.resident_shards import is_resident
+from cpattn.exchange.strategy import Strategy
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
@@ -27,13 +31,22 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
         assert k is not None  # checked
         check_no_fp8("q", q.dtype)
         if with_cache:
-            check_cache(cache, k, v, meta)
+            check_cache(cache, k, v, meta, _own_heads(arguments, meta))
         checks.check_overlap(arguments.overlap, k)
     options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks)
     if arguments.out is not None:
         v_like = v if v is not None else cache.v_pages if k is None and isinstance(cache, PagedKV) else None
         checks.check_out(arguments.out, q, int(arguments.v_dim or 0) if v_like is None else v_like.shape[-1])
     return options
+
+
+def _own_heads(arguments: Arguments, meta: CPMetadata) -> int | None:
+    """How many KV heads this rank has, where the strategy that is asked for divides them: a cache may have those alone."""
+    given: Any = arguments.strategy
+    strategy = STRATEGIES.get(given) if isinstance(given, str) else given
+    if not isinstance(strategy, Strategy) or arguments.k is None:
+        return None
+    return strategy.cached_heads(arguments.q.shape[1], arguments.k.shape[1], meta.plan.cp_size, meta.cp_rank)
 
 
 def check_written(arguments: Arguments) -> None:

@@ -11,7 +11,7 @@ from cpattn.costs.known_machine import machine_of
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.strategy import Strategy
-from cpattn.kv_cache import PagedKV
+from cpattn.kv_cache import PagedKV, cached_heads
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -59,6 +59,7 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         fixed=meta.bucket is not None,
         max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
+        own_heads=cached_heads(cache) not in (None, k.shape[-2]),
     )
 
 

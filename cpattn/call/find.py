@@ -17,6 +17,7 @@ from cpattn.call.log_choice import log_choice
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
+from cpattn.errors import UnsupportedError
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.kv_cache import PagedKV
@@ -63,6 +64,9 @@ def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -
     options = check_arguments(arguments, meta)
     problem = problem_of(arguments, meta, options)
     choice = choose(arguments, problem, meta.plan, transport)
+    reason = choice.strategy.why_not_over(transport)
+    if reason is not None:
+        raise UnsupportedError(f"strategy={choice.strategy.name!r} cannot go over {transport}: {reason}")
     if isinstance(arguments.backend, str) and arguments.backend == "auto":
         warn_of_reference(choice.backend, problem, meta)
     log_choice(arguments, choice, meta)

@@ -148,7 +148,7 @@ class Setting:
         link = self.machine.link(self.transport, self.plan.cp_size)
         assert link is not None  # who names a transport has looked
         choice = Choice(self.plan, self.problem, self.machine, way.schedule, self.transport, link, way.backend, kernel, attention)
-        return tally_of(way.strategy.name, choice)
+        return tally_of(way.strategy, choice)
 
     def _seconds(self, way: Way, graph: float, host: float) -> float:
         return corrected(way.strategy.name, graph, self.machine.host_call + host, as_graph=self.problem.fixed)

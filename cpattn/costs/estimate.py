@@ -14,10 +14,14 @@ from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
 from cpattn.costs.steps import STEPS, Choice, tally_of
 from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.divided_heads import DividedHeads
+from cpattn.exchange.hybrid import ACROSS, hybrid
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.two_level import TwoLevel, two_level
 from cpattn.machine import TRANSPORTS, KernelCosts, Machine, find_machine
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.draw import text_table
@@ -118,7 +122,8 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     >>> best.strategy, best.transport, 5e-3 < best.graph < 9e-3
     ('all_gather', 'peer_memory', True)
 
-    It knows the library's own strategies, over collectives and the memory of peers; an all-gather in one or more groups of heads; and
+    It knows the library's own strategies, over collectives and the memory of peers; for a group over several hosts :func:`cpattn.hybrid`
+    of as many ranks as a host has, or of a divisor of that, and :func:`cpattn.two_level`; an all-gather in one or more groups of heads; and
     the backends that the machine has constants for, whatever is installed here. Nothing is computed, and no GPU is needed.
 
     Args:
@@ -142,7 +147,8 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     refused: dict[str, str] = {}
     attention = Launches(plan, problem, machine)
     found: list[Estimate] = []
-    for name, strategy in STRATEGIES.items():
+    for strategy in (*STRATEGIES.values(), *_over_hosts(plan, machine)):
+        name = strategy.name
         reason = strategy.why_not(problem, plan) or why_unknown(strategy, problem)
         if reason:
             refused[name] = reason
@@ -158,6 +164,16 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
             f"nothing that is known of {machine.name!r} can serve this call: " + "; ".join(f"{way}: {why}" for way, why in refused.items())
         )
     return Estimates(found, machine.name, refused)
+
+
+def _over_hosts(plan: Layout, machine: Machine) -> Iterator[Strategy]:
+    """Of a group over several hosts, where the ranks of a group that divides heads are on one; and an all-gather in two levels."""
+    if plan.cp_size > machine.ranks_per_host:
+        if plan.cp_size % machine.ranks_per_host == 0 and machine.ranks_per_host > 1:
+            yield two_level(machine.ranks_per_host)
+        for within in range(2, machine.ranks_per_host + 1):
+            if plan.cp_size % within == 0 and machine.ranks_per_host % within == 0:
+                yield from (hybrid(within, across) for across in ACROSS)
 
 
 def _of_backend(
@@ -178,8 +194,8 @@ def _of_backend(
 
 
 def estimate_of(strategy: Strategy, choice: Choice) -> Estimate:
-    """One way of making a call, by a strategy that :data:`cpattn.costs.steps.STEPS` has."""
-    tally = tally_of(strategy.name, choice)
+    """One way of making a call, by a strategy that :func:`cpattn.costs.steps.steps_of` knows."""
+    tally = tally_of(strategy, choice)
     return Estimate(
         strategy.name,
         choice.transport,
@@ -202,9 +218,10 @@ def _order(one: Estimate) -> tuple[int, str, str, int, str]:
 
 def why_unknown(strategy: Strategy, problem: Problem) -> str | None:
     """Why the model does not know how long a strategy takes, or None."""
-    if strategy.name not in STEPS:
+    attends = strategy.across if isinstance(strategy, DividedHeads) else strategy
+    if strategy.name not in STEPS and not isinstance(strategy, (DividedHeads, TwoLevel)):
         return "its steps are not estimated"
-    if problem.window is not None and strategy.name not in ("all_gather", RESIDENT.name):
+    if problem.window is not None and attends not in (ALL_GATHER, RESIDENT) and not isinstance(strategy, TwoLevel):
         return "with a window its hops are not estimated"
     return None
 

@@ -11,6 +11,7 @@ import numpy as np
 from cpattn.device_tables import IntArray
 from cpattn.exchange.schedule import Hop
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.united import united_layout
 
 # Of the hops of a long ring so many are looked at, evenly spread: they are much alike.
 _MOST_OFFSETS = 8
@@ -33,7 +34,13 @@ class RankSpans(NamedTuple):
 def spans_of(plan: Layout, hop: Hop) -> Iterator[tuple[RankSpans, int]]:
     """The spans of a hop, in parts, and for how many such parts each stands."""
     request, start, length, rank = plan.chunk_table
-    if hop.keys == "prefix":
+    if hop.united > 1:
+        # Each rank of a group attends to what the group does, with a share of the heads.
+        for group, count in spans_of(united_layout(plan, hop.united), hop._replace(united=1)):
+            columns = (column.repeat(hop.united) for column in group)
+            spans = RankSpans(*columns)
+            yield spans._replace(rank=spans.rank * hop.united + np.tile(np.arange(hop.united), len(group.rank))), count
+    elif hop.keys == "prefix":
         prefix = np.zeros_like(length) if plan.sharded else plan.prefix_lens[request]
         yield RankSpans(rank, length, prefix, prefix), 1
     elif hop.keys == "all":

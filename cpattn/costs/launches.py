@@ -35,6 +35,14 @@ class Launches:
         self._of = plan, problem, machine
         self._kernels = machine.kernels if kernels is None else tuple(kernels)
         self._made: dict[tuple[Any, ...], FloatArray] = {}
+        self._others: dict[tuple[Layout, Problem], Launches] = {}
+
+    def of(self, plan: Layout, problem: Problem) -> Launches:
+        """Those of another plan and problem on the machine, such as a group of ranks has; made once."""
+        key = plan, problem
+        if key not in self._others:
+            self._others[key] = Launches(plan, problem, self._of[2])
+        return self._others[key]
 
     def seconds(self, hop: Hop, kernel: KernelCosts, groups: int = 1, over_pages: bool = False) -> FloatArray:
         """``[cp_size]`` of a hop's launch on each rank, over one of so many groups of heads; 0 where there is nothing to see.

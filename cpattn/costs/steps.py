@@ -7,7 +7,8 @@ travel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +16,20 @@ import numpy as np
 from cpattn.attention.backend import Backend
 from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
+from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
+from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.schedule import Hop, Schedule, num_results
+from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.exchange.two_level import TwoLevel
 from cpattn.kernels.tile_shapes import has_specialized
 from cpattn.keys import PREFIX_UNIT
 from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
+from cpattn.metadata.united import united_layout
 from cpattn.problem import Problem
 
 
@@ -330,6 +336,84 @@ def pass_q_ring(choice: Choice) -> Tally:
     return _finished(tally)
 
 
+def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
+    """Rows are exchanged for heads within a group, put in order, and attended to with another strategy across groups; results go back."""
+    plan, problem, machine = choice.plan, choice.problem, choice.machine
+    size, across = strategy.group_size(plan), strategy.across
+    assert across is not None  # of all that divide heads
+    if size == 1:
+        return STEPS[across.name](choice)
+    shares, united = shares_of(problem, size), united_layout(plan, size)
+    busiest = share_of(problem, plan, size, max(shares, key=lambda share: share.sizes))
+    transport = choice.transport if size == plan.cp_size else "collectives"
+    link, outer = _link_within(machine, transport, size), _link_across(machine, size, plan.cp_size)
+    of_groups = choice._replace(
+        plan=united,
+        problem=busiest,
+        schedule=across.schedule(busiest, united),
+        transport=transport,
+        link=outer,
+        attention=choice.attention.of(united, busiest),
+    )
+    tally, exchanged = STEPS[across.name](of_groups), Tally(choice._replace(link=link))
+    widths = Widths.of(problem, shares)
+    for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
+        # All of a group's rows: into the message, and out of it.
+        exchanged.move(2 * size * problem.rows * width, launches=into)
+        exchanged.gather_parts((size - 1) * problem.rows * width)
+        exchanged.move(2 * size * problem.rows * width, launches=out_of)
+    tally.add(exchanged, 1)
+    return tally
+
+
+def two_levels(choice: Choice, strategy: TwoLevel) -> Tally:
+    """Pack, gather across hosts and then within each, put in order, attend."""
+    plan, problem, machine, (hop,), *_ = choice
+    within = strategy.within
+    if not hop.sent.any() or within in (1, plan.cp_size):
+        return all_gather(choice)
+    view, over_pages, row = View.of(plan), problem.cache == "paged", problem.rows * problem.key_bytes
+    tally = Tally(choice._replace(link=_link_within(machine, "collectives", within)))
+    first = Tally(choice._replace(link=_link_across(machine, within, plan.cp_size)))
+    hosts = plan.cp_size // within
+    first.gather((hosts - 1) * row)
+    tally.gather((plan.cp_size - hosts) * row)
+    tally.add(first, 1)
+    tally.move_rows(problem.rows, 1)
+    if problem.cache == "packed":
+        tally.move_rows(int(view.prefix.max()), 1)
+    tally.move_rows(plan.num_tokens if over_pages else int(view.new.max()), 1)
+    if over_pages:
+        _copy_pages(tally, plan.num_tokens + plan.num_prefix_tokens)
+    tally.attend(hop, over_pages=over_pages)
+    return tally
+
+
+def _link_within(machine: Machine, transport: str, size: int) -> LinkCosts:
+    """Of an all-to-all. Over several hosts each rank sends to each other one by the adapter that is its own."""
+    link = machine.link(transport, size)
+    assert link is not None  # of such a transport there are no estimates
+    return link if size <= machine.ranks_per_host else replace(link, gather=link.shift)
+
+
+def _link_across(machine: Machine, size: int, cp_size: int) -> LinkCosts:
+    """Across groups of so many ranks. A gather comes over the adapters of those ranks of a host that gather the same."""
+    link = machine.link("collectives", cp_size)
+    assert link is not None  # collectives are always there
+    if cp_size <= machine.ranks_per_host:
+        return link
+    return replace(link, gather=min(link.gather, link.shift * max(1, machine.ranks_per_host // size)))
+
+
+def steps_of(strategy: Strategy) -> Callable[[Choice], Tally]:
+    """What one call of it does."""
+    if isinstance(strategy, DividedHeads):
+        return partial(divided_heads, strategy=strategy)
+    if isinstance(strategy, TwoLevel):
+        return partial(two_levels, strategy=strategy)
+    return STEPS[strategy.name]
+
+
 STEPS: dict[str, Callable[[Choice], Tally]] = {
     "all_gather": all_gather,
     "ring": ring,
@@ -340,9 +424,9 @@ STEPS: dict[str, Callable[[Choice], Tally]] = {
 }
 
 
-def tally_of(strategy: str, choice: Choice) -> Tally:
-    """What a call by a strategy of :data:`STEPS` adds up to."""
-    tally, problem = STEPS[strategy](choice), choice.problem
+def tally_of(strategy: Strategy, choice: Choice) -> Tally:
+    """What a call by a strategy that :func:`steps_of` knows adds up to."""
+    tally, problem = steps_of(strategy)(choice), choice.problem
     if problem.sinks and not (choice.backend.native_sinks and num_results(choice.schedule) == 1):
         # On the finished result, by eight small kernels. One passes over it, at 0.6 to 0.8 TB/s of an H100 (backends_gpu_merging.csv).
         dtype = problem.dtype if num_results(choice.schedule) == 1 else problem.merge_dtype

@@ -60,13 +60,13 @@ class Attend:
         sinks: ``[Hq]`` in ``how.merged``, or None.
     """
 
-    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_sinks_after")
+    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_sinks", "_sinks_after")
 
     def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None) -> None:
         self._how = how
         self._q = q
         self._launch, self._accumulate = how.backend.attend, how.backend.accumulate
-        self._options, self._sinks_after = how.options, sinks
+        self._options, self._sinks, self._sinks_after = how.options, sinks, sinks
         if sinks is not None and how.native_sinks:
             self._options, self._sinks_after = replace(how.options, sinks=sinks), None
         # What this rank's queries have seen so far; None before the first result.
@@ -119,6 +119,15 @@ class Attend:
         if self._out is None or self._lse is None:
             self._out, self._lse = self._nothing_seen(self._q)
         merge_for(self._out.device, self._out.dtype)(self._out, self._lse, out, lse)
+
+    def of_heads(self, q: Tensor, heads: slice) -> Attend:
+        """The attention of other ranks' queries as well, with some of the query heads: q is ``[n, heads, D]``."""
+        return Attend(self._how, q, None if self._sinks is None else self._sinks[heads])
+
+    def finish(self, out: Tensor, lse: Tensor) -> None:
+        """The result of this rank's queries, complete and with sinks, which was computed elsewhere: out ``[rows, Hq, Dv]`` in q's dtype,
+        and lse ``[rows, Hq]``."""
+        self._out, self._lse, self._sinks_after = out, lse, None
 
     def result(self, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``out [rows, Hq, Dv]`` in q's dtype, ``into`` if that is given, and ``lse [rows, Hq]`` in fp32; 0 and -inf for queries

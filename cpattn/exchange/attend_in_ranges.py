@@ -57,6 +57,10 @@ class AttendInRanges(Attend):
         self._next_hop()
         return result
 
+    def of_heads(self, q: Tensor, heads: slice) -> Attend:
+        sinks = None if self._sinks is None else self._sinks[heads]
+        return AttendInRanges(self._how, q, sinks, self._strategy, self._schedule)
+
     def _hop_range(self) -> record_function:
         return in_range(f"{self._strategy} hop {self._hop}/{len(self._schedule)}")
 

@@ -9,11 +9,13 @@ from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.ulysses import ULYSSES
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING)}
-"""What ``strategy=`` takes by name: ``all_gather`` and ``ring`` (keys travel), ``pass_q`` and ``pass_q_ring`` (queries do).
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_GATHER, RING, PASS_Q, PASS_Q_RING, ULYSSES)}
+"""What ``strategy=`` takes by name: ``all_gather`` and ``ring`` (keys travel), ``pass_q`` and ``pass_q_ring`` (queries do),
+``ulysses`` (both do, by heads).
 ``"auto"`` chooses by sizes alone, and so alike on every rank."""
 
 

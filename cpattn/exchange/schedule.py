@@ -13,6 +13,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray, exclusive_cumsum
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.united import united_layout
 from cpattn.problem import Problem
 from cpattn.spans import Alignment
 
@@ -27,6 +28,8 @@ class Hop(NamedTuple):
             every rank has whole, what is ``"cached"`` of the prefixes on this rank alone, or the ``"new"`` tokens of all ranks.
         alignment: of its spans.
         results: partial results that it gives for each query that it is about.
+        united: of so many ranks that follow each other all attend with the queries of all of them, each with its share of the heads;
+            ``queries`` and ``keys`` then count such groups.
         sent: int64 ``[cp_size]`` bytes that each rank sends: what has set out before the hop, or during it, since the last one.
     """
 
@@ -35,6 +38,7 @@ class Hop(NamedTuple):
     alignment: Alignment
     results: int
     sent: IntArray
+    united: int = 1
 
 
 Schedule: TypeAlias = Sequence[Hop]
@@ -64,6 +68,11 @@ def bytes_sent(schedule: Schedule) -> IntArray:
 def hop_pairs(plan: Layout, hop: Hop) -> IntArray:
     """``[cp_size]`` the query-key pairs that each rank computes in a hop, without a window."""
     ranks = np.arange(plan.cp_size)
+    if hop.united > 1:
+        # In units of all heads, of which each rank of a group has a share; together they are the group's.
+        of_groups = hop_pairs(united_layout(plan, hop.united), hop._replace(united=1))
+        shares: IntArray = (of_groups[:, None] + np.arange(hop.united)) // hop.united
+        return shares.ravel()
     if hop.queries == "all":
         # In units of all heads, of which each rank has as many.
         return np.full(plan.cp_size, sum(plan.rank_pairs) // plan.cp_size, dtype=np.int64)

@@ -90,6 +90,9 @@ class Strategy:
             their order, each before the attention that hides it, and waits for each before its memory is read.
         why_not: the reason why it cannot serve a problem and plan, or None; the same on every rank.
         travels: what it sends, in words.
+        why_not_over: the reason why it cannot go over a transport, or None; the same on every rank.
+        cached_heads: of a strategy that divides heads, of ``(q_heads, kv_heads, cp_size, cp_rank)``: how many KV heads a rank has. A cache
+            may then have those alone. None where a rank has all.
     """
 
     name: str
@@ -98,3 +101,5 @@ class Strategy:
     forward: Callable[[Any, IO, Attend], None]
     why_not: Callable[[Problem, Layout], str | None] = lambda problem, plan: None
     travels: str = ""
+    why_not_over: Callable[[Transport], str | None] = lambda transport: None
+    cached_heads: Callable[[int, int, int, int], int | None] = lambda q_heads, kv_heads, cp_size, cp_rank: None

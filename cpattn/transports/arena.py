@@ -53,19 +53,23 @@ class Arena:
         if torch.cuda.is_current_stream_capturing():
             arena.keep_for_graph(blocks)
 
+    Args:
+        owner: the transport.
+        whole: of a part of a group, the arena of the whole: whoever notes its blocks or keeps views of them is told of those of parts, too.
+
     Attributes:
         call_captures: whether a CUDA graph captures the call that is under way; None between calls.
     """
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, whole: Arena | None = None) -> None:
         self.call_captures: bool | None = None
         # Without the cycle a transport is freed as soon as nobody holds it.
         self._owner = ref(owner)
         self._blocks: dict[tuple[str, torch.device], Tensor] = {}
         self._views: dict[tuple[str, torch.device], _View] = {}
         # The lists of those who are noting, the innermost last.
-        self._noted: list[list[Tensor]] = []
-        self._keep_views: WeakSet[KeepsViews] = WeakSet()
+        self._noted: list[list[Tensor]] = [] if whole is None else whole._noted
+        self._keep_views: WeakSet[KeepsViews] = WeakSet() if whole is None else whole._keep_views
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape, kept under ``name`` and given again to whoever asks for that name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,7 +44,7 @@ def transport(group: Group = None, kind: Kind = "auto") -> Transport:
     True
 
     Args:
-        group: a ProcessGroup, one axis of a DeviceMesh, a Transport, or None for the default group.
+        group: a ProcessGroup, a DeviceMesh of one axis, or of two for all ranks of both, a Transport, or None for the default group.
         kind: what carries the bytes. ``"collectives"``: those of torch.distributed. ``"peer_memory"``: ranks of one host read
             what they need from the memory of each other's GPUs; whether they can they find out together, in the first call that
             sends. An end of a :class:`LoopbackGroup` takes it as well, where all ranks are on one GPU. ``"auto"``: the memory of
@@ -92,6 +92,8 @@ def as_transport(group: Group, cp_size: int, kind: Kind = "auto") -> Transport:
                 "or pass group="
             )
         group = dist.group.WORLD
+    if _has_two_axes(group):
+        return _over_mesh(group, kind)
     group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
     kinds = _transports.get(group)
     if kinds is None:
@@ -159,8 +161,9 @@ def release(group: Group = None) -> None:
     """
     if group is None:
         transports = [transport for transport in living_transports() if not transport.state.is_in_use]
-    elif isinstance(group, Transport):
-        transports = [group, *group.parts()]
+    elif isinstance(group, Transport) or _has_two_axes(group):
+        found = as_transport(group, cp_size=0)
+        transports = [found, *found.parts()]
     else:
         state = state_of(_process_group(group))
         transports = [transport for transport in living_transports() if transport.state is state]
@@ -174,6 +177,27 @@ def release(group: Group = None) -> None:
             transport.release_together()
 
 
+def _has_two_axes(group: Any) -> TypeGuard[DeviceMesh]:
+    return isinstance(group, DeviceMesh) and group.ndim == 2
+
+
+def _over_mesh(mesh: DeviceMesh, kind: Kind) -> Transport:
+    """All ranks of a mesh of two axes, the last one innermost: the world, or a part of it, which needs no process group of its own."""
+    _check_mesh(mesh)
+    ranks, world = tuple(mesh.mesh.flatten().tolist()), as_transport(dist.group.WORLD, cp_size=0, kind=kind)
+    return world if ranks == tuple(range(world.size)) else world._kept_part(ranks)
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim > 2:
+        names = mesh.mesh_dim_names or "unnamed"
+        raise GroupError(
+            f"group is a device mesh of {mesh.ndim} axes ({names}); pass the context-parallel axes alone, one or two: mesh['cp']"
+        )
+    if mesh.get_coordinate() is None:
+        raise GroupError(f"group is a device mesh that this process is not in; {_MEMBERS_ONLY}")
+
+
 _MEMBERS_ONLY = "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here"
 
 
@@ -181,11 +205,7 @@ def _process_group(group: Any) -> dist.ProcessGroup:
     if isinstance(group, dist.ProcessGroup):
         return group
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            names = group.mesh_dim_names or "unnamed"
-            raise GroupError(f"group is a device mesh of {group.ndim} axes ({names}); pass the context-parallel axis alone: mesh['cp']")
-        if group.get_coordinate() is None:
-            raise GroupError(f"group is a device mesh that this process is not in; {_MEMBERS_ONLY}")
+        _check_mesh(group)
         return group.get_group()
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError(

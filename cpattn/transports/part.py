@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cpattn.transports.arena import Arena
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport, as_bytes
 
@@ -67,6 +68,8 @@ class GroupPart(PairwiseTransport):
         self.part = ranks
         # What parts send meets on one wire.
         self.state = whole.state
+        # A call over the whole may have messages for its parts.
+        self.arena = Arena(self, whole.arena)
 
     def prepare_uneven_all_to_all(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer | None:
         """None over a process group: a rank that has nothing for anybody would make no call of it, and NCCL's first transfer waits

@@ -223,7 +223,11 @@ class Transport(ABC):
         """Starts what this transport has prepared, or a part of its group, or the whole that it is a part of; the bytes
         count as this one's."""
         self.bytes_sent += transfer.nbytes
-        return transfer.begin(self if transfer.part == self.part else self._member(transfer.part), *transfer.arguments)
+        return transfer.begin(self.member(transfer.part), *transfer.arguments)
+
+    def member(self, part: tuple[int, ...]) -> Transport:
+        """This transport, or the one of that part of the same group, as ``Transfer.part`` says it."""
+        return self if part == self.part else self._member(part)
 
     def _start_alone(self, transfer: Transfer) -> Work:
         """Outside of a call. Over a group that was given up it could meet what another rank still sends."""

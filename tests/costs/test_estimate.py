@@ -31,7 +31,7 @@ def test_all_ways_the_fastest_first() -> None:
     expected = {("all_gather", transport, overlap, backend) for transport in transports for overlap in (1, 2, 4, 8) for backend in backends}
     expected |= {
         (strategy, transport, 1, backend)
-        for strategy in ("ring", "pass_q", "pass_q_ring")
+        for strategy in ("ring", "pass_q", "pass_q_ring", "ulysses")
         for transport in transports
         for backend in backends
     }
@@ -111,7 +111,8 @@ def test_strategies_that_cannot_serve_are_passed_over() -> None:
     plan = cpattn.plan([(100, 5)], 2, prefix_shards=[[50, 50]])
     found = cpattn.estimate(plan, problem_of(plan, cache="paged", page_size=64), "h100-nvlink")
     assert {one.strategy for one in found} == {"ring", "pass_q", "pass_q_ring"}
-    assert found.passed_over == {"all_gather": "it would bring the whole of a sharded cache to every rank"}
+    assert found.passed_over["all_gather"] == "it would bring the whole of a sharded cache to every rank"
+    assert set(found.passed_over) == {"all_gather", "ulysses"}
 
 
 def test_backends_that_cannot_serve_are_passed_over_whatever_is_installed() -> None:

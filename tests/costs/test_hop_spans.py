@@ -18,6 +18,7 @@ from cpattn.exchange.step_spans import (
     shard_spans,
     source_spans,
 )
+from cpattn.metadata.united import UnitedRows
 from cpattn.spans import HostSpans, Spans
 
 BATCH = [(40, 131), (0, 57), (9, 3), (64, 1), (30, 0), (0, 2)]
@@ -57,6 +58,8 @@ def test_spans_are_those_of_ranks(name: str) -> None:
 
 def attended(meta: cpattn.CPMetadata, hop: Hop) -> HostSpans:
     """What a rank's own spans of the hop are."""
+    if hop.united > 1:
+        return attended(UnitedRows.of(meta, hop.united).meta, hop._replace(united=1))
     rank, size = meta.cp_rank, meta.plan.cp_size
     if hop.keys == "all":
         return causal_spans(meta, paged=False).host

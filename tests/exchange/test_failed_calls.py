@@ -330,11 +330,11 @@ def test_a_strategy_that_starts_too_few_transfers_is_found_out(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("check", [False, True], ids=["", "checked"])
-@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring", "ulysses"])
 def test_a_call_that_fails_in_inference_mode_is_carried_out_as_well(strategy: str, check: bool) -> None:
     """What is left of it is sent by a thread, which is in that mode no longer."""
     meta = [cpattn.build_metadata([(0, 8)], 2, rank) for rank in range(2)]
-    x = torch.ones(4, 1, 8)
+    x = torch.ones(4, 2, 8)
 
     def program(group: cpattn.Transport) -> None:
         with torch.inference_mode():

@@ -12,6 +12,7 @@ from cases import AttentionCase
 from torch import Tensor
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.testing import ProcessRanks
 
@@ -22,7 +23,9 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
         yield started
 
 
-def attend(ranks: ProcessRanks, case: AttentionCase, plan: cpattn.Plan, strategy: str, backend: str) -> list[tuple[Tensor, Tensor]]:
+def attend(
+    ranks: ProcessRanks, case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, backend: str
+) -> list[tuple[Tensor, Tensor]]:
     """Every rank's result, on this process's GPU."""
     return [(out.cuda(), lse.cuda()) for out, lse in ranks.run(programs.attend_on_gpu, case, plan, strategy, backend)]
 
@@ -34,7 +37,7 @@ def test_each_rank_has_its_tensors_on_its_own_gpu(ranks: ProcessRanks) -> None:
         assert devices == {torch.device("cuda", rank % torch.cuda.device_count())}
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring", "ulysses"])
 @pytest.mark.parametrize("backend", ["triton", "torch_flash", "flash_attn3", "reference"])
 def test_attention_over_nccl(ranks: ProcessRanks, strategy: str, backend: str) -> None:
     reason = cpattn.BACKENDS[backend].unavailable()
@@ -45,7 +48,8 @@ def test_attention_over_nccl(ranks: ProcessRanks, strategy: str, backend: str) -
     )
     plan = cpattn.plan(case.batch, ranks.size, pad_to=8)
     outputs = attend(ranks, case, plan, strategy, backend)
-    case.check(outputs, plan, strategy, backend, rounded_partials=strategy != "all_gather" and not cpattn.BACKENDS[backend].fp32_out)
+    merges = strategy not in ("all_gather", "ulysses")
+    case.check(outputs, plan, strategy, backend, rounded_partials=merges and not cpattn.BACKENDS[backend].fp32_out)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch_flash"])
@@ -63,6 +67,26 @@ def test_pages_over_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None
     batch = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)]
     case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16)
     plan = case.plan(ranks.size, pad_to=8)
+    case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
+@pytest.mark.parametrize("across", ["ring", "all_gather"])
+@pytest.mark.parametrize(("cache", "heads"), [("packed", (8, 2)), ("own pages", (8, 4)), ("own packed", (7, 7))])
+def test_hybrids_over_nccl(ranks: ProcessRanks, across: str, cache: str, heads: tuple[int, int]) -> None:
+    """All ranks divide heads, or half of them do."""
+    for within in {2, ranks.size}:
+        batch = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)]
+        case = AttentionCase(
+            batch, *heads, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, within=within, sinks=True, window=500
+        )
+        plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.hybrid(within, across)
+        case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
+@pytest.mark.parametrize("cache", ["packed", "paged"])
+def test_two_levels_over_nccl(ranks: ProcessRanks, cache: str) -> None:
+    case = AttentionCase([(0, 777), (640, 300), (0, 3)], head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
+    plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.two_level(2)
     case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
 
 

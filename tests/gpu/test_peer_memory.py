@@ -35,6 +35,13 @@ def test_bits_are_those_of_nccl(ranks: ProcessRanks, strategy: str, cache: str) 
     compare(ranks, [case_of(batch, cache) for batch in BATCHES], strategy)
 
 
+@pytest.mark.parametrize("cache", ["packed", "own packed", "own pages"])
+def test_bits_are_those_of_nccl_where_heads_are_divided(ranks: ProcessRanks, cache: str) -> None:
+    compare(ranks, [case_of(batch, cache) for batch in BATCHES], "ulysses")
+    uneven = AttentionCase([(0, 333), (20, 40)], heads=7, kv_heads=7, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
+    compare(ranks, [uneven], "ulysses")
+
+
 @pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
 def test_bits_are_those_of_nccl_over_a_sharded_cache(ranks: ProcessRanks, strategy: str) -> None:
     compare(ranks, [case_of(batch, "sharded") for batch in BATCHES], strategy)
@@ -68,7 +75,7 @@ def case_of(batch: list[tuple[int, int]], cache: str) -> AttentionCase:
     return AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16)
 
 
-@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "ulysses"])
 @pytest.mark.parametrize("calls", [1, 3])
 def test_a_graph_replays_it(ranks: ProcessRanks, strategy: str, calls: int) -> None:
     for differences in ranks.run(programs.replay, strategy, calls, 8):

@@ -6,7 +6,7 @@ import group_programs
 import pytest
 import rank_programs as programs
 import torch
-from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from peers.work import Work
 from strategies import Batch
 
@@ -24,6 +24,14 @@ def test_attention_is_exact(ranks: ProcessRanks, strategy: str, cache: str, dtyp
     for partition in ("zigzag", "contiguous", "whole"):
         plan = case.plan(ranks.size, partition=partition, pad_to=16)
         case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
+
+
+@pytest.mark.parametrize(("strategy", "cache"), HEAD_EXCHANGES)
+def test_divided_heads_are_exact(ranks: ProcessRanks, strategy: str, cache: str) -> None:
+    """Of three ranks two share a KV head, whose query heads are 3."""
+    case = AttentionCase(MIXED, heads=6, dtype=torch.bfloat16, sinks=True, cache=cache)
+    plan = case.plan(ranks.size, pad_to=16)
+    case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
 
 
 def test_only_keys_that_are_needed_travel(ranks: ProcessRanks) -> None:

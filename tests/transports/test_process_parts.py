@@ -56,6 +56,43 @@ def test_attention_along_each_axis(ranks: ProcessRanks, strategy: str) -> None:
             case.check([results[rank][n] for rank in members], case.plan(len(members)), strategy, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [(cpattn.hybrid(2, "ring"), "own pages"), (cpattn.hybrid(2, "all_gather"), "own packed"), (cpattn.two_level(2), "paged")],
+    ids=str,
+)
+def test_two_levels_over_a_mesh_of_two_axes(ranks: ProcessRanks, strategy: Any, cache: str) -> None:
+    """Of four ranks in a world of six."""
+    case = AttentionCase([(30, 77), (0, 41), (0, 2)], cache=cache, within=2, sinks=True)
+    results = ranks.run(programs.attend_over_a_mesh, (2, 2), case, strategy)
+    outputs = [result for result in results if result is not None]
+    assert len(outputs) == 4
+    case.check(outputs, case.plan(4), strategy, "cpu")
+
+
+def test_a_mesh_of_two_axes_is_all_of_its_ranks(ranks: ProcessRanks) -> None:
+    assert all(all(identities) for identities in ranks.run(_mesh_identities))
+
+
+def _mesh_identities() -> list[bool]:
+    world, rank = cpattn.transport(), dist.get_rank()
+    whole: Any = DeviceMesh("cpu", torch.arange(WORLD).view(2, 3))
+    turned: Any = DeviceMesh("cpu", torch.arange(WORLD).view(3, 2).T)
+    places = cpattn.transport(turned)
+    deeper: Any = DeviceMesh("cpu", torch.arange(WORLD).view(1, 2, 3))
+    with pytest.raises(cpattn.GroupError, match=r"a device mesh of 3 axes .*; pass the context-parallel axes alone, one or two"):
+        cpattn.transport(deeper)
+    with pytest.raises(cpattn.GroupError, match="a device mesh that this process is not in"):
+        cpattn.transport(DeviceMesh("cpu", torch.tensor([[(rank + 1) % WORLD]]), _init_backend=False))
+    cpattn.release(turned)
+    return [
+        cpattn.transport(whole) is world,
+        # Whatever the ranks of a mesh are, they are laid out as it has them, and share the world's state.
+        places.rank == turned.mesh.flatten().tolist().index(rank),
+        places is cpattn.transport(turned) and places.state is world.state,
+    ]
+
+
 @pytest.mark.parametrize("line", [0, 60])
 def test_a_rank_that_raises_in_a_part(ranks: ProcessRanks, line: int) -> None:
     case = AttentionCase([(0, 40), (12, 23)])
