@@ -402,8 +402,8 @@ def explain(
     transport, and whether as a CUDA graph or eagerly. Without a group GPUs are taken to read each other's memory.
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
-    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, and why; where it
-    divides heads, under ``"heads"`` how many each rank has.
+    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, how many beside it or
+    after it, and why; where it divides heads, under ``"heads"`` how many each rank has.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -77,18 +78,21 @@ def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int, step: int 
     return expanded.add_(torch.arange(total, dtype=torch.int32, device=first.device)) if step else expanded
 
 
-def expand_all(runs: dict[str, tuple[IntArray, IntArray]], device: torch.device) -> dict[str, Tensor]:
+def expand_all(runs: dict[str, tuple[IntArray, IntArray]], device: torch.device, repeated: Collection[str] = ()) -> dict[str, Tensor]:
     """Each ``(first, lengths)`` expanded, int32 on the device, which gets all of them in one copy.
 
     >>> expand_all({"rows": (np.array([7, 0]), np.array([2, 3]))}, torch.device("cpu"))
     {'rows': tensor([7, 8, 0, 1, 2], dtype=torch.int32)}
+
+    Args:
+        repeated: names of those whose runs are of one number each, as with a step of 0.
     """
-    totals = {name: int(lengths.sum()) for name, (_, lengths) in runs.items()}
+    totals = {name: (int(lengths.sum()), int(name not in repeated)) for name, (_, lengths) in runs.items()}
     if device.type == "cpu":
-        return {name: expand_runs_on_host(*runs[name], total) for name, total in totals.items()}
+        return {name: expand_runs_on_host(*runs[name], *total) for name, total in totals.items()}
     halves = {f"{name} {half}": column for name, columns in runs.items() for half, column in enumerate(columns)}
     tables = DeviceTables(halves, device)
-    return {name: expand_runs_on_device(tables[f"{name} 0"], tables[f"{name} 1"], total) for name, total in totals.items()}
+    return {name: expand_runs_on_device(tables[f"{name} 0"], tables[f"{name} 1"], *total) for name, total in totals.items()}
 
 
 def exclusive_cumsum(lengths: IntArray) -> IntArray:

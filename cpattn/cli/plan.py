@@ -12,7 +12,7 @@ from cpattn.cli import estimates
 from cpattn.cli.console import Cell, Styled, columns, print_marks, print_table, print_title, say
 from cpattn.cli.estimates import estimates_of, print_estimates
 from cpattn.cli.options import add_plan_options, add_shape_options, plan_from, shape_from
-from cpattn.cli.traffic import Shape, in_words, keys_in_words, needed_bytes, partition_in_words, problem_of, strategy_bytes
+from cpattn.cli.traffic import Shape, in_words, keys_in_words, needed_bytes, partition_in_words, problem_of, rest_bytes, strategy_bytes
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.machine import MACHINES
 from cpattn.metadata.draw import describe_imbalance, describe_plan, rank_mark, share_table
@@ -116,6 +116,7 @@ def as_json(plan: Plan, shape: Shape, machine: str | None = None) -> dict[str, A
         "chunks": [chunk._asdict() for chunk in plan.chunks],
         "attention": shape._asdict(),
         "needed_bytes_per_rank": needed_bytes(plan, shape),
+        "rest_bytes_per_rank": rest_bytes(plan, shape),
         "strategies": {name: {"bytes_sent_per_rank": sent} for name, sent in strategy_bytes(plan, shape).items()},
         **costs,
     }
@@ -176,7 +177,7 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     first = plans[0]
     say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
-    names += ["keys needed of others", *(f"{name}: sent" for name in strategy_bytes(first, shape))]
+    names += ["keys needed of others", "the other keys", *(f"{name}: sent" for name in strategy_bytes(first, shape))]
     names += [] if machine is None else [f"us on {machine}"]
     names += [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)
@@ -186,7 +187,8 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     print()
     _say_and_why(partition_in_words(first, shape, machine).partition("; ")[2])
     say(f"bytes are those of one attention call, {shape}; of the rank with the most")
-    say("keys needed of others: those that a rank's queries see and that it does not hold")
+    say("keys needed of others: those that a rank's queries see and that it does not hold, which travel before the attention")
+    say("the other keys: what pages that every rank holds whole get beside or after it")
     if machine is not None:
         say("us: of the way that is estimated to be the fastest, as a CUDA graph")
 
@@ -200,6 +202,7 @@ def _comparison_column(plan: Plan, shape: Shape, best: float, machine: str | Non
         f"{plan.token_imbalance:.4f}",
         Styled(imbalance, "bold green") if plan.pair_imbalance == best else imbalance,
         in_words(needed_bytes(plan, shape)),
+        in_words(rest_bytes(plan, shape)),
         *(in_words(sent) for sent in strategy_bytes(plan, shape).values()),
         *([] if machine is None else [f"{estimates_of(plan, shape, machine)[0].graph * 1e6:,.1f}"]),
         *(f"{pairs:,}" for pairs in plan.rank_pairs),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cpattn.byte_sizes import in_words as in_words
@@ -14,6 +15,7 @@ from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.traveling_keys import explain_keys, traveling_keys
 from cpattn.metadata.auto_partition import explain_partition
+from cpattn.metadata.needed_keys import lacking_rows
 from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
 
@@ -57,6 +59,14 @@ def needed_bytes(plan: Plan, shape: Shape) -> int:
     """The bytes of new keys and values that a rank's queries see and that it does not hold: of the rank that lacks the most."""
     problem = problem_of(plan, shape)
     return traveling_keys(problem, plan).needed * problem.key_bytes
+
+
+def rest_bytes(plan: Plan, shape: Shape) -> int:
+    """The bytes of all other keys and values of others, which pages that every rank holds whole get beside or after the attention: of
+    the rank that gets the most."""
+    problem = problem_of(plan, shape)
+    others = plan.num_tokens - np.array(plan.rank_tokens, dtype=np.int64)
+    return int((others - lacking_rows(plan, problem.window).received).max()) * problem.key_bytes
 
 
 def partition_in_words(plan: Plan, shape: Shape, machine: str | None) -> str:

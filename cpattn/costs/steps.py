@@ -150,9 +150,11 @@ def all_gather(choice: Choice) -> Tally:
     for group in range(groups):
         if problem.cache == "packed":
             tally.move_rows(_copied_prefix(choice, view), groups)
-        _collect(tally, traveling, plan.num_tokens if over_pages else int(view.new.max()), comes_late=comes_late)
         if over_pages:
-            _copy_pages(tally, (plan.num_tokens + plan.num_prefix_tokens) // groups)
+            _collect_into_pages(tally, traveling)
+            _copy_pages(tally, int((view.new + view.prefix).max()) // groups)
+        else:
+            _collect(tally, traveling, int(view.new.max()), comes_late=comes_late)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
         rows = (
             traveling.needed if choice.transport == "peer_memory" and not over_pages else max(traveling.needed, int(traveling.sent.max()))
@@ -161,6 +163,10 @@ def all_gather(choice: Choice) -> Tally:
         # What follows another is hidden as far as the attention to that one goes; nobody waits for it to begin.
         tally.gather(received, seconds if group or comes_late else 0.0, comes_late=comes_late)
         if group and received and choice.link.hides_gather:
+            tally.exposed -= min(choice.link.latency, seconds)
+        rest = max(traveling.rest, int(traveling.rest_sent.max())) * problem.key_bytes // groups
+        tally.gather(rest, seconds)
+        if rest and choice.link.hides_gather:
             tally.exposed -= min(choice.link.latency, seconds)
         if groups > 1:
             # Into some heads of the result: a copy with strides, at half the speed.
@@ -214,6 +220,22 @@ def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) 
     if traveling.what == "needed":
         tally.move_rows(int(traveling.sent.max()), groups)
     tally.move_rows(new, groups)
+
+
+def _collect_into_pages(tally: Tally, traveling: Traveling) -> None:
+    """The same into pages that every rank holds whole: what is seen before the attention, and then the rest."""
+    choice, groups = tally.choice, tally.choice.problem.overlap
+    rows, is_sent_twice = choice.problem.rows, traveling.what == "needed"
+    first = choice.plan.num_tokens if traveling.what == "all" else rows + traveling.needed
+    if choice.plan.cp_size > 1:
+        tally.move_rows(rows, groups)
+    if choice.transport == "peer_memory":
+        tally.move_rows(rows, groups, launches=3 if is_sent_twice else 2)
+        return
+    for sent in (traveling.sent, traveling.rest_sent) if is_sent_twice else ():
+        tally.move_rows(int(sent.max()), groups)
+    tally.move_rows(first, groups)
+    tally.move_rows(traveling.rest, groups)
 
 
 def ring(choice: Choice) -> Tally:

@@ -12,22 +12,11 @@ from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnI
 from cpattn.exchange.late_keys import LateInOrder, LateKeys
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.needed_rows import needed_rows
+from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.seen_keys import exchanged_rows, gathered_rows_seen
 from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
-from cpattn.transports.rows_of_all import RowsInOrder, RowsOfAll, SentRows
-
-
-def rows_of_all(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
-    """Of each group of KV heads; ``kv`` is of one of them."""
-    return _rows_of_peers(setup, kv) or gathered_rows(setup.transport, kv, setup.meta.rows, setup.problem.overlap)
-
-
-def _rows_of_peers(setup: Setup, kv: KVFormat) -> list[RowsOfAll]:
-    """The same where ranks read each other's memory; else none."""
-    shape = setup.meta.rows, kv.heads, kv.width
-    found = [setup.transport.rows_of_all(shape, kv.dtype, kv.device, kv.fill_missing_) for _ in range(setup.problem.overlap)]
-    return [rows for rows in found if rows is not None]
+from cpattn.transports.rows_of_all import RowsInOrder, SentRows
 
 
 def keys_in_order(
@@ -37,7 +26,7 @@ def keys_in_order(
     attended to is one group in one launch."""
     problem, meta = setup.problem, setup.meta
     order = key_order(meta, setup.reads_prefix)
-    peers = _rows_of_peers(setup, kv) if travels.what != "nothing" else []
+    peers = rows_of_peers(setup, kv) if travels.what != "nothing" else []
     if peers and setup.waits_for_keys and problem.overlap == 1:
         # All ranks do the same: what one posts the others read.
         late = LateKeys.of(setup, kv)
@@ -49,8 +38,10 @@ def keys_in_order(
     ordered = OrderedKeys.of(setup, kv)
     if order.new_are_own:
         return rows, OwnInOrder(ordered, meta.num_tokens)
-    # Who reads others' memory reads no more than is in the index.
-    return rows, InOrder(ordered, gathered_rows_seen(meta, problem.window) if source is None else source)
+    if source is None:
+        # Who reads others' memory reads no more than is in the index. A bucket's gathered rows are all there, and have a table already.
+        source = meta.restore_index if meta.bucket is not None and not peers else gathered_rows_seen(meta, problem.window)
+    return rows, InOrder(ordered, source)
 
 
 def _arriving(setup: Setup, kv: KVFormat, travels: Traveling, new_are_own: bool) -> tuple[Sequence[RowsInOrder], Tensor | None]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat, Message, message_buffer
-from cpattn.exchange.step_spans import causal_spans, prefix_spans
+from cpattn.exchange.page_places import ordered_places
+from cpattn.exchange.step_spans import causal_spans, prefix_spans, spans_in_order
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -127,7 +128,7 @@ class HeldShard(NamedTuple):
 
 
 class WholePages(NamedTuple):
-    """All keys of the batch where they lie in pages, and what this rank's queries see of them."""
+    """The keys that this rank's queries see where they lie in pages, and which they see."""
 
     pages: PagedKeys
     spans: Spans
@@ -135,11 +136,12 @@ class WholePages(NamedTuple):
     @classmethod
     def of(cls, setup: Setup, kv: KVFormat) -> WholePages:
         meta = setup.meta
-        spans = causal_spans(meta, paged=setup.reads_pages)
         if setup.reads_pages:
-            return cls(PagedKeys.as_they_are(kv), spans)
-        copy = message_buffer(setup.transport.arena, "ordered", kv, meta.plan.num_tokens + meta.plan.num_prefix_tokens)
-        return cls(PagedKeys.copied(kv, copy, meta.key_places), spans)
+            return cls(PagedKeys.as_they_are(kv), causal_spans(meta, paged=True))
+        # What no query here sees may not be there yet.
+        places = ordered_places(meta, setup.problem.window)
+        copy = message_buffer(setup.transport.arena, "ordered", kv, len(places[0]))
+        return cls(PagedKeys.copied(kv, copy, places), spans_in_order(meta, in_place=False))
 
     def keys(self, cache: PagedKV) -> Keys:
         """What to attend to."""

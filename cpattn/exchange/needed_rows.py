@@ -17,6 +17,9 @@ class NeededRows:
     """:class:`cpattn.transports.rows_of_all.RowsInOrder` of what a rank's queries see. Rows are numbered as in
     :class:`ExchangedRows`: this rank's tokens, and then what it has received.
 
+    Attributes:
+        memory: of the rows; own: of this rank's among them.
+
     Args:
         kv: of one group of heads.
         memory: ``[tokens + received, heads, width]`` for those, or for what is received alone where a rank neither sends nor gathers
@@ -25,21 +28,22 @@ class NeededRows:
     """
 
     def __init__(self, kv: KVFormat, table: ExchangedRows, memory: Tensor, message: Tensor, transfer: Transfer | None) -> None:
-        self._memory, self._message, self._outgoing = memory, message, table.outgoing
-        self._own = memory[: len(memory) - sum(table.received)]
+        self.memory = memory
+        self.own = memory[: len(memory) - sum(table.received)]
+        self._message, self._outgoing = message, table.outgoing
         self._moves = moves_for(kv.device)
         self.transfer = transfer
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         """See :class:`RowsInOrder`, as for the others."""
-        if len(self._own):
-            self._moves.pack(self._own, k, v, num_tokens)
+        if len(self.own):
+            self._moves.pack(self.own, k, v, num_tokens)
         if len(self._message):
-            self._moves.gather_rows(self._message, self._own, self._outgoing)
+            self._moves.gather_rows(self._message, self.own, self._outgoing)
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
         """Puts them in order."""
-        self._moves.gather_rows(out, self._memory, index, slots)
+        self._moves.gather_rows(out, self.memory, index, slots)
 
 
 def needed_rows(transport: Transport, kv: KVFormat, table: ExchangedRows, own: int, groups: int, travel: bool) -> list[NeededRows] | None:
@@ -49,8 +53,8 @@ def needed_rows(transport: Transport, kv: KVFormat, table: ExchangedRows, own: i
         own: rows of this rank that are sent or gathered: its tokens, or 0.
         travel: whether any rank lacks a row.
     """
-    memory = _buffers(transport, "needed", kv, groups, own + sum(table.received))
-    messages = _buffers(transport, "needed by others", kv, groups, sum(table.sent))
+    memory = group_buffers(transport, "needed", kv, groups, own + sum(table.received))
+    messages = group_buffers(transport, "needed by others", kv, groups, sum(table.sent))
     made = []
     for rows, message in zip(memory, messages, strict=True):
         transfer = None
@@ -63,6 +67,6 @@ def needed_rows(transport: Transport, kv: KVFormat, table: ExchangedRows, own: i
     return made
 
 
-def _buffers(transport: Transport, name: str, kv: KVFormat, groups: int, rows: int) -> Tensor:
-    """Group after group, so that each is one message."""
+def group_buffers(transport: Transport, name: str, kv: KVFormat, groups: int, rows: int) -> Tensor:
+    """Memory for so many rows of each group of heads; group after group, so that each is one message."""
     return transport.arena.buffer(name, (groups, rows, kv.heads, kv.width), kv.dtype, kv.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
@@ -15,15 +16,17 @@ from cpattn.metadata.needed_keys import Pieces, SeenKeys
 
 def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
     """Of each new token that has a place in this rank's order, its row among all ranks' rows, rank after rank: int32 ``[n]`` on the
-    device. A negative entry stands for zeros, where queries that see ``window`` keys see none. A bucket's have all new tokens."""
-    if meta.bucket is not None:
-        return meta.restore_index
+    device. A negative entry stands for zeros, where queries that see ``window`` keys see none. In a bucket all new tokens have a place."""
 
     def build() -> Tensor:
         plan: Layout = meta.plan
         seen = SeenKeys.of(plan, meta.cp_rank, window)
-        owner = plan.chunk_table.rank[seen.pieces.entry]
-        return expand_all({"rows": _with_holes(seen, owner * meta.rows + seen.pieces.rows(plan))}, meta.device)["rows"]
+        first = plan.chunk_table.rank[seen.pieces.entry] * meta.rows + seen.pieces.rows(plan)
+        if meta.bucket is None:
+            return expand_all({"rows": _with_holes(seen, first)}, meta.device)["rows"]
+        tables = expand_all({"rows": (first, seen.pieces.length), "tokens": (seen.pieces.token, seen.pieces.length)}, meta.device)
+        rows = torch.full((meta.whole_rows,), -1, dtype=torch.int32, device=meta.device)
+        return rows.index_copy_(0, tables["tokens"].long(), tables["rows"])
 
     rows: Tensor = meta.derive(("gathered rows seen", window), build)
     return rows
@@ -51,8 +54,7 @@ def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
         plan: Layout = meta.plan
         seen = SeenKeys.of(plan, meta.cp_rank, window)
         first, owner = seen.pieces.rows(plan), plan.chunk_table.rank[seen.pieces.entry]
-        arrives = (owner != meta.cp_rank).nonzero()[0]
-        arrives = arrives[owner[arrives].argsort(kind="stable")]
+        arrives = arrivals(plan, seen, meta.cp_rank)
         first[arrives] = meta.num_tokens + exclusive_cumsum(seen.pieces.length[arrives])
         # What others see of this rank's chunks, theirs in the order in which they take them.
         seen_by_others = Pieces.of(plan, window)
@@ -66,6 +68,14 @@ def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
         return ExchangedRows(sent, received, tables["outgoing"], tables["source"])
 
     return meta.derive(("exchanged rows", window), build)
+
+
+def arrivals(plan: Layout, seen: SeenKeys, cp_rank: int) -> IntArray:
+    """Which of the pieces that a rank sees are others', in the order in which it receives them: those of rank 0 first."""
+    owner = plan.chunk_table.rank[seen.pieces.entry]
+    arrives = (owner != cp_rank).nonzero()[0]
+    ordered: IntArray = arrives[owner[arrives].argsort(kind="stable")]
+    return ordered
 
 
 def _with_holes(seen: SeenKeys, first: IntArray) -> tuple[IntArray, IntArray]:

@@ -204,9 +204,10 @@ def pull_pages_kernel(
     page_size, table_stride_request, table_stride_page,
     k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    TABLE: tl.constexpr, WORLD: tl.constexpr,
+    TABLE: tl.constexpr, ENDS: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
-    """Row i of all ranks' messages ``[rows_of_rank, HEADS, D + DV]``, rank after rank, into its slot; none for a negative position."""
+    """Row i of all ranks' messages ``[rows_of_rank, HEADS, D + DV]``, rank after rank, into its slot; none for a negative position.
+    With ENDS the messages have been read then."""
     heap, is_there = may_pull(table, rank, board)
     for first in range(tl.program_id(0) * BLOCK_R, num_rows * HEADS, tl.num_programs(0) * BLOCK_R):
         pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -222,7 +223,8 @@ def pull_pages_kernel(
         if DV:
             to_R = v_pages + (page_R * v_page_stride + inside_R * v_page_stride_token + head_R * v_page_stride_head)
             _pull_columns(to_R, source_R + D, is_row_R, is_there, DV, DV_PADDED)
-    end_pull(table, heap, rank, board, WORLD)
+    if ENDS:
+        end_pull(table, heap, rank, board, WORLD)
 
 
 @triton.jit

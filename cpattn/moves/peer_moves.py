@@ -220,21 +220,26 @@ class Pages(NamedTuple):
     position: Tensor
 
 
-def pull_pages(board: Board, rows: int, pages: Pages) -> None:
-    """:meth:`cpattn.moves.moves.Moves.write_pages` of the rows of all ranks' messages, rank after rank, once they lie there."""
-    await_messages(board, 0, board.size)
+def pull_pages(board: Board, rows: int, pages: Pages, part: str = "only") -> None:
+    """:meth:`cpattn.moves.moves.Moves.write_pages` of the rows of all ranks' messages, rank after rank, once they lie there.
+
+    Args:
+        part: ``"first"`` leaves the messages to be read again, which the ``"last"`` one does, or ``"only"``.
+    """
+    if part != "last":
+        await_messages(board, 0, board.size)
     k_pages, v_pages, page_table, request, position = pages
     values = k_pages if v_pages is None else v_pages
     key = (
         *board[1:], rows, k_pages.shape, k_pages.stride(), k_pages.dtype, v_pages is None, values.shape, values.stride(),
         None if page_table is None else (page_table.stride(), page_table.dtype),
-        None if request is None else request.dtype, position.shape, position.dtype,
+        None if request is None else request.dtype, position.shape, position.dtype, part == "first",
     )  # fmt: skip
-    launch = _pull_pages.prepared.get(key) or _pull_pages.prepared.keep(key, _prepare_pull_pages(board, rows, pages))
+    launch = _pull_pages.prepared.get(key) or _pull_pages.prepared.keep(key, _prepare_pull_pages(board, rows, pages, part != "first"))
     launch(board.table, k_pages, values, position if page_table is None else page_table, position if request is None else request, position)
 
 
-def _prepare_pull_pages(board: Board, rows: int, pages: Pages) -> LaunchFunction:
+def _prepare_pull_pages(board: Board, rows: int, pages: Pages, ends: bool) -> LaunchFunction:
     k_pages, v_pages, page_table, request, position = pages
     values = k_pages if v_pages is None else v_pages
     heads, dim, v_dim = k_pages.shape[2], k_pages.shape[3], 0 if v_pages is None else v_pages.shape[3]
@@ -250,7 +255,7 @@ def _prepare_pull_pages(board: Board, rows: int, pages: Pages) -> LaunchFunction
         k_page_stride=k_pages.stride(0), k_page_stride_token=k_pages.stride(1), k_page_stride_head=k_pages.stride(2),
         v_page_stride=values.stride(0), v_page_stride_token=values.stride(1), v_page_stride_head=values.stride(2),
         HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, TABLE=page_table is not None, **board.place,
+        BLOCK_R=block, TABLE=page_table is not None, ENDS=ends, **board.place,
     )  # fmt: skip
 
 

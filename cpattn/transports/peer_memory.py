@@ -24,7 +24,7 @@ from cpattn.moves.late_rows import LateRows
 from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.peer_heap import PeerHeap, synchronize
 from cpattn.transports.posted import HostTurns, Posted
-from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
+from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfPeers
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport
 
@@ -275,7 +275,7 @@ class PeerTransport(PairwiseTransport):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfAll | None:
+    ) -> RowsOfPeers | None:
         """See :meth:`Transport.rows_of_all`."""
         nbytes = math.prod(shape) * dtype.itemsize
         if not self._takes(nbytes):

@@ -10,6 +10,7 @@ from torch import Tensor
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Pages, post_rows, pull_pages, pull_pieces, pull_rows
 from cpattn.transports.posted import OwnMemory, Posted, Poster
+from cpattn.transports.rows_of_all import Part
 from cpattn.transports.transfer import Transfer, Work
 
 
@@ -56,7 +57,7 @@ class _PostedRows:
 
 
 class PeerRows(_PostedRows):
-    """:class:`cpattn.transports.rows_of_all.RowsOfAll` of messages ``[rows, Hkv, width]`` that are posted.
+    """:class:`cpattn.transports.rows_of_all.RowsOfPeers` of messages ``[rows, Hkv, width]`` that are posted.
 
     Args:
         message: that this rank posts; nbytes: that count as sent for it.
@@ -79,10 +80,17 @@ class PeerRows(_PostedRows):
         self._message.end_pull()
 
     def write_pages(
-        self, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor | None,
+        page_table: Tensor | None,
+        request: Tensor | None,
+        position: Tensor,
+        part: Part = "only",
     ) -> None:
-        pull_pages(self._message.begin_pull(), self._rows, Pages(k_pages, v_pages, page_table, request, position))
-        self._message.end_pull()
+        pull_pages(self._message.begin_pull(), self._rows, Pages(k_pages, v_pages, page_table, request, position), part)
+        if part != "first":
+            self._message.end_pull()
 
 
 class PeerRowsInOrder(_PostedRows):

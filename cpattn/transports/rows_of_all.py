@@ -6,12 +6,14 @@ they are gathered first, and put in their places from there.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
 from cpattn.transports.posted import OwnMemory
 from cpattn.transports.transfer import Transfer
+
+Part: TypeAlias = Literal["only", "first", "last"]
 
 
 class SentRows(Protocol):
@@ -43,6 +45,21 @@ class RowsOfAll(RowsInOrder, Protocol):
         self, k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor | None, request: Tensor | None, position: Tensor
     ) -> None:
         """Writes all ranks' rows, rank after rank, to pages, as :meth:`cpattn.moves.moves.Moves.write_pages`."""
+
+
+class RowsOfPeers(RowsOfAll, Protocol):
+    """Where ranks read each other's memory ``write_pages`` can do it in two parts."""
+
+    def write_pages(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor | None,
+        page_table: Tensor | None,
+        request: Tensor | None,
+        position: Tensor,
+        part: Part = "only",
+    ) -> None:
+        """Those rows whose position is not negative are read; after the ``"first"`` part of them there comes a ``"last"`` one."""
 
 
 class LateRowsOfPeers(SentRows, Protocol):

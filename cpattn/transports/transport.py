@@ -21,7 +21,7 @@ from cpattn.moves.late_rows import LateRows
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
 from cpattn.transports.group_state import GroupState
-from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfAll
+from cpattn.transports.rows_of_all import LateRowsOfPeers, RowsOfPeers
 from cpattn.transports.transfer import Transfer, Work
 
 # What reduce_scatter adds up.
@@ -109,7 +109,7 @@ class Transport(ABC):
 
     def rows_of_all(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, fill_missing: Callable[[Tensor], None]
-    ) -> RowsOfAll | None:
+    ) -> RowsOfPeers | None:
         """Rows that this rank reads where they lie, in the others' memory; None where it cannot, and they have to be gathered.
 
         Args:

@@ -92,6 +92,7 @@ def test_auto_is_shown_as_what_it_takes(capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(output(capsys, "--batch", "900 x 20", "--cp", "4", "--partition", "auto", "--json"))
     assert found["partition"] == "whole"
     assert found["needed_bytes_per_rank"] == 0
+    assert found["rest_bytes_per_rank"] == (18_000 - min(rank["tokens"] for rank in found["ranks"])) * 2 * 8 * 128 * 2
     short = "--batch", "300", "--cp", "8", "--token-cost", "1000", "--json"
     assert json.loads(output(capsys, *short, "--partition", "auto"))["partition"] == "uncut"
     assert "'auto' takes whole\n" in output(capsys, "--batch", "900 x 20", "--cp", "4", "--compare")
@@ -106,6 +107,7 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["remainder"] == ["balanced", "first", "balanced", "first", "none", "none"]
     assert lines["pairs, max / mean"] == [f"{plan.pair_imbalance:.4f}" for plan in plans]
     assert re.search(r"keys needed of others( +\d[^ ]* \w+){6}", text)
+    assert re.search(r"the other keys( +\d[^ ]* \w+){6}", text)
     assert lines["pairs of rank 1"] == [f"{plan.rank_pairs[1]:,}" for plan in plans]
     found = json.loads(output(capsys, "--batch", TEXT, "--cp", "2", "--compare", "--json"))
     assert [other["fingerprint"] for other in found["plans"]] == [plan.fingerprint for plan in plans]

@@ -116,7 +116,7 @@ def test_bits_and_bytes(partition: str, window: int | None, backend: str, monkey
 
 
 def test_nothing_is_started_where_nobody_needs_anything() -> None:
-    """Whatever the cache is, but for pages that want all keys; and what a rank attends to then are its own rows."""
+    """Whatever the cache is; pages that every rank holds whole want all keys all the same, beside the attention."""
     batch = [(5, 12)] * 3
     plan = cpattn.plan(batch, 3, partition="whole")
     assert not needed_by_brute_force(plan, None).any()
@@ -149,10 +149,17 @@ def test_what_travels_is_explained() -> None:
     assert "a rank receives those that its queries see, " in explained(mixed)
     bucket = cpattn.Bucket(16, 256, 32)
     assert "of which its queries see " in explained(mixed, bucket)
-    assert explained(mixed, bucket).endswith("a bucket's messages are of its size, whatever batch it holds")
+    assert explained(mixed, bucket).endswith(
+        "over collectives a bucket's messages are of its size, whatever batch it holds; through the memory of peers a rank reads before "
+        "the attention what its queries see"
+    )
     pages = torch.zeros(60, 16, 2, 16)
     cache = cpattn.PagedKV(pages, pages.clone(), torch.arange(55, dtype=torch.int32).view(11, 5))
-    assert explained(mixed, cache=cache).endswith("pages that every rank holds whole want all of them")
+    assert ", at most 14.0 KiB of 126.0 KiB before the attention, and at most " in explained(mixed, cache=cache)
+    assert explained(cpattn.plan([(0, 8)] * 4, 4, partition="whole"), cache=cache) == (
+        "none travel before the attention, and all of them, 6.0 KiB, beside it or after it, as every rank's pages hold all: each rank "
+        "holds all that its queries see"
+    )
 
 
 def test_a_rank_is_taken_to_hold_what_its_queries_see() -> None:

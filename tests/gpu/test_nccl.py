@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import page_programs
 import pytest
 import rank_programs as programs
 import split_programs
@@ -52,12 +53,24 @@ def test_attention_over_nccl(ranks: ProcessRanks, strategy: str, backend: str) -
     case.check(outputs, plan, strategy, backend, rounded_partials=merges and not cpattn.BACKENDS[backend].fp32_out)
 
 
+@pytest.mark.parametrize("cache", ["packed", "paged"])
 @pytest.mark.parametrize("backend", ["triton", "torch_flash"])
-def test_only_keys_that_are_needed_travel_over_nccl(ranks: ProcessRanks, backend: str) -> None:
-    case = AttentionCase([(9, 1500), *[(9, 400)] * 9], heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", overlap=2)
-    plan = cpattn.plan(case.batch, ranks.size, partition="whole")
-    assert traveling_keys(case.problem(plan), plan).what == "needed"
-    case.check(attend(ranks, case, plan, "all_gather", backend), plan, "all_gather", backend)
+def test_only_keys_that_are_needed_travel_over_nccl(ranks: ProcessRanks, backend: str, cache: str) -> None:
+    """Before the attention; and beside it, into pages, the rest."""
+    for batch, what in (([(9, 1500), *[(9, 400)] * 9], "needed"), ([(7, 64)] * 8, "nothing")):
+        case = AttentionCase(
+            batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", overlap=2, cache=cache, page_size=16
+        )
+        plan = cpattn.plan(case.batch, ranks.size, partition="whole")
+        assert traveling_keys(case.problem(plan), plan).what == what
+        case.check(attend(ranks, case, plan, "all_gather", backend), plan, "all_gather", backend)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_graphs_bring_the_rest_into_pages(ranks: ProcessRanks, window: int | None) -> None:
+    for bucket in (False, True):
+        for same in ranks.run(page_programs.replay_into_pages, "collectives", window, bucket):
+            assert all(same), same
 
 
 @pytest.mark.parametrize(

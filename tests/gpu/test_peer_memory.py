@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import page_programs
 import peer_programs as programs
 import pytest
 import torch
@@ -54,12 +55,21 @@ def test_odd_widths(ranks: ProcessRanks, head_dim: int, dtype: torch.dtype) -> N
         compare(ranks, [case], strategy)
 
 
+@pytest.mark.parametrize("cache", ["packed", "paged"])
 @pytest.mark.parametrize("window", [None, 100])
-def test_only_rows_that_are_needed_are_read(ranks: ProcessRanks, window: int | None) -> None:
-    """The bits of the uneven all-to-all; over whole requests nothing is read or sent."""
+def test_only_rows_that_are_needed_are_read(ranks: ProcessRanks, window: int | None, cache: str) -> None:
+    """The bits of the uneven all-to-all; over whole requests nothing is read or sent. Into pages the rest comes after the attention."""
     batches = [[(9, 1500), *[(9, 400)] * 9], [(7, 64)] * 8, [(0, 333)]]
-    cases = [replace(case_of(batch, "packed"), window=window) for batch in batches]
+    cases = [replace(case_of(batch, cache), window=window) for batch in batches]
     compare(ranks, cases, "all_gather", "whole")
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_graphs_bring_the_rest_into_pages(ranks: ProcessRanks, window: int | None) -> None:
+    """Of a batch each, and one of a bucket that replays zigzag, whole and mixed batches, in which reads are exact, too."""
+    for bucket in (False, True):
+        for same in ranks.run(page_programs.replay_into_pages, "peer_memory", window, bucket):
+            assert all(same), same
 
 
 def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str, partition: str = "zigzag") -> None:

@@ -174,6 +174,15 @@ def test_rows_into_pages(has_v: bool, has_table: bool, device: str) -> None:
     )
     assert torch.equal(pages[0], want[0])
     assert torch.equal(pages[1], want[1])
+    # Again in two parts, of which the first leaves the messages to be read. The first rank reads as well, or rather has read.
+    is_first = torch.arange(2 * rows, device=device) % 3 == 1
+    again = [torch.full_like(x, 7.0) for x in pages]
+    for part, is_read in (("first", is_first), ("last", ~is_first)):
+        places = Pages(again[0], again[1] if has_v else None, table, request, torch.where(is_read, position, -1))
+        peer_moves.pull_pages(ranks.board(0, number=3, offset=512), rows, places, part)
+        assert ranks.words(1, READY + BOARDS * ranks.size, 3) == [int(part == "last"), 1]
+    assert torch.equal(again[0], want[0])
+    assert torch.equal(again[1], want[1])
 
 
 @pytest.mark.parametrize("nbytes", [1, 2, 12, 1024, 40_000])

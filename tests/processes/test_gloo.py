@@ -35,11 +35,12 @@ def test_divided_heads_are_exact(ranks: ProcessRanks, strategy: str, cache: str)
 
 
 def test_only_keys_that_are_needed_travel(ranks: ProcessRanks) -> None:
-    """One request is cut among all ranks, and some ranks may have nothing to send."""
-    case = AttentionCase([(9, 150), *[(9, 40)] * 9], dtype=torch.bfloat16, overlap=2)
-    plan = case.plan(ranks.size, partition="whole")
-    assert traveling_keys(case.problem(plan), plan).what == "needed"
-    case.check(ranks.run(programs.attend, case, plan, "all_gather", "cpu"), plan, "all_gather", "cpu")
+    """One request is cut among all ranks, and some ranks may have nothing to send. Pages get the rest in a message of their own."""
+    for cache in ("packed", "paged"):
+        case = AttentionCase([(9, 150), *[(9, 40)] * 9], dtype=torch.bfloat16, overlap=2, cache=cache)
+        plan = case.plan(ranks.size, partition="whole")
+        assert traveling_keys(case.problem(plan), plan).what == "needed"
+        case.check(ranks.run(programs.attend, case, plan, "all_gather", "cpu"), plan, "all_gather", "cpu")
 
 
 @pytest.mark.parametrize("strategy", cpattn.STRATEGIES)

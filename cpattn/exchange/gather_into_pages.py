@@ -1,0 +1,111 @@
+"""Strategy ``all_gather`` over pages that every rank holds whole: new keys are written to their slots, and attended to there.
+
+What a rank's queries see is there before its attention. The rest of the new keys travels beside it, or is read after it, and lies in the
+pages before anything that comes later on the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpattn.exchange.attend import Attend
+from cpattn.exchange.head_groups import HeadGroup, attend_to_group, head_groups
+from cpattn.exchange.keys_at_hand import WholePages
+from cpattn.exchange.message import heads_of, pages_of_heads
+from cpattn.exchange.page_places import Places, hole_places
+from cpattn.exchange.rows_into_pages import AllBefore, RowsIntoPages, rows_into_pages
+from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.traveling_keys import Traveling, counted
+from cpattn.kv_cache import PagedKV
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.transports.transfer import Transfer, Work
+
+
+class Holes(NamedTuple):
+    """Slots between keys that windows reach. Kernels load whole tiles, and would multiply what lies there by a weight of 0, which is
+    NaN for NaN: until the rest comes there are zeros.
+
+    Attributes:
+        row: of zeros, ``[1, Hkv, D]``.
+    """
+
+    places: Places
+    row: Tensor
+    v_head_dim: int
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup) -> Holes:
+        """Of a problem with a window."""
+        problem, meta, kv = setup.problem, setup.meta, setup.kv
+        assert problem.window is not None
+        shape = 1, kv.heads, max(kv.head_dim, kv.v_head_dim)
+        # Kept with the metadata, as a graph may outlive what was prepared for a batch.
+        row = meta.derive(("a row of zeros", shape, kv.dtype), lambda: torch.zeros(shape, dtype=kv.dtype, device=meta.device))
+        return cls(hole_places(meta, problem.window), row, kv.v_head_dim, moves_for(kv.device))
+
+    def fill(self, cache: PagedKV) -> None:
+        """With zeros."""
+        rows = self.row.expand(len(self.places[0]), -1, -1)
+        k, v = rows[..., : cache.k_pages.shape[3]], rows[..., : self.v_head_dim]
+        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, k, v)
+
+
+class GatherIntoPages(NamedTuple):
+    """What one call needs.
+
+    Attributes:
+        transfers: all that is needed before the attention, and then the rest.
+        rows: of each group of heads.
+        holes: what is between keys that are seen and is not there yet.
+    """
+
+    transfers: tuple[Transfer, ...]
+    rows: Sequence[RowsIntoPages]
+    groups: Sequence[HeadGroup]
+    pages: WholePages
+    holes: Holes | None
+    num_tokens: int | Tensor
+
+    @classmethod
+    def of(cls, setup: Setup, travels: Traveling) -> GatherIntoPages:
+        kv = setup.kv.group(setup.problem.overlap)
+        rows = rows_into_pages(setup, kv, travels)
+        in_turn = [*(group.before for group in rows), *(group.after for group in rows)]
+        has_holes = setup.problem.window is not None and setup.reads_pages and not isinstance(rows[0], AllBefore)
+        return cls(
+            transfers=tuple(counted(transfer, travels, setup) for transfer in in_turn if transfer is not None),
+            rows=rows,
+            groups=head_groups(setup.problem),
+            pages=WholePages.of(setup, kv),
+            holes=Holes.of(setup) if has_holes else None,
+            num_tokens=setup.num_tokens,
+        )
+
+    def forward(self, io: IO, attend: Attend) -> None:
+        """Makes one call."""
+        assert isinstance(io.cache, PagedKV)
+        for rows, (kv_heads, _) in zip(self.rows, self.groups, strict=True):
+            rows.put(heads_of(io.k, kv_heads), heads_of(io.v, kv_heads), self.num_tokens)
+        before = [_start(io, rows.before) for rows in self.rows]
+        after = [_start(io, rows.after) for rows in self.rows]
+        if self.holes is not None:
+            self.holes.fill(io.cache)
+        for rows, group, work in zip(self.rows, self.groups, before, strict=True):
+            cache = pages_of_heads(io.cache, group.kv_heads)
+            if work is not None:
+                work.wait()
+            rows.write_seen(cache, heads_of(io.k, group.kv_heads), heads_of(io.v, group.kv_heads))
+            attend_to_group(attend, self.pages.keys(cache), self.pages.spans, group)
+        for rows, group, work in zip(self.rows, self.groups, after, strict=True):
+            if work is not None:
+                work.wait()
+            rows.write_rest(pages_of_heads(io.cache, group.kv_heads))
+
+
+def _start(io: IO, transfer: Transfer | None) -> Work | None:
+    return None if transfer is None else io.start()

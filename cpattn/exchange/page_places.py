@@ -1,0 +1,153 @@
+"""Where new keys go in pages that every rank holds whole: first those that a rank's queries see, and then the rest.
+
+A place is the request of a row and its absolute position; a negative position stands for a row that goes nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
+from cpattn.exchange.key_order import RequestRows
+from cpattn.exchange.seen_keys import arrivals
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import Pieces, SeenKeys
+
+Places: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Parted(NamedTuple):
+    """All ranks' rows, rank after rank, in two parts.
+
+    Attributes:
+        seen: the places of those that this rank's queries see; rest: of all others.
+    """
+
+    seen: Places
+    rest: Places
+
+
+def parted_places(meta: CPMetadata, window: int | None) -> Parted:
+    """For queries that see ``window`` keys, or all. It holds for any batch of a bucket, as offsets lie on the device."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        _, position = meta.gathered_places
+        plan: Layout = meta.plan
+        pieces = SeenKeys.of(plan, meta.cp_rank, window).pieces
+        rows = plan.chunk_table.rank[pieces.entry] * meta.rows + pieces.rows(plan)
+        index = expand_all({"rows": (rows, pieces.length)}, meta.device)["rows"].long()
+        seen = torch.full_like(position, -1).index_copy_(0, index, position[index])
+        return seen, position.clone().index_fill_(0, index, -1)
+
+    request = meta.gathered_places[0]
+    seen, rest = meta.derive(("parted places", window), build)
+    return Parted((request, seen), (request, rest))
+
+
+def hole_places(meta: CPMetadata, window: int) -> Places:
+    """Of the new tokens before a rank's last query that no window of its queries reaches, request after request."""
+
+    def build() -> Places:
+        plan: Layout = meta.plan
+        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        request, position, _ = _in_pages(plan, seen.pieces)
+        places = _expanded(request, position - seen.holes, seen.holes, meta.device)
+        # A bucket's batch may have one for each token of another rank.
+        missing = 0 if meta.bucket is None else meta.plan.cp_size * meta.rows - len(places[0])
+        return tuple(torch.nn.functional.pad(place, (0, missing), value=-1) for place in places)  # type: ignore[return-value]
+
+    return meta.derive(("hole places", window), build)
+
+
+def ordered_places(meta: CPMetadata, window: int | None) -> Places:
+    """Of all rows in the order of :func:`cpattn.exchange.step_spans.spans_in_order`, cached ones first in each request. Nowhere is a
+    new one that no query of this rank sees."""
+
+    def build() -> Places:
+        plan: Layout = meta.plan
+        rows, seen = RequestRows.of(meta, in_place=False), SeenKeys.of(plan, meta.cp_rank, window)
+        cached = rows.put.nonzero()[0]
+        request, position, length = _in_pages(plan, seen.pieces)
+        holes = seen.holes
+        # Of each request the cached ones, and then of each piece what nobody sees before it, and itself.
+        runs = [(cached, 0 * cached, rows.put[cached])]
+        runs.append((request.repeat(2), np.stack([-holes, position], axis=1).ravel(), np.stack([holes, length], axis=1).ravel()))
+        request, position, length = (np.concatenate(columns) for columns in zip(*runs, strict=True))
+        order = request.argsort(kind="stable")
+        return _expanded(request[order], position[order], length[order], meta.device)
+
+    return meta.derive(("ordered places", window), build)
+
+
+def needed_places(meta: CPMetadata, window: int | None) -> Places:
+    """Of the rows of :class:`cpattn.exchange.needed_rows.NeededRows`: this rank's tokens, and then what arrives of those that it needs."""
+
+    def build() -> Places:
+        plan: Layout = meta.plan
+        chunks, seen = meta.chunk_host, SeenKeys.of(plan, meta.cp_rank, window)
+        request, position, length = _in_pages(plan, seen.pieces.take(arrivals(plan, seen, meta.cp_rank)))
+        own = chunks.request, chunks.k_len - chunks.q_len, chunks.q_len
+        request, position, length = (np.concatenate(columns) for columns in zip(own, (request, position, length), strict=True))
+        return _expanded(request, position, length, meta.device)
+
+    return meta.derive(("needed places", window), build)
+
+
+class RestRows(NamedTuple):
+    """What travels after the rows that are needed: to each other rank those of this one's tokens that no query of it sees.
+
+    Attributes:
+        sent, received: rows to and from each rank, ``[cp_size]``.
+        outgoing: int32 ``[sum(sent)]``, its own rows, those for rank 0 first.
+        places: of the rows received, those of rank 0 first.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    outgoing: Tensor
+    places: Places
+
+
+def rest_rows(meta: CPMetadata, window: int | None) -> RestRows:
+    """For queries that see ``window`` keys, or all."""
+
+    def build() -> RestRows:
+        plan: Layout = meta.plan
+        mine, chunks, unseen = meta.cp_rank, plan.chunk_table, _unseen(plan, window)
+        own = plan.by_rank.entries(mine)
+        viewers = np.delete(np.arange(plan.cp_size), mine)
+        leaving = np.tile(plan.chunk_rows[own], len(viewers)), unseen[viewers][:, own].ravel()
+        arriving = plan.by_rank.order[chunks.rank[plan.by_rank.order] != mine]
+        length = unseen[mine, arriving]
+        places = _expanded(chunks.request[arriving], (plan.prefix_lens[chunks.request] + chunks.start)[arriving], length, meta.device)
+        received = np.bincount(chunks.rank[arriving], length, minlength=plan.cp_size).astype(np.int64)
+        sent = np.where(np.arange(plan.cp_size) == mine, 0, unseen[:, own].sum(axis=1))
+        outgoing = expand_all({"rows": leaving}, meta.device)["rows"]
+        return RestRows(tuple(sent.tolist()), tuple(received.tolist()), outgoing, places)
+
+    return meta.derive(("rest rows", window), build)
+
+
+def _unseen(plan: Layout, window: int | None) -> IntArray:
+    """``[cp_size, c]`` of each chunk how many tokens no query of a rank sees. They are its first ones."""
+    pieces = Pieces.of(plan, window)
+    unseen = np.tile(plan.chunk_table.length, (plan.cp_size, 1))
+    unseen[plan.chunk_table.rank[pieces.seen_by], pieces.entry] -= pieces.length
+    return unseen
+
+
+def _in_pages(plan: Layout, pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
+    """Of each piece the request, the absolute position of its first token, and how many tokens it has."""
+    request = plan.chunk_table.request[pieces.entry]
+    return request, pieces.token + (plan.prefix_lens - exclusive_cumsum(plan.extend_lens))[request], pieces.length
+
+
+def _expanded(request: IntArray, position: IntArray, length: IntArray, device: torch.device) -> Places:
+    """Of each token of runs of tokens."""
+    tables = expand_all({"request": (request, length), "position": (position, length)}, device, repeated=("request",))
+    return tables["request"], tables["position"]

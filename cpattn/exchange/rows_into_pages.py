@@ -1,0 +1,188 @@
+"""How new keys come into pages that every rank holds whole: those that its queries see before the attention, the rest beside or after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from cpattn.exchange.gathered_rows import gathered_rows
+from cpattn.exchange.message import KVFormat, Message
+from cpattn.exchange.needed_rows import NeededRows, group_buffers, needed_rows
+from cpattn.exchange.page_places import Parted, Places, needed_places, parted_places, rest_rows
+from cpattn.exchange.rows_of_peers import rows_of_peers
+from cpattn.exchange.seen_keys import exchanged_rows
+from cpattn.exchange.strategy import Setup
+from cpattn.exchange.traveling_keys import Traveling
+from cpattn.kv_cache import PagedKV
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.transports.rows_of_all import RowsOfAll, RowsOfPeers
+from cpattn.transports.transfer import Transfer
+
+
+class RowsIntoPages(Protocol):
+    """Of one group of heads. One call's use: ``put``, then start ``before`` and ``after``, then wait for ``before`` and
+    ``write_seen``; after the attention wait for ``after`` and ``write_rest``."""
+
+    @property
+    def before(self) -> Transfer | None:
+        """That brings what has to be there before the attention; None where nothing travels for it, on no rank."""
+
+    @property
+    def after(self) -> Transfer | None:
+        """That brings the rest; None where it does not travel by itself."""
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        """Says what this rank sends, as :meth:`cpattn.moves.moves.Moves.pack`."""
+
+    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
+        """Writes what this rank's queries see; its own rows may be taken from k and v."""
+
+    def write_rest(self, cache: PagedKV) -> None:
+        """Writes all else."""
+
+
+class AllBefore(NamedTuple):
+    """One message brings all rows before the attention."""
+
+    rows: RowsOfAll
+    places: Places
+    after: None = None
+
+    @property
+    def before(self) -> Transfer:
+        """See :class:`RowsIntoPages`, as for the others."""
+        return self.rows.transfer
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self.rows.put(k, v, num_tokens)
+
+    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
+        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places)
+
+    def write_rest(self, cache: PagedKV) -> None:
+        """There is no other."""
+
+
+class AllAfter(NamedTuple):
+    """Each rank has what its queries see, and one message brings all rows beside the attention.
+
+    Attributes:
+        own: the places of this rank's rows; rest: of all ranks' rows those of the others'.
+    """
+
+    rows: RowsOfAll
+    own: Places
+    rest: Places
+    moves: Moves
+    before: None = None
+
+    @property
+    def after(self) -> Transfer:
+        """See :class:`RowsIntoPages`, as for the others."""
+        return self.rows.transfer
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self.rows.put(k, v, num_tokens)
+
+    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
+        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.own, k, v)
+
+    def write_rest(self, cache: PagedKV) -> None:
+        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.rest)
+
+
+class ReadTwice(NamedTuple):
+    """Rows in other ranks' memory, of which a rank reads those that its queries see first, and the rest once it has attended."""
+
+    rows: RowsOfPeers
+    places: Parted
+    after: None = None
+
+    @property
+    def before(self) -> Transfer:
+        """See :class:`RowsIntoPages`, as for the others."""
+        return self.rows.transfer
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self.rows.put(k, v, num_tokens)
+
+    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
+        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places.seen, part="first")
+
+    def write_rest(self, cache: PagedKV) -> None:
+        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places.rest, part="last")
+
+
+class SentTwice(NamedTuple):
+    """One message to each rank of what its queries see, and one of the rest.
+
+    Attributes:
+        needed: brings this rank what it needs; seen: that and its own tokens; places: of those.
+        message: the rest for others; outgoing: which of this rank's tokens it has.
+        rest: what it receives then; rest_places: of that.
+    """
+
+    needed: NeededRows
+    seen: Message
+    places: Places
+    message: Tensor
+    outgoing: Tensor
+    rest: Message
+    rest_places: Places
+    after: Transfer
+    moves: Moves
+
+    @property
+    def before(self) -> Transfer | None:
+        """See :class:`RowsIntoPages`, as for the others."""
+        return self.needed.transfer
+
+    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
+        self.needed.put(k, v, num_tokens)
+        if len(self.message):
+            self.moves.gather_rows(self.message, self.needed.own, self.outgoing)
+
+    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
+        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *self.seen.parts)
+
+    def write_rest(self, cache: PagedKV) -> None:
+        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.rest_places, *self.rest.parts)
+
+
+def rows_into_pages(setup: Setup, kv: KVFormat, travels: Traveling) -> Sequence[RowsIntoPages]:
+    """Of each group of KV heads; ``kv`` is of one of them."""
+    meta, window, moves = setup.meta, setup.problem.window, moves_for(kv.device)
+    peers = rows_of_peers(setup, kv)
+    if travels.what == "nothing":
+        own, rest = meta.gathered_places_by_rank[meta.cp_rank], parted_places(meta, window).rest
+        return [AllAfter(rows, own, rest, moves) for rows in peers or _gathered(setup, kv)]
+    if peers and (travels.what == "needed" or meta.bucket is not None):
+        return [ReadTwice(rows, parted_places(meta, window)) for rows in peers]
+    sent_twice = [] if peers or travels.what == "all" else _sent_twice(setup, kv)
+    return sent_twice or [AllBefore(rows, meta.gathered_places) for rows in peers or _gathered(setup, kv)]
+
+
+def _gathered(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
+    return gathered_rows(setup.transport, kv, setup.meta.rows, setup.problem.overlap)
+
+
+def _sent_twice(setup: Setup, kv: KVFormat) -> Sequence[RowsIntoPages]:
+    """None where the transport cannot send such messages."""
+    problem, meta, transport, groups = setup.problem, setup.meta, setup.transport, setup.problem.overlap
+    needed = needed_rows(transport, kv, exchanged_rows(meta, problem.window), meta.num_tokens, groups, travel=True)
+    if needed is None:
+        return []
+    table, places = rest_rows(meta, problem.window), needed_places(meta, problem.window)
+    memory = group_buffers(transport, "rest", kv, groups, sum(table.received))
+    messages = group_buffers(transport, "rest for others", kv, groups, sum(table.sent))
+    made = []
+    for first, rest, message in zip(needed, memory, messages, strict=True):
+        after = transport.prepare_uneven_all_to_all(rest, message, table.received, table.sent)
+        assert after is not None  # nor was the first
+        after = after._replace(fill_missing=partial(kv.fill_missing_, message))
+        rest_of = Message.of(rest, kv), table.places
+        made.append(SentTwice(first, Message.of(first.memory, kv), places, message, table.outgoing, *rest_of, after, moves_for(kv.device)))
+    return made
