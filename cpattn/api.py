@@ -31,7 +31,11 @@ from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import DividedHeads, explain_heads
+from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
+from cpattn.exchange.ring import RING
+from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.traveling_keys import explain_keys
+from cpattn.exchange.traveling_queries import explain_queries
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -402,8 +406,9 @@ def explain(
     transport, and whether as a CUDA graph or eagerly. Without a group GPUs are taken to read each other's memory.
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
-    strategy is ``all_gather`` it says under ``"keys"`` how many new keys and values travel before the attention, how many beside it or
-    after it, and why; where it divides heads, under ``"heads"`` how many each rank has.
+    strategy is ``all_gather`` or ``ring`` it says under ``"keys"`` how many keys and values travel before the attention, how many beside it
+    or after it, and why; of ``pass_q`` and ``pass_q_ring`` under ``"queries"`` the same of queries. Where it divides heads, it says under
+    ``"heads"`` how many each rank has.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -423,8 +428,11 @@ def explain(
     why = explain_strategy(choice, meta.plan)[choice.strategy.name] if by_auto else f"asked for, {comparison(choice) or 'as it is'}"
     explained = explain_backend(choice) | {"strategy": f"{choice.strategy.name}: {why}"}
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
-    if choice.strategy is ALL_GATHER:
-        explained = explained | {"keys": explain_keys(choice.problem, meta.plan)}
+    if choice.strategy in (ALL_GATHER, RING):
+        in_words = explain_keys if choice.strategy is ALL_GATHER else explain_ring_keys
+        explained = explained | {"keys": in_words(choice.problem, meta.plan)}
+    elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:
+        explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
     if isinstance(choice.strategy, DividedHeads):
         explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
     return explained if transport is None else explained | {"transport": transport.describe()}

@@ -20,9 +20,11 @@ from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
 from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
+from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.exchange.traveling_queries import traveling_queries
 from cpattn.exchange.two_level import TwoLevel
 from cpattn.kernels.tile_shapes import has_specialized
 from cpattn.keys import PREFIX_UNIT
@@ -239,10 +241,13 @@ def _collect_into_pages(tally: Tally, traveling: Traveling) -> None:
 
 
 def ring(choice: Choice) -> Tally:
-    """Keys go around: each message travels beside the attention to the one before it, the first also beside prefixes."""
+    """Keys go around, or come from their owners: each message travels beside the attention to the one before it, the first also beside
+    prefixes."""
     plan, problem, _, schedule, *_ = choice
-    first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
-    tally, message = Tally(choice), int(hops[0].sent.max(initial=0))
+    own = next(number for number, hop in enumerate(schedule) if hop.keys == 0)
+    first, hops = schedule[: own + 1], schedule[own:]
+    tally, message = Tally(choice), problem.rows * problem.key_bytes if len(hops) > 1 else 0
+    is_straight = ring_keys(problem, plan).straight
     if plan.sharded and problem.cache == "paged":
         tally.move(2 * plan.largest_shard * problem.key_bytes)
     elif message:
@@ -255,10 +260,13 @@ def ring(choice: Choice) -> Tally:
         for seconds in _attend_and_merge(tally, [hop], merges=number > 0, over_pages=hop.keys == "prefix" and problem.cache == "paged")
     ]
     _write_passing(tally)
-    for number, count in sample(1, plan.cp_size):
+    for number, count in sample(1, len(hops)):
         one = Tally(choice)
-        launches = _attend_and_merge(one, [hops[number]], merges=True)
-        one.shift(message, tally.cover(before if number == 1 else launches))
+        launches, sent = _attend_and_merge(one, [hops[number]], merges=True), int(hops[number - 1].sent.max())
+        if is_straight:
+            # Taken out of the shard.
+            one.move(2 * sent)
+        one.shift(sent, tally.cover(before if number == 1 else launches))
         _write_passing(one)
         tally.add(one, count)
     return _finished(tally)
@@ -276,7 +284,8 @@ def pass_q(choice: Choice) -> Tally:
 def resident(choice: Choice) -> Tally:
     """Attend to pages that have everything already."""
     tally, plan = Tally(choice), choice.plan
-    _copy_pages(tally, plan.num_tokens + plan.num_prefix_tokens)
+    view = View.of(plan)
+    _copy_pages(tally, int((view.new + view.prefix).max()))
     tally.attend(*choice.schedule, over_pages=True)
     return tally
 
@@ -294,16 +303,20 @@ def _over_own_keys(tally: Tally) -> Tally:
     plan, problem, _, schedule, *_ = choice
     # Who has few queries of its own goes on to those of others.
     launches = _attend_and_merge(tally, schedule, merges=False, over_pages=problem.cache == "paged")
-    if plan.cp_size > 1 and problem.rows:
+    if schedule[-1].queries == "others" and problem.rows:
         *own, others = schedule
-        results = problem.rows * problem.result_bytes
+        results, sent = problem.rows * problem.result_bytes, int(others.sent.max())
+        goes_to_all = sent == (plan.cp_size - 1) * results
         if len(own) > 1:
             _merge(tally)
         tally.move(2 * problem.rows * problem.query_bytes)
+        if not goes_to_all:
+            # Taken out of this rank's queries.
+            tally.move(2 * int(own[-1].sent.max()))
         tally.gather(int(own[-1].sent.max()), tally.cover(launches[:-1]))
-        _put(tally, plan.cp_size * results)
-        tally.gather_parts(int(others.sent.max()))
-        tally.move((plan.cp_size + 2) * results)
+        _put(tally, plan.cp_size * results if goes_to_all else sent)
+        tally.gather_parts(sent)
+        tally.move((plan.cp_size + 2) * results if goes_to_all else 2 * sent + 3 * results)
     return _finished(tally)
 
 
@@ -331,9 +344,16 @@ def _striped_pass_q(choice: Choice) -> Tally:
 def pass_q_ring(choice: Choice) -> Tally:
     """Queries go around as keys do in a ring, and the results of each hop go back beside the next one."""
     plan, problem, _, schedule, *_ = choice
-    first, hops = schedule[: 1 - plan.cp_size or None], schedule[-plan.cp_size :]
+    own = next(number for number, hop in enumerate(schedule) if hop.queries == hop.keys == 0)
+    first, hops = schedule[: own + 1], schedule[own:]
     tally = Tally(choice)
     queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    # Of the rank with the most, in each hop.
+    shares = [1.0] * len(hops)
+    if plan.owner is None and problem.rows:
+        between, ranks = traveling_queries(problem, plan).between, np.arange(plan.cp_size)
+        turns = [hop.queries for hop in hops if isinstance(hop.queries, int)]
+        shares = [float(between[ranks, (ranks + turn) % plan.cp_size].max()) / problem.rows for turn in turns]
     over_pages = problem.cache == "paged" and plan.owner is None
     if plan.owner is None:
         _write_own(tally)
@@ -341,18 +361,18 @@ def pass_q_ring(choice: Choice) -> Tally:
         # A copy of the shard is attended to, and new keys travel with the queries past those who write them.
         tally.move(2 * plan.largest_shard * problem.key_bytes, launches=2)
         queries += problem.rows * problem.key_bytes
-    if plan.cp_size > 1:
+    if len(hops) > 1:
         tally.move(2 * queries)
     before = [
         seconds for number, hop in enumerate(first) for seconds in _attend_and_merge(tally, [hop], merges=number > 0, over_pages=over_pages)
     ]
-    for number, count in sample(1, plan.cp_size):
-        one = Tally(choice)
+    for number, count in sample(1, len(hops)):
+        one, share = Tally(choice), shares[number]
         _write_passing(one)
         launches = _attend_and_merge(one, [hops[number]], merges=False, over_pages=over_pages)
-        one.shift(queries, tally.cover(before if number == 1 else launches))
-        _put(one, results)
-        one.shift(results, 0.0 if number + 1 == plan.cp_size else tally.cover(launches))
+        one.shift(int(share * queries), tally.cover(before if number == 1 else launches))
+        _put(one, int(share * results))
+        one.shift(int(share * results), 0.0 if number + 1 == len(hops) else tally.cover(launches))
         one.move(3 * results)
         tally.add(one, count)
     return _finished(tally)

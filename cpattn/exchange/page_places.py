@@ -16,7 +16,7 @@ from cpattn.exchange.key_order import RequestRows
 from cpattn.exchange.seen_keys import arrivals
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import Pieces, SeenKeys
+from cpattn.metadata.needed_keys import Pieces, SeenKeys, unseen_tokens
 
 Places: TypeAlias = tuple[Tensor, Tensor]
 
@@ -118,27 +118,18 @@ def rest_rows(meta: CPMetadata, window: int | None) -> RestRows:
 
     def build() -> RestRows:
         plan: Layout = meta.plan
-        mine, chunks, unseen = meta.cp_rank, plan.chunk_table, _unseen(plan, window)
-        own = plan.by_rank.entries(mine)
-        viewers = np.delete(np.arange(plan.cp_size), mine)
-        leaving = np.tile(plan.chunk_rows[own], len(viewers)), unseen[viewers][:, own].ravel()
+        mine, chunks, own = meta.cp_rank, plan.chunk_table, plan.by_rank.entries(meta.cp_rank)
+        # Of each of its chunks what no query of a rank sees; itself sees all.
+        unseen = np.stack([unseen_tokens(plan, window, viewer)[own] for viewer in range(plan.cp_size)])
+        leaving = np.tile(plan.chunk_rows[own], plan.cp_size), unseen.ravel()
         arriving = plan.by_rank.order[chunks.rank[plan.by_rank.order] != mine]
-        length = unseen[mine, arriving]
+        length = unseen_tokens(plan, window, mine)[arriving]
         places = _expanded(chunks.request[arriving], (plan.prefix_lens[chunks.request] + chunks.start)[arriving], length, meta.device)
         received = np.bincount(chunks.rank[arriving], length, minlength=plan.cp_size).astype(np.int64)
-        sent = np.where(np.arange(plan.cp_size) == mine, 0, unseen[:, own].sum(axis=1))
         outgoing = expand_all({"rows": leaving}, meta.device)["rows"]
-        return RestRows(tuple(sent.tolist()), tuple(received.tolist()), outgoing, places)
+        return RestRows(tuple(unseen.sum(axis=1).tolist()), tuple(received.tolist()), outgoing, places)
 
     return meta.derive(("rest rows", window), build)
-
-
-def _unseen(plan: Layout, window: int | None) -> IntArray:
-    """``[cp_size, c]`` of each chunk how many tokens no query of a rank sees. They are its first ones."""
-    pieces = Pieces.of(plan, window)
-    unseen = np.tile(plan.chunk_table.length, (plan.cp_size, 1))
-    unseen[plan.chunk_table.rank[pieces.seen_by], pieces.entry] -= pieces.length
-    return unseen
 
 
 def _in_pages(plan: Layout, pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:

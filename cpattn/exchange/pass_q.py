@@ -7,6 +7,7 @@ what it holds: its shard of a sharded cache, and its new tokens. What goes over 
 exchange of ``(out, LSE)``; the rank's own queries are computed while the others' arrive.
 ``pass_q_ring``, for many (prefill): queries go around as keys do in a ring; each hop is computed while the next one's
 queries and the last one's results are in flight. It holds two ranks' queries and results instead of everyone's.
+Where few queries see keys of other ranks those alone travel: :mod:`cpattn.exchange.needed_pass_q`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import message_buffer
+from cpattn.exchange.needed_pass_q import Held, NeededPassQ, NeededPassQRing
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
 from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
@@ -29,6 +32,7 @@ from cpattn.exchange.step_spans import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.exchange.striped_pass_q import StripedPassQ, striped_schedule
 from cpattn.exchange.striped_shard import StripedShard
+from cpattn.exchange.traveling_queries import TravelingQueries, traveling_queries
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import owned_places_by_rank
@@ -42,10 +46,11 @@ from cpattn.transports.transport import Transport
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
     if plan.owner is not None:
         return striped_schedule(problem, plan)
-    others = plan.cp_size - 1
-    queries, results = (sends(problem, plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
+    others, travels = plan.cp_size - 1, traveling_queries(problem, plan)
+    queries = travels.between.sum(axis=1) * problem.query_bytes
+    results = travels.between.sum(axis=0) * problem.result_bytes
     own = shard_hop(problem, plan, 0, 0, queries)
-    if not others:
+    if travels.what == "nothing":
         return (*prefix_hop(problem, plan), own)
     alignment: Alignment = "full" if problem.window is None else "any"
     return (*prefix_hop(problem, plan), own, Hop("others", 0, alignment, others * own.results, results))
@@ -101,18 +106,23 @@ class GatheredQueries(NamedTuple):
         )
 
 
-def _prepare_gather(setup: Setup) -> GatheredQueries | StripedPassQ:
+def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | StripedPassQ:
     meta, window = setup.meta, setup.problem.window
     if meta.plan.owner is not None:
         return StripedPassQ.of(setup)
     is_paged = _attends_to_pages(setup)
+    travels, keys = traveling_queries(setup.problem, meta.plan), _keys_at_hand(setup)
+    if travels.what != "all" and not isinstance(keys, StripedShard):
+        needed = NeededPassQ.of(setup, Held.of(setup, keys, is_paged), travels, is_paged)
+        if needed is not None:
+            return needed
     own_spans = source_spans(meta, window, is_paged)[meta.cp_rank]
     others = gathered_source_spans(meta, window, is_paged)
-    return GatheredQueries.of(setup, _keys_at_hand(setup), Prefixes.of(setup), own_spans, others)
+    return GatheredQueries.of(setup, keys, Prefixes.of(setup), own_spans, others)
 
 
-def _forward_gather(held: GatheredQueries | StripedPassQ, io: IO, attend: Attend) -> None:
-    if isinstance(held, StripedPassQ):
+def _forward_gather(held: GatheredQueries | NeededPassQ | StripedPassQ, io: IO, attend: Attend) -> None:
+    if isinstance(held, (NeededPassQ, StripedPassQ)):
         held.forward(io, attend)
     else:
         forward_gathered(held, io, attend)
@@ -139,7 +149,11 @@ def forward_gathered(held: GatheredQueries, io: IO, attend: Attend) -> None:
 
 def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
     queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
-    if plan.owner is not None:
+    if plan.owner is None:
+        travels = traveling_queries(problem, plan)
+        if travels.what != "all":
+            return (*prefix_hop(problem, plan), *_needed_hops(problem, plan, travels))
+    else:
         # New keys and values travel beside them, to those who hold them.
         queries += problem.rows * problem.key_bytes
     hops = []
@@ -148,6 +162,15 @@ def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
         sent = queries * (hop + 1 < plan.cp_size) + results * (hop > 0)
         hops.append(shard_hop(problem, plan, hop, 0, sends(problem, plan, sent)))
     return (*prefix_hop(problem, plan), *hops)
+
+
+def _needed_hops(problem: Problem, plan: Layout, travels: TravelingQueries) -> Schedule:
+    """Queries of the next hop set out before each, and its own results go back after it."""
+    size, ranks = plan.cp_size, np.arange(plan.cp_size)
+    hops, between = [0, *travels.hops], travels.between
+    out = [between[ranks, (ranks + hop) % size] * problem.query_bytes for hop in travels.hops] + [sends(problem, plan, 0)]
+    back = [sends(problem, plan, 0), *(between[(ranks - hop) % size, ranks] * problem.result_bytes for hop in travels.hops)]
+    return [shard_hop(problem, plan, hop, 0, there + here) for hop, there, here in zip(hops, out, back, strict=True)]
 
 
 class _NewTokens(NamedTuple):
@@ -197,12 +220,17 @@ class _PassQRing(NamedTuple):
     received: tuple[Results, ...]
 
 
-def _prepare_ring(setup: Setup) -> _PassQRing:
+def _prepare_ring(setup: Setup) -> _PassQRing | NeededPassQRing:
     problem, meta, transport = setup.problem, setup.meta, setup.transport
-    size = transport.size
-    by_source = source_spans(meta, problem.window, _attends_to_pages(setup))
+    size, is_paged, keys = transport.size, _attends_to_pages(setup), _keys_at_hand(setup)
+    if not isinstance(keys, StripedShard):
+        travels = traveling_queries(problem, meta.plan)
+        needed = NeededPassQRing.of(setup, Held.of(setup, keys, is_paged), travels, is_paged) if travels.what != "all" else None
+        if needed is not None:
+            return needed
+    by_source = source_spans(meta, problem.window, is_paged)
     spans = [by_source[(meta.cp_rank - hop) % size] for hop in range(size)]
-    keys, prefixes, new = _keys_at_hand(setup), Prefixes.of(setup), _NewTokens.of(setup)
+    prefixes, new = Prefixes.of(setup), _NewTokens.of(setup)
     if size == 1:
         return _PassQRing((), keys, prefixes, new, spans, (), (), ())
     if new is None:
@@ -227,7 +255,10 @@ def _return_results(transport: Transport, sent: Results, received: Results, hop:
     return transfer._replace(fill_missing=partial(sent.message.fill_, torch.nan))
 
 
-def _forward_ring(held: _PassQRing, io: IO, attend: Attend) -> None:
+def _forward_ring(held: _PassQRing | NeededPassQRing, io: IO, attend: Attend) -> None:
+    if isinstance(held, NeededPassQRing):
+        held.forward(io, attend)
+        return
     keys = held.keys.keys(io)
     if held.new is not None and held.new.turns:
         held.new.turns[0].put(io)

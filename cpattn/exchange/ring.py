@@ -1,7 +1,8 @@
 """Strategy ``ring``: keys and values go around, and each rank computes on what it has while the next is in flight.
 
 Liu et al., Ring Attention, arXiv:2310.01889; with zigzag chunks every hop is about as much work on every rank. Of a
-sharded cache each rank's shard travels; whole prefixes stay where they are, and are computed first.
+sharded cache each rank's shard travels; whole prefixes stay where they are, and are computed first. Where few keys are needed they come
+straight from their owners: :mod:`cpattn.exchange.straight_ring`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, Message, message_buffer
+from cpattn.exchange.ring_keys import message_rows, ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import launches_per_shard, shard_spans
+from cpattn.exchange.straight_ring import StraightRing
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.exchange.striped_shard import StripedShard
 from cpattn.kv_cache import PagedKV
@@ -30,13 +33,11 @@ from cpattn.transports.transport import Transport
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
-    message = sends(problem, plan, _message_rows(problem, plan) * problem.key_bytes)
-    hops = [shard_hop(problem, plan, 0, hop, message * (hop + 1 < plan.cp_size)) for hop in range(plan.cp_size)]
+    travels = ring_keys(problem, plan)
+    # A hop's keys set out before the one before it; without any row, nothing does.
+    sent = [*(travels.sent * problem.key_bytes * bool(problem.rows)), sends(problem, plan, 0)]
+    hops = [shard_hop(problem, plan, 0, hop, of_next) for hop, of_next in zip((0, *travels.hops), sent, strict=True)]
     return (*prefix_hop(problem, plan), *hops)
-
-
-def _message_rows(problem: Problem, plan: Layout) -> int:
-    return plan.largest_shard if plan.sharded else problem.rows
 
 
 def prefix_hop(problem: Problem, plan: Layout) -> Schedule:
@@ -82,9 +83,13 @@ class _Ring(NamedTuple):
     moves: Moves
 
 
-def _prepare(setup: Setup) -> _Ring:
+def _prepare(setup: Setup) -> _Ring | StraightRing:
     problem, meta, plan = setup.problem, setup.meta, setup.meta.plan
-    messages, transfers = _turns(setup.transport, setup.kv, _message_rows(problem, plan) if plan.sharded or plan.cp_size > 1 else 0)
+    travels = ring_keys(problem, plan)
+    straight = StraightRing.of(setup, travels) if travels.straight else None
+    if straight is not None:
+        return straight
+    messages, transfers = _turns(setup.transport, setup.kv, message_rows(problem, plan) if plan.sharded or plan.cp_size > 1 else 0)
     is_sharded = problem.cache == "paged" and plan.sharded
     owners = [(meta.cp_rank - hop) % plan.cp_size for hop in range(plan.cp_size)]
     spans = shard_spans(meta, problem.window)
@@ -114,7 +119,10 @@ def _prepare(setup: Setup) -> _Ring:
     )
 
 
-def _forward(ring: _Ring, io: IO, attend: Attend) -> None:
+def _forward(ring: _Ring | StraightRing, io: IO, attend: Attend) -> None:
+    if isinstance(ring, StraightRing):
+        ring.forward(io, attend)
+        return
     if ring.shard is not None:
         keys = ring.shard.keys(io)
     else:

@@ -12,6 +12,7 @@ The last span of every table is the padding of q: queries without keys, for whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import unseen_tokens
+from cpattn.metadata.needed_queries import queries_that_see
 from cpattn.metadata.striped_window import Reach
 from cpattn.spans import Alignment, Spans, SpanTable
 
@@ -96,6 +99,16 @@ def shard_spans(meta: CPMetadata, window: int | None) -> list[list[Spans]]:
     return meta.derive(("shard spans", window), build)
 
 
+def needed_shard_spans(meta: CPMetadata, window: int | None, owner: int) -> list[Spans]:
+    """This rank's queries over those rows of another rank's shard that they see, ``[launch]``: they lie one after another."""
+
+    def build() -> list[Spans]:
+        ranges = _shard_ranges(meta.plan, meta.cp_rank, owner, window, needed=True)
+        return _build(meta, [_own_table(meta, launch) for launch in ranges], paged=False)
+
+    return meta.derive(("needed shard spans", window, owner), build)
+
+
 def source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[list[Spans]]:
     """The queries of each rank over this rank's shard, ``[source][launch]``."""
 
@@ -108,6 +121,26 @@ def source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[list
         return _by_launch(_build(meta, tables, paged), launches_per_shard(meta.plan, window))
 
     return meta.derive(("source spans", window, paged), build)
+
+
+def needed_source_spans(meta: CPMetadata, window: int | None, sources: Sequence[int], paged: bool) -> list[Spans]:
+    """Those queries of some ranks that see keys of this rank's shard over it, one after another, ``[launch]``."""
+
+    def build() -> list[Spans]:
+        many = queries_that_see(meta.plan, window, meta.cp_rank)
+        tables = []
+        for launch in range(launches_per_shard(meta.plan, window)):
+            parts = []
+            for source in sources:
+                chunks, ranges = chunk_tables(meta.plan, source), _shard_ranges(meta.plan, source, meta.cp_rank, window)[launch]
+                q_len = many[chunks.entry]
+                columns = (q_len, ranges.k_start, ranges.k_len, ranges.diagonal, chunks.request)
+                q_len, k_start, k_len, diagonal, request = (column[q_len > 0] for column in columns)
+                parts.append(SpanTable(q_len, k_start, k_len, diagonal, request, ranges.alignment))
+            tables.append(_one_after_another(parts))
+        return _build(meta, tables, paged)
+
+    return meta.derive(("needed source spans", window, tuple(sources), paged), build)
 
 
 def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[Spans]:
@@ -272,13 +305,20 @@ def launches_per_shard(plan: Layout, window: int | None) -> int:
     return 1 if window is None else plan.most_chunks
 
 
-def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None) -> list[KeyRanges]:
-    """The queries of ``source`` over the shard of ``owner``, for each launch."""
+def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None, needed: bool = False) -> list[KeyRanges]:
+    """The queries of ``source`` over the shard of ``owner``, for each launch; with ``needed`` over the rows of it that they see."""
     chunks, keys = chunk_tables(plan, source), chunk_tables(plan, owner)
     cached, extends = plan.shard_lens[:, owner], plan.rank_extends[:, owner]
+    key_rows = plan.chunk_rows.take(keys.entry)
+    if needed:
+        unseen = unseen_tokens(plan, window, source)[keys.entry]
+        keys = keys._replace(start=keys.start + unseen, q_len=keys.q_len - unseen)
+        cached = cached * (plan.rank_extends[:, source] > 0)
+        # Sums in float64 are exact: they are at most 2**31.
+        extends = np.bincount(keys.request, keys.q_len, minlength=len(plan.batch)).astype(np.int64)
+        key_rows = exclusive_cumsum(keys.q_len)
     begins = exclusive_cumsum(cached + extends)[chunks.request]
     first_new = exclusive_cumsum(extends)
-    key_rows = plan.chunk_rows.take(keys.entry)
     if window is None:
         # The new tokens of all the owner's chunks before this one, less those of earlier requests.
         new_before = np.append(key_rows, extends.sum()).take(keys.entry.searchsorted(chunks.entry))

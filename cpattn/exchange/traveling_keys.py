@@ -60,7 +60,7 @@ def traveling_keys(problem: Problem, plan: Layout) -> Traveling:
         why = "each rank holds all that its queries see"
         return Traveling("nothing", nothing, 0, why, *((everything, all_rows) if wants_all else (nothing, 0)))
     share = f"the busiest rank receives or sends {lacking.most / all_rows:.0%} of all"
-    if lacking.is_nearly_all(plan):
+    if lacking.is_nearly_all(all_rows):
         return Traveling("all", everything, needed, f"{share}, which is above {MOST_NEEDED:.0%}", nothing)
     why = f"{share}, within {MOST_NEEDED:.0%}"
     if not wants_all:

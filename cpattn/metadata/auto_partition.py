@@ -218,7 +218,8 @@ def _transfer(plan: Layout, problem: Problem, costs: PairCosts) -> int:
     copied = 0 if costs.in_place else prefix
     if not lacking.most:
         return (copied + new * (prefix > 0)) * costs.copied
-    received = (plan.cp_size - 1) * plan.rows if lacking.is_nearly_all(plan) else lacking.most
+    everything = (plan.cp_size - 1) * plan.rows
+    received = everything if lacking.is_nearly_all(everything) else lacking.most
     if costs.reads_peers:
         received = int(lacking.received.max())
     # Where others' rows come late a rank's own are put in order alone; else they are packed, and all of them put in order.

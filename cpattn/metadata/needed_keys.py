@@ -49,9 +49,9 @@ class Lacking(NamedTuple):
         """Of the rank that receives or sends the most."""
         return int(max(self.received.max(), self.sent.max()))
 
-    def is_nearly_all(self, plan: Layout) -> bool:
-        """Whether it is so much that all rows had better be gathered on all ranks."""
-        return self.most > MOST_NEEDED * (plan.cp_size - 1) * plan.rows
+    def is_nearly_all(self, everything: int) -> bool:
+        """Whether it is so much of what all others have that all ranks had better receive everything."""
+        return self.most > MOST_NEEDED * everything
 
 
 def lacking_rows(plan: Layout, window: int | None) -> Lacking:
@@ -110,6 +110,13 @@ class Pieces(NamedTuple):
         token = np.maximum(gaps.end[entry], gaps.first[seen_by])
         return cls(seen_by, entry, token, ends[entry] - token)
 
+    @staticmethod
+    def how_many(plan: Layout, window: int | None) -> int:
+        """Of all entries."""
+        ends = plan.chunk_table.length.cumsum()
+        lowest = ends.searchsorted(Gaps.of(plan, window).first, side="right")
+        return int((np.arange(1, len(ends) + 1) - lowest).sum())
+
     def take(self, which: IntArray) -> Pieces:
         """Some of them."""
         return Pieces._make(column[which] for column in self)
@@ -118,6 +125,14 @@ class Pieces(NamedTuple):
         """The row at which each begins, on the rank that owns it."""
         rows: IntArray = plan.chunk_rows[self.entry] + self.token - exclusive_cumsum(plan.chunk_table.length)[self.entry]
         return rows
+
+
+def unseen_tokens(plan: Layout, window: int | None, viewer: int) -> IntArray:
+    """``[c]`` of each chunk how many tokens no query of a rank sees. They are its first ones."""
+    pieces = Pieces.of(plan, window, plan.by_rank.entries(viewer))
+    unseen: IntArray = plan.chunk_table.length.copy()
+    unseen[pieces.entry] -= pieces.length
+    return unseen
 
 
 class SeenKeys(NamedTuple):

@@ -309,6 +309,15 @@ class PeerTransport(PairwiseTransport):
         """How another rank's message is brought."""
         return partial(_copy_beside, out=out, source=source)
 
+    def prepare_rows_to(self, out: Tensor, x: Tensor, by: int, sent: int, received: int) -> Transfer | None:
+        """See :meth:`Transport.prepare_rows_to`. What is posted is as large on every rank, and copy engines bring what is needed of it."""
+        if not self._takes(x.nbytes):
+            return super().prepare_rows_to(out, x, by, sent, received)
+        shift = super().prepare_shift(out, x, by)
+        moved = self._through_heap(shift, x, partial(_copy_beside, out=out, source=(self.rank - by) % self.size))
+        moved.arguments[0].otherwise = None
+        return moved._replace(nbytes=x[:sent].nbytes)
+
     def prepare_all_to_all(self, out: Tensor, x: Tensor) -> Transfer:
         """Each rank pulls its part of every message."""
         part_bytes = x.nbytes // self.size
@@ -323,7 +332,10 @@ class PeerTransport(PairwiseTransport):
         return transfer._replace(begin=_post, arguments=(message, _as_bytes(x), bring), posted=message)
 
     def bring_beside(self, message: Posted, out: Tensor, source: int) -> Work:
-        """Copies another rank's message on a stream of its own, while this stream goes on."""
+        """Copies another rank's message on a stream of its own, while this stream goes on, as far as ``out`` has room for it."""
+        if not out.numel():
+            # That it is not read is said as the call ends.
+            return Work(_nothing)
         from cpattn.moves.peer_moves import await_messages, end_copy
 
         heap, board = self._heap, message.begin_pull()
@@ -336,7 +348,7 @@ class PeerTransport(PairwiseTransport):
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
             await_messages(board, source, 1)
-            out.copy_(heap.message_of(source, board.offset, message.nbytes))
+            out.copy_(heap.message_of(source, board.offset, out.nbytes))
             end_copy(board, out)
         message.end_pull()
         return Work(partial(here.wait_stream, beside))
@@ -479,6 +491,10 @@ def pull_later(transport: PeerTransport, message: Posted, out: Tensor, first: in
 
 def _copy_beside(transport: PeerTransport, message: Posted, out: Tensor, source: int) -> Work:
     return transport.bring_beside(message, out, source)
+
+
+def _nothing() -> None:
+    """Nothing is awaited."""
 
 
 def _as_bytes(x: Tensor) -> Tensor:

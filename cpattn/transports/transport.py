@@ -198,6 +198,17 @@ class Transport(ABC):
         """
         return None
 
+    def prepare_rows_to(self, out: Tensor, x: Tensor, by: int, sent: int, received: int) -> Transfer | None:
+        """A :meth:`shift` of as many rows as each rank has for the one that comes ``by`` ranks later; None where this transport has none.
+
+        Args:
+            out: ``[received, ...]``, from the rank that comes as many before.
+            x: ``[n, ...]``, of which the first ``sent`` rows go; n is the same on every rank.
+        """
+        to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
+        many_in, many_out = ([rows * (rank == other) for rank in range(self.size)] for rows, other in ((received, source), (sent, to)))
+        return self.prepare_uneven_all_to_all(out, x[:sent], many_in, many_out)
+
     def prepare_reduce_scatter(self, out: Tensor, x: Tensor, scratch: str = "reduce_scatter") -> Transfer:
         """A :meth:`reduce_scatter` of these two, to be started any number of times, and NaN for the others where this rank
         fails to make ``x``.

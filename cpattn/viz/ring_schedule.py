@@ -2,7 +2,7 @@
 
 Computing takes time in proportion to query-key pairs, the same on every rank. A transfer begins when both its ends are
 ready and takes the same time at every hop, since messages are of one size. A rank goes on to the next hop when it has
-computed this one, has sent its message on and has received the next: what :mod:`cpattn.exchange.ring` does.
+computed this one, has sent its message on and has received the next: what :mod:`cpattn.exchange.ring` does where all keys go around.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError
-from cpattn.exchange.ring import RING
-from cpattn.exchange.schedule import hop_pairs
+from cpattn.exchange.ring import prefix_hop, shard_hop
+from cpattn.exchange.schedule import hop_pairs, sends
 from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
 
@@ -100,7 +100,8 @@ def _pairs_by_hop(plan: Plan) -> list[IntArray]:
     """``[cp_size]`` what each rank computes in each hop of a ring; prefixes that lie on every rank, in the first."""
     problem = Problem(torch.device("cpu"), torch.bfloat16, rows=plan.rows, q_heads=1, kv_heads=1, head_dim=1, v_head_dim=1)
     before, pairs = np.zeros(plan.cp_size, dtype=np.int64), []
-    for hop in RING.schedule(problem, plan):
+    nothing = sends(problem, plan, 0)
+    for hop in (*prefix_hop(problem, plan), *(shard_hop(problem, plan, 0, keys, nothing) for keys in range(plan.cp_size))):
         if hop.keys == "prefix":
             before = hop_pairs(plan, hop)
         else:

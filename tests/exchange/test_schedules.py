@@ -82,6 +82,12 @@ def launches_of(strategy: str, plan: cpattn.Plan, rank: int, window: int | None,
     return launches
 
 
+def has_fewer_queries(schedule: Schedule, results: int) -> bool:
+    """Whether fewer results than the schedule has are those of a rank to which no query comes, in some hop or at all."""
+    of_others = sum(hop.results for hop in schedule if hop.queries != 0)
+    return num_results(schedule) - of_others <= results < num_results(schedule)
+
+
 @pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q", "pass_q_ring"])
 @given(
     batch=non_empty_batches(),
@@ -99,7 +105,7 @@ def test_launches_are_as_many_and_of_the_alignment_that_the_schedule_says(
         launches = launches_of(strategy, plan, rank, window)
         # One launch over the queries of all others gives a result to each of them.
         results = sum(cp_size - 1 if strategy == "pass_q" and launch.q is not None else 1 for launch in launches)
-        assert results == num_results(schedule)
+        assert results == num_results(schedule) or (strategy.startswith("pass_q") and has_fewer_queries(schedule, results))
         for q, keys, spans, _ in launches:
             assert spans.alignment in alignments(schedule)
             host = spans.host
