@@ -154,7 +154,10 @@ def layer_lines() -> Iterator[Line]:
 
 
 def serving_lines() -> Iterator[Line]:
+    """But for a ring in which all shards went around where now those alone travel that are needed."""
     for row in table("serving_gpu"):
+        if (row["batch"].partition(":")[0], row["cache"], row["strategy"]) == ("mixed", "sharded", "ring"):
+            continue
         batch, sharded = row["batch"].partition(": ")[2], row["cache"] == "sharded"
         alone = row["strategy"] == "one rank"
         way = Way(batch, 1 if alone else 4, "all_gather" if alone else row["strategy"], "no transfer", "triton", sharded, 64)

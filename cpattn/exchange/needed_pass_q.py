@@ -106,16 +106,16 @@ class _Hop(NamedTuple):
 class NeededPassQRing(NamedTuple):
     """
     Attributes:
-        own: this rank's queries, of which some go out.
+        own: this rank's queries, of which some go out; None where none do, on no rank.
         numbers: in turn; returned: memory for one rank's results.
     """
 
     transfers: tuple[Transfer, ...]
     held: Held
-    own: Tensor
     hops: tuple[_Hop, ...]
-    numbers: Tensor
-    returned: ReturnedRows
+    own: Tensor | None
+    numbers: Tensor | None
+    returned: ReturnedRows | None
     moves: Moves
 
     @classmethod
@@ -123,6 +123,9 @@ class NeededPassQRing(NamedTuple):
         """None where the transport cannot send such messages."""
         problem, meta, transport = setup.problem, setup.meta, setup.transport
         size, rank, between = transport.size, meta.cp_rank, travels.between
+        moves = moves_for(problem.device)
+        if not travels.hops:
+            return cls((), held, (), None, None, None, moves)
         table = QueryTables.of(meta, problem.window, between)
         outgoing = torch.split(table.outgoing, list(table.sent))
         ranks = np.arange(size)
@@ -150,14 +153,14 @@ class NeededPassQRing(NamedTuple):
             hops.append(_Hop(message, outgoing[owner], queries, spans, sent[:many_in], received))
         # In each hop the queries of the next one set out before the results of this one go back.
         in_turn = [transfer for pair in zip(there[1:], back, strict=False) for transfer in pair]
-        own = buffer("queries", problem.rows if hops else 0, problem.head_dim, problem.dtype)
-        returned, moves = ReturnedRows.of(setup, "results of an owner", 1 if hops else 0), moves_for(problem.device)
-        return cls((*there[:1], *in_turn, *back[-1:]), held, own, tuple(hops), table.numbers, returned, moves)
+        own = buffer("queries", problem.rows, problem.head_dim, problem.dtype)
+        returned = ReturnedRows.of(setup, "results of an owner", 1)
+        return cls((there[0], *in_turn, back[-1]), held, tuple(hops), own, table.numbers, returned, moves)
 
     def forward(self, io: IO, attend: Attend) -> None:
         """Makes one call."""
         keys = self.held.keys.keys(io)
-        if self.hops:
+        if self.own is not None:
             self.own.copy_(io.q)
         arriving = self._send(io, 0)
         self.held.attend(keys, io, attend)
@@ -180,6 +183,7 @@ class NeededPassQRing(NamedTuple):
             return None
         message, rows, *_ = self.hops[number]
         if len(rows):
+            assert self.own is not None  # of which they are
             self.moves.gather_rows(message[: len(rows)], self.own, rows)
         return io.start()
 
@@ -187,5 +191,7 @@ class NeededPassQRing(NamedTuple):
         """The results of a hop."""
         returning.wait()
         if len(hop.rows):
+            assert self.returned is not None
+            assert self.numbers is not None  # as some queries go out
             self.moves.gather_rows(self.returned.flat, hop.received, self.numbers[: len(hop.rows)], hop.rows)
             attend.merge(*self.returned.partials)

@@ -53,7 +53,7 @@ def shard_hop(problem: Problem, plan: Layout, queries: int, keys: int, sent: Int
     """Over the shard of one rank; with a window it may take several launches."""
     own = queries == keys
     alignment: Alignment = "any" if problem.window is not None else "bottom_right" if own else "full"
-    return Hop(queries, keys, alignment, launches_per_shard(plan, problem.window), sent)
+    return Hop(queries, keys, alignment, launches_per_shard(plan, problem.window, problem.fixed), sent)
 
 
 class _Ring(NamedTuple):

@@ -90,11 +90,9 @@ def shard_spans(meta: CPMetadata, window: int | None) -> list[list[Spans]]:
 
     def build() -> list[list[Spans]]:
         tables = [
-            _own_table(meta, ranges)
-            for owner in range(meta.plan.cp_size)
-            for ranges in _shard_ranges(meta.plan, meta.cp_rank, owner, window)
+            _own_table(meta, ranges) for owner in range(meta.plan.cp_size) for ranges in _shard_ranges(meta, meta.cp_rank, owner, window)
         ]
-        return _by_launch(_build(meta, tables, paged=False), launches_per_shard(meta.plan, window))
+        return _by_launch(_build(meta, tables, paged=False), _launches(meta, window))
 
     return meta.derive(("shard spans", window), build)
 
@@ -103,7 +101,7 @@ def needed_shard_spans(meta: CPMetadata, window: int | None, owner: int) -> list
     """This rank's queries over those rows of another rank's shard that they see, ``[launch]``: they lie one after another."""
 
     def build() -> list[Spans]:
-        ranges = _shard_ranges(meta.plan, meta.cp_rank, owner, window, needed=True)
+        ranges = _shard_ranges(meta, meta.cp_rank, owner, window, needed=True)
         return _build(meta, [_own_table(meta, launch) for launch in ranges], paged=False)
 
     return meta.derive(("needed shard spans", window, owner), build)
@@ -116,9 +114,9 @@ def source_spans(meta: CPMetadata, window: int | None, paged: bool) -> list[list
         tables = [
             _table(meta, source, ranges)
             for source in range(meta.plan.cp_size)
-            for ranges in _shard_ranges(meta.plan, source, meta.cp_rank, window)
+            for ranges in _shard_ranges(meta, source, meta.cp_rank, window)
         ]
-        return _by_launch(_build(meta, tables, paged), launches_per_shard(meta.plan, window))
+        return _by_launch(_build(meta, tables, paged), _launches(meta, window))
 
     return meta.derive(("source spans", window, paged), build)
 
@@ -129,10 +127,10 @@ def needed_source_spans(meta: CPMetadata, window: int | None, sources: Sequence[
     def build() -> list[Spans]:
         many = queries_that_see(meta.plan, window, meta.cp_rank)
         tables = []
-        for launch in range(launches_per_shard(meta.plan, window)):
+        for launch in range(_launches(meta, window)):
             parts = []
             for source in sources:
-                chunks, ranges = chunk_tables(meta.plan, source), _shard_ranges(meta.plan, source, meta.cp_rank, window)[launch]
+                chunks, ranges = chunk_tables(meta.plan, source), _shard_ranges(meta, source, meta.cp_rank, window)[launch]
                 q_len = many[chunks.entry]
                 columns = (q_len, ranges.k_start, ranges.k_len, ranges.diagonal, chunks.request)
                 q_len, k_start, k_len, diagonal, request = (column[q_len > 0] for column in columns)
@@ -149,10 +147,10 @@ def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> 
 
     def build() -> list[Spans]:
         tables = []
-        for launch in range(launches_per_shard(meta.plan, window)):
+        for launch in range(_launches(meta, window)):
             parts = []
             for source in range(meta.plan.cp_size):
-                ranges = _shard_ranges(meta.plan, source, meta.cp_rank, window)[launch]
+                ranges = _shard_ranges(meta, source, meta.cp_rank, window)[launch]
                 if source == meta.cp_rank:
                     ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len), alignment="full" if window is None else "any")
                 parts.append(_table(meta, source, ranges))
@@ -300,13 +298,18 @@ def _cached_ranges(meta: CPMetadata, chunks: ChunkTables) -> KeyRanges:
     return KeyRanges(exclusive_cumsum(cached)[chunks.request], k_len, k_len, "full")
 
 
-def launches_per_shard(plan: Layout, window: int | None) -> int:
-    """How many launches one shard takes."""
-    return 1 if window is None else plan.most_chunks
+def launches_per_shard(plan: Layout, window: int | None, fixed: bool) -> int:
+    """How many launches one shard takes; where a bucket's batch may be followed by another's, one of any partition that may follow."""
+    return 1 if window is None else plan.chunks_of_share(fixed)
 
 
-def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None, needed: bool = False) -> list[KeyRanges]:
+def _launches(meta: CPMetadata, window: int | None) -> int:
+    return launches_per_shard(meta.plan, window, meta.bucket is not None)
+
+
+def _shard_ranges(meta: CPMetadata, source: int, owner: int, window: int | None, needed: bool = False) -> list[KeyRanges]:
     """The queries of ``source`` over the shard of ``owner``, for each launch; with ``needed`` over the rows of it that they see."""
+    plan: Layout = meta.plan
     chunks, keys = chunk_tables(plan, source), chunk_tables(plan, owner)
     cached, extends = plan.shard_lens[:, owner], plan.rank_extends[:, owner]
     key_rows = plan.chunk_rows.take(keys.entry)
@@ -333,7 +336,7 @@ def _shard_ranges(plan: Layout, source: int, owner: int, window: int | None, nee
     columns[:, :count] = keys.entry, keys.start, keys.q_len, key_rows - first_new[keys.request]
     bounds = keys.request.searchsorted(np.arange(len(plan.batch) + 1))
     launches = []
-    for nth in range(plan.most_chunks):
+    for nth in range(_launches(meta, window)):
         nth_of_request = bounds[:-1] + nth
         key = np.where(nth_of_request < bounds[1:], nth_of_request, count)[chunks.request]
         k_len = np.where(entry[key] <= chunks.entry, q_len[key], 0)

@@ -127,7 +127,7 @@ class CPMetadata:
             of_chunks = _padded(of_chunks, self.bucket.max_chunks)
             most = self.bucket.max_chunks
             if not plan.is_callers:
-                most = min(most, self.bucket.max_requests * plan.most_chunks)
+                most = min(most, self.bucket.max_requests * plan.chunks_of_share(fixed=True))
             of_gathered = _padded(of_gathered, plan.cp_size * most)
             of_requests = _padded(of_requests, self.bucket.max_requests)
             cu_seqlens_q = np.pad(cu_seqlens_q, (0, self.bucket.max_chunks + 1 - len(cu_seqlens_q)), mode="edge")
@@ -149,6 +149,32 @@ class CPMetadata:
                 on every rank. Or a graph that was captured with this metadata cannot compute it.
         """
         plan: Any = other.plan if isinstance(other, CPMetadata) else other
+        self._check_next(plan)
+        self._work_out(plan)
+        self._tables.copy_(self._host)
+        for build, derived in self._derived.values():
+            assert build is not None  # there is a bucket
+            _refill(derived, build())
+
+    def why_not(self, other: Layout | CPMetadata) -> str | None:
+        """Why :meth:`copy_` could not put another batch into this bucket, or None where it could; the same on every rank.
+
+        >>> import cpattn
+        >>> bucket = cpattn.Bucket(max_requests=8, max_rows=16, max_chunks=16)
+        >>> meta = cpattn.build_metadata([(0, 20)], cp_size=2, cp_rank=0, bucket=bucket)
+        >>> meta.why_not(cpattn.plan([(0, 9), (4, 6)], cp_size=2, partition="whole")) is None
+        True
+        >>> meta.why_not(cpattn.plan([(0, 40)], cp_size=2)).partition(";")[0]
+        'the plan does not fit the bucket: max_rows is 16, the plan needs 20'
+        """
+        try:
+            self._check_next(other.plan if isinstance(other, CPMetadata) else other)
+        except PlanError as error:
+            return str(error)
+        return None
+
+    def _check_next(self, plan: Any) -> None:
+        """Raises PlanError for what cannot be put into this bucket."""
         if not isinstance(plan, Layout):
             raise PlanError(f"copy_ got a {type(plan).__name__}; pass the Plan of the next batch, or any rank's CPMetadata of it")
         if self.bucket is None:
@@ -161,11 +187,6 @@ class CPMetadata:
         self.bucket.check(plan)
         for check in self._checks:
             check(plan)
-        self._work_out(plan)
-        self._tables.copy_(self._host)
-        for build, derived in self._derived.values():
-            assert build is not None  # there is a bucket
-            _refill(derived, build())
 
     def on_copy(self, check: Callable[[Any], None]) -> None:
         """Has :meth:`copy_` call ``check`` with each plan from now on, before anything changes; it raises PlanError for a plan that

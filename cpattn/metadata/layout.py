@@ -129,10 +129,9 @@ class Layout:
         return self.partition if isinstance(self.partition, str) else "a caller's"
 
     def may_follow(self, other: Layout) -> bool:
-        """Whether it may take the other's place in a bucket, as far as partitions go: a rank has at most as many chunks of a request."""
-        if self.is_callers or other.is_callers:
-            return self.kind == other.kind
-        return self.most_chunks == other.most_chunks
+        """Whether it may take the other's place in a bucket, as far as partitions go: those that have names may follow each other, and so
+        may callers', of which nothing is known in advance."""
+        return self.is_callers == other.is_callers
 
     @cached_property
     def num_tokens(self) -> int:
@@ -233,6 +232,10 @@ class Layout:
         if isinstance(self.partition, str):
             return MOST_CHUNKS[self.partition]
         return most_of_a_share(self.chunk_table, self.cp_size)
+
+    def chunks_of_share(self, fixed: bool) -> int:
+        """:attr:`most_chunks`, or, where its place in a bucket is ``fixed``, of whatever may follow it there."""
+        return max(MOST_CHUNKS.values()) if fixed and not self.is_callers else self.most_chunks
 
     @cached_property
     def memo(self) -> Memo[Hashable, Any]:

@@ -38,14 +38,19 @@ class Plan(Layout):
     notebook shows a plan as a table and a picture.
     """
 
-    def fits(self, bucket: Bucket) -> bool:
-        """Whether the metadata of every rank fit into a bucket; the answer is the same on every rank.
+    def fits(self, bucket: Bucket | CPMetadata) -> bool:
+        """Whether the metadata of every rank fit into a bucket; or whether this batch can be put into metadata that have one, and graphs
+        that were captured with them can be replayed over it. The answer is the same on every rank; ``bucket.why_not(plan)`` says why not.
 
         >>> import cpattn
-        >>> cpattn.plan([(0, 10)], cp_size=2).fits(cpattn.Bucket(max_requests=4, max_rows=8, max_chunks=8))
+        >>> bucket = cpattn.Bucket(max_requests=4, max_rows=8, max_chunks=8)
+        >>> cpattn.plan([(0, 10)], cp_size=2).fits(bucket)
         True
+        >>> bucket.why_not(cpattn.plan([(0, 20)], cp_size=2))
+        'max_rows is 8, the plan needs 10'
         """
-        _check_bucket(bucket)
+        if not isinstance(bucket, CPMetadata):
+            _check_bucket(bucket)
         return bucket.why_not(self) is None
 
     @leaves_graph

@@ -55,8 +55,6 @@ FURTHER_OFF = {
     ("scaling_4_gpus_all", "1 x 32k over 4", "pass_q, collectives, triton"): (1.05, 1.15),
     ("scaling_4_gpus_all", "1 x 32k over 4", "pass_q_ring, peer_memory, triton"): (0.85, 0.95),
     ("scaling_4_gpus_all", "1 x 32k over 4", "pass_q_ring, collectives, triton"): (1.1, 1.2),
-    # The graph takes longer than the eager call there, which the model cannot know.
-    ("serving_gpu", "mixed: 128 x (8k + 1), 30k + 1,920", "sharded ring"): (0.7, 0.9),
 }
 
 

@@ -66,6 +66,16 @@ def test_only_keys_that_are_needed_travel_over_nccl(ranks: ProcessRanks, backend
         case.check(attend(ranks, case, plan, "all_gather", backend), plan, "all_gather", backend)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
+@pytest.mark.parametrize("cache", ["packed", "sharded"])
+def test_rings_and_pass_q_send_what_is_needed_over_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None:
+    """Of the one batch something, of the other nothing, but for a cache that lies anywhere."""
+    for batch in ([(9, 1500), *[(9, 400)] * 9], [(7, 64)] * 8):
+        case = AttentionCase(batch, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16)
+        plan = case.plan(ranks.size, partition="whole")
+        case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_graphs_bring_the_rest_into_pages(ranks: ProcessRanks, window: int | None) -> None:
     for bucket in (False, True):

@@ -64,6 +64,21 @@ def test_only_rows_that_are_needed_are_read(ranks: ProcessRanks, window: int | N
     compare(ranks, cases, "all_gather", "whole")
 
 
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_rings_and_pass_q_read_what_is_needed(ranks: ProcessRanks, strategy: str, window: int | None) -> None:
+    """One rank more than another, some nothing, and of the last batch nobody anything."""
+    batches = [[(9, 1500), *[(9, 400)] * 9], [(0, 40), (0, 333), (8, 900), (0, 700)], [(7, 64)] * 8]
+    cases = [replace(case_of(batch, "packed"), window=window) for batch in batches]
+    compare(ranks, cases, strategy, "whole")
+
+
+@pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
+def test_a_graph_replays_what_is_needed_of_whole_requests(ranks: ProcessRanks, strategy: str) -> None:
+    for differences in ranks.run(programs.replay, strategy, 3, 8, "whole"):
+        assert differences == [0.0] * 8
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_graphs_bring_the_rest_into_pages(ranks: ProcessRanks, window: int | None) -> None:
     """Of a batch each, and one of a bucket that replays zigzag, whole and mixed batches, in which reads are exact, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from hypothesis import given, settings
+from own_partitions import OwnPartition
 from strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def random_cases(cp_size: int, cache: str, count: int, seed: int, **options: Any
             seed=seed + len(cases),
             **options,
         )
-        plan = case.plan(cp_size, pad_to=int(rng.choice([1, 4])))
+        plan = case.plan(cp_size, pad_to=int(rng.choice([1, 4])), partition=["zigzag", "whole", "uncut", "contiguous"][len(cases) % 4])
         if plan.fits(BUCKET):
             cases.append(case)
             plans.append(plan)
@@ -191,7 +193,7 @@ def test_a_bucket_s_metadata_as_an_engine_sees_them() -> None:
     ("other", "message"),
     [
         (cpattn.plan([(0, 4)], 3), "the plan has cp_size=3, this metadata 2; a graph cannot be replayed over another layout"),
-        (cpattn.plan([(0, 4)], 2, partition="contiguous"), "the plan has partition='contiguous', this metadata 'zigzag'"),
+        (cpattn.plan([(0, 4)], 2, partition=OwnPartition(0)), "the plan has partition=\"a caller's\", this metadata 'zigzag'"),
         (cpattn.plan([(4, 4)], 2, prefix_shards=[(2, 2)]), "the plan has sharded=True, this metadata False"),
         (cpattn.plan([(0, 100)], 2), "max_rows is 40, the plan needs 50; max_seqlen is 90, the plan needs 100; ask plan.fits"),
         (cpattn.plan([(0, 1)] * 6, 2), "max_requests is 5, the plan needs 6"),
@@ -207,6 +209,9 @@ def test_a_batch_that_can_not_be_copied_in_changes_nothing(other: cpattn.Plan, m
         assert meta.gathered_places
         with pytest.raises(cpattn.PlanError, match=message):
             meta.copy_(other)
+        assert re.search(message, meta.why_not(other) or "")
+        assert not other.fits(meta)
+        assert plan.fits(meta)
         fresh = plan.metadata(rank, bucket=BUCKET)
         assert fresh.gathered_places
         assert_same_tables(meta, fresh)
