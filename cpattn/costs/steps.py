@@ -166,10 +166,7 @@ def all_gather(choice: Choice) -> Tally:
         tally.gather(received, seconds if group or comes_late else 0.0, comes_late=comes_late)
         if group and received and choice.link.hides_gather:
             tally.exposed -= min(choice.link.latency, seconds)
-        rest = max(traveling.rest, int(traveling.rest_sent.max())) * problem.key_bytes // groups
-        tally.gather(rest, seconds)
-        if rest and choice.link.hides_gather:
-            tally.exposed -= min(choice.link.latency, seconds)
+        _rest_into_pages(tally, traveling, seconds)
         if groups > 1:
             # Into some heads of the result: a copy with strides, at half the speed.
             tally.move(4 * _outputs(choice) * problem.dtype.itemsize // groups)
@@ -222,6 +219,24 @@ def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) 
     if traveling.what == "needed":
         tally.move_rows(int(traveling.sent.max()), groups)
     tally.move_rows(new, groups)
+
+
+def _rest_into_pages(tally: Tally, traveling: Traveling, seconds: float) -> None:
+    """What pages that every rank holds whole get beside or after an attention of so many seconds."""
+    choice = tally.choice
+    if not traveling.rest:
+        return
+    # Each rank receives all that others have, and sends as much: what it has less of before comes now.
+    everything = choice.plan.num_tokens - min(choice.plan.rank_tokens)
+    rows = max(0, everything - max(traveling.needed, int(traveling.sent.max())))
+    tally.gather(rows * choice.problem.key_bytes // choice.problem.overlap, seconds)
+    latency = choice.link.latency
+    if choice.link.hides_gather:
+        tally.exposed -= min(latency, seconds)
+    elif traveling.what == "needed":
+        # It is read again, and nobody is waited for.
+        tally.exposed -= latency
+        tally.transfer -= latency
 
 
 def _collect_into_pages(tally: Tally, traveling: Traveling) -> None:
