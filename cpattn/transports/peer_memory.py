@@ -314,7 +314,7 @@ class PeerTransport(PairwiseTransport):
         if not self._takes(x.nbytes):
             return super().prepare_rows_to(out, x, by, sent, received)
         shift = super().prepare_shift(out, x, by)
-        moved = self._through_heap(shift, x, partial(_copy_beside, out=out, source=(self.rank - by) % self.size))
+        moved = self._through_heap(shift, x, self._bring_one(out, (self.rank - by) % self.size))
         moved.arguments[0].otherwise = None
         return moved._replace(nbytes=x[:sent].nbytes)
 

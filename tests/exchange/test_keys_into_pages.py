@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -127,6 +128,30 @@ def test_a_rank_that_needs_nothing_attends_while_others_have_not_come() -> None:
         return case.on_rank(plan, group.rank, group, "all_gather", replace(reference.BACKEND, attend=cast("AttentionFunction", note)))
 
     case.check(run_loopback(program, 3, timeout=30), plan, "all_gather", "reference")
+
+
+@pytest.mark.parametrize("batch", [WHOLE, MIXED], ids=["whole", "mixed"])
+def test_others_get_the_rest_of_a_rank_whose_kernel_raises(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has sent it by then; and the next call works on all."""
+    monkeypatch.setattr(needed_keys, "MOST_NEEDED", 1.0)
+    case = AttentionCase(batch, cache="paged", page_size=5)
+    plan = case.plan(3, partition="whole")
+
+    def fails(*arguments: Any) -> tuple[Tensor, Tensor]:
+        raise MemoryError("no memory for this launch")
+
+    def program(group: cpattn.Transport) -> Any:
+        backend: Any = replace(reference.BACKEND, attend=cast("AttentionFunction", fails)) if group.rank == 1 else "reference"
+        with pytest.raises(MemoryError) if group.rank == 1 else nullcontext():
+            # Its pages are looked at.
+            case.on_rank(plan, group.rank, group, "all_gather", backend)
+        if group.rank == 1:
+            # The others bring their results together, and its.
+            for shape in ((16,), ()):
+                cpattn.unshard(torch.zeros(plan.rows, case.heads, *shape), plan.metadata(1), group=group)
+        return case.on_rank(plan, group.rank, group, "all_gather", "reference", check=True)
+
+    case.check(run_loopback(program, 3, timeout=20), plan, "all_gather", "reference")
 
 
 @pytest.mark.parametrize("window", [None, 12])
