@@ -314,7 +314,9 @@ class PeerTransport(PairwiseTransport):
         if not self._takes(x.nbytes):
             return super().prepare_rows_to(out, x, by, sent, received)
         shift = super().prepare_shift(out, x, by)
-        moved = self._through_heap(shift, x, self._bring_one(out, (self.rank - by) % self.size))
+        # That nothing is read is said as the call ends.
+        bring = self._bring_one(out, (self.rank - by) % self.size) if received else partial(_bring_nothing, out=out)
+        moved = self._through_heap(shift, x, bring)
         moved.arguments[0].otherwise = None
         return moved._replace(nbytes=x[:sent].nbytes)
 
@@ -333,9 +335,6 @@ class PeerTransport(PairwiseTransport):
 
     def bring_beside(self, message: Posted, out: Tensor, source: int) -> Work:
         """Copies another rank's message on a stream of its own, while this stream goes on, as far as ``out`` has room for it."""
-        if not out.numel():
-            # That it is not read is said as the call ends.
-            return Work(_nothing)
         from cpattn.moves.peer_moves import await_messages, end_copy
 
         heap, board = self._heap, message.begin_pull()
@@ -493,8 +492,8 @@ def _copy_beside(transport: PeerTransport, message: Posted, out: Tensor, source:
     return transport.bring_beside(message, out, source)
 
 
-def _nothing() -> None:
-    """Nothing is awaited."""
+def _bring_nothing(transport: PeerTransport, message: Posted, out: Tensor) -> Work:
+    return Work(lambda: None)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

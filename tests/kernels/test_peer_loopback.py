@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 
 import cpattn
+from cpattn.metadata import needed_keys
 from cpattn.testing import run_loopback
 
 pytest.importorskip("triton")
@@ -62,6 +64,45 @@ def test_bits_are_those_of_copies(strategy: str, cache: str, device: str) -> Non
         return same
 
     assert run_loopback(program, 3) == [[True] * 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache"),
+    [("all_gather", "packed"), ("all_gather", "paged"), ("ring", "packed"), ("pass_q", "packed"), ("pass_q_ring", "packed")],
+)
+def test_no_more_than_is_needed_is_read(strategy: str, cache: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And counts as sent what counts over copies. Of a rank nobody may need anything, in some hops or in any, and it may need nothing;
+    pages get the rest, and are looked at. Twice over, in the same memory."""
+    monkeypatch.setattr(needed_keys, "MOST_NEEDED", 1.0)
+    # The first request is of ranks 0 and 1; each of the last ones is of one rank.
+    batches = [[(3, 8), (0, 3), (2, 1)], [(2, 3)] * 3]
+    owners = [([0, 0, 1, 2], [0, 5, 0, 0], [5, 3, 3, 1], [0, 1, 2, 2]), ([0, 1, 2], [0] * 3, [3] * 3, [0, 1, 2])]
+
+    def program(group: cpattn.Transport) -> list[bool]:
+        same = []
+        for batch, (request, start, length, rank) in zip(batches, owners, strict=True):
+            case = case_of(batch, device, cache)
+            chunks = cpattn.Chunks(*(np.array(column) for column in (request, start, length, rank)))
+            plan = case.plan(3, partition=lambda *_, chunks=chunks: chunks)
+            results, sent = [], []
+            for transport in (peers_of(group), group, peers_of(group)):
+                meta = plan.metadata(group.rank, device)
+                q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+                pages, before = case.pages(plan, group.rank), transport.bytes_sent
+                kv_cache = case.prefix if cache == "packed" else pages.cache
+                results.append(
+                    cpattn.cp_attention(
+                        q, k, v, meta, group=transport, kv_cache=kv_cache, strategy=strategy, backend=backend_on(device), return_lse=True
+                    )
+                )
+                sent.append(transport.bytes_sent - before)
+                if cache == "paged":
+                    pages.check_written()
+            same += [torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True)]
+            same.append(sent == [sent[0]] * 3)
+        return same
+
+    assert run_loopback(program, 3, timeout=30) == [[True] * 10] * 3
 
 
 @pytest.mark.parametrize("line", [0, 150])
