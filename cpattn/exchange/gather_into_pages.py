@@ -89,9 +89,10 @@ class GatherIntoPages(NamedTuple):
     def forward(self, io: IO, attend: Attend) -> None:
         """Makes one call."""
         assert isinstance(io.cache, PagedKV)
+        before = []
         for rows, (kv_heads, _) in zip(self.rows, self.groups, strict=True):
             rows.put(heads_of(io.k, kv_heads), heads_of(io.v, kv_heads), self.num_tokens)
-        before = [_start(io, rows.before) for rows in self.rows]
+            before.append(_start(io, rows.before))
         after = [_start(io, rows.after) for rows in self.rows]
         if self.holes is not None:
             self.holes.fill(io.cache)
