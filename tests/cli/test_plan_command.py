@@ -14,6 +14,7 @@ import cpattn
 from cpattn import Communicator
 from cpattn.cli.main import main
 from cpattn.cli.traffic import Shape, in_words, strategy_bytes
+from cpattn.metadata.needed_keys import lacking_rows
 from cpattn.testing import run_loopback
 
 BATCH = [(0, 60), (33, 5), (4, 0)]
@@ -70,7 +71,9 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         row = next(line for line in text.splitlines() if re.match(rf"{rank} +\d", line))
         assert row.split()[1:4] == [f"{plan.rank_tokens[rank]:,}", f"{plan.rows - plan.rank_tokens[rank]}", f"{plan.rank_pairs[rank]:,}"]
     assert "8 query and 1 key/value heads of 128, float32" in text
-    assert f"{3 * 24 * 1 * 256 * 4:,}" in text
+    # What the rank sends that sends the most, of rows that others see.
+    most = lacking_rows(plan, None).sent.max()
+    assert re.search(rf"ring +keys and values +{most * 1 * 256 * 4:,} ", text)
     assert "keys of an all_gather: a rank receives those that its queries see, at most 48.0 KiB of 72.0 KiB" in text
     assert "partition: zigzag; 'auto' takes whole\n(a layer's attention on h100-nvlink is estimated at " in text
     assert max(map(len, text.splitlines())) <= 100
