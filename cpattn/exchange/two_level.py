@@ -103,7 +103,9 @@ def _made(within: int) -> TwoLevel:
 
 def _has_levels(within: int, problem: Problem, plan: Layout) -> bool:
     """Whether anything travels, over more than one host of more than one rank."""
-    return 1 < within < plan.cp_size and traveling_keys(problem, plan).what != "nothing"
+    travels = traveling_keys(problem, plan)
+    # Pages that every rank holds whole want what no query sees, too.
+    return 1 < within < plan.cp_size and bool(travels.what != "nothing" or travels.rest)
 
 
 def _schedule(within: int, problem: Problem, plan: Layout) -> Schedule:

@@ -130,7 +130,11 @@ def count_received(monkeypatch: pytest.MonkeyPatch, received: Counter[int]) -> N
 
 @pytest.mark.parametrize("strategy", cpattn.STRATEGIES)
 def test_where_more_travels_it_is_said(strategy: str) -> None:
-    """All that by design does not send what is needed alone says so, in the words that are listed here."""
+    """All that by design does not send what is needed alone says so, in the words that are listed here. Where heads are divided each
+    rank has the keys of all others for its heads."""
+    if strategy not in EXPLAIN:
+        assert strategy == "ulysses"
+        return
     case = AttentionCase([(0, 64)])
     zigzag = cpattn.plan(case.batch, 4)
     said = {EXPLAIN[strategy](case.problem(zigzag), zigzag)}
