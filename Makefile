@@ -2,19 +2,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIST_VENV := .venv-dist
+ENGINES := .venv-engines
 
-.PHONY: help demo test test-gpu fuzz faults sanitize lint dist clean
+.PHONY: help demo test test-gpu test-engines fuzz faults sanitize lint dist clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
+	@echo "make test-engines  engines that are not ours, over cpattn: every token as without it"
 	@echo "make fuzz MINUTES=5   random batches against the oracle, with and without faults in their midst"
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
 	@echo "make dist   build sdist and wheel, check them, and run the README's code with the wheel alone"
-	@echo "make clean  remove $(VENV), $(DIST_VENV) and dist"
+	@echo "make clean  remove $(VENV), $(DIST_VENV), $(ENGINES) and dist"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +40,14 @@ PYTEST_JOBS ?= -n auto --dist worksteal
 GPU_TESTS ?= tests/gpu tests/kernels
 test-gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest $(PYTEST_JOBS) $(GPU_TESTS)
+
+# Their wheels lie in a folder of their own, without what they depend on. Python 3.12 at most: nano-vllm's takes no newer one.
+$(ENGINES)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ENGINES) nano-vllm-fork==20260210 xxhash==4.1.0
+	@touch $@
+
+test-engines: $(ENGINES)/.installed
+	PYTHONPATH=.:$(ENGINES) $(BIN)/python -m pytest tests/test_nano_vllm.py
 
 MINUTES ?= 5
 fuzz: $(VENV)/.installed
@@ -79,4 +89,4 @@ dist:
 	cd $(DIST_VENV) && wheel/bin/python -I readme.py
 
 clean:
-	rm -rf $(VENV) $(DIST_VENV) dist
+	rm -rf $(VENV) $(DIST_VENV) $(ENGINES) dist
