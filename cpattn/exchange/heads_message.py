@@ -156,7 +156,8 @@ class HeadsBack(NamedTuple):
     def put(self, out: Tensor, lse: Tensor) -> None:
         """Fills the message with the results of all rows in the order of the batch: ``[R, heads, Dv]``, and fp32 ``[R, heads]``."""
         self.moves.gather_rows(self.out, out.flatten(1), self.back)
-        self.moves.gather_rows(self.lse, lse, self.back)
+        # Some kernels give it head after head.
+        self.moves.gather_rows(self.lse, lse.contiguous(), self.back)
 
     def take(self, out: Tensor, lse: Tensor) -> None:
         """What has come, to ``[n, Hq, Dv]`` and ``[n, Hq]``."""
