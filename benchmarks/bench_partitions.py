@@ -115,21 +115,19 @@ def measure(path: Path, num_ranks: int, names: list[str], variants: dict[str, Va
 
 
 def draw(path: Path, ranks: int) -> None:
-    """Time over the length of requests, as graphs: of each partition, and on one GPU. Needs matplotlib."""
+    """How many times as fast as one GPU each partition is, over the length of requests. Needs matplotlib."""
     from gpu_report import draw_lines
 
     lines = read(path)
     curves: dict[str, dict[int, float]] = {}
     for name, length in LENGTHS.items():
-        times = {partition: [line for line in lines if (line.batch, line.variant) == (name, _name(partition))] for partition in PARTITIONS}
-        for partition, found in times.items():
-            if found and (time_of := found[0].median("graph")) is not None:
-                curves.setdefault(partition, {})[length] = time_of / 1e3
         alone = best(lines, name, "one GPU", "graph")
-        if alone is not None:
-            curves.setdefault("one GPU", {})[length] = alone[1] / 1e3
-    title = f"A layer's attention over {TOKENS // 1024}k tokens in requests of one length, {ranks} GPUs"
-    draw_lines(path.with_suffix(".png"), title, ("tokens of a request", "ms, as a CUDA graph"), curves)
+        for partition in PARTITIONS:
+            found = [line for line in lines if (line.batch, line.variant) == (name, _name(partition))]
+            if alone is not None and found and (time_of := found[0].median("graph")) is not None:
+                curves.setdefault(partition, {})[length] = alone[1] / time_of
+    title = f"A layer's attention over {TOKENS // 1024}k tokens in requests of one length, {ranks} GPUs, as a CUDA graph"
+    draw_lines(path.with_suffix(".png"), title, ("tokens of a request", "times as fast as one GPU"), curves)
 
 
 def check(num_ranks: int) -> None:

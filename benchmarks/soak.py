@@ -220,6 +220,9 @@ class Watch:
                 seen[name] = max(seen[name], size)
 
     def grown(self) -> dict[str, str]:
+        """Nothing where there was no time to warm up in."""
+        if not self.first:
+            return {}
         return {
             name: f"{self.first[name]} to {size}{' MiB' if name in MIB else ''}"
             for name, size in self.since.items()

@@ -18,14 +18,14 @@ RESULTS = Path(__file__).parent / "results"
 TOKENS, LAYERS = 32768, 2
 KINDS = {"peer_memory": "over the memory of peers", "collectives": "over NCCL"}
 HEADER = ["over", "kernel", "begin, us", "us"]
-# What kernels are, by a part of their names, and in which colour they are drawn.
+# What kernels are, by a part of their names, and in which colour they are drawn; all others wait.
 SORTS = {
     "attention": (("attention",), "#0072B2"),
     "keys come from the other GPU": (("pull_", "nccl", "Memcpy PtoP"), "#D55E00"),
     "own keys are written where they are read": (("post_", "pack"), "#009E73"),
     "put in order": (("gather", "move", "put"), "#E69F00"),
 }
-OTHERS = "others", "#999999"
+OTHERS = "wait", "#999999"
 
 
 class Event(NamedTuple):
@@ -75,7 +75,11 @@ def traced(kind: str) -> list[Event]:
         torch.cuda.synchronize()
         graph.replay()
         torch.cuda.synchronize()
-    found = [(event.name, event.time_range.start, event.time_range.elapsed_us()) for event in trace.events() or []]
+    found = [
+        (event.name, event.time_range.start, event.time_range.elapsed_us())
+        for event in trace.events() or []
+        if event.device_type.name == "CUDA" and not event.name.startswith("cuda")
+    ]
     found = sorted((event for event in found if event[2] > 0), key=lambda event: event[1])
     # The replay's are those after the barriers'.
     last = max((i for i, (name, *_) in enumerate(found) if "AllReduce" in name or "barrier" in name.lower()), default=-1)

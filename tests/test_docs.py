@@ -285,6 +285,15 @@ def test_figures_of_late_keys_are_in_the_results() -> None:
         assert [row[name] for name in columns] == [times[i] for i in columns.values()], case
 
 
+def test_figures_of_partitions_are_in_the_results() -> None:
+    results = (ROOT / "benchmarks" / "results" / "partitions_2_gpus.md").read_text().partition("## Eager")[0]
+    columns = {"`zigzag`": 0, "`auto`": 2, "one GPU": 3, "best peer": 4}
+    for batch, row in table(CHOOSING, "batch, 2 GPUs").items():
+        (line,) = (line for line in results.splitlines() if line.startswith(f"| {batch} | "))
+        times = line.strip("| ").split(" | ")[1:]
+        assert [row[name] for name in columns] == [times[i] for i in columns.values()], batch
+
+
 def test_figures_of_a_launch_are_in_the_results() -> None:
     results = (ROOT / "benchmarks" / "results" / "attention_gpu.md").read_text()
     chosen = {name: f"{name}, one launch" for name in ("flash_attn3", "flash_attn4", "triton", "torch_flash")}
