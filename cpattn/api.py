@@ -14,7 +14,7 @@ from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
 from cpattn.call.explain_choice import comparison, explain_backend, explain_strategy
-from cpattn.call.find import check_contents, prepare_call
+from cpattn.call.find import check_contents, check_numbers, prepare_call
 from cpattn.call.in_graph import (
     are_options,
     attention_in_graph,
@@ -377,6 +377,8 @@ def prepare(
         call = prepare_call(arguments, meta, transport)
         if check or not q.is_cuda:
             check_contents(arguments, meta)
+        if check:
+            check_numbers(arguments, meta)
         return call
 
     with InFlight(transport, meta.device) as in_flight:

@@ -48,10 +48,12 @@ class Keys(NamedTuple):
     ``page_table[request, s // page_size]`` at ``s % page_size``, of the span's request.
 
     Attributes:
-        k: ``[S, Hkv, D]``, or pages ``[P, page_size, Hkv, D]``; the last axis is contiguous, the others may be strided.
+        k: ``[S, Hkv, D]``, or pages ``[P, page_size, Hkv, D]``; the last axis is contiguous, the others may be strided. Backends that
+            read stored keys (:attr:`cpattn.Backend.reads_stored`) get other dtypes than q's as well.
         v: the same with Dv; it may be a view of K's first columns.
         page_table: int32 or int64 ``[num_requests, max_pages]``, or None.
-        k_scale, v_scale: what K and V are to be multiplied by where they are stored in fewer bits, or None.
+        k_scale, v_scale: fp32, what K and V are to be multiplied by where they are fp8: ``[Hkv]``, or one a token and head,
+            ``[S, Hkv]`` or in pages ``[P, page_size, Hkv]``. None where they are what they are.
         arrivals: what tells a kernel that runs beside the one that brings them which are there, or None where all are. Only a
             launch that begins before the one before it in the stream has ended has to look at it.
         prefix: where the first keys of each span lie, if not in k and v; ``s`` of a span is row ``k_start + s`` there all the same.

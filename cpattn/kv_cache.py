@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cpattn.device_tables import IntArray
 from cpattn.handles import new_handle
+from cpattn.stored import ScaleKind
 
 
 class _InGraphs:
@@ -76,17 +77,25 @@ class PagedKV(_InGraphs):
     >>> cache.page_size
     16
 
+    >>> fp8, half = pages.to(torch.float8_e4m3fn), torch.tensor(0.5)
+    >>> cpattn.PagedKV(fp8, fp8.clone(), cache.page_table, k_scale=half, v_scale=half).scales
+    'head'
+
     A compiled graph knows which pages its calls write, and keeps what else it does with their memory in order. Where K and V are views of
     one tensor, a PagedKV takes several times as long to make, for the sake of such graphs: make it once for a layer and a batch.
 
     Attributes:
-        k_pages: ``[num_pages, page_size, Hkv, D]`` of the new keys' dtype and device, any page_size from 1, any strides but a
-            contiguous last axis.
+        k_pages: ``[num_pages, page_size, Hkv, D]`` on the new keys' device, any page_size from 1, any strides but a contiguous last
+            axis. Of the new keys' dtype; or bf16 or fp16 whatever that is; or ``float8_e4m3fn`` or ``float8_e5m2``, with scales. New
+            keys and values are converted once, and all queries see what they are in the pages, in q's dtype.
         v_pages: ``[num_pages, page_size, Hkv, Dv]``, or None where V is the first columns of K (MLA). K and V may be views of
             one tensor, as long as no element is in both.
         page_table: int32 or int64 ``[num_requests, max_pages]``; what lies beyond a request's pages is not looked at.
             Requests may share pages that they only read; a slot that a call writes must be no other token's.
             One tensor for all layers of a batch spares the host a little work in each.
+        k_scale, v_scale: of pages in fp8, what their numbers are to be multiplied by, fp32 on the pages' device: one number ``[]`` or
+            ``[1]``; one a KV head, ``[Hkv]``; or one a token and head, ``[num_pages, page_size, Hkv]``, which calls write beside the
+            pages. The first two are the same on every rank. v_scale is None where v_pages is.
         lines: what a KVPool knows of its own table, so that a plan that does not go with it is refused; else None.
         handle: by which operators in compiled graphs refer to this cache: int64 without an axis, on the CPU. None where they need none.
         is_of_graph: whether a graph itself makes the cache.
@@ -98,6 +107,8 @@ class PagedKV(_InGraphs):
     v_pages: Tensor | None
     page_table: Tensor
     lines: TableLines | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Dynamo's tensors have no memory yet, and those of torch.export are of other classes. What another thread traces does not matter.
@@ -106,12 +117,12 @@ class PagedKV(_InGraphs):
         object.__setattr__(self, "is_of_graph", is_of_graph)
         object.__setattr__(self, "written", written)
         shares_memory = written[1] is None and self.v_pages is not None
-        needs_handle = not is_of_graph and (shares_memory or self.lines is not None)
+        needs_handle = not is_of_graph and (shares_memory or self.lines is not None or self.k_scale is not None)
         object.__setattr__(self, "handle", new_handle(self) if needs_handle else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has a handle of its own."""
-        return type(self), (self.k_pages, self.v_pages, self.page_table, self.lines)
+        return type(self), (self.k_pages, self.v_pages, self.page_table, self.lines, self.k_scale, self.v_scale)
 
     def __repr__(self) -> str:
         table = self.page_table
@@ -122,6 +133,11 @@ class PagedKV(_InGraphs):
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.k_pages.shape[1]
+
+    @property
+    def scales(self) -> ScaleKind | None:
+        """What a scale belongs to: ``"head"`` (or all heads), ``"token"`` (and head), or None where there is none."""
+        return None if self.k_scale is None else "token" if self.k_scale.ndim == 3 else "head"
 
 
 def cached_heads(cache: PackedKV | PagedKV | None) -> int | None:

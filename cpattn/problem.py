@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from cpattn.stored import SCALE_BYTES, ScaleKind, row_bytes
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,7 +19,7 @@ class Problem:
     1152
 
     Attributes:
-        device, dtype: of q, k and v.
+        device, dtype: of q, and of k and v as they come.
         rows: physical rows of each rank.
         q_heads, kv_heads, head_dim, v_head_dim: of q ``[rows, q_heads, head_dim]`` and v ``[rows, kv_heads, v_head_dim]``.
         v_in_k: whether V is the first columns of K, as in multi-head latent attention.
@@ -29,6 +31,8 @@ class Problem:
         sinks: whether each head has one more logit without a value.
         fixed: whether a CUDA graph may replay the call over other batches of the same bucket.
         max_requests: of such a batch; None where the call is about one batch alone.
+        kv_dtype: in which pages have K and V, and in which these travel; None for q's.
+        scales: what a scale belongs to that stored numbers are multiplied by; None where there are none.
         overlap: groups of KV heads into which an all-gather is split.
         own_heads: whether the cache has a rank's own share of the KV heads alone, where a strategy divides them.
     """
@@ -51,6 +55,8 @@ class Problem:
     overlap: int = 1
     max_requests: int | None = None
     own_heads: bool = False
+    kv_dtype: torch.dtype | None = None
+    scales: ScaleKind | None = None
 
     @property
     def merge_dtype(self) -> torch.dtype:
@@ -64,8 +70,28 @@ class Problem:
 
     @property
     def key_bytes(self) -> int:
-        """Of the K and V of one token."""
-        return self.kv_heads * (self.head_dim + (0 if self.v_in_k else self.v_head_dim)) * self.dtype.itemsize
+        """Of the K and V of one token, as they travel."""
+        v_head_dim = 0 if self.v_in_k else self.v_head_dim
+        return self.kv_heads * row_bytes(self.head_dim, v_head_dim, self.stored_dtype, self.scales)
+
+    @property
+    def query_and_key_bytes(self) -> int:
+        """Of the K and V of one token and of one row of queries, where they travel side by side."""
+        return self.queries_at + (self.query_bytes if self.stored_dtype == self.dtype else self._aligned(self.query_bytes))
+
+    @property
+    def queries_at(self) -> int:
+        """Behind how many bytes of keys queries then begin, if both are not of one dtype: each is at a multiple of its size."""
+        return self.key_bytes if self.stored_dtype == self.dtype else self._aligned(self.key_bytes)
+
+    def _aligned(self, nbytes: int) -> int:
+        unit = max(SCALE_BYTES, self.dtype.itemsize)
+        return -(-nbytes // unit) * unit
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of K and V in pages, and where they travel."""
+        return self.kv_dtype or self.dtype
 
     @property
     def result_bytes(self) -> int:

@@ -33,8 +33,11 @@ from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.call.prepared import PreparedCall
+from cpattn.call.stored_contents import check_fits
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
 from cpattn.exchange.message import KVFormat
+from cpattn.exchange.new_rows import stored_parts
+from cpattn.exchange.page_rows import write_slots
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.graphs import has_operator, leaves_graph
@@ -42,8 +45,8 @@ from cpattn.handles import resolve
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.striped_places import owned_places
-from cpattn.moves.moves import moves_for
 from cpattn.ops import implements, parse_options
+from cpattn.stored import is_fp8
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transfer import Transfer
@@ -88,7 +91,9 @@ def gather_kv(
         checks.check_group(meta, transport)
         checks.check_kv(k, v, meta)
         v_head_dim = k.shape[2] if v is None else v.shape[2]
-        return KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
+        # A caller's fp8 travels as bytes.
+        dtype = torch.uint8 if is_fp8(k.dtype) else k.dtype
+        return KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, dtype, k.device)
 
     def describe(kv: KVFormat) -> str:
         return f"gather_kv, {kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, rows={meta.rows}, bucket={meta.bucket}"
@@ -105,9 +110,11 @@ def gather_kv(
         in_flight.expect(make)
         (rows,) = made
         if meta.rows:
-            rows.put(k, v, meta.num_tokens if meta.bucket is None else meta.token_count)
+            new_k, new_v = k.view(kv.dtype) if is_fp8(k.dtype) else k, v if v is None or not is_fp8(v.dtype) else v.view(kv.dtype)
+            rows.put(new_k, new_v, meta.num_tokens if meta.bucket is None else meta.token_count)
             in_flight.start().wait()
-        return rows.all.parts
+        all_k, all_v = rows.all.parts
+        return all_k.view(k.dtype), None if all_v is None else all_v.view(k.dtype)
 
 
 @leaves_graph
@@ -165,15 +172,17 @@ def write_kv(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, *, c
     [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 8.0]]
 
     Args:
-        k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages.
-        kv_cache: its pages are written; its page table is not looked at.
+        k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]``, or None where the cache has no v_pages. In another dtype than the pages they are
+            converted as :func:`cp_attention` does it. In that of fp8 pages they are written as they are, if heads have scales.
+        kv_cache: its pages are written, and scales of tokens; its page table is not looked at.
         slots: int32 or int64 ``[n]``, no slot twice.
         check: look at the slots on a GPU as well, which waits for it; on the CPU they are looked at in every call.
 
     Raises:
         TensorMismatchError: k, v, pages and slots do not go together.
         PageTableError: pages that cannot be written: of the wrong form, or an expanded view. Where the slots are looked at: a slot
-            twice, or beyond the pages; K and V pages with an element in common.
+            twice, or beyond the pages; K and V pages with an element in common. With them a number is looked for that the pages
+            cannot hold, which raises TensorMismatchError.
         CPError: in its other subclasses, for what is no PagedKV or needs a gradient.
     """
     if (
@@ -194,7 +203,16 @@ def _write(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, check:
     check_write(k, v, kv_cache, slots)
     if check or slots.device.type == "cpu":
         check_slots(kv_cache, slots)
-    moves_for(k.device).write_pages(kv_cache.k_pages, kv_cache.v_pages, None, None, slots, k, v)
+    kv = KVFormat.of_pages(kv_cache)
+    if k.dtype == kv.dtype:
+        if kv.as_bytes:
+            k, v = k.view(torch.uint8), None if v is None else v.view(torch.uint8)
+    else:
+        if check or not k.is_cuda:
+            written = slots >= 0
+            check_fits(k[written], None if v is None else v[written], kv_cache)
+        k, v = stored_parts(kv, kv_cache, k, v)
+    write_slots(kv, kv_cache, slots, k, v)
 
 
 @implements("write")

@@ -55,12 +55,14 @@ TENSORS = [
     Mistake("cpattn.shard(quantized(q), meta)", cpattn.TensorMismatchError, "pass x.dequantize()"),
     Mistake("att(quantized(q), k, v, meta)", cpattn.TensorMismatchError, "pass q.dequantize()"),
     # Dtypes.
-    Mistake("att(q.to(fp8), k.to(fp8), v.to(fp8), meta)", cpattn.UnsupportedError, "fp8 is not supported yet"),
-    Mistake("att(q, k, v, cached, kv_cache=paged(k=pages.to(fp8)))", cpattn.UnsupportedError, "a cache in fp8 is not supported yet"),
-    Mistake("att(q, k, v, cached, kv_cache=paged(k=pages.to(torch.uint8)))", cpattn.UnsupportedError, "keep it in k's dtype"),
-    Mistake("att(q, k, v, cached, kv_cache=cpattn.PackedKV(k[:4].to(fp8), v[:4]))", cpattn.UnsupportedError, "fp8 is not supported yet"),
+    Mistake("att(q.to(fp8), k.to(fp8), v.to(fp8), meta)", cpattn.UnsupportedError, "fp8 is for pages alone"),
+    Mistake("att(q, k, v, cached, kv_cache=paged(k=pages.to(fp8)))", cpattn.TensorMismatchError, "both must be of one dtype"),
+    Mistake("att(q, k, v, cached, kv_cache=paged(k=pages.to(torch.uint8)))", cpattn.UnsupportedError, "k_pages.view(torch.float8_e4m3fn)"),
     Mistake(
-        "cpattn.attend(q, cpattn.PagedKV(pages.to(fp8), None, table), cached, v_dim=8)", cpattn.UnsupportedError, "k_pages is torch.float8"
+        "att(q, k, v, cached, kv_cache=cpattn.PackedKV(k[:4].to(fp8), v[:4]))", cpattn.UnsupportedError, "pages alone may be in another"
+    ),
+    Mistake(
+        "cpattn.attend(q, cpattn.PagedKV(pages.to(fp8), None, table), cached, v_dim=8)", cpattn.TensorMismatchError, "k_scale is None; pass"
     ),
     Mistake("att(q.int(), k.int(), v.int(), meta)", cpattn.TensorMismatchError, "all must be of one floating dtype"),
     Mistake("att(q.half(), k, v, meta)", cpattn.TensorMismatchError, "all must be of one floating dtype"),

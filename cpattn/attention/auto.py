@@ -43,7 +43,7 @@ def able_backends(name: str | Backend | AttentionCallable, problem: Problem, ali
             raise UnsupportedError(f"no backend can serve this call: {reasons}")
         # Memory for a copy of all pages is not for "auto" to take where a backend does without.
         readers = [
-            backend for backend in able if problem.page_size is not None and backend.reads_pages(problem) and not backend.loops_on_host
+            backend for backend in able if problem.page_size is not None and backend.attends_to_pages(problem) and not backend.loops_on_host
         ]
         return readers or able
     backend = find_backend(name)
@@ -66,7 +66,12 @@ def how_served(backend: Backend, problem: Problem) -> str:
     """What it does with pages, where there are any, and what else is to be said of it; after a comma."""
     parts = []
     if problem.page_size is not None:
-        parts.append("reads the pages" if backend.reads_pages(problem) else f"reads a packed copy of the pages of {problem.page_size}")
+        stored, dtype = (str(x).removeprefix("torch.") for x in (problem.stored_dtype, problem.dtype))
+        in_dtype = "" if stored == dtype else f" in {stored}"
+        if backend.attends_to_pages(problem):
+            parts.append(f"reads the pages{in_dtype}")
+        else:
+            parts.append(f"reads a packed copy of the pages of {problem.page_size}{in_dtype and f' in {dtype}'}")
     how = backend.how(problem)
     if how:
         parts.append(how)

@@ -60,6 +60,8 @@ class Backend:
         v_head_dim: whether Dv may differ from D.
         fp32_out: whether it can return its result in fp32, so that merging loses nothing.
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
+        reads_stored: whether it attends to keys that are stored in another dtype than q's, fp8 with scales included; else it is given a
+            packed copy in q's dtype.
         waits_for_keys: whether its launches over keys without pages may run while :attr:`cpattn.keys.Keys.arrivals` still come.
         reads_prefix: whether it attends to :class:`cpattn.keys.PrefixKeys`.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
@@ -91,6 +93,7 @@ class Backend:
     v_head_dim: bool
     fp32_out: bool
     reads_pages: Callable[[Problem], bool] = lambda problem: False
+    reads_stored: Callable[[Problem], bool] = lambda problem: False
     waits_for_keys: Callable[[Problem], bool] = lambda problem: False
     reads_prefix: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
@@ -126,6 +129,10 @@ class Backend:
         """
         return self.attend(q, Keys(k, v, rows.page_table), rows, options, out_dtype)
 
+    def attends_to_pages(self, problem: Problem) -> bool:
+        """Whether it is given the pages of a call as they are."""
+        return self.reads_pages(problem) and (problem.stored_dtype == problem.dtype or self.reads_stored(problem))
+
     def why_not(self, problem: Problem, alignments: frozenset[Alignment]) -> str | None:
         """The reason why this backend cannot serve a call with spans of these alignments, or None if it can."""
         if self.device_types is not None and problem.device.type not in self.device_types:
@@ -147,8 +154,9 @@ class Backend:
             return f"the strategy has spans of alignment {needed!r}, which it cannot express"
         if problem.fixed and self.loops_on_host and problem.device.type == "cuda":
             return "its launches follow from the batch, and a bucket is for graphs that replay other batches"
-        if problem.fixed and problem.page_size is not None and not self.reads_pages(problem):
-            return f"it cannot read pages of {problem.page_size} tokens, and a bucket's graph cannot copy what changes in size"
+        if problem.fixed and problem.page_size is not None and not self.attends_to_pages(problem):
+            stored = "" if problem.stored_dtype == problem.dtype else f" in {str(problem.stored_dtype).removeprefix('torch.')}"
+            return f"it cannot read pages of {problem.page_size} tokens{stored}, and a bucket's graph cannot copy what changes in size"
         return self.refuses(problem)
 
 

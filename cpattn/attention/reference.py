@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.keys import Keys
+from cpattn.moves.torch_quantize import meaning
 from cpattn.spans import Spans
 
 # Queries are taken in blocks of this many, to bound the score matrix.
@@ -26,18 +29,21 @@ def reference_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionO
             if sees_to <= sees_from and options.sinks is None:
                 continue
             queries = slice(q_start + begin, q_start + end)
-            seen_k, seen_v = keys_of(keys, request, k_start + sees_from, k_start + max(sees_from, sees_to))
+            seen_k, seen_v = keys_of(keys, request, k_start + sees_from, k_start + max(sees_from, sees_to), q.dtype)
             out[queries], lse[queries] = _attend(q[queries], seen_k, seen_v, diagonal + begin - sees_from, options)
     return out, lse
 
 
-def keys_of(keys: Keys, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Keys and values ``begin .. end - 1``, of a request's pages where there are pages."""
-    if keys.page_table is None:
-        return keys.k[begin:end], keys.v[begin:end]
-    key = torch.arange(begin, end, device=keys.k.device)
-    page, in_page = keys.page_table[request, key // keys.page_size].long(), key % keys.page_size
-    return keys.k[page, in_page], keys.v[page, in_page]
+def keys_of(keys: Keys, request: int, begin: int, end: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values ``begin .. end - 1``, of a request's pages where there are pages, and what they mean in a dtype, by default
+    that in which they are stored."""
+    dtype = keys.k.dtype if dtype is None else dtype
+    place: Any = slice(begin, end)
+    if keys.page_table is not None:
+        key = torch.arange(begin, end, device=keys.k.device)
+        place = keys.page_table[request, key // keys.page_size].long(), key % keys.page_size
+    k_scale, v_scale = (scale if scale is None or scale.ndim == 1 else scale[place] for scale in (keys.k_scale, keys.v_scale))
+    return meaning(keys.k[place], k_scale, dtype), meaning(keys.v[place], v_scale, dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, diagonal: int, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -76,5 +82,6 @@ BACKEND = Backend(
     v_head_dim=True,
     fp32_out=True,
     reads_pages=lambda problem: True,
+    reads_stored=lambda problem: True,
     loops_on_host=True,
 )

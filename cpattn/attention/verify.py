@@ -132,7 +132,7 @@ def _sizes(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, lse: 
     for n, (k_start, k_len, diagonal, request) in enumerate(zip(*(column.tolist() for column in spans.host[2:]), strict=True)):
         sees_to = min(max(diagonal, 0), k_len)
         sees_from = 0 if options.window is None else min(max(0, diagonal - options.window), sees_to)
-        seen_k, seen_v = keys_of(keys, request, k_start + sees_from, k_start + sees_to)
+        seen_k, seen_v = keys_of(keys, request, k_start + sees_from, k_start + sees_to, q.dtype)
         each.append(Sizes.of_query(q[n], seen_k, seen_v, lse[n], options.scale, options.softcap))
     return Sizes(*(torch.stack(column) for column in zip(*each, strict=True)))
 
@@ -143,7 +143,7 @@ def _nan_of_later_keys(out: Tensor, want: Tensor, keys: Keys, spans: Spans) -> T
     stray = out.isnan() & ~want.isnan()
     for n in stray.flatten(1).any(1).nonzero()[:, 0].tolist():
         _, _, k_start, k_len, _, request = (int(column[n]) for column in spans.host)
-        if not any(x.isnan().any() for x in keys_of(keys, request, k_start, k_start + k_len)):
+        if not any(x.isnan().any() for x in keys_of(keys, request, k_start, k_start + k_len, out.dtype)):
             stray[n] = False
     return stray
 

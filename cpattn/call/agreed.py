@@ -9,6 +9,7 @@ from cpattn.call import checks
 from cpattn.call.prepared import PreparedCall
 from cpattn.errors import BackendError
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.problem import Problem
 from cpattn.transports.agreement import Account, agree
 from cpattn.transports.in_flight import InFlight
 
@@ -46,8 +47,13 @@ def describe(call: PreparedCall, meta: CPMetadata) -> str:
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
         f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
         f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={'in k' if problem.v_in_k else 'given'}, "
-        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{shared}"
+        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{_stored(problem)}{shared}"
     )
+
+
+def _stored(problem: Problem) -> str:
+    """How K and V travel, if not as they come."""
+    return "" if problem.kv_dtype is None else f" in {problem.kv_dtype} with scales of {problem.scales or 'nothing'}"
 
 
 def refusal_of(problems: list[str]) -> BackendError | None:

@@ -66,6 +66,7 @@ class Arguments(NamedTuple):
             return True
         if isinstance(cache, PackedKV):
             return cache.k.requires_grad or (cache.v is not None and cache.v.requires_grad)
+        # A scale is constant. That of a model may be one of its parameters all the same.
         return isinstance(cache, PagedKV) and (cache.k_pages.requires_grad or (cache.v_pages is not None and cache.v_pages.requires_grad))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,11 +78,14 @@ class Arguments(NamedTuple):
 
 
 def _cache_key(cache: Any) -> Any:
+    k_scale: Any = None
+    v_scale: Any = None
     if isinstance(cache, PackedKV):
         k, v, table = cache.k, cache.v, None
     elif isinstance(cache, PagedKV):
         # What a pool says of its table's lines changes with each step, and is looked at beside the key.
         k, v, table = cache.k_pages, cache.v_pages, cache.page_table
+        k_scale, v_scale = cache.k_scale, cache.v_scale
     else:
         return type(cache)  # the checks say what it should be
     return (
@@ -89,4 +93,6 @@ def _cache_key(cache: Any) -> Any:
         (k.shape, k.stride(), k.dtype, k.device, k.__class__, k.is_inference()),
         None if v is None else (v.shape, v.stride(), v.dtype, v.device, v.__class__, v.is_inference()),
         None if table is None else (table.shape, table.stride(), table.dtype, table.device, table.__class__),
+        None if k_scale is None else (k_scale.shape, k_scale.stride(), k_scale.dtype, k_scale.device, k_scale.__class__),
+        None if v_scale is None else (v_scale.shape, v_scale.stride(), v_scale.dtype, v_scale.device, v_scale.__class__),
     )  # fmt: skip

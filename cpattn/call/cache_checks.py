@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cpattn.call.checks import check_no_grad
-from cpattn.call.layout_hints import hint_head_major, is_head_major
 from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table
-from cpattn.call.tensor_kinds import check_kind, in_words, is_fp8
+from cpattn.call.stored_checks import check_pages_like, check_scales, fits, sizes_rule
+from cpattn.call.tensor_kinds import check_kind, in_words
 from cpattn.errors import HeadCountError, PrefixError, TensorMismatchError, UnsupportedError
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.stored import HALF
 
 
 def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata, own_heads: int | None = None) -> None:
@@ -35,12 +35,13 @@ def check_cache(kv_cache: Any, k: Tensor, v: Tensor | None, meta: CPMetadata, ow
         return
     if isinstance(kv_cache, PagedKV):
         check_page_shapes(kv_cache)
-        _check_like("kv_cache.k_pages", kv_cache.k_pages, "k", k, own_heads)
+        check_pages_like("kv_cache.k_pages", kv_cache.k_pages, "k", k, own_heads)
         if (kv_cache.v_pages is None) != (v is None):
             raise PrefixError("of v and kv_cache.v_pages one is None and the other is not; both are None where V is a part of K")
         if v is not None and kv_cache.v_pages is not None:
-            _check_like("kv_cache.v_pages", kv_cache.v_pages, "v", v, own_heads)
+            check_pages_like("kv_cache.v_pages", kv_cache.v_pages, "v", v, own_heads)
             _check_same_heads("kv_cache.k_pages", kv_cache.k_pages, "kv_cache.v_pages", kv_cache.v_pages)
+        check_scales(kv_cache)
         check_lines(kv_cache, meta)
         check_page_table(kv_cache.page_table, kv_cache.page_size, meta)
     elif isinstance(kv_cache, PackedKV):
@@ -86,19 +87,13 @@ def _check_same_heads(k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
 
 
 def _check_like(name: str, cached: Tensor, new_name: str, new: Tensor, own_heads: int | None) -> None:
-    if cached.dtype != new.dtype and (is_fp8(cached.dtype) or cached.dtype == torch.uint8):
+    if cached.dtype != new.dtype and (cached.dtype.itemsize == 1 or cached.dtype in HALF):
         raise UnsupportedError(
-            f"{name} is {cached.dtype}, but {new_name} is {new.dtype}; a cache in fp8 is not supported yet: keep it in {new_name}'s dtype"
+            f"{name} is {cached.dtype}, but {new_name} is {new.dtype}; a PackedKV is in {new_name}'s dtype, and pages alone may be in "
+            "another: fp8 with scales, bf16 or fp16"
         )
-    heads = (new.shape[-2], own_heads)
-    if cached.shape[-2] not in heads or cached.shape[-1] != new.shape[-1] or cached.dtype != new.dtype or cached.device != new.device:
-        head_major = cached.ndim == 4 and is_head_major(cached, new.shape[1])
-        rule = "heads, head_dim, dtype and device must be the same"
-        if own_heads not in (None, new.shape[-2]):
-            rule = f"{rule}, or the heads those of this rank, which are {own_heads}"
-        elif own_heads is None and cached.shape[-1] == new.shape[-1] and new.shape[-2] > cached.shape[-2]:
-            rule = f"{rule} (a cache of a rank's own heads is for strategies that divide them, such as 'ulysses')"
+    if cached.dtype != new.dtype or not fits(cached, new, own_heads):
         raise TensorMismatchError(
             f"{name} is {tuple(cached.shape)} {cached.dtype} on {cached.device}, but {new_name} is {tuple(new.shape)} "
-            f"{new.dtype} on {new.device}; {rule}{hint_head_major(name) if head_major else ''}"
+            f"{new.dtype} on {new.device}; {sizes_rule('heads, head_dim, dtype and device must be the same', cached, new, own_heads)}"
         )

@@ -150,9 +150,10 @@ def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
     check_no_grad(**{name: x for name, x in tensors.items() if x is not None})
 
 
-def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any) -> None:
-    """That the dtypes, heads and head dims of q, k and v go together; k and v may be pages, too: their last axes count."""
-    if not q.dtype.is_floating_point or q.dtype != k.dtype or (v is not None and v.dtype != k.dtype):
+def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, *, in_one_dtype: bool = True) -> None:
+    """That the dtypes, heads and head dims of q, k and v go together; k and v may be pages, too: their last axes count, and they may be
+    in another dtype than q."""
+    if not q.dtype.is_floating_point or (in_one_dtype and q.dtype != k.dtype) or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")
     if v is None:
         if not is_integer(v_dim) or not 0 < v_dim <= k.shape[-1]:

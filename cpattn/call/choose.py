@@ -60,6 +60,8 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
         own_heads=cached_heads(cache) not in (None, k.shape[-2]),
+        kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != q.dtype else None,
+        scales=cache.scales if isinstance(cache, PagedKV) else None,
     )
 
 

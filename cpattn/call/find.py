@@ -17,6 +17,7 @@ from cpattn.call.log_choice import log_choice
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
+from cpattn.call.stored_contents import check_fits
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import is_resident
@@ -48,6 +49,8 @@ def find_call(arguments: Arguments, meta: CPMetadata, transport: Transport, *, c
         call.check_batch(arguments, meta)
     if arguments.kv_cache is not None and (check or not arguments.q.is_cuda):
         check_contents(arguments, meta)
+    if check:
+        check_numbers(arguments, meta)
     return call
 
 
@@ -55,6 +58,14 @@ def check_contents(arguments: Arguments, meta: CPMetadata) -> None:
     """Looks at what a page table holds."""
     if isinstance(arguments.kv_cache, PagedKV):
         check_page_contents(arguments.kv_cache, meta, written=not is_resident(arguments.strategy))
+
+
+def check_numbers(arguments: Arguments, meta: CPMetadata) -> None:
+    """Looks whether pages can hold the new keys and values. Each rank has its own of those: without ``check`` a CPU looks in the midst of
+    the call, so that other ranks do not wait for one that refuses its own."""
+    cache, k, v = arguments.kv_cache, arguments.k, arguments.v
+    if isinstance(cache, PagedKV) and k is not None:
+        check_fits(k[: meta.num_tokens], None if v is None else v[: meta.num_tokens], cache)
 
 
 def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -> PreparedCall:

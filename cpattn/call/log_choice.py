@@ -79,7 +79,8 @@ def _in_words(problem: Problem, meta: CPMetadata) -> str:
     extras = [f"window {problem.window}"] if problem.window is not None else []
     extras += [f"softcap {problem.softcap:g}"] if problem.softcap is not None else []
     extras += ["sinks"] if problem.sinks else []
-    extras += [f"a {problem.cache} cache{', sharded' if meta.plan.sharded else ''}"] if problem.cache else []
+    stored = "" if problem.kv_dtype is None else f" in {str(problem.kv_dtype).removeprefix('torch.')}"
+    extras += [f"a {problem.cache} cache{stored}{', sharded' if meta.plan.sharded else ''}"] if problem.cache else []
     extras += ["a bucket"] if problem.fixed else []
     ranks = "1 rank" if meta.plan.cp_size == 1 else f"{meta.plan.cp_size} ranks"
     dtype = str(problem.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from cpattn.call.checks import check_device, check_heads, check_no_grad, check_together
 from cpattn.call.layout_hints import hint_head_major, hint_pages
 from cpattn.call.memory_overlap import overlaps_itself
+from cpattn.call.stored_checks import check_scales, check_scales_writable, check_stored_dtype
 from cpattn.call.tensor_kinds import check_kind, check_no_fp8, in_words
 from cpattn.errors import HeadCountError, PageTableError, PrefixError, TensorMismatchError
 from cpattn.kv_cache import PagedKV
@@ -39,7 +40,8 @@ def check_page_shapes(cache: PagedKV) -> None:
 
 
 def check_writable(cache: PagedKV) -> None:
-    """Of pages whose form is right: that they can be written, each element by itself."""
+    """Of pages and scales whose form is right: that they can be written, each element by itself."""
+    check_scales_writable(cache)
     for name, x in _pages(cache):
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise PageTableError(
@@ -146,10 +148,11 @@ def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
             f"q has {q.shape[1]} heads, kv_cache.k_pages {tuple(cache.k_pages.shape)} has {heads}; query heads must be a multiple of "
             f"key/value heads{hint_head_major('kv_cache.k_pages')}"
         )
-    check_no_fp8("kv_cache.k_pages", cache.k_pages.dtype)
     check_no_fp8("q", q.dtype)
     check_no_grad(q=q)
-    check_together(q, cache.k_pages, cache.v_pages, v_dim)
+    check_stored_dtype("kv_cache.k_pages", cache.k_pages.dtype, "q", q.dtype)
+    check_scales(cache)
+    check_together(q, cache.k_pages, cache.v_pages, v_dim, in_one_dtype=False)
     check_lines(cache, meta)
     check_page_table(cache.page_table, cache.page_size, meta)
 
@@ -158,6 +161,7 @@ def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
     """The form of what :func:`cpattn.write_kv` is given, and that it goes together."""
     _check_is_paged(cache)
     check_page_shapes(cache)
+    check_scales(cache)
     check_writable(cache)
     if not isinstance(slots, Tensor):
         raise TensorMismatchError(f"slots is a {type(slots).__name__}; pass an int32 or int64 tensor [rows]")
@@ -170,10 +174,19 @@ def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
         if not isinstance(x, Tensor):
             raise TensorMismatchError(f"{name} is a {type(x).__name__}; pass a tensor [rows, heads, head_dim]")
         check_kind(name, x)
-        if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype or x.device != pages.device:
+        if x.ndim != 3 or x.shape[1:] != pages.shape[2:] or x.device != pages.device:
             raise TensorMismatchError(
                 f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, the pages are {tuple(pages.shape)} {pages.dtype} on {pages.device}; "
-                "heads, head_dim, dtype and device must be the same"
+                "heads, head_dim and device must be the same"
+            )
+        if x.dtype != k.dtype:
+            raise TensorMismatchError(f"k is {k.dtype}, v is {x.dtype}; both must be of one dtype")
+        if x.dtype != pages.dtype:
+            _check_converts(name, x, pages)
+        elif cache.scales == "token":
+            raise TensorMismatchError(
+                f"{name} is {x.dtype}, in which the pages have a scale for each token and head; pass rows in bf16, fp16 or fp32, which are "
+                "given their scales, or write rows and scales to the slots yourself"
             )
         check_no_grad(**{name: x})
         if slots.ndim == 1 and len(x) != len(slots):
@@ -184,6 +197,15 @@ def check_write(k: Any, v: Any, cache: Any, slots: Any) -> None:
         raise TensorMismatchError(
             f"slots is {tuple(slots.shape)} {slots.dtype} on {slots.device}; pass int32 or int64 [rows] on {k.device}"
         )
+
+
+def _check_converts(name: str, x: Tensor, pages: Tensor) -> None:
+    """That rows can be converted to the pages' dtype."""
+    if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
+        raise TensorMismatchError(
+            f"{name} is {x.dtype}, the pages are {pages.dtype}; pass rows in the pages' dtype, or in bf16, fp16 or fp32 to be converted"
+        )
+    check_stored_dtype(f"kv_cache.{name}_pages", pages.dtype, name, x.dtype)
 
 
 def _check_is_paged(cache: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.merge import lse_with_nan
+from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.attention.verify import verified
 from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
@@ -19,10 +20,12 @@ from cpattn.call.choose import Choice
 from cpattn.call.graph_guard import CapturedCache, GroupCheck
 from cpattn.call.page_checks import check_lines
 from cpattn.call.page_contents import check_page_contents
+from cpattn.call.stored_contents import check_fits
 from cpattn.current import is_on_current_device
 from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
+from cpattn.exchange.new_rows import NewRows, scales_of_heads
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.graphs import leaves_graph
@@ -71,12 +74,15 @@ class PreparedCall:
         # A NaN in the result may be missing in its LSE: the kernel's, or since a value of NaN is a part of a key that some of
         # the queries in its tile do not see.
         self._nan_in_out_alone = not backend.propagates_nan or (problem.v_in_k and problem.v_head_dim == problem.head_dim)
-        self._reads_pages = problem.cache == "paged" and backend.reads_pages(problem)
+        self._is_stored = problem.stored_dtype != problem.dtype
+        self._reads_pages = problem.cache == "paged" and backend.attends_to_pages(problem)
         cache = arguments.kv_cache
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # Backends need a contiguous last axis.
         self._copies = any(x is not None and x.stride(-1) != 1 for x in attended)
         self._exchange: Prepared | None = None
+        # New keys and values as they are stored, where that is in another dtype.
+        self._new: NewRows | None = None
         # What of the arena's memory the exchange has views of.
         self._memory: list[Tensor] = []
         transport.arena.tell_of_changes(self)
@@ -168,10 +174,12 @@ class PreparedCall:
         return list(self._exchange.transfers)
 
     def _prepare(self) -> None:
-        meta, arena = self._meta(), self.transport.arena
+        meta, arena, problem = self._meta(), self.transport.arena, self.problem
         assert meta is not None  # whoever calls has it
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
+            if self._is_stored and problem.rows:
+                self._new = NewRows.of(problem, arena)
             waits, reads_prefix = self.backend.waits_for_keys(self.problem), self.backend.reads_prefix(self.problem)
             self._exchange = self.strategy.prepare(
                 Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
@@ -183,6 +191,7 @@ class PreparedCall:
     def memory_changed(self) -> None:
         """The arena has replaced or freed memory: views of it would keep it alive."""
         self._exchange = None
+        self._new = None
         self._memory = []
 
     def run(self, arguments: Arguments, in_flight: InFlight, problems: list[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -200,25 +209,45 @@ class PreparedCall:
             sinks = sinks.to(attention.merged).contiguous()
         if problems is not None and self.backend.callers:
             attention = attention._replace(backend=verified(self.backend, problems))
+        scales = None
+        if self._is_stored:
+            assert isinstance(cache, PagedKV)
+            if not self.backend.reads_stored(problem):
+                attention = attention._replace(backend=over_stored_keys(attention.backend))
+            scales = scales_of_heads(cache, problem.kv_heads)
         if in_flight.captures:
             self._captured(arguments)
         if in_flight.is_profiled:
-            attend: Attend = AttendInRanges(attention, q, sinks, self.strategy.name, self.schedule)
+            attend: Attend = AttendInRanges(attention, q, sinks, scales, self.strategy.name, self.schedule)
         else:
-            attend = Attend(attention, q, sinks)
+            attend = Attend(attention, q, sinks, scales)
         if problem.rows:
             # Where nothing is new, k is None, and nobody looks at it.
             io = IO(q, cast("Tensor", k), v, cache if problem.cache is not None else None, in_flight.start)
             if (not q.is_cuda or is_on_current_device(q)) and not torch.is_autocast_enabled(problem.device.type):
                 # As a rule; entering two contexts that do nothing takes a microsecond.
-                self.strategy.forward(self._exchange, io, attend)
+                self._forward(io, attend, scales)
             else:
                 with _no_autocast(problem.device.type), on_device_of(q):
-                    self.strategy.forward(self._exchange, io, attend)
+                    self._forward(io, attend, scales)
         result, lse = attend.result(out)
         if sinks is not None:
             self._pad_(lse)
         return result, lse
+
+    def _forward(self, io: IO, attend: Attend, scales: tuple[Tensor, Tensor] | None) -> None:
+        if self._new is not None and io.k is not None:
+            if not io.q.is_cuda:
+                self._check_fits(io)
+            k, v = self._new.put(io.k, io.v, scales)
+            io = io._replace(k=k, v=v)
+        self.strategy.forward(self._exchange, io, attend)
+
+    def _check_fits(self, io: IO) -> None:
+        meta = self._meta()
+        assert meta is not None
+        assert isinstance(io.cache, PagedKV)
+        check_fits(io.k[: meta.num_tokens], None if io.v is None else io.v[: meta.num_tokens], io.cache)
 
     def lse_of(self, out: Tensor, lse: Tensor) -> Tensor:
         """The LSE to return beside a result: NaN where that is."""
@@ -257,7 +286,7 @@ def _difference(given: Any, prepared: Any) -> str:
             continue
         both = all(isinstance(x, tuple) and isinstance(x[0], type) for x in (mine, theirs))
         if name == "kv_cache" and both and mine[0] is theirs[0]:
-            parts = zip(("k", "v", "page_table"), mine[1:], theirs[1:], strict=False)
+            parts = zip(("k", "v", "page_table", "k_scale", "v_scale"), mine[1:], theirs[1:], strict=False)
             name, mine, theirs = next((f"kv_cache.{part}", x, y) for part, x, y in parts if x != y)
         return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
     return "an option differs from the one that this call was prepared with"

@@ -67,12 +67,10 @@ def in_words(x: Any) -> str:
     return f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
 
 
-def is_fp8(dtype: torch.dtype) -> bool:
-    """Whether it is a floating dtype of a byte or less."""
-    return dtype.is_floating_point and dtype.itemsize == 1
-
-
 def check_no_fp8(name: str, dtype: torch.dtype) -> None:
-    """Raises UnsupportedError for fp8, which no backend computes with yet."""
-    if is_fp8(dtype):
-        raise UnsupportedError(f"{name} is {dtype}, and fp8 is not supported yet; pass q, k, v and the cache in bf16, fp16 or fp32")
+    """Raises UnsupportedError for new tensors in fp8, which no backend computes with."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise UnsupportedError(
+            f"{name} is {dtype}, and fp8 is for pages alone, which new keys and values are converted for; pass q, k and v in bf16, fp16 or "
+            "fp32, and kv_cache=PagedKV(..., k_scale=, v_scale=) with pages in fp8"
+        )

@@ -26,6 +26,7 @@ from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
 from cpattn.exchange.late_keys import LateInOrder
 from cpattn.exchange.message import heads_of
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
@@ -34,7 +35,6 @@ from cpattn.exchange.traveling_keys import counted, traveling_keys
 from cpattn.keys import Keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
 from cpattn.transports.rows_of_all import SentRows
@@ -108,25 +108,24 @@ class _Alone(NamedTuple):
 
     own: OwnKeys
     pages: WholePages | None
-    places: tuple[Tensor, Tensor] | None
+    places: Places | None
     spans: Spans
-    moves: Moves
     transfers: tuple[Transfer, ...] = ()
 
     @classmethod
     def of(cls, setup: Setup) -> _Alone:
-        own, moves = OwnKeys.of(setup), moves_for(setup.problem.device)
+        own = OwnKeys.of(setup)
         if setup.problem.cache != "paged":
-            return cls(own, None, None, spans_in_order(setup.meta, setup.reads_prefix), moves)
+            return cls(own, None, None, spans_in_order(setup.meta, setup.reads_prefix))
         pages = WholePages.of(setup, setup.kv)
-        return cls(own, pages, setup.meta.gathered_places, pages.spans, moves)
+        return cls(own, pages, setup.meta.gathered_places, pages.spans)
 
     def keys(self, io: IO) -> Keys:
         """All there are."""
         if self.pages is None or self.places is None:
             return self.own.keys(io)
         assert isinstance(io.cache, PagedKV)
-        self.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *self.places, io.k, io.v)
+        write_rows(self.own.kv, io.cache, self.places, io.k, io.v)
         return self.pages.keys(io.cache)
 
 

@@ -58,14 +58,17 @@ class Attend:
         how: to compute it.
         q: ``[rows, Hq, D]`` of this rank.
         sinks: ``[Hq]`` in ``how.merged``, or None.
+        scales: fp32 ``[Hkv]`` of K and of V, by which heads of stored keys are multiplied; None where there are none, or the keys have
+            them.
     """
 
-    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_sinks", "_sinks_after")
+    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_scales", "_sinks", "_sinks_after")
 
-    def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None) -> None:
+    def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None, scales: tuple[Tensor, Tensor] | None = None) -> None:
         self._how = how
         self._q = q
         self._launch, self._accumulate = how.backend.attend, how.backend.accumulate
+        self._scales = scales
         self._options, self._sinks, self._sinks_after = how.options, sinks, sinks
         if sinks is not None and how.native_sinks:
             self._options, self._sinks_after = replace(how.options, sinks=sinks), None
@@ -88,6 +91,9 @@ class Attend:
             self._out = self._q.new_empty(rows, q_heads, self._how.v_head_dim, dtype=self._how.step)
             self._lse = self._q.new_empty(rows, q_heads, dtype=self._how.merged)
         if spans.max_seqlen_k:
+            scales = self._scales_of(heads)
+            if scales is not None:
+                keys = keys._replace(k_scale=scales[0], v_scale=scales[1])
             self._out[:, heads], self._lse[:, heads] = self._launch(self._q[:, heads], keys, spans, self._options_of(heads), self._how.step)
         else:
             self._out[:, heads], self._lse[:, heads] = 0, -torch.inf
@@ -122,7 +128,7 @@ class Attend:
 
     def of_heads(self, q: Tensor, heads: slice) -> Attend:
         """The attention of other ranks' queries as well, with some of the query heads: q is ``[n, heads, D]``."""
-        return Attend(self._how, q, None if self._sinks is None else self._sinks[heads])
+        return Attend(self._how, q, None if self._sinks is None else self._sinks[heads], self._scales_of(heads))
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """The result of this rank's queries, complete and with sinks, which was computed elsewhere: out ``[rows, Hq, Dv]`` in q's dtype,
@@ -149,6 +155,8 @@ class Attend:
     ) -> tuple[Tensor, Tensor]:
         """What queries have seen after one launch more: its result, merged into what there was before."""
         how = self._how
+        if self._scales is not None:
+            keys = keys._replace(k_scale=self._scales[0], v_scale=self._scales[1])
         if out is not None and lse is not None and self._accumulate is not None:
             self._accumulate(q, keys, spans, options, out, lse)
             return out, lse
@@ -164,6 +172,15 @@ class Attend:
     def _options_of(self, heads: slice) -> AttentionOptions:
         sinks = self._options.sinks
         return self._options if sinks is None else replace(self._options, sinks=sinks[heads])
+
+    def _scales_of(self, heads: slice) -> tuple[Tensor, Tensor] | None:
+        """Those of the KV heads of some query heads."""
+        if self._scales is None:
+            return None
+        k_scale, v_scale = self._scales
+        group = self._q.shape[1] // len(k_scale)
+        kv_heads = slice(heads.start // group, heads.stop // group)
+        return k_scale[kv_heads], v_scale[kv_heads]
 
     def _nothing_seen(self, q: Tensor) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(q.shape[0], q.shape[1], self._how.v_head_dim, dtype=self._how.merged)

@@ -21,15 +21,17 @@ class AttendInRanges(Attend):
     is as many ranges of one name.
 
     Args:
-        how, q, sinks: as of :class:`Attend`.
+        how, q, sinks, scales: as of :class:`Attend`.
         strategy: its name.
         schedule: of the call.
     """
 
     __slots__ = ("_given", "_hop", "_schedule", "_strategy")
 
-    def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None, strategy: str, schedule: Schedule) -> None:
-        super().__init__(how, q, sinks)
+    def __init__(
+        self, how: Attention, q: Tensor, sinks: Tensor | None, scales: tuple[Tensor, Tensor] | None, strategy: str, schedule: Schedule
+    ) -> None:
+        super().__init__(how, q, sinks, scales)
         launch = f"attend {how.backend.name}"
         self._launch = ranged(launch, self._launch)
         if self._accumulate is not None:
@@ -59,7 +61,7 @@ class AttendInRanges(Attend):
 
     def of_heads(self, q: Tensor, heads: slice) -> Attend:
         sinks = None if self._sinks is None else self._sinks[heads]
-        return AttendInRanges(self._how, q, sinks, self._strategy, self._schedule)
+        return AttendInRanges(self._how, q, sinks, self._scales_of(heads), self._strategy, self._schedule)
 
     def _hop_range(self) -> record_function:
         return in_range(f"{self._strategy} hop {self._hop}/{len(self._schedule)}")

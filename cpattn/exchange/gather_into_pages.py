@@ -15,13 +15,13 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.head_groups import HeadGroup, attend_to_group, head_groups
 from cpattn.exchange.keys_at_hand import WholePages
-from cpattn.exchange.message import heads_of, pages_of_heads
+from cpattn.exchange.message import KVFormat, heads_of, pages_of_heads
 from cpattn.exchange.page_places import Places, hole_places
+from cpattn.exchange.page_rows import write_rows
 from cpattn.exchange.rows_into_pages import AllBefore, RowsIntoPages, rows_into_pages
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.exchange.traveling_keys import Traveling, counted
 from cpattn.kv_cache import PagedKV
-from cpattn.moves.moves import Moves, moves_for
 from cpattn.transports.transfer import Transfer, Work
 
 
@@ -30,29 +30,26 @@ class Holes(NamedTuple):
     NaN for NaN: until the rest comes there are zeros.
 
     Attributes:
-        row: of zeros, ``[1, Hkv, D]``.
+        row: of zeros, a message ``[1, Hkv, width]``.
     """
 
+    kv: KVFormat
     places: Places
     row: Tensor
-    v_head_dim: int
-    moves: Moves
 
     @classmethod
     def of(cls, setup: Setup) -> Holes:
         """Of a problem with a window."""
         problem, meta, kv = setup.problem, setup.meta, setup.kv
         assert problem.window is not None
-        shape = 1, kv.heads, max(kv.head_dim, kv.v_head_dim)
+        shape = 1, kv.heads, kv.width
         # Kept with the metadata, as a graph may outlive what was prepared for a batch.
-        row = meta.derive(("a row of zeros", shape, kv.dtype), lambda: torch.zeros(shape, dtype=kv.dtype, device=meta.device))
-        return cls(hole_places(meta, problem.window), row, kv.v_head_dim, moves_for(kv.device))
+        row = meta.derive(("a row of zeros", shape, kv.dtype), lambda: torch.zeros(shape, dtype=kv.wire_dtype, device=meta.device))
+        return cls(kv, hole_places(meta, problem.window), row)
 
     def fill(self, cache: PagedKV) -> None:
         """With zeros."""
-        rows = self.row.expand(len(self.places[0]), -1, -1)
-        k, v = rows[..., : cache.k_pages.shape[3]], rows[..., : self.v_head_dim]
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, k, v)
+        write_rows(self.kv, cache, self.places, *self.kv.parts(self.row.expand(len(self.places[0]), -1, -1)))
 
 
 class GatherIntoPages(NamedTuple):

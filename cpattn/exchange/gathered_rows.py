@@ -7,7 +7,10 @@ from functools import partial
 from torch import Tensor
 
 from cpattn.exchange.message import KVFormat, Message
+from cpattn.exchange.page_rows import Places, as_bytes, write_rows
+from cpattn.kv_cache import PagedKV
 from cpattn.moves.moves import moves_for
+from cpattn.transports.rows_of_all import RowsOfAll
 from cpattn.transports.transport import Transport
 
 
@@ -42,8 +45,16 @@ class GatheredRows:
         self._moves.write_pages(k_pages, v_pages, page_table, request, position, *self.all.parts)
 
 
+def put_in_pages(rows: RowsOfAll, kv: KVFormat, cache: PagedKV, places: Places) -> None:
+    """What has arrived, to its slots."""
+    if isinstance(rows, GatheredRows):
+        write_rows(kv, cache, places, *rows.all.parts)
+    else:
+        rows.write_pages(*as_bytes(kv, cache), cache.page_table, *places)
+
+
 def gathered_rows(transport: Transport, kv: KVFormat, rows: int, groups: int = 1) -> list[GatheredRows]:
     """Memory for ``groups`` groups of KV heads, ``rows`` rows of each rank; ``kv`` is of one of them."""
     # Group after group, so that each is one message: [groups, rows of all ranks, heads of a group, width].
     shape = groups, transport.size * rows, kv.heads, kv.width
-    return [GatheredRows(transport, kv, memory) for memory in transport.arena.buffer("gathered", shape, kv.dtype, kv.device)]
+    return [GatheredRows(transport, kv, memory) for memory in transport.arena.buffer("gathered", shape, kv.wire_dtype, kv.device)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_places import ordered_places
+from cpattn.exchange.page_rows import Places, read_rows, write_rows
 from cpattn.exchange.step_spans import causal_spans, prefix_spans, spans_in_order
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
@@ -61,24 +62,23 @@ class PagedKeys(NamedTuple):
 
     kv: KVFormat
     copy: Message | None
-    places: tuple[Tensor, Tensor] | None
-    moves: Moves
+    places: Places | None
 
     @classmethod
     def as_they_are(cls, kv: KVFormat) -> PagedKeys:
         """In pages that the backend reads."""
-        return cls(kv, None, None, moves_for(kv.device))
+        return cls(kv, None, None)
 
     @classmethod
-    def copied(cls, kv: KVFormat, copy: Message, places: tuple[Tensor, Tensor]) -> PagedKeys:
+    def copied(cls, kv: KVFormat, copy: Message, places: Places) -> PagedKeys:
         """In the order of ``places``."""
-        return cls(kv, copy, places, moves_for(kv.device))
+        return cls(kv, copy, places)
 
     def keys(self, cache: PagedKV) -> Keys:
         """What to attend to."""
         if self.copy is None or self.places is None:
-            return self.kv.keys(cache.k_pages, cache.v_pages, cache.page_table)
-        self.moves.read_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *self.copy.parts)
+            return self.kv.keys_in_pages(cache)
+        read_rows(self.kv, cache, self.places, *self.copy.parts)
         return self.copy.keys
 
 
@@ -90,7 +90,7 @@ class OwnShard(NamedTuple):
         held: all of it, request after request.
     """
 
-    new_places: tuple[Tensor, Tensor]
+    new_places: Places
     held: PagedKeys
 
     @classmethod
@@ -103,7 +103,7 @@ class OwnShard(NamedTuple):
         """Writes the new tokens, and gives all that is held."""
         cache = io.cache
         assert isinstance(cache, PagedKV)
-        self.held.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.new_places, io.k, io.v)
+        write_rows(self.held.kv, cache, self.new_places, io.k, io.v)
         return self.held.keys(cache)
 
 

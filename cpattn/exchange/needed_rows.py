@@ -69,4 +69,4 @@ def needed_rows(transport: Transport, kv: KVFormat, table: ExchangedRows, own: i
 
 def group_buffers(transport: Transport, name: str, kv: KVFormat, groups: int, rows: int) -> Tensor:
     """Memory for so many rows of each group of heads; group after group, so that each is one message."""
-    return transport.arena.buffer(name, (groups, rows, kv.heads, kv.width), kv.dtype, kv.device)
+    return transport.arena.buffer(name, (groups, rows, kv.heads, kv.width), kv.wire_dtype, kv.device)

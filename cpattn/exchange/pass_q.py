@@ -22,8 +22,9 @@ from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
-from cpattn.exchange.message import message_buffer
+from cpattn.exchange.message import KVFormat, message_buffer
 from cpattn.exchange.needed_pass_q import Held, NeededPassQ, NeededPassQRing
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
 from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
@@ -36,7 +37,6 @@ from cpattn.exchange.traveling_queries import TravelingQueries, traveling_querie
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import owned_places_by_rank
-from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
 from cpattn.transports.transfer import Transfer
@@ -155,7 +155,7 @@ def _ring_schedule(problem: Problem, plan: Layout) -> Schedule:
             return (*prefix_hop(problem, plan), *_needed_hops(problem, plan, travels))
     else:
         # New keys and values travel beside them, to those who hold them.
-        queries += problem.rows * problem.key_bytes
+        queries = problem.rows * problem.query_and_key_bytes
     hops = []
     for hop in range(plan.cp_size):
         # The queries of the next hop set out before it; its own results go back after it.
@@ -182,8 +182,8 @@ class _NewTokens(NamedTuple):
     """
 
     turns: tuple[QueriesAndKeys, ...]
-    places: list[tuple[Tensor, Tensor]]
-    moves: Moves
+    places: list[Places]
+    kv: KVFormat
 
     @classmethod
     def of(cls, setup: Setup) -> _NewTokens | None:
@@ -192,13 +192,13 @@ class _NewTokens(NamedTuple):
             return None
         places = owned_places_by_rank(meta)
         turns = tuple(QueriesAndKeys.of(setup, f"queries and keys {n}") for n in range(2 if size > 1 else 0))
-        return cls(turns, [places[(meta.cp_rank - hop) % size] for hop in range(size)], moves_for(setup.problem.device))
+        return cls(turns, [places[(meta.cp_rank - hop) % size] for hop in range(size)], setup.kv)
 
     def write(self, io: IO, hop: int) -> None:
         """Those that are there in a hop."""
         assert isinstance(io.cache, PagedKV)
         k, v = (io.k, io.v) if hop == 0 else self.turns[hop % 2].new.parts
-        self.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *self.places[hop], k, v)
+        write_rows(self.kv, io.cache, self.places[hop], k, v)
 
 
 class _PassQRing(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, Message, message_buffer
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.ring_keys import message_rows, ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import launches_per_shard, shard_spans
@@ -76,7 +77,7 @@ class _Ring(NamedTuple):
     shard: OwnShard | StripedShard | None
     own: OwnKeys
     spans: list[list[Spans]]
-    places: list[tuple[Tensor, Tensor]] | None
+    places: list[Places] | None
     new_rows: list[Tensor]
     new: Message | None
     num_tokens: int | Tensor
@@ -141,7 +142,7 @@ def _forward(ring: _Ring | StraightRing, io: IO, attend: Attend) -> None:
                 ring.moves.gather_rows(ring.new.whole, passing.whole, ring.new_rows[hop])
                 passing = ring.new
             k, v = passing.parts if hop else (io.k, io.v)
-            ring.moves.write_pages(io.cache.k_pages, io.cache.v_pages, io.cache.page_table, *ring.places[hop], k, v)
+            write_rows(ring.own.kv, io.cache, ring.places[hop], k, v)
         for spans in launches:
             attend(keys, spans)
         if arriving is not None:

@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from cpattn.exchange.gathered_rows import gathered_rows
+from cpattn.exchange.gathered_rows import gathered_rows, put_in_pages
 from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.needed_rows import NeededRows, group_buffers, needed_rows
 from cpattn.exchange.page_places import Parted, Places, needed_places, parted_places, rest_rows
+from cpattn.exchange.page_rows import as_bytes, write_rows
 from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.seen_keys import exchanged_rows
 from cpattn.exchange.strategy import Setup
@@ -47,6 +48,7 @@ class RowsIntoPages(Protocol):
 class AllBefore(NamedTuple):
     """One message brings all rows before the attention."""
 
+    kv: KVFormat
     rows: RowsOfAll
     places: Places
     after: None = None
@@ -60,7 +62,7 @@ class AllBefore(NamedTuple):
         self.rows.put(k, v, num_tokens)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places)
+        put_in_pages(self.rows, self.kv, cache, self.places)
 
     def write_rest(self, cache: PagedKV) -> None:
         """There is no other."""
@@ -73,10 +75,10 @@ class AllAfter(NamedTuple):
         own: the places of this rank's rows; rest: of all ranks' rows those of the others'.
     """
 
+    kv: KVFormat
     rows: RowsOfAll
     own: Places
     rest: Places
-    moves: Moves
     before: None = None
 
     @property
@@ -88,15 +90,16 @@ class AllAfter(NamedTuple):
         self.rows.put(k, v, num_tokens)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.own, k, v)
+        write_rows(self.kv, cache, self.own, k, v)
 
     def write_rest(self, cache: PagedKV) -> None:
-        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.rest)
+        put_in_pages(self.rows, self.kv, cache, self.rest)
 
 
 class ReadTwice(NamedTuple):
     """Rows in other ranks' memory, of which a rank reads those that its queries see first, and the rest once it has attended."""
 
+    kv: KVFormat
     rows: RowsOfPeers
     places: Parted
     after: None = None
@@ -110,10 +113,10 @@ class ReadTwice(NamedTuple):
         self.rows.put(k, v, num_tokens)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places.seen, part="first")
+        self.rows.write_pages(*as_bytes(self.kv, cache), cache.page_table, *self.places.seen, part="first")
 
     def write_rest(self, cache: PagedKV) -> None:
-        self.rows.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places.rest, part="last")
+        self.rows.write_pages(*as_bytes(self.kv, cache), cache.page_table, *self.places.rest, part="last")
 
 
 class SentTwice(NamedTuple):
@@ -125,6 +128,7 @@ class SentTwice(NamedTuple):
         rest: what it receives then; rest_places: of that.
     """
 
+    kv: KVFormat
     needed: NeededRows
     seen: Message
     places: Places
@@ -146,23 +150,23 @@ class SentTwice(NamedTuple):
             self.moves.gather_rows(self.message, self.needed.own, self.outgoing)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *self.seen.parts)
+        write_rows(self.kv, cache, self.places, *self.seen.parts)
 
     def write_rest(self, cache: PagedKV) -> None:
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.rest_places, *self.rest.parts)
+        write_rows(self.kv, cache, self.rest_places, *self.rest.parts)
 
 
 def rows_into_pages(setup: Setup, kv: KVFormat, travels: Traveling) -> Sequence[RowsIntoPages]:
     """Of each group of KV heads; ``kv`` is of one of them."""
-    meta, window, moves = setup.meta, setup.problem.window, moves_for(kv.device)
+    meta, window = setup.meta, setup.problem.window
     peers = rows_of_peers(setup, kv)
     if travels.what == "nothing":
         own, rest = meta.gathered_places_by_rank[meta.cp_rank], parted_places(meta, window).rest
-        return [AllAfter(rows, own, rest, moves) for rows in peers or _gathered(setup, kv)]
+        return [AllAfter(kv, rows, own, rest) for rows in peers or _gathered(setup, kv)]
     if peers and (travels.what == "needed" or meta.bucket is not None):
-        return [ReadTwice(rows, parted_places(meta, window)) for rows in peers]
+        return [ReadTwice(kv, rows, parted_places(meta, window)) for rows in peers]
     sent_twice = [] if peers or travels.what == "all" else _sent_twice(setup, kv)
-    return sent_twice or [AllBefore(rows, meta.gathered_places) for rows in peers or _gathered(setup, kv)]
+    return sent_twice or [AllBefore(kv, rows, meta.gathered_places) for rows in peers or _gathered(setup, kv)]
 
 
 def _gathered(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
@@ -184,5 +188,7 @@ def _sent_twice(setup: Setup, kv: KVFormat) -> Sequence[RowsIntoPages]:
         assert after is not None  # nor was the first
         after = after._replace(fill_missing=partial(kv.fill_missing_, message))
         rest_of = Message.of(rest, kv), table.places
-        made.append(SentTwice(first, Message.of(first.memory, kv), places, message, table.outgoing, *rest_of, after, moves_for(kv.device)))
+        made.append(
+            SentTwice(kv, first, Message.of(first.memory, kv), places, message, table.outgoing, *rest_of, after, moves_for(kv.device))
+        )
     return made

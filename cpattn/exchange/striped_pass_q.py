@@ -17,6 +17,7 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import PagedKeys
 from cpattn.exchange.message import Message, message_buffer
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
 from cpattn.exchange.schedule import Hop, Schedule, sends
@@ -37,7 +38,7 @@ def striped_schedule(problem: Problem, plan: Layout) -> Schedule:
     others = plan.cp_size - 1
     rows = others * problem.rows
     alignment: Alignment = "full" if problem.window is None else "bottom_right"
-    first = Hop(0, "cached", alignment, 1, sends(problem, plan, rows * (problem.query_bytes + problem.key_bytes)))
+    first = Hop(0, "cached", alignment, 1, sends(problem, plan, rows * problem.query_and_key_bytes))
     last = Hop(0, "new", "bottom_right", 1, sends(problem, plan, rows * problem.result_bytes))
     return (first, Hop("others", "cached", alignment, others, sends(problem, plan, 0)), last) if others else (first, last)
 
@@ -54,7 +55,7 @@ class StripedPassQ(NamedTuple):
     transfers: tuple[Transfer, ...]
     everyone: QueriesAndKeys
     own: QueriesAndKeys
-    places: tuple[Tensor, Tensor]
+    places: Places
     cached: PagedKeys
     own_spans: Spans
     other_spans: Spans
@@ -114,7 +115,7 @@ class StripedPassQ(NamedTuple):
         attend(cached, self.own_spans)
         if arriving is not None:
             arriving.wait()
-        self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, *new.parts)
+        write_rows(self.own.kv, cache, self.places, *new.parts)
         returning = None
         if self.sent is not None:
             self.sent.put(*attend.others(self.everyone.q, cached, [self.other_spans]))

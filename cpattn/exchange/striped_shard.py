@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cpattn.exchange.message import Message
+from cpattn.exchange.message import KVFormat, Message
+from cpattn.exchange.page_rows import Places, read_rows
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
 from cpattn.kv_cache import PagedKV
@@ -24,21 +25,22 @@ class StripedShard(NamedTuple):
     """
 
     copy: Message
-    cached: tuple[Tensor, Tensor]
+    cached: Places
     new_rows: Tensor
     num_tokens: int
+    kv: KVFormat
     moves: Moves
 
     @classmethod
     def of(cls, setup: Setup, copy: Message) -> StripedShard:
         meta = setup.meta
         new_rows = new_rows_in_shards(meta)[meta.cp_rank]
-        return cls(copy, places_in_shard(meta), new_rows, meta.num_tokens, moves_for(setup.problem.device))
+        return cls(copy, places_in_shard(meta), new_rows, meta.num_tokens, setup.kv, moves_for(setup.problem.device))
 
     def keys(self, io: IO) -> Keys:
         """Copies all of it."""
         cache = io.cache
         assert isinstance(cache, PagedKV)
-        self.moves.read_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.cached, *self.copy.parts)
+        read_rows(self.kv, cache, self.cached, *self.copy.parts)
         self.moves.pack(self.copy.whole, io.k, io.v, self.num_tokens, self.new_rows)
         return self.copy.keys

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
-from cpattn.exchange.message import Message, message_buffer
+from cpattn.exchange.message import KVFormat, Message, message_buffer
+from cpattn.exchange.page_rows import read_rows, write_rows
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import window_spans
 from cpattn.exchange.strategy import IO, Setup
@@ -48,6 +49,7 @@ class StripedWindow(NamedTuple):
     ordered: Message
     spans: Spans
     num_tokens: int | Tensor
+    kv: KVFormat
     moves: Moves
 
     @classmethod
@@ -72,6 +74,7 @@ class StripedWindow(NamedTuple):
             ordered=message_buffer(transport.arena, "ordered", kv, len(places.order)),
             spans=window_spans(meta, problem.window),
             num_tokens=setup.num_tokens,
+            kv=kv,
             moves=moves_for(problem.device),
         )
 
@@ -79,11 +82,10 @@ class StripedWindow(NamedTuple):
         """Makes one call."""
         cache, moves, places = io.cache, self.moves, self.places
         assert isinstance(cache, PagedKV)
-        pages = cache.k_pages, cache.v_pages, cache.page_table
         moves.pack(self.new.whole, io.k, io.v, self.num_tokens)
-        moves.read_pages(*pages, *places.cached, *self.cached.parts)
+        read_rows(self.kv, cache, places.cached, *self.cached.parts)
         if self.transfers:
             io.start().wait()
-        moves.write_pages(*pages, *places.owned, *self.all.parts)
+        write_rows(self.kv, cache, places.owned, *self.all.parts)
         moves.gather_rows(self.ordered.whole, self.all.whole, places.order)
         attend(self.ordered.keys, self.spans)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cpattn.kernels.available import has_kernels
 from cpattn.moves import torch_moves
+from cpattn.moves.stored_rows import StoredRows
 
 
 class Moves(Protocol):
@@ -84,6 +85,27 @@ class Moves(Protocol):
 
         Args:
             out_rows: int32 or int64 ``[n]``, all different; the rest as for :meth:`write_pages`.
+        """
+        ...
+
+    def quantize(self, out: StoredRows, k: Tensor, v: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+        """What numbers are where they are stored: ``x / scale`` in fp32, rounded to the nearest, to the even one of two. What
+        overflows becomes the largest finite number, never NaN; NaN stays NaN.
+
+        Args:
+            out: rows of another dtype. Where it has scales, each row and head gets one of its own, by which its largest number
+                becomes the largest that there is.
+            k: ``[n, Hkv, D]``; v ``[n, Hkv, Dv]`` or None, of one floating dtype, the last axis contiguous, the others may be strided.
+            k_scale, v_scale: fp32 ``[Hkv]``, or None where ``out`` has scales or none are needed.
+        """
+        ...
+
+    def dequantize(self, k: Tensor, v: Tensor | None, stored: StoredRows) -> None:
+        """What stored numbers mean: ``x * scale`` in fp32, rounded to the dtype of k and v. For fp16 what overflows becomes its largest
+        finite number.
+
+        Args:
+            k, v: of another dtype than the stored rows, otherwise as they are.
         """
         ...
 

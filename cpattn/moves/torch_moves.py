@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpattn.moves.torch_quantize import dequantize as dequantize
+from cpattn.moves.torch_quantize import quantize as quantize
+
 # Dtypes of which torch moves single rows everywhere. Of others, such as fp8, it moves the bits under another name.
 _INDEXED = frozenset(
     {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool}

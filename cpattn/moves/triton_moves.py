@@ -12,6 +12,8 @@ from cpattn.kernels.arguments import Words
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.move_pages import pages_kernel
 from cpattn.kernels.move_rows import gather_kernel, pack_kernel
+from cpattn.moves.triton_quantize import dequantize as dequantize
+from cpattn.moves.triton_quantize import quantize as quantize
 
 # Bytes that a thread moves at a time, where rows are aligned to it.
 _ACCESS = 16

@@ -206,7 +206,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "other page size": (change_cache(v_pages=lambda x: x[:, :8]), "k_pages has (16, 16) pages of tokens, v_pages (16, 8); they must agree"),
     "last axis strided": (change_cache(k_pages=lambda x: x[..., ::2]), "the last must be 1, as rows are written in place"),
     "other heads": (change_cache(k_pages=lambda x: x[:, :, :1]), "kv_cache.k_pages is (16, 16, 1, 16) torch.float32 on cpu, but k is"),
-    "other dtype": (change_cache(v_pages=lambda x: x.bfloat16()), "torch.bfloat16 on cpu, but v is (23, 2, 16)"),
+    "other dtype": (
+        change_cache(v_pages=lambda x: x.bfloat16()),
+        "is torch.float32, v_pages torch.bfloat16; both must be of one dtype",
+    ),
     "no v_pages": (change_cache(v_pages=lambda x: None), "of v and kv_cache.v_pages one is None and the other is not"),
     "slot of two new tokens": (
         change_cache(page_table=same_page((5, 1), (0, 0))),

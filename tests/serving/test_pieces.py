@@ -126,7 +126,7 @@ SLOTS = torch.tensor([0, 1, -1])
 WRITE_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no v": ({"v": None}, "of v and kv_cache.v_pages one is None and the other is not"),
     "heads": ({"k": torch.zeros(3, 2, 4)}, r"k is \(3, 2, 4\) torch.float32 on cpu, the pages are \(5, 2, 1, 4\)"),
-    "dtype": ({"v": torch.zeros(3, 1, 4).half()}, r"v is \(3, 1, 4\) torch.float16 on cpu, the pages are"),
+    "dtype": ({"v": torch.zeros(3, 1, 4).half()}, r"k is torch.float32, v is torch.float16; both must be of one dtype"),
     "rows": ({"slots": SLOTS[:2]}, "k has 3 rows, but there are 2 slots; pass a slot for each row, -1 to skip it"),
     "slots of float": ({"slots": SLOTS.float()}, r"slots is \(3,\) torch.float32 on cpu; pass int32 or int64 \[rows\] on cpu"),
     "slots of two axes": ({"slots": SLOTS[:, None]}, r"slots is \(3, 1\) torch.int64 on cpu; pass"),

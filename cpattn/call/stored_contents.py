@@ -1,0 +1,52 @@
+"""What is refused of numbers that are to be stored in another dtype. It means reading them, and so waiting for a device that has them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cpattn.errors import TensorMismatchError
+from cpattn.kv_cache import PagedKV
+from cpattn.stored import is_fp8, largest
+
+
+def check_fits(k: Tensor, v: Tensor | None, cache: PagedKV) -> None:
+    """Of a call's tokens and pages that go together: that no number is larger than what the pages can hold."""
+    _check_fits("k", k, cache.k_pages.dtype, cache.k_scale)
+    if v is not None and cache.v_pages is not None:
+        _check_fits("v", v, cache.v_pages.dtype, cache.v_scale)
+
+
+def _check_fits(name: str, x: Tensor, stored: torch.dtype, scale: Tensor | None) -> None:
+    if x.dtype == stored or not x.numel():
+        return
+    limit = _overflows_from(stored)
+    # NaN stays what it is.
+    size = x.detach().abs().nan_to_num_(nan=0.0, posinf=math.inf).amax(dim=(0, 2)).double()
+    if scale is not None and scale.ndim == 3:
+        # It becomes that of the largest number, whatever that is.
+        limits, words = torch.full_like(size, math.inf), ""
+    else:
+        factor = torch.ones_like(size) if scale is None else scale.detach().reshape(-1).double().expand_as(size)
+        if scale is not None and not (factor.isfinite() & (factor > 0)).all():
+            raise TensorMismatchError(f"kv_cache.{name}_scale is {scale.tolist()}; a scale is a positive, finite number")
+        limits, words = limit * factor, f" times {name}_scale"
+    too_large = size >= limits
+    if not too_large.any():
+        return
+    head = int(too_large.nonzero()[0])
+    fix = ""
+    if is_fp8(stored) and words:
+        fix = f": {name}_scale must be at least the largest |{name}| / {largest(stored):g}, or let each token have its own"
+    raise TensorMismatchError(
+        f"{name} goes to {float(size[head]):.4g} in head {head}, but the pages are {stored}, whose largest number is "
+        f"{largest(stored):g}{words}{fix}"
+    )
+
+
+def _overflows_from(dtype: torch.dtype) -> float:
+    """The smallest number that is not rounded to the largest finite one: half a step above it."""
+    info = torch.finfo(dtype)
+    return largest(dtype) + 2.0 ** math.floor(math.log2(largest(dtype))) * info.eps / 2

@@ -1,0 +1,259 @@
+"""Pages in fp8 with scales, and in half precision beside other queries: what is computed, written, sent and refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from stored_cases import StoredCase
+from torch import Tensor
+
+import cpattn
+from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.stored_keys import over_stored_keys
+from cpattn.exchange.schedule import bytes_sent
+from cpattn.testing import run_loopback
+
+E4M3, E5M2, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
+# Prefill from nothing, a prefix-cache hit with a remainder, idle, decode, idle from nothing, a hit at a page's end.
+MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
+EXCHANGES = [
+    ("all_gather", "paged"),
+    ("ring", "paged"),
+    ("ring", "sharded"),
+    ("pass_q", "sharded"),
+    ("pass_q_ring", "sharded"),
+    ("ring", "striped"),
+    ("pass_q", "striped"),
+    ("pass_q_ring", "striped"),
+]
+# Pages, scales, queries.
+FORMS = [(E4M3, "token", BF16), (E4M3, "head", FP16), (E5M2, "one", FP32), (E5M2, "token", FP16), (BF16, None, FP16), (BF16, None, FP32)]
+
+
+def check_on_ranks(case: StoredCase, plan: cpattn.Plan, strategy: str, backend: str, **options: Any) -> None:
+    outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, backend, **options), plan.cp_size)
+    case.dequantised().check(outputs, plan, strategy, backend)
+
+
+@pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
+@pytest.mark.parametrize(("stored", "scales", "dtype"), FORMS, ids=str)
+def test_all_see_what_the_pages_hold(strategy: str, cache: str, stored: torch.dtype, scales: str | None, dtype: torch.dtype) -> None:
+    """And nothing more is lost: keys of this call, and of this rank, are seen as others see them."""
+    kind: dict[str, Any] = {"stored": stored, "scales": scales, "dtype": dtype, "cache": cache, "page_size": 5, "head_dim": 18}
+    for backend, v_in_k, cp_size in (("cpu", False, 3), ("reference", True, 2)):
+        case = StoredCase(MIXED, v_head_dim=10 if v_in_k else 14, v_in_k=v_in_k, **kind)
+        check_on_ranks(case, case.plan(cp_size, pad_to=4), strategy, backend)
+
+
+@pytest.mark.parametrize("scales", ["head", "token"])
+def test_windows_sinks_groups_of_heads_and_one_rank(scales: str) -> None:
+    changes: dict[str, Any]
+    for cp_size, strategy, cache, changes in (
+        (3, "all_gather", "paged", {"window": 9, "overlap": 2, "sinks": True}),
+        (3, "all_gather", "striped", {"window": 9}),
+        (2, "pass_q", "striped", {"window": 9, "interleave": 4}),
+        (1, "all_gather", "paged", {"softcap": 5.0}),
+    ):
+        case = StoredCase(MIXED, cache=cache, page_size=4, scales=scales, dtype=BF16, **changes)
+        check_on_ranks(case, case.plan(cp_size), strategy, "reference", check=True)
+
+
+@pytest.mark.parametrize("scales", ["one", "head", "token"])
+def test_a_packed_copy_has_the_bits_of_the_pages(scales: str) -> None:
+    """Whatever a backend reads, keys are the same numbers in q's dtype."""
+    case = StoredCase(MIXED, cache="paged", page_size=3, scales=scales, dtype=BF16)
+    reference = cpattn.BACKENDS["reference"]
+    seen = []
+
+    def spy(q: Tensor, keys: cpattn.Keys, spans: cpattn.Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        seen.append(keys)
+        return reference.attend(q, keys, spans, options, out_dtype)
+
+    copied = replace(reference, name="copied", attend=spy, reads_stored=lambda problem: False)
+    plan = case.plan(2)
+    outputs = [
+        run_loopback(partial(lambda backend, c: case.on_rank(plan, c.rank, c, "all_gather", backend), backend), 2)
+        for backend in (reference, copied)
+    ]
+    assert {(keys.k.dtype, keys.v.dtype, keys.k_scale, keys.page_table) for keys in seen} == {(BF16, BF16, None, None)}
+    for (out, lse), (other, other_lse) in zip(*outputs, strict=True):
+        assert torch.equal(out, other)
+        assert torch.equal(lse, other_lse)
+
+
+@pytest.mark.parametrize(("scales", "strategy", "cache"), [("token", "all_gather", "paged"), ("head", "ring", "sharded")])
+def test_bytes_travel(scales: str, strategy: str, cache: str) -> None:
+    sent = []
+    for stored in (E4M3, BF16):
+        is_fp8 = stored == E4M3
+        case = StoredCase(
+            [(7, 40), (0, 9)], cache=cache, head_dim=128, page_size=16, stored=stored, scales=scales if is_fp8 else None,
+            dtype=BF16 if is_fp8 else FP16,
+        )  # fmt: skip
+        plan = case.plan(3)
+
+        def program(c: cpattn.Communicator, case: StoredCase = case, plan: cpattn.Plan = plan) -> int:
+            meta = plan.metadata(c.rank)
+            q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+            pages = case.pages(plan, c.rank).cache
+            call = cpattn.prepare(q, k, v, meta, kv_cache=pages, strategy=strategy, group=c)
+            call(q, k, v, kv_cache=pages)
+            assert c.bytes_sent == bytes_sent(call.schedule)[c.rank]
+            return c.bytes_sent
+
+        sent.append(run_loopback(program, 3))
+    assert all(fp8 <= 0.52 * half for fp8, half in zip(*sent, strict=True))
+
+
+@pytest.mark.parametrize(("stored", "scales", "dtype"), [*FORMS, (FP32, None, FP32)], ids=str)
+def test_the_pieces_are_cp_attention(stored: torch.dtype, scales: str | None, dtype: torch.dtype) -> None:
+    """write_kv converts as a call does, and attend reads what it has written."""
+    case = StoredCase(MIXED, cache="paged", page_size=3, stored=stored, scales=scales, dtype=dtype)
+    plan = case.plan(1)
+    meta, (whole, pieces) = plan.metadata(0), (case.pages(plan, 0) for _ in range(2))
+    expected = cpattn.cp_attention(case.q, case.k, case.v, meta, kv_cache=whole.cache)
+    slots = cpattn.slot_mapping(meta, pieces.cache.page_table, 3)
+    cpattn.write_kv(case.k, case.v, pieces.cache, slots)
+    pieces.check_written()
+    assert torch.equal(cpattn.attend(case.q, pieces.cache, meta), expected)
+
+
+def test_rows_that_an_engine_has_converted_travel_and_are_written_as_they_are() -> None:
+    case = StoredCase([(0, 9), (0, 4)], cache="paged", page_size=4, scales="head", dtype=BF16, head_dim=6)
+    plan = case.plan(2)
+
+    def program(c: cpattn.Communicator) -> None:
+        meta, pages = plan.metadata(c.rank), case.pages(plan, c.rank)
+        assert case.new.v is not None
+        k, v = (cpattn.shard(x.view(torch.uint8), meta).view(E4M3) for x in (case.new.k, case.new.v))
+        k, v = cpattn.gather_kv(k, v, meta, group=c)  # type: ignore[assignment]
+        cpattn.write_kv(k, v, pages.cache, cpattn.slot_mapping(meta, pages.cache.page_table, 4))
+        pages.check_written()
+
+    run_loopback(program, 2)
+
+
+def test_each_layer_has_scales_of_its_own() -> None:
+    case = StoredCase([(0, 12)], cache="paged", page_size=4, scales="head", dtype=BF16)
+    plan = case.plan(1)
+    meta, cache = plan.metadata(0), case.pages(plan, 0).cache
+    call = cpattn.prepare(case.q, case.k, case.v, meta, kv_cache=cache)
+    assert cache.k_scale is not None
+    assert cache.v_scale is not None
+    # Powers of two change no rounding.
+    other = replace(
+        cache, k_pages=cache.k_pages.clone(), v_pages=cache.k_pages.clone(), k_scale=2 * cache.k_scale, v_scale=4 * cache.v_scale
+    )
+    out, same = (call(case.q, case.k, case.v, kv_cache=given) for given in (cache, other))
+    assert isinstance(out, Tensor)
+    assert isinstance(same, Tensor)
+    assert torch.equal(same, out)
+    assert not torch.equal(other.k_pages.view(torch.uint8), cache.k_pages.view(torch.uint8))
+    with pytest.raises(cpattn.TensorMismatchError, match=r"kv_cache.k_scale is .* but this call was prepared with"):
+        call(case.q, case.k, case.v, kv_cache=replace(cache, k_scale=torch.ones(()), v_scale=torch.ones(())))
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(("stored", "scales"), [(E4M3, "head"), (E5M2, "one"), (BF16, None)])
+def test_what_overflows_is_refused_on_a_cpu(stored: torch.dtype, scales: str | None, check: bool) -> None:
+    """By the rank that has it. The others get NaN, or, in a checked call, hear of it; and all go on."""
+    case = StoredCase([(0, 24)], cache="paged", page_size=4, stored=stored, scales=scales, dtype=FP32)
+    plan = case.plan(2)
+    most = torch.finfo(stored).max
+    top = most * (1.0 if case.of_heads is None else float(case.of_heads[0].reshape(-1)[-1]))
+
+    def program(c: cpattn.Communicator) -> tuple[str, bool]:
+        meta, pages = plan.metadata(c.rank), case.pages(plan, c.rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        if c.rank == 1:
+            # The largest of fp32 overflows in bf16.
+            k[2, -1, 0] = -min(1.1 * top, torch.finfo(FP32).max)
+        said, has_nan = "", False
+        try:
+            has_nan = bool(cpattn.cp_attention(q, k, v, meta, kv_cache=pages.cache, group=c, check=check).isnan().any())
+        except cpattn.CPError as error:
+            said = str(error)
+        # That is rounded to the largest, and the group works. (With the largest of bf16 scores would be infinite.)
+        k[2, -1, 0] = -1.01 * top if stored != BF16 else 1
+        again = cpattn.cp_attention(q, k, v, meta, kv_cache=case.pages(plan, c.rank).cache, group=c)
+        assert again.isfinite().all()
+        return said, has_nan
+
+    (other, has_nan), (own, _) = run_loopback(program, 2)
+    assert f"head 1, but the pages are {stored}, whose largest number is {most:g}" in own
+    assert ("k_scale must be at least the largest |k| / " in own) == (scales is not None)
+    assert ("rank 1" in other) if check else (has_nan and not other)
+
+
+def cache_like(**changes: Any) -> cpattn.PagedKV:
+    pages = torch.zeros(4, 8, 2, 16).to(E4M3)
+    fields: dict[str, Any] = {"k_pages": pages, "v_pages": pages.clone(), "k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+    return cpattn.PagedKV(**(fields | {"page_table": torch.zeros(1, 1, dtype=torch.int32)} | changes))
+
+
+OF_TOKENS = {"k_scale": torch.ones(4, 8, 2), "v_scale": torch.ones(4, 8, 2)}
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no scale": ({"v_scale": None}, "v_pages is torch.float8_e4m3fn, but kv_cache.v_scale is None; pass v_scale="),
+    "a number": ({"k_scale": 0.5}, "k_scale is a float; pass an fp32 tensor on the pages' device: one number"),
+    "of query heads": ({"k_scale": torch.ones(4)}, "k_scale has shape (4,); pass one number [] or [1], one a KV head [2], or one a token"),
+    "of pages alone": ({"k_scale": torch.ones(4, 1, 1)}, "k_scale has shape (4, 1, 1); pass one number"),
+    "in bf16": ({"v_scale": torch.ones(2).bfloat16()}, "v_scale is torch.bfloat16 on cpu; it must be torch.float32 on"),
+    "elsewhere": ({"v_scale": torch.ones(2, device="meta")}, "v_scale is torch.float32 on meta; it must be"),
+    "of two kinds": ({"k_scale": torch.ones(4, 8, 2)}, "either both are of tokens and heads, or neither"),
+    "without need": ({name: torch.zeros(4, 8, 2, 16).half() for name in ("k_pages", "v_pages")}, "scales are for pages in fp8: leave"),
+    "of v in k": ({"v_pages": None}, "v_scale is given, but kv_cache.v_pages is None"),
+    "fnuz": ({name: torch.zeros(4, 8, 2, 16).to(torch.float8_e4m3fnuz) for name in ("k_pages", "v_pages")}, "of fp8 pages may be in"),
+    "expanded": (OF_TOKENS | {"k_scale": torch.ones(()).expand(4, 8, 2)}, "has a scale for each token and head, which calls write, but"),
+    "negative": ({"k_scale": torch.tensor([1.0, -1.0])}, "k_scale is [1.0, -1.0]; a scale is a positive, finite number"),
+    "wider pages": ({name: torch.zeros(4, 8, 2, 16).double() for name in ("k_pages", "v_pages")} | {"k_scale": None, "v_scale": None},
+                    "k_pages is torch.float64, but k is torch.bfloat16; pages are in k's dtype, in bf16 or fp16, or in fp8 with scales"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str) -> None:
+    changes, message = MISTAKES[name]
+    q, k = torch.zeros(6, 4, 16, dtype=BF16), torch.zeros(6, 2, 16, dtype=BF16)
+    v, v_dim = (None, 8) if "v_pages" in changes and changes["v_pages"] is None else (k, None)
+    with pytest.raises(cpattn.CPError) as raised:
+        cpattn.cp_attention(q, k, v, cpattn.build_metadata([(0, 6)], 1, 0), v_dim=v_dim, kv_cache=cache_like(**changes))
+    assert message in str(raised.value)
+
+
+def test_written_rows_need_what_the_pages_need() -> None:
+    rows, slots = torch.zeros(3, 2, 16), torch.tensor([0, 1, -1])
+    with pytest.raises(cpattn.TensorMismatchError, match="in which the pages have a scale for each token and head; pass rows in bf16"):
+        cpattn.write_kv(rows.to(E4M3), rows.to(E4M3), cache_like(**OF_TOKENS), slots)
+    with pytest.raises(cpattn.TensorMismatchError, match=r"k is torch.float8_e5m2, the pages are torch.float8_e4m3fn; pass rows in"):
+        cpattn.write_kv(rows.to(E5M2), rows.to(E5M2), cache_like(), slots)
+    large = rows + 500
+    with pytest.raises(cpattn.TensorMismatchError, match=r"k goes to 500 in head 0, but the pages are torch.float8_e4m3fn"):
+        cpattn.write_kv(large, rows, cache_like(), slots)
+    # Rows that are skipped do not count.
+    large[:2] = 1
+    cpattn.write_kv(large, rows, cache_like(), slots)
+
+
+def test_explain_says_who_reads_what() -> None:
+    q, k = torch.zeros(6, 4, 16, dtype=BF16), torch.zeros(6, 2, 16, dtype=BF16)
+    explained = cpattn.explain(q, k, k, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache_like())
+    assert explained["cpu"] == "chosen, reads a packed copy of the pages of 8 in bfloat16"
+    assert explained["reference"] == "able, reads the pages in float8_e4m3fn"
+
+
+def test_a_backend_over_stored_keys_merges_as_before() -> None:
+    """A backend's own way of merging is given the copy as well."""
+    given = []
+
+    def accumulate(q: Tensor, keys: Any, spans: Any, options: Any, acc: Tensor, lse: Tensor) -> None:
+        given.append(keys.k.dtype)
+
+    backend = over_stored_keys(replace(cpattn.BACKENDS["cpu"], accumulate=accumulate))
+    keys = cpattn.Keys(torch.zeros(3, 1, 8).to(E5M2), torch.zeros(3, 1, 8).to(E5M2), None, torch.ones(1), torch.ones(1))
+    assert backend.accumulate is not None
+    backend.accumulate(torch.zeros(3, 2, 8), keys, None, None, None, None)  # type: ignore[arg-type]
+    assert given == [FP32]
