@@ -45,7 +45,9 @@ class StoredCase(AttentionCase):
         shapes = (k.shape, v.shape)
         numbers = [torch.empty(shape, dtype=self.stored, device=self.device) for shape in shapes]
         new = [torch.empty(shape[:2], device=self.device) if self.scales == "token" else None for shape in shapes]
-        scales: Any = [None if self.of_heads is None else x.reshape(-1).expand(k.shape[1]) for x in self.of_heads or (None, None)]
+        scales: list[Any] = [None, None]
+        if self.of_heads is not None:
+            scales = [scale.reshape(-1).expand(k.shape[1]) for scale in self.of_heads]
         if self.v_in_k:
             torch_moves.quantize(StoredRows(numbers[0], None, new[0]), k, None, scales[0], None)
             stored = StoredRows(numbers[0], None, new[0] if scales[0] is None else scales[0])
@@ -82,8 +84,9 @@ class StoredPages:
         self._pages = [numbers]
         k_scale, v_scale = case.of_heads or (None, None)
         if case.scales == "token":
-            scales: Any = [None if x is None else x[..., None] for x in (cached.k_scale, cached.v_scale, new.k_scale, new.v_scale)]
-            of_tokens = RankPages(plan, rank, *scales, page_size=case.page_size, seed=case.seed, **options)
+            scales: list[Any] = [None if x is None else x[..., None] for x in (*cached[2:], *new[2:])]
+            old_k, old_v, new_k, new_v = scales
+            of_tokens = RankPages(plan, rank, old_k, old_v, new_k, new_v, case.page_size, case.seed, **options)
             self._pages.append(of_tokens)
             k_scale, v_scale = (None if x is None else x[..., 0] for x in (of_tokens.cache.k_pages, of_tokens.cache.v_pages))
         cache, v_scale = numbers.cache, None if case.v_in_k else v_scale

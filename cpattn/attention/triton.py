@@ -55,7 +55,11 @@ def _refuses(problem: Problem) -> str | None:
 
 def _has_hopper_kernel(problem: Problem) -> bool:
     """Of keys without pages."""
-    if problem.v_in_k or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), 0):
+    if (
+        problem.v_in_k
+        or problem.stored_dtype != problem.dtype
+        or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), 0)
+    ):
         return False
     from cpattn.kernels.ragged_attention import specialized_kernel
 
@@ -66,9 +70,11 @@ def _how(problem: Problem) -> str:
     """Which kernel, and how it is launched: both follow from the release of Triton."""
     from cpattn.kernels.release import describe
 
-    return describe(
-        has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
-    )
+    could = has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
+    if could and problem.stored_dtype != problem.dtype:
+        stored = str(problem.stored_dtype).removeprefix("torch.")
+        return f"the plain kernel (that for Hopper multiplies keys as they lie in memory, and these are {stored}), {describe(False)}"
+    return describe(could)
 
 
 BACKEND = Backend(
@@ -83,6 +89,7 @@ BACKEND = Backend(
     v_head_dim=True,
     fp32_out=True,
     reads_pages=lambda problem: True,
+    reads_stored=lambda problem: True,
     waits_for_keys=_has_hopper_kernel,
     reads_prefix=_has_hopper_kernel,
     accumulate=triton_accumulate,

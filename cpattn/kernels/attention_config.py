@@ -56,6 +56,9 @@ class RaggedConfig(AttentionConfig):
         BLOCK_M: rows of a tile.
         TMA: k and v are tensor descriptors.
         V_IN_K: v is k's first columns.
+        STORED: k and v are stored in another dtype than q's.
+        FP8, NATIVE: which fp8 that is, and how it is read; see :mod:`cpattn.kernels.stored_numbers`.
+        SCALED: they have scales; OF_TOKENS: one for each token and head, else one for each head.
     """
 
     D_TAIL: int
@@ -63,6 +66,11 @@ class RaggedConfig(AttentionConfig):
     BLOCK_M: int
     TMA: bool
     V_IN_K: bool
+    STORED: bool = False
+    FP8: int = 0
+    NATIVE: bool = False
+    SCALED: bool = False
+    OF_TOKENS: bool = False
 
     @property
     def D_MAIN(self) -> int:

@@ -15,16 +15,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.current import is_on_current_device
-from cpattn.kernels.arguments import Blocks, fits_descriptor
+from cpattn.kernels.arguments import Blocks, Words, fits_descriptor
 from cpattn.kernels.attention_config import RaggedConfig
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.ragged_kernel import ragged_attention_kernel
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
+from cpattn.kernels.stored_numbers import fp8_is_native, fp8_kind
 from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
 from cpattn.kernels.tiles import Launch, launch_for
 from cpattn.keys import Keys
 from cpattn.options import AttentionOptions
 from cpattn.spans import Spans
+from cpattn.stored import is_fp8
 
 _LOG2_E = math.log2(math.e)
 
@@ -39,8 +41,8 @@ def ragged_attention(
 
     Args:
         q: ``[T, Hq, D]``, fp32, bf16 or fp16, the last axis contiguous.
-        keys: of the same dtype. Where v is a view of k's first columns (multi-head latent attention: D = 576, Dv = 512),
-            these are loaded once.
+        keys: of the same dtype, or stored in another, fp8 with its scales included. Where v is a view of k's first columns
+            (multi-head latent attention: D = 576, Dv = 512), these are loaded once.
         spans: the work, on the same device.
         options: scale, window, softcap, sinks.
         out_dtype: of the result; q's by default.
@@ -52,7 +54,7 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
     """
-    k, v, page_table, _, _, arrivals, prefix = keys
+    k, v, page_table, k_scale, v_scale, arrivals, prefix = keys
     if into is None:
         num_queries, num_heads, _ = q.shape
         out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
@@ -69,6 +71,7 @@ def ragged_attention(
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
         None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
         None if prefix is None else (prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride()), shapes, packs,
+        None if k_scale is None or v_scale is None else (k_scale.stride(), v_scale.stride()),
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
     tensors: tuple[Tensor, ...] = (q, k, v, out, lse, lse if sinks is None else sinks)
@@ -78,6 +81,8 @@ def ragged_attention(
         tensors += arrivals
     if prefix is not None:
         tensors += prefix
+    if k_scale is not None and v_scale is not None:
+        tensors += k_scale, v_scale
     if is_on_current_device(q):
         launch(*tensors)
     else:
@@ -96,6 +101,7 @@ def _tensors_of(keys: Keys) -> dict[str, int]:
     more = [] if keys.page_table is None else ["page_table"]
     more += [] if keys.arrivals is None else ["arrived", "late"]
     more += [] if keys.prefix is None else ["k_prefix", "v_prefix", "prefix_places"]
+    more += [] if keys.k_scale is None else ["k_scale", "v_scale"]
     return _TENSORS | {name: len(_TENSORS) - 1 + i for i, name in enumerate(more)}
 
 
@@ -110,8 +116,11 @@ def _prepare(
     dims = padded_dims(head_dim, v_head_dim)
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
+    # The kernel for Hopper multiplies what lies in memory.
+    is_stored = k.dtype != q.dtype
     if shapes is None:
-        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized_kernel(q.device) is not None, v_in_k)
+        specialized = specialized_kernel(q.device) is not None and not is_stored
+        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
     if keys.prefix is not None:
         # The only kernel that has two sources.
         shapes = tuple(shape for shape in shapes if shape.specialized)
@@ -121,33 +130,34 @@ def _prepare(
     if work.num_tiles == 0:
         return launch_nothing
 
-    tma = work.shape.tma and fits_descriptor(k) and fits_descriptor(v)
+    tma = work.shape.tma and not is_stored and fits_descriptor(k) and fits_descriptor(v)
     may_specialize = work.shape.specialized and tma and keys.page_size % PAGE_UNIT == 0
-    specialized = specialized_kernel(q.device) if may_specialize else None
+    hopper_kernel = specialized_kernel(q.device) if may_specialize else None
     warn_of_tile_file()
-    if q.is_cuda:
+    if q.is_cuda and not is_stored:
         warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, keys.page_size))
     tensors = _tensors_of(keys)
     arguments = _arguments(q, keys, options, out, lse, work)
     config = _config(q, keys, options, into, work)
-    if keys.prefix is not None and specialized is None:
+    if keys.prefix is not None and hopper_kernel is None:
         raise AssertionError("keys with a prefix elsewhere, for which no kernel is there")
-    if specialized is not None:
-        launch: LaunchFunction = specialized.launch(work, q, keys, tensors=tensors, arguments=arguments, config=config)
+    if hopper_kernel is not None:
+        launch: LaunchFunction = hopper_kernel.launch(work, q, keys, tensors=tensors, arguments=arguments, config=config)
         return launch
     tma = tma and keys.page_table is None
     return _attention.prepare(
         (work.num_tiles * (num_heads // work.pack), 1), {"num_warps": work.shape.num_warps, "num_stages": work.shape.num_stages},
         tensors, q=q,
-        k=_blocks(k, work.shape.block_n, dims.d) if tma else k,
-        v=_blocks(v, work.shape.block_n, dims.dv) if tma else v,
+        k=_blocks(k, work.shape.block_n, dims.d) if tma else Words(k, torch.uint8) if is_fp8(k.dtype) else k,
+        v=_blocks(v, work.shape.block_n, dims.dv) if tma else Words(v, torch.uint8) if is_fp8(v.dtype) else v,
         k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
         v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
         C=RaggedConfig(
             **config, D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=work.shape.block_m, TMA=tma,
-            V_IN_K=v_in_k and not tma,
+            V_IN_K=v_in_k and not tma, STORED=is_stored, FP8=fp8_kind(k.dtype), NATIVE=fp8_is_native(capability, not _attention.roles),
+            SCALED=keys.k_scale is not None, OF_TOKENS=keys.k_scale is not None and keys.k_scale.ndim > 1,
         ),
-        **arguments,
+        **arguments, **_scales(keys, work),
     )  # fmt: skip
 
 
@@ -168,6 +178,16 @@ def _arguments(q: Tensor, keys: Keys, options: AttentionOptions, out: Tensor, ls
         "exponent_scale": _LOG2_E * (magnitude if softcap is None else softcap),
         "window": 0 if options.window is None else options.window,
     }  # fmt: skip
+
+
+def _scales(keys: Keys, work: Launch) -> dict[str, Any]:
+    """What the Triton kernel is given of scales."""
+    arguments: dict[str, Any] = {}
+    for name, scale in (("k_scale", keys.k_scale), ("v_scale", keys.v_scale)):
+        strides = (0, 0, 0) if scale is None else (0, 0, 0, *scale.stride())[-3:]
+        arguments |= {name: work.table if scale is None else scale}
+        arguments |= {f"{name}_{axis}": stride for axis, stride in zip(("page_stride", "stride_row", "stride_head"), strides, strict=True)}
+    return arguments
 
 
 def _config(q: Tensor, keys: Keys, options: AttentionOptions, into: bool, work: Launch) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from cpattn.kernels.online_softmax import Output, Scoring, mask, tanh, weigh, write
+from cpattn.kernels.stored_numbers import in_dtype, meant
 from cpattn.kernels.tile_keys import (
     PageLine,
     bounds_of,
@@ -38,7 +39,7 @@ _INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class Source(NamedTuple):
-    """K or V of all heads: a pointer, or with C.TMA a tensor descriptor; and the tensor's strides."""
+    """K or V of all heads, or their scales: a pointer, or with C.TMA a tensor descriptor; and the tensor's strides."""
 
     at: Any
     page_stride: Any
@@ -51,12 +52,15 @@ class Keys(NamedTuple):
 
     Attributes:
         k, v: all keys and values; tail: K's columns from C.D_MAIN on, where they are computed apart.
+        k_scale, v_scale: with C.SCALED, what they are multiplied by.
         head: the KV head.
     """
 
     k: Any
     tail: Any
     v: Any
+    k_scale: Any
+    v_scale: Any
     head: Any
     k_start: Any
     line: Any
@@ -91,9 +95,10 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _load_block(
-    source, keys, begin, DIM: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr, C: tl.constexpr
+    source, scale, keys, begin, DTYPE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Keys (or values) ``begin .. begin + C.BLOCK_N - 1`` of a range, ``[N, PADDED]``.
+    """Keys (or values) ``begin .. begin + C.BLOCK_N - 1`` of a range in DTYPE, ``[N, PADDED]``.
 
     With BOUNDED, those outside ``keys.first .. keys.end - 1`` are 0; without it all of the block must be in the range.
     """
@@ -108,11 +113,24 @@ def _load_block(
         dim_1D = tl.arange(0, PADDED)[None, :]
         pointers = _find_keys(source, keys, begin, BOUNDED, C)[:, None] + dim_1D
         if BOUNDED:
-            block = tl.load(pointers, mask=valid_N1 & (dim_1D < DIM), other=0.0)
+            block = tl.load(pointers, mask=valid_N1 & (dim_1D < DIM), other=0)
         elif DIM < PADDED:
-            block = tl.load(pointers, mask=dim_1D < DIM, other=0.0)
+            block = tl.load(pointers, mask=dim_1D < DIM, other=0)
         else:
             block = tl.load(pointers)
+    if C.STORED:
+        block = meant(block, C.FP8, C.NATIVE)
+        if C.OF_TOKENS:
+            scale_N = _find_keys(scale, keys, begin, BOUNDED, C)
+            if BOUNDED:
+                key_N = begin + tl.arange(0, BLOCK_N)
+                factor_N = tl.load(scale_N, mask=(key_N >= keys.first) & (key_N < keys.end), other=0.0)
+            else:
+                factor_N = tl.load(scale_N)
+            block = block * factor_N[:, None]
+        elif C.SCALED:
+            block = block * tl.load(scale.at + keys.head * scale.stride_head)
+        block = in_dtype(block, DTYPE)
     return block
 
 
@@ -153,14 +171,15 @@ def _attend(state, queries, keys, begin, end, bounds, scoring, MASKED: tl.conste
     BLOCK_N: tl.constexpr = C.BLOCK_N
     TMA: tl.constexpr = C.TMA
     V_IN_K: tl.constexpr = C.V_IN_K
+    DTYPE: tl.constexpr = queries.q_MD.dtype
     acc_MV, sum_M, max_M = state
     for left in tl.range(begin, end, BLOCK_N):
         block = tl.multiple_of(end - BLOCK_N - (left - begin), BLOCK_N)
         # A descriptor's K may hold anything outside of the range: its scores are masked below.
-        k_ND = _load_block(keys.k, keys, block, C.D_MAIN, C.D_PADDED, TMA, MASKED and not TMA, C)
+        k_ND = _load_block(keys.k, keys.k_scale, keys, block, DTYPE, C.D_MAIN, C.D_PADDED, TMA, MASKED and not TMA, C)
         score_MN = _dot(queries.q_MD, tl.trans(k_ND), None)
         if C.D_TAIL:
-            tail_ND = _load_block(keys.tail, keys, block, C.D_TAIL, C.D_TAIL_PADDED, False, MASKED, C)
+            tail_ND = _load_block(keys.tail, keys.k_scale, keys, block, DTYPE, C.D_TAIL, C.D_TAIL_PADDED, False, MASKED, C)
             score_MN = _dot(queries.tail_MD, tl.trans(tail_ND), score_MN)
         if C.SOFTCAP:
             score_MN = tanh(score_MN * scoring.tanh_scale)
@@ -170,7 +189,7 @@ def _attend(state, queries, keys, begin, end, bounds, scoring, MASKED: tl.conste
         # Values of other keys are 0 in K, too, and K's columns after V's make columns of the result that are not stored.
         v_NV = k_ND
         if not V_IN_K:
-            v_NV = _load_block(keys.v, keys, block, C.DV, C.DV_PADDED, TMA, MASKED, C)
+            v_NV = _load_block(keys.v, keys.v_scale, keys, block, DTYPE, C.DV, C.DV_PADDED, TMA, MASKED, C)
         acc_MV = _dot(weight_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None])
     return State(acc_MV, sum_M, max_M)
 
@@ -194,7 +213,8 @@ def ragged_attention_kernel(
     q, k, v, out, lse, sinks, tiles, page_table,
     q_stride_row, q_stride_head, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row, v_stride_head,
     page_table_stride_request, page_table_stride_page, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
-    tanh_scale, exponent_scale, window, C: tl.constexpr,
+    tanh_scale, exponent_scale, window, k_scale, v_scale, k_scale_page_stride, k_scale_stride_row, k_scale_stride_head,
+    v_scale_page_stride, v_scale_stride_row, v_scale_stride_head, C: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile and head. The tiles of a run have the same keys, and come all for one head, then for the
     next, so that they run side by side and share those keys in the L2 cache. C is a
@@ -229,7 +249,9 @@ def ragged_attention_kernel(
         tail = Source(k + C.D_MAIN, k_page_stride, k_stride_row, k_stride_head)
     v_source = Source(v, v_page_stride, v_stride_row, v_stride_head)
     line = PageLine(page_line, page_table_stride_page)
-    keys = Keys(k_source, tail, v_source, head * C.PACK // C.GROUP, k_start, line, seen.first, seen.end)
+    k_scales = Source(k_scale, k_scale_page_stride, k_scale_stride_row, k_scale_stride_head)
+    v_scales = Source(v_scale, v_scale_page_stride, v_scale_stride_row, v_scale_stride_head)
+    keys = Keys(k_source, tail, v_source, k_scales, v_scales, head * C.PACK // C.GROUP, k_start, line, seen.first, seen.end)
 
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     state = State(tl.zeros([BLOCK_M, DV_PADDED], tl.float32), sum_M, tl.full([BLOCK_M], float("-inf"), tl.float32))

@@ -84,6 +84,16 @@ def stored_fp8(x, FP8: tl.constexpr):
 
 
 @triton.jit
+def _most_given(DTYPE: tl.constexpr):
+    """The largest finite number of a dtype that is not fp8."""
+    if tl.bfloat16 == DTYPE:
+        return 3.3895313892515355e38
+    if tl.float16 == DTYPE:
+        return 65504.0
+    return 3.4028234663852886e38
+
+
+@triton.jit
 def _size(x, most):
     """The largest number of each row, without NaN."""
     size = tl.where(x == x, tl.abs(x), 0.0)
@@ -100,7 +110,7 @@ def _quantize_columns(
     x_RD = tl.load(from_R[:, None] + column_1D, mask=inside_RD, other=0).to(tl.float32)
     if NEW_SCALE:
         MOST: tl.constexpr = 448.0 if FP8 == E4M3 else 57344.0
-        size_R = _size(x_RD, 3.4028234663852886e38)
+        size_R = _size(x_RD, _most_given(from_R.dtype.element_ty))
         divisor_R = tl.div_rn(size_R, tl.full(size_R.shape, MOST, tl.float32))
         divisor_R = tl.maximum(divisor_R, 1.1754943508222875e-38)
         tl.store(new_scale_R, divisor_R, mask=is_row_R)

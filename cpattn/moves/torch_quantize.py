@@ -20,10 +20,10 @@ def quantize(out: StoredRows, k: Tensor, v: Tensor | None, k_scale: Tensor | Non
 
 
 def _quantize(out: Tensor, x: Tensor, scale: Tensor | None, new_scale: Tensor | None) -> None:
-    most = largest(out.dtype)
+    most, most_given = largest(out.dtype), min(largest(x.dtype), largest(torch.float32))
     x = x.float()
     if new_scale is not None:
-        size = x.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(dim=2).clamp_(max=torch.finfo(torch.float32).max)
+        size = x.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(dim=2).clamp_(max=most_given)
         new_scale.copy_((size / most).clamp_(min=LEAST_SCALE))
         scale = new_scale
     if scale is not None:
