@@ -178,15 +178,15 @@ class PreparedCall:
         assert meta is not None  # whoever calls has it
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
-            if self._is_stored and problem.rows:
-                self._new = NewRows.of(problem, arena)
+            new = NewRows.of(problem, arena) if self._is_stored else None
             waits, reads_prefix = self.backend.waits_for_keys(self.problem), self.backend.reads_prefix(self.problem)
             self._exchange = self.strategy.prepare(
                 Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
             )
         if not hasattr(self._exchange, "transfers"):
             raise CPError(f"strategy={self.strategy.name!r} prepared a {type(self._exchange).__name__}; return an object with transfers")
-        self._memory = memory
+        # Not before: for the strategy's memory the arena may have had views forgotten, these here too.
+        self._new, self._memory = new, memory
 
     def memory_changed(self) -> None:
         """The arena has replaced or freed memory: views of it would keep it alive."""

@@ -235,6 +235,9 @@ def _pull_columns(to_R, from_R, is_row_R, is_there, DIM: tl.constexpr, DIM_PADDE
     values_RD = tl.load(from_R[:, None] + column_1D, mask=is_read_RD, other=0, cache_modifier=".cg")
     if values_RD.dtype.is_floating():
         values_RD = tl.where(is_there, values_RD, float("nan"))
+    else:
+        # Bytes of fp8, of which all bits set are NaN.
+        values_RD = tl.where(is_there, values_RD, tl.full(values_RD.shape, 255, values_RD.dtype))
     tl.store(to_R[:, None] + column_1D, values_RD, mask=is_row_R[:, None] & (column_1D < DIM))
 
 

@@ -13,6 +13,7 @@ from cpattn.call.tensor_kinds import check_kind
 from cpattn.errors import BatchError, CPError, PageTableError, RankError, shown
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
 from cpattn.metadata.striped import Striped
+from cpattn.stored import FP8, ScaleKind, is_fp8
 
 # Every rank has all tokens, or those that it computed.
 OWNERS = ("replicated", "computed")
@@ -52,6 +53,24 @@ def parse_owner(owner: Any, sharded: Any) -> str | Striped:
 def check_dtype(dtype: Any) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CPError(f"dtype={dtype!r}; pass the floating torch dtype of the model's keys and values, such as torch.bfloat16")
+
+
+def parse_scales(scales: Any, dtype: torch.dtype) -> ScaleKind | None:
+    """What a scale of a pool belongs to: a matter of fp8 pages."""
+    if not is_fp8(dtype):
+        if dtype.itemsize == 1:
+            raise CPError(f"dtype={dtype}; of fp8 pages may be in {' and '.join(map(str, FP8))}")
+        if scales is not None:
+            raise CPError(f"scales={shown(scales)}, but dtype={dtype}; scales are for pages in fp8: leave it out")
+        return None
+    if scales == "head":
+        return "head"
+    if scales == "token":
+        return "token"
+    raise CPError(
+        f"scales={shown(scales)} beside dtype={dtype}; pass 'token' for a scale that each token and head gets as it is written, or 'head' "
+        "for one a layer and KV head, which you set"
+    )
 
 
 def check_holds_data(device: torch.device) -> None:

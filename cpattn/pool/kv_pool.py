@@ -67,6 +67,12 @@ class KVPool:
     >>> pool
     KVPool(8 pages of 4 tokens, 8 free, 0 requests, 1 layers of 2 heads, k 16, v 16, torch.float32, cpu, rank 0 of 1, replicated)
 
+    In fp8 pages take half the memory, and tokens half the bytes on their way. Scales go where their tokens go:
+
+    >>> pool = cpattn.KVPool(8, 4, 1, 2, 16, dtype=torch.float8_e4m3fn, scales="head")
+    >>> pool.k_scale.copy_(torch.tensor([[0.02, 0.03]]))  # of the one layer's two heads, before anything is written
+    tensor([[0.0200, 0.0300]])
+
     Every argument is checked: what is wrong raises CPError, and nothing has changed.
 
     Args:
@@ -74,7 +80,10 @@ class KVPool:
         page_size: tokens of a page.
         num_layers, kv_heads, head_dim: of the model.
         v_head_dim: that of K if None; 0 where V is a part of K (MLA).
-        dtype, device: of the pages.
+        dtype, device: of the pages; a dtype of half precision or fp8 whatever that of the queries is.
+        scales: of fp8 pages: ``"token"``, each token and head gets one as it is written; or ``"head"``, one a layer and KV head. Those are
+            ``k_scale`` and ``v_scale``, fp32 ``[num_layers, kv_heads]``, at first 1: set them, alike on every rank, before tokens are
+            written. Pages hold numbers divided by them.
         cp_size, cp_rank: of the group.
         owner: which rank holds a token: ``"replicated"``, every rank all of them; ``"computed"``, the rank that computed it;
             or :class:`Striped`, a rank by the token's position.
@@ -96,6 +105,7 @@ class KVPool:
         cp_rank: int = 0,
         owner: str | Striped | None = None,
         sharded: bool | None = None,
+        scales: str | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "kv_heads": kv_heads}
         shape = [checks.parse_size(name, size) for name, size in sizes.items()]
@@ -103,6 +113,7 @@ class KVPool:
         v_head_dim = head_dim if v_head_dim is None else checks.parse_size("v_head_dim", v_head_dim, least=0)
         owner = checks.parse_owner(owner, sharded)
         checks.check_dtype(dtype)
+        self.scales = checks.parse_scales(scales, dtype)
         device = parse_device(device)
         checks.check_holds_data(device)
         self.page_size = shape[2]
@@ -115,6 +126,8 @@ class KVPool:
             # Zeros, as kernels that load whole pages multiply what lies after a sequence by a weight of 0.
             self.k_pages = checks.make_pages((*shape, head_dim), dtype, device)
             self.v_pages = checks.make_pages((*shape, v_head_dim), dtype, device) if v_head_dim else None
+            self.k_scale = self._make_scales(device)
+            self.v_scale = self._make_scales(device) if v_head_dim else None
         self._rule = owner if isinstance(owner, Striped) else None
         self._holders = self.cp_size if self.sharded else 1
         self._here = self.cp_rank if self.sharded else 0
@@ -129,9 +142,21 @@ class KVPool:
         v_head_dim = 0 if self.v_pages is None else self.v_pages.shape[-1]
         return (
             f"KVPool({pages} pages of {self.page_size} tokens, {self.free_pages} free, {len(self._requests)} requests, "
-            f"{layers} layers of {heads} heads, k {head_dim}, v {v_head_dim}, {self.k_pages.dtype}, {self.k_pages.device}, "
+            f"{layers} layers of {heads} heads, k {head_dim}, v {v_head_dim}, {self.k_pages.dtype}{self._scales_in_words}, "
+            f"{self.k_pages.device}, "
             f"rank {self.cp_rank} of {self.cp_size}, {self._owner_in_words})"
         )
+
+    def _make_scales(self, device: torch.device) -> Tensor | None:
+        """``[num_layers, kv_heads]``, or in pages ``[num_layers, num_pages, page_size, kv_heads]``."""
+        shape = self.k_pages.shape[:4]
+        if self.scales == "head":
+            return torch.ones(shape[0], shape[3], device=device)
+        return checks.make_pages((*shape, 1), torch.float32, device)[..., 0] if self.scales == "token" else None
+
+    @property
+    def _scales_in_words(self) -> str:
+        return "" if self.scales is None else f" with a scale for each {'token and head' if self.scales == 'token' else 'head'}"
 
     @property
     def _owner_in_words(self) -> str:
@@ -233,8 +258,11 @@ class KVPool:
         _, _, page_size, heads, head_dim = self.k_pages.shape
         v_head_dim = head_dim if self.v_pages is None else self.v_pages.shape[-1]
         of_heads: dict[str, Any] = {"q_heads": 4 * heads, "kv_heads": heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
-        kind: dict[str, Any] = {"v_in_k": self.v_pages is None, "cache": "paged", "page_size": page_size}
-        return Problem(self.k_pages.device, self.k_pages.dtype, 0, **of_heads, **kind)
+        kind: dict[str, Any] = {"v_in_k": self.v_pages is None, "cache": "paged", "page_size": page_size, "scales": self.scales}
+        dtype = self.k_pages.dtype
+        if self.scales is not None:
+            kind["kv_dtype"], dtype = dtype, torch.bfloat16
+        return Problem(self.k_pages.device, dtype, 0, **of_heads, **kind)
 
     def undo(self, plan: Plan) -> None:
         """Takes the last step back: its requests have the tokens and pages that they had before it. Call it on every rank after a
@@ -302,7 +330,8 @@ class KVPool:
         # An id may be that of a tensor that is gone, and a table of a fixed address may have been written to since.
         is_as_made = made is not None and made.table() is page_table and made.version == page_table._version
         lines = made.lines if made is not None and is_as_made else None
-        return PagedKV(self.k_pages[layer], None if self.v_pages is None else self.v_pages[layer], page_table, lines)
+        _, v_pages, k_scale, v_scale = (None if x is None else x[layer] for x in (self.k_pages, self.v_pages, self.k_scale, self.v_scale))
+        return PagedKV(self.k_pages[layer], v_pages, page_table, lines, k_scale, v_scale)
 
     def _of(self, request: Hashable) -> CachedRequest:
         checks.check_name(request)
@@ -365,15 +394,18 @@ class KVPool:
     # What is done to this rank's pages, in all layers. Page numbers go to the device as arguments of launches: an index in a
     # tensor would have to be copied there, and waited for.
 
+    def _paged(self) -> list[Tensor]:
+        """All that lies in pages."""
+        of_tokens = (self.k_scale, self.v_scale) if self.scales == "token" else ()
+        return [x for x in (self.k_pages, self.v_pages, *of_tokens) if x is not None]
+
     def _copy(self, source: int, target: int, tokens: int) -> None:
-        for x in (self.k_pages, self.v_pages):
-            if x is not None:
-                x[:, target, :tokens] = x[:, source, :tokens]
+        for x in self._paged():
+            x[:, target, :tokens] = x[:, source, :tokens]
 
     def _clear(self, pages: Sequence[int], start: int = 0) -> None:
         """Zeros from token ``start`` of each page on: one launch for every run of neighbours, as those of a prefill mostly are."""
         numbers = np.sort(pages)
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if pages else []:
-            for x in (self.k_pages, self.v_pages):
-                if x is not None:
-                    x[:, int(run[0]) : int(run[-1]) + 1, start:].zero_()
+            for x in self._paged():
+                x[:, int(run[0]) : int(run[-1]) + 1, start:].zero_()

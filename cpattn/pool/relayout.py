@@ -14,9 +14,11 @@ from torch import Tensor
 from cpattn.call.agreed import validated
 from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table, check_writable
 from cpattn.call.page_contents import check_page_contents
+from cpattn.call.stored_checks import check_scales
 from cpattn.device_tables import DeviceTables, IntArray
 from cpattn.errors import GroupError, PageTableError, PlanError, PrefixError, TensorMismatchError
 from cpattn.exchange.message import KVFormat, Message, message_buffer
+from cpattn.exchange.page_rows import read_rows, write_rows
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -24,7 +26,6 @@ from cpattn.metadata.layout import Layout
 from cpattn.metadata.plan import Plan
 from cpattn.metadata.plan import plan as plan_of
 from cpattn.metadata.routes import Places, Round, routes
-from cpattn.moves.moves import moves_for
 from cpattn.transports.groups import Group, as_transport
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.process_group import ProcessGroupTransport
@@ -66,7 +67,7 @@ def relayout(
             cp_size.
         plan: whose prefixes are in the cache: replicated, or with an ``owner``. What is new in it does not count: of a
             :class:`KVPool` pass ``pool.plan`` of the requests with 0 new tokens each.
-        to_cache: pages for ``to_plan``, of the same heads, head_dim, dtype and device, for all cached tokens. They must be
+        to_cache: pages for ``to_plan``, of the same heads, head_dim, dtype, scales and device, for all cached tokens. They must be
             others than those in ``cache``. None on ranks beyond its cp_size.
         to_plan: of the same prefixes, in the same order.
         group: of as many ranks as the larger of both plans has; its first ranks are those of the smaller one.
@@ -146,18 +147,19 @@ class _Moved(NamedTuple):
         for source, target in zip(sources, targets, strict=False):
             if check or source.page_table.device.type == "cpu":
                 _check_apart(source, target, old, new, transport.rank)
-        k, v = like.k_pages, like.v_pages
-        kv = KVFormat(k.shape[2], k.shape[3], k.shape[3] if v is None else v.shape[3], v is None, k.dtype, k.device)
+                _check_same_scales(source, target)
+        kv = KVFormat.of_pages(like)
         # A message has as many rows for each rank as the rank that gets the most, and that may get all of them.
-        tokens = max(1, _ROUND_BYTES // (kv.heads * kv.width * kv.dtype.itemsize * size))
+        tokens = max(1, _ROUND_BYTES // (kv.heads * kv.width * kv.wire_dtype.itemsize * size))
         layers = max(len(sources), len(targets))
         return cls(kv, (old.fingerprint, new.fingerprint), layers, sources, targets, *routes(old, new, transport.rank, size, tokens))
 
     def describe(self) -> str:
         """What must be the same on every rank."""
         kv = self.kv
+        stored = f"{kv.dtype} with scales of {kv.scales or 'nothing'}"
         heads, exchanges = f"{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}", f"{len(self.routes)} exchanges of {self.rows} rows"
-        return f"relayout from {' to '.join(self.plans)}, {self.layers} layers of {heads}, {kv.dtype}, {exchanges}"
+        return f"relayout from {' to '.join(self.plans)}, {self.layers} layers of {heads}, {stored}, {exchanges}"
 
     def messages(self, transport: Transport) -> list[Message]:
         """Memory for what is sent and received in an exchange."""
@@ -174,20 +176,18 @@ class _Moved(NamedTuple):
 
     def run(self, in_flight: InFlight, sent: Message, received: Message) -> None:
         """Moves all of it."""
-        moves, device = moves_for(self.kv.device), self.kv.device
+        kv, device = self.kv, self.kv.device
         places = [[_on_device(ends, device) for ends in route] for route in self.routes]
         is_alone = in_flight.transport.size == 1
         arrived = sent if is_alone else received
         for layer in range(self.layers):
             for of, to in places:
                 if self.sources:
-                    pages = self.sources[layer]
-                    moves.read_pages(pages.k_pages, pages.v_pages, pages.page_table, *of, *sent.parts)
+                    read_rows(kv, self.sources[layer], of, *sent.parts)
                 if not is_alone:
                     in_flight.start().wait()
                 if self.targets:
-                    pages = self.targets[layer]
-                    moves.write_pages(pages.k_pages, pages.v_pages, pages.page_table, *to, *arrived.parts)
+                    write_rows(kv, self.targets[layer], to, *arrived.parts)
 
 
 def _prefixes(given: Any, name: str) -> Plan:
@@ -232,6 +232,7 @@ def _check(layers: list[PagedKV], of: Plan, rank: int, name: str, *, reads_table
     meta = CPMetadata(plan_of(batch, of.cp_size, owner=of.owner), rank, layers[0].k_pages.device)
     for pages in layers:
         check_page_shapes(pages)
+        check_scales(pages)
         check_lines(pages, meta)
         _check_all_are_prefixes(pages, of, name)
         check_page_table(pages.page_table, pages.page_size, meta)
@@ -265,6 +266,24 @@ def _check_like(pages: PagedKV, like: PagedKV) -> None:
             raise TensorMismatchError(
                 f"{name} are {tuple(x.shape)} {x.dtype} on {x.device} in one place, {tuple(y.shape)} {y.dtype} on {y.device} in another; "
                 "heads, head_dim, dtype and device must be the same in both caches and all layers"
+            )
+
+    if pages.scales != like.scales:
+        raise TensorMismatchError(
+            f"a scale belongs to a {pages.scales} in one place, to a {like.scales} in another; it must be the same in both caches and all "
+            "layers, as numbers are moved as they are"
+        )
+
+
+def _check_same_scales(source: PagedKV, target: PagedKV) -> None:
+    """That numbers mean in one place what they mean in the other."""
+    if source.scales != "head":
+        return
+    heads = source.k_pages.shape[2]
+    for name, x, y in (("k_scale", source.k_scale, target.k_scale), ("v_scale", source.v_scale, target.v_scale)):
+        if x is not None and y is not None and not torch.equal(x.reshape(-1).expand(heads), y.reshape(-1).expand(heads)):
+            raise TensorMismatchError(
+                f"{name} is {x.tolist()} in cache and {y.tolist()} in to_cache; numbers are moved as they are, so that both need the same"
             )
 
 

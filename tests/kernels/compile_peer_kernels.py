@@ -48,6 +48,8 @@ if __name__ == "__main__":
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True, **WORLD}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True, "ENDS": False}, 8)
+    u8 = PAGES | {"k_pages": "*u8", "v_pages": "*u8"}
+    compile_it(peer_rows.pull_pages_kernel, u8, WIDTHS | {"TABLE": True, "ENDS": True}, 8)
     compile_it(peer_rows.post_words_kernel, TABLE | {"x": "*i64"}, WORDS, 8, is_wide=True)
     compile_it(peer_rows.pull_words_kernel, TABLE | {"out": "*i64"}, WORDS, 8, is_wide=True)
     compile_it(peer_rows.end_copy_kernel, TABLE | {"out": "*i64"}, {"BLOCK_W": 1024, **WORLD}, 1)
