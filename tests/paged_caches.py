@@ -97,9 +97,10 @@ class RankPages:
         request, number, row = np.array(places).T
         index = torch.from_numpy(self.table[request, number // self.page_size]), torch.from_numpy(number % self.page_size)
         index = tuple(part.to(k.device) for part in index)  # type: ignore[assignment]
-        self.expected_k[index] = k[torch.from_numpy(row).to(k.device)]
+        rows = torch.from_numpy(row).to(k.device)
+        _bytes(self.expected_k)[index] = _bytes(k)[rows]
         if self.expected_v is not None and v is not None:
-            self.expected_v[index] = v[torch.from_numpy(row).to(k.device)]
+            _bytes(self.expected_v)[index] = _bytes(v)[rows]
 
     def check_written(self) -> None:
         """This call's tokens are in their slots to the bit, and no other slot has changed."""
@@ -108,5 +109,11 @@ class RankPages:
             assert _same_bits(self.cache.v_pages, self.expected_v)
 
 
+def _bytes(x: Tensor) -> Tensor:
+    """fp8 as bytes, with which torch does on every device what it does with other numbers."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
 def _same_bits(x: Tensor, y: Tensor) -> bool:
+    x, y = _bytes(x), _bytes(y)
     return bool(((x == y) | (x.isnan() & y.isnan())).all())

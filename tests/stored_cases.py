@@ -38,7 +38,14 @@ class StoredCase(AttentionCase):
         elif self.scales == "head":
             self.of_heads = k_scale, v_scale
         self.new, self.cached = self._store(self.k, self.v), self._store(self.prefix_k, self.prefix_v)
-        self.given_k, self.given_v = self.k, self.v
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is in fp8, which torch 2.13 does not pickle."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("new", "cached")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.new, self.cached = self._store(self.k, self.v), self._store(self.prefix_k, self.prefix_v)
 
     def _store(self, k: Tensor, v: Tensor) -> StoredRows:
         """As they are to be in the pages."""

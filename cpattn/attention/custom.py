@@ -28,6 +28,7 @@ def custom_backend(
     name: str | None = None,
     alignments: Iterable[Alignment] = _ALIGNMENTS,
     page_sizes: Callable[[int], bool] | None = None,
+    reads_stored: bool = False,
     lse_base: float = math.e,
     lse_heads_first: bool = False,
 ) -> Backend:
@@ -39,6 +40,9 @@ def custom_backend(
     - q ``[rows, Hq, D]``, k ``[S, Hkv, D]``, v ``[S, Hkv, Dv]``, or pages where ``rows.page_table`` is given; which query
       sees which keys is said by ``rows`` (:class:`cpattn.RaggedRows`).
     - ``window``, ``softcap`` and ``sinks`` are None where the call has none. A kernel that lacks one must raise for it.
+    - k and v are in q's dtype: of pages in another one it gets a copy, unless ``reads_stored`` says that it reads those. Then it is called
+      with ``k_scale=`` and ``v_scale=`` as well: fp32 ``[Hkv]``, or one a token and head, ``[S, Hkv]`` or in pages ``[num_pages,
+      page_size, Hkv]``, or None where k and v are no fp8.
     - It returns a pair (out, lse). out is ``[rows, Hq, Dv]`` of any floating dtype; ``out_dtype`` is what is best for the
       result: fp32 where it will be merged. lse is ``[rows, Hq]``, natural log, fp32 (fp64 for fp64 inputs); ``lse_base``
       and ``lse_heads_first`` say where a kernel differs.
@@ -63,6 +67,7 @@ def custom_backend(
         alignments: of the rows that it can express, of ``"bottom_right"``, ``"full"``, ``"any"``; see
             :data:`cpattn.spans.Alignment`. Strategies that need another are refused.
         page_sizes: whether it reads pages of so many tokens; None if it reads none, and is given a packed copy.
+        reads_stored: whether it reads keys that are stored in another dtype than q's, fp8 with its scales included.
         lse_base: of the kernel's logarithm: ``math.e``, or 2 for kernels that return log2 of the sum.
         lse_heads_first: whether the kernel returns the LSE as ``[Hq, rows]``.
 
@@ -73,6 +78,10 @@ def custom_backend(
     can_express = _checked_alignments(alignments)
     if page_sizes is not None and not callable(page_sizes):
         raise OptionError(f"page_sizes={page_sizes!r}; pass a function from a page size to whether the kernel reads it, or None")
+    if not isinstance(reads_stored, bool):
+        raise OptionError(
+            f"reads_stored={reads_stored!r}; pass True for a kernel that takes k_scale= and v_scale=, False for a copy in q's dtype"
+        )
     if not isinstance(lse_base, (int, float)) or lse_base not in (math.e, 2):
         raise OptionError(f"lse_base={lse_base!r}; pass math.e, or 2 for a kernel whose LSE is a log2")
     if not isinstance(lse_heads_first, bool):
@@ -81,9 +90,11 @@ def custom_backend(
 
     def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         k, v, rows = keys.k, keys.v, RaggedRows.of(spans, keys)
+        scales = {"k_scale": keys.k_scale, "v_scale": keys.v_scale} if reads_stored else {}
         returned = function(
-            q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype
-        )
+            q, k, v, rows, scale=options.scale, window=options.window, softcap=options.softcap, sinks=options.sinks, out_dtype=out_dtype,
+            **scales,
+        )  # fmt: skip
         out, lse = check_returned(name, returned, q, v, lse_heads_first)
         out, lse = _evened_out(out, lse if lse_unit == 1 else lse * lse_unit, spans.sees_keys(options.window), options.sinks)
         return out.to(out_dtype), lse
@@ -100,6 +111,7 @@ def custom_backend(
         v_head_dim=True,
         fp32_out=True,
         reads_pages=lambda problem: page_sizes is not None and problem.page_size is not None and page_sizes(problem.page_size),
+        reads_stored=lambda problem: reads_stored,
         callers=True,
     )
 

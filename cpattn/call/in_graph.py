@@ -109,9 +109,14 @@ def order() -> Tensor | None:
 
 
 def cache_fits(cache: Any) -> bool:
-    """Whether operators take a cache. Of a PagedKV that the graph itself makes nobody can see whether K and V share memory. Exported
-    programs make it, and are run as they are."""
-    return isinstance(cache, PackedKV) or (isinstance(cache, PagedKV) and (not cache.is_of_graph or is_exporting()))
+    """Whether operators take a cache; a graph ends before calls over others. Of a PagedKV that the graph itself makes nobody can see
+    whether K and V share memory. Exported programs make it, and are run as they are."""
+    if not isinstance(cache, PagedKV):
+        return isinstance(cache, PackedKV)
+    if cache.is_of_graph:
+        return cache.k_scale is None and is_exporting()
+    # Scales of heads are read alone, and come with the handle. Those of tokens are written, which no operator says.
+    return cache.scales != "token"
 
 
 def pages_in_graph(cache: PagedKV) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +225,7 @@ def cache_as_given(k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor |
     table = cache.page_table if page_table is None else page_table
     if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(table, cache.page_table):
         return cache
-    return PagedKV(k_pages, v_pages, table, cache.lines)
+    return PagedKV(k_pages, v_pages, table, cache.lines, cache.k_scale, cache.v_scale)
 
 
 def _parts_of(memory: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

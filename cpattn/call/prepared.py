@@ -26,6 +26,7 @@ from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
 from cpattn.exchange.new_rows import NewRows, scales_of_heads
+from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.graphs import leaves_graph
@@ -178,7 +179,7 @@ class PreparedCall:
         assert meta is not None  # whoever calls has it
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
-            new = NewRows.of(problem, arena) if self._is_stored else None
+            new = NewRows.of(problem, arena) if self._is_stored and not is_resident(self.strategy) else None
             waits, reads_prefix = self.backend.waits_for_keys(self.problem), self.backend.reads_prefix(self.problem)
             self._exchange = self.strategy.prepare(
                 Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
@@ -236,7 +237,7 @@ class PreparedCall:
         return result, lse
 
     def _forward(self, io: IO, attend: Attend, scales: tuple[Tensor, Tensor] | None) -> None:
-        if self._new is not None and io.k is not None:
+        if self._new is not None:
             if not io.q.is_cuda:
                 self._check_fits(io)
             k, v = self._new.put(io.k, io.v, scales)

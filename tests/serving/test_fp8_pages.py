@@ -245,6 +245,25 @@ def test_explain_says_who_reads_what() -> None:
     assert explained["reference"] == "able, reads the pages in float8_e4m3fn"
 
 
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("ring", "sharded")])
+@pytest.mark.parametrize("scales", ["head", "token"])
+def test_a_callers_kernel_is_given_pages_and_scales(strategy: str, cache: str, scales: str) -> None:
+    reference, given = cpattn.BACKENDS["reference"], set()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, **named: Any) -> tuple[Tensor, Tensor]:
+        k_scale, v_scale = named["k_scale"], named["v_scale"]
+        given.add((k.dtype, k.ndim, tuple(k_scale.shape) == ((2,) if scales == "head" else tuple(k.shape[:-1]))))
+        options = AttentionOptions(named["scale"], named["window"], named["softcap"], named["sinks"])
+        return reference.attend(q, cpattn.Keys(k, v, rows.page_table, k_scale, v_scale), rows, options, named["out_dtype"])
+
+    case = StoredCase(MIXED, cache=cache, page_size=4, scales=scales, dtype=BF16)
+    backend = cpattn.custom_backend(kernel, page_sizes=lambda page_size: True, reads_stored=True)
+    plan = case.plan(2)
+    outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, backend, check=True), 2)
+    case.dequantised().check(outputs, plan, strategy, "reference")
+    assert given == {(E4M3, 4 if cache == "paged" else 3, True)}
+
+
 def test_a_backend_over_stored_keys_merges_as_before() -> None:
     """A backend's own way of merging is given the copy as well."""
     given = []
