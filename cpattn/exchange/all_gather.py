@@ -159,4 +159,4 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
     return None
 
 
-ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values")
+ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True)

@@ -43,13 +43,13 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     Raises UnknownNameError, or UnsupportedError where the one that is asked for, or any, cannot serve the plan.
     """
     if isinstance(given, str) and given == "auto":
-        groups = [[one for one in group if one.why_not(problem, plan) is None] for group in auto_candidates(problem, plan).groups]
+        groups = [[one for one in group if one.refusal(problem, plan) is None] for group in auto_candidates(problem, plan).groups]
         if not any(groups):
-            said = "; ".join(f"{other.name}: {other.why_not(problem, plan)}" for other in STRATEGIES.values())
+            said = "; ".join(f"{other.name}: {other.refusal(problem, plan)}" for other in STRATEGIES.values())
             raise UnsupportedError(f"no strategy can serve this call: {said}")
         return [group for group in groups if group]
     strategy = find_strategy(given)
-    reason = strategy.why_not(problem, plan)
+    reason = strategy.refusal(problem, plan)
     if reason is not None:
         able = ", ".join(repr(other.name) for other in able_strategies(problem, plan))
         raise UnsupportedError(f"strategy={strategy.name!r} cannot serve this call: {reason}; {able or 'none'} could")

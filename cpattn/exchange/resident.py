@@ -32,4 +32,4 @@ def _forward(held: _Resident, io: IO, attend: Attend) -> None:
     attend(held.pages.keys(io.cache), held.pages.spans)
 
 
-RESIDENT = Strategy("resident", _schedule, _prepare, _forward)
+RESIDENT = Strategy("resident", _schedule, _prepare, _forward, stored=True)

@@ -33,7 +33,7 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
     return f"between its neighbours in a shard a token's positions have gaps, so that no window is a range of keys there{fix}"
 
 
-RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathered, _why_not)
+RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathered, _why_not, stored=True)
 
 
 def is_resident(strategy: Any) -> bool:

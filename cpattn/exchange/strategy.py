@@ -93,6 +93,8 @@ class Strategy:
         why_not_over: the reason why it cannot go over a transport, or None; the same on every rank.
         cached_heads: of a strategy that divides heads, of ``(q_heads, kv_heads, cp_size, cp_rank)``: how many KV heads a rank has. A cache
             may then have those alone. None where a rank has all.
+        stored: whether it serves pages in another dtype than q's. New keys then come, travel and are attended to as
+            :class:`cpattn.exchange.message.KVFormat` has them.
     """
 
     name: str
@@ -103,3 +105,10 @@ class Strategy:
     travels: str = ""
     why_not_over: Callable[[Transport], str | None] = lambda transport: None
     cached_heads: Callable[[int, int, int, int], int | None] = lambda q_heads, kv_heads, cp_size, cp_rank: None
+    stored: bool = False
+
+    def refusal(self, problem: Problem, plan: Layout) -> str | None:
+        """The reason why it cannot serve a problem and plan, or None."""
+        if not self.stored and problem.stored_dtype != problem.dtype:
+            return f"it takes pages in q's dtype alone, {problem.dtype}, not {problem.stored_dtype}"
+        return self.why_not(problem, plan)
