@@ -40,7 +40,7 @@ def explain_strategy(choice: Choice, plan: Layout) -> dict[str, str]:
     tried = [strategy.name for group in groups for strategy in group]
     names = [*tried, *(name for name in STRATEGIES if name not in tried)]
     reasons = {
-        name: STRATEGIES[name].why_not(problem, plan) or ("able" if name in tried else "able, but not taken for such a batch")
+        name: STRATEGIES[name].refusal(problem, plan) or ("able" if name in tried else "able, but not taken for such a batch")
         for name in names
     }
     chosen = choice.strategy.name

@@ -149,7 +149,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     found: list[Estimate] = []
     for strategy in (*STRATEGIES.values(), *_over_hosts(plan, machine)):
         name = strategy.name
-        reason = strategy.why_not(problem, plan) or why_unknown(strategy, problem)
+        reason = strategy.refusal(problem, plan) or why_unknown(strategy, problem)
         if reason:
             refused[name] = reason
             continue

@@ -31,4 +31,4 @@ def find_strategy(given: Any) -> Strategy:
 
 def able_strategies(problem: Problem, plan: Layout) -> list[Strategy]:
     """Those of the library that can serve a problem and plan."""
-    return [strategy for strategy in STRATEGIES.values() if strategy.why_not(problem, plan) is None]
+    return [strategy for strategy in STRATEGIES.values() if strategy.refusal(problem, plan) is None]

@@ -163,6 +163,8 @@ def _not_claimed(backend: Backend, scenario: Scenario, trial: Trial) -> str | No
         cache=None if scenario.page_size is None else "paged",
         page_size=scenario.page_size,
         fixed=scenario.fixed,
+        kv_dtype=None if scenario.scales is None else trial.keys.k.dtype,
+        scales=scenario.scales,
     )
     reason = backend.why_not(problem, frozenset(spans.alignment for spans in launches))
     if reason:
@@ -171,6 +173,8 @@ def _not_claimed(backend: Backend, scenario: Scenario, trial: Trial) -> str | No
         return "it has no sinks; they are applied to its result"
     if scenario.page_size is not None and not backend.reads_pages(problem):
         return f"it reads no pages of {scenario.page_size}, and is given a packed copy"
+    if scenario.scales is not None and not backend.reads_stored(problem):
+        return "it reads no keys in fp8, and is given a copy in q's dtype"
     if scenario.fp32_out and not backend.fp32_out:
         return "it returns its result in q's dtype"
     if scenario.accumulate and backend.accumulate is None:

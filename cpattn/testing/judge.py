@@ -12,6 +12,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.rounding import Sizes, rounding_bounds
 from cpattn.attention.verify import lse_hint
 from cpattn.keys import Keys
+from cpattn.moves.torch_quantize import meaning
 from cpattn.spans import Spans
 
 
@@ -40,7 +41,10 @@ class Truth(NamedTuple):
 
 def spans_attention(trial: Trial) -> Truth:
     """A query at a time, with the words of :class:`Spans` and :class:`Keys`."""
-    q, k, v = (x.detach().cpu().double() for x in (trial.q, trial.keys.k, trial.keys.v))
+    given = trial.keys
+    k_scale, v_scale = (None if scale is None else scale.cpu() for scale in (given.k_scale, given.v_scale))
+    k, v = (meaning(x.detach().cpu(), scale, trial.q.dtype).double() for x, scale in ((given.k, k_scale), (given.v, v_scale)))
+    q = trial.q.detach().cpu().double()
     options, table = trial.options, None if trial.keys.page_table is None else trial.keys.page_table.cpu().long()
     sinks = None if options.sinks is None else options.sinks.cpu().double()
     out = q.new_zeros(*q.shape[:2], v.shape[-1])

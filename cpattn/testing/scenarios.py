@@ -17,7 +17,10 @@ from torch import Tensor
 from cpattn.attention.backend import AttentionOptions
 from cpattn.device_tables import IntArray
 from cpattn.keys import Keys
+from cpattn.moves import torch_moves
+from cpattn.moves.stored_rows import StoredRows
 from cpattn.spans import Spans, SpanTable, find_alignment
+from cpattn.stored import ScaleKind
 from cpattn.testing.judge import Trial
 
 # A span: queries, first key, keys, diagonal.
@@ -43,6 +46,7 @@ class Scenario:
         scale: of the scores; D ** -0.5 if None.
         page_size: of the pages that the keys lie in; None where they are packed.
         table: how the page table lies in memory: int32 and whole, int64, or columns of a wider one.
+        scales: what scales of keys in fp8 belong to; None where keys are in q's dtype.
         shared_pool: whether the pages are ``pool[:, 0]`` and ``pool[:, 1]``, so that K and V of a page lie side by side.
         fixed: whether the spans are a bucket's, with room for longer ones.
         fp32_out: whether the result is asked for in fp32 whatever the inputs.
@@ -66,6 +70,7 @@ class Scenario:
     page_size: int | None = None
     table: Literal["int32", "int64", "sliced"] = "int32"
     shared_pool: bool = False
+    scales: ScaleKind | None = None
     fixed: bool = False
     fp32_out: bool = False
     nan_padding: bool = False
@@ -112,6 +117,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("pages, int64 table", _CACHED, _CACHED_REQUESTS, page_size=64, table="int64"),
     Scenario("pages, sliced table", _CACHED, _CACHED_REQUESTS, page_size=64, table="sliced"),
     Scenario("pages of one pool", _CACHED, _CACHED_REQUESTS, page_size=64, shared_pool=True),
+    Scenario("keys in fp8, scales of heads", _RAGGED, scales="head"),
+    Scenario("pages in fp8, scales of tokens", _CACHED, _CACHED_REQUESTS, page_size=16, scales="token"),
     Scenario("NaN in padding queries", _WITH_EMPTY, nan_padding=True),
     Scenario("NaN in keys of no range", ((17, 5, 71, 55), (7, 90, 7, 1), (1, 99, 29, 29)), nan_uncovered=True),
     Scenario("NaN in a key gives NaN", (_REQUEST,), nan_key=5),
@@ -144,18 +151,38 @@ def make_trial(scenario: Scenario, device: torch.device, dtype: torch.dtype) -> 
         k, v = k.contiguous(), v.contiguous()
     if scenario.v_in_k:
         v = k[..., :v_head_dim]
+    k, v, k_scale, v_scale = (k, v, None, None) if scenario.scales is None else _in_fp8(k, v, scenario.scales)
     requests = np.array(scenario.requests or range(len(table)))
     page_table = None
     if scenario.page_size is not None:
         lengths = [int(table[requests == request, 2].max()) for request in range(requests.max() + 1)]
         k, v, page_table = _in_pages(k, v, lengths, scenario.page_size)
+        if k_scale is not None and v_scale is not None and scenario.scales == "token":
+            scales = _in_pages(k_scale[..., None], v_scale[..., None], lengths, scenario.page_size)
+            k_scale, v_scale = scales[0][..., 0], scales[1][..., 0]
         if scenario.shared_pool:
             k, v = torch.stack([k, v], dim=1).unbind(1)
         page_table = _laid_out(page_table, scenario)
     sinks = torch.randn(heads, generator=generator).to(device, torch.promote_types(dtype, torch.float32)) if scenario.sinks else None
     options = AttentionOptions(head_dim**-0.5 if scenario.scale is None else scenario.scale, scenario.window, scenario.softcap, sinks)
     spans = _spans(scenario.spans, requests, scenario.fixed, device)
-    return Trial(q, Keys(k, v, page_table), spans, options, [_spans(part, requests, False, device) for part in scenario.parts])
+    return Trial(
+        q, Keys(k, v, page_table, k_scale, v_scale), spans, options, [_spans(part, requests, False, device) for part in scenario.parts]
+    )
+
+
+def _in_fp8(k: Tensor, v: Tensor, scales: ScaleKind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K and V as they are stored, and their scales."""
+    rows, heads = k.shape[:2]
+    k_stored, v_stored = (torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in (k, v))
+    k_scale, v_scale = (torch.empty(rows, heads, device=k.device) for _ in range(2))
+    if scales == "token":
+        torch_moves.quantize(StoredRows(k_stored, v_stored, k_scale, v_scale), k, v, None, None)
+    else:
+        k_scale = torch.linspace(0.01, 0.02, heads, device=k.device)
+        v_scale = k_scale.flip(0)
+        torch_moves.quantize(StoredRows(k_stored, v_stored), k, v, k_scale, v_scale)
+    return k_stored, v_stored, k_scale, v_scale
 
 
 def _spans(spans: tuple[Span, ...], requests: IntArray, fixed: bool, device: torch.device) -> Spans:

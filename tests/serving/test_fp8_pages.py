@@ -14,6 +14,7 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.stored_keys import over_stored_keys
+from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.testing import run_loopback
 
@@ -262,6 +263,25 @@ def test_a_callers_kernel_is_given_pages_and_scales(strategy: str, cache: str, s
     outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, backend, check=True), 2)
     case.dequantised().check(outputs, plan, strategy, "reference")
     assert given == {(E4M3, 4 if cache == "paged" else 3, True)}
+
+
+def test_a_strategy_that_does_not_know_them_is_refused() -> None:
+    ring = find_strategy("ring")
+    q, k = torch.zeros(6, 4, 16, dtype=BF16), torch.zeros(6, 2, 16, dtype=BF16)
+    mine = replace(ring, name="mine", stored=False)
+    with pytest.raises(cpattn.UnsupportedError, match=r"strategy='mine' .*it takes pages in q's dtype alone, torch.bfloat16, not"):
+        cpattn.cp_attention(q, k, k, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache_like(), strategy=mine)
+
+
+def test_a_bucket_holds_any_batch() -> None:
+    bucket = cpattn.Bucket(max_requests=4, max_rows=32, max_chunks=8, max_seqlen=64)
+    meta: cpattn.CPMetadata | None = None
+    for seed, batch in enumerate([[(0, 21), (7, 3)], [(30, 1), (0, 1), (5, 9)], []]):
+        case = StoredCase(batch, cache="paged", page_size=8, dtype=BF16, seed=seed)
+        plan = case.plan(1)
+        meta = plan.metadata(0, bucket=bucket) if meta is None else meta.copy_(plan) or meta
+        output = case.on_rank(plan, 0, None, "all_gather", "reference", meta=meta)
+        case.dequantised().check([output], plan, "all_gather", "reference")
 
 
 def test_a_backend_over_stored_keys_merges_as_before() -> None:
