@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
+from stored_cases import StoredCase
 
 import cpattn
 from cpattn.metadata import needed_keys
@@ -103,6 +104,23 @@ def test_no_more_than_is_needed_is_read(strategy: str, cache: str, device: str, 
         return same
 
     assert run_loopback(program, 3, timeout=30) == [[True] * 10] * 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache", "scales", "head_dim"),
+    [("all_gather", "paged", "head", 16), ("all_gather", "paged", "token", 10), ("pass_q", "striped", "token", 16)],
+)
+def test_fp8_goes_through_it_as_bytes(strategy: str, cache: str, scales: str, head_dim: int, device: str) -> None:
+    case = StoredCase([(5, 9), (0, 2)], 2, 1, head_dim, cache=cache, page_size=4, device=device, scales=scales)
+    plan = case.plan(2)
+
+    def program(group: cpattn.Transport) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [case.on_rank(plan, group.rank, transport, strategy, backend_on(device)) for transport in (peers_of(group), group)]
+
+    results = run_loopback(program, 2)
+    for by_peers, by_copies in results:
+        assert all(map(torch.equal, by_peers, by_copies))
+    case.dequantised().check([by_peers for by_peers, _ in results], plan, strategy, backend_on(device))
 
 
 @pytest.mark.parametrize("line", [0, 150])
