@@ -83,6 +83,9 @@ def explain_keys(problem: Problem, plan: Layout) -> str:
     what, _, needed, why, _, rest = traveling_keys(problem, plan)
     all_rows = (plan.cp_size - 1) * problem.rows
     everything, seen, later = (in_words(rows * problem.key_bytes) for rows in (all_rows, needed, rest))
+    if problem.kv_dtype is not None:
+        stored = str(problem.kv_dtype).removeprefix("torch.")
+        everything, later = f"{everything} in {stored}", f"{later} in {stored}"
     if what == "nothing":
         if not rest:
             return f"none travel: {why}"

@@ -244,6 +244,8 @@ def test_explain_says_who_reads_what() -> None:
     explained = cpattn.explain(q, k, k, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache_like())
     assert explained["cpu"] == "chosen, reads a packed copy of the pages of 8 in bfloat16"
     assert explained["reference"] == "able, reads the pages in float8_e4m3fn"
+    over_two = cpattn.explain(q[:3], k[:3], k[:3], cpattn.build_metadata([(0, 6)], 2, 0), kv_cache=cache_like(**OF_TOKENS))
+    assert "a rank receives all of them, 240 B in float8_e4m3fn" in over_two["keys"]
 
 
 @pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("ring", "sharded")])
