@@ -7,6 +7,7 @@ from typing import Any
 from cpattn.errors import HeadCountError, OptionError, shown
 from cpattn.metadata.batch import is_integer
 from cpattn.problem import Problem
+from cpattn.stored import FP8, HALF, is_fp8
 
 
 def check_is_problem(problem: Any) -> None:
@@ -16,7 +17,7 @@ def check_is_problem(problem: Any) -> None:
 
 
 def check_problem(problem: Problem) -> None:
-    """Raises OptionError or HeadCountError for heads, head dims or a window that no call could have."""
+    """Raises OptionError or HeadCountError for heads, head dims, a window or pages that no call could have."""
     for name in ("q_heads", "kv_heads", "head_dim", "v_head_dim"):
         value = getattr(problem, name)
         if not is_integer(value) or value < 1:
@@ -29,4 +30,21 @@ def check_problem(problem: Problem) -> None:
     if problem.q_heads % problem.kv_heads:
         raise HeadCountError(
             f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
+        )
+    _check_stored(problem)
+
+
+def _check_stored(problem: Problem) -> None:
+    kv_dtype, scales = problem.kv_dtype, problem.scales
+    if kv_dtype is not None and (kv_dtype not in (problem.dtype, *HALF, *FP8) or problem.cache != "paged"):
+        known = ", ".join(map(str, (*HALF, *FP8)))
+        raise OptionError(
+            f"problem.kv_dtype={shown(kv_dtype)} with cache={shown(problem.cache)}; it is for pages (cache='paged') in another dtype than "
+            f"q's: {known}"
+        )
+    kinds: tuple[str | None, ...] = ("head", "token") if is_fp8(problem.stored_dtype) else (None,)
+    if scales not in kinds:
+        raise OptionError(
+            f"problem.scales={shown(scales)} for keys in {problem.stored_dtype}; it must be {' or '.join(map(repr, kinds))}, as fp8 alone "
+            "has scales"
         )

@@ -16,6 +16,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import bytes_sent
+from cpattn.problem import Problem
 from cpattn.testing import run_loopback
 
 E4M3, E5M2, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
@@ -273,6 +274,23 @@ def test_a_strategy_that_does_not_know_them_is_refused() -> None:
     mine = replace(ring, name="mine", stored=False)
     with pytest.raises(cpattn.UnsupportedError, match=r"strategy='mine' .*it takes pages in q's dtype alone, torch.bfloat16, not"):
         cpattn.cp_attention(q, k, k, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache_like(), strategy=mine)
+
+
+def test_problems_that_no_call_could_have() -> None:
+    plan = cpattn.plan([(0, 64)], 2)
+    problem = Problem(torch.device("cuda"), BF16, plan.rows, 8, 2, 128, 128, cache="paged", page_size=64, kv_dtype=E4M3, scales="token")
+    half = replace(problem, kv_dtype=None, scales=None)
+    assert problem.key_bytes <= 0.52 * half.key_bytes
+    assert cpattn.plan([(0, 64)], 2, partition="auto", problem=problem).num_tokens == 64
+    for changes, message in (
+        ({"scales": None}, "problem.scales=None for keys in torch.float8_e4m3fn; it must be 'head' or 'token'"),
+        ({"kv_dtype": None}, "problem.scales='token' for keys in torch.bfloat16; it must be None"),
+        ({"kv_dtype": FP32}, "problem.kv_dtype=torch.float32 with cache='paged'; it is for pages"),
+        ({"cache": None, "page_size": None}, "with cache=None; it is for pages"),
+    ):
+        with pytest.raises(cpattn.OptionError) as raised:
+            cpattn.plan([(0, 64)], 2, partition="auto", problem=replace(problem, **changes))
+        assert message in str(raised.value)
 
 
 def test_a_bucket_holds_any_batch() -> None:
