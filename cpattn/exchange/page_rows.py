@@ -27,6 +27,9 @@ class _Part(NamedTuple):
 def write_rows(kv: KVFormat, cache: PagedKV, places: Places, k: Tensor, v: Tensor | None) -> None:
     """:meth:`cpattn.moves.moves.Moves.write_pages` of parts of a message."""
     moves = moves_for(kv.device)
+    if not kv.as_bytes:
+        moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *places, k, v)
+        return
     for part in _parts(kv, cache, k, v):
         moves.write_pages(part.k_pages, part.v_pages, cache.page_table, *places, part.k, part.v)
 

@@ -36,7 +36,8 @@ def dequantize(k: Tensor, v: Tensor | None, stored: StoredRows) -> None:
 
 def _launch(stored: StoredRows, k: Tensor, v: Tensor | None, what: str) -> None:
     values, stored_values = (k, stored.k) if v is None or stored.v is None else (v, stored.v)
-    k_scale = stored.k if stored.k_scale is None else stored.k_scale
+    # What is not there is not looked at.
+    k_scale = k if stored.k_scale is None else stored.k_scale
     v_scale = k_scale if stored.v_scale is None else stored.v_scale
     tensors = k, values, stored.k, stored_values, k_scale, v_scale
     key = *[(x.shape, x.stride(), x.dtype) for x in tensors], v is None, stored.k_scale is None, what
