@@ -8,6 +8,7 @@ import rank_programs as programs
 import torch
 from cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from peers.work import Work
+from stored_cases import StoredCase
 from strategies import Batch
 
 import cpattn
@@ -32,6 +33,13 @@ def test_divided_heads_are_exact(ranks: ProcessRanks, strategy: str, cache: str)
     case = AttentionCase(MIXED, heads=6, dtype=torch.bfloat16, sinks=True, cache=cache)
     plan = case.plan(ranks.size, pad_to=16)
     case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
+
+
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("pass_q", "striped")])
+def test_fp8_travels_as_bytes(ranks: ProcessRanks, strategy: str, cache: str) -> None:
+    case = StoredCase(MIXED, dtype=torch.bfloat16, cache=cache)
+    plan = case.plan(ranks.size, pad_to=16)
+    case.dequantised().check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
 
 
 def test_only_keys_that_are_needed_travel(ranks: ProcessRanks) -> None:
