@@ -550,5 +550,6 @@ def _write_own(tally: Tally) -> None:
 def _copy_pages(tally: Tally, num_tokens: int) -> None:
     """Keys of so many tokens out of their pages, unless the kernel reads them as they are."""
     problem = tally.choice.problem
-    if not tally.choice.kernel.reads_pages(problem.page_size):
+    reads_stored = problem.stored_dtype == problem.dtype or tally.choice.backend.reads_stored(problem)
+    if not (reads_stored and tally.choice.kernel.reads_pages(problem.page_size)):
         tally.move(2 * num_tokens * problem.key_bytes)
