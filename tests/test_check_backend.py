@@ -64,7 +64,7 @@ def test_a_function_passes_with_what_it_says_of_itself() -> None:
     assert verdicts(report)["pages of 16"] == "not claimed"
     paged = check_backend(cpattn.custom_backend(kernel, page_sizes=lambda size: size % 16 == 0))
     not_claimed = {name for name, verdict in verdicts(paged).items() if verdict == "not claimed"}
-    fp8 = {"keys in fp8, scales of heads", "pages in fp8, scales of tokens"}
+    fp8 = {"fp8 keys, scales of heads", "fp8 in pages, scales of tokens"}
     assert not_claimed == {"pages of 1", "merges by itself (accumulate)"} | fp8
     assert check_backend(kernel, dtype=torch.float64).ok
     causal = check_backend(cpattn.custom_backend(kernel, alignments={"bottom_right"}))
