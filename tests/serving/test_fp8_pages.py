@@ -16,6 +16,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import bytes_sent
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.problem import Problem
 from cpattn.testing import run_loopback
 
@@ -65,6 +66,15 @@ def test_windows_sinks_groups_of_heads_and_one_rank(scales: str) -> None:
     ):
         case = StoredCase(MIXED, cache=cache, page_size=4, scales=scales, dtype=BF16, **changes)
         check_on_ranks(case, case.plan(cp_size), strategy, "reference", check=True)
+
+
+@pytest.mark.parametrize(("scales", "window"), [("head", None), ("token", None), ("token", 20)])
+def test_what_is_needed_comes_first(scales: str, window: int | None) -> None:
+    """And between keys that a window reaches nothing may be NaN, scales included."""
+    case = StoredCase([(9, 30), *[(9, 8)] * 9], cache="paged", page_size=4, scales=scales, dtype=BF16, window=window)
+    plan = case.plan(3, partition="whole")
+    assert traveling_keys(case.problem(plan), plan).what == "needed"
+    check_on_ranks(case, plan, "all_gather", "reference")
 
 
 @pytest.mark.parametrize("scales", ["one", "head", "token"])
