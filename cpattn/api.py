@@ -271,8 +271,8 @@ def cp_attention(
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank; where the plan has
-            ``prefix_shards``, each rank's own; with an ``owner``, those that the rule gives this rank. For a strategy that divides
-            heads it may have this rank's KV heads alone.
+            ``prefix_shards`` or ``prefix_ranks``, each rank's own; with an ``owner``, those that the rule gives this rank. For a
+            strategy that divides heads it may have this rank's KV heads alone.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
             do, for a sharded cache; ``"ulysses"``, in which ranks exchange rows for heads; ``"auto"``; what
             :func:`cpattn.hybrid` or :func:`cpattn.two_level` makes; or a Strategy of your own.

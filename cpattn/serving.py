@@ -114,8 +114,8 @@ def gather_kv(
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check: bool = False) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
-    Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. With an
-    ``owner`` the slots of rows that other ranks hold are -1. Made on the device, without waiting for it.
+    Where the plan has ``prefix_shards`` or ``prefix_ranks`` a rank writes its own rows alone, and the slots are those of its local
+    rows. With an ``owner`` the slots of rows that other ranks hold are -1. Made on the device, without waiting for it.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(3, 2)], cp_size=2, cp_rank=0, pad_to=2)
@@ -128,7 +128,7 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
         check: look at the table on a GPU as well, which waits for it; on the CPU it is looked at in every call.
 
     Returns:
-        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards``.
+        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards`` or ``prefix_ranks``.
 
     Raises:
         PageTableError: the table is too narrow, or page_size is no positive integer. Where the table is looked at: a negative page
@@ -276,7 +276,8 @@ def attend(
         meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
         kv_cache: its pages are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`. In a striped cache a long chunk of new tokens is cut where its rank's turn begins: of small
-            interleaves :func:`cp_attention` is faster, which has the new keys at hand.
+            interleaves :func:`cp_attention` is faster, which has the new keys at hand. With a window over a sharded cache each
+            query is looked at by itself, over a copy of what windows reach.
         group: of a sharded cache, as in :func:`cp_attention`; else it is not looked at.
         check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
             call. A few rows of what a caller's own kernel returns are compared with the reference. Of a sharded cache all ranks
@@ -286,7 +287,8 @@ def attend(
         As :func:`cp_attention`.
 
     Raises:
-        CPError: in its subclasses, before anything is computed. A window over a sharded cache is one of those.
+        CPError: in its subclasses, before anything is computed. A window over shards whose positions the plan does not know is one of
+            those: with ``prefix_shards``.
         GroupError: over a sharded cache also in the middle of a call, as in :func:`cp_attention`.
         BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """

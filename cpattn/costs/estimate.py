@@ -180,7 +180,7 @@ def _of_backend(
     plan: Layout, problem: Problem, machine: Machine, strategy: Strategy, kernel: KernelCosts, attention: Launches
 ) -> Iterator[Estimate]:
     """Over all transports and overlaps."""
-    overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 and plan.owner is None else (1,)
+    overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 and not plan.sharded else (1,)
     for overlap in overlaps:
         if problem.kv_heads % overlap:
             continue

@@ -23,6 +23,7 @@ from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.striped_pass_q import brings_new_keys
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.exchange.traveling_queries import traveling_queries
 from cpattn.exchange.two_level import TwoLevel
@@ -139,7 +140,7 @@ def all_gather(choice: Choice) -> Tally:
     plan, problem, *_ = choice
     tally, groups = Tally(choice), problem.overlap
     (hop,) = choice.schedule
-    if plan.owner is not None:
+    if plan.sharded:
         # Packed, written and put in order as any new keys are, with what a window reaches beside them.
         message = int(hop.sent.max(initial=0))
         tally.gather(message)
@@ -289,7 +290,7 @@ def ring(choice: Choice) -> Tally:
 
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
-    if choice.plan.owner is not None:
+    if brings_new_keys(choice.problem, choice.plan):
         return _striped_pass_q(choice)
     tally = Tally(choice)
     _write_own(tally)

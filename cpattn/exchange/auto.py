@@ -74,7 +74,7 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
             return Candidates(
                 [[PASS_Q], [ALL_GATHER]], f"no request has more than {DECODE_TOKENS} new tokens, so that no cached key has to travel"
             )
-        return Candidates([[ALL_GATHER], [PASS_Q]], "of a striped cache it brings what a window reaches")
+        return Candidates([[ALL_GATHER], [PASS_Q]], "of a sharded cache it brings what a window reaches")
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
     fits = gathered <= AUTO_GATHER_QUERIES_LIMIT
     held = f"all queries and results are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_QUERIES_LIMIT)}"

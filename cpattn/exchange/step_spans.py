@@ -12,7 +12,7 @@ The last span of every table is the padding of q: queries without keys, for whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -212,18 +212,23 @@ def held_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
         return source_spans(meta, None, paged)[meta.cp_rank][0], gathered_source_spans(meta, None, paged)[0]
 
     def build() -> list[Spans]:
-        parts, own = [], None
-        for source in range(meta.plan.cp_size):
-            pieces, ranges = _held_ranges(meta, source)
-            if source == meta.cp_rank:
-                own = _with_padding(meta, pieces, ranges, meta.rows)
-                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
-            parts.append(_with_padding(meta, pieces, ranges, meta.rows))
-        assert own is not None
-        return _build(meta, [own, _one_after_another(parts)], paged)
+        return _build(meta, _own_and_others(meta, lambda source: _held_ranges(meta, source)), paged)
 
     own, others = meta.derive(("held spans", paged), build)
     return own, others
+
+
+def _own_and_others(meta: CPMetadata, ranges_of: Callable[[int], tuple[ChunkTables, KeyRanges]]) -> list[SpanTable]:
+    """Of what the queries of each rank see here: a table of this rank's own, and one of all ranks', in which its own see nothing."""
+    parts, own = [], None
+    for source in range(meta.plan.cp_size):
+        queries, ranges = ranges_of(source)
+        if source == meta.cp_rank:
+            own = _with_padding(meta, queries, ranges, meta.rows)
+            ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+        parts.append(_with_padding(meta, queries, ranges, meta.rows))
+    assert own is not None
+    return [own, _one_after_another(parts)]
 
 
 def held_alignment(plan: Layout, fixed: bool, own: bool) -> Alignment:
@@ -261,35 +266,51 @@ def reached_spans(meta: CPMetadata, window: int) -> tuple[Spans, Spans]:
     """
 
     def build() -> list[Spans]:
-        parts, own = [], None
-        for source in range(meta.plan.cp_size):
-            queries, ranges = _reached_ranges(meta, source, window)
-            if source == meta.cp_rank:
-                own = _with_padding(meta, queries, ranges, meta.rows)
-                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
-            parts.append(_with_padding(meta, queries, ranges, meta.rows))
-        assert own is not None
-        return _build(meta, [own, _one_after_another(parts)], paged=False, reached=window - 1)
+        return _build(meta, _own_and_others(meta, lambda source: _reached_ranges(meta, source, window)), paged=False, reached=window - 1)
 
     own, others = meta.derive(("reached spans", window), build)
     return own, others
 
 
 def _reached_ranges(meta: CPMetadata, source: int, window: int) -> tuple[ChunkTables, KeyRanges]:
-    plan, rank, chunks = meta.plan, meta.cp_rank, chunk_tables(meta.plan, source)
-    reach = Reach.of(plan, window)
+    plan, rank, queries = meta.plan, meta.cp_rank, _one_by_one(chunk_tables(meta.plan, source))
+    reach, request = Reach.of(plan, window), queries.request
+    prefix_lens = plan.prefix_lens[request]
+    begins = np.clip(queries.k_len - window, prefix_lens - reach.lengths[request], prefix_lens)
+    first = reach.held_before(plan, rank, request, begins)
+    k_len = plan.shard_lens[request, rank] - first
+    k_start = exclusive_cumsum(reach.counts[:, rank])[request] + first - reach.first[request, rank]
+    return queries, KeyRanges(k_start, k_len, k_len, "bottom_right")
+
+
+def seen_spans(meta: CPMetadata, window: int) -> tuple[Spans, Spans]:
+    """Over what their window sees on this rank, where the new tokens lie already: its own queries, and those of all other ranks. Each
+    query is a span, as above."""
+
+    def build() -> list[Spans]:
+        return _build(meta, _own_and_others(meta, lambda source: _seen_ranges(meta, source, window)), paged=False, reached=window - 1)
+
+    own, others = meta.derive(("seen spans", window), build)
+    return own, others
+
+
+def _seen_ranges(meta: CPMetadata, source: int, window: int) -> tuple[ChunkTables, KeyRanges]:
+    plan, rank, queries = meta.plan, meta.cp_rank, _one_by_one(chunk_tables(meta.plan, source))
+    reach, request = Reach.of(plan, window), queries.request
+    begins = np.maximum(queries.k_len - window, (plan.prefix_lens - reach.lengths)[request])
+    first, end = (reach.held_before(plan, rank, request, position) for position in (begins, queries.k_len))
+    counts = plan.held_lens[:, rank] - reach.first[:, rank]
+    k_start = exclusive_cumsum(counts)[request] + first - reach.first[request, rank]
+    return queries, KeyRanges(k_start, end - first, end - first, "bottom_right")
+
+
+def _one_by_one(chunks: ChunkTables) -> ChunkTables:
+    """Each query as a chunk."""
     nth = np.arange(chunks.q_len.sum()) - exclusive_cumsum(chunks.q_len).repeat(chunks.q_len)
     entry, request, start, before = (
         column.repeat(chunks.q_len) for column in (chunks.entry, chunks.request, chunks.start, chunks.k_len - chunks.q_len)
     )
-    prefix_lens = plan.prefix_lens[request]
-    begins = np.clip(before + nth + 1 - window, prefix_lens - reach.lengths[request], prefix_lens)
-    first = plan.owner.held(begins, plan.cp_size)[:, rank]
-    k_len = plan.shard_lens[request, rank] - first
-    counts = reach.counts[:, rank]
-    k_start = exclusive_cumsum(counts)[request] + first - reach.first[request, rank]
-    queries = ChunkTables(entry, request, start + nth, np.ones_like(nth), before + nth + 1)
-    return queries, KeyRanges(k_start, k_len, k_len, "bottom_right")
+    return ChunkTables(entry, request, start + nth, np.ones_like(nth), before + nth + 1)
 
 
 def _cached_ranges(meta: CPMetadata, chunks: ChunkTables) -> KeyRanges:

@@ -18,6 +18,7 @@ from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, 
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
 from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
+from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped, parse_owner
 
 
@@ -52,6 +53,7 @@ class Layout:
     pad_to: int = 1
     prefix_shards: tuple[tuple[int, ...], ...] | None = None
     owner: Striped | None = None
+    prefix_ranks: PrefixRanks | None = None
 
     def __post_init__(self) -> None:
         pairs = parse_batch(self.batch)
@@ -80,6 +82,14 @@ class Layout:
             shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
+        if self.prefix_ranks is not None:
+            if self.prefix_shards is not None or self.owner is not None:
+                other = "prefix_shards" if self.owner is None else f"owner={self.owner}"
+                raise PlanError(f"prefix_ranks beside {other}; it says itself which tokens each rank holds, so leave {other} out")
+            object.__setattr__(self, "prefix_ranks", PrefixRanks.parse(self.prefix_ranks, pairs[:, 0], self.cp_size))
+            shards = self.prefix_ranks.counts(self.cp_size)
+            object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
+            self.__dict__["shard_lens"] = frozen(shards)
         if self.owner is not None:
             parse_owner(self.owner)
             if self.prefix_shards is not None:
@@ -99,7 +109,8 @@ class Layout:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
-        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards, self.owner)
+        shards = self.prefix_shards if self.prefix_ranks is None else None
+        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, shards, self.owner, self.prefix_ranks)
 
     def __repr__(self) -> str:
         return (
@@ -160,13 +171,20 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part of the prefixes only (``prefix_shards`` or ``owner``), rather than all of them."""
+        """Whether each rank holds a part of the prefixes only, as ``prefix_shards``, ``prefix_ranks`` or ``owner`` say, not all of them."""
         return self.prefix_shards is not None or self.owner is not None
 
     @property
     def sharded_by(self) -> str:
         """What says so, in the words of :func:`cpattn.plan`."""
-        return "prefix_shards" if self.owner is None else f"owner={self.owner}"
+        if self.owner is not None:
+            return f"owner={self.owner}"
+        return "prefix_shards" if self.prefix_ranks is None else "prefix_ranks"
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether it says which tokens of a prefix each rank holds, and not only how many: a window needs that."""
+        return not self.sharded or self.owner is not None or self.prefix_ranks is not None
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -200,6 +218,8 @@ class Layout:
         digest.update(self._pairs.astype("<i8").tobytes())
         if self.sharded:
             digest.update(self.shard_lens.astype("<i8").tobytes())
+        if self.prefix_ranks is not None:
+            digest.update(self.prefix_ranks.to_bytes())
         if isinstance(self.partition, CallersPartition):
             digest.update(self.partition.to_bytes())
         return digest.hexdigest()
@@ -267,6 +287,12 @@ class Layout:
         if self.owner is not None:
             return frozen(self.owner.held(self.prefix_lens, self.cp_size))
         return frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
+
+    @cached_property
+    def prefix_numbers(self) -> IntArray:
+        """``[num_prefix_tokens]`` the number of each token of ``prefix_ranks`` among those of its request on its rank."""
+        assert self.prefix_ranks is not None
+        return frozen(self.prefix_ranks.numbers(self.cp_size))
 
     @property
     def computed_lens(self) -> IntArray | None:

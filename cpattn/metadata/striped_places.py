@@ -1,4 +1,4 @@
-"""Where tokens of a striped cache lie, as tensors of one rank's metadata: what it writes to its pages, and reads from them."""
+"""Where tokens of a sharded cache lie, as tensors of one rank's metadata: what it writes to its pages, and reads from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ def owned_places(meta: CPMetadata) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
+        if plan.owner is None:
+            # Each rank keeps what it computes.
+            places = torch.full((2, plan.cp_size, meta.rows), -1, dtype=torch.int32, device=meta.device)
+            for place, own in zip(places, meta.held_places, strict=True):
+                place[meta.cp_rank] = own
+            request, number = places.flatten(1)
+            return request, number
         request, position = meta.gathered_places
-        assert plan.owner is not None
         is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
         return torch.where(is_own, request, -1), torch.where(is_own, plan.owner.numbers(position, plan.cp_size), -1)
 

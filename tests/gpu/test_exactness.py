@@ -129,11 +129,12 @@ def test_latent_attention(strategy: str, cache: str) -> None:
     case.check_loopback(case.plan(3, pad_to=8), strategy, "triton")
 
 
+@pytest.mark.parametrize("cache", ["striped", "ranked"])
 @pytest.mark.parametrize("strategy", ["all_gather", "pass_q"])
 @pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "triton"])
-def test_a_window_over_a_striped_cache(backend: str, strategy: str) -> None:
+def test_a_window_over_shards(backend: str, strategy: str, cache: str) -> None:
     case = AttentionCase(
-        MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache="striped", interleave=3, window=100
+        MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache=cache, interleave=3, window=100
     )
     half_only = serving(backend, case, "all_gather")
     for cp_size in (1, 3):
