@@ -33,7 +33,9 @@ from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.call.prepared import PreparedCall
+from cpattn.errors import UnsupportedError
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
+from cpattn.exchange.helix import RESIDENT_HELIX
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
@@ -41,7 +43,7 @@ from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.striped_places import owned_places
+from cpattn.metadata.striped_places import kept_places, owned_places
 from cpattn.moves.moves import moves_for
 from cpattn.ops import implements, parse_options
 from cpattn.transports.groups import Group, as_transport
@@ -86,6 +88,11 @@ def gather_kv(
 
     def validate() -> KVFormat:
         checks.check_group(meta, transport)
+        if meta.plan.all_queries:
+            raise UnsupportedError(
+                "the plan has queries='all', so that each rank has all rows: nothing is to be gathered; write_kv takes k and v as they "
+                "are, with the slots of slot_mapping"
+            )
         checks.check_kv(k, v, meta)
         v_head_dim = k.shape[2] if v is None else v.shape[2]
         return KVFormat(k.shape[1], k.shape[2], v_head_dim, v is None, k.dtype, k.device)
@@ -128,7 +135,8 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
         check: look at the table on a GPU as well, which waits for it; on the CPU it is looked at in every call.
 
     Returns:
-        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards`` or ``prefix_ranks``.
+        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards`` or ``prefix_ranks``, or each rank has all rows
+        (``queries="all"``).
 
     Raises:
         PageTableError: the table is too narrow, or page_size is no positive integer. Where the table is looked at: a negative page
@@ -149,6 +157,8 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
 
 
 def _written_places(meta: CPMetadata) -> tuple[Tensor, Tensor]:
+    if meta.plan.all_queries:
+        return kept_places(meta)
     if meta.plan.owner is not None:
         return owned_places(meta)
     return meta.held_places if meta.plan.sharded else meta.gathered_places
@@ -315,7 +325,7 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
     # Any one rank can do this alone where it has everything.
     transport = as_transport(group, meta.plan.cp_size) if is_sharded else as_transport(None, 1)
     if is_sharded:
-        arguments = arguments._replace(strategy=RESIDENT_SHARDS)
+        arguments = arguments._replace(strategy=RESIDENT_HELIX if meta.plan.all_queries else RESIDENT_SHARDS)
     problems: list[str] = []
 
     def find() -> PreparedCall:

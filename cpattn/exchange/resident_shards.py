@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpattn.exchange.helix import RESIDENT_HELIX
 from cpattn.exchange.keys_at_hand import HeldShard
 from cpattn.exchange.pass_q import GatheredQueries, forward_gathered
 from cpattn.exchange.resident import RESIDENT
@@ -47,4 +48,4 @@ RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathe
 
 def is_resident(strategy: Any) -> bool:
     """Whether its calls write nothing: all keys lie in pages already."""
-    return strategy is RESIDENT or strategy is RESIDENT_SHARDS
+    return strategy is RESIDENT or strategy is RESIDENT_SHARDS or strategy is RESIDENT_HELIX

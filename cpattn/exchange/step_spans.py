@@ -231,6 +231,41 @@ def _own_and_others(meta: CPMetadata, ranges_of: Callable[[int], tuple[ChunkTabl
     return [own, _one_after_another(parts)]
 
 
+def all_queries_spans(meta: CPMetadata, window: int | None, paged: bool) -> Spans:
+    """Where each rank has queries of all tokens: those over what it holds of a sharded cache, new tokens included. With a window, over
+    what that sees, each query by itself."""
+
+    def build() -> Spans:
+        if window is not None:
+            queries, ranges = _seen_ranges(meta, meta.cp_rank, window)
+        else:
+            queries, ranges = _held_ranges(meta, meta.cp_rank) if meta.plan.owner is not None else _kept_ranges(meta)
+        reached = 0 if window is None else window - 1
+        return _build(meta, [_with_padding(meta, queries, ranges, meta.rows)], paged, reached)[0]
+
+    return meta.derive(("all queries spans", window, paged), build)
+
+
+def all_queries_alignment(plan: Layout, window: int | None, fixed: bool) -> Alignment:
+    """Of those."""
+    if window is not None:
+        return "bottom_right"
+    return "full" if not fixed and plan.extend_lens.max(initial=0) <= 1 else "any"
+
+
+def _kept_ranges(meta: CPMetadata) -> tuple[ChunkTables, KeyRanges]:
+    """All queries over what this rank keeps, chunk by chunk: of its own chunks each query sees one key more than the one before."""
+    plan, rank = meta.plan, meta.cp_rank
+    request, start, length, owner = plan.chunk_table
+    own = np.where(owner == rank, length, 0)
+    before = exclusive_cumsum(own) + (plan.shard_lens[:, rank] - exclusive_cumsum(plan.rank_extends[:, rank]))[request]
+    ends = plan.prefix_lens[request] + start + length
+    begins = exclusive_cumsum(plan.held_lens[:, rank])[request]
+    alignment = all_queries_alignment(plan, None, meta.bucket is not None)
+    ranges = KeyRanges(begins, before + own, np.where(owner == rank, before + 1, before), alignment)
+    return ChunkTables(np.arange(len(request)), request, start, length, ends), ranges
+
+
 def held_alignment(plan: Layout, fixed: bool, own: bool) -> Alignment:
     """Of those."""
     if plan.owner is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -93,6 +94,8 @@ class Strategy:
         why_not_over: the reason why it cannot go over a transport, or None; the same on every rank.
         cached_heads: of a strategy that divides heads, of ``(q_heads, kv_heads, cp_size, cp_rank)``: how many KV heads a rank has. A cache
             may then have those alone. None where a rank has all.
+        queries: of which plans: ``"rows"`` where those are split by rows, ``"all"`` by heads, as of :func:`cpattn.plan`. Others it
+            refuses by itself.
     """
 
     name: str
@@ -103,3 +106,14 @@ class Strategy:
     travels: str = ""
     why_not_over: Callable[[Transport], str | None] = lambda transport: None
     cached_heads: Callable[[int, int, int, int], int | None] = lambda q_heads, kv_heads, cp_size, cp_rank: None
+    queries: str = "rows"
+
+    def __post_init__(self) -> None:
+        if self.queries == "rows":
+            object.__setattr__(self, "why_not", partial(_why_not_rows, self.why_not))
+
+
+def _why_not_rows(why_not: Callable[[Problem, Layout], str | None], problem: Problem, plan: Layout) -> str | None:
+    if plan.all_queries:
+        return "its queries are split by rows, and those of this plan by heads (queries='all')"
+    return why_not(problem, plan)

@@ -34,6 +34,29 @@ def owned_places(meta: CPMetadata) -> Places:
     return meta.derive("owned places", build)
 
 
+def kept_places(meta: CPMetadata) -> Places:
+    """Where each rank has rows of all tokens: of each row ``[rows]`` its request, and its number among the request's tokens that this
+    rank holds; -1 where another rank does, and on padding."""
+
+    def build() -> Places:
+        plan, rank = meta.plan, meta.cp_rank
+        request = np.arange(len(plan.batch)).repeat(plan.extend_lens)
+        if plan.owner is not None:
+            begins = exclusive_cumsum(plan.extend_lens)
+            position = (plan.prefix_lens - begins)[request] + np.arange(plan.num_tokens)
+            is_own, number = plan.owner.ranks(position, plan.cp_size) == rank, plan.owner.numbers(position, plan.cp_size)
+        else:
+            is_own = plan.chunk_table.rank.repeat(plan.chunk_table.length) == rank
+            kept = plan.rank_extends[:, rank]
+            number = is_own.cumsum() - 1 + (plan.shard_lens[:, rank] - exclusive_cumsum(kept))[request]
+        tables = {"request": np.where(is_own, request, -1), "number": np.where(is_own, number, -1)}
+        padded = {name: np.pad(table, (0, meta.rows - len(table)), constant_values=-1) for name, table in tables.items()}
+        on_device = DeviceTables(padded, meta.device)
+        return on_device["request"], on_device["number"]
+
+    return meta.derive("kept places", build)
+
+
 def owned_places_by_rank(meta: CPMetadata) -> list[Places]:
     """The same of each rank's rows, ``[rows]`` each."""
     request, number = owned_places(meta)

@@ -51,6 +51,9 @@ def random_table(rng: np.random.Generator) -> Tensor:
         pytest.param("all_gather", "striped", {"window": 100}, id="all_gather striped window"),
         pytest.param("pass_q", "ranked", {"window": 100}, id="pass_q ranked window"),
         pytest.param("all_gather", "ranked", {"window": 100}, id="all_gather ranked window"),
+        pytest.param("helix", "striped", {"sinks": True}, id="helix striped"),
+        pytest.param("helix", "sharded", {}, id="helix sharded"),
+        pytest.param("helix", "ranked", {"window": 100}, id="helix ranked window"),
     ],
 )
 def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: dict[str, object]) -> None:
@@ -63,13 +66,13 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: d
         while True:
             batch = random_batch(rng)
             seed = int(rng.integers(1000))
-            held: dict[str, Any] = {}
+            held: dict[str, Any] = {"queries": "all" if strategy == "helix" else "rows"}
             if cache == "sharded":
-                held = {"prefix_shards": random_shards(batch, CP_SIZE, seed)}
+                held["prefix_shards"] = random_shards(batch, CP_SIZE, seed)
             elif cache == "ranked":
-                held = {"prefix_ranks": random_ranks(batch, CP_SIZE, seed)}
+                held["prefix_ranks"] = random_ranks(batch, CP_SIZE, seed)
             elif cache == "striped":
-                held = {"owner": cpattn.Striped(4)}
+                held["owner"] = cpattn.Striped(4)
             plan = cpattn.plan(batch, CP_SIZE, **held)
             # Over shards an all-gather is for windows that are shorter than a request, which in a graph is the bucket's.
             is_served = strategy != "all_gather" or cache == "paged" or max(map(sum, batch), default=0) > 100
