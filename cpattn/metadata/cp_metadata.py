@@ -96,7 +96,9 @@ class CPMetadata:
         self.longest_request = int(plan.total_lens.max(initial=0)) if self.bucket is None else self.bucket.max_seqlen
         # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones. (Not where each rank has
         # queries of all tokens: kept_places are of those.)
-        extends = plan.rank_extends[:, self.cp_rank]
+        extends = np.bincount(request, q_len, minlength=len(plan.batch)).astype(np.int64)
+        if plan.all_queries:
+            extends = plan.rank_extends[:, self.cp_rank]
         held = cu_seqlens_q[:-1] + (plan.shard_lens[:, self.cp_rank] - exclusive_cumsum(extends))[request]
         k_starts = self.k_starts
         of_chunks = {

@@ -90,7 +90,7 @@ class Layout:
                 other = "prefix_shards" if self.owner is None else f"owner={self.owner}"
                 raise PlanError(f"prefix_ranks beside {other}; it says itself which tokens each rank holds, so leave {other} out")
             object.__setattr__(self, "prefix_ranks", PrefixRanks.parse(self.prefix_ranks, pairs[:, 0], self.cp_size))
-            shards = self.prefix_ranks.counts(self.cp_size)
+            shards = self.prefix_ranks.counts.copy()
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
         if self.owner is not None:
@@ -318,7 +318,7 @@ class Layout:
     def prefix_numbers(self) -> IntArray:
         """``[num_prefix_tokens]`` the number of each token of ``prefix_ranks`` among those of its request on its rank."""
         assert self.prefix_ranks is not None
-        return frozen(self.prefix_ranks.numbers(self.cp_size))
+        return frozen(self.prefix_ranks.numbers())
 
     @property
     def computed_lens(self) -> IntArray | None:

@@ -20,10 +20,13 @@ class PrefixRanks:
 
     Args:
         ranks: of each request, integers ``[prefix_len]``; they are not copied, and must not change.
+        counts: int64 ``[num_requests, cp_size]`` how many of them each rank has, where that is known: nothing is then read of the ranks,
+            of which a long context has many, until a window or a move asks for them.
     """
 
-    def __init__(self, ranks: Sequence[IntArray]) -> None:
+    def __init__(self, ranks: Sequence[IntArray], counts: IntArray | None = None) -> None:
         self.ranks = tuple(ranks)
+        self._counts = counts
 
     @classmethod
     def parse(cls, given: Any, prefix_lens: IntArray, cp_size: int) -> PrefixRanks:
@@ -37,13 +40,10 @@ class PrefixRanks:
             raise PlanError(
                 f"prefix_ranks of request {wrong} has {int(lengths[wrong])} entries, its prefix_len is {int(prefix_lens[wrong])}; {_RULE}"
             )
-        if parsed.flat.size and not 0 <= parsed.flat.min() <= parsed.flat.max() < cp_size:
-            request = next(i for i, ranks in enumerate(parsed.ranks) if ranks.size and not 0 <= ranks.min() <= ranks.max() < cp_size)
-            token = int(((parsed.ranks[request] < 0) | (parsed.ranks[request] >= cp_size)).nonzero()[0][0])
-            raise PlanError(
-                f"prefix_ranks of request {request} has rank {int(parsed.ranks[request][token])} for token {token}; ranks are 0 to "
-                f"{cp_size - 1}"
-            )
+        if parsed._counts is None or parsed._counts.shape[1] != cp_size:
+            parsed._counts = np.zeros((len(lengths), cp_size), dtype=np.int64)
+            for request, ranks in enumerate(parsed.ranks):
+                parsed._counts[request] = _counted(ranks, request, cp_size)
         return parsed
 
     def __eq__(self, other: object) -> bool:
@@ -56,7 +56,7 @@ class PrefixRanks:
         return hash(tuple(self.lengths.tolist()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.flat)} tokens of {len(self.ranks)} requests)"
+        return f"{type(self).__name__}({int(self.lengths.sum())} tokens of {len(self.ranks)} requests)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PrefixRanks, (self.ranks,)
@@ -75,17 +75,18 @@ class PrefixRanks:
         """``[prefix tokens]`` request after request."""
         return np.concatenate([np.empty(0, dtype=np.int64), *self.ranks])
 
-    def counts(self, cp_size: int) -> IntArray:
+    @property
+    def counts(self) -> IntArray:
         """``[num_requests, cp_size]`` the tokens that each rank holds."""
-        of_request = np.arange(len(self.ranks)).repeat(self.lengths) * cp_size
-        return np.bincount(of_request + self.flat, minlength=len(self.ranks) * cp_size).astype(np.int64).reshape(-1, cp_size)
+        assert self._counts is not None  # parsed
+        return self._counts
 
-    def numbers(self, cp_size: int) -> IntArray:
+    def numbers(self) -> IntArray:
         """``[prefix tokens]`` of each its number among the tokens of its request on its rank."""
-        numbers, counts = np.empty(len(self.flat), dtype=np.int64), self.counts(cp_size)
-        for rank in range(cp_size):
+        numbers = np.empty(len(self.flat), dtype=np.int64)
+        for rank, counts in enumerate(self.counts.T):
             mine = (self.flat == rank).nonzero()[0]
-            numbers[mine] = np.arange(len(mine)) - exclusive_cumsum(counts[:, rank]).repeat(counts[:, rank])
+            numbers[mine] = np.arange(len(mine)) - exclusive_cumsum(counts).repeat(counts)
         return numbers
 
     def runs(self) -> Chunks:
@@ -96,6 +97,14 @@ class PrefixRanks:
         first = begins.nonzero()[0]
         length = np.diff(np.append(first, len(request)))
         return Chunks(request[first], first - exclusive_cumsum(self.lengths)[request[first]], length, self.flat[first])
+
+
+def _counted(ranks: IntArray, request: int, cp_size: int) -> IntArray:
+    wrong = (ranks < 0) | (ranks >= cp_size)
+    if wrong.any():
+        token = int(wrong.argmax())
+        raise PlanError(f"prefix_ranks of request {request} has rank {int(ranks[token])} for token {token}; ranks are 0 to {cp_size - 1}")
+    return np.bincount(ranks, minlength=cp_size)
 
 
 def _as_arrays(given: Any) -> list[IntArray]:

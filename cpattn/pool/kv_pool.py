@@ -209,8 +209,9 @@ class KVPool:
             partition = "zigzag" if self.owner == "computed" and problem is None and machine is None and token_cost is None else AUTO
         if isinstance(partition, str) and partition == AUTO and problem is None:
             problem = self._usual_problem
+        held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
         # An array of owners is never written to: a request that changes gets another one.
-        ranks = PrefixRanks([request.owners for request in requests]) if self.owner == "computed" else None
+        ranks = PrefixRanks([request.owners for request in requests], held) if self.owner == "computed" else None
         planned = plan(
             batch,
             self.cp_size,
@@ -223,7 +224,6 @@ class KVPool:
             machine=machine,
             token_cost=token_cost,
         )
-        held = planned.shard_lens if self.sharded else planned.prefix_lens[:, None]
         new = planned.held_lens - held if self.sharded else planned.extend_lens[:, None]
         self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
         before = [Before(name, request, len(request.owners)) for name, request in zip(names, requests, strict=True)]

@@ -51,7 +51,7 @@ def helix_cases(draw: st.DrawFn) -> tuple[AttentionCase, int]:
 
 
 @given(drawn=helix_cases(), partition=st.sampled_from(["zigzag", "contiguous", "whole"]), pad_to=st.sampled_from([1, 4]), data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_batch(drawn: tuple[AttentionCase, int], partition: str, pad_to: int, data: st.DataObject) -> None:
     """Results, what is written, and that nothing else is; then over pages that hold the new tokens, and in a bucket."""
     case, cp_size = drawn
