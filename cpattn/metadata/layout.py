@@ -86,12 +86,14 @@ class Layout:
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
         if self.prefix_ranks is not None:
-            if self.prefix_shards is not None or self.owner is not None:
-                other = "prefix_shards" if self.owner is None else f"owner={self.owner}"
-                raise PlanError(f"prefix_ranks beside {other}; it says itself which tokens each rank holds, so leave {other} out")
             object.__setattr__(self, "prefix_ranks", PrefixRanks.parse(self.prefix_ranks, pairs[:, 0], self.cp_size))
             shards = self.prefix_ranks.counts.copy()
-            object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
+            counts = tuple(map(tuple, shards.tolist()))
+            # A plan that was made of another one has their counts beside them.
+            if self.owner is not None or self.prefix_shards not in (None, counts):
+                other = "prefix_shards" if self.owner is None else f"owner={self.owner}"
+                raise PlanError(f"prefix_ranks beside {other}; it says itself which tokens each rank holds, so leave {other} out")
+            object.__setattr__(self, "prefix_shards", counts)
             self.__dict__["shard_lens"] = frozen(shards)
         if self.owner is not None:
             parse_owner(self.owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def test_plans_are_told_apart() -> None:
         copy = pickle.loads(pickle.dumps(plan))
         assert copy == plan
         assert copy.fingerprint == plan.fingerprint
+        assert replace(plan, partition="zigzag") == plan
     assert repr(plans[0].prefix_ranks) == "PrefixRanks(4 tokens of 1 requests)"
 
 
