@@ -161,8 +161,11 @@ def _unshard(x: Tensor, meta: CPMetadata, group: Group, check: bool = False, lab
 
     with InFlight(transport, meta.device) as in_flight:
         validated(validate, str, meta.plan.fingerprint, in_flight, check, label)
-        if meta.plan.cp_size == 1 and meta.bucket is None:
+        if (meta.plan.cp_size == 1 or meta.plan.all_queries) and meta.bucket is None:
             return x[: meta.num_tokens].clone()
+        if meta.plan.all_queries:
+            is_padding = (meta.token_index < 0).view(-1, *[1] * (x.ndim - 1))
+            return x.masked_fill(is_padding, 0)
         gathered = gather_whole(in_flight, "unshard", whole_rows(x) if x.is_conj() else x)
         out = x.new_empty(meta.restore_index.shape[0], *x.shape[1:])
         with on_device_of(x):
@@ -259,8 +262,10 @@ def cp_attention(
 
     Args:
         q: ``[meta.rows, Hq, D]`` fp32, bf16 or fp16 (fp64 with the reference backend): this rank's rows, as
-            :func:`shard` orders them. Padding rows may hold anything, here and in k and v.
-        k: ``[meta.rows, Hkv, D]``, rotated by ``meta.position_ids`` where the model rotates; Hq must be a multiple of Hkv.
+            :func:`shard` orders them. Padding rows may hold anything, here and in k and v. Where the plan has ``queries="all"``, all
+            new tokens in this rank's share of the heads, of which rank r has the r-th.
+        k: ``[meta.rows, Hkv, D]``, rotated by ``meta.position_ids`` where the model rotates; Hq must be a multiple of Hkv. With
+            ``queries="all"`` of all KV heads that any rank's queries see, alike on each; rows that others hold are not looked at.
         v: ``[meta.rows, Hkv, Dv]``; or None where V is the first ``v_dim`` columns of K, as in the latent attention of
             DeepSeek models (MLA, arXiv:2405.04434: one KV head, D = 576, ``v_dim`` = 512). The latent then travels once.
         meta: this rank's metadata, on the tensors' device; or None within a :func:`cpattn.forward_context`, which has it.
@@ -271,11 +276,11 @@ def cp_attention(
         v_dim: the head dim of V where v is None.
         kv_cache: the keys and values of the prefixes, if the batch has any. A :class:`PackedKV` is read; to a
             :class:`PagedKV` this call's keys and values are written as well: every token's on every rank; where the plan has
-            ``prefix_shards``, each rank's own; with an ``owner``, those that the rule gives this rank. For a strategy that divides
-            heads it may have this rank's KV heads alone.
+            ``prefix_shards`` or ``prefix_ranks``, each rank's own; with an ``owner``, those that the rule gives this rank. For a
+            strategy that divides heads it may have this rank's KV heads alone.
         strategy: ``"all_gather"`` or ``"ring"``, in which keys travel; ``"pass_q"`` or ``"pass_q_ring"``, in which queries
-            do, for a sharded cache; ``"ulysses"``, in which ranks exchange rows for heads; ``"auto"``; what
-            :func:`cpattn.hybrid` or :func:`cpattn.two_level` makes; or a Strategy of your own.
+            do, for a sharded cache; ``"ulysses"``, in which ranks exchange rows for heads; ``"helix"`` for plans with
+            ``queries="all"``; ``"auto"``; what :func:`cpattn.hybrid` or :func:`cpattn.two_level` makes; or a Strategy of your own.
         backend: a name from ``cpattn.BACKENDS``, ``"auto"`` for the fastest that can serve the call, or a function of your
             own: see :func:`cpattn.custom_backend`.
         overlap: into how many groups of KV heads an all-gather is split, so that over collectives the attention of one group runs

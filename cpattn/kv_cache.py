@@ -68,7 +68,7 @@ class PagedKV(_InGraphs):
 
     Token ``t`` that is held of request ``i`` lies in page ``page_table[i, t // page_size]`` at ``t % page_size``. Where every
     rank holds everything, t is the token's absolute position. Where the plan says that the cache is sharded
-    (``prefix_shards`` or ``owner``), each rank has pages of its own. Then t counts the tokens that this rank holds of the
+    (``prefix_shards``, ``prefix_ranks`` or ``owner``), each rank has pages of its own. Then t counts the tokens that this rank holds of the
     request, in the order of the sequence, new ones included.
 
     >>> import cpattn, torch

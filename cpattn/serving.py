@@ -34,7 +34,9 @@ from cpattn.call.page_checks import check_page_table, check_write, parse_page_si
 from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.stored_contents import check_fits
+from cpattn.errors import UnsupportedError
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
+from cpattn.exchange.helix import RESIDENT_HELIX
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.new_rows import stored_parts
 from cpattn.exchange.page_rows import write_slots
@@ -44,7 +46,7 @@ from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.striped_places import owned_places
+from cpattn.metadata.striped_places import kept_places, owned_places
 from cpattn.ops import implements, parse_options
 from cpattn.stored import is_fp8
 from cpattn.transports.groups import Group, as_transport
@@ -89,6 +91,11 @@ def gather_kv(
 
     def validate() -> KVFormat:
         checks.check_group(meta, transport)
+        if meta.plan.all_queries:
+            raise UnsupportedError(
+                "the plan has queries='all', so that each rank has all rows: nothing is to be gathered; write_kv takes k and v as they "
+                "are, with the slots of slot_mapping"
+            )
         checks.check_kv(k, v, meta)
         v_head_dim = k.shape[2] if v is None else v.shape[2]
         # A caller's fp8 travels as bytes.
@@ -121,8 +128,8 @@ def gather_kv(
 def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check: bool = False) -> Tensor:
     """The slot of each row of the gathered buffer: ``page * page_size + place in the page``, -1 on padding.
 
-    Where the plan has ``prefix_shards`` a rank writes its own rows alone, and the slots are those of its local rows. With an
-    ``owner`` the slots of rows that other ranks hold are -1. Made on the device, without waiting for it.
+    Where the plan has ``prefix_shards`` or ``prefix_ranks`` a rank writes its own rows alone, and the slots are those of its local
+    rows. With an ``owner`` the slots of rows that other ranks hold are -1. Made on the device, without waiting for it.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(3, 2)], cp_size=2, cp_rank=0, pad_to=2)
@@ -135,7 +142,8 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
         check: look at the table on a GPU as well, which waits for it; on the CPU it is looked at in every call.
 
     Returns:
-        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards``.
+        int64 ``[cp_size * rows]``; ``[rows]`` where the plan has ``prefix_shards`` or ``prefix_ranks``, or each rank has all rows
+        (``queries="all"``).
 
     Raises:
         PageTableError: the table is too narrow, or page_size is no positive integer. Where the table is looked at: a negative page
@@ -156,6 +164,8 @@ def slot_mapping(meta: CPMetadata, page_table: Tensor, page_size: int, *, check:
 
 
 def _written_places(meta: CPMetadata) -> tuple[Tensor, Tensor]:
+    if meta.plan.all_queries:
+        return kept_places(meta)
     if meta.plan.owner is not None:
         return owned_places(meta)
     return meta.held_places if meta.plan.sharded else meta.gathered_places
@@ -294,7 +304,8 @@ def attend(
         meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
         kv_cache: its pages are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`. In a striped cache a long chunk of new tokens is cut where its rank's turn begins: of small
-            interleaves :func:`cp_attention` is faster, which has the new keys at hand.
+            interleaves :func:`cp_attention` is faster, which has the new keys at hand. With a window over a sharded cache each
+            query is looked at by itself, over a copy of what windows reach.
         group: of a sharded cache, as in :func:`cp_attention`; else it is not looked at.
         check: look at the numbers in the page table on a GPU as well, which waits for it; on the CPU they are looked at in every
             call. A few rows of what a caller's own kernel returns are compared with the reference. Of a sharded cache all ranks
@@ -304,7 +315,8 @@ def attend(
         As :func:`cp_attention`.
 
     Raises:
-        CPError: in its subclasses, before anything is computed. A window over a sharded cache is one of those.
+        CPError: in its subclasses, before anything is computed. A window over shards whose positions the plan does not know is one of
+            those: with ``prefix_shards``.
         GroupError: over a sharded cache also in the middle of a call, as in :func:`cp_attention`.
         BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """
@@ -331,7 +343,7 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
     # Any one rank can do this alone where it has everything.
     transport = as_transport(group, meta.plan.cp_size) if is_sharded else as_transport(None, 1)
     if is_sharded:
-        arguments = arguments._replace(strategy=RESIDENT_SHARDS)
+        arguments = arguments._replace(strategy=RESIDENT_HELIX if meta.plan.all_queries else RESIDENT_SHARDS)
     problems: list[str] = []
 
     def find() -> PreparedCall:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from paged_caches import RankPages, random_shards
+from paged_caches import RankPages, random_ranks, random_shards
 from torch import Tensor
 
 import cpattn
@@ -54,8 +54,9 @@ class AttentionCase:
     seed: int = 0
     device: str = "cpu"
     overlap: int | None = None
-    # Or "paged"; or "sharded", pages of which each rank holds its own tokens alone; or "striped", those of its positions. "own packed" and
-    # "own pages" have a rank's own KV heads alone, divided among so many ranks that follow each other, or among all.
+    # Or "paged"; or "sharded", pages of which each rank holds its own tokens alone; or "ranked", where the plan knows which those are;
+    # or "striped", those of its positions. "own packed" and "own pages" have a rank's own KV heads alone, divided among so many ranks
+    # that follow each other, or among all.
     cache: str = "packed"
     within: int | None = None
     page_size: int = 16
@@ -111,6 +112,8 @@ class AttentionCase:
         """A plan of the batch, with its prefixes spread at random where the cache is sharded."""
         if self.cache == "sharded":
             options["prefix_shards"] = random_shards(self.batch, cp_size, self.seed)
+        if self.cache == "ranked":
+            options["prefix_ranks"] = random_ranks(self.batch, cp_size, self.seed)
         if self.cache == "striped":
             options["owner"] = cpattn.Striped(self.interleave)
         return cpattn.plan(self.batch, cp_size, **options)

@@ -81,24 +81,17 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
         return 0 if rng.random() < zero else int(rng.choice([1, 2, int(rng.integers(1, 12)), int(rng.integers(1, most))]))
 
     batch = [(length(0.4, 90), length(0.15, 90)) for _ in range(rng.integers(0, 7))]
-    # The last two are for windows that some request is longer than.
-    exchanges = [
-        *EXCHANGES,
-        *HEAD_EXCHANGES,
-        ("two_level", "packed"),
-        ("two_level", "paged"),
-        *STRIPED_EXCHANGES,
-        ("all_gather", "striped"),
-        ("pass_q", "windows striped"),
-    ]
+    # The last four are for windows that some request is longer than.
+    windowed = [("all_gather", "striped"), ("pass_q", "windows striped"), ("all_gather", "ranked"), ("pass_q", "ranked")]
+    exchanges = [*EXCHANGES, *HEAD_EXCHANGES, ("two_level", "packed"), ("two_level", "paged"), *STRIPED_EXCHANGES, *windowed]
     strategy: StrategyChoice
     strategy, cache = exchanges[rng.integers(len(exchanges))]
     kv_heads = int(rng.choice([1, 2, 4]))
     backend = str(rng.choice(["reference", "cpu"]))
-    is_sharded, longest = cache in ("sharded", "striped", "windows striped"), max((sum(request) for request in batch), default=0)
+    is_sharded, longest = cache in ("sharded", "ranked", "striped", "windows striped"), max((sum(request) for request in batch), default=0)
     window = int(rng.integers(1, 100)) if rng.random() < 0.3 and not is_sharded else None
-    if (strategy, cache) in exchanges[-2:]:
-        cache = "striped"
+    if (strategy, cache) in windowed:
+        cache = cache.removeprefix("windows ")
         if longest < 2:
             strategy = "pass_q"
         else:

@@ -98,9 +98,16 @@ class ModelEngine:
         for step in self.steps:
             step.released |= {name} & set(step.new)
 
-    def step(self, extends: Sequence[tuple[str, int]], strategy: str = "auto", partition: str = "zigzag", pad_to: int = 1) -> Tensor:
+    def step(
+        self,
+        extends: Sequence[tuple[str, int]],
+        strategy: str = "auto",
+        partition: str = "zigzag",
+        pad_to: int = 1,
+        window: int | None = None,
+    ) -> Tensor:
         """Plans and computes a step, checks its output and the cache, and returns the output ``[tokens, Hq, Dv]``."""
-        return self.compute(self.plan(extends, partition, pad_to), strategy)
+        return self.compute(self.plan(extends, partition, pad_to), strategy, window)
 
     def plan(self, extends: Sequence[tuple[str, int]], partition: str = "zigzag", pad_to: int = 1) -> Step:
         """Plans a step on every rank; its tokens count as cached, but no page holds them yet."""
@@ -122,7 +129,7 @@ class ModelEngine:
         self.steps.append(step)
         return step
 
-    def compute(self, step: Step, strategy: str = "auto") -> Tensor:
+    def compute(self, step: Step, strategy: str = "auto", window: int | None = None) -> Tensor:
         """What the layers do in a step that was planned; its requests are as they were planned, but may have been forked."""
         plan, names = step.plans[0], list(step.new)
         q, k, v = (torch.cat([getattr(self.scripts[name], x)[rows] for name, rows in step.new.items()]) for x in "qkv")
@@ -141,13 +148,19 @@ class ModelEngine:
                 kv_cache=pool.layer(0, pool.page_table(names)),
                 strategy=strategy,
                 backend="reference",
+                window=window,
                 check=True,
             )
+            if self.sharded and window is not None:
+                # The same of what lies in the pages by now.
+                cache = pool.layer(0, pool.page_table(names))
+                again = cpattn.attend(local_q, cache, meta, group=communicator, backend="reference", window=window)
+                torch.testing.assert_close(again, out)
             return cpattn.unshard(out, meta, group=communicator)
 
         outputs = run_loopback(program, self.cp_size)
         prefix_k, prefix_v = (torch.cat([getattr(self.scripts[name], x)[: rows.start] for name, rows in step.new.items()]) for x in "kv")
-        expected, _ = oracle_attention(q, k, v, plan.batch, prefix_k=prefix_k, prefix_v=prefix_v)
+        expected, _ = oracle_attention(q, k, v, plan.batch, prefix_k=prefix_k, prefix_v=prefix_v, window=window)
         for out in outputs:
             assert torch.equal(out, outputs[0])
             torch.testing.assert_close(out, expected)

@@ -19,6 +19,17 @@ def random_shards(batch: list[tuple[int, int]], cp_size: int, seed: int) -> list
     return [rng.multinomial(prefix, rng.dirichlet(np.full(cp_size, rng.choice([0.2, 5.0])))).tolist() for prefix, _ in batch]
 
 
+def random_ranks(batch: list[tuple[int, int]], cp_size: int, seed: int) -> list[list[int]]:
+    """Which rank holds each of them: in runs, as a prefill leaves them, or one by one."""
+    rng = np.random.default_rng(seed)
+    ranks = []
+    for shards in random_shards(batch, cp_size, seed):
+        runs = [[rank] * length for rank, count in enumerate(shards) for length in rng.multinomial(count, [0.2, 0.3, 0.5]) if length]
+        in_runs = [rank for run in rng.permutation(len(runs)) for rank in runs[run]]
+        ranks.append(in_runs if rng.random() < 0.5 else rng.permutation(in_runs).astype(int).tolist())
+    return ranks
+
+
 @dataclass
 class RankPages:
     """The pages of one rank, and what must be in them before and after a call.
@@ -64,6 +75,8 @@ class RankPages:
                 held[request] = np.bincount(owners, minlength=plan.cp_size).max()
             elif plan.prefix_shards is not None:
                 owners = shared.permutation(np.repeat(np.arange(plan.cp_size), plan.prefix_shards[request]))
+                if plan.prefix_ranks is not None:
+                    owners = plan.prefix_ranks.ranks[request]
                 prefix_rows, new_rows = prefix_rows[owners == self.rank], new_rows[token_owner[new_rows] == self.rank]
                 held[request] = (plan.shard_lens[request] + plan.rank_extends[request]).max()
             before += [(request, n, row) for n, row in enumerate(prefix_rows.tolist())]

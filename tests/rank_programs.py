@@ -7,6 +7,7 @@ import signal
 import time
 from typing import Any
 
+import split_heads
 import torch
 import torch.distributed as dist
 from cases import AttentionCase
@@ -28,6 +29,13 @@ def attend(case: AttentionCase, plan: cpattn.Plan, strategy: StrategyChoice, bac
 def attend_many(cases: list[AttentionCase], strategy: str) -> list[tuple[Tensor, Tensor]]:
     """Batches of different sizes through the same group and its buffers, with a check of agreement before each."""
     return [case.on_rank(case.plan(dist.get_world_size()), dist.get_rank(), None, strategy, "auto", check=True) for case in cases]
+
+
+def attend_by_heads(case: AttentionCase, plan: cpattn.Plan, backend: str) -> list[Tensor]:
+    """This rank's heads of all rows, on the CPU."""
+    transport = cpattn.transport()
+    meta = plan.metadata(transport.rank, case.device)
+    return [x.cpu() for x in split_heads.call(case, meta, transport, backend=backend)]
 
 
 def attend_by_device_mesh(case: AttentionCase) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ def check_heads(name: str, x: Any, meta: CPMetadata) -> None:
 def check_qkv(q: Tensor, k: Tensor | None, v: Tensor | None, v_dim: Any, meta: CPMetadata) -> None:
     _check_each({"q": q, "k": k, "v": v}, meta)
     assert k is not None  # checked
-    check_together(q, k, v, v_dim)
+    check_together(q, k, v, v_dim, head_shares(meta))
 
 
 def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
@@ -150,9 +150,19 @@ def _check_each(tensors: dict[str, Tensor | None], meta: CPMetadata) -> None:
     check_no_grad(**{name: x for name, x in tensors.items() if x is not None})
 
 
-def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, *, in_one_dtype: bool = True) -> None:
+def head_shares(meta: CPMetadata) -> int:
+    """How many ranks share the query heads."""
+    plan = meta.plan
+    return plan.cp_size if plan.all_queries else 1
+
+
+def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, shares: int = 1, *, in_one_dtype: bool = True) -> None:
     """That the dtypes, heads and head dims of q, k and v go together; k and v may be pages, too: their last axes count, and they may be
-    in another dtype than q."""
+    in another dtype than q.
+
+    Args:
+        shares: of the query heads, of which q has one.
+    """
     if not q.dtype.is_floating_point or (in_one_dtype and q.dtype != k.dtype) or (v is not None and v.dtype != k.dtype):
         raise TensorMismatchError(f"q is {q.dtype}, k is {k.dtype}, v is {v if v is None else v.dtype}; all must be of one floating dtype")
     if v is None:
@@ -169,8 +179,11 @@ def check_together(q: Tensor, k: Tensor, v: Tensor | None, v_dim: Any, *, in_one
         )
     if v is not None and k.shape[-2] != v.shape[-2]:
         raise HeadCountError(f"k has {k.shape[-2]} heads, v has {v.shape[-2]}; they must have the same")
-    if 0 in (q.shape[1], k.shape[-2]) or q.shape[1] % k.shape[-2]:
-        raise HeadCountError(f"q has {q.shape[1]} heads, k and v have {k.shape[-2]}; query heads must be a multiple of key/value heads")
+    if 0 in (q.shape[1], k.shape[-2]) or q.shape[1] * shares % k.shape[-2]:
+        of_all = f" on each of {shares} ranks, {q.shape[1] * shares} in all" if shares > 1 else ""
+        raise HeadCountError(
+            f"q has {q.shape[1]} heads{of_all}, k and v have {k.shape[-2]}; query heads must be a multiple of key/value heads"
+        )
 
 
 def check_label(label: Any) -> None:

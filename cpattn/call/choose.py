@@ -44,7 +44,8 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         device=q.device,
         dtype=q.dtype,
         rows=meta.rows,
-        q_heads=q.shape[1],
+        # Those that a launch has; of queries that are split by heads each rank passes its share.
+        q_heads=q.shape[1] * (meta.plan.cp_size if meta.plan.all_queries else 1),
         kv_heads=k.shape[-2],
         head_dim=q.shape[2],
         v_head_dim=int(arguments.v_dim or 0) if v is None else v.shape[-1],

@@ -7,7 +7,7 @@ from cpattn.attention.registry import BACKENDS
 from cpattn.call.choose import Choice
 from cpattn.costs.decide import Compared
 from cpattn.exchange.auto import auto_candidates
-from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments
 from cpattn.metadata.layout import Layout
 
@@ -38,10 +38,10 @@ def explain_strategy(choice: Choice, plan: Layout) -> dict[str, str]:
     problem, decision = choice.problem, choice.decision
     groups, why = auto_candidates(problem, plan)
     tried = [strategy.name for group in groups for strategy in group]
-    names = [*tried, *(name for name in STRATEGIES if name not in tried)]
+    known = strategies_for(plan)
+    names = [*tried, *(name for name in known if name not in tried)]
     reasons = {
-        name: STRATEGIES[name].refusal(problem, plan) or ("able" if name in tried else "able, but not taken for such a batch")
-        for name in names
+        name: known[name].refusal(problem, plan) or ("able" if name in tried else "able, but not taken for such a batch") for name in names
     }
     chosen = choice.strategy.name
     for group in groups:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.call.checks import check_device, check_heads, check_no_grad, check_together
+from cpattn.call.checks import check_device, check_heads, check_no_grad, check_together, head_shares
 from cpattn.call.layout_hints import hint_head_major, hint_pages
 from cpattn.call.memory_overlap import overlaps_itself
 from cpattn.call.stored_checks import check_scales, check_scales_writable, check_stored_dtype
@@ -143,7 +143,7 @@ def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
     check_page_shapes(cache)
     check_heads("q", q, meta)
     heads = cache.k_pages.shape[2]
-    if q.shape[1] % heads and q.shape[1] % cache.k_pages.shape[1] == 0:
+    if head_shares(meta) == 1 and q.shape[1] % heads and q.shape[1] % cache.k_pages.shape[1] == 0:
         raise HeadCountError(
             f"q has {q.shape[1]} heads, kv_cache.k_pages {tuple(cache.k_pages.shape)} has {heads}; query heads must be a multiple of "
             f"key/value heads{hint_head_major('kv_cache.k_pages')}"
@@ -152,7 +152,7 @@ def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
     check_no_grad(q=q)
     check_stored_dtype("kv_cache.k_pages", cache.k_pages.dtype, "q", q.dtype)
     check_scales(cache)
-    check_together(q, cache.k_pages, cache.v_pages, v_dim, in_one_dtype=False)
+    check_together(q, cache.k_pages, cache.v_pages, v_dim, head_shares(meta), in_one_dtype=False)
     check_lines(cache, meta)
     check_page_table(cache.page_table, cache.page_size, meta)
 

@@ -119,7 +119,7 @@ class Setting:
         beside: dict[str, Tally] = {}
         for way in ways:
             name, backend = way.strategy.name, way.backend.name
-            gathered = tallies.get((_GATHERS[name], backend)) if name in _GATHERS and self.plan.owner is None else None
+            gathered = tallies.get((_GATHERS[name], backend)) if name in _GATHERS and not self.plan.sharded else None
             if gathered is not None:
                 if name not in beside:
                     beside[name] = self._beside_hops(way)

@@ -17,7 +17,7 @@ from cpattn.errors import OptionError, PrefixError, UnknownNameError, Unsupporte
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import DividedHeads
 from cpattn.exchange.hybrid import ACROSS, hybrid
-from cpattn.exchange.registry import STRATEGIES
+from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.schedule import alignments, bytes_sent
 from cpattn.exchange.strategy import Strategy
@@ -147,7 +147,8 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     refused: dict[str, str] = {}
     attention = Launches(plan, problem, machine)
     found: list[Estimate] = []
-    for strategy in (*STRATEGIES.values(), *_over_hosts(plan, machine)):
+    over_hosts = [] if plan.all_queries else _over_hosts(plan, machine)
+    for strategy in (*strategies_for(plan).values(), *over_hosts):
         name = strategy.name
         reason = strategy.refusal(problem, plan) or why_unknown(strategy, problem)
         if reason:
@@ -180,7 +181,7 @@ def _of_backend(
     plan: Layout, problem: Problem, machine: Machine, strategy: Strategy, kernel: KernelCosts, attention: Launches
 ) -> Iterator[Estimate]:
     """Over all transports and overlaps."""
-    overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 and plan.owner is None else (1,)
+    overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 and not plan.sharded else (1,)
     for overlap in overlaps:
         if problem.kv_heads % overlap:
             continue

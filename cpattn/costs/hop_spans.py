@@ -53,6 +53,9 @@ def spans_of(plan: Layout, hop: Hop) -> Iterator[tuple[RankSpans, int]]:
             attends = (rank + offset) % plan.cp_size
             cached = plan.shard_lens[request, attends]
             yield RankSpans(attends, length, cached, cached), count
+    elif hop.queries == "all":
+        for offset, count in sample(0, plan.cp_size):
+            yield _over_shards(plan, hop.keys + offset, hop.keys), count
     elif isinstance(hop.queries, int):
         yield _over_shards(plan, hop.queries, hop.keys), 1
     else:

@@ -18,11 +18,13 @@ from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
 from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
 from cpattn.exchange.heads_message import Widths
+from cpattn.exchange.helix import HELIX, RESIDENT_HELIX
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.striped_pass_q import brings_new_keys
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.exchange.traveling_queries import traveling_queries
 from cpattn.exchange.two_level import TwoLevel
@@ -139,7 +141,7 @@ def all_gather(choice: Choice) -> Tally:
     plan, problem, *_ = choice
     tally, groups = Tally(choice), problem.overlap
     (hop,) = choice.schedule
-    if plan.owner is not None:
+    if plan.sharded:
         # Packed, written and put in order as any new keys are, with what a window reaches beside them.
         message = int(hop.sent.max(initial=0))
         tally.gather(message)
@@ -289,7 +291,7 @@ def ring(choice: Choice) -> Tally:
 
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
-    if choice.plan.owner is not None:
+    if brings_new_keys(choice.problem, choice.plan):
         return _striped_pass_q(choice)
     tally = Tally(choice)
     _write_own(tally)
@@ -393,6 +395,26 @@ def pass_q_ring(choice: Choice) -> Tally:
     return _finished(tally)
 
 
+def helix(choice: Choice, writes: bool = True) -> Tally:
+    """Gather the queries of all heads, attend with them to one's own keys, send each head's results to its rank, merge them."""
+    plan, problem = choice.plan, choice.problem
+    tally, size = Tally(choice), plan.cp_size
+    queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    if writes:
+        tally.move(2 * problem.rows * problem.key_bytes // size)
+    _copy_pages(tally, int(plan.held_lens.sum(axis=0).max()))
+    if size > 1 and problem.rows:
+        tally.move(2 * queries // size)
+        tally.gather((size - 1) * queries // size)
+        tally.move(2 * queries)
+    _attend_and_merge(tally, choice.schedule, merges=False, over_pages=problem.cache == "paged")
+    if size > 1 and problem.rows:
+        _put(tally, results)
+        tally.gather_parts((size - 1) * results // size)
+        tally.move((size + 2) * results // size)
+    return _finished(tally)
+
+
 def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
     """Rows are exchanged for heads within a group, put in order, and attended to with another strategy across groups; results go back."""
     plan, problem, machine = choice.plan, choice.problem, choice.machine
@@ -478,6 +500,8 @@ STEPS: dict[str, Callable[[Choice], Tally]] = {
     "pass_q_ring": pass_q_ring,
     RESIDENT.name: resident,
     RESIDENT_SHARDS.name: resident_shards,
+    HELIX.name: helix,
+    RESIDENT_HELIX.name: partial(helix, writes=False),
 }
 
 

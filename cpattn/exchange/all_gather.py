@@ -27,6 +27,7 @@ from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnI
 from cpattn.exchange.late_keys import LateInOrder
 from cpattn.exchange.message import heads_of
 from cpattn.exchange.page_rows import Places, write_rows
+from cpattn.exchange.ring import UNKNOWN_POSITIONS
 from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
@@ -42,7 +43,7 @@ from cpattn.transports.transfer import Transfer
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
-    if plan.owner is not None:
+    if plan.sharded:
         return window_schedule(problem, plan)
     travels = traveling_keys(problem, plan)
     sent = (travels.sent + travels.rest_sent) * problem.key_bytes
@@ -51,7 +52,7 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
 
 def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | StripedWindow:
     problem, meta = setup.problem, setup.meta
-    if meta.plan.owner is not None:
+    if meta.plan.sharded:
         return StripedWindow.of(setup)
     travels = traveling_keys(problem, meta.plan)
     if travels.what == "nothing" and _are_at_hand(setup):
@@ -146,17 +147,17 @@ class _AllGather(NamedTuple):
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
-    if plan.owner is not None and problem.window is not None:
-        return None if problem.overlap == 1 else "of a striped cache it brings all heads at once; leave overlap out"
-    if plan.owner is not None:
+    if not plan.sharded:
+        return None
+    if not plan.knows_positions:
+        return "it would bring the whole of a sharded cache to every rank" if problem.window is None else UNKNOWN_POSITIONS
+    if problem.window is None:
         # A longer window is left out of a call.
         return (
-            "it would bring the whole of a striped cache to every rank, as no window is shorter than the longest request of this batch; "
+            "it would bring the whole of a sharded cache to every rank, as no window is shorter than the longest request of this batch; "
             "'auto' takes for each batch what can serve it"
         )
-    if plan.sharded:
-        return "it would bring the whole of a sharded cache to every rank"
-    return None
+    return None if problem.overlap == 1 else "of a sharded cache it brings all heads at once; leave overlap out"
 
 
 ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True)

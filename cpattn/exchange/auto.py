@@ -7,8 +7,9 @@ from typing import NamedTuple
 from cpattn.byte_sizes import in_words
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.helix import HELIX
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
-from cpattn.exchange.registry import STRATEGIES, able_strategies, find_strategy
+from cpattn.exchange.registry import able_strategies, find_strategy, strategies_for
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import traveling_keys
@@ -45,7 +46,7 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     if isinstance(given, str) and given == "auto":
         groups = [[one for one in group if one.refusal(problem, plan) is None] for group in auto_candidates(problem, plan).groups]
         if not any(groups):
-            said = "; ".join(f"{other.name}: {other.refusal(problem, plan)}" for other in STRATEGIES.values())
+            said = "; ".join(f"{other.name}: {other.refusal(problem, plan)}" for other in strategies_for(plan).values())
             raise UnsupportedError(f"no strategy can serve this call: {said}")
         return [group for group in groups if group]
     strategy = find_strategy(given)
@@ -58,6 +59,8 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
 
 def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
     """For ``"auto"``, whether they can serve the plan or not."""
+    if plan.all_queries:
+        return Candidates([[HELIX]], "queries are split by heads")
     if not plan.sharded:
         if plan.cp_size == 1:
             return Candidates([[ALL_GATHER], [RING]], "there is one rank")
@@ -74,7 +77,7 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
             return Candidates(
                 [[PASS_Q], [ALL_GATHER]], f"no request has more than {DECODE_TOKENS} new tokens, so that no cached key has to travel"
             )
-        return Candidates([[ALL_GATHER], [PASS_Q]], "of a striped cache it brings what a window reaches")
+        return Candidates([[ALL_GATHER], [PASS_Q]], "of a sharded cache it brings what a window reaches")
     gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
     fits = gathered <= AUTO_GATHER_QUERIES_LIMIT
     held = f"all queries and results are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_QUERIES_LIMIT)}"

@@ -15,6 +15,7 @@ from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.striped_places import striped_places
+from cpattn.metadata.striped_window import seen_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
 
@@ -120,6 +121,12 @@ class HeldShard(NamedTuple):
         most = int(meta.plan.held_lens.sum(axis=0).max())
         places = meta.shard_places if meta.plan.owner is None else striped_places(meta)
         return cls(PagedKeys.copied(kv, message_buffer(setup.transport.arena, "shard", kv, most), places))
+
+    @classmethod
+    def seen_through(cls, setup: Setup, window: int) -> HeldShard:
+        """What some query sees of it through a window: a copy, as ranges of such keys begin anywhere, and ranges in pages do not."""
+        places = seen_places(setup.meta, window)
+        return cls(PagedKeys.copied(setup.kv, message_buffer(setup.transport.arena, "shard", setup.kv, len(places[0])), places))
 
     def keys(self, io: IO) -> Keys:
         """All of it."""

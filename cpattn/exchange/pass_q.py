@@ -31,7 +31,7 @@ from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
-from cpattn.exchange.striped_pass_q import StripedPassQ, striped_schedule
+from cpattn.exchange.striped_pass_q import StripedPassQ, brings_new_keys, striped_schedule
 from cpattn.exchange.striped_shard import StripedShard
 from cpattn.exchange.traveling_queries import TravelingQueries, traveling_queries
 from cpattn.kv_cache import PagedKV
@@ -44,7 +44,7 @@ from cpattn.transports.transport import Transport
 
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
-    if plan.owner is not None:
+    if brings_new_keys(problem, plan):
         return striped_schedule(problem, plan)
     others, travels = plan.cp_size - 1, traveling_queries(problem, plan)
     queries = travels.between.sum(axis=1) * problem.query_bytes
@@ -108,7 +108,7 @@ class GatheredQueries(NamedTuple):
 
 def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | StripedPassQ:
     meta, window = setup.meta, setup.problem.window
-    if meta.plan.owner is not None:
+    if brings_new_keys(setup.problem, meta.plan):
         return StripedPassQ.of(setup)
     is_paged = _attends_to_pages(setup)
     travels, keys = traveling_queries(setup.problem, meta.plan), _keys_at_hand(setup)
@@ -307,13 +307,13 @@ def _keys_at_hand(setup: Setup) -> OwnKeys | OwnShard | StripedShard:
 def _why_not(problem: Problem, plan: Layout) -> str | None:
     if problem.cache == "paged" and not plan.sharded:
         return "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (prefix_shards)"
-    if plan.owner is not None:
+    if plan.sharded and plan.knows_positions:
         return None
     return why_not_shards(problem, plan)
 
 
 def _why_not_ring(problem: Problem, plan: Layout) -> str | None:
-    if plan.owner is not None and problem.window is not None:
+    if plan.sharded and problem.window is not None:
         return why_not_shards(problem, plan)
     if plan.owner is not None and problem.fixed:
         return "of a striped cache it attends to a copy, which changes in size from batch to batch, and a bucket's graph cannot"

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpattn.errors import UnknownNameError
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.helix import HELIX
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
@@ -19,16 +20,26 @@ STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (ALL_
 ``"auto"`` chooses by sizes alone, and so alike on every rank."""
 
 
+OF_ALL_QUERIES: dict[str, Strategy] = {HELIX.name: HELIX}
+"""Those of plans with ``queries="all"``, whose queries are split by heads."""
+
+
+def strategies_for(plan: Layout) -> dict[str, Strategy]:
+    """Those of the library that are for such plans."""
+    return OF_ALL_QUERIES if plan.all_queries else STRATEGIES
+
+
 def find_strategy(given: Any) -> Strategy:
     """The strategy of that name, or a caller's own as it is; raises UnknownNameError if it is neither."""
     if isinstance(given, Strategy):
         return given
-    if isinstance(given, str) and given in STRATEGIES:
-        return STRATEGIES[given]
-    known = ", ".join(map(repr, ["auto", *STRATEGIES]))
+    named = STRATEGIES | OF_ALL_QUERIES
+    if isinstance(given, str) and given in named:
+        return named[given]
+    known = ", ".join(map(repr, ["auto", *named]))
     raise UnknownNameError(f"strategy={given!r} is unknown; choose one of {known}, or pass a Strategy of your own")
 
 
 def able_strategies(problem: Problem, plan: Layout) -> list[Strategy]:
     """Those of the library that can serve a problem and plan."""
-    return [strategy for strategy in STRATEGIES.values() if strategy.refusal(problem, plan) is None]
+    return [strategy for strategy in strategies_for(plan).values() if strategy.refusal(problem, plan) is None]

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpattn.exchange.helix import RESIDENT_HELIX
 from cpattn.exchange.keys_at_hand import HeldShard
 from cpattn.exchange.pass_q import GatheredQueries, forward_gathered
 from cpattn.exchange.resident import RESIDENT
+from cpattn.exchange.ring import UNKNOWN_POSITIONS
 from cpattn.exchange.schedule import Hop, Schedule, sends
-from cpattn.exchange.step_spans import held_alignment, held_spans
+from cpattn.exchange.step_spans import held_alignment, held_spans, seen_spans
 from cpattn.exchange.strategy import Setup, Strategy
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.striped_window import require_positions
 from cpattn.problem import Problem
+from cpattn.spans import Alignment
+
+
+def _alignment(problem: Problem, plan: Layout, own: bool) -> Alignment:
+    return held_alignment(plan, problem.fixed, own) if problem.window is None else "bottom_right"
 
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
     others = plan.cp_size - 1
     queries, results = (sends(problem, plan, others * problem.rows * row) for row in (problem.query_bytes, problem.result_bytes))
-    own = Hop(0, 0, held_alignment(plan, problem.fixed, own=True), 1, queries)
-    return (own, Hop("others", 0, held_alignment(plan, problem.fixed, own=False), others, results)) if others else (own,)
+    own = Hop(0, 0, _alignment(problem, plan, own=True), 1, queries)
+    return (own, Hop("others", 0, _alignment(problem, plan, own=False), others, results)) if others else (own,)
 
 
 def _prepare(setup: Setup) -> GatheredQueries:
-    own, others = held_spans(setup.meta, setup.reads_pages)
-    return GatheredQueries.of(setup, HeldShard.of(setup), None, [own], [others])
+    meta, window = setup.meta, setup.problem.window
+    if window is None:
+        own, others = held_spans(meta, setup.reads_pages)
+        return GatheredQueries.of(setup, HeldShard.of(setup), None, [own], [others])
+    meta.on_copy(require_positions)
+    own, others = seen_spans(meta, window)
+    return GatheredQueries.of(setup, HeldShard.seen_through(setup, window), None, [own], [others])
 
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
-    if problem.window is None:
-        return None
-    fix = "; cp_attention takes one over a striped cache" if plan.owner is not None else ""
-    return f"between its neighbours in a shard a token's positions have gaps, so that no window is a range of keys there{fix}"
+    return None if problem.window is None or plan.knows_positions else UNKNOWN_POSITIONS
 
 
 RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathered, _why_not, stored=True)
@@ -38,4 +48,4 @@ RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathe
 
 def is_resident(strategy: Any) -> bool:
     """Whether its calls write nothing: all keys lie in pages already."""
-    return strategy is RESIDENT or strategy is RESIDENT_SHARDS
+    return strategy is RESIDENT or strategy is RESIDENT_SHARDS or strategy is RESIDENT_HELIX

@@ -32,6 +32,11 @@ from cpattn.spans import Alignment, Spans
 from cpattn.transports.transfer import Transfer
 from cpattn.transports.transport import Transport
 
+GAPS = "between its neighbours in a shard a token's positions have gaps, so that no window is a range of keys there"
+UNKNOWN_POSITIONS = (
+    "prefix_shards say how many tokens each rank holds, but not which, and a window needs their positions: pass prefix_ranks in their place"
+)
+
 
 def _schedule(problem: Problem, plan: Layout) -> Schedule:
     travels = ring_keys(problem, plan)
@@ -162,10 +167,8 @@ def _turns(transport: Transport, kv: KVFormat, rows: int) -> tuple[tuple[Message
 
 def why_not_shards(problem: Problem, plan: Layout) -> str | None:
     """What no strategy can serve that takes one rank's shard at a time."""
-    if plan.owner is not None and problem.window is not None:
-        return "between its neighbours in a striped shard a token's positions have gaps, so that no window is a range of keys there"
     if plan.sharded and problem.window is not None:
-        return "a sharded cache does not know its tokens' positions, which a window needs"
+        return GAPS if plan.knows_positions else UNKNOWN_POSITIONS
     if plan.is_callers and problem.fixed and problem.window is not None:
         # A launch for each chunk that an owner has of a request.
         return "with a window its launches over a partition of your own change in number from batch to batch, and a bucket's graph cannot"

@@ -12,7 +12,7 @@ The last span of every table is the padding of q: queries without keys, for whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -212,18 +212,58 @@ def held_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
         return source_spans(meta, None, paged)[meta.cp_rank][0], gathered_source_spans(meta, None, paged)[0]
 
     def build() -> list[Spans]:
-        parts, own = [], None
-        for source in range(meta.plan.cp_size):
-            pieces, ranges = _held_ranges(meta, source)
-            if source == meta.cp_rank:
-                own = _with_padding(meta, pieces, ranges, meta.rows)
-                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
-            parts.append(_with_padding(meta, pieces, ranges, meta.rows))
-        assert own is not None
-        return _build(meta, [own, _one_after_another(parts)], paged)
+        return _build(meta, _own_and_others(meta, lambda source: _held_ranges(meta, source)), paged)
 
     own, others = meta.derive(("held spans", paged), build)
     return own, others
+
+
+def _own_and_others(meta: CPMetadata, ranges_of: Callable[[int], tuple[ChunkTables, KeyRanges]]) -> list[SpanTable]:
+    """Of what the queries of each rank see here: a table of this rank's own, and one of all ranks', in which its own see nothing."""
+    parts, own = [], None
+    for source in range(meta.plan.cp_size):
+        queries, ranges = ranges_of(source)
+        if source == meta.cp_rank:
+            own = _with_padding(meta, queries, ranges, meta.rows)
+            ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
+        parts.append(_with_padding(meta, queries, ranges, meta.rows))
+    assert own is not None
+    return [own, _one_after_another(parts)]
+
+
+def all_queries_spans(meta: CPMetadata, window: int | None, paged: bool) -> Spans:
+    """Where each rank has queries of all tokens: those over what it holds of a sharded cache, new tokens included. With a window, over
+    what that sees, each query by itself."""
+
+    def build() -> Spans:
+        if window is not None:
+            queries, ranges = _seen_ranges(meta, meta.cp_rank, window)
+        else:
+            queries, ranges = _held_ranges(meta, meta.cp_rank) if meta.plan.owner is not None else _kept_ranges(meta)
+        reached = 0 if window is None else window - 1
+        return _build(meta, [_with_padding(meta, queries, ranges, meta.rows)], paged, reached)[0]
+
+    return meta.derive(("all queries spans", window, paged), build)
+
+
+def all_queries_alignment(plan: Layout, window: int | None, fixed: bool) -> Alignment:
+    """Of those."""
+    if window is not None:
+        return "bottom_right"
+    return "full" if not fixed and plan.extend_lens.max(initial=0) <= 1 else "any"
+
+
+def _kept_ranges(meta: CPMetadata) -> tuple[ChunkTables, KeyRanges]:
+    """All queries over what this rank keeps, chunk by chunk: of its own chunks each query sees one key more than the one before."""
+    plan, rank = meta.plan, meta.cp_rank
+    request, start, length, owner = plan.chunk_table
+    own = np.where(owner == rank, length, 0)
+    before = exclusive_cumsum(own) + (plan.shard_lens[:, rank] - exclusive_cumsum(plan.rank_extends[:, rank]))[request]
+    ends = plan.prefix_lens[request] + start + length
+    begins = exclusive_cumsum(plan.held_lens[:, rank])[request]
+    alignment = all_queries_alignment(plan, None, meta.bucket is not None)
+    ranges = KeyRanges(begins, before + own, np.where(owner == rank, before + 1, before), alignment)
+    return ChunkTables(np.arange(len(request)), request, start, length, ends), ranges
 
 
 def held_alignment(plan: Layout, fixed: bool, own: bool) -> Alignment:
@@ -261,35 +301,51 @@ def reached_spans(meta: CPMetadata, window: int) -> tuple[Spans, Spans]:
     """
 
     def build() -> list[Spans]:
-        parts, own = [], None
-        for source in range(meta.plan.cp_size):
-            queries, ranges = _reached_ranges(meta, source, window)
-            if source == meta.cp_rank:
-                own = _with_padding(meta, queries, ranges, meta.rows)
-                ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
-            parts.append(_with_padding(meta, queries, ranges, meta.rows))
-        assert own is not None
-        return _build(meta, [own, _one_after_another(parts)], paged=False, reached=window - 1)
+        return _build(meta, _own_and_others(meta, lambda source: _reached_ranges(meta, source, window)), paged=False, reached=window - 1)
 
     own, others = meta.derive(("reached spans", window), build)
     return own, others
 
 
 def _reached_ranges(meta: CPMetadata, source: int, window: int) -> tuple[ChunkTables, KeyRanges]:
-    plan, rank, chunks = meta.plan, meta.cp_rank, chunk_tables(meta.plan, source)
-    reach = Reach.of(plan, window)
+    plan, rank, queries = meta.plan, meta.cp_rank, _one_by_one(chunk_tables(meta.plan, source))
+    reach, request = Reach.of(plan, window), queries.request
+    prefix_lens = plan.prefix_lens[request]
+    begins = np.clip(queries.k_len - window, prefix_lens - reach.lengths[request], prefix_lens)
+    first = reach.held_before(plan, rank, request, begins)
+    k_len = plan.shard_lens[request, rank] - first
+    k_start = exclusive_cumsum(reach.counts[:, rank])[request] + first - reach.first[request, rank]
+    return queries, KeyRanges(k_start, k_len, k_len, "bottom_right")
+
+
+def seen_spans(meta: CPMetadata, window: int) -> tuple[Spans, Spans]:
+    """Over what their window sees on this rank, where the new tokens lie already: its own queries, and those of all other ranks. Each
+    query is a span, as above."""
+
+    def build() -> list[Spans]:
+        return _build(meta, _own_and_others(meta, lambda source: _seen_ranges(meta, source, window)), paged=False, reached=window - 1)
+
+    own, others = meta.derive(("seen spans", window), build)
+    return own, others
+
+
+def _seen_ranges(meta: CPMetadata, source: int, window: int) -> tuple[ChunkTables, KeyRanges]:
+    plan, rank, queries = meta.plan, meta.cp_rank, _one_by_one(chunk_tables(meta.plan, source))
+    reach, request = Reach.of(plan, window), queries.request
+    begins = np.maximum(queries.k_len - window, (plan.prefix_lens - reach.lengths)[request])
+    first, end = (reach.held_before(plan, rank, request, position) for position in (begins, queries.k_len))
+    counts = plan.held_lens[:, rank] - reach.first[:, rank]
+    k_start = exclusive_cumsum(counts)[request] + first - reach.first[request, rank]
+    return queries, KeyRanges(k_start, end - first, end - first, "bottom_right")
+
+
+def _one_by_one(chunks: ChunkTables) -> ChunkTables:
+    """Each query as a chunk."""
     nth = np.arange(chunks.q_len.sum()) - exclusive_cumsum(chunks.q_len).repeat(chunks.q_len)
     entry, request, start, before = (
         column.repeat(chunks.q_len) for column in (chunks.entry, chunks.request, chunks.start, chunks.k_len - chunks.q_len)
     )
-    prefix_lens = plan.prefix_lens[request]
-    begins = np.clip(before + nth + 1 - window, prefix_lens - reach.lengths[request], prefix_lens)
-    first = plan.owner.held(begins, plan.cp_size)[:, rank]
-    k_len = plan.shard_lens[request, rank] - first
-    counts = reach.counts[:, rank]
-    k_start = exclusive_cumsum(counts)[request] + first - reach.first[request, rank]
-    queries = ChunkTables(entry, request, start + nth, np.ones_like(nth), before + nth + 1)
-    return queries, KeyRanges(k_start, k_len, k_len, "bottom_right")
+    return ChunkTables(entry, request, start + nth, np.ones_like(nth), before + nth + 1)
 
 
 def _cached_ranges(meta: CPMetadata, chunks: ChunkTables) -> KeyRanges:

@@ -1,4 +1,5 @@
-"""Strategy ``pass_q`` over a striped cache: new keys and values go to all ranks with the queries, in one message.
+"""Strategy ``pass_q`` over a striped cache, and with a window over any sharded one: new keys and values go to all ranks with the
+queries, in one message.
 
 Each rank writes those that it is to hold. Over the prefix queries go to the ranks that have it, as over any sharded cache,
 and see all that lies there; with a window, what each of them reaches of a copy. Over new tokens each rank attends with its
@@ -26,11 +27,16 @@ from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import cached_places, owned_places
-from cpattn.metadata.striped_window import reached_places
+from cpattn.metadata.striped_window import reached_places, require_positions
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
 from cpattn.transports.transfer import Transfer
+
+
+def brings_new_keys(problem: Problem, plan: Layout) -> bool:
+    """Whether calls are of this form: others write new tokens than those who compute them, or a window sees them through gaps."""
+    return plan.owner is not None or (plan.sharded and problem.window is not None)
 
 
 def striped_schedule(problem: Problem, plan: Layout) -> Schedule:
@@ -84,6 +90,7 @@ class StripedPassQ(NamedTuple):
             own_spans, other_spans = cached_spans(meta, paged=setup.reads_pages)
         else:
             # A range of a window's keys begins anywhere, and ranges in pages do not.
+            meta.on_copy(require_positions)
             places = reached_places(meta, problem.window)
             own_spans, other_spans = reached_spans(meta, problem.window)
         cached = PagedKeys.as_they_are(kv)

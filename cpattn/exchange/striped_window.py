@@ -1,6 +1,6 @@
-"""Strategy ``all_gather`` over a striped cache with a window: of the cached keys those travel that the window reaches.
+"""Strategy ``all_gather`` over a sharded cache with a window: of the cached keys those travel that the window reaches.
 
-A window is no range of the keys in a stripe, but one of all keys in order. Those in its reach are few, whatever the context: each
+A window is no range of the keys in a shard, but one of all keys in order. Those in its reach are few, whatever the context: each
 rank sends its own beside its new keys, and all are put in order.
 """
 
@@ -19,7 +19,7 @@ from cpattn.exchange.step_spans import window_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.striped_window import WindowPlaces, reach_rows, window_places
+from cpattn.metadata.striped_window import WindowPlaces, reach_rows, require_positions, window_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
@@ -57,6 +57,7 @@ class StripedWindow(NamedTuple):
         """What one call needs."""
         problem, meta, transport, kv = setup.problem, setup.meta, setup.transport, setup.kv
         assert problem.window is not None
+        meta.on_copy(require_positions)
         places = window_places(meta, problem.window)
         rows = meta.rows + len(places.cached[0])
         everyone = message_buffer(transport.arena, "gathered", kv, transport.size * rows)

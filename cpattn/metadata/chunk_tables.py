@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from cpattn.device_tables import IntArray
 from cpattn.metadata.layout import Layout
 
@@ -27,7 +29,11 @@ class ChunkTables(NamedTuple):
 
 
 def chunk_tables(plan: Layout, rank: int) -> ChunkTables:
-    """The chunks of one rank."""
+    """The chunks of one rank; whole requests where each rank has queries of all tokens."""
+    if plan.all_queries:
+        request = plan.extend_lens.nonzero()[0]
+        lengths = plan.extend_lens[request]
+        return ChunkTables(np.arange(len(request)), request, np.zeros_like(lengths), lengths, plan.total_lens[request])
     entry = plan.by_rank.entries(rank)
     request, start, q_len, _ = (column.take(entry) for column in plan.chunk_table)
     return ChunkTables(entry, request, start, q_len, plan.prefix_lens[request] + start + q_len)

@@ -94,8 +94,11 @@ class CPMetadata:
         self.max_seqlen_k = int(k_len.max(initial=0))
         # What a window is compared with: the longest request, prefix included, that this metadata may come to hold.
         self.longest_request = int(plan.total_lens.max(initial=0)) if self.bucket is None else self.bucket.max_seqlen
-        # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones.
+        # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones. (Not where each rank has
+        # queries of all tokens: kept_places are of those.)
         extends = np.bincount(request, q_len, minlength=len(plan.batch)).astype(np.int64)
+        if plan.all_queries:
+            extends = plan.rank_extends[:, self.cp_rank]
         held = cu_seqlens_q[:-1] + (plan.shard_lens[:, self.cp_rank] - exclusive_cumsum(extends))[request]
         k_starts = self.k_starts
         of_chunks = {
@@ -113,6 +116,8 @@ class CPMetadata:
             "gathered_start": plan.chunk_table.rank * self.rows + plan.chunk_rows,
             "chunk_length": plan.chunk_table.length,
         }
+        if plan.all_queries:
+            of_gathered = {"gathered_start": np.zeros(1, dtype=np.int64), "chunk_length": np.array([plan.num_tokens])}
         of_requests = {
             "request": np.arange(len(plan.batch)),
             "extend_key": k_starts + plan.prefix_lens,
@@ -179,7 +184,7 @@ class CPMetadata:
             raise PlanError(f"copy_ got a {type(plan).__name__}; pass the Plan of the next batch, or any rank's CPMetadata of it")
         if self.bucket is None:
             raise PlanError("this metadata has no bucket, so its sizes are those of its batch; build it with bucket=cpattn.Bucket(...)")
-        for name in ("cp_size", "kind", "sharded", "owner"):
+        for name in ("cp_size", "kind", "sharded", "owner", "queries"):
             mine, theirs = getattr(self.plan, name), getattr(plan, name)
             if mine != theirs and not (name == "kind" and plan.may_follow(self.plan)):
                 shown = "partition" if name == "kind" else name
@@ -223,7 +228,8 @@ class CPMetadata:
 
     @property
     def restore_index(self) -> Tensor:
-        """``[plan.num_tokens]`` where each original token lies in the rank-major gathered buffer ``[cp_size * rows]``."""
+        """``[plan.num_tokens]`` where each original token lies in the rank-major gathered buffer ``[cp_size * rows]``; where each
+        rank has all rows, in those."""
         return self._table("restore_index")
 
     def sizes_in_graph(self) -> tuple[int, int]:
@@ -233,9 +239,12 @@ class CPMetadata:
 
     @property
     def whole_rows(self) -> int:
-        """Rows of what :func:`cpattn.unshard` returns: ``plan.num_tokens``, with a bucket ``cp_size * rows``."""
+        """Rows of what :func:`cpattn.unshard` returns: ``plan.num_tokens``, with a bucket ``cp_size * rows``, or ``rows`` where each
+        rank has all of them."""
         plan: Layout = self.plan
-        return plan.num_tokens if self.bucket is None else plan.cp_size * self.rows
+        if self.bucket is None:
+            return plan.num_tokens
+        return self.rows if plan.all_queries else plan.cp_size * self.rows
 
     def _table(self, name: str) -> Tensor:
         if torch.compiler.is_dynamo_compiling():

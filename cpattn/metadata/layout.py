@@ -18,6 +18,7 @@ from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, 
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
 from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
+from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped, parse_owner
 
 
@@ -35,6 +36,8 @@ _LIMITS = {
     "pad_to": (MAX_TOKENS, "row numbers are int32"),
 }
 _OTHER_PARTITIONS = ", or pass a function of (batch, cp_size) that returns cpattn.Chunks; cpattn.plan takes 'auto' as well"
+# Whose queries a rank has: those of its rows in all heads, or of all rows in its heads.
+QUERIES = ("rows", "all")
 # Of a plan: by window, of which a model has few.
 _MOST_REMEMBERED = 16
 # Of requests times ranks: int64 tables of up to 2 GiB, of which a plan has several.
@@ -52,6 +55,8 @@ class Layout:
     pad_to: int = 1
     prefix_shards: tuple[tuple[int, ...], ...] | None = None
     owner: Striped | None = None
+    prefix_ranks: PrefixRanks | None = None
+    queries: str = "rows"
 
     def __post_init__(self) -> None:
         pairs = parse_batch(self.batch)
@@ -80,12 +85,28 @@ class Layout:
             shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
             self.__dict__["shard_lens"] = frozen(shards)
+        if self.prefix_ranks is not None:
+            object.__setattr__(self, "prefix_ranks", PrefixRanks.parse(self.prefix_ranks, pairs[:, 0], self.cp_size))
+            shards = self.prefix_ranks.counts.copy()
+            counts = tuple(map(tuple, shards.tolist()))
+            # A plan that was made of another one has their counts beside them.
+            if self.owner is not None or self.prefix_shards not in (None, counts):
+                other = "prefix_shards" if self.owner is None else f"owner={self.owner}"
+                raise PlanError(f"prefix_ranks beside {other}; it says itself which tokens each rank holds, so leave {other} out")
+            object.__setattr__(self, "prefix_shards", counts)
+            self.__dict__["shard_lens"] = frozen(shards)
         if self.owner is not None:
             parse_owner(self.owner)
             if self.prefix_shards is not None:
                 raise PlanError(
                     f"owner={self.owner} beside prefix_shards; the rule says which tokens each rank holds, so leave prefix_shards out"
                 )
+        _choose(self, "queries", QUERIES)
+        if self.all_queries and not self.sharded:
+            raise PlanError(
+                "queries='all' without an owner, prefix_shards or prefix_ranks: where queries are split by heads, each rank holds keys "
+                "that others lack; pass the rule of the cache, such as owner=cpattn.Striped()"
+            )
         if self.remainder not in remainders_of(self.partition if isinstance(self.partition, str) else ""):
             which = "a partition of your own" if callers else f"partition={self.partition!r}"
             raise PlanError(f"remainder={self.remainder!r} beside {which}, which says itself where each token goes; leave it out")
@@ -99,13 +120,15 @@ class Layout:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as its arguments: of the arrays in it the copies could be written to."""
-        return type(self), (self.batch, self.cp_size, self.partition, self.remainder, self.pad_to, self.prefix_shards, self.owner)
+        shards = self.prefix_shards if self.prefix_ranks is None else None
+        options = self.partition, self.remainder, self.pad_to, shards, self.owner, self.prefix_ranks, self.queries
+        return type(self), (self.batch, self.cp_size, *options)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.batch)} requests, {self.num_tokens} tokens, cp_size={self.cp_size}, "
             f"partition={self.partition!r}, {f'remainder={self.remainder!r}, ' if self.cuts_alike else ''}pad_to={self.pad_to}, "
-            f"rows={self.rows}{self.cache_in_words})"
+            f"rows={self.rows}{self.cache_in_words}{', queries=all' if self.all_queries else ''})"
         )
 
     @property
@@ -145,7 +168,9 @@ class Layout:
 
     @cached_property
     def rank_tokens(self) -> tuple[int, ...]:
-        """The tokens (logical rows) of each rank."""
+        """The tokens (logical rows) of each rank; all of them where each has queries of all."""
+        if self.all_queries:
+            return (self.num_tokens,) * self.cp_size
         return tuple(self.by_rank.tokens.tolist())
 
     @cached_property
@@ -155,18 +180,33 @@ class Layout:
 
     @cached_property
     def rank_chunks(self) -> tuple[int, ...]:
-        """The chunks with a token on each rank."""
+        """The chunks with a token on each rank; whole requests where each has queries of all."""
+        if self.all_queries:
+            return (int(np.count_nonzero(self.extend_lens)),) * self.cp_size
         return tuple(np.diff(self.by_rank.bounds).tolist())
 
     @property
+    def all_queries(self) -> bool:
+        """Whether queries are split by heads, so that each rank has rows of all new tokens. The partition then says who keeps which new
+        token, where no ``owner`` does."""
+        return self.queries == "all"
+
+    @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part of the prefixes only (``prefix_shards`` or ``owner``), rather than all of them."""
+        """Whether each rank holds a part of the prefixes only, as ``prefix_shards``, ``prefix_ranks`` or ``owner`` say, not all of them."""
         return self.prefix_shards is not None or self.owner is not None
 
     @property
     def sharded_by(self) -> str:
         """What says so, in the words of :func:`cpattn.plan`."""
-        return "prefix_shards" if self.owner is None else f"owner={self.owner}"
+        if self.owner is not None:
+            return f"owner={self.owner}"
+        return "prefix_shards" if self.prefix_ranks is None else "prefix_ranks"
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether it says which tokens of a prefix each rank holds, and not only how many: a window needs that."""
+        return not self.sharded or self.owner is not None or self.prefix_ranks is not None
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -175,7 +215,11 @@ class Layout:
 
     @cached_property
     def rank_pairs(self) -> tuple[int, ...]:
-        """The query-key pairs that each rank computes: a query at absolute position p sees p + 1 keys."""
+        """The query-key pairs that each rank computes: a query at absolute position p sees p + 1 keys. Of queries that are split by
+        heads a rank computes all with the keys that it holds: as many as others, in the mean."""
+        if self.all_queries:
+            each, more = divmod(int(pairs_of(self.chunk_table, self.prefix_lens).sum()), self.cp_size)
+            return tuple(each + (rank < more) for rank in range(self.cp_size))
         return tuple(self.by_rank.sums(pairs_of(self.chunk_table, self.prefix_lens)).tolist())
 
     @property
@@ -200,6 +244,10 @@ class Layout:
         digest.update(self._pairs.astype("<i8").tobytes())
         if self.sharded:
             digest.update(self.shard_lens.astype("<i8").tobytes())
+        if self.prefix_ranks is not None:
+            digest.update(self.prefix_ranks.to_bytes())
+        if self.all_queries:
+            digest.update(b"all queries")
         if isinstance(self.partition, CallersPartition):
             digest.update(self.partition.to_bytes())
         return digest.hexdigest()
@@ -267,6 +315,12 @@ class Layout:
         if self.owner is not None:
             return frozen(self.owner.held(self.prefix_lens, self.cp_size))
         return frozen(np.zeros((len(self.batch), self.cp_size), dtype=np.int64))
+
+    @cached_property
+    def prefix_numbers(self) -> IntArray:
+        """``[num_prefix_tokens]`` the number of each token of ``prefix_ranks`` among those of its request on its rank."""
+        assert self.prefix_ranks is not None
+        return frozen(self.prefix_ranks.numbers())
 
     @property
     def computed_lens(self) -> IntArray | None:

@@ -25,6 +25,7 @@ from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
 from cpattn.metadata.partition import OWNERS, REMAINDERS, Partition, chunk_lengths, first_dealt
+from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped
 from cpattn.problem import Problem
 
@@ -146,7 +147,9 @@ def plan(
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
+    prefix_ranks: Sequence[Sequence[int]] | Sequence[npt.NDArray[Any]] | PrefixRanks | None = None,
     owner: Striped | None = None,
+    queries: str = "rows",
     problem: Problem | None = None,
     machine: Machine | str | None = None,
     token_cost: int | None = None,
@@ -179,8 +182,15 @@ def plan(
         prefix_shards: None if every rank holds every prefix. Else, for each request, how many of its prefix tokens each
             rank holds (``cp_size`` integers whose sum is prefix_len): a sharded cache. Left-over new tokens, or whole
             requests and decodes, are then dealt so that they go to ranks which hold few of their requests.
-        owner: instead of prefix_shards, the rule by which a sharded cache's tokens lie on ranks, prefix and new ones alike:
+        prefix_ranks: instead of prefix_shards, for each request the rank that holds each of its prefix tokens, in the order of the
+            sequence: ``prefix_len`` integers. So positions are known, windows work over the cache, and :func:`relayout` moves it.
+            The new tokens' ranks to append are in ``chunk_table``; a :class:`KVPool` keeps all of this.
+        owner: instead of both, the rule by which a sharded cache's tokens lie on ranks, prefix and new ones alike:
             :class:`Striped`. None if every rank keeps all, or what it computes.
+        queries: ``"rows"``: each rank has the queries of its rows, in all heads. ``"all"``: each has those of all new tokens, in its
+            share of the heads, as tensor parallelism leaves them, while keys are split by tokens over a sharded cache (decode
+            context parallelism; Helix, arXiv:2507.07120). Then every rank has all rows, :func:`shard` and :func:`unshard` have
+            nothing to move, and what the partition says is who keeps which new token, unless the owner does.
         problem: of ``"auto"`` alone: what the calls ask for, the same on every rank; ``device``, ``dtype`` and ``rows`` count only for
             sizes. None for 32 query and 8 key/value heads of 128 in bf16, with keys and values in order or packed.
         machine: of ``"auto"`` alone: a :class:`Machine`, or the name of one of :data:`cpattn.MACHINES`, the same on every rank. None
@@ -196,13 +206,12 @@ def plan(
     """
     if not (isinstance(partition, str) and partition == AUTO):
         _refuse_beside(partition, problem=problem, machine=machine, token_cost=token_cost)
-        return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards, owner)  # type: ignore[arg-type]
+        return Plan(batch, cp_size, partition, remainder, pad_to, prefix_shards, owner, prefix_ranks, queries)  # type: ignore[arg-type]
     if remainder != REMAINDERS[0]:
         raise PlanError(f"remainder={shown(remainder)} beside partition='auto', which goes with 'balanced' alone; leave it out")
     choice = AutoChoice.of(problem, machine, token_cost)
-    names = choice.names(prefix_shards is not None or owner is not None)
-    plans = [Plan(batch, cp_size, name, pad_to=pad_to, prefix_shards=prefix_shards, owner=owner) for name in names]  # type: ignore[arg-type]
-    return choice.cheapest(plans)
+    names = choice.names(any(given is not None for given in (prefix_shards, prefix_ranks, owner)))
+    return choice.cheapest([Plan(batch, cp_size, name, remainder, pad_to, prefix_shards, owner, prefix_ranks, queries) for name in names])  # type: ignore[arg-type]
 
 
 @leaves_graph
@@ -253,7 +262,9 @@ def build_metadata(
     remainder: str = "balanced",
     pad_to: int = 1,
     prefix_shards: Sequence[Sequence[int]] | npt.NDArray[Any] | None = None,
+    prefix_ranks: Sequence[Sequence[int]] | Sequence[npt.NDArray[Any]] | PrefixRanks | None = None,
     owner: Striped | None = None,
+    queries: str = "rows",
     bucket: Bucket | None = None,
 ) -> CPMetadata:
     """:func:`plan` and :meth:`Plan.metadata` in one call; the arguments and errors are theirs.
@@ -262,7 +273,8 @@ def build_metadata(
     >>> cpattn.build_metadata([(0, 8)], cp_size=2, cp_rank=1).position_ids
     tensor([2, 3, 4, 5])
     """
-    planned = plan(batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, prefix_shards=prefix_shards, owner=owner)
+    options: dict[str, Any] = {"partition": partition, "remainder": remainder, "pad_to": pad_to, "queries": queries}
+    planned = plan(batch, cp_size, **options, prefix_shards=prefix_shards, prefix_ranks=prefix_ranks, owner=owner)
     return planned.metadata(cp_rank, device, bucket)
 
 

@@ -29,23 +29,23 @@ class _Moved(NamedTuple):
     """Tokens that are moved in one exchange, int64 ``[n]``: of which rank, to which, and the how many-th it is between these two.
 
     Attributes:
-        request, position: of each token.
+        token: its number among all prefixes, request after request; request, position: of it.
     """
 
     of: IntArray
     to: IntArray
     nth: IntArray
+    token: IntArray
     request: IntArray
     position: IntArray
 
     def placed(self, layout: Layout, mine: IntArray, other: IntArray, rank: int, size: int, rows: int) -> Places:
         """Where those of ``rank``'s lie in its pages, at the rows of its message for the other ranks."""
         is_mine = mine == rank
-        position = self.position[is_mine]
         places = Places(*np.full((2, size * rows), -1, dtype=np.int64))
         row = other[is_mine] * rows + self.nth[is_mine]
         places.request[row] = self.request[is_mine]
-        places.number[row] = position if layout.owner is None else layout.owner.numbers(position, layout.cp_size)
+        places.number[row] = _numbers(layout, self.token[is_mine], self.position[is_mine])
         return places
 
 
@@ -65,20 +65,32 @@ def _moved(source: Layout, target: Layout, size: int, token: IntArray) -> _Moved
     ends = source.prefix_lens.cumsum()
     request = ends.searchsorted(token, side="right")
     position = token - (ends - source.prefix_lens)[request]
-    if target.owner is None:
+    to = _ranks(target, token, position)
+    if to is None:
         # Each rank gets each token.
         to = np.arange(target.cp_size).repeat(len(token))
-        request, position = (np.tile(x, target.cp_size) for x in (request, position))
-    else:
-        to = target.owner.ranks(position, target.cp_size)
-    if source.owner is None:
+        token, request, position = (np.tile(x, target.cp_size) for x in (token, request, position))
+    of = _ranks(source, token, position)
+    if of is None:
         # Who has a token already, or else all by turns.
         of = np.where(to < source.cp_size, to, position % source.cp_size)
-    else:
-        of = source.owner.ranks(position, source.cp_size)
     pair = of * size + to
     counts = np.bincount(pair, minlength=size * size)
     order = pair.argsort(kind="stable")
     nth = np.empty_like(order)
     nth[order] = np.arange(len(order)) - (counts.cumsum() - counts).repeat(counts)
-    return _Moved(of, to, nth, request, position)
+    return _Moved(of, to, nth, token, request, position)
+
+
+def _ranks(layout: Layout, token: IntArray, position: IntArray) -> IntArray | None:
+    """Who holds tokens; None where every rank does."""
+    if layout.owner is not None:
+        return layout.owner.ranks(position, layout.cp_size)
+    return None if layout.prefix_ranks is None else layout.prefix_ranks.flat[token]
+
+
+def _numbers(layout: Layout, token: IntArray, position: IntArray) -> IntArray:
+    """The number of each among the tokens of its request on its rank."""
+    if layout.owner is not None:
+        return layout.owner.numbers(position, layout.cp_size)
+    return position if layout.prefix_ranks is None else layout.prefix_numbers[token]

@@ -1,4 +1,4 @@
-"""Where tokens of a striped cache lie, as tensors of one rank's metadata: what it writes to its pages, and reads from them."""
+"""Where tokens of a sharded cache lie, as tensors of one rank's metadata: what it writes to its pages, and reads from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,41 @@ def owned_places(meta: CPMetadata) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
+        if plan.owner is None:
+            # Each rank keeps what it computes.
+            places = torch.full((2, plan.cp_size, meta.rows), -1, dtype=torch.int32, device=meta.device)
+            for place, own in zip(places, meta.held_places, strict=True):
+                place[meta.cp_rank] = own
+            request, number = places.flatten(1)
+            return request, number
         request, position = meta.gathered_places
-        assert plan.owner is not None
         is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
         return torch.where(is_own, request, -1), torch.where(is_own, plan.owner.numbers(position, plan.cp_size), -1)
 
     return meta.derive("owned places", build)
+
+
+def kept_places(meta: CPMetadata) -> Places:
+    """Where each rank has rows of all tokens: of each row ``[rows]`` its request, and its number among the request's tokens that this
+    rank holds; -1 where another rank does, and on padding."""
+
+    def build() -> Places:
+        plan, rank = meta.plan, meta.cp_rank
+        request = np.arange(len(plan.batch)).repeat(plan.extend_lens)
+        if plan.owner is not None:
+            begins = exclusive_cumsum(plan.extend_lens)
+            position = (plan.prefix_lens - begins)[request] + np.arange(plan.num_tokens)
+            is_own, number = plan.owner.ranks(position, plan.cp_size) == rank, plan.owner.numbers(position, plan.cp_size)
+        else:
+            is_own = plan.chunk_table.rank.repeat(plan.chunk_table.length) == rank
+            kept = plan.rank_extends[:, rank]
+            number = is_own.cumsum() - 1 + (plan.shard_lens[:, rank] - exclusive_cumsum(kept))[request]
+        tables = {"request": np.where(is_own, request, -1), "number": np.where(is_own, number, -1)}
+        padded = {name: np.pad(table, (0, meta.rows - len(table)), constant_values=-1) for name, table in tables.items()}
+        on_device = DeviceTables(padded, meta.device)
+        return on_device["request"], on_device["number"]
+
+    return meta.derive("kept places", build)
 
 
 def owned_places_by_rank(meta: CPMetadata) -> list[Places]:

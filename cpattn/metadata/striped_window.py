@@ -1,4 +1,7 @@
-"""What a window reaches of the prefixes in a striped cache: the last tokens of each, which lie one after another on each rank."""
+"""What a window reaches of the prefixes in a sharded cache: the last tokens of each, which lie one after another on each rank.
+
+Which ranks hold them is known: by a rule of positions (``owner``), or token by token (``prefix_ranks``).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
+from cpattn.errors import PlanError
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import Places, owned_places
@@ -20,27 +24,75 @@ class Reach(NamedTuple):
     Attributes:
         lengths: int64 ``[num_requests]`` of each prefix, at its end.
         first, counts: int64 ``[num_requests, cp_size]`` the number of the first of them on each rank, and how many lie there.
+        ranks: of each request what is reached, and its new tokens: the rank that holds each. None where a rule says it.
     """
 
     lengths: IntArray
     first: IntArray
     counts: IntArray
+    ranks: IntArray | None
 
     @classmethod
     def of(cls, plan: Layout, window: int) -> Reach:
-        assert plan.owner is not None
-        # Of a request with nothing new no query sees any.
-        lengths = np.where(plan.extend_lens > 0, np.minimum(plan.prefix_lens, window - 1), 0)
-        first = plan.owner.held(plan.prefix_lens - lengths, plan.cp_size)
-        return cls(lengths, first, plan.shard_lens - first)
+        """Made once a plan and window."""
+        found: Reach | None = plan.memo.get(("reach", window))
+        if found is None:
+            # Of a request with nothing new no query sees any.
+            lengths = np.where(plan.extend_lens > 0, np.minimum(plan.prefix_lens, window - 1), 0)
+            if plan.owner is not None:
+                first = plan.owner.held(plan.prefix_lens - lengths, plan.cp_size)
+                found = cls(lengths, first, plan.shard_lens - first, None)
+            else:
+                ranks, counts = _ranks_of_computed(plan, lengths)
+                found = cls(lengths, plan.shard_lens - counts, counts, ranks)
+            plan.memo.keep(("reach", window), found)
+        return found
+
+    def held_before(self, plan: Layout, rank: int, request: IntArray, position: IntArray) -> IntArray:
+        """``[n]`` how many tokens before a position a rank holds of its request. The position is that of a token that is reached, or
+        new, or the one after the last."""
+        if plan.owner is not None:
+            return plan.owner.held(position, plan.cp_size)[:, rank]
+        assert self.ranks is not None
+        before = np.append(0, (self.ranks == rank).cumsum())
+        begins = exclusive_cumsum(self.lengths + plan.extend_lens)
+        first = self.first[:, rank] - before[begins]
+        entry = (begins - (plan.prefix_lens - self.lengths))[request] + position
+        held: IntArray = first[request] + before[entry]
+        return held
+
+
+def _ranks_of_computed(plan: Layout, lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Of the last tokens of each prefix, so many, and the new ones the ranks; and of the former how many ``[num_requests, cp_size]``."""
+    require_positions(plan)
+    assert plan.prefix_ranks is not None
+    reached = [ranks[len(ranks) - length :] for ranks, length in zip(plan.prefix_ranks.ranks, lengths.tolist(), strict=True)]
+    counts = np.zeros((len(reached), plan.cp_size), dtype=np.int64)
+    for request, ranks in enumerate(reached):
+        counts[request] = np.bincount(ranks, minlength=plan.cp_size)
+    chunks, ends = plan.chunk_table, plan.extend_lens.cumsum()
+    new = np.split(chunks.rank.repeat(chunks.length), ends[:-1])
+    pieces = [piece for pair in zip(reached, new, strict=False) for piece in pair]
+    return np.concatenate([np.empty(0, dtype=np.int64), *pieces]), counts
+
+
+def require_positions(plan: Layout) -> None:
+    """Raises PlanError for a plan that does not say which tokens each rank holds."""
+    if not plan.knows_positions:
+        raise PlanError(
+            "the plan has prefix_shards, which say how many tokens each rank holds, but not which, and a call with a window needs that; "
+            "pass prefix_ranks in their place, or let a KVPool make the plan"
+        )
 
 
 def reach_rows(plan: Layout, window: int, max_requests: int | None) -> int:
     """How many cached rows each rank sends: those of the rank that has the most. In a bucket, the most that so many requests may
     have on any. No window is longer than a bucket's longest request: calls leave such a one out."""
-    assert plan.owner is not None
     if max_requests is None:
         return int(Reach.of(plan, window).counts.sum(axis=0).max())
+    if plan.owner is None:
+        # One rank may hold all of them.
+        return max_requests * (window - 1)
     turns, rest = divmod(window - 1, plan.owner.interleave * plan.cp_size)
     return max_requests * (turns * plan.owner.interleave + min(rest, plan.owner.interleave))
 
@@ -50,15 +102,34 @@ def reached_places(meta: CPMetadata, window: int) -> Places:
     has the most. Made once a batch and window."""
 
     def build() -> Places:
-        reach, most = Reach.of(meta.plan, window), _most_rows(meta, window)
-        first, counts = reach.first[:, meta.cp_rank], reach.counts[:, meta.cp_rank]
-        runs = DeviceTables({"request": np.arange(len(counts)), "first": first, "counts": counts}, meta.device)
-        total = int(counts.sum())
-        request = expand_runs_on_device(runs["request"], runs["counts"], total, step=0)
-        number = expand_runs_on_device(runs["first"], runs["counts"], total)
-        return _padded(request, most), _padded(number, most)
+        reach = Reach.of(meta.plan, window)
+        return _runs_on_device(meta, reach.first[:, meta.cp_rank], reach.counts[:, meta.cp_rank], _most_rows(meta, window))
 
     return meta.derive(("reached places", window), build)
+
+
+def seen_places(meta: CPMetadata, window: int) -> Places:
+    """The same of what this rank holds once the new tokens lie there: what is reached of each request, and its new ones. Then -1."""
+
+    def build() -> Places:
+        plan = meta.plan
+        first = Reach.of(plan, window).first
+        counts = plan.held_lens - first
+        most = int(counts.sum(axis=0).max())
+        if meta.bucket is not None:
+            most = _most_rows(meta, window) + plan.cp_size * meta.rows
+        return _runs_on_device(meta, first[:, meta.cp_rank], counts[:, meta.cp_rank], most)
+
+    return meta.derive(("seen places", window), build)
+
+
+def _runs_on_device(meta: CPMetadata, first: IntArray, counts: IntArray, most: int) -> Places:
+    """Of each request so many numbers from the first on; padded with -1."""
+    runs = DeviceTables({"request": np.arange(len(counts)), "first": first, "counts": counts}, meta.device)
+    total = int(counts.sum())
+    request = expand_runs_on_device(runs["request"], runs["counts"], total, step=0)
+    number = expand_runs_on_device(runs["first"], runs["counts"], total)
+    return _padded(request, most), _padded(number, most)
 
 
 class WindowPlaces(NamedTuple):
@@ -104,7 +175,8 @@ def _order_in_messages(meta: CPMetadata, window: int) -> Tensor:
 def _rows_in_order(meta: CPMetadata, window: int) -> Tensor:
     """Of each key its row among all messages, of which each has this rank's number of new rows, and then cached ones."""
     plan, reach, size = meta.plan, Reach.of(meta.plan, window), meta.rows + _most_rows(meta, window)
-    assert plan.owner is not None
+    if reach.ranks is not None:
+        return DeviceTables({"rows": _rows_of_computed(plan, reach, meta.rows, size)}, meta.device)["rows"]
     chunks, reached, new = plan.chunk_table, int(reach.lengths.sum()), plan.num_tokens
     begins = exclusive_cumsum(reach.lengths + plan.extend_lens)
     # Of each request and rank what to add to a token's number on that rank for its row in the message.
@@ -132,6 +204,20 @@ def _rows_in_order(meta: CPMetadata, window: int) -> Tensor:
     in_order = torch.empty(reached + new, dtype=torch.int32, device=meta.device)
     in_order[expanded("begins", "reached", reached).long()] = rows
     in_order[expanded("begins_new", "new", new).long()] = expanded("rows", "length", new)
+    return in_order
+
+
+def _rows_of_computed(plan: Layout, reach: Reach, rows: int, size: int) -> IntArray:
+    """The same on the host, token by token, as no rule says which rank has one."""
+    assert reach.ranks is not None
+    chunks, both = plan.chunk_table, np.stack([reach.lengths, plan.extend_lens], axis=1).ravel()
+    is_cached = np.tile([True, False], len(reach.lengths)).repeat(both)
+    in_order = np.empty(len(reach.ranks), dtype=np.int64)
+    for rank in range(plan.cp_size):
+        mine = (is_cached & (reach.ranks == rank)).nonzero()[0]
+        in_order[mine] = rank * size + rows + np.arange(len(mine))
+    first = chunks.rank * size + plan.chunk_rows
+    in_order[~is_cached] = expand_runs_on_host(first, chunks.length, plan.num_tokens).numpy()
     return in_order
 
 

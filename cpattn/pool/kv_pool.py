@@ -22,6 +22,7 @@ from cpattn.metadata.auto_partition import AUTO
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.partition import Partition
 from cpattn.metadata.plan import Plan, plan
+from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
 from cpattn.pool.books import CachedRequest, PageBooks
@@ -206,6 +207,7 @@ class KVPool:
         *,
         partition: str | Partition | None = None,
         pad_to: int = 1,
+        queries: str = "rows",
         problem: Problem | None = None,
         machine: Machine | str | None = None,
         token_cost: int | None = None,
@@ -228,19 +230,21 @@ class KVPool:
             raise CPError(f"request {twice[0]!r} is in the step twice; give all of its new tokens at once")
         requests = [self._of(name) for name in names]
         batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
-        held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
         if partition is None:
             partition = "zigzag" if self.owner == "computed" and problem is None and machine is None and token_cost is None else AUTO
         if isinstance(partition, str) and partition == AUTO and problem is None:
             problem = self._usual_problem
-        shards = held if self.owner == "computed" else None
+        held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
+        # An array of owners is never written to: a request that changes gets another one.
+        ranks = PrefixRanks([request.owners for request in requests], held) if self.owner == "computed" else None
         planned = plan(
             batch,
             self.cp_size,
             partition=partition,
             pad_to=pad_to,
-            prefix_shards=shards,
+            prefix_ranks=ranks,
             owner=self._rule,
+            queries=queries,
             problem=problem,
             machine=machine,
             token_cost=token_cost,

@@ -65,8 +65,8 @@ def relayout(
     Args:
         cache: this rank's pages as ``plan`` has them: one layer's, or all layers' in a sequence. None on ranks beyond its
             cp_size.
-        plan: whose prefixes are in the cache: replicated, or with an ``owner``. What is new in it does not count: of a
-            :class:`KVPool` pass ``pool.plan`` of the requests with 0 new tokens each.
+        plan: whose prefixes are in the cache: replicated, with an ``owner``, or with ``prefix_ranks``. What is new in it does not
+            count: of a :class:`KVPool` pass ``pool.plan`` of the requests with 0 new tokens each.
         to_cache: pages for ``to_plan``, of the same heads, head_dim, dtype, scales and device, for all cached tokens. They must be
             others than those in ``cache``. None on ranks beyond its cp_size.
         to_plan: of the same prefixes, in the same order.
@@ -75,7 +75,7 @@ def relayout(
             on a GPU, as it is done on a CPU anyway.
 
     Raises:
-        PlanError: other prefixes, or ``prefix_shards``, which do not say which tokens a rank has.
+        PlanError: other prefixes, or ``prefix_shards``, which do not say which tokens a rank has: ``prefix_ranks`` do.
         PrefixError, PageTableError, TensorMismatchError, GroupError: in each case before anything is sent; GroupError also where a
             transfer fails.
 
@@ -194,12 +194,21 @@ def _prefixes(given: Any, name: str) -> Plan:
     """A plan of the same prefixes with nothing new."""
     if not isinstance(given, Layout):
         raise PlanError(f"{name} is a {type(given).__name__}; pass a Plan, which cpattn.plan makes of a batch")
-    if given.prefix_shards is not None:
+    if not given.knows_positions:
         raise PlanError(
-            f"{name} has prefix_shards, which say how many tokens each rank has, but not which; relayout moves replicated caches, and "
-            "those with an owner"
+            f"{name} has prefix_shards, which say how many tokens each rank has, but not which; pass prefix_ranks in their place"
         )
-    return plan_of([(prefix, 0) for prefix in given.prefix_lens.tolist()], given.cp_size, owner=given.owner)
+    batch = [(prefix, 0) for prefix in given.prefix_lens.tolist()]
+    return plan_of(batch, given.cp_size, owner=given.owner, prefix_ranks=given.prefix_ranks)
+
+
+def _as_new(of: Plan) -> Plan:
+    """The step that computes all of these prefixes, and leaves each token where it lies in them."""
+    batch = [(0, prefix) for prefix, _ in of.batch]
+    if of.prefix_ranks is None:
+        return plan_of(batch, of.cp_size, owner=of.owner)
+    ranks = of.prefix_ranks
+    return plan_of(batch, of.cp_size, partition=lambda batch, cp_size: ranks.runs(), prefix_shards=[[0] * of.cp_size] * len(batch))
 
 
 def _as_list(given: Any, name: str) -> list[PagedKV]:
@@ -228,8 +237,7 @@ def _check(layers: list[PagedKV], of: Plan, rank: int, name: str, *, reads_table
         return
     written = name == "to_cache"
     # As tokens that are written, so that each needs a slot of its own.
-    batch = [(0, prefix) if written else (prefix, 0) for prefix, _ in of.batch]
-    meta = CPMetadata(plan_of(batch, of.cp_size, owner=of.owner), rank, layers[0].k_pages.device)
+    meta = CPMetadata(_as_new(of) if written else of, rank, layers[0].k_pages.device)
     for pages in layers:
         check_page_shapes(pages)
         check_scales(pages)

@@ -235,7 +235,7 @@ def test_nothing_known_can_serve() -> None:
     plan = cpattn.plan([(9, 7)], 2, prefix_shards=[[4, 5]])
     h100 = cpattn.MACHINES["h100-nvlink"]
     with pytest.raises(
-        cpattn.UnsupportedError, match="nothing that is known of 'h100-nvlink' can serve this call: all_gather: it would bring"
+        cpattn.UnsupportedError, match="nothing that is known of 'h100-nvlink' can serve this call: all_gather: prefix_shards say how"
     ):
         cpattn.estimate(plan, problem_of(plan, cache="packed", window=3), h100)
 

@@ -88,9 +88,11 @@ def test_any_batch(strategy: str, cache: str, case: AttentionCase, cp_size: int,
         case.check_loopback(plan, strategy, backend)
 
 
+@pytest.mark.parametrize("cache", ["striped", "ranked"])
 @given(case=striped_cases(window=True), cp_size=cp_sizes, partition=partitions, pad_to=st.sampled_from([1, 4]))
-@settings(max_examples=25, deadline=None)
-def test_any_window(case: AttentionCase, cp_size: int, partition: str, pad_to: int) -> None:
+@settings(max_examples=15, deadline=None)
+def test_any_window(cache: str, case: AttentionCase, cp_size: int, partition: str, pad_to: int) -> None:
+    case.cache = cache
     plan = case.plan(cp_size, partition=partition, pad_to=pad_to)
     for strategy in ("all_gather", "pass_q"):
         case.check_loopback(plan, strategy, "reference")
@@ -127,7 +129,7 @@ def attend_to_written(case: AttentionCase, plan: cpattn.Plan, backend: str, buck
     q = cpattn.shard(case.q, meta)
     q[meta.num_tokens :] = torch.nan
     v_dim = case.v.shape[2] if case.v_in_k else None
-    options: dict[str, Any] = {"scale": case.scale, "sinks": case.options["sinks"], "v_dim": v_dim}
+    options: dict[str, Any] = case.options | {"v_dim": v_dim}
     found = cpattn.attend(q, cache, meta, group=group, backend=backend, return_lse=True, check=True, **options)
     # Nothing was written.
     pages.cache = cache
@@ -135,11 +137,14 @@ def attend_to_written(case: AttentionCase, plan: cpattn.Plan, backend: str, buck
     return [cpattn.unshard(x, meta, group=group)[: plan.num_tokens] for x in found]
 
 
-@pytest.mark.parametrize("cache", ["striped", "sharded"])
-@given(case=striped_cases(), cp_size=cp_sizes, partition=partitions, backend=st.sampled_from(["reference", "cpu"]), fixed=st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_attend_over_shards_that_hold_all(cache: str, case: AttentionCase, cp_size: int, partition: str, backend: str, fixed: bool) -> None:
-    case.cache = cache
+@pytest.mark.parametrize(("cache", "window"), [("striped", False), ("sharded", False), ("striped", True), ("ranked", True)])
+@given(data=st.data(), cp_size=cp_sizes, partition=partitions, backend=st.sampled_from(["reference", "cpu"]), fixed=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_attend_over_shards_that_hold_all(
+    cache: str, window: bool, data: st.DataObject, cp_size: int, partition: str, backend: str, fixed: bool
+) -> None:
+    case = data.draw(striped_cases(window=window))
+    case.cache, backend = cache, "reference" if window else backend
     plan = case.plan(cp_size, partition=partition)
     chunks = max([1, *plan.rank_chunks])
     bucket = cpattn.Bucket(len(case.batch) + 1, plan.rows + 2, chunks, 400) if fixed and backend == "reference" else None
@@ -147,11 +152,13 @@ def test_attend_over_shards_that_hold_all(cache: str, case: AttentionCase, cp_si
     case.check([(out, lse) for out, lse in outputs], plan, "pass_q", backend)
 
 
-@pytest.mark.parametrize(("strategy", "cache"), [*STRIPED_EXCHANGES, ("all_gather", "striped")])
+@pytest.mark.parametrize(
+    ("strategy", "cache"), [*STRIPED_EXCHANGES, ("all_gather", "striped"), ("all_gather", "ranked"), ("pass_q", "ranked")]
+)
 @given(data=st.data(), batch=non_empty_batches(max_requests=5), cp_size=st.integers(1, 4))
 @settings(max_examples=8, deadline=None)
 def test_a_fault_anywhere_keeps_ranks_in_step(strategy: str, cache: str, data: st.DataObject, batch: Batch, cp_size: int) -> None:
-    window = 6 if strategy == "all_gather" else None
+    window = 6 if strategy == "all_gather" or cache == "ranked" else None
     case = AttentionCase([*batch, (9, 8)], cache=cache, page_size=5, interleave=2, window=window)
     then = AttentionCase([(0, 31), (14, 17), (27, 1), (10, 0)], cache=cache, page_size=5, interleave=3, window=window)
     plan, then_plan = case.plan(cp_size), then.plan(cp_size)
@@ -333,7 +340,7 @@ def test_what_a_striped_cache_cannot_do_is_said() -> None:
         ({"strategy": "pass_q_ring", "window": 4}, "no window is a range of keys there; 'all_gather', 'pass_q' could"),
         # No request has more than 21 tokens, so that such a window is none.
         ({"strategy": "all_gather", "window": 21}, "no window is shorter than the longest request of this batch; 'auto' takes"),
-        ({"strategy": "all_gather", "window": 4, "overlap": 2}, "of a striped cache it brings all heads at once; leave overlap out"),
+        ({"strategy": "all_gather", "window": 4, "overlap": 2}, "of a sharded cache it brings all heads at once; leave overlap out"),
     ):
         with pytest.raises(cpattn.UnsupportedError, match=message):
             call(meta, **options)
@@ -343,6 +350,4 @@ def test_what_a_striped_cache_cannot_do_is_said() -> None:
         cpattn.PrefixError, match=r"the plan has owner=Striped\(interleave=1\), but kv_cache is None; pass this rank's pages"
     ):
         call(meta, kv_cache=None)
-    with pytest.raises(cpattn.UnsupportedError, match="no window is a range of keys there; cp_attention takes one over a striped"):
-        cpattn.attend(cpattn.shard(case.q, meta), cache, meta, group=group, window=3)
     assert group.bytes_sent == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import AttentionCase
-from paged_caches import RankPages, random_shards
+from paged_caches import RankPages, random_ranks, random_shards
 from torch import Tensor
 
 import cpattn
@@ -49,6 +49,11 @@ def random_table(rng: np.random.Generator) -> Tensor:
         pytest.param("pass_q", "striped", {"sinks": True}, id="pass_q striped"),
         pytest.param("pass_q", "striped", {"window": 100}, id="pass_q striped window"),
         pytest.param("all_gather", "striped", {"window": 100}, id="all_gather striped window"),
+        pytest.param("pass_q", "ranked", {"window": 100}, id="pass_q ranked window"),
+        pytest.param("all_gather", "ranked", {"window": 100}, id="all_gather ranked window"),
+        pytest.param("helix", "striped", {"sinks": True}, id="helix striped"),
+        pytest.param("helix", "sharded", {}, id="helix sharded"),
+        pytest.param("helix", "ranked", {"window": 100}, id="helix ranked window"),
     ],
 )
 def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: dict[str, object]) -> None:
@@ -60,10 +65,19 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: d
     def make_plan() -> cpattn.Plan:
         while True:
             batch = random_batch(rng)
-            shards = random_shards(batch, CP_SIZE, int(rng.integers(1000))) if cache == "sharded" else None
-            plan = cpattn.plan(batch, CP_SIZE, prefix_shards=shards, owner=cpattn.Striped(4) if cache == "striped" else None)
-            # Over stripes an all-gather is for windows that are shorter than a request, which in a graph is the bucket's.
-            is_served = strategy == "pass_q" or cache != "striped" or max(map(sum, batch), default=0) > 100
+            seed = int(rng.integers(1000))
+            held: dict[str, Any] = {"queries": "all" if strategy == "helix" else "rows"}
+            if cache == "sharded":
+                held["prefix_shards"] = random_shards(batch, CP_SIZE, seed)
+            elif cache == "ranked":
+                held["prefix_ranks"] = random_ranks(batch, CP_SIZE, seed)
+            elif cache == "striped":
+                held["owner"] = cpattn.Striped(4)
+            plan = cpattn.plan(batch, CP_SIZE, **held)
+            # Over shards an all-gather is for windows that are shorter than a request, which in a graph is the bucket's. Where ranks keep
+            # what they compute, without such a window pass_q merges other parts.
+            is_windowed = (strategy == "all_gather" and cache == "striped") or cache == "ranked"
+            is_served = not is_windowed or max(map(sum, batch), default=0) > 100
             if plan.fits(BUCKET) and is_served:
                 return plan
 

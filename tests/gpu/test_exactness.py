@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import split_heads
 import torch
 from cases import STRIPED_EXCHANGES, AttentionCase
 from torch import Tensor
@@ -129,15 +130,41 @@ def test_latent_attention(strategy: str, cache: str) -> None:
     case.check_loopback(case.plan(3, pad_to=8), strategy, "triton")
 
 
+@pytest.mark.parametrize("cache", ["striped", "ranked"])
 @pytest.mark.parametrize("strategy", ["all_gather", "pass_q"])
 @pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "triton"])
-def test_a_window_over_a_striped_cache(backend: str, strategy: str) -> None:
+def test_a_window_over_shards(backend: str, strategy: str, cache: str) -> None:
     case = AttentionCase(
-        MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache="striped", interleave=3, window=100
+        MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache=cache, interleave=3, window=100
     )
     half_only = serving(backend, case, "all_gather")
     for cp_size in (1, 3):
         case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy == "pass_q")
+
+
+@pytest.mark.parametrize(("cache", "window"), [("striped", None), ("sharded", None), ("ranked", 100), ("striped", 100)])
+@pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "triton"])
+def test_queries_split_by_heads(backend: str, cache: str, window: int | None) -> None:
+    """Prefills and decodes at once, which cut launches where a rank's turn begins; FlashAttention can express decodes alone."""
+    decodes = [(640, 1), (997, 1), (31, 1), (64, 0)]
+    batch = MIXED if backend == "triton" or window is not None else decodes
+    case = AttentionCase(
+        batch,
+        heads=24,
+        kv_heads=2,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        device="cuda",
+        cache=cache,
+        interleave=4,
+        page_size=64,
+        window=window,
+    )
+    half_only = serving(backend, case, "all_gather")
+    plan = case.plan(3, queries="all", pad_to=16)
+    outputs = run_loopback(lambda c: split_heads.call(case, plan.metadata(c.rank, "cuda"), c, backend=backend), 3)
+    out, lse = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+    case.check([(out, lse)], plan, "helix", backend, rounded_partials=half_only)
 
 
 def test_an_engines_own_kernel() -> None:

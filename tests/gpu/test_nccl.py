@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import page_programs
 import pytest
 import rank_programs as programs
+import split_heads
 import split_programs
 import torch
 from cases import AttentionCase
@@ -111,6 +112,15 @@ def test_two_levels_over_nccl(ranks: ProcessRanks, cache: str) -> None:
     case = AttentionCase([(0, 777), (640, 300), (0, 3)], head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
     plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.two_level(2)
     case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
+@pytest.mark.parametrize("cache", ["striped", "sharded"])
+def test_queries_split_by_heads_over_nccl(ranks: ProcessRanks, cache: str) -> None:
+    batch = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)]
+    case = AttentionCase(batch, 8 * ranks.size, 2, 64, dtype=torch.bfloat16, device="cuda", cache=cache, page_size=16, interleave=4)
+    plan = case.plan(ranks.size, queries="all", pad_to=8)
+    outputs = ranks.run(programs.attend_by_heads, case, plan, "triton")
+    split_heads.check(case, plan, [[x.cuda() for x in output] for output in outputs], "triton")
 
 
 def test_check_over_nccl(ranks: ProcessRanks) -> None:

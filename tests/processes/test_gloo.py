@@ -5,6 +5,7 @@ from __future__ import annotations
 import group_programs
 import pytest
 import rank_programs as programs
+import split_heads
 import torch
 from cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 from peers.work import Work
@@ -71,6 +72,13 @@ def test_a_pool_from_prefill_to_decode(ranks: ProcessRanks, sharded: bool) -> No
     """What each call writes is read by the next ones, on every rank."""
     for attended, expected in ranks.run(programs.prefill_and_decode, sharded):
         torch.testing.assert_close(attended, expected)
+
+
+@pytest.mark.parametrize("cache", ["striped", "sharded"])
+def test_queries_split_by_heads(ranks: ProcessRanks, cache: str) -> None:
+    case = AttentionCase(MIXED, heads=2 * ranks.size, sinks=True, cache=cache)
+    plan = case.plan(ranks.size, queries="all")
+    split_heads.check(case, plan, ranks.run(programs.attend_by_heads, case, plan, "cpu"), "cpu")
 
 
 def test_an_all_gather_in_groups_of_heads(ranks: ProcessRanks) -> None:

@@ -39,6 +39,22 @@ def test_turns_of_prefill_and_decode(cp_size: int, owner: str | cpattn.Striped) 
     engine.step([("d", 5), ("c", 1)], next(strategies))
 
 
+@pytest.mark.parametrize("owner", ["computed", cpattn.Striped(3)], ids=["computed", "striped"])
+def test_turns_with_a_window(owner: str | cpattn.Striped) -> None:
+    """Over shards whose positions the pool knows; drafts that are rejected, and forks, change those."""
+    engine = ModelEngine(3, owner, page_size=4)
+    strategies, window = cycle(["auto", "all_gather", "pass_q"]), 7
+    for name in "ab":
+        engine.admit(name)
+    engine.step([("a", 23), ("b", 2)], window=window)
+    for partition in ("zigzag", "whole", "zigzag"):
+        engine.step([("a", 1), ("b", 9)], next(strategies), partition, window=window)
+    engine.truncate("a", 21)
+    engine.fork("b", "c", 17)
+    for _ in range(3):
+        engine.step([("c", 4), ("a", 1), ("b", 0)], next(strategies), window=window)
+
+
 @caches
 @given(chunks=st.lists(st.integers(1, 30), min_size=1, max_size=5), cp_size=st.integers(1, 4), data=st.data())
 @settings(max_examples=12, deadline=None)

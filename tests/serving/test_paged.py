@@ -346,7 +346,11 @@ def test_pages_that_requests_only_read_may_be_shared(batch: list[tuple[int, int]
             {"kv_cache": lambda cache: cpattn.PackedKV(cache.k_pages[0], None)},
             "kv_cache is a PackedKV, which every rank has whole",
         ),
-        ("sharded", {"window": 5}, "a sharded cache does not know its tokens' positions, which a window needs"),
+        (
+            "sharded",
+            {"window": 5},
+            "each rank holds, but not which, and a window needs their positions: pass prefix_ranks",
+        ),
         (
             "sharded",
             {"strategy": "all_gather"},

@@ -11,21 +11,27 @@ from cases import AttentionCase
 from failed_calls import Faults, with_fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import RankPages
+from paged_caches import RankPages, random_ranks
 
 import cpattn
 from cpattn.exchange.message import message_buffer
 from cpattn.pool import relayout as relayouts
 from cpattn.testing import run_loopback
 
-layouts = st.tuples(st.integers(1, 5), st.sampled_from([None, cpattn.Striped(1), cpattn.Striped(3), cpattn.Striped(16)]))
+layouts = st.tuples(st.integers(1, 5), st.sampled_from([None, "ranked", cpattn.Striped(1), cpattn.Striped(3), cpattn.Striped(16)]))
 
 
-def pages_of(case: AttentionCase, layout: tuple[int, cpattn.Striped | None], rank: int) -> RankPages | None:
-    """What a rank has of the prefixes in a layout; NaN everywhere else."""
+def prefixes_of(case: AttentionCase, layout: tuple[int, Any]) -> cpattn.Plan:
+    """Each rank has all of them, those that it has computed, at random, or those of a rule."""
     cp_size, owner = layout
-    plan = cpattn.plan([(prefix, 0) for prefix, _ in case.batch], cp_size, owner=owner)
-    return case.pages(plan, rank) if rank < cp_size else None
+    ranks = random_ranks(case.batch, cp_size, case.seed + cp_size) if owner == "ranked" else None
+    batch = [(prefix, 0) for prefix, _ in case.batch]
+    return cpattn.plan(batch, cp_size, prefix_ranks=ranks, owner=None if owner == "ranked" else owner)
+
+
+def pages_of(case: AttentionCase, layout: tuple[int, Any], rank: int) -> RankPages | None:
+    """What a rank has of the prefixes in a layout; NaN everywhere else."""
+    return case.pages(prefixes_of(case, layout), rank) if rank < layout[0] else None
 
 
 def emptied(cache: cpattn.PagedKV) -> cpattn.PagedKV:
@@ -48,8 +54,10 @@ def test_any_layout_into_any_other(
 ) -> None:
     """In one exchange, or in many, when messages have room for so many tokens."""
     batch = [(prefix, 2) for prefix in prefixes]
-    cases = [AttentionCase(batch, v_in_k=v_in_k, v_head_dim=8, seed=layer) for layer in range(layers)]
-    plans = [cpattn.plan(batch, cp_size, owner=owner) for cp_size, owner in (old, new)]
+    cases = [AttentionCase(batch, v_in_k=v_in_k, v_head_dim=8) for _ in range(layers)]
+    for layer, case in enumerate(cases):
+        case.prefix_k += layer
+    plans = [prefixes_of(cases[0], layout) for layout in (old, new)]
     room = relayouts._ROUND_BYTES
     relayouts._ROUND_BYTES = tokens * 2 * (16 if v_in_k else 24) * 4 * max(old[0], new[0])
 
@@ -201,7 +209,7 @@ def test_one_pool_into_another() -> None:
     """After the plan that brings its tokens a pool has to be asked for one of which they are prefixes."""
 
     def program(group: cpattn.Transport) -> None:
-        pools = [a_pool(owner, group.rank) for owner in ("replicated", cpattn.Striped(2))]
+        pools = [a_pool(owner, group.rank) for owner in ("replicated", cpattn.Striped(2), "computed")]
         for pool in pools:
             pool.admit("a")
         brought = [pool.plan([("a", 9)]) for pool in pools]
@@ -216,6 +224,11 @@ def test_one_pool_into_another() -> None:
         lines = [cache.k_pages[cache.page_table[0].long()].flatten(0, 1) for cache in caches]
         positions = torch.tensor([p for p in range(9) if p // 2 % 2 == group.rank])
         assert torch.equal(lines[1][: len(positions)], lines[0][positions])
+        # And on, to where a prefill would have left them.
+        cpattn.relayout(caches[1], settled[1], caches[2], settled[2], group=group, check=True)
+        computed = [c for c in brought[2].chunks if c.rank == group.rank]
+        positions = torch.cat([torch.arange(c.start, c.start + c.length) for c in computed])
+        assert torch.equal(caches[2].k_pages[caches[2].page_table[0].long()].flatten(0, 1)[: len(positions)], lines[0][positions])
 
     run_loopback(program, 2)
 
