@@ -5,13 +5,18 @@ All are for bf16 or fp16. ``tests/costs/test_measured.py`` recomputes measured t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import inf
 from typing import Any
 
 from cpattn.errors import OptionError, UnknownNameError, shown
+from cpattn.memo import Memo
 
 TRANSPORTS = ("peer_memory", "collectives")
+# Of a machine: by the heads of a call and the backends compared, of which a model has few.
+_MOST_REMEMBERED = 64
 US = 1e-6
 GB = 1e9
 
@@ -190,6 +195,15 @@ class Machine:
         names = [kernel.backend for kernel in self.kernels]
         if len(set(names)) < len(names):
             raise OptionError(f"Machine.kernels are of {', '.join(map(repr, names))}; pass one of each backend")
+
+    @cached_property
+    def memo(self) -> Memo[Hashable, Any]:
+        """What others have worked out of it, by keys of their own."""
+        return Memo(_MOST_REMEMBERED)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without what is remembered."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def link(self, transport: str, cp_size: int) -> LinkCosts | None:
         """What carries the messages of a group of that many ranks; None where such a transport cannot. Raises UnknownNameError where

@@ -149,7 +149,7 @@ def test_strategies_are_explained_the_chosen_one_first(rows: int, sharded: bool,
         gathered = 4 * rows * asked.key_bytes
         assert (gathered <= AUTO_GATHER_LIMIT) == ("within" in explained[first.name])
     *earlier, (*_, last) = candidate_strategies("auto", asked, plan)
-    later = explain_strategy(choice._replace(strategy=last, decision=replace(choice.decision, compared=())), plan)
+    later = explain_strategy(choice._replace(strategy=last, decision=replace(choice.decision, ways=())), plan)
     assert all(later[one.name] == "no backend can serve it" for group in earlier for one in group)
 
 

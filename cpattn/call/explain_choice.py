@@ -5,7 +5,7 @@ from __future__ import annotations
 from cpattn.attention.auto import explain_backends, how_served
 from cpattn.attention.registry import BACKENDS
 from cpattn.call.choose import Choice
-from cpattn.costs.decide import Compared
+from cpattn.costs.compare import Compared
 from cpattn.exchange.auto import auto_candidates
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments
@@ -62,8 +62,8 @@ def comparison(choice: Choice) -> str:
     ways = [f"{one.way.strategy.name} with {one.way.backend.name} {_estimated(one)}" for one in decision.compared[:_NAMED]]
     if not ways:
         return ""
-    how = "as a CUDA graph" if decision.as_graph else "eagerly"
-    return f"{', '.join(ways)}: {how} over {decision.transport} on {decision.machine.name}"
+    how = "as a CUDA graph" if choice.problem.fixed else "eagerly"
+    return f"{', '.join(ways)}: {how} over {decision.call.transport} on {decision.call.machine.name}"
 
 
 def _estimated(one: Compared) -> str:

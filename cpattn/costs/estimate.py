@@ -19,7 +19,7 @@ from cpattn.exchange.divided_heads import DividedHeads
 from cpattn.exchange.hybrid import ACROSS, hybrid
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.resident import RESIDENT
-from cpattn.exchange.schedule import alignments, bytes_sent
+from cpattn.exchange.schedule import alignments, bytes_sent, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.two_level import TwoLevel, two_level
 from cpattn.machine import TRANSPORTS, KernelCosts, Machine, find_machine
@@ -190,7 +190,8 @@ def _of_backend(
         for transport in TRANSPORTS:
             link = machine.link(transport, plan.cp_size)
             if link is not None:
-                choice = Choice(plan, split, machine, schedule, transport, link, BACKENDS[kernel.backend], kernel, attention)
+                backend = BACKENDS[kernel.backend]
+                choice = Choice(plan, split, machine, schedule, transport, link, backend, kernel, attention, num_results(schedule))
                 yield estimate_of(strategy, choice)
 
 

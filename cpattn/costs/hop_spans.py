@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import united_layout
 
 # Of the hops of a long ring so many are looked at, evenly spread: they are much alike.
-_MOST_OFFSETS = 8
+MOST_OFFSETS = 8
 
 
 class RankSpans(NamedTuple):
@@ -72,24 +72,44 @@ def sample(start: int, stop: int) -> list[tuple[int, int]]:
     [(4, 8), (12, 8), (20, 8)]
     """
     count = stop - start
-    parts = min(count, _MOST_OFFSETS)
+    parts = min(count, MOST_OFFSETS)
     bounds = [start + count * part // parts for part in range(parts + 1)] if parts else []
     return [((low + high) // 2, high - low) for low, high in pairwise(bounds)]
 
 
-def _over_shards(plan: Layout, queries: int, keys: int) -> RankSpans:
+def over_shards(plan: Layout, hops: Sequence[Hop]) -> RankSpans:
+    """Of hops in which each rank's queries are one rank's, and the keys one shard, hop after hop: ranks are counted on, so that hop h has
+    ``h * cp_size`` to ``(h + 1) * cp_size - 1``."""
+    numbers = np.array([(hop.queries, hop.keys) for hop in hops], dtype=np.int64)
+    spans = _over_shards(plan, numbers[:, :1], numbers[:, 1:])
+    ranks = spans.rank + plan.cp_size * np.arange(len(hops))[:, None]
+    return RankSpans._make(column.ravel() for column in spans._replace(rank=ranks))
+
+
+def _over_shards(plan: Layout, queries: int | IntArray, keys: int | IntArray) -> RankSpans:
     """On rank r the queries of rank ``r - queries`` over the shard of rank ``r - keys``."""
     request, _, length, source = plan.chunk_table
     size, count = plan.cp_size, len(request)
     rank = (source + queries) % size
     owner = (rank - keys) % size
     # The owner's tokens in chunks before this one, of the same request: chunks are by request, then by position.
-    entry = np.arange(count)
-    share = (request * size + source) * count + entry
-    order = share.argsort()
-    ends = np.append(0, length[order].cumsum())
+    share, ends = _shares(plan)
     first = (request * size + owner) * count
-    before = ends[share[order].searchsorted(first + entry)] - ends[share[order].searchsorted(first)]
-    before = before + plan.shard_lens[request, owner]
+    before = ends[share.searchsorted(first + np.arange(count))] - ends[share.searchsorted(first)]
+    if plan.sharded:
+        before = before + plan.shard_lens[request, owner]
     own = owner == source
-    return RankSpans(rank, length, before + np.where(own, length, 0), np.where(own, before + 1, before))
+    lengths = np.broadcast_to(length, own.shape)
+    return RankSpans(rank, lengths, np.where(own, before + length, before), np.where(own, before + 1, before))
+
+
+def _shares(plan: Layout) -> tuple[IntArray, IntArray]:
+    """Of each chunk a number that is by request, then by rank, then by position, ascending; and the tokens up to each of them. Worked out
+    once."""
+    found: tuple[IntArray, IntArray] | None = plan.memo.get("shares")
+    if found is None:
+        request, _, length, source = plan.chunk_table
+        share = (request * plan.cp_size + source) * len(request) + np.arange(len(request))
+        order = share.argsort()
+        found = plan.memo.keep("shares", (share[order], np.append(0, length[order].cumsum())))
+    return found

@@ -43,6 +43,7 @@ class Choice(NamedTuple):
     Attributes:
         link: what carries the messages; transport: its name.
         kernel: the backend's constants; attention: how long its launches take.
+        results: partial results of each query, of the schedule.
     """
 
     plan: Layout
@@ -54,6 +55,7 @@ class Choice(NamedTuple):
     backend: Backend
     kernel: KernelCosts
     attention: Launches
+    results: int
 
 
 @dataclass
@@ -89,9 +91,12 @@ class Tally:
         """The launches of hops between which ranks do not wait for each other, over one of so many groups of heads, in pages or not.
         Returns the seconds of each on the slowest rank."""
         choice = self.choice
-        seconds = [choice.attention.seconds(hop, choice.kernel, groups, over_pages) for hop in hops]
-        slowest = [float(launch.max(initial=0)) for launch in seconds]
-        self.compute += slowest[0] if len(hops) == 1 else float(np.sum(seconds, axis=0).max(initial=0))
+        slowest = [choice.attention.slowest(hop, choice.kernel, groups, over_pages) for hop in hops]
+        if len(hops) == 1:
+            self.compute += slowest[0]
+        else:
+            seconds = [choice.attention.seconds(hop, choice.kernel, groups, over_pages) for hop in hops]
+            self.compute += float(np.sum(seconds, axis=0).max(initial=0))
         self.host += choice.kernel.host * len(hops)
         self.launches += len(hops)
         return slowest
@@ -100,7 +105,7 @@ class Tally:
         """An all-gather in which a rank receives so many bytes, beside so many seconds of attention, which may wait for each of them. One
         of parts that are needed takes no longer, and the host starts it as fast."""
         link, plan = self.choice.link, self.choice.plan
-        seconds, latency, hides = link.gather_seconds(nbytes, plan.cp_size - 1, _largest_share(plan)), link.latency, link.hides_gather
+        seconds, latency, hides = link.gather_seconds(nbytes, plan.cp_size - 1, _Most.of(plan).share), link.latency, link.hides_gather
         if comes_late and nbytes:
             seconds, latency, hides = seconds + link.late_latency, latency + link.late_latency, link.hides_late
         self._send(seconds, latency, link.host_gather, hides, cover)
@@ -132,8 +137,12 @@ class Tally:
 
     def add(self, other: Tally, count: int) -> None:
         """Adds what was tallied elsewhere, so many times."""
-        for name in ("compute", "moves", "transfer", "exposed", "host", "launches"):
-            setattr(self, name, getattr(self, name) + count * getattr(other, name))
+        self.compute += count * other.compute
+        self.moves += count * other.moves
+        self.transfer += count * other.transfer
+        self.exposed += count * other.exposed
+        self.host += count * other.host
+        self.launches += count * other.launches
 
 
 def all_gather(choice: Choice) -> Tally:
@@ -149,16 +158,16 @@ def all_gather(choice: Choice) -> Tally:
         tally.move(2 * problem.rows * problem.key_bytes)
         tally.attend(hop)
         return tally
-    view, traveling = View.of(plan), traveling_keys(problem, plan)
+    traveling = traveling_keys(problem, plan)
     over_pages, comes_late = problem.cache == "paged", keys_come_late(choice, traveling)
     for group in range(groups):
         if problem.cache == "packed":
-            tally.move_rows(_copied_prefix(choice, view), groups)
+            tally.move_rows(_copied_prefix(choice), groups)
         if over_pages:
             _collect_into_pages(tally, traveling)
-            _copy_pages(tally, int((view.new + view.prefix).max()) // groups)
+            _copy_pages(tally, _Most.of(plan).both // groups)
         else:
-            _collect(tally, traveling, int(view.new.max()), comes_late=comes_late)
+            _collect(tally, traveling, _Most.of(plan).new, comes_late=comes_late)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
         rows = (
             traveling.needed if choice.transport == "peer_memory" and not over_pages else max(traveling.needed, int(traveling.sent.max()))
@@ -188,17 +197,38 @@ def _has_hopper_kernel(choice: Choice) -> bool:
     return has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, choice.machine.capability, 0)
 
 
-def _copied_prefix(choice: Choice, view: View) -> int:
+def _copied_prefix(choice: Choice) -> int:
     """Tokens of packed prefixes that a rank copies in order: all that it sees, or what shares a block with new tokens."""
     if not (choice.kernel.reads_prefix and _has_hopper_kernel(choice)):
-        return int(view.prefix.max(initial=0))
-    return int((choice.plan.prefix_lens % PREFIX_UNIT).sum())
+        return _Most.of(choice.plan).prefix
+    return _Most.of(choice.plan).beyond_units
 
 
-def _largest_share(plan: Layout) -> float:
-    """Of the batch's new tokens those of its largest request: by what ranks, which all read keys in the same order, crowd at one of them.
-    After the first request they have drifted apart."""
-    return int(plan.extend_lens.max(initial=0)) / max(1, plan.num_tokens)
+class _Most(NamedTuple):
+    """What a plan has, in sums and maxima.
+
+    Attributes:
+        prefix, new, both: tokens that a rank has in view; see :class:`cpattn.metadata.needed_keys.View`.
+        beyond_units: of prefixes the tokens that share a block with new ones.
+        share: of the batch's new tokens those of its largest request: by what ranks, which all read keys in the same order, crowd at one
+            of them. After the first request they have drifted apart.
+    """
+
+    prefix: int
+    new: int
+    both: int
+    beyond_units: int
+    share: float
+
+    @classmethod
+    def of(cls, plan: Layout) -> _Most:
+        """Worked out once."""
+        found: _Most | None = plan.memo.get("most")
+        if found is None:
+            view, share = View.of(plan), int(plan.extend_lens.max(initial=0)) / max(1, plan.num_tokens)
+            prefix, new, both = (int(tokens.max()) for tokens in (view.prefix, view.new, view.prefix + view.new))
+            found = plan.memo.keep("most", cls(prefix, new, both, int((plan.prefix_lens % PREFIX_UNIT).sum()), share))
+        return found
 
 
 def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) -> None:
@@ -271,6 +301,7 @@ def ring(choice: Choice) -> Tally:
         tally.move(2 * message)
     if len(first) > 1 and problem.cache == "paged":
         _copy_pages(tally, plan.num_prefix_tokens)
+    choice.attention.look_at([hops[0], *(hops[number] for number, _ in sample(1, len(hops)))])
     before = [
         seconds
         for number, hop in enumerate(first)
@@ -301,8 +332,7 @@ def pass_q(choice: Choice) -> Tally:
 def resident(choice: Choice) -> Tally:
     """Attend to pages that have everything already."""
     tally, plan = Tally(choice), choice.plan
-    view = View.of(plan)
-    _copy_pages(tally, int((view.new + view.prefix).max()))
+    _copy_pages(tally, _Most.of(plan).both)
     tally.attend(*choice.schedule, over_pages=True)
     return tally
 
@@ -426,10 +456,12 @@ def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
     busiest = share_of(problem, plan, size, max(shares, key=lambda share: share.sizes))
     transport = choice.transport if size == plan.cp_size else "collectives"
     link, outer = _link_within(machine, transport, size), _link_across(machine, size, plan.cp_size)
+    schedule = across.schedule(busiest, united)
     of_groups = choice._replace(
         plan=united,
         problem=busiest,
-        schedule=across.schedule(busiest, united),
+        schedule=schedule,
+        results=num_results(schedule),
         transport=transport,
         link=outer,
         attention=choice.attention.of(united, busiest),
@@ -508,9 +540,9 @@ STEPS: dict[str, Callable[[Choice], Tally]] = {
 def tally_of(strategy: Strategy, choice: Choice) -> Tally:
     """What a call by a strategy that :func:`steps_of` knows adds up to."""
     tally, problem = steps_of(strategy)(choice), choice.problem
-    if problem.sinks and not (choice.backend.native_sinks and num_results(choice.schedule) == 1):
+    if problem.sinks and not (choice.backend.native_sinks and choice.results == 1):
         # On the finished result, by eight small kernels. One passes over it, at 0.6 to 0.8 TB/s of an H100 (backends_gpu_merging.csv).
-        dtype = problem.dtype if num_results(choice.schedule) == 1 else problem.merge_dtype
+        dtype = problem.dtype if choice.results == 1 else problem.merge_dtype
         tally.move(9 * dtype.itemsize * _outputs(choice), launches=8)
     return tally
 
@@ -523,12 +555,12 @@ def _attend_and_merge(tally: Tally, hops: Sequence[Hop], *, merges: bool, over_p
     """Launches of hops; with ``merges`` into what there was before. Returns the seconds of each."""
     choice = tally.choice
     launches = tally.attend(*hops, over_pages=over_pages)
-    if num_results(choice.schedule) > 1 and not choice.backend.propagates_nan:
+    if choice.results > 1 and not choice.backend.propagates_nan:
         # Finding NaN in a column of each result: three small kernels, which overlap.
         tally.move(0, launches=len(hops))
     if merges:
         _merge(tally)
-    elif num_results(choice.schedule) > 1 and not choice.backend.fp32_out:
+    elif choice.results > 1 and not choice.backend.fp32_out:
         tally.move((choice.problem.dtype.itemsize + choice.problem.merge_dtype.itemsize) * _outputs(choice))
     return launches
 
@@ -551,7 +583,7 @@ def _put(tally: Tally, nbytes: int) -> None:
 def _finished(tally: Tally) -> Tally:
     """What was merged, in the dtype of q."""
     problem = tally.choice.problem
-    if num_results(tally.choice.schedule) > 1:
+    if tally.choice.results > 1:
         tally.move((problem.dtype.itemsize + problem.merge_dtype.itemsize) * _outputs(tally.choice))
     return tally
 

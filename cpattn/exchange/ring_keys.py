@@ -38,7 +38,15 @@ def message_rows(problem: Problem, plan: Layout) -> int:
 
 
 def ring_keys(problem: Problem, plan: Layout) -> RingKeys:
-    """What travels in a ring."""
+    """What travels in a ring; worked out once."""
+    key = "ring keys", problem.rows, problem.window, problem.fixed, problem.cache
+    found: RingKeys | None = plan.memo.get(key)
+    if found is None:
+        found = plan.memo.keep(key, _ring_keys(problem, plan))
+    return found
+
+
+def _ring_keys(problem: Problem, plan: Layout) -> RingKeys:
     size, rows = plan.cp_size, message_rows(problem, plan)
     if size == 1:
         return RingKeys((), np.zeros((0, 1), dtype=np.int64), False, 0, "there is one rank")
@@ -56,14 +64,15 @@ def ring_keys(problem: Problem, plan: Layout) -> RingKeys:
     if lacking.is_nearly_all(everything):
         # Across hosts each key then crosses a link once.
         return all_around._replace(why=f"{share}, which is above {MOST_NEEDED:.0%}")
+    if not needed:
+        return RingKeys((), np.zeros((0, size), dtype=np.int64), True, 0, "each rank holds all that its queries see")
     between = needed_shards(plan, problem.window)
     if between is None:
         return all_around._replace(why="there are too many ranks and chunks to work out more")
     ranks = np.arange(size)
     sent = np.stack([between[ranks, (ranks + hop) % size] for hop in range(1, size)])
     used = sent.any(axis=1).nonzero()[0]
-    why = f"{share}, within {MOST_NEEDED:.0%}" if len(used) else "each rank holds all that its queries see"
-    return RingKeys(tuple((used + 1).tolist()), sent[used], True, needed, why)
+    return RingKeys(tuple((used + 1).tolist()), sent[used], True, needed, f"{share}, within {MOST_NEEDED:.0%}")
 
 
 def explain_ring_keys(problem: Problem, plan: Layout) -> str:

@@ -46,7 +46,15 @@ class Traveling(NamedTuple):
 
 
 def traveling_keys(problem: Problem, plan: Layout) -> Traveling:
-    """Of one call, the same on every rank."""
+    """Of one call, the same on every rank; worked out once."""
+    key = "traveling keys", problem.rows, problem.window, problem.fixed, problem.cache
+    found: Traveling | None = plan.memo.get(key)
+    if found is None:
+        found = plan.memo.keep(key, _traveling_keys(problem, plan))
+    return found
+
+
+def _traveling_keys(problem: Problem, plan: Layout) -> Traveling:
     nothing = np.zeros(plan.cp_size, dtype=np.int64)
     if plan.cp_size == 1:
         return Traveling("nothing", nothing, 0, "there is one rank", nothing)

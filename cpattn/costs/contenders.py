@@ -1,0 +1,111 @@
+"""Which ways to make a call may be the fastest, by bounds of what they take: most others are told without an estimate.
+
+It holds for what every rank can see whole, without a window. Other ways are all left. Bounds have a margin, so that what is taken hangs on
+no last bit of them, and is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from cpattn.costs.bounds import Bounds
+from cpattn.costs.hop_spans import MOST_OFFSETS
+from cpattn.costs.launches import Given
+from cpattn.costs.tile_costs import TileCosts
+from cpattn.costs.ways import Call, Way
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.ring import RING
+from cpattn.exchange.ring_keys import ring_keys
+from cpattn.exchange.traveling_keys import traveling_keys
+
+# Seconds: estimates are compared to a ns.
+_MARGIN = 2e-9
+_BOUNDED = {ALL_GATHER.name, RING.name}
+
+
+def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
+    """Of two ways or more those, one at least, that may be estimated to be the fastest; in their order."""
+    plan, problem = call.plan, call.problem
+    names = {way.strategy.name for way in ways}
+    if plan.sharded or problem.window is not None or problem.overlap > 1 or not {ALL_GATHER.name} <= names <= _BOUNDED:
+        return list(ways)
+    # A longer attention hides more of what it need not wait for, up to all of that.
+    if call.link.hides_gather and traveling_keys(problem, plan).rest:
+        return list(ways)
+    floors = _Floors(call, ways)
+    likely, most = floors.likely()
+    left = [number for number in range(len(ways)) if floors.least[number] <= most]
+    # What takes longer to work out comes later.
+    gathers = {number for number in left if number == likely or (ways[number].strategy is ALL_GATHER and floors.closer(number) <= most)}
+    rings = {number for number in left if ways[number].strategy is RING and floors.with_copies(number) <= most}
+    rings = {number for number in rings if floors.by_hops(number) <= most}
+    # A ring is compared with its all-gather.
+    of_rings = {ways[number].backend.name for number in rings}
+    gathers |= {number for number, way in enumerate(ways) if way.strategy is ALL_GATHER and way.backend.name in of_rings}
+    return [ways[number] for number in sorted(gathers | rings)]
+
+
+class _Floors:
+    """Seconds that ways take at least, each by its number.
+
+    Attributes:
+        least: a floor of each.
+    """
+
+    def __init__(self, call: Call, ways: Sequence[Way]) -> None:
+        self._call, self._ways = call, ways
+        self._kernels = [call.kernels[way.backend.name] for way in ways]
+        costs = TileCosts.of(call.problem, call.machine, tuple(call.kernels.values()))
+        self._bounds = Bounds(call.plan, call.problem, costs)
+        names = list(call.kernels)
+        self._numbers = [names.index(way.backend.name) for way in ways]
+        compute = [self._bounds.at_least(number) for number in range(len(names))]
+        self.least = [self._of(way, compute[number]) for way, number in enumerate(self._numbers)]
+
+    def likely(self) -> tuple[int, float]:
+        """The all-gather that is likely to be the fastest, and what it takes at most."""
+        _, number = min((floor, number) for number, floor in enumerate(self.least) if self._ways[number].strategy is ALL_GATHER)
+        return number, self._of(number, self._bounds.at_most(self._numbers[number])) + _MARGIN
+
+    def closer(self, number: int) -> float:
+        """A floor of an all-gather, worked out from more."""
+        return self._of(number, self._bounds.at_least_by_tiles(self._numbers[number]))
+
+    def with_copies(self, number: int) -> float:
+        """A floor of a ring, with what it does beside its launches."""
+        # In pages a ring has its prefixes alone, which a kernel may read more slowly there.
+        in_pages, kernel = self._call.problem.cache == "paged", self._numbers[number]
+        return self._beside_launches(number, self._bounds.at_least(kernel) if in_pages else self._bounds.at_least_by_tiles(kernel))
+
+    def by_hops(self, number: int) -> float:
+        """The same, by what each hop has at least."""
+        # Of a longer ring estimates look at some hops alone, which others may be less than.
+        is_short = self._call.plan.cp_size <= MOST_OFFSETS + 1
+        return self._beside_launches(number, self._bounds.ring_at_least(self._numbers[number])) if is_short else 0.0
+
+    def _beside_launches(self, number: int, compute: float) -> float:
+        way, kernel = self._ways[number], self._kernels[number]
+        beside = self._call.beside_hops(way)
+        return self._call.seconds(way, compute + beside.moves + beside.exposed, beside.host + len(way.schedule) * kernel.host)
+
+    def _of(self, number: int, compute: float) -> float:
+        """With launches that take so many seconds: the more they take, the more it all does."""
+        way, kernel, call = self._ways[number], self._kernels[number], self._call
+        if way.strategy is ALL_GATHER:
+            tally = call.tally(way, kernel, Given(compute))
+            return call.seconds(way, tally.seconds, tally.host)
+        exposed, host = self._messages
+        return call.seconds(way, compute + exposed, host + len(way.schedule) * kernel.host)
+
+    @cached_property
+    def _messages(self) -> tuple[float, float]:
+        """Of a ring, of the device and the host; hidden as far as they can be."""
+        link, others, travels = self._call.link, self._call.plan.cp_size - 1, ring_keys(self._call.problem, self._call.plan)
+        sent = (travels.sent.max(axis=1) * self._call.problem.key_bytes).tolist() if self._call.problem.rows else []
+        if len(sent) > MOST_OFFSETS:
+            # Estimates look at some of them.
+            sent = [min(sent)] * len(sent)
+        seconds = [link.shift_seconds(nbytes, others) for nbytes in sent if nbytes]
+        exposed = sum(one - link.hides_shift * max(0.0, one - link.latency_of_shift) for one in seconds)
+        return exposed, len(seconds) * link.host_shift

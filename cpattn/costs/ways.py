@@ -1,0 +1,73 @@
+"""The ways in which a call can be made, and what each takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from cpattn.attention.backend import Backend
+from cpattn.attention.registry import BACKENDS
+from cpattn.costs.corrections import corrected
+from cpattn.costs.launches import Given, Launches
+from cpattn.costs.steps import Choice, Tally, tally_of
+from cpattn.exchange.schedule import Schedule, num_results
+from cpattn.exchange.strategy import Strategy
+from cpattn.machine import H100, KernelCosts, LinkCosts, Machine
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+
+
+class Way(NamedTuple):
+    """In which a call can be made."""
+
+    strategy: Strategy
+    schedule: Schedule
+    backend: Backend
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """That is to be made, and by which constants ways to make it are compared.
+
+    Attributes:
+        kernels: the constants of each backend that is compared, by its name.
+        beside: what has been worked out of :meth:`beside_hops`, by strategy.
+    """
+
+    plan: Layout
+    problem: Problem
+    machine: Machine
+    transport: str
+    kernels: dict[str, KernelCosts]
+    beside: dict[str, Tally] = field(default_factory=dict)
+
+    @property
+    def link(self) -> LinkCosts:
+        """Of the transport."""
+        link = self.machine.link(self.transport, self.plan.cp_size)
+        assert link is not None  # who names a transport has looked
+        return link
+
+    def tally(self, way: Way, kernel: KernelCosts, attention: Launches) -> Tally:
+        """What a way adds up to, with launches that take so long."""
+        _, schedule, backend = way
+        choice = Choice(
+            self.plan, self.problem, self.machine, schedule, self.transport, self.link, backend, kernel, attention, num_results(schedule)
+        )
+        return tally_of(way.strategy, choice)
+
+    def seconds(self, way: Way, graph: float, host: float) -> float:
+        """By which ways are compared: of what one takes on the device, and on the host."""
+        return corrected(way.strategy.name, graph, self.machine.host_call + host, as_graph=self.problem.fixed)
+
+    def beside_hops(self, way: Way) -> Tally:
+        """What goes hop by hop takes at least, with any backend, beside its launches: for copies, for merges within a kernel, and for what
+        nothing hides. Worked out once."""
+        name = way.strategy.name
+        if name not in self.beside:
+            self.beside[name] = self.tally(way._replace(backend=BACKENDS["triton"]), _NO_TIME, Given(1.0))
+        return self.beside[name]
+
+
+# A kernel that the host launches for nothing.
+_NO_TIME = replace(H100.kernels[0], host=0.0)

@@ -1,0 +1,89 @@
+"""Bounds of what a call takes, beside the estimate of it: what they leave out could not have been taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import cpattn
+from cpattn.attention.registry import BACKENDS
+from cpattn.costs.bounds import Bounds
+from cpattn.costs.compare import compared
+from cpattn.costs.contenders import contenders
+from cpattn.costs.launches import Launches
+from cpattn.costs.tile_costs import TileCosts
+from cpattn.costs.ways import Call, Way
+from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.ring import RING
+from cpattn.machine import A100, H100, Machine
+
+RAGGED = [(0, 5000), (700, 1), (3, 130), (9000, 800), (64, 16), (0, 0), (300, 77), (12, 5), (4096, 2048), (0, 33)]
+BATCHES = {
+    "prompt": [(0, 8192)],
+    "alike": [(8192, 2048)] * 4,
+    "ragged": RAGGED,
+    "decode": [(7000, 1), (31, 1), (100_000, 1)],
+    "short": [(0, 40)] * 9,
+    "nothing": [(5, 0)],
+}
+
+
+def calls(batch: str, machine: Machine, cp_size: int, **changes: Any) -> tuple[Call, list[Way]]:
+    """A call, and its ways by all-gather and ring with all backends that the machine knows."""
+    plan = cpattn.plan(BATCHES[batch], cp_size, partition=changes.pop("partition", "zigzag"))
+    cache: Any = changes.pop("cache", "packed") if plan.num_prefix_tokens else None
+    page_size = 64 if cache == "paged" else None
+    problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, 128, 128, cache=cache, page_size=page_size)
+    problem = replace(problem, **changes)
+    call = Call(plan, problem, machine, "peer_memory", {kernel.backend: kernel for kernel in machine.kernels})
+    ways = [Way(one, one.schedule(problem, plan), BACKENDS[name]) for one in (ALL_GATHER, RING) for name in call.kernels]
+    return call, ways
+
+
+CASES: list[dict[str, Any]] = [
+    {"cp_size": 2},
+    {"cp_size": 8, "fixed": True},
+    {"cp_size": 4, "partition": "uncut", "cache": "paged"},
+    # Heads of which three share a key, and tiles and key blocks that do not divide each other.
+    {"cp_size": 3, "q_heads": 24, "partition": "whole"},
+    {"cp_size": 4, "q_heads": 16, "kv_heads": 1, "head_dim": 256, "v_head_dim": 256, "partition": "contiguous"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_launches_lie_between_their_bounds(batch: str, case: dict[str, Any]) -> None:
+    for machine in (H100, A100):
+        call, ways = calls(batch, machine, **case)
+        costs = TileCosts.of(call.problem, machine, machine.kernels)
+        bounds, exact = Bounds(call.plan, call.problem, costs), Launches(call.plan, call.problem, machine)
+        over_pages = call.problem.cache == "paged"
+        for number, kernel in enumerate(machine.kernels):
+            seconds = exact.slowest(ways[0].schedule[0], kernel, over_pages=over_pages)
+            least, closer, most = bounds.at_least(number), bounds.at_least_by_tiles(number), bounds.at_most(number)
+            assert least <= closer * (1 + 1e-9)
+            assert closer <= seconds <= most
+            # So close that something is gained, with tiles that are full as with reading.
+            if batch in ("prompt", "alike") and call.plan.partition == "zigzag":
+                assert most < 1.1 * least
+            hops = sum(exact.slowest(hop, kernel, over_pages=over_pages and hop.keys == "prefix") for hop in ways[-1].schedule)
+            assert bounds.ring_at_least(number) <= hops
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_is_left_has_what_is_estimated_to_be_the_fastest(batch: str, case: dict[str, Any]) -> None:
+    call, ways = calls(batch, H100, **case)
+    left, fastest = contenders(call, ways), compared(call, ways)[0]
+    assert any(way is fastest.way for way in left)
+    assert compared(call, left)[0] == fastest
+
+
+def test_most_ways_are_left_out_without_an_estimate() -> None:
+    call, ways = calls("alike", H100, cp_size=8)
+    assert [(way.strategy.name, way.backend.name) for way in contenders(call, ways)] == [("all_gather", "triton")]
+    windowed, ways = calls("alike", H100, cp_size=8, window=64)
+    assert contenders(windowed, ways) == ways
