@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cpattn
 
-BUCKET = cpattn.Bucket(max_requests=12, max_rows=2048, max_chunks=24, max_seqlen=2048)
+BUCKET = cpattn.Bucket(max_requests=12, max_rows=2560, max_chunks=24, max_seqlen=2048)
 # Nothing is needed of others; some keys are; nearly all are; and fewer requests than ranks.
 BATCHES: list[tuple[list[tuple[int, int]], str]] = [
     ([(7, 64)] * 8, "whole"),

@@ -24,7 +24,8 @@ def _quantize(out: Tensor, x: Tensor, scale: Tensor | None, new_scale: Tensor | 
     x = x.float()
     if new_scale is not None:
         size = x.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(dim=2).clamp_(max=most_given)
-        new_scale.copy_((size / most).clamp_(min=LEAST_SCALE))
+        # By a tensor: on a GPU torch multiplies by the reciprocal of a number, which rounds otherwise.
+        new_scale.copy_((size / torch.full_like(size, most)).clamp_(min=LEAST_SCALE))
         scale = new_scale
     if scale is not None:
         x = x / scale[..., None]

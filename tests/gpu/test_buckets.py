@@ -120,8 +120,8 @@ def test_a_graph_replays_a_hundred_batches(strategy: str, cache: str, options: d
             torch.cuda.set_sync_debug_mode("default")
         expected_pages = pages.clone()
         graph.replay()
-        # Afresh, without a bucket: other sizes, other launches, the same bits.
-        fresh = plan.metadata(CP_RANK, "cuda")
+        # Afresh, and eagerly, the same bits. In a bucket as well: without one less may be sent, of which a rank alone makes other rows.
+        fresh = plan.metadata(CP_RANK, "cuda", bucket=BUCKET)
         rows = fresh.rows
         kv_cache = cpattn.PagedKV(expected_pages[0], expected_pages[1], table)
         if rows:

@@ -149,8 +149,12 @@ def test_bits_of_a_copy_in_the_dtype_of_q(
         in_their_pages = in_their_pages._replace(k_scale=of_tokens[0][..., 0], v_scale=of_tokens[1][..., 0])
     for given, spans in ((keys, rows), (in_their_pages, paged)):
         out, lse = attend(q, given, spans, options, shapes=SHAPES)
-        assert torch.equal(out[:n], want[:n])
-        assert torch.equal(lse[:n], want_lse[:n])
+        if device == "cpu":
+            assert torch.equal(out[:n], want[:n])
+            assert torch.equal(lse[:n], want_lse[:n])
+        else:
+            # A compiler may have products of what was bytes sum up in another order.
+            check(q, *copy, rows, options_of(options, q.device), out, lse)
 
 
 def test_values_that_are_a_part_of_keys(device: str) -> None:
@@ -164,7 +168,11 @@ def test_values_that_are_a_part_of_keys(device: str) -> None:
         copy = torch.empty_like(k)
         triton_moves.dequantize(copy, None, StoredRows(keys.k, None, keys.k_scale))
         want = attend(q, Keys(copy, copy[..., :v_head_dim]), rows, {}, shapes=SHAPES)
-        assert all(map(torch.equal, attend(q, keys, rows, {}, shapes=SHAPES), want))
+        got = attend(q, keys, rows, {}, shapes=SHAPES)
+        if device == "cpu":
+            assert all(map(torch.equal, got, want))
+        else:
+            check(q, copy, copy[..., :v_head_dim], rows, options_of({}, q.device), *got)
 
 
 def test_merging_into_an_earlier_result_with_the_shapes_of_the_gpu(device: str) -> None:
