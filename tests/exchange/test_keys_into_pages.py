@@ -97,6 +97,7 @@ def test_no_more_is_there_before_the_attention_than_its_queries_see(
     baseline: list[Any] = []
     for most, what in ((0.0, "all"), (1.0, "needed")):
         monkeypatch.setattr(needed_keys, "MOST_NEEDED", most)
+        plan.memo.clear()
         lacking = lacking_rows(plan, window)
         travels = traveling_keys(problem, plan)
         assert travels.what == (what if lacking.most else "nothing")

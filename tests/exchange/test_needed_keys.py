@@ -104,6 +104,7 @@ def test_bits_and_bytes(partition: str, window: int | None, backend: str, monkey
     baseline = [result for result, _ in run_loopback(lambda group: attend(group, "paged"), plan.cp_size)]
     for most, what in ((1.0, "needed"), (0.0, "all")):
         monkeypatch.setattr(needed_keys, "MOST_NEEDED", most)
+        plan.memo.clear()
         if not needed.any():
             what = "nothing"
         problem = cases["packed"].problem(plan)
