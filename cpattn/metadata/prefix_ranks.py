@@ -40,11 +40,13 @@ class PrefixRanks:
             raise PlanError(
                 f"prefix_ranks of request {wrong} has {int(lengths[wrong])} entries, its prefix_len is {int(prefix_lens[wrong])}; {_RULE}"
             )
-        if parsed._counts is None or parsed._counts.shape[1] != cp_size:
-            parsed._counts = np.zeros((len(lengths), cp_size), dtype=np.int64)
-            for request, ranks in enumerate(parsed.ranks):
-                parsed._counts[request] = _counted(ranks, request, cp_size)
-        return parsed
+        if parsed._counts is not None and parsed._counts.shape[1] == cp_size:
+            return parsed
+        # A new one: another plan may have the given one.
+        counts = np.zeros((len(lengths), cp_size), dtype=np.int64)
+        for request, ranks in enumerate(parsed.ranks):
+            counts[request] = _counted(ranks, request, cp_size)
+        return cls(parsed.ranks, counts)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PrefixRanks):

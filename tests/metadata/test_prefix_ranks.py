@@ -94,3 +94,10 @@ def test_a_bucket_with_a_window_takes_no_plan_without_positions() -> None:
     with pytest.raises(cpattn.PlanError, match="prefix_shards, which say how many tokens each rank holds, but not which, and a call with"):
         meta.copy_(counted)
     assert meta.plan is known
+
+
+def test_a_plan_that_is_refused_leaves_others_as_they_are() -> None:
+    plan = cpattn.plan([(8, 0)], 8, prefix_ranks=[[4, 5, 6, 7] * 2])
+    with pytest.raises(cpattn.PlanError, match="ranks are 0 to 3"):
+        cpattn.plan([(8, 0)], 4, prefix_ranks=plan.prefix_ranks)
+    assert plan.prefix_numbers.tolist() == [0] * 4 + [1] * 4
