@@ -157,7 +157,7 @@ class PreparedCall:
         lines = getattr(arguments.kv_cache, "lines", None)
         if meta.plan is not self._checked_plan:
             check_arguments(arguments, meta)
-            reason = self.strategy.why_not(self.problem, meta.plan)
+            reason = self.strategy.refusal(self.problem, meta.plan)
             if reason is not None:
                 raise UnsupportedError(f"strategy={self.strategy.name!r} cannot serve this batch: {reason}")
         elif lines is not self._checked_lines and isinstance(arguments.kv_cache, PagedKV):

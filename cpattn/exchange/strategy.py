@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -96,8 +95,8 @@ class Strategy:
             may then have those alone. None where a rank has all.
         stored: whether it serves pages in another dtype than q's. New keys then come, travel and are attended to as
             :class:`cpattn.exchange.message.KVFormat` has them.
-        queries: of which plans: ``"rows"`` where those are split by rows, ``"all"`` by heads, as of :func:`cpattn.plan`. Others it
-            refuses by itself.
+        queries: of which plans: ``"rows"`` where those are split by rows, ``"all"`` by heads, as of :func:`cpattn.plan`. It is
+            not asked about others.
     """
 
     name: str
@@ -111,18 +110,10 @@ class Strategy:
     stored: bool = False
     queries: str = "rows"
 
-    def __post_init__(self) -> None:
-        if self.queries == "rows":
-            object.__setattr__(self, "why_not", partial(_why_not_rows, self.why_not))
-
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
         """The reason why it cannot serve a problem and plan, or None."""
+        if plan.all_queries and self.queries == "rows":
+            return "its queries are split by rows, and those of this plan by heads (queries='all')"
         if not self.stored and problem.stored_dtype != problem.dtype:
             return f"it takes pages in q's dtype alone, {problem.dtype}, not {problem.stored_dtype}"
         return self.why_not(problem, plan)
-
-
-def _why_not_rows(why_not: Callable[[Problem, Layout], str | None], problem: Problem, plan: Layout) -> str | None:
-    if plan.all_queries:
-        return "its queries are split by rows, and those of this plan by heads (queries='all')"
-    return why_not(problem, plan)

@@ -49,7 +49,7 @@ def test_spans_are_those_of_ranks(name: str) -> None:
     plan = PLANS[name]
     problem = cpattn.Problem(torch.device("cpu"), torch.bfloat16, plan.rows, 4, 2, 16, 16, cache="packed")
     for strategy in cpattn.STRATEGIES.values():
-        if strategy.why_not(problem, plan):
+        if strategy.refusal(problem, plan):
             continue
         for hop in strategy.schedule(problem, plan):
             for rank in range(plan.cp_size):

@@ -87,7 +87,7 @@ def test_each_rank_receives_what_it_needs(strategy: str, cache: str, partition: 
         case = AttentionCase(MIXED, cache=cache, window=window, page_size=5)
         plan = case.plan(3, partition=partition)
         problem = case.problem(plan)
-        if cpattn.STRATEGIES[strategy].why_not(problem, plan) is not None:
+        if cpattn.STRATEGIES[strategy].refusal(problem, plan) is not None:
             continue
         needed = Needed.of(plan, window)
         received.clear()

@@ -257,7 +257,7 @@ def test_what_is_sent_is_what_the_schedule_says(strategy: str, cache: str, form:
         owner = cpattn.Striped(2) if cache == "striped" else None
         plan = cpattn.plan(batch, cp_size, prefix_shards=shards if cache == "sharded" else None, owner=owner)
         problem = problem_of(plan, cache="paged" if form == "pages" or plan.sharded else None)
-        if cpattn.STRATEGIES[strategy].why_not(problem, plan) is not None:
+        if cpattn.STRATEGIES[strategy].refusal(problem, plan) is not None:
             continue
         for bucket in (None, cpattn.Bucket(4, 20, 12, max_seqlen=160)):
             if bucket is not None and ((cache == "whole" and form != "pages") or replace_fixed(strategy, problem, plan)):
@@ -267,7 +267,7 @@ def test_what_is_sent_is_what_the_schedule_says(strategy: str, cache: str, form:
 
 def replace_fixed(strategy: str, problem: Problem, plan: cpattn.Plan) -> bool:
     """Whether it cannot serve such a bucket."""
-    return cpattn.STRATEGIES[strategy].why_not(replace(problem, fixed=True), plan) is not None
+    return cpattn.STRATEGIES[strategy].refusal(replace(problem, fixed=True), plan) is not None
 
 
 def test_nothing_is_sent_where_there_is_nothing_new() -> None:
