@@ -12,7 +12,7 @@ import torch
 from cpattn.call import checks
 from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
-from cpattn.call.choose import choose, problem_of
+from cpattn.call.choose import Choice, choose, problem_of
 from cpattn.call.log_choice import log_choice
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
@@ -23,6 +23,7 @@ from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.problem import Problem
 from cpattn.transports.transport import Transport
 
 
@@ -68,13 +69,28 @@ def check_numbers(arguments: Arguments, meta: CPMetadata) -> None:
         check_fits(k[: meta.num_tokens], None if v is None else v[: meta.num_tokens], cache)
 
 
+def _choice(arguments: Arguments, problem: Problem, meta: CPMetadata, transport: Transport) -> Choice:
+    """What was chosen for the same call over this batch, or is now. Strides and addresses are each rank's own affair, and what is known of
+    links may change between two calls: all ranks choose at the same one."""
+    key = "choice", transport, problem, arguments.strategy, arguments.backend
+    try:
+        found: Choice | None = meta.memo.get(key)
+    except TypeError:  # what a caller passes may have no hash
+        return choose(arguments, problem, meta.plan, transport)
+    if found is None:
+        found = choose(arguments, problem, meta.plan, transport)
+        if transport.lasts:
+            meta.memo.keep(key, found)
+    return found
+
+
 def prepare_call(arguments: Arguments, meta: CPMetadata, transport: Transport) -> PreparedCall:
     """Validates a call and chooses what serves it. Raises CPError in its subclasses."""
     if arguments.strategy is not RESIDENT:
         checks.check_group(meta, transport)
     options = check_arguments(arguments, meta)
     problem = problem_of(arguments, meta, options)
-    choice = choose(arguments, problem, meta.plan, transport)
+    choice = _choice(arguments, problem, meta, transport)
     reason = choice.strategy.why_not_over(transport)
     if reason is not None:
         raise UnsupportedError(f"strategy={choice.strategy.name!r} cannot go over {transport}: {reason}")
