@@ -113,10 +113,8 @@ def cache_fits(cache: Any) -> bool:
     whether K and V share memory. Exported programs make it, and are run as they are."""
     if not isinstance(cache, PagedKV):
         return isinstance(cache, PackedKV)
-    if cache.is_of_graph:
-        return cache.k_scale is None and is_exporting()
-    # Scales of heads are read alone, and come with the handle. Those of tokens are written, which no operator says.
-    return cache.scales != "token"
+    # The graph itself may write scales, or a call those of tokens, and no operator says so.
+    return cache.k_scale is None and (not cache.is_of_graph or is_exporting())
 
 
 def pages_in_graph(cache: PagedKV) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ places 0 to ``held - 1``, of which this call writes those from ``first`` on.
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,14 @@ def check_k_and_v_apart(cache: PagedKV) -> None:
             "kv_cache.k_pages and v_pages have elements in common, so that K and V overwrite each other; pass memory of its own for each, "
             "such as the views pool[:, 0] and pool[:, 1]. Where V is a part of K, pass v=None and v_pages=None"
         )
+    if cache.scales == "token":
+        # They are written as well.
+        written = {name: getattr(cache, name) for name in ("k_pages", "v_pages", "k_scale", "v_scale")}
+        for (one, x), (other, y) in combinations(((name, x) for name, x in written.items() if x is not None), 2):
+            if share_elements(x, y):
+                raise PageTableError(
+                    f"kv_cache.{one} and {other} have elements in common, and both are written; pass memory of its own for each"
+                )
 
 
 class _Entries(NamedTuple):

@@ -71,7 +71,7 @@ def ragged_attention(
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
         None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
         None if prefix is None else (prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride()), shapes, packs,
-        None if k_scale is None or v_scale is None else (k_scale.stride(), v_scale.stride()),
+        None if k_scale is None or v_scale is None else (k_scale.stride(), v_scale.stride(), k_scale.data_ptr() == v_scale.data_ptr()),
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
     tensors: tuple[Tensor, ...] = (q, k, v, out, lse, lse if sinks is None else sinks)
@@ -90,6 +90,14 @@ def ragged_attention(
         with torch.cuda.device_of(q):
             launch(*tensors)
     return out, lse
+
+
+def _mean_the_same(keys: Keys) -> bool:
+    """Whether numbers of K and V, where they lie in one place, are the same: multiplied by the same scale."""
+    k_scale, v_scale = keys.k_scale, keys.v_scale
+    if k_scale is None or v_scale is None:
+        return True
+    return k_scale.data_ptr() == v_scale.data_ptr() and k_scale.stride() == v_scale.stride()
 
 
 # Which of the tensors above the kernels' parameters are.
@@ -115,7 +123,7 @@ def _prepare(
     processors, capability = device_properties(q.device)
     dims = padded_dims(head_dim, v_head_dim)
     # V as K's first columns, where the two blocks in shared memory are of one size.
-    v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv
+    v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv and _mean_the_same(keys)
     # The kernel for Hopper multiplies what lies in memory.
     is_stored = k.dtype != q.dtype
     if shapes is None:

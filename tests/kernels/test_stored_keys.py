@@ -175,6 +175,20 @@ def test_values_that_are_a_part_of_keys(device: str) -> None:
             check(q, copy, copy[..., :v_head_dim], rows, options_of({}, q.device), *got)
 
 
+def test_keys_and_values_in_one_memory_with_scales_of_their_own(device: str) -> None:
+    """After a launch of the same layouts where scales were the same as well."""
+    lens = [20]
+    rows = make_case(lens, [3], [0], [20], device)
+    q, k, _ = make_qkv(rows, sum(lens), (4, 2), (32, 32), FP16, device, 3, padding=0)
+    keys = stored_keys(k, k, E4M3, "head")
+    assert keys.k_scale is not None
+    for v_scale in (keys.k_scale, 3 * keys.k_scale):
+        copy = torch.empty_like(k), torch.empty_like(k)
+        triton_moves.dequantize(*copy, StoredRows(keys.k, keys.k, keys.k_scale, v_scale))
+        out, lse = attend(q, keys._replace(v=keys.k, v_scale=v_scale), rows, {}, shapes=SHAPES)
+        check(q, *copy, rows, options_of({}, q.device), out, lse)
+
+
 def test_merging_into_an_earlier_result_with_the_shapes_of_the_gpu(device: str) -> None:
     lens = [150, 20]
     rows = make_case(lens, [10, 10], [0, 1], [150, 20], device)

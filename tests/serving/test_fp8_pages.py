@@ -329,3 +329,12 @@ def test_a_backend_over_stored_keys_merges_as_before() -> None:
     assert backend.accumulate is not None
     backend.accumulate(torch.zeros(3, 2, 8), keys, None, None, None, None)  # type: ignore[arg-type]
     assert given == [FP32]
+
+
+def test_one_tensor_for_both_scales_of_tokens_is_refused() -> None:
+    """Those of V would be written over those of K."""
+    pages = torch.zeros(2, 4, 4, 2, 16).to(torch.float8_e4m3fn)
+    scale, x = torch.zeros(4, 4, 2), torch.randn(9, 2, 16)
+    cache = cpattn.PagedKV(pages[0], pages[1], torch.tensor([[2, 0, 1]]), k_scale=scale, v_scale=scale)
+    with pytest.raises(cpattn.PageTableError, match="k_scale and v_scale have elements in common"):
+        cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 9)], 1, 0), kv_cache=cache)
