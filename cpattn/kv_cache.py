@@ -117,7 +117,7 @@ class PagedKV(_InGraphs):
         object.__setattr__(self, "is_of_graph", is_of_graph)
         object.__setattr__(self, "written", written)
         shares_memory = written[1] is None and self.v_pages is not None
-        needs_handle = not is_of_graph and (shares_memory or self.lines is not None or self.k_scale is not None)
+        needs_handle = not is_of_graph and (shares_memory or self.lines is not None)
         object.__setattr__(self, "handle", new_handle(self) if needs_handle else None)
 
     def __reduce__(self) -> tuple[Any, ...]:

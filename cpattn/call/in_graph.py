@@ -223,7 +223,7 @@ def cache_as_given(k_pages: Tensor, v_pages: Tensor | None, page_table: Tensor |
     table = cache.page_table if page_table is None else page_table
     if _is_same(k_pages, cache.k_pages) and _is_same(v_pages, cache.v_pages) and _is_same(table, cache.page_table):
         return cache
-    return PagedKV(k_pages, v_pages, table, cache.lines, cache.k_scale, cache.v_scale)
+    return PagedKV(k_pages, v_pages, table, cache.lines)
 
 
 def _parts_of(memory: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
