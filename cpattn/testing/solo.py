@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cpattn.transports.alone import CopyingTransport
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport, as_bytes
 
 _DONE = Work(lambda: None)
 
 
-class SoloCommunicator(Transport):
+class SoloCommunicator(CopyingTransport):
     """Poses as one rank of ``size``; what the others would send is a copy of its own message.
 
     Results are meaningless as attention over a context, but the work, the memory and the sizes are those of a real rank.
@@ -47,18 +48,6 @@ class SoloCommunicator(Transport):
         many = min(len(out), len(x))
         out[:many].copy_(x[:many])
         out[many:].zero_()
-        return _DONE
-
-    def _all_gather(self, out: Tensor, x: Tensor) -> Work:
-        out.copy_(x)
-        return _DONE
-
-    def _shift(self, out: Tensor, x: Tensor, by: int) -> Work:
-        out.copy_(x)
-        return _DONE
-
-    def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
-        out.copy_(x)
         return _DONE
 
 

@@ -1,4 +1,4 @@
-"""A rank by itself within a call over a group: nothing travels, and messages lie in the group's memory."""
+"""Ranks by themselves: nothing travels, and what would is copied."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from cpattn.transports.transport import Transport
 _DONE = Work(lambda: None)
 
 
-class AloneTransport(Transport):
-    """Of one rank.
-
-    Args:
-        whole: the transport that the call goes over, whose memory it uses.
-    """
-
-    kind = "alone"
-
-    def __init__(self, whole: Transport) -> None:
-        super().__init__(0, 1)
-        self.state, self.arena = whole.state, whole.arena
+class CopyingTransport(Transport):
+    """Whose rank receives its own messages."""
 
     def _all_gather(self, out: Tensor, x: Tensor) -> Work:
         out.copy_(x)
@@ -34,3 +24,17 @@ class AloneTransport(Transport):
     def _all_to_all(self, out: Tensor, x: Tensor) -> Work:
         out.copy_(x)
         return _DONE
+
+
+class AloneTransport(CopyingTransport):
+    """Of one rank within a call over a group, in whose memory its messages lie.
+
+    Args:
+        whole: the transport that the call goes over, whose memory it uses.
+    """
+
+    kind = "alone"
+
+    def __init__(self, whole: Transport) -> None:
+        super().__init__(0, 1)
+        self.state, self.arena = whole.state, whole.arena
