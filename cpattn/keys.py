@@ -23,17 +23,25 @@ class Arrivals(NamedTuple):
 
 
 class PrefixKeys(NamedTuple):
-    """Cached keys that are read where they lie, beside new ones that lie elsewhere.
+    """Cached keys that are read where they lie, beside new ones that lie elsewhere, one after another.
 
     Attributes:
-        k, v: ``[P, Hkv, D]`` and ``[P, Hkv, Dv]``.
+        k, v: ``[P, Hkv, D]`` and ``[P, Hkv, Dv]``; or pages ``[P, page_size, Hkv, D]``, of which key ``s`` of a span is in
+            ``page_table[request, s // page_size]``.
         places: int32 ``[2 * num_requests]``: of each request how many of a key range's first keys are read here, a multiple of
-            :data:`PREFIX_UNIT`, and in which row the first of them lies.
+            :data:`PREFIX_UNIT`, and in which row the first of them lies, where they are not in pages.
+        page_table: of pages; as in :class:`Keys`.
     """
 
     k: Tensor
     v: Tensor
     places: Tensor
+    page_table: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; 0 where there are no pages."""
+        return 0 if self.page_table is None else self.k.shape[1]
 
 
 PREFIX_UNIT = 128

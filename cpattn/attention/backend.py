@@ -62,7 +62,7 @@ class Backend:
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
         reads_stored: whether it attends to keys that are stored in another dtype than q's, fp8 with scales included; else it is given a
             packed copy in q's dtype.
-        waits_for_keys: whether its launches over keys without pages may run while :attr:`cpattn.keys.Keys.arrivals` still come.
+        waits_for_keys: whether its launches over keys in order may run while :attr:`cpattn.keys.Keys.arrivals` still come.
         reads_prefix: whether it attends to :class:`cpattn.keys.PrefixKeys`.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they

@@ -54,11 +54,11 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _has_hopper_kernel(problem: Problem) -> bool:
-    """Of keys without pages."""
+    """For keys in order, and prefixes wherever they lie."""
     if (
         problem.v_in_k
         or problem.stored_dtype != problem.dtype
-        or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), 0)
+        or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
     ):
         return False
     from cpattn.kernels.ragged_attention import specialized_kernel

@@ -19,6 +19,7 @@ from cpattn.costs.launches import Launches
 from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
 from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.helix import HELIX, RESIDENT_HELIX
+from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.ring_keys import ring_keys
@@ -159,7 +160,10 @@ def all_gather(choice: Choice) -> Tally:
         tally.attend(hop)
         return tally
     traveling = traveling_keys(problem, plan)
-    over_pages, comes_late = problem.cache == "paged", keys_come_late(choice, traveling)
+    comes_late = keys_come_late(choice, traveling)
+    if problem.cache == "paged" and comes_late:
+        return _late_into_pages(tally, hop)
+    over_pages = problem.cache == "paged"
     for group in range(groups):
         if problem.cache == "packed":
             tally.move_rows(_copied_prefix(choice), groups)
@@ -186,15 +190,33 @@ def all_gather(choice: Choice) -> Tally:
 
 def keys_come_late(choice: Choice, traveling: Traveling) -> bool:
     """Whether the attention begins while others' keys still come: all heads at once, read from the memory of peers."""
-    may = choice.transport == "peer_memory" and traveling.what != "nothing" and choice.problem.overlap == 1
-    return may and choice.kernel.waits_for_keys and _has_hopper_kernel(choice)
+    problem, kernel = choice.problem, choice.kernel
+    if choice.transport != "peer_memory" or not (kernel.waits_for_keys and _has_hopper_kernel(choice)):
+        return False
+    if problem.cache == "paged":
+        return kernel.reads_prefix and may_come_late(problem, choice.plan, fixed=problem.fixed)
+    return traveling.what != "nothing" and problem.overlap == 1
 
 
 def _has_hopper_kernel(choice: Choice) -> bool:
+    """That attends to keys in order, and to prefixes wherever they lie."""
     problem = choice.problem
-    if problem.cache == "paged" or problem.v_in_k:
+    if problem.v_in_k or problem.stored_dtype != problem.dtype:
         return False
-    return has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, choice.machine.capability, 0)
+    return has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, choice.machine.capability, problem.page_size or 0)
+
+
+def _late_into_pages(tally: Tally, hop: Hop) -> Tally:
+    """All new keys come late into order, beside prefixes in pages, and are written there after the attention."""
+    choice = tally.choice
+    plan, key_bytes = choice.plan, choice.problem.key_bytes
+    tally.move(2 * choice.problem.rows * key_bytes, launches=3)
+    if _Most.of(plan).beyond_units:
+        tally.move_rows(_Most.of(plan).beyond_units, 1)
+    (seconds,) = tally.attend(hop)
+    tally.gather((plan.num_tokens - min(plan.rank_tokens)) * key_bytes, seconds, comes_late=True)
+    tally.move_rows(plan.num_tokens, 1)
+    return tally
 
 
 def _copied_prefix(choice: Choice) -> int:

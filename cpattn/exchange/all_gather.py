@@ -1,13 +1,13 @@
 """Strategy ``all_gather``: every rank receives the K and V that its queries see, puts them in order, and computes in one launch.
 
 Where nearly everything is needed somewhere, and where it has to be there anyway, all ranks receive all of it:
-:mod:`cpattn.exchange.traveling_keys`. Where nothing is needed, nothing is sent. With pages the order of keys is that of the
-pages: what arrives is written to its slots, and attended to there.
+:mod:`cpattn.exchange.traveling_keys`. Where nothing is needed, nothing is sent. With pages what arrives is written to its slots, and
+attended to there.
 With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
 at once, and over collectives the attention of the first group runs while the next is in flight.
 
-Over the memory of peers, and with a backend whose launches wait for keys, the others' come while the attention runs. Packed prefixes
-are read where they lie if the backend can.
+Over the memory of peers, and with a backend whose launches wait for keys, the others' come while the attention runs; into pages they
+are written after it. Packed prefixes are read where they lie if the backend can.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cpattn.exchange.key_order import key_order
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
 from cpattn.exchange.late_keys import LateInOrder
+from cpattn.exchange.late_pages import LateIntoPages
 from cpattn.exchange.message import heads_of
 from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.ring import UNKNOWN_POSITIONS
@@ -50,7 +51,7 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sent),)
 
 
-def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | StripedWindow:
+def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | StripedWindow:
     problem, meta = setup.problem, setup.meta
     if meta.plan.sharded:
         return StripedWindow.of(setup)
@@ -58,7 +59,7 @@ def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | StripedWin
     if travels.what == "nothing" and _are_at_hand(setup):
         return _Alone.of(setup)
     if problem.cache == "paged":
-        return GatherIntoPages.of(setup, travels)
+        return LateIntoPages.of(setup, travels) or GatherIntoPages.of(setup, travels)
     rows, order = keys_in_order(setup, setup.kv.group(problem.overlap), travels)
     ordered = order.ordered if isinstance(order, (InOrder, LateInOrder, OwnInOrder)) else None
     return _AllGather(
@@ -76,11 +77,11 @@ def _are_at_hand(setup: Setup) -> bool:
     meta = setup.meta
     if setup.problem.cache == "paged" or meta.bucket is not None:
         return setup.transport.size == 1
-    return key_order(meta, setup.reads_prefix).are_own
+    return key_order(meta, setup.ordered).are_own
 
 
-def _forward(held: _Alone | _AllGather | GatherIntoPages | StripedWindow, io: IO, attend: Attend) -> None:
-    if isinstance(held, (GatherIntoPages, StripedWindow)):
+def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | StripedWindow, io: IO, attend: Attend) -> None:
+    if isinstance(held, (GatherIntoPages, LateIntoPages, StripedWindow)):
         held.forward(io, attend)
         return
     if isinstance(held, _Alone):
@@ -117,7 +118,7 @@ class _Alone(NamedTuple):
     def of(cls, setup: Setup) -> _Alone:
         own = OwnKeys.of(setup)
         if setup.problem.cache != "paged":
-            return cls(own, None, None, spans_in_order(setup.meta, setup.reads_prefix))
+            return cls(own, None, None, spans_in_order(setup.meta, setup.ordered))
         pages = WholePages.of(setup, setup.kv)
         return cls(own, pages, setup.meta.gathered_places, pages.spans)
 

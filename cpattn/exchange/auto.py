@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cpattn.byte_sizes import in_words
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.decodes import DECODE_TOKENS, only_decodes
 from cpattn.exchange.helix import HELIX
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.registry import able_strategies, find_strategy, strategies_for
@@ -22,8 +23,6 @@ from cpattn.problem import Problem
 AUTO_GATHER_LIMIT = 8 * 2**30
 # Gathered queries and their results are held for all ranks at once; beyond this many bytes "auto" sends them around.
 AUTO_GATHER_QUERIES_LIMIT = 256 * 2**20
-# A batch whose requests have no more new tokens than this is decoded: one token each, or some that are speculated.
-DECODE_TOKENS = 16
 
 
 class Candidates(NamedTuple):
@@ -99,8 +98,3 @@ def _rows_of_gather(problem: Problem, plan: Layout) -> int:
     view = View.of(plan)
     is_whole = traveling_keys(problem, plan).what == "all"
     return int(view.prefix.max()) + (plan.cp_size * problem.rows if is_whole else int(view.new.max()))
-
-
-def only_decodes(plan: Layout) -> bool:
-    """Whether each request has a few new tokens at most, as in decoding and speculation."""
-    return bool((plan.extend_lens <= DECODE_TOKENS).all())

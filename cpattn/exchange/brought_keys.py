@@ -25,7 +25,7 @@ def keys_in_order(
     """What is brought of each group of KV heads, and what is attended to of it. Others' rows come late where they can, and where what is
     attended to is one group in one launch."""
     problem, meta = setup.problem, setup.meta
-    order = key_order(meta, setup.reads_prefix)
+    order = key_order(meta, setup.ordered)
     peers = rows_of_peers(setup, kv) if travels.what != "nothing" else []
     if peers and setup.waits_for_keys and problem.overlap == 1:
         # All ranks do the same: what one posts the others read.

@@ -6,6 +6,7 @@ they lie. A query's own keys lie as they would among all keys, one after another
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,17 @@ from cpattn.keys import PREFIX_UNIT
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import SeenKeys
+
+
+class Ordered(IntEnum):
+    """Which keys have rows in a rank's order; as a number the form of a message in it (:class:`cpattn.transports.posted.Posted`)."""
+
+    SEEN = 1
+    """All that its queries see."""
+    BESIDE_PREFIX = 2
+    """Those, without the cached ones that are read where they lie: all but the last of each request, which share a block with new ones."""
+    ALL_NEW = 3
+    """New keys that no query of the rank sees as well, since its pages want all of them, and cached ones as before."""
 
 
 class RequestRows(NamedTuple):
@@ -33,20 +45,18 @@ class RequestRows(NamedTuple):
     begins: IntArray
 
     @classmethod
-    def of(cls, meta: CPMetadata, in_place: bool) -> RequestRows:
-        """Of one rank. A bucket's messages are of its size, and so is this: all new keys have rows, and there are no cached ones.
-
-        Args:
-            in_place: whether cached keys are read where they lie, all but the last of each request that share a block with new ones.
-        """
+    def of(cls, meta: CPMetadata, ordered: Ordered) -> RequestRows:
+        """Of one rank. A bucket's messages are of its size, and so is this: all new keys have rows, and there are no cached ones."""
         plan: Layout = meta.plan
         if meta.bucket is not None:
             none = np.zeros_like(plan.extend_lens)
             return cls(none, none, plan.extend_lens, exclusive_cumsum(plan.extend_lens))
-        seen = SeenKeys.of(plan, meta.cp_rank, window=None)
-        kept = seen.prefix_len // PREFIX_UNIT * PREFIX_UNIT * in_place
-        put = seen.prefix_len - kept
-        return cls(kept, put, seen.new_len, exclusive_cumsum(put + seen.new_len))
+        prefix, new = plan.prefix_lens, plan.extend_lens
+        if ordered is not Ordered.ALL_NEW:
+            seen = SeenKeys.of(plan, meta.cp_rank, window=None)
+            prefix, new = seen.prefix_len, seen.new_len
+        put = _put_of(prefix, ordered)
+        return cls(prefix - put, put, new, exclusive_cumsum(put + new))
 
     @property
     def k_starts(self) -> IntArray:
@@ -71,19 +81,26 @@ class RowsOfRanks(NamedTuple):
     most: int
 
     @classmethod
-    def of(cls, meta: CPMetadata, in_place: bool) -> RowsOfRanks:
+    def of(cls, meta: CPMetadata, ordered: Ordered) -> RowsOfRanks:
         """See :meth:`RequestRows.of`."""
         plan: Layout = meta.plan
-        if meta.bucket is not None:
+        if meta.bucket is not None or ordered is Ordered.ALL_NEW:
             # The same on all ranks.
-            return cls(RequestRows.of(meta, in_place).new_starts[None].repeat(plan.cp_size, axis=0), meta.whole_rows)
+            rows = RequestRows.of(meta, ordered)
+            most = meta.whole_rows if meta.bucket is not None else int((rows.put + rows.new).sum())
+            return cls(rows.new_starts[None].repeat(plan.cp_size, axis=0), most)
         request, start, length, rank = plan.chunk_table
         new = np.zeros((plan.cp_size, len(plan.batch)), dtype=np.int64)
         np.maximum.at(new, (rank, request), start + length)
         prefix = plan.prefix_lens * (new > 0)
-        put = prefix - prefix // PREFIX_UNIT * PREFIX_UNIT * in_place
+        put = _put_of(prefix, ordered)
         ends = (put + new).cumsum(axis=1)
         return cls(ends - new, int(ends[:, -1:].max(initial=0)))
+
+
+def _put_of(prefix: IntArray, ordered: Ordered) -> IntArray:
+    """How many of so many cached keys have rows."""
+    return prefix if ordered is Ordered.SEEN else prefix % PREFIX_UNIT
 
 
 class KeyOrder(NamedTuple):
@@ -107,17 +124,17 @@ class KeyOrder(NamedTuple):
     kept: Tensor | None
 
 
-def key_order(meta: CPMetadata, in_place: bool) -> KeyOrder:
+def key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
     """See :meth:`RequestRows.of`."""
     if meta.bucket is not None:
         return KeyOrder(meta.whole_rows, False, False, None, None, None)
-    order: KeyOrder = meta.derive(("key order", in_place), lambda: _key_order(meta, in_place))
+    order: KeyOrder = meta.derive(("key order", ordered), lambda: _key_order(meta, ordered))
     return order
 
 
-def _key_order(meta: CPMetadata, in_place: bool) -> KeyOrder:
+def _key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
     plan: Layout = meta.plan
-    kept, put, new, begins = rows = RequestRows.of(meta, in_place)
+    kept, put, new, begins = rows = RequestRows.of(meta, ordered)
     num_put, num_new = int(put.sum()), int(new.sum())
     runs = {}
     if num_put:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.key_order import Ordered
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_places import ordered_places
 from cpattn.exchange.page_rows import Places, read_rows, write_rows
@@ -148,7 +149,7 @@ class WholePages(NamedTuple):
         # What no query here sees may not be there yet.
         places = ordered_places(meta, setup.problem.window)
         copy = message_buffer(setup.transport.arena, "ordered", kv, len(places[0]))
-        return cls(PagedKeys.copied(kv, copy, places), spans_in_order(meta, in_place=False))
+        return cls(PagedKeys.copied(kv, copy, places), spans_in_order(meta, Ordered.SEEN))
 
     def keys(self, cache: PagedKV) -> Keys:
         """What to attend to."""

@@ -15,7 +15,7 @@ from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys, PrefixKeys
-from cpattn.kv_cache import PackedKV
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
 from cpattn.transports.rows_of_all import RowsInOrder, SentRows
@@ -37,14 +37,14 @@ class OrderedKeys(NamedTuple):
     @classmethod
     def of(cls, setup: Setup, kv: KVFormat) -> OrderedKeys:
         """Of what this rank's queries see; ``kv`` is of one group of heads."""
-        message = message_buffer(setup.transport.arena, "ordered", kv, key_order(setup.meta, setup.reads_prefix).rows)
+        message = message_buffer(setup.transport.arena, "ordered", kv, key_order(setup.meta, setup.ordered).rows)
         return cls.within(setup, lambda: message)
 
     @classmethod
     def within(cls, setup: Setup, memory: Callable[[], Message]) -> OrderedKeys:
         """The same in memory that is there, of as many rows or more."""
-        order = key_order(setup.meta, setup.reads_prefix)
-        return cls(memory, order, spans_in_order(setup.meta, setup.reads_prefix), moves_for(setup.problem.device))
+        order = key_order(setup.meta, setup.ordered)
+        return cls(memory, order, spans_in_order(setup.meta, setup.ordered), moves_for(setup.problem.device))
 
     def put_prefix(self, io: IO, heads: slice | None) -> None:
         """Cached keys of one group of heads, those that have a place."""
@@ -58,11 +58,7 @@ class OrderedKeys(NamedTuple):
         keys, kept = self.memory().keys, self.order.kept
         if kept is None:
             return keys
-        cache = io.cache
-        assert isinstance(cache, PackedKV)
-        k, v = heads_of(cache.k, heads), heads_of(cache.v, heads)
-        assert v is not None  # it is not a part of K, or the backend would not read it there
-        return keys._replace(prefix=PrefixKeys(_aligned(k), _aligned(v), kept))
+        return keys._replace(prefix=_prefix_of(io.cache, heads, kept))
 
 
 class InOrder(NamedTuple):
@@ -113,7 +109,7 @@ class OwnInPlace(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup) -> OwnInPlace:
-        return cls(OwnKeys.of(setup), spans_in_order(setup.meta, setup.reads_prefix))
+        return cls(OwnKeys.of(setup), spans_in_order(setup.meta, setup.ordered))
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """As they are; nothing of what may have arrived is looked at."""
@@ -121,7 +117,20 @@ class OwnInPlace(NamedTuple):
         return keys._replace(k=heads_of(keys.k, heads), v=heads_of(keys.v, heads))
 
 
+def _prefix_of(cache: PackedKV | PagedKV | None, heads: slice | None, kept: Tensor) -> PrefixKeys:
+    """Some heads of a cache, to be read where they lie."""
+    assert cache is not None  # something is kept
+    if isinstance(cache, PagedKV):
+        k, v, page_table = cache.k_pages, cache.v_pages, cache.page_table
+    else:
+        k, v, page_table = heads_of(cache.k, heads), heads_of(cache.v, heads), None
+    assert v is not None  # it is not a part of K, or the backend would not read it there
+    return PrefixKeys(_aligned(k), _aligned(v), kept, page_table)
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """As a kernel takes cached keys: rows and heads at multiples of 16 bytes."""
-    numbers = x.data_ptr() | x.stride(0) * x.element_size() | x.stride(1) * x.element_size()
+    """As a kernel takes cached keys: pages, rows and heads at multiples of 16 bytes."""
+    numbers = x.data_ptr()
+    for stride in x.stride()[:-1]:
+        numbers |= stride * x.element_size()
     return x if numbers % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, int32
 
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
-from cpattn.exchange.key_order import RequestRows, RowsOfRanks
+from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.strategy import IO, Setup
@@ -17,7 +17,8 @@ from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.tiles import LENGTH_CLASSES
 from cpattn.keys import Arrivals, Keys
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.metadata.needed_keys import SeenKeys
+from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import Pieces, SeenKeys
 from cpattn.moves.late_rows import LateRows
 from cpattn.spans import Spans
 from cpattn.transports.rows_of_all import LateRowsOfPeers, SentRows
@@ -45,12 +46,12 @@ class LateKeys(NamedTuple):
     def of(cls, setup: Setup, kv: KVFormat) -> LateKeys | None:
         """None where they cannot come late."""
         meta, device = setup.meta, setup.problem.device
-        tables = late_tables(meta, setup.problem.window, setup.reads_prefix)
+        tables = late_tables(meta, setup.problem.window, setup.ordered)
         flags = setup.transport.arena.buffer("arrivals", (FIRST_FLAG + tables.late.shape[0],), int32, device)
         # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
         flags[1:].copy_(flags[:1].expand(len(flags) - 1))
-        shape = RowsOfRanks.of(meta, setup.reads_prefix).most, kv.heads, kv.width
-        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.reads_prefix)
+        shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
+        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.ordered)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)
         return None if peers is None else cls(peers, kv, shape, Arrivals(flags, tables.late))
@@ -103,36 +104,49 @@ class LateTables(NamedTuple):
     late: Tensor
 
 
-def late_tables(meta: CPMetadata, window: int | None, in_place: bool) -> LateTables:
+def late_tables(meta: CPMetadata, window: int | None, ordered: Ordered) -> LateTables:
     """For keys in the order of :func:`cpattn.exchange.key_order.key_order`, and queries that see ``window`` of them, or all: what none
-    of them sees does not come at all."""
+    of them sees is not waited for, and comes last, where it has a place at all."""
 
     def build() -> LateTables:
-        tables = DeviceTables(_on_host(meta, window, in_place), meta.device)
+        tables = DeviceTables(_on_host(meta, window, ordered), meta.device)
         return LateTables(*(tables[name] for name in LateTables._fields))
 
-    tables: LateTables = meta.derive(("late keys", window, in_place), build)
+    tables: LateTables = meta.derive(("late keys", window, ordered), build)
     return tables
 
 
-def _on_host(meta: CPMetadata, window: int | None, in_place: bool) -> dict[str, IntArray]:
+def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str, IntArray]:
     plan = meta.plan
-    seen, rows = SeenKeys.of(plan, meta.cp_rank, window), RequestRows.of(meta, in_place)
+    seen, rows = SeenKeys.of(plan, meta.cp_rank, window), RequestRows.of(meta, ordered)
     num_rows = int((rows.put + rows.new).sum()) if meta.bucket is None else meta.whole_rows
     pieces = max(1, -(-num_rows // PIECE_ROWS))
-    _, entry, token, length = seen.pieces
-    request, owner, sent = plan.chunk_table.request[entry], plan.chunk_table.rank[entry], seen.pieces.rows(plan)
-    theirs = RowsOfRanks.of(meta, in_place)
-    place = token - exclusive_cumsum(plan.extend_lens)[request]
-    begin = place + rows.new_starts[request]
     own_rows, source = np.full(meta.rows, -1, dtype=np.int64), np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
+    placed = Pieces.whole(plan) if ordered is Ordered.ALL_NEW else seen.pieces
+    request, owner, place = _where(plan, placed)
+    begin, length = place + rows.new_starts[request], placed.length
     is_own = owner == meta.cp_rank
-    own_rows[_runs(sent[is_own], length[is_own])] = _runs(begin[is_own], length[is_own])
-    is_late = ~is_own & (length > 0)
-    there = (owner * theirs.most + theirs.new_starts[owner, request] + place)[is_late]
-    request, begin, length = request[is_late], begin[is_late], length[is_late]
-    source[_runs(begin, length)] = _runs(there, length)
-    # The attention takes requests of about the longest tiles first, one after the other, and each tile from its last key on.
+    own_rows[_runs(placed.rows(plan)[is_own], length[is_own])] = _runs(begin[is_own], length[is_own])
+    theirs = RowsOfRanks.of(meta, ordered)
+    there = owner * theirs.most + theirs.new_starts[owner, request] + place
+    source[_runs(begin[~is_own], length[~is_own])] = _runs(there[~is_own], length[~is_own])
+    awaited = _by_need(meta, seen, rows)
+    late = np.zeros(pieces, dtype=np.int64)
+    late[awaited] = 1
+    brought = (source.reshape(-1, PIECE_ROWS) >= 0).any(axis=1)
+    in_turn = np.concatenate([awaited, np.flatnonzero(brought & (late == 0))])
+    order = np.full(1 + pieces, -1, dtype=np.int64)
+    order[0] = len(in_turn)
+    order[1 : 1 + len(in_turn)] = in_turn
+    return {"own_rows": own_rows, "source": source, "order": order, "late": late}
+
+
+def _by_need(meta: CPMetadata, seen: SeenKeys, rows: RequestRows) -> IntArray:
+    """The pieces of others' rows that queries see, those first that are needed first: the attention takes requests of about the longest
+    tiles first, one after the other, and each tile from its last key on."""
+    request, owner, place = _where(meta.plan, seen.pieces)
+    is_late = (owner != meta.cp_rank) & (seen.pieces.length > 0)
+    request, begin, length = request[is_late], (place + rows.new_starts[request])[is_late], seen.pieces.length[is_late]
     blocks = (seen.prefix_len + seen.new_len) // _BLOCK_KEYS
     length_class = blocks * LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     first = begin // PIECE_ROWS
@@ -140,12 +154,14 @@ def _on_host(meta: CPMetadata, window: int | None, in_place: bool) -> dict[str, 
     piece, of = _runs(first, many), request.repeat(many)
     piece = piece[np.lexsort((-piece, of, -length_class[of]))]
     _, where = np.unique(piece, return_index=True)
-    order = np.full(1 + pieces, -1, dtype=np.int64)
-    order[0] = len(where)
-    order[1 : 1 + len(where)] = piece[np.sort(where)]
-    late = np.zeros(pieces, dtype=np.int64)
-    late[piece] = 1
-    return {"own_rows": own_rows, "source": source, "order": order, "late": late}
+    needed: IntArray = piece[np.sort(where)]
+    return needed
+
+
+def _where(plan: Layout, pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
+    """Of each the request, the rank that has it, and its place among the new tokens of the request."""
+    request = plan.chunk_table.request[pieces.entry]
+    return request, plan.chunk_table.rank[pieces.entry], pieces.token - exclusive_cumsum(plan.extend_lens)[request]
 
 
 def _runs(first: IntArray, lengths: IntArray) -> IntArray:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
-from cpattn.exchange.key_order import RequestRows
+from cpattn.exchange.key_order import Ordered, RequestRows
 from cpattn.exchange.seen_keys import arrivals
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
@@ -70,7 +70,7 @@ def ordered_places(meta: CPMetadata, window: int | None) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
-        rows, seen = RequestRows.of(meta, in_place=False), SeenKeys.of(plan, meta.cp_rank, window)
+        rows, seen = RequestRows.of(meta, Ordered.SEEN), SeenKeys.of(plan, meta.cp_rank, window)
         cached = rows.put.nonzero()[0]
         request, position, length = _in_pages(plan, seen.pieces)
         holes = seen.holes
@@ -96,6 +96,36 @@ def needed_places(meta: CPMetadata, window: int | None) -> Places:
         return _expanded(request, position, length, meta.device)
 
     return meta.derive(("needed places", window), build)
+
+
+class PlacesInOrder(NamedTuple):
+    """Of rows in the order of :attr:`cpattn.exchange.key_order.Ordered.ALL_NEW`.
+
+    Attributes:
+        new: the place of each row, where it is a new token's.
+        cached, cached_rows: the places of cached tokens that have rows, and those rows; None where none has one.
+    """
+
+    new: Places
+    cached: Places | None
+    cached_rows: Tensor | None
+
+
+def places_in_order(meta: CPMetadata) -> PlacesInOrder:
+    """They are the same on all ranks."""
+
+    def build() -> PlacesInOrder:
+        plan: Layout = meta.plan
+        rows, requests = RequestRows.of(meta, Ordered.ALL_NEW), np.arange(len(plan.batch))
+        # Rows of cached tokens are in the pages already.
+        positions = np.stack([-rows.put, plan.prefix_lens], axis=1).ravel()
+        new = _expanded(requests.repeat(2), positions, np.stack([rows.put, rows.new], axis=1).ravel(), meta.device)
+        if not rows.put.any():
+            return PlacesInOrder(new, None, None)
+        cached = _expanded(requests, rows.kept, rows.put, meta.device)
+        return PlacesInOrder(new, cached, expand_all({"rows": (rows.begins, rows.put)}, meta.device)["rows"])
+
+    return meta.derive("places in order", build)
 
 
 class RestRows(NamedTuple):

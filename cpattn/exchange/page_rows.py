@@ -41,11 +41,11 @@ def write_slots(kv: KVFormat, cache: PagedKV, slots: Tensor, k: Tensor, v: Tenso
         moves.write_pages(part.k_pages, part.v_pages, None, None, slots, part.k, part.v)
 
 
-def read_rows(kv: KVFormat, cache: PagedKV, places: Places, k: Tensor, v: Tensor | None) -> None:
+def read_rows(kv: KVFormat, cache: PagedKV, places: Places, k: Tensor, v: Tensor | None, out_rows: Tensor | None = None) -> None:
     """:meth:`cpattn.moves.moves.Moves.read_pages` into parts of a message."""
     moves = moves_for(kv.device)
     for part in _parts(kv, cache, k, v):
-        moves.read_pages(part.k_pages, part.v_pages, cache.page_table, *places, part.k, part.v)
+        moves.read_pages(part.k_pages, part.v_pages, cache.page_table, *places, part.k, part.v, out_rows)
 
 
 def as_bytes(kv: KVFormat, cache: PagedKV) -> tuple[Tensor, Tensor | None]:

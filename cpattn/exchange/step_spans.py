@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpattn.device_tables import exclusive_cumsum
-from cpattn.exchange.key_order import RequestRows
+from cpattn.exchange.key_order import Ordered, RequestRows
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -43,11 +43,11 @@ def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
     return meta.derive(("causal spans", paged), lambda: _causal(meta, meta.k_starts, paged))
 
 
-def spans_in_order(meta: CPMetadata, in_place: bool) -> Spans:
+def spans_in_order(meta: CPMetadata, ordered: Ordered) -> Spans:
     """The same over keys in the order of :class:`cpattn.exchange.key_order.KeyOrder`, where each request's begin elsewhere."""
     if meta.bucket is not None:
         return causal_spans(meta, paged=False)
-    return meta.derive(("spans in order", in_place), lambda: _causal(meta, RequestRows.of(meta, in_place).k_starts, paged=False))
+    return meta.derive(("spans in order", ordered), lambda: _causal(meta, RequestRows.of(meta, ordered).k_starts, paged=False))
 
 
 def _causal(meta: CPMetadata, starts: IntArray, paged: bool) -> Spans:

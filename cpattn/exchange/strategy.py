@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.key_order import Ordered
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.schedule import Schedule
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -32,7 +33,7 @@ class Setup(NamedTuple):
         transport: over which the call goes; its ``arena`` has the memory.
         reads_pages: whether the backend attends to pages of the cache as they are.
         waits_for_keys: whether its launches wait for keys that come while they run (:class:`cpattn.keys.Arrivals`).
-        reads_prefix: whether they read packed prefixes where those lie (:class:`cpattn.keys.PrefixKeys`).
+        reads_prefix: whether they read prefixes where those lie, beside new keys in order (:class:`cpattn.keys.PrefixKeys`).
     """
 
     problem: Problem
@@ -46,6 +47,13 @@ class Setup(NamedTuple):
     def kv(self) -> KVFormat:
         """How K and V of the call travel."""
         return KVFormat.of(self.problem)
+
+    @property
+    def ordered(self) -> Ordered:
+        """Which keys have rows where a rank puts them in order."""
+        if not self.reads_prefix:
+            return Ordered.SEEN
+        return Ordered.ALL_NEW if self.problem.cache == "paged" else Ordered.BESIDE_PREFIX
 
     @property
     def num_tokens(self) -> int | Tensor:

@@ -87,7 +87,7 @@ class HopperConfig(AttentionConfig):
         Q_TMA: q is a tensor descriptor.
         PAGE_KEYS: keys of a block that lie in one page for certain.
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
-        PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`).
+        PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`); pages are those of them then.
     """
 
     STAGES: int

@@ -145,13 +145,15 @@ def _load_block(source, prefix, item, block, stage, smem, full, PADDED: gl.const
     """Brings a block of K or of V into a stage; once it is there, ``full`` says so."""
     BYTES: gl.constexpr = C.BLOCK_N * PADDED * smem.dtype.primitive_bitwidth // 8
     mbarrier.expect(full, BYTES)
-    if C.PAGE_SIZE:
-        _load_pages(source, item, block, stage, smem, full, PADDED, C)
-    elif C.PREFIX:
-        if block < item.prefix_end:
-            _tma_load(prefix, [item.kv_head, item.prefix_start + block, 0], full, smem.index(stage))
-        else:
+    if C.PREFIX:
+        if block >= item.prefix_end:
             _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
+        elif C.PAGE_SIZE:
+            _load_pages(prefix, item, block, stage, smem, full, PADDED, C)
+        else:
+            _tma_load(prefix, [item.kv_head, item.prefix_start + block, 0], full, smem.index(stage))
+    elif C.PAGE_SIZE:
+        _load_pages(source, item, block, stage, smem, full, PADDED, C)
     else:
         _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
 

@@ -70,7 +70,11 @@ def ragged_attention(
         (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
         None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
-        None if prefix is None else (prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride()), shapes, packs,
+        None if prefix is None else (
+            prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride(),
+            None if prefix.page_table is None else (prefix.page_table.stride(), prefix.page_table.dtype),
+        ),
+        shapes, packs,
         None if k_scale is None or v_scale is None else (k_scale.stride(), v_scale.stride(), k_scale.data_ptr() == v_scale.data_ptr()),
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
@@ -80,7 +84,9 @@ def ragged_attention(
     if arrivals is not None:
         tensors += arrivals
     if prefix is not None:
-        tensors += prefix
+        tensors += prefix.k, prefix.v, prefix.places
+        if prefix.page_table is not None:
+            tensors += (prefix.page_table,)
     if k_scale is not None and v_scale is not None:
         tensors += k_scale, v_scale
     if is_on_current_device(q):
@@ -109,6 +115,7 @@ def _tensors_of(keys: Keys) -> dict[str, int]:
     more = [] if keys.page_table is None else ["page_table"]
     more += [] if keys.arrivals is None else ["arrived", "late"]
     more += [] if keys.prefix is None else ["k_prefix", "v_prefix", "prefix_places"]
+    more += [] if keys.prefix is None or keys.prefix.page_table is None else ["page_table"]
     more += [] if keys.k_scale is None else ["k_scale", "v_scale"]
     return _TENSORS | {name: len(_TENSORS) - 1 + i for i, name in enumerate(more)}
 
@@ -139,7 +146,7 @@ def _prepare(
         return launch_nothing
 
     tma = work.shape.tma and not is_stored and fits_descriptor(k) and fits_descriptor(v)
-    may_specialize = work.shape.specialized and tma and keys.page_size % PAGE_UNIT == 0
+    may_specialize = work.shape.specialized and tma and _page_size(keys) % PAGE_UNIT == 0
     hopper_kernel = specialized_kernel(q.device) if may_specialize else None
     warn_of_tile_file()
     if q.is_cuda and not is_stored:
@@ -171,7 +178,7 @@ def _prepare(
 
 def _arguments(q: Tensor, keys: Keys, options: AttentionOptions, out: Tensor, lse: Tensor, work: Launch) -> dict[str, Any]:
     """What both kernels are given."""
-    page_table, sinks, softcap = keys.page_table, options.sinks, options.softcap
+    page_table, sinks, softcap = keys.page_table if keys.prefix is None else keys.prefix.page_table, options.sinks, options.softcap
     # The sign of the scale goes into q: see _config. With a scale of 0 all scores are 0, as they are with a q of 0.
     magnitude = abs(options.scale) or 1.0
     return {
@@ -207,8 +214,13 @@ def _config(q: Tensor, keys: Keys, options: AttentionOptions, into: bool, work: 
         # The running maximum is taken before scaling, which needs a positive scale.
         "Q_SIGN": (options.scale > 0) - (options.scale < 0),
         "WINDOW": options.window is not None, "SOFTCAP": options.softcap is not None, "SINKS": options.sinks is not None, "INTO": into,
-        "PAGE_SIZE": keys.page_size,
+        "PAGE_SIZE": _page_size(keys),
     }  # fmt: skip
+
+
+def _page_size(keys: Keys) -> int:
+    """Tokens of a page, of all keys or of the prefixes; 0 where there are none."""
+    return keys.page_size if keys.prefix is None else keys.prefix.page_size
 
 
 def specialized_kernel(device: torch.device) -> Any:

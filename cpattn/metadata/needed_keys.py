@@ -110,6 +110,13 @@ class Pieces(NamedTuple):
         token = np.maximum(gaps.end[entry], gaps.first[seen_by])
         return cls(seen_by, entry, token, ends[entry] - token)
 
+    @classmethod
+    def whole(cls, plan: Layout) -> Pieces:
+        """All chunks, whoever sees them."""
+        length = plan.chunk_table.length
+        entries = np.arange(len(length))
+        return cls(entries, entries, exclusive_cumsum(length), length)
+
     @staticmethod
     def how_many(plan: Layout, window: int | None) -> int:
         """Of all entries."""

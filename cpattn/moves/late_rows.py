@@ -17,11 +17,11 @@ class LateRows(NamedTuple):
             brought.
         order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
         flags: which are there; see :class:`cpattn.keys.Arrivals`.
-        in_place: whether cached keys that are read where they lie have no rows.
+        form: of that order, which all ranks' have; see :class:`cpattn.transports.posted.Posted`.
     """
 
     own_rows: Tensor
     source: Tensor
     order: Tensor
     flags: Tensor
-    in_place: bool
+    form: int

@@ -60,8 +60,8 @@ class Posted:
     Attributes:
         nbytes: of it.
         otherwise: the same transfer as a collective, for those who start it outside of a call.
-        form: how it is laid out: 0 for this rank's rows or bytes in turn, 1 for keys in the order that its queries see them in, 2 for
-            those without cached keys that are read elsewhere. Ranks whose forms differ would read each other's wrongly.
+        form: how it is laid out: 0 for this rank's rows or bytes in turn, 1 to 3 for keys in an order
+            (:class:`cpattn.exchange.key_order.Ordered`). Ranks whose forms differ would read each other's wrongly.
         board: where it lies in the call that is under way; memory: the same as this rank's memory.
         turns: what hosts wait by; None where devices wait.
         is_pulled: whether this rank has pulled the others' since it posted its own.

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.reference import reference_attention
+from cpattn.exchange.decodes import DECODE_TOKENS
 from cpattn.exchange.gathered_rows import GatheredRows
-from cpattn.exchange.key_order import RequestRows, RowsOfRanks, key_order
+from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
 from cpattn.exchange.late_keys import late_tables
+from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.keys import PREFIX_UNIT, Keys
+from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.moves import moves_for
@@ -41,18 +43,18 @@ def token(request: Any, position: Any) -> Any:
     return np.asarray(request) * 10**5 + position
 
 
-def memory_of(meta: CPMetadata, window: int | None, in_place: bool) -> tuple[np.ndarray, np.ndarray]:
+def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[np.ndarray, np.ndarray]:
     """Which token is in each row of a rank's memory at last, -1 for none, and which of them come late. No row is put twice."""
-    plan, order, tables = meta.plan, key_order(meta, in_place), late_tables(meta, window, in_place)
+    plan, order, tables = meta.plan, key_order(meta, ordered), late_tables(meta, window, ordered)
     gathered = np.full((plan.cp_size, meta.rows), -1)
     for chunk, first in zip(plan.chunks, plan.chunk_rows, strict=True):
         gathered[chunk.rank, first : first + chunk.length] = token(
             chunk.request, plan.prefix_lens[chunk.request] + chunk.start + np.arange(chunk.length)
         )
     # Each rank's message has its rows in its own order.
-    messages = np.full((plan.cp_size, RowsOfRanks.of(meta, in_place).most), -1)
+    messages = np.full((plan.cp_size, RowsOfRanks.of(meta, ordered).most), -1)
     for rank, there in enumerate(gathered):
-        own = late_tables(plan.metadata(rank, bucket=meta.bucket), window, in_place).own_rows.numpy()
+        own = late_tables(plan.metadata(rank, bucket=meta.bucket), window, ordered).own_rows.numpy()
         messages[rank, own[own >= 0]] = there[own >= 0]
     memory, source = np.full(order.rows, -1), tables.source.numpy()
     is_late = np.zeros(order.rows, dtype=bool)
@@ -72,30 +74,39 @@ def memory_of(meta: CPMetadata, window: int | None, in_place: bool) -> tuple[np.
     return memory, is_late
 
 
+def in_pieces(is_late: np.ndarray, source: Tensor) -> np.ndarray:
+    """Of each piece whether some row of it is late."""
+    padded: np.ndarray = np.pad(is_late, (0, len(source) - len(is_late)))
+    return padded.reshape(-1, PIECE_ROWS).max(axis=1)  # type: ignore[no-any-return]
+
+
 @given(
     batch=st.lists(st.tuples(lengths(20) | st.sampled_from([127, 128, 129, 300]), lengths(70)), min_size=1, max_size=6),
     cp_size=st.sampled_from([1, 2, 3, 5]),
     partition=st.sampled_from(PARTITIONS),
     pad_to=st.sampled_from([1, 8]),
     window=st.none() | st.integers(1, 90),
-    in_place=st.booleans(),
+    ordered=st.sampled_from(Ordered),
     bucket=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
-    batch: Batch, cp_size: int, partition: str, pad_to: int, window: int | None, in_place: bool, bucket: bool
+    batch: Batch, cp_size: int, partition: str, pad_to: int, window: int | None, ordered: Ordered, bucket: bool
 ) -> None:
     if bucket:
         batch = [(0, extend) for _, extend in batch]
     plan = cpattn.plan(batch, cp_size, partition=partition, pad_to=pad_to)
     starts = np.cumsum(plan.prefix_lens) - plan.prefix_lens
+    everything = np.concatenate([token(i, prefix + np.arange(extend)) for i, (prefix, extend) in enumerate(batch)])
+    if bucket and ordered is Ordered.ALL_NEW:
+        ordered = Ordered.SEEN  # pages that a bucket knows too little of
     for rank in range(cp_size):
         meta = plan.metadata(rank, bucket=cpattn.Bucket(8, plan.rows + 8, 64) if bucket else None)
-        order, tables = key_order(meta, in_place), late_tables(meta, window, in_place)
-        memory, is_late = memory_of(meta, window, in_place)
+        order, tables = key_order(meta, ordered), late_tables(meta, window, ordered)
+        memory, is_late = memory_of(meta, window, ordered)
         reached = np.zeros(order.rows, dtype=bool)
         kept = np.zeros((len(batch), 2), dtype=int) if order.kept is None else order.kept.numpy().reshape(-1, 2)
-        for _, q_len, k_start, k_len, diagonal, request in zip(*spans_in_order(meta, in_place).host, strict=True):
+        for _, q_len, k_start, k_len, diagonal, request in zip(*spans_in_order(meta, ordered).host, strict=True):
             # Each query sees the keys before the next one's own, and those form one range for the chunk.
             first = 0 if window is None else max(0, diagonal - window)
             keys = np.arange(first, min(k_len, diagonal + q_len - 1) if q_len else 0)
@@ -107,22 +118,25 @@ def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
             assert not len(stay) or kept[request, 1] == starts[request]
             assert (stay < plan.prefix_lens[request]).all()
         assert (kept[:, 0] % PREFIX_UNIT == 0).all()
-        assert in_place or not kept.any()
-        # What nobody sees is not waited for, whichever piece it is in.
-        assert (reached | ~is_late).all()
-        late = np.pad(is_late, (0, len(tables.source) - len(is_late))).reshape(-1, PIECE_ROWS).any(1)
-        assert tables.late.tolist() == late.tolist()
+        assert ordered is not Ordered.SEEN or not kept.any()
+        # What nobody sees is not waited for, and does not come but for the pages.
+        brought, awaited = in_pieces(is_late, tables.source), in_pieces(is_late & reached, tables.source)
+        assert tables.late.tolist() == awaited.tolist()
         count, *pieces = tables.order.tolist()
-        assert sorted(pieces[:count]) == np.flatnonzero(late).tolist()
+        assert sorted(pieces[:count]) == np.flatnonzero(brought).tolist()
+        assert sorted(pieces[: awaited.sum()]) == np.flatnonzero(awaited).tolist()
         assert all(piece < 0 for piece in pieces[count:])
-        # Of other requests, and behind its queries, a rank's memory has nothing.
-        if not bucket and window is None:
-            assert reached.sum() == order.rows
+        if ordered is Ordered.ALL_NEW:
+            assert np.isin(everything, memory).all()
+        else:
+            assert (reached | ~is_late).all()
+            # Of other requests, and behind its queries, a rank's memory has nothing.
+            assert bucket or window is not None or reached.sum() == order.rows
 
 
 def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
     plan = cpattn.plan([(0, 128), (0, 1024), (0, 1024)], 2)
-    count, *order = late_tables(plan.metadata(0), None, False).order.tolist()
+    count, *order = late_tables(plan.metadata(0), None, Ordered.SEEN).order.tolist()
     # Rank 0 has the first and the last quarter of each request, rank 1 those between.
     assert order[:count] == [*range(55, 23, -1), *range(119, 87, -1), 5, 4, 3, 2]
 
@@ -131,10 +145,10 @@ def test_another_batch_in_a_bucket_has_its_own() -> None:
     bucket = cpattn.Bucket(max_requests=4, max_rows=64, max_chunks=8)
     first, second = (cpattn.plan(batch, 2) for batch in ([(0, 100), (0, 20)], [(0, 30), (0, 5), (0, 60)]))
     meta = first.metadata(1, bucket=bucket)
-    tables = late_tables(meta, None, False)
+    tables = late_tables(meta, None, Ordered.SEEN)
     meta.copy_(second)
     fresh = second.metadata(1, bucket=bucket)
-    for mine, theirs in zip(tables, late_tables(fresh, None, False), strict=True):
+    for mine, theirs in zip(tables, late_tables(fresh, None, Ordered.SEEN), strict=True):
         assert mine.tolist() == theirs.tolist()
 
 
@@ -143,9 +157,9 @@ def test_prefixes_in_place() -> None:
     nothing is put."""
     batch = [(300, 5), (0, 7), (256, 3), (40, 0)]
     meta = cpattn.plan(batch, 1).metadata(0)
-    order = key_order(meta, in_place=True)
+    order = key_order(meta, Ordered.BESIDE_PREFIX)
     assert order.rows == 44 + 5 + 7 + 3
-    assert RequestRows.of(meta, in_place=True).k_starts.tolist() == [-256, 49, 56 - 256, 59]
+    assert RequestRows.of(meta, Ordered.BESIDE_PREFIX).k_starts.tolist() == [-256, 49, 56 - 256, 59]
     assert order.kept is not None
     assert order.kept.tolist() == [256, 0, 0, 300, 256, 300, 0, 556]
     assert order.prefix_places is not None
@@ -173,6 +187,13 @@ class RowsReadLate(GatheredRows):
         message[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
 
 
+def slots(prefix: PrefixKeys, request: int, count: int) -> Tensor:
+    """Of a request's first keys in pages."""
+    assert prefix.page_table is not None
+    key = torch.arange(count)
+    return prefix.page_table[request].long()[key // prefix.page_size] * prefix.page_size + key % prefix.page_size
+
+
 def attend_late(
     seen: list[tuple[bool, bool]], q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -184,8 +205,9 @@ def attend_late(
         if keys.prefix is not None:
             most, row = keys.prefix.places.view(-1, 2)[request].tolist()
             kept = min(k_len, most)
-            ks.append(keys.prefix.k[row : row + kept])
-            vs.append(keys.prefix.v[row : row + kept])
+            rows = range(row, row + kept) if keys.prefix.page_table is None else slots(keys.prefix, request, kept)
+            ks.append(keys.prefix.k.flatten(0, -3)[rows])
+            vs.append(keys.prefix.v.flatten(0, -3)[rows])
         ks.append(keys.k[k_start + kept : k_start + k_len])
         vs.append(keys.v[k_start + kept : k_start + k_len])
     begins = np.cumsum(host.k_len) - host.k_len
@@ -240,3 +262,42 @@ def test_attention_over_late_keys_and_prefixes_in_place(
     assert any(in_place for _, in_place in seen) == (bucket is None)
     # A bucket's are of its size, whatever they hold.
     assert any(late for late, _ in seen) == (partition != "uncut" or bucket is not None)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("prefixes", [(0,) * 6, (300, 0, 7, 128, 0, 129), (64, 0, 128, 0, 0, 256)], ids=["none", "any", "whole units"])
+def test_late_keys_and_prefixes_in_pages(
+    partition: str, window: int | None, prefixes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits are those over collectives, and in the end every rank's pages have all new tokens, and nothing else has changed there."""
+    extends = (54, 5, 0, 50, 6, 1)
+    case = AttentionCase([*zip(prefixes, extends, strict=True)], window=window, cache="paged")
+    plan = case.plan(3, partition=partition, pad_to=4)
+    seen: list[tuple[bool, bool]] = []
+    backend = replace(
+        cpattn.BACKENDS["reference"],
+        attend=partial(attend_late, seen),
+        waits_for_keys=lambda problem: True,
+        reads_prefix=lambda problem: True,
+    )
+
+    def results(backend: Any) -> list[tuple[Tensor, Tensor]]:
+        return run_loopback(lambda group: case.on_rank(plan, group.rank, group, "all_gather", backend), 3)
+
+    expected = results("reference")
+    monkeypatch.setattr(Transport, "rows_of_all", rows_of_all)
+    monkeypatch.setattr(Transport, "late_rows", late_rows)
+    for mine, theirs in zip(results(backend), expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+    assert {late for late, _ in seen} == {True}
+    assert any(in_place for _, in_place in seen) == any(prefix >= PREFIX_UNIT for prefix in prefixes)
+
+
+def test_what_is_decoded_goes_to_pages_first() -> None:
+    """As does what the metadata of a bucket have, which cannot say how many cached keys there are."""
+    for new, fixed, late in ((DECODE_TOKENS, False, False), (DECODE_TOKENS + 1, False, True), (DECODE_TOKENS + 1, True, False)):
+        case = AttentionCase([(9, 1), (300, new)], cache="paged")
+        plan = case.plan(2)
+        assert may_come_late(case.problem(plan), plan, fixed=fixed) == late

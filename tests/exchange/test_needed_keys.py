@@ -18,7 +18,7 @@ import cpattn
 from cpattn.device_tables import IntArray
 from cpattn.exchange import traveling_keys as traveling
 from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies
-from cpattn.exchange.key_order import key_order
+from cpattn.exchange.key_order import Ordered, key_order
 from cpattn.exchange.seen_keys import exchanged_rows
 from cpattn.metadata import needed_keys
 from cpattn.metadata.needed_keys import View, lacking_rows
@@ -52,7 +52,7 @@ def test_rows_are_those_of_brute_force(batch: Batch, options: dict[str, Any], wi
     prefix, new = View.of(plan)
     for rank in range(plan.cp_size):
         meta = plan.metadata(rank)
-        exchanged, order = exchanged_rows(meta, window), key_order(meta, in_place=False)
+        exchanged, order = exchanged_rows(meta, window), key_order(meta, Ordered.SEEN)
         assert exchanged.sent == tuple(expected[rank])
         assert exchanged.received == tuple(expected[:, rank])
         # Of its own and of those that it receives, each has one place.

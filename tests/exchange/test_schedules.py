@@ -19,7 +19,8 @@ import cpattn
 from cpattn.call.arguments import Arguments
 from cpattn.call.find import prepare_call
 from cpattn.costs.decide import Setting
-from cpattn.exchange.auto import AUTO_GATHER_LIMIT, DECODE_TOKENS, candidate_strategies
+from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies
+from cpattn.exchange.decodes import DECODE_TOKENS
 from cpattn.exchange.schedule import Schedule, alignments, bytes_sent, hop_pairs, num_results
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys

@@ -124,14 +124,14 @@ def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: to
             v = None if dims[1] is None else torch.randn(rows, heads, dims[1], dtype=dtype, device=device)
             messages[rank].fill_(7.0)
             # Each has flags of its own.
-            late = LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), in_place=False)
+            late = LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), form=1)
             peer_moves.post_rows(ranks.board(rank, nbytes=nbytes), rows, k, v, rows, late, first=True)
             want.append(torch.full(shape, 7.0, dtype=dtype, device=device))
             has_place = places[rank] >= 0
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
             assert torch.equal(messages[rank], want[rank])
         assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
-        late = LateRows(places[mine], source, order, flags, in_place=False)
+        late = LateRows(places[mine], source, order, flags, form=1)
         peer_moves.pull_pieces(ranks.board(mine, nbytes=nbytes), messages[mine], late)
         comes = source[:num_rows] >= 0
         want[mine][comes] = torch.cat(want)[source[:num_rows][comes].long()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -49,7 +50,27 @@ def test_bits_are_those_of_keys_in_one_piece(head_dim: int, window: int | None) 
     places = torch.from_numpy(np.stack([stay, cached], 1).reshape(-1)).int().cuda()
     plain = tuple(shape for shape in tile_shapes(head_dim, head_dim, q.dtype, (9, 0), specialized=True) if shape.specialized)
     expected = ragged_attention(q, Keys(whole[0], whole[1]), in_one, options, shapes=plain)
-    got = ragged_attention(q, Keys(near[0], near[1], prefix=PrefixKeys(cache[0], cache[1], places)), apart, options)
-    for mine, theirs in zip(got, expected, strict=True):
+    got = [*ragged_attention(q, Keys(near[0], near[1], prefix=PrefixKeys(cache[0], cache[1], places)), apart, options)]
+    # Of a request's pages only the first are looked at, the last of them in part, whatever their size.
+    for page_size in (16, 48, 128, 256):
+        pages, table = _in_pages(whole, begins, stay, page_size)
+        places[1::2] = -1
+        prefix = PrefixKeys(pages[:, 0], pages[:, 1], places, table)
+        got += ragged_attention(q, Keys(near[0], near[1], prefix=prefix), apart, options)
+    for mine, theirs in zip(got, expected * 5, strict=True):
         assert torch.equal(mine, theirs)
         assert not mine.isnan().any()
+
+
+def _in_pages(whole: Tensor, begins: np.ndarray, stay: np.ndarray, page_size: int) -> tuple[Tensor, Tensor]:
+    """The first keys of requests in shuffled pages ``[P, 2, page_size, heads, D]``, NaN beside them, and a table of garbage beyond."""
+    counts = -(-stay // page_size)
+    pages = torch.full((int(counts.sum()) + 3, 2, page_size, *whole.shape[2:]), torch.nan, device="cuda", dtype=whole.dtype)
+    free = torch.randperm(len(pages)).tolist()
+    table = torch.full((len(stay), int(counts.max()) + 2), 2**30, dtype=torch.int32)
+    for request, (first, kept, count) in enumerate(zip(begins, stay, counts, strict=True)):
+        for number in range(count):
+            table[request, number] = free.pop()
+            keys = whole[:, first + number * page_size : first + min(kept, (number + 1) * page_size)]
+            pages[table[request, number], :, : keys.shape[1]] = keys
+    return pages, table.cuda()

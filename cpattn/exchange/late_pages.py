@@ -1,0 +1,71 @@
+"""Strategy ``all_gather`` over pages that every rank holds whole, where new keys come while the attention runs.
+
+They come into order, beside the prefixes, which are read in the pages; and once the attention has ended all of them are written to
+their slots. Nothing is there before the attention but a rank's own keys, and nothing travels after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cpattn.exchange.attend import Attend
+from cpattn.exchange.decodes import only_decodes
+from cpattn.exchange.late_keys import LateInOrder, LateKeys
+from cpattn.exchange.page_places import PlacesInOrder, places_in_order
+from cpattn.exchange.page_rows import read_rows, write_rows
+from cpattn.exchange.rows_of_peers import rows_of_peers
+from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.traveling_keys import Traveling, counted
+from cpattn.kv_cache import PagedKV
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+from cpattn.transports.transfer import Transfer
+
+
+def may_come_late(problem: Problem, plan: Layout, *, fixed: bool) -> bool:
+    """Whether it is worth it for new keys, where a backend and a transport can, as far as problem and plan go.
+
+    A bucket's order would not know how many cached keys there are; and a decode's few keys are written to pages sooner than they are put
+    anywhere else.
+    """
+    return problem.cache == "paged" and problem.overlap == 1 and not fixed and not plan.sharded and not only_decodes(plan)
+
+
+class LateIntoPages(NamedTuple):
+    """What one call needs."""
+
+    transfers: tuple[Transfer, ...]
+    late: LateKeys
+    order: LateInOrder
+    places: PlacesInOrder
+    num_tokens: int | Tensor
+
+    @classmethod
+    def of(cls, setup: Setup, travels: Traveling) -> LateIntoPages | None:
+        """None where they cannot come late, or had better not."""
+        problem, meta, kv = setup.problem, setup.meta, setup.kv
+        if not (setup.waits_for_keys and setup.reads_prefix and may_come_late(problem, meta.plan, fixed=meta.bucket is not None)):
+            return None
+        if not rows_of_peers(setup, kv):
+            return None
+        late = LateKeys.of(setup, kv)
+        if late is None:
+            return None
+        transfer = counted(late.transfer, travels, setup)
+        return cls((transfer,), late, LateInOrder.of(setup, late), places_in_order(meta), setup.num_tokens)
+
+    def forward(self, io: IO, attend: Attend) -> None:
+        """Makes one call."""
+        cache, kv = io.cache, self.late.kv
+        assert isinstance(cache, PagedKV)
+        self.late.put(io.k, io.v, self.num_tokens)
+        work = io.start()
+        message = self.late.message()
+        new, cached, cached_rows = self.places
+        if cached is not None:
+            read_rows(kv, cache, cached, *message.parts, cached_rows)
+        work.wait()
+        attend(self.order.keys(io, self.late, None), self.order.spans)
+        write_rows(kv, cache, new, *message.parts)
