@@ -35,7 +35,7 @@ CALLS = [
     ("pass_q", "sharded", None),
 ]
 BATCH = [(37, 90), (0, 3), (8, 1)]
-KERNELS = ("post_", "pull_", "await_", "end_copy")
+KERNELS = ("exchange_", "post_", "pull_", "await_", "end_copy")
 MOST_SECONDS = 300
 SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
 

@@ -96,9 +96,14 @@ def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | Strip
         if prefix is not None:
             # It is there, and the new keys are still on their way.
             prefix.put_prefix(io, group.kv_heads)
-        if work is not None:
+        comes_late = isinstance(order, LateInOrder)
+        if work is not None and not comes_late:
             work.wait()
-        attend_to_group(attend, order.keys(io, rows, group.kv_heads), order.spans, group)
+        keys = order.keys(io, rows, group.kv_heads)
+        if work is not None and comes_late:
+            # Nothing comes between the launch that brings them and the one that reads them.
+            work.wait()
+        attend_to_group(attend, keys, order.spans, group)
 
 
 class _Alone(NamedTuple):

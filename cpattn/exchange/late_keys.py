@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, int32
 
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
-from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks
+from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.strategy import IO, Setup
@@ -31,7 +31,7 @@ _BLOCK_KEYS = 128
 class LateKeys(NamedTuple):
     """:class:`cpattn.transports.rows_of_all.SentRows` of messages that each rank has in the order of the keys that its queries see.
 
-    Its own rows are in their places as soon as they are sent, where the others read them, and theirs come while the attention runs.
+    Its own rows are put in their places, where the others read them, and theirs come while the attention runs.
 
     Attributes:
         arrivals: by which it waits for them.
@@ -51,14 +51,15 @@ class LateKeys(NamedTuple):
         # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
         flags[1:].copy_(flags[:1].expand(len(flags) - 1))
         shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
-        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.ordered)
+        between = key_order(meta, setup.ordered).prefix_places is not None
+        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.ordered, between)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)
         return None if peers is None else cls(peers, kv, shape, Arrivals(flags, tables.late))
 
     @property
     def transfer(self) -> Transfer:
-        """That makes this rank's known."""
+        """That puts this rank's in their places, and brings the others'."""
         return self.peers.transfer
 
     def message(self) -> Message:
@@ -90,9 +91,7 @@ class LateInOrder(NamedTuple):
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order, with what says which are there."""
-        keys = self.ordered.keys(io, heads)._replace(arrivals=self.late.arrivals)
-        self.late.peers.bring(self.late.message().whole)
-        return keys
+        return self.ordered.keys(io, heads)._replace(arrivals=self.late.arrivals)
 
 
 class LateTables(NamedTuple):

@@ -66,6 +66,8 @@ class LateIntoPages(NamedTuple):
         new, cached, cached_rows = self.places
         if cached is not None:
             read_rows(kv, cache, cached, *message.parts, cached_rows)
+        keys = self.order.keys(io, self.late, None)
+        # Nothing comes between the launch that brings them and the one that reads them.
         work.wait()
-        attend(self.order.keys(io, self.late, None), self.order.spans)
+        attend(keys, self.order.spans)
         write_rows(kv, cache, new, *message.parts)

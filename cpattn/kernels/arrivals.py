@@ -29,11 +29,16 @@ def let_next_begin():
 
 
 @triton.jit
-def announce(flags, turn, is_there):
-    """Says by these flags, where ``is_there``, that what this program has written before is there, also to copies by TMA, which are
-    ordered apart from other reads."""
+def fence_for_copies():
+    """Orders what each thread has written before copies by TMA, which are ordered apart from other reads."""
     thread = tl.arange(0, 32)
     tl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def announce(flags, turn, is_there):
+    """Says by these flags, where ``is_there``, that what this program has written before is there, also to copies by TMA."""
+    fence_for_copies()
     # All threads have written, and stand behind that fence, before one of them says so.
     tl.debug_barrier()
     tl.atomic_xchg(flags, turn, mask=is_there, sem="release", scope="gpu")

@@ -8,19 +8,21 @@ MOST_RANKS = 16
 BOARDS = 32
 WORD_BYTES = 4
 
-# One of each.
+# One of each. FAULT and LIMIT are read as one of 64 bits.
 FAULT = 0
 LIMIT = 1
 WAITING = 2
+ALL_READ = 3
 # One for each board.
 POSTS = 16
 POSTED = POSTS + BOARDS
 PULLED = POSTED + BOARDS
 MAY_POST = PULLED + BOARDS
 MAY_PULL = MAY_POST + BOARDS
-# One for each board and rank: READY, then READ, then SIZE, each BOARDS * ranks words.
+# Of 64 bits, one for each board and rank: READY, then READ, each BOARDS * ranks of them. The number of a post is in the upper half, and
+# in the lower one of READY the size of the message.
 READY = MAY_PULL + BOARDS
-WORDS = READY + 3 * BOARDS * MOST_RANKS
+WORDS = READY + 2 * 2 * BOARDS * MOST_RANKS
 
 # A fault is 1 + the rank that did not come, or this + the rank that has posted another message than was expected.
 OTHER_MESSAGE = 1000

@@ -10,13 +10,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cpattn.kernels.arrivals import all_flag, announce, let_next_begin, piece_flag
 from cpattn.kernels.move_pages import slots_of
-from cpattn.kernels.peer_flags import await_messages, await_readers, end_post, end_pull, let_pull, may_post, may_pull
+from cpattn.kernels.peer_flags import (
+    await_messages,
+    await_readers,
+    end_post,
+    end_pull,
+    found_no_fault,
+    heap_of,
+    let_post,
+    let_pull,
+    may_post,
+    may_pull,
+    posts_of,
+)
 
 
 @triton.jit
-def _at(table, rank, offset, like, WIDE: tl.constexpr = True):
+def at(table, rank, offset, like, WIDE: tl.constexpr = True):
     """What lies ``offset`` bytes behind the beginning of a rank's heap, as a pointer to the kind of number that ``like`` points
     to. With WIDE the offset is a multiple of 16, as that of each board, which the compiler cannot see."""
     pointer = (tl.load(table + rank) + offset).to(like.dtype)
@@ -24,16 +35,17 @@ def _at(table, rank, offset, like, WIDE: tl.constexpr = True):
 
 
 @triton.jit(do_not_specialize=["rank", "board"])
-def await_readers_kernel(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
+def await_readers_kernel(table, rank, board, FIRST: tl.constexpr, WORLD: tl.constexpr, FLAGS: tl.constexpr, THREADS: tl.constexpr):
     """One warp, before a post."""
-    await_readers(table, rank, board, FIRST, WORLD, WORLD_PADDED)
+    heap = heap_of(table, rank)
+    let_post(heap, board, await_readers(table, heap, board, FIRST, WORLD, FLAGS, THREADS) & found_no_fault(table, heap, WORLD, THREADS))
 
 
 @triton.jit(do_not_specialize=["rank", "board", "size", "first_rank", "many"])
-def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.constexpr, WORLD_PADDED: tl.constexpr):
+def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """One warp, before a pull or a copy."""
-    heap, is_there = await_messages(table, rank, board, size, first_rank, many, WORLD, WORLD_PADDED)
-    let_pull(heap, board, is_there)
+    heap = heap_of(table, rank)
+    let_pull(heap, board, await_messages(table, heap, board, posts_of(heap, board), size, first_rank, many, WORLD, THREADS))
 
 
 @triton.jit
@@ -46,47 +58,36 @@ def _post_columns(to_R, from_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_PAD
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "num_tokens"])
 def post_rows_kernel(
-    table, k, v, places, flags, rank, board, offset, size, num_rows, num_tokens,
+    table, k, v, rank, board, offset, size, num_rows, num_tokens,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT_ON_DEVICE: tl.constexpr, PLACES: tl.constexpr, WORLD: tl.constexpr,
+    COUNT_ON_DEVICE: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K.
-
-    With PLACES row i goes to row ``places[i]``, and none for a negative one; and a new round of arrivals begins.
-    """
+    """K and V side by side, as a message ``[num_rows, HEADS, D + DV]``; zeros after the tokens. DV is 0 where V is in K."""
     heap, can_write = may_post(table, rank, board)
     if COUNT_ON_DEVICE:
         num_tokens = tl.load(num_tokens)
-    message = _at(table, rank, offset, k)
+    message = at(table, rank, offset, k)
     for first in range(tl.program_id(0) * BLOCK_R, num_rows * HEADS, tl.num_programs(0) * BLOCK_R):
         pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         row_R = pair_R // HEADS
         head_R = pair_R % HEADS
         is_row_R = row_R < tl.where(can_write, num_rows, 0)
         is_token_R = row_R < num_tokens
-        to_R = row_R
-        if PLACES:
-            to_R = tl.load(places + row_R, mask=is_row_R, other=-1).to(tl.int64)
-            is_row_R = to_R >= 0
-        to_R = message + (to_R * HEADS + head_R) * (D + DV)
+        to_R = message + (row_R * HEADS + head_R) * (D + DV)
         from_R = k + (row_R * k_stride_row + head_R * k_stride_head)
         _post_columns(to_R, from_R, is_row_R, is_token_R, D, D_PADDED)
         if DV:
             from_R = v + (row_R * v_stride_row + head_R * v_stride_head)
             _post_columns(to_R + D, from_R, is_row_R, is_token_R, DV, DV_PADDED)
-    if PLACES:  # noqa: SIM102, as this one is for the compiler
-        if tl.program_id(0) == 0:
-            # Nobody reads it in this launch.
-            tl.store(flags, tl.load(flags) + 1)
-    end_post(table, heap, rank, board, size, can_write, WORLD)
+    end_post(table, heap, rank, board, size, WORLD, THREADS)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank"])
 def pull_rows_kernel(
     table, out, index, slots, rank, board, offset, num_rows, rows_of_rank, out_stride,
     WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, SLOTS: tl.constexpr,
-    WORLD: tl.constexpr,
+    WORLD: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = gathered[index[i]]`` or ``out[slots[i]] = gathered[index[i]]``, where ``gathered`` are all ranks' rows, rank after
     rank, of WIDTH words; zeros for a negative index. Strides are in units of UNIT words."""
@@ -102,100 +103,14 @@ def pull_rows_kernel(
             to_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
             is_row_R = is_row_R & (to_R >= 0)
         from_R = tl.maximum(from_R, 0)
-        source_R = _at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
+        source_R = at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
         for word in tl.static_range(0, WIDTH, BLOCK_W):
             inside_1W = word + word_1W < WIDTH
             values_RW = tl.load(source_R[:, None] + (word + word_1W), mask=is_read_R[:, None] & inside_1W, other=0, cache_modifier=".cg")
             # All bits set are NaN in every floating dtype.
             values_RW = tl.where(is_there, values_RW, -1)
             tl.store(out + (to_R * out_stride)[:, None] * UNIT + (word + word_1W), values_RW, mask=is_row_R[:, None] & inside_1W)
-    end_pull(table, heap, rank, board, WORLD)
-
-
-@triton.jit
-def _pieces(order, step, num_pieces):
-    """The piece, or pieces, that this program brings in its ``step``-th turn, or turns; -1 for none."""
-    i = tl.program_id(0) + step * tl.num_programs(0)
-    return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
-
-
-@triton.jit
-def _sources_of(source, piece, PIECE: tl.constexpr):
-    """Which of all ranks' rows come to a piece's; -1 for none."""
-    row_R = tl.maximum(piece, 0) * PIECE + tl.arange(0, PIECE)
-    return tl.where(piece >= 0, tl.load(source + row_R), -1).to(tl.int64)
-
-
-@triton.jit
-def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_W: tl.constexpr):
-    """BLOCK_W columns of these rows, from wherever they lie."""
-    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-    is_row_R = from_R >= 0
-    from_R = tl.maximum(from_R, 0)
-    source_R = _at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
-    return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
-
-
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows"])
-def pull_pieces_kernel(
-    table, like, source, order, flags, rank, board, offset, size, num_rows,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, TOGETHER: tl.constexpr, WORLD: tl.constexpr,
-    WORLD_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Pieces of PIECE rows of this rank's message, as many as ``order`` begins with, in the order that follows: row i is row
-    ``source[i]`` of all ranks' messages of ``num_rows`` rows, rank after rank; none for -1. ``like`` is of the words that are moved.
-    Each piece is announced once it is there, to a kernel that runs beside this one: it begins when all programs of this one know that
-    the messages lie there, and so are certain to end.
-
-    While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
-    programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that is
-    under way: between two H100 announcing each one took as long as bringing it.
-    """
-    PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
-    heap, is_there = await_messages(table, rank, board, size, 0, WORLD, WORLD, WORLD_PADDED)
-    out = _at(table, rank, offset, like)
-    row_units = WIDTH // UNIT
-    if is_there:
-        let_next_begin()
-    else:
-        # What this rank has itself as well, before anybody reads it: the next kernel begins after this one. All bits set are NaN in
-        # every floating dtype.
-        for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-            for part in tl.static_range(PARTS):
-                word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
-                to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
-                tl.store(to_W, tl.full([BLOCK_W], -1, like.dtype.element_ty), mask=word_W < WIDTH)
-    turn = tl.load(flags)
-    num_pieces = tl.load(order)
-    order += 1
-    piece = _pieces(order, 0, num_pieces)
-    next_piece = _pieces(order, 1, num_pieces)
-    from_R = _sources_of(source, piece, PIECE)
-    next_from_R = _sources_of(source, next_piece, PIECE)
-    values_RW = _load_part(table, out, from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-    steps = tl.cdiv(num_pieces - tl.program_id(0), tl.num_programs(0))
-    for first_step in range(0, steps, TOGETHER):
-        group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces)
-        for i in tl.static_range(TOGETHER):
-            last_piece = _pieces(order, first_step + i + 2, num_pieces)
-            row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
-            to_R = out + (row_R * row_units) * UNIT
-            is_row_R = from_R >= 0
-            for part in tl.static_range(PARTS):
-                if part + 1 < PARTS:
-                    next_RW = _load_part(table, out, from_R, part + 1, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-                else:
-                    next_RW = _load_part(table, out, next_from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-                word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-                tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
-                values_RW = next_RW
-            last_from_R = _sources_of(source, last_piece, PIECE)
-            piece = next_piece
-            next_piece = last_piece
-            from_R = next_from_R
-            next_from_R = last_from_R
-        announce(piece_flag(flags, group_T), turn, group_T >= 0)
-    announce(all_flag(flags), turn, end_pull(table, heap, rank, board, WORLD))
+    end_pull(table, heap, rank, board, WORLD, THREADS)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])
@@ -204,7 +119,7 @@ def pull_pages_kernel(
     page_size, table_stride_request, table_stride_page,
     k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    TABLE: tl.constexpr, ENDS: tl.constexpr, WORLD: tl.constexpr,
+    TABLE: tl.constexpr, ENDS: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Row i of all ranks' messages ``[rows_of_rank, HEADS, D + DV]``, rank after rank, into its slot; none for a negative position.
     With ENDS the messages have been read then."""
@@ -216,7 +131,7 @@ def pull_pages_kernel(
         is_row_R, page_R, inside_R = slots_of(
             request, position, page_table, row_R, row_R < num_rows, page_size, table_stride_request, table_stride_page, TABLE
         )
-        source_R = _at(table, tl.minimum(row_R, num_rows - 1) // rows_of_rank, offset, k_pages)
+        source_R = at(table, tl.minimum(row_R, num_rows - 1) // rows_of_rank, offset, k_pages)
         source_R += ((row_R % rows_of_rank) * HEADS + head_R) * (D + DV)
         to_R = k_pages + (page_R * k_page_stride + inside_R * k_page_stride_token + head_R * k_page_stride_head)
         _pull_columns(to_R, source_R, is_row_R, is_there, D, D_PADDED)
@@ -224,7 +139,7 @@ def pull_pages_kernel(
             to_R = v_pages + (page_R * v_page_stride + inside_R * v_page_stride_token + head_R * v_page_stride_head)
             _pull_columns(to_R, source_R + D, is_row_R, is_there, DV, DV_PADDED)
     if ENDS:
-        end_pull(table, heap, rank, board, WORLD)
+        end_pull(table, heap, rank, board, WORLD, THREADS)
 
 
 @triton.jit
@@ -244,22 +159,22 @@ def _pull_columns(to_R, from_R, is_row_R, is_there, DIM: tl.constexpr, DIM_PADDE
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_units"])
 def post_words_kernel(
     table, x, rank, board, offset, size, num_units,
-    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """A message as it is, in units of UNIT words, from which the compiler sees how wide its accesses may be."""
     heap, can_write = may_post(table, rank, board)
-    message = _at(table, rank, offset, x)
+    message = at(table, rank, offset, x)
     num_words = tl.where(can_write, num_units, 0) * UNIT
     for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK_W), tl.num_programs(0)):
         word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)
         tl.store(message + word_W, tl.load(x + word_W, mask=word_W < num_words), mask=word_W < num_words)
-    end_post(table, heap, rank, board, size, can_write, WORLD)
+    end_post(table, heap, rank, board, size, WORLD, THREADS)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "num_units", "first_rank", "many"])
 def pull_words_kernel(
     table, out, rank, board, offset, num_units, first_rank, many,
-    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_W: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """``num_units`` units of UNIT words, ``offset`` bytes behind the beginning of each of ``many`` ranks' heaps, from ``first_rank``
     on around the ring; where there are several, ``out`` has a part for each rank."""
@@ -271,15 +186,15 @@ def pull_words_kernel(
         source = (first_rank + rank * (many > 1) + block // blocks) % WORLD
         word_W = (block % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
         # What is not there is read all the same, and not used: a mask that depends on it would make accesses narrow.
-        values_W = tl.load(_at(table, source, offset, out, UNIT > 1) + word_W, mask=word_W < num_words, other=0, cache_modifier=".cg")
+        values_W = tl.load(at(table, source, offset, out, UNIT > 1) + word_W, mask=word_W < num_words, other=0, cache_modifier=".cg")
         to_W = out + (source * (many > 1)).to(tl.int64) * num_words + word_W
         # All bits set are NaN in every floating dtype.
         tl.store(to_W, tl.where(is_there, values_W, -1), mask=word_W < num_words)
-    end_pull(table, heap, rank, board, WORLD)
+    end_pull(table, heap, rank, board, WORLD, THREADS)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "num_words"])
-def end_copy_kernel(table, out, rank, board, num_words, BLOCK_W: tl.constexpr, WORLD: tl.constexpr):
+def end_copy_kernel(table, out, rank, board, num_words, BLOCK_W: tl.constexpr, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """One program, after a message was copied: NaN in its place where the group has a fault; and the message has been read."""
     heap, is_there = may_pull(table, rank, board)
     if not is_there:
@@ -287,4 +202,4 @@ def end_copy_kernel(table, out, rank, board, num_words, BLOCK_W: tl.constexpr, W
             word_W = block * BLOCK_W + tl.arange(0, BLOCK_W)
             # All bits set are NaN in every floating dtype.
             tl.store(out + word_W, tl.full([BLOCK_W], -1, out.dtype.element_ty), mask=word_W < num_words)
-    end_pull(table, heap, rank, board, WORLD)
+    end_pull(table, heap, rank, board, WORLD, THREADS)

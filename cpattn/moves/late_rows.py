@@ -18,6 +18,7 @@ class LateRows(NamedTuple):
         order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
         flags: which are there; see :class:`cpattn.keys.Arrivals`.
         form: of that order, which all ranks' have; see :class:`cpattn.transports.posted.Posted`.
+        between: whether cached keys are put in rows of the message after this rank's own, and before others' come.
     """
 
     own_rows: Tensor
@@ -25,3 +26,4 @@ class LateRows(NamedTuple):
     order: Tensor
     flags: Tensor
     form: int
+    between: bool = False

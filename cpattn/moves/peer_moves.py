@@ -1,4 +1,5 @@
-"""Posting this rank's rows in its heap, and pulling all ranks' from theirs: one launch each. None waits on the host."""
+"""Posting this rank's rows in its heap, and pulling all ranks' from theirs: one launch each, after one that waits. None waits on the
+host. Rows that come late are of :mod:`cpattn.moves.peer_exchange`."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
@@ -9,8 +10,8 @@ import triton
 from torch import Tensor, int8, int16, int32, int64, uint8
 
 from cpattn.kernels.arguments import Words
-from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.launch import Launcher, LaunchFunction
+from cpattn.kernels.peer_layout import BOARDS
 from cpattn.kernels.peer_rows import (
     await_messages_kernel,
     await_readers_kernel,
@@ -18,25 +19,18 @@ from cpattn.kernels.peer_rows import (
     post_rows_kernel,
     post_words_kernel,
     pull_pages_kernel,
-    pull_pieces_kernel,
     pull_rows_kernel,
     pull_words_kernel,
 )
-from cpattn.moves.late_rows import LateRows
 
 # Programs of a pull: enough to fill the links between GPUs. Between two H200 132 took 0 to 6% less of a layer than 264, and leave room on
 # each multiprocessor for what other streams run meanwhile.
 _PROGRAMS = 132
 # Of a post, whose programs have four warps; between two H100 132 and 396 took as long.
 _POSTING_PROGRAMS = 264
-# Of a pull beside an attention, which computes on the other multiprocessors. Each has as many threads as a multiprocessor takes, so that
-# few of them have enough bytes on their way. They wait by themselves, on so many multiprocessors that others stay free.
-_PROGRAMS_BESIDE = 24
-_PIECES_TOGETHER = 4
-_MOST_WARPS = {"num_warps": 32}
+_POSTING_WARPS = 4
 _ROWS = 4
-_WARPS = {"num_warps": 8}
-_ONE_WARP = {"num_warps": 1}
+_WARPS = 8
 _WORDS = 4096
 # What one program posts at a time.
 _BYTES = 16384
@@ -45,7 +39,6 @@ _post_rows = Launcher(post_rows_kernel)
 _post_words = Launcher(post_words_kernel)
 _pull_rows = Launcher(pull_rows_kernel)
 _pull_pages = Launcher(pull_pages_kernel)
-_pull_pieces = Launcher(pull_pieces_kernel)
 _pull_words = Launcher(pull_words_kernel)
 _await_readers = Launcher(await_readers_kernel)
 _await_messages = Launcher(await_messages_kernel)
@@ -71,20 +64,18 @@ class Board(NamedTuple):
     nbytes: int
     form: int = 0
 
-    @property
-    def place(self) -> dict[str, Any]:
-        """What every kernel takes of it."""
-        return {"rank": self.rank, "board": self.number, "WORLD": self.size}
+    def place(self, warps: int) -> dict[str, Any]:
+        """What every kernel takes of it whose programs have so many warps."""
+        return {"rank": self.rank, "board": self.number, "WORLD": self.size, "THREADS": 32 * warps}
 
     @property
     def size_word(self) -> int:
         """By which ranks tell messages apart that are not of one call, or not laid out alike."""
         return (4 * self.nbytes + self.form) % 2**31
 
-    @property
-    def waits(self) -> dict[str, Any]:
-        """What those take that wait."""
-        return self.place | {"WORLD_PADDED": triton.next_power_of_2(self.size)}
+    def flags(self, warps: int, first: bool) -> int:
+        """How many flags those look at that wait for readers; see :func:`cpattn.kernels.peer_flags.await_readers`."""
+        return max(32 * warps, int(triton.next_power_of_2(BOARDS * self.size if first else 1)))
 
 
 def await_readers(board: Board, first: bool) -> None:
@@ -92,7 +83,9 @@ def await_readers(board: Board, first: bool) -> None:
     key = *board[1:], first
     launch = _await_readers.prepared.get(key) or _await_readers.prepared.keep(
         key,
-        _await_readers.prepare((1, 1), _ONE_WARP, {"table": 0}, table=board.table, FIRST=first, **board.waits),
+        _await_readers.prepare(
+            (1, 1), {"num_warps": 1}, {"table": 0}, table=board.table, FIRST=first, FLAGS=board.flags(1, first), **board.place(1)
+        ),
     )
     launch(board.table)
 
@@ -103,73 +96,63 @@ def await_messages(board: Board, first_rank: int, many: int) -> None:
     launch = _await_messages.prepared.get(key) or _await_messages.prepared.keep(
         key,
         _await_messages.prepare(
-            (1, 1), _ONE_WARP, {"table": 0}, table=board.table, size=board.size_word, first_rank=first_rank, many=many, **board.waits
+            (1, 1),
+            {"num_warps": 1},
+            {"table": 0},
+            table=board.table,
+            size=board.size_word,
+            first_rank=first_rank,
+            many=many,
+            **board.place(1),
         ),
     )
     launch(board.table)
 
 
-def post_rows(
-    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None = None, *, first: bool
-) -> None:
+def post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, *, first: bool) -> None:
     """Posts K and V side by side as a message ``[rows, Hkv, D + Dv]``, zeros after the tokens, once everybody has read the last one.
 
     Args:
         k, v, num_tokens: as for :meth:`cpattn.moves.moves.Moves.pack`.
-        late: says in which rows of the message they go, in place of the first ones; from now on the others' are not there.
         first: whether it is the first message of its call.
     """
     await_readers(board, first)
     values = k if v is None else v
-    counted = isinstance(num_tokens, Tensor)
-    key = (
-        *board[1:], rows, k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None, None if counted else num_tokens,
-        late is None,
-    )  # fmt: skip
-    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens, late))
-    placed = () if late is None else (late.own_rows, late.flags)
-    launch(board.table, k, values, *placed, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
+    counted = (num_tokens,) if isinstance(num_tokens, Tensor) else ()
+    key = *board[1:], rows, *kind_of_rows(k, v, num_tokens)
+    launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens))
+    launch(board.table, k, values, *counted)
 
 
-def _prepare_post_rows(
-    board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, late: LateRows | None
-) -> LaunchFunction:
-    _, heads, dim = k.shape
+def kind_of_rows(k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> tuple[Any, ...]:
+    """What of rows that are posted decides a launch."""
     values = k if v is None else v
-    v_dim = 0 if v is None else v.shape[2]
+    return k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None, None if isinstance(num_tokens, Tensor) else num_tokens
+
+
+def arguments_of_rows(k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> dict[str, Any]:
+    """What a kernel takes of rows that it posts."""
+    _, heads, dim = k.shape
+    values, v_dim = k if v is None else v, 0 if v is None else v.shape[2]
     block = max(1, _BYTES // (k.element_size() * triton.next_power_of_2(max(dim, v_dim))))
-    tensors = {"table": 0, "k": 1, "v": 2} | ({} if late is None else {"places": 3, "flags": 4})
+    return {
+        "k": k, "v": values, "num_tokens": num_tokens, "COUNT_ON_DEVICE": isinstance(num_tokens, Tensor),
+        "k_stride_row": k.stride(0), "k_stride_head": k.stride(1), "v_stride_row": values.stride(0), "v_stride_head": values.stride(1),
+        "HEADS": heads, "D": dim, "DV": v_dim, "D_PADDED": triton.next_power_of_2(dim),
+        "DV_PADDED": triton.next_power_of_2(max(1, v_dim)), "BLOCK_R": block,
+    }  # fmt: skip
+
+
+def _prepare_post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> LaunchFunction:
+    given = arguments_of_rows(k, v, num_tokens)
+    tensors = {"table": 0, "k": 1, "v": 2} | ({"num_tokens": 3} if given["COUNT_ON_DEVICE"] else {})
     return _post_rows.prepare(
-        (min(_POSTING_PROGRAMS, max(1, triton.cdiv(rows * heads, block))), 1), {},
-        tensors | ({"num_tokens": len(tensors)} if isinstance(num_tokens, Tensor) else {}),
-        table=board.table, k=k, v=values, places=board.table if late is None else late.own_rows,
-        flags=board.table if late is None else late.flags, offset=board.offset, size=board.size_word, num_rows=rows, num_tokens=num_tokens,
-        k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
-        HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor), PLACES=late is not None, **board.place,
+        (min(_POSTING_PROGRAMS, max(1, triton.cdiv(rows * given["HEADS"], given["BLOCK_R"]))), 1), {"num_warps": _POSTING_WARPS}, tensors,
+        table=board.table, offset=board.offset, size=board.size_word, num_rows=rows, **given, **board.place(_POSTING_WARPS),
     )  # fmt: skip
 
 
-def pull_pieces(board: Board, like: Tensor, late: LateRows) -> None:
-    """Brings what comes late of this rank's message ``like``, ``[rows, Hkv, width]``, from the others', once they lie there. The kernel
-    leaves most multiprocessors to one that is launched next as a dependent, which may begin at once."""
-    key = *board[1:], like.shape, like.dtype, like.data_ptr() % 16, late.order.shape
-    launch = _pull_pieces.prepared.get(key) or _pull_pieces.prepared.keep(key, _prepare_pull_pieces(board, like, late))
-    launch(board.table, like, late.source, late.order, late.flags)
-
-
-def _prepare_pull_pieces(board: Board, like: Tensor, late: LateRows) -> LaunchFunction:
-    pieces = late.order.shape[0] - 1
-    word, width, _, unit = _row_words(like)
-    return _pull_pieces.prepare(
-        (min(_PROGRAMS_BESIDE, max(1, pieces)), 1), _MOST_WARPS, {"table": 0, "like": 1, "source": 2, "order": 3, "flags": 4},
-        table=board.table, like=Words(like, word), source=late.source, order=late.order, flags=late.flags, offset=board.offset,
-        num_rows=like.shape[0], WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)),
-        TOGETHER=_PIECES_TOGETHER, size=board.size_word, **board.waits,
-    )  # fmt: skip
-
-
-def _row_words(out: Tensor) -> tuple[Any, int, int, int]:
+def row_words(out: Tensor) -> tuple[Any, int, int, int]:
     """By which words rows are moved, how many they have, how many they are apart, and how many of them at once."""
     flat = out.flatten(1)
     nbytes = flat.shape[1] * flat.element_size()
@@ -201,12 +184,13 @@ def pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor
 
 
 def _prepare_pull_rows(board: Board, rows: int, out: Tensor, index: Tensor, slots: Tensor | None) -> LaunchFunction:
-    word, width, stride, unit = _row_words(out)
+    word, width, stride, unit = row_words(out)
     return _pull_rows.prepare(
-        (min(_PROGRAMS, max(1, triton.cdiv(index.shape[0], _ROWS))), 1), _WARPS, {"table": 0, "out": 1, "index": 2, "slots": 3},
+        (min(_PROGRAMS, max(1, triton.cdiv(index.shape[0], _ROWS))), 1), {"num_warps": _WARPS},
+        {"table": 0, "out": 1, "index": 2, "slots": 3},
         table=board.table, out=Words(out, word), index=index, slots=index if slots is None else slots, offset=board.offset,
         num_rows=index.shape[0], rows_of_rank=rows, out_stride=stride // unit, WIDTH=width, UNIT=unit, BLOCK_R=_ROWS,
-        BLOCK_W=min(1024, triton.next_power_of_2(width)), SLOTS=slots is not None, **board.place,
+        BLOCK_W=min(1024, triton.next_power_of_2(width)), SLOTS=slots is not None, **board.place(_WARPS),
     )  # fmt: skip
 
 
@@ -245,7 +229,7 @@ def _prepare_pull_pages(board: Board, rows: int, pages: Pages, ends: bool) -> La
     heads, dim, v_dim = k_pages.shape[2], k_pages.shape[3], 0 if v_pages is None else v_pages.shape[3]
     block = max(1, _BYTES // (k_pages.element_size() * triton.next_power_of_2(max(dim, v_dim))))
     return _pull_pages.prepare(
-        (min(4 * _PROGRAMS, max(1, triton.cdiv(position.shape[0] * heads, block))), 1), _WARPS,
+        (min(4 * _PROGRAMS, max(1, triton.cdiv(position.shape[0] * heads, block))), 1), {"num_warps": _WARPS},
         {"table": 0, "k_pages": 1, "v_pages": 2, "page_table": 3, "request": 4, "position": 5},
         table=board.table, k_pages=k_pages, v_pages=values, page_table=position if page_table is None else page_table,
         request=position if request is None else request, position=position, offset=board.offset,
@@ -255,7 +239,7 @@ def _prepare_pull_pages(board: Board, rows: int, pages: Pages, ends: bool) -> La
         k_page_stride=k_pages.stride(0), k_page_stride_token=k_pages.stride(1), k_page_stride_head=k_pages.stride(2),
         v_page_stride=values.stride(0), v_page_stride_token=values.stride(1), v_page_stride_head=values.stride(2),
         HEADS=heads, D=dim, DV=v_dim, D_PADDED=triton.next_power_of_2(dim), DV_PADDED=triton.next_power_of_2(max(1, v_dim)),
-        BLOCK_R=block, TABLE=page_table is not None, ENDS=ends, **board.place,
+        BLOCK_R=block, TABLE=page_table is not None, ENDS=ends, **board.place(_WARPS),
     )  # fmt: skip
 
 
@@ -269,9 +253,9 @@ def post_words(board: Board, x: Tensor, first: bool) -> None:
         count = x.nbytes // words.dtype.itemsize
         unit = _unit(words, count, 0)
         launch = _post_words.prepared.keep(key, _post_words.prepare(
-            (min(_POSTING_PROGRAMS, max(1, triton.cdiv(count, _WORDS))), 1), _WARPS, {"table": 0, "x": 1},
+            (min(_POSTING_PROGRAMS, max(1, triton.cdiv(count, _WORDS))), 1), {"num_warps": _WARPS}, {"table": 0, "x": 1},
             table=board.table, x=words, offset=board.offset, size=board.size_word, num_units=count // unit, UNIT=unit,
-            BLOCK_W=_WORDS, **board.place,
+            BLOCK_W=_WORDS, **board.place(_WARPS),
         ))  # fmt: skip
     launch(board.table, x)
 
@@ -287,9 +271,9 @@ def pull_words(board: Board, out: Tensor, first_rank: int, many: int, skip_bytes
         count = out.nbytes // many // words.dtype.itemsize
         unit = _unit(words, count, skip_bytes)
         launch = _pull_words.prepared.keep(key, _pull_words.prepare(
-            (min(_PROGRAMS, max(1, triton.cdiv(count, _WORDS) * many)), 1), _WARPS, {"table": 0, "out": 1},
+            (min(_PROGRAMS, max(1, triton.cdiv(count, _WORDS) * many)), 1), {"num_warps": _WARPS}, {"table": 0, "out": 1},
             table=board.table, out=words, offset=board.offset + skip_bytes, num_units=count // unit, UNIT=unit,
-            first_rank=first_rank, many=many, BLOCK_W=_WORDS, **board.place,
+            first_rank=first_rank, many=many, BLOCK_W=_WORDS, **board.place(_WARPS),
         ))  # fmt: skip
     launch(board.table, out)
 
@@ -301,8 +285,8 @@ def end_copy(board: Board, out: Tensor) -> None:
     if launch is None:
         words = Words(out, _word(out, out.nbytes))
         launch = _end_copy.prepared.keep(key, _end_copy.prepare(
-            (1, 1), _ONE_WARP, {"table": 0, "out": 1}, table=board.table, out=words, num_words=out.nbytes // words.dtype.itemsize,
-            BLOCK_W=1024, **board.place,
+            (1, 1), {"num_warps": 1}, {"table": 0, "out": 1}, table=board.table, out=words, num_words=out.nbytes // words.dtype.itemsize,
+            BLOCK_W=1024, **board.place(1),
         ))  # fmt: skip
     launch(board.table, out)
 

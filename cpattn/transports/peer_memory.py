@@ -291,7 +291,7 @@ class PeerTransport(PairwiseTransport):
         from cpattn.transports.peer_rows import PeerRowsInOrder
 
         # What is read of it the strategy knows.
-        return PeerRowsInOrder(Posted(rows * like.nbytes, form=late.form), 0, like, fill_missing, late)
+        return PeerRowsInOrder(Posted(rows * like.nbytes, form=late.form), 0, rows, like, fill_missing, late)
 
     def _takes(self, nbytes: int) -> bool:
         """Whether a message of that size goes through shared memory, as far as can be said before it has a place."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cpattn.moves.late_rows import LateRows
-from cpattn.moves.peer_moves import Pages, post_rows, pull_pages, pull_pieces, pull_rows
+from cpattn.moves.peer_exchange import Given, exchange_rows
+from cpattn.moves.peer_exchange import Part as ExchangePart
+from cpattn.moves.peer_moves import Board, Pages, post_rows, pull_pages, pull_rows
 from cpattn.transports.posted import OwnMemory, Posted, Poster
 from cpattn.transports.rows_of_all import Part
 from cpattn.transports.transfer import Transfer, Work
@@ -17,22 +21,13 @@ from cpattn.transports.transfer import Transfer, Work
 class _PostedRows:
     """What this rank posts of K and V."""
 
-    def __init__(
-        self,
-        message: Posted,
-        nbytes: int,
-        rows: int,
-        like: Tensor,
-        fill_missing: Callable[[Tensor], None],
-        late: LateRows | None = None,
-    ) -> None:
-        """``like``: of a row; ``nbytes``: that count as sent. For the others see :class:`PeerRows` and :class:`PeerRowsInOrder`."""
+    def __init__(self, message: Posted, nbytes: int, rows: int, like: Tensor, fill_missing: Callable[[Tensor], None]) -> None:
+        """``rows``: this rank's; ``like``: of one; ``nbytes``: that count as sent. For the others see :class:`PeerRows`."""
         self._message = message
         self._rows = rows
         self._like = like
         self._fill_missing = fill_missing
-        self._late = late
-        self._given: tuple[Tensor, Tensor | None, int | Tensor] | None = None
+        self._given: Given | None = None
         self.transfer = Transfer(_post, nbytes, (self,), self._forget, posted=message)
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
@@ -41,19 +36,19 @@ class _PostedRows:
     def _forget(self) -> None:
         self._given = None
 
-    def post(self, transport: Poster) -> Work:
-        """Posts what was put, or, if that is nothing, what stands for it."""
-        board, is_first = transport.begin_post(self._message)
+    def _take_given(self) -> Given:
+        """What was put, or, if that is nothing, what stands for it."""
         given, self._given = self._given, None
-        with transport.on_device():
-            if given is None:
-                # One row for all: a rank may be here since it has no memory.
-                missing = torch.empty_like(self._like)
-                self._fill_missing(missing)
-                given = missing.expand(self._rows, -1, -1), None, self._rows
-            post_rows(board, self._rows, *given, self._late, first=is_first)
-        self._message.end_post()
-        return Work(_nothing)
+        if given is None:
+            # One row for all: a rank may be here since it has no memory.
+            missing = torch.empty_like(self._like)
+            self._fill_missing(missing)
+            given = missing.expand(self._rows, -1, -1), None, self._rows
+        return given
+
+    @abstractmethod
+    def post(self, transport: Poster) -> Work:
+        """Posts it."""
 
 
 class PeerRows(_PostedRows):
@@ -74,6 +69,14 @@ class PeerRows(_PostedRows):
         fill_missing: Callable[[Tensor], None],
     ) -> None:
         super().__init__(message, nbytes, shape[0], torch.empty(1, *shape[1:], dtype=dtype, device=device), fill_missing)
+
+    def post(self, transport: Poster) -> Work:
+        """Posts it; the kernel that pulls waits for the others' rows."""
+        board, is_first = transport.begin_post(self._message)
+        with transport.on_device():
+            post_rows(board, self._rows, *self._take_given(), first=is_first)
+        self._message.end_post()
+        return Work(_nothing)
 
     def gather(self, out: Tensor, index: Tensor, slots: Tensor | None) -> None:
         pull_rows(self._message.begin_pull(), self._rows, out, index, slots)
@@ -97,12 +100,17 @@ class PeerRowsInOrder(_PostedRows):
     """:class:`cpattn.transports.rows_of_all.LateRowsOfPeers`.
 
     Args:
-        late: where rows go.
-        like: ``[1, Hkv, width]``. For the others see :class:`PeerRows`.
+        rows: of the message.
+        like: ``[1, Hkv, width]``.
+        late: where rows go. For the others see :class:`PeerRows`.
     """
 
-    def __init__(self, message: Posted, nbytes: int, like: Tensor, fill_missing: Callable[[Tensor], None], late: LateRows) -> None:
-        super().__init__(message, nbytes, late.own_rows.shape[0], like, fill_missing, late)
+    def __init__(
+        self, message: Posted, nbytes: int, rows: int, like: Tensor, fill_missing: Callable[[Tensor], None], late: LateRows
+    ) -> None:
+        super().__init__(message, nbytes, late.own_rows.shape[0], like, fill_missing)
+        self._rows_in_order = rows
+        self._late = late
 
     @property
     def memory(self) -> OwnMemory:
@@ -110,10 +118,29 @@ class PeerRowsInOrder(_PostedRows):
         assert memory is not None  # it was placed as the call began
         return memory
 
-    def bring(self, message: Tensor) -> None:
-        assert self._late is not None
-        pull_pieces(self._message.begin_pull(), message, self._late)
+    def post(self, transport: Poster) -> Work:
+        """Posts it at once where ranks share a stream, or where more is put beside it. As a rule whoever waits does both in one launch."""
+        if self._message.turns is None and not self._late.between:
+            return Work(partial(self._post_and_pull, transport))
+        board, _ = transport.begin_post(self._message)
+        self._exchange(transport, board, self._take_given(), "post")
+        self._message.end_post()
+        return Work(partial(self._pull, transport))
+
+    def _post_and_pull(self, transport: Poster) -> None:
+        board, _ = transport.begin_post(self._message)
+        self._exchange(transport, board, self._take_given(), "all")
         self._message.end_pull()
+
+    def _pull(self, transport: Poster) -> None:
+        # Where nothing is posted nobody looks at K and V.
+        nothing = self._like.expand(self._rows, -1, -1), None, self._rows
+        self._exchange(transport, self._message.begin_pull(), nothing, "pull")
+        self._message.end_pull()
+
+    def _exchange(self, transport: Poster, board: Board, given: Given, part: ExchangePart) -> None:
+        with transport.on_device():
+            exchange_rows(board, self._like, self._rows_in_order, given, self._late, part, shares=self._message.turns is not None)
 
 
 def _post(transport: Poster, rows: _PostedRows) -> Work:

@@ -24,7 +24,8 @@ class SentRows(Protocol):
         """That brings the rows, or makes them known; None where none travel, on no rank."""
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
-        """Says what this rank sends, as :meth:`cpattn.moves.moves.Moves.pack`. K and V stay as they are until the transfer has begun."""
+        """Says what this rank sends, as :meth:`cpattn.moves.moves.Moves.pack`. K and V stay as they are until the transfer has been waited
+        for."""
 
 
 class RowsInOrder(SentRows, Protocol):
@@ -63,17 +64,14 @@ class RowsOfPeers(RowsOfAll, Protocol):
 
 
 class LateRowsOfPeers(SentRows, Protocol):
-    """Where ranks read each other's memory, messages whose rows each rank has in an order of its own. This rank's are in their places
-    once the transfer has begun, and the others' come late: while the attention runs that reads them."""
+    """Where ranks read each other's memory, messages ``[rows, Hkv, width]`` whose rows each rank has in an order of its own. This rank's
+    are in their places once the transfer has been waited for, and the others' come late. A kernel that is launched next, as a dependent,
+    may begin at once, and waits for each piece; any other begins when all are there."""
 
     @property
     def transfer(self) -> Transfer:
-        """That makes this rank's known."""
+        """That makes this rank's known, and brings the others'."""
 
     @property
     def memory(self) -> OwnMemory:
-        """This rank's message, from the beginning of the transfer on until :meth:`bring`."""
-
-    def bring(self, message: Tensor) -> None:
-        """Brings the others' rows to this rank's message, ``[rows, Hkv, width]``. A kernel that is launched next, as a dependent, may
-        begin at once, and waits for each piece; any other begins when all are there."""
+        """This rank's message, from the beginning of the call on until its next transfer."""

@@ -33,6 +33,7 @@ from cpattn.options import AttentionOptions
 from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 from cpattn.transports.posted import OwnMemory
+from cpattn.transports.transfer import Work
 from cpattn.transports.transport import Transport
 
 PARTITIONS = ["zigzag", "contiguous", "whole", "uncut"]
@@ -177,14 +178,17 @@ class RowsReadLate(GatheredRows):
         super().__init__(transport, kv, memory)
         self._late = late
         self.memory = OwnMemory(self._own.view(-1).view(torch.uint8))
+        gather = self.transfer
+        self.transfer = gather._replace(begin=lambda transport, *arguments: Work(partial(self._bring, gather.begin(transport, *arguments))))
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         self._own.fill_(torch.nan)
         moves_for(k.device).pack(self._own, k, v, num_tokens, self._late.own_rows)
 
-    def bring(self, message: Tensor) -> None:
-        source = self._late.source[: len(message)]
-        message[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
+    def _bring(self, gathering: Work) -> None:
+        gathering.wait()
+        source = self._late.source[: len(self._own)]
+        self._own[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
 
 
 def slots(prefix: PrefixKeys, request: int, count: int) -> Tensor:

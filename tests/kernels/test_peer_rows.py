@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpattn.kernels.peer_layout import BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WAITING, WORD_BYTES, WORDS
+from cpattn.kernels.peer_layout import ALL_READ, BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WAITING, WORD_BYTES, WORDS
 from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
 from cpattn.kernels import peer_flags
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.moves import peer_moves
+from cpattn.moves import peer_exchange, peer_moves
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
 
@@ -43,10 +43,19 @@ class Ranks:
     def board(self, rank: int, number: int = 0, offset: int = 0, nbytes: int = 64) -> Board:
         return Board(self.table, rank, self.size, number, HEADER + offset, nbytes)
 
-    def words(self, rank: int, first: int, number: int) -> list[int]:
-        """Of a rank's heap those for all ranks of a board, from the word ``first`` on."""
-        begin = first + number * self.size
-        return [int(word) for word in self.heaps[rank].view(torch.int32)[begin : begin + self.size]]
+    def flags(self, rank: int, number: int) -> Tensor:
+        """Of a rank's heap those for a board: int32 ``[2, size, 2]``, of each rank size and number of what is ready, and of what was
+        read."""
+        words = self.heaps[rank].view(torch.int32)[READY : READY + 4 * BOARDS * self.size].view(2, BOARDS, self.size, 2)
+        return words[:, number]
+
+    def ready(self, rank: int, number: int) -> list[int]:
+        """Which messages of each rank lie there."""
+        return [int(word) for word in self.flags(rank, number)[0, :, 1]]
+
+    def read(self, rank: int, number: int) -> list[int]:
+        """Which messages of this rank each has read."""
+        return [int(word) for word in self.flags(rank, number)[1, :, 1]]
 
 
 def message_of(rows: int, tensors: tuple[Tensor, Tensor | None], tokens: int) -> Tensor:
@@ -97,7 +106,9 @@ def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtyp
 @pytest.mark.parametrize(
     ("heads", "dims", "dtype"), [(2, (64, 64), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)], ids=str
 )
-def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: torch.dtype, device: str) -> None:
+def test_rows_that_come_late(
+    heads: int, dims: tuple[int, int | None], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Own rows lie in order once a message is posted, those of others come piece by piece, and each says so: turn after turn."""
     torch.manual_seed(0)
     size, rows, pieces, width = 3, 20, 4, dims[0] + (dims[1] or 0)
@@ -117,33 +128,52 @@ def test_rows_that_come_late(heads: int, dims: tuple[int, int | None], dtype: to
     shape, nbytes = (num_rows, heads, width), num_rows * heads * width * dtype.itemsize
     messages = [heap[HEADER : HEADER + nbytes].view(dtype).view(shape) for heap in ranks.heaps]
     after = ranks.heaps[mine][HEADER + nbytes :]
-    for turn in (1, 2):
-        want = []
+    # The last one posts and pulls in one launch, of one program here, as others would wait for each other.
+    monkeypatch.setattr(peer_exchange, "_PROGRAMS", 1)
+    words = ranks.heaps[mine].view(torch.int32)
+    for turn in (1, 2, 3):
+        monkeypatch.setattr(peer_exchange, "_FEW", 1 if turn == 3 else 24)
+        want, given = [], []
         for rank in range(size):
             k = torch.randn(rows, heads, dims[0], dtype=dtype, device=device)
             v = None if dims[1] is None else torch.randn(rows, heads, dims[1], dtype=dtype, device=device)
+            given.append((k, v, rows))
             messages[rank].fill_(7.0)
-            # Each has flags of its own.
-            late = LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), form=1)
-            peer_moves.post_rows(ranks.board(rank, nbytes=nbytes), rows, k, v, rows, late, first=True)
             want.append(torch.full(shape, 7.0, dtype=dtype, device=device))
             has_place = places[rank] >= 0
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
-            assert torch.equal(messages[rank], want[rank])
-        assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
-        late = LateRows(places[mine], source, order, flags, form=1)
-        peer_moves.pull_pieces(ranks.board(mine, nbytes=nbytes), messages[mine], late)
+        # Each has flags of its own.
+        lates = [LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), form=1) for rank in range(size)]
+
+        def exchange(rank: int, part: peer_exchange.Part, *, shares: bool) -> None:
+            board = ranks.board(rank, nbytes=nbytes)
+            peer_exchange.exchange_rows(board, messages[rank][:1], num_rows, given[rank], lates[rank], part, shares=shares)  # noqa: B023
+
+        for rank in range(size):
+            if turn < 3 or rank != mine:
+                exchange(rank, "post", shares=True)
+                assert torch.equal(messages[rank], want[rank])
         comes = source[:num_rows] >= 0
         want[mine][comes] = torch.cat(want)[source[:num_rows][comes].long()]
+        if turn < 3:
+            assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
+            exchange(mine, "pull", shares=True)
+            assert int(words[ALL_READ]) == 0
+        else:
+            # Ends once the others have read.
+            ranks.flags(mine, 0)[1, :, 1] = turn
+            exchange(mine, "all", shares=False)
+            assert int(words[ALL_READ]) == 1
         assert torch.equal(messages[mine], want[mine])
         assert flags.tolist() == [turn, turn, turn, turn, 0, turn]
-        assert ranks.words(0, READY + BOARDS * size, 0)[mine] == turn
+        assert ranks.read(0, 0)[mine] == turn
         for rank in (0, 2):
             peer_moves.pull_nothing(ranks.board(rank, nbytes=nbytes))
     # Where a wait has found a fault, all is NaN, what this rank has itself as well.
-    ranks.heaps[mine].view(torch.int32)[FAULT] = 1
-    peer_moves.pull_pieces(ranks.board(mine, nbytes=nbytes), messages[mine], late)
+    words[FAULT] = 1
+    exchange(mine, "all", shares=False)
     assert messages[mine].isnan().all()
+    assert ranks.ready(0, 0)[mine] == 3
     assert not after.any()
 
 
@@ -180,7 +210,7 @@ def test_rows_into_pages(has_v: bool, has_table: bool, device: str) -> None:
     for part, is_read in (("first", is_first), ("last", ~is_first)):
         places = Pages(again[0], again[1] if has_v else None, table, request, torch.where(is_read, position, -1))
         peer_moves.pull_pages(ranks.board(0, number=3, offset=512), rows, places, part)
-        assert ranks.words(1, READY + BOARDS * ranks.size, 3) == [int(part == "last"), 1]
+        assert ranks.read(1, 3) == [int(part == "last"), 1]
     assert torch.equal(again[0], want[0])
     assert torch.equal(again[1], want[1])
 
@@ -210,22 +240,21 @@ def test_bytes(nbytes: int, device: str) -> None:
 def test_what_is_posted_and_read_is_said(device: str) -> None:
     ranks = Ranks(3, device)
     x, copied = torch.ones(1, 64, dtype=torch.uint8, device=device), torch.zeros(1, 64, dtype=torch.uint8, device=device)
-    sizes, reads = READY + 2 * BOARDS * 3, READY + BOARDS * 3
     for layer in (1, 2):
         for rank in range(3):
             peer_moves.post_words(ranks.board(rank, 1), x, first=layer == 1)
         for rank in range(3):
-            assert ranks.words(rank, READY, 1) == [layer] * 3
-            assert ranks.words(rank, sizes, 1) == [4 * 64] * 3
-            assert ranks.words(rank, reads, 1) == [layer - 1] * 3
+            assert ranks.ready(rank, 1) == [layer] * 3
+            assert ranks.flags(rank, 1)[0, :, 0].tolist() == [4 * 64] * 3
+            assert ranks.read(rank, 1) == [layer - 1] * 3
         # Rank 0 reads nothing, rank 1 pulls, and rank 2 copies.
         peer_moves.pull_nothing(ranks.board(0, 1))
         peer_moves.pull_words(ranks.board(1, 1), torch.empty(1, 192, dtype=torch.uint8, device=device), 0, 3)
         peer_moves.await_messages(ranks.board(2, 1), 1, 1)
         peer_moves.end_copy(ranks.board(2, 1), copied)
         for rank in range(3):
-            assert ranks.words(rank, reads, 1) == [layer] * 3
-            assert ranks.words(rank, READY, 0) == [0] * 3
+            assert ranks.read(rank, 1) == [layer] * 3
+            assert ranks.ready(rank, 0) == [0] * 3
     assert not copied.any()
 
 
@@ -234,7 +263,7 @@ def test_nobody_waits_any_more_after_a_fault(device: str) -> None:
     ranks, x = Ranks(2, device), torch.ones(1, 64, dtype=torch.uint8, device=device)
     ranks.heaps[0].view(torch.int32)[FAULT] = 2
     peer_moves.post_words(ranks.board(0), x, first=True)
-    assert ranks.words(1, READY, 0) == [0, 0]
+    assert ranks.ready(1, 0) == [0, 0]
     assert int(ranks.fault[0]) == 2
     for many in (1, 2):
         out = torch.zeros(1, 64 * many, dtype=torch.uint8, device=device)
@@ -323,4 +352,4 @@ def test_they_compile_for_hopper() -> None:
         env=environment | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 11
+    assert len(done.stdout.split()) == 12

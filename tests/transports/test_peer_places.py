@@ -78,9 +78,14 @@ def test_the_words_of_a_heap_do_not_overlap() -> None:
     """Of the largest group the last flag is the last word."""
     from cpattn.kernels import peer_layout as words
 
-    assert max(words.FAULT, words.LIMIT, words.WAITING) < words.POSTS
-    assert words.READY + 3 * BOARDS * MOST_RANKS == WORDS
+    assert len({words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ}) == 4
+    assert max(words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ) < words.POSTS
+    # One load reads both.
+    assert words.FAULT % 2 == 0
+    assert words.LIMIT == words.FAULT + 1
+    assert words.READY + 2 * 2 * BOARDS * MOST_RANKS == WORDS
     assert words.READY == words.POSTS + 5 * BOARDS
+    assert words.READY % 2 == 0
 
 
 @pytest.fixture(scope="module")

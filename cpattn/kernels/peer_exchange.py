@@ -1,0 +1,174 @@
+"""A Triton kernel by which each rank puts its rows in order where the others read them, and brings theirs, in one launch;
+:mod:`cpattn.moves.peer_exchange` launches it.
+
+All programs post, and then a few of them wait and pull, so that most multiprocessors stay free: for the attention, which is launched as a
+dependent, and for what other groups do, which those who are waited for may need. All of a rank's programs have begun once its message lies
+there, and what pulls waits for messages alone. So where all messages lie there the kernels of all ranks are certain to end.
+
+That nobody reads any more what a post writes over is known before it as a rule: the kernel of the last call has waited for that at its
+end, one program beside the attention. After a call that sends otherwise the few wait, and post everything, while the others leave.
+
+Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are announced together.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cpattn.kernels.arrivals import all_flag, announce, fence_for_copies, let_next_begin, piece_flag
+from cpattn.kernels.peer_flags import (
+    await_all_read,
+    await_messages,
+    await_readers,
+    found_no_fault,
+    heap_of,
+    is_all_read,
+    is_last_to_post,
+    is_last_to_pull,
+    posts_of,
+    tell_posted,
+    tell_read,
+)
+from cpattn.kernels.peer_rows import at
+
+
+@triton.jit
+def _pieces(order, step, num_pieces, FEW: tl.constexpr):
+    """The piece, or pieces, that this program brings in its ``step``-th turn, or turns; -1 for none."""
+    i = tl.program_id(0) + step * FEW
+    return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
+
+
+@triton.jit
+def _sources_of(source, piece, PIECE: tl.constexpr):
+    """Which of all ranks' rows come to a piece's; -1 for none."""
+    row_R = tl.maximum(piece, 0) * PIECE + tl.arange(0, PIECE)
+    return tl.where(piece >= 0, tl.load(source + row_R), -1).to(tl.int64)
+
+
+@triton.jit
+def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_W: tl.constexpr):
+    """BLOCK_W columns of these rows, from wherever they lie."""
+    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    is_row_R = from_R >= 0
+    from_R = tl.maximum(from_R, 0)
+    source_R = at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
+    return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
+
+
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "own_rows", "num_tokens", "num_rows"])
+def exchange_rows_kernel(
+    table, k, v, like, places, source, order, flags, rank, board, offset, size, own_rows, num_tokens, num_rows,
+    k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+    COUNT_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr,
+    TOGETHER: tl.constexpr, POSTS: tl.constexpr, PULLS: tl.constexpr, SHARES: tl.constexpr, FEW: tl.constexpr, WORLD: tl.constexpr,
+    FLAGS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Own rows and pieces of others' in this rank's message ``[num_rows, HEADS, D + DV]``, whose rows are of WIDTH words too; ``like`` is
+    of the words that are pulled.
+
+    With POSTS row i of K and V goes to row ``places[i]``, and none for a negative one; zeros after the tokens. DV is 0 where V is in K.
+    Then a new round of arrivals begins.
+
+    With PULLS the first FEW programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order that
+    follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. Each piece is announced once it is there, to a
+    kernel that runs beside this one: it begins when all programs of this one know that the messages lie there, and so are certain to end.
+
+    One launch may post and the next one pull: where other rows of the message are written between, and where ranks share a stream
+    (SHARES). Those would otherwise keep away whom they wait for. Their hosts wait, and no kernel does.
+    """
+    heap = heap_of(table, rank)
+    # Both are counted on by the last program of a post, after all have read them.
+    posts = posts_of(heap, board)
+    turn = tl.load(flags)
+    if POSTS:
+        posts += 1
+        turn += 1
+        can_write = is_all_read(heap)
+        posting = tl.where(can_write, tl.num_programs(0), FEW)
+        if (can_write == 0) & (tl.program_id(0) < FEW):
+            can_write = await_readers(table, heap, board, True, WORLD, FLAGS, THREADS)
+        if COUNT_ON_DEVICE:
+            num_tokens = tl.load(num_tokens)
+        message = at(table, rank, offset, k)
+        column_1D = tl.arange(0, D_PADDED)[None, :]
+        column_1DV = tl.arange(0, DV_PADDED)[None, :]
+        for first in range(tl.program_id(0) * BLOCK_R, tl.where(can_write, own_rows, 0) * HEADS, posting * BLOCK_R):
+            pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+            row_R = pair_R // HEADS
+            head_R = pair_R % HEADS
+            place_R = tl.load(places + row_R, mask=row_R < own_rows, other=-1).to(tl.int64)
+            is_put_R1 = (place_R >= 0)[:, None]
+            is_token_R1 = is_put_R1 & (row_R < num_tokens)[:, None]
+            from_R = k + (row_R * k_stride_row + head_R * k_stride_head)
+            k_RD = tl.load(from_R[:, None] + column_1D, mask=is_token_R1 & (column_1D < D), other=0)
+            to_R = message + (place_R * HEADS + head_R) * (D + DV)
+            if DV:
+                # Both are on their way before either is written.
+                from_R = v + (row_R * v_stride_row + head_R * v_stride_head)
+                v_RD = tl.load(from_R[:, None] + column_1DV, mask=is_token_R1 & (column_1DV < DV), other=0)
+                tl.store((to_R + D)[:, None] + column_1DV, v_RD, mask=is_put_R1 & (column_1DV < DV))
+            tl.store(to_R[:, None] + column_1D, k_RD, mask=is_put_R1 & (column_1D < D))
+        # The attention reads them by copies while this kernel runs.
+        fence_for_copies()
+        if is_last_to_post(heap, board):
+            tl.store(flags, turn)
+            tell_posted(table, heap, rank, board, size, WORLD, THREADS)
+    if PULLS and tl.program_id(0) < FEW:
+        # What says where pieces lie comes while others' messages are waited for.
+        num_pieces = tl.load(order)
+        order += 1
+        piece = _pieces(order, 0, num_pieces, FEW)
+        next_piece = _pieces(order, 1, num_pieces, FEW)
+        from_R = _sources_of(source, piece, PIECE)
+        next_from_R = _sources_of(source, next_piece, PIECE)
+        is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
+        PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+        out = at(table, rank, offset, like)
+        row_units = WIDTH // UNIT
+        if is_there:
+            let_next_begin()
+        else:
+            # What this rank has itself as well, before anybody reads it: the next kernel begins after this one. All bits set are NaN in
+            # every floating dtype.
+            for row in range(tl.program_id(0), num_rows, FEW):
+                for part in tl.static_range(PARTS):
+                    word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
+                    to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
+                    tl.store(to_W, tl.full([BLOCK_W], -1, like.dtype.element_ty), mask=word_W < WIDTH)
+        # While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
+        # programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that
+        # is under way: between two H100 announcing each one took as long as bringing it.
+        values_RW = _load_part(table, out, from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
+        for first_step in range(0, tl.cdiv(num_pieces - tl.program_id(0), FEW), TOGETHER):
+            group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces, FEW)
+            for i in tl.static_range(TOGETHER):
+                last_piece = _pieces(order, first_step + i + 2, num_pieces, FEW)
+                row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
+                to_R = out + (row_R * row_units) * UNIT
+                is_row_R = from_R >= 0
+                for part in tl.static_range(PARTS):
+                    if part + 1 < PARTS:
+                        next_RW = _load_part(table, out, from_R, part + 1, offset, num_rows, WIDTH, UNIT, BLOCK_W)
+                    else:
+                        next_RW = _load_part(table, out, next_from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
+                    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+                    tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
+                    values_RW = next_RW
+                last_from_R = _sources_of(source, last_piece, PIECE)
+                piece = next_piece
+                next_piece = last_piece
+                from_R = next_from_R
+                next_from_R = last_from_R
+            announce(piece_flag(flags, group_T), turn, group_T >= 0)
+        is_last = is_last_to_pull(heap, board, FEW)
+        announce(all_flag(flags), turn, is_last)
+        # What was read may be the NaN of a rank that has found one.
+        found_no_fault(table, heap, WORLD, THREADS)
+        if is_last:
+            tell_read(table, heap, rank, board, WORLD, THREADS)
+            if not SHARES:
+                await_all_read(table, heap, board, WORLD, THREADS)

@@ -1,0 +1,76 @@
+"""Each rank's rows in order where the others read them, and theirs brought beside the attention: one launch for both."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+from cpattn.kernels.arguments import Words
+from cpattn.kernels.arrival_layout import PIECE_ROWS
+from cpattn.kernels.launch import Launcher, LaunchFunction
+from cpattn.kernels.peer_exchange import exchange_rows_kernel
+from cpattn.moves.late_rows import LateRows
+from cpattn.moves.peer_moves import Board, arguments_of_rows, kind_of_rows, row_words
+
+# Programs that post, of which few go on to wait and to pull, on so many multiprocessors that others stay free for the attention and for
+# what other groups do. Each has as many threads as a multiprocessor takes, so that few of them have enough bytes on their way.
+_PROGRAMS = 132
+_FEW = 24
+# Of a small GPU's multiprocessors they leave as many free: while they wait, all that post have to find place.
+_SHARE = 4
+_WARPS = 32
+_PIECES_TOGETHER = 4
+
+# What a launch does: all of it, or the first or the last part.
+Part: TypeAlias = Literal["all", "post", "pull"]
+# K, V and the number of tokens, as :meth:`cpattn.moves.moves.Moves.pack` takes them.
+Given: TypeAlias = "tuple[Tensor, Tensor | None, int | Tensor]"
+
+_exchange_rows = Launcher(exchange_rows_kernel)
+
+
+def exchange_rows(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part = "all", *, shares: bool = False) -> None:
+    """Puts K and V side by side in this rank's message ``[rows, Hkv, width]``, zeros after the tokens, once everybody has read the last
+    one, and brings what comes late of it from the others' messages, once those lie there. The kernel leaves most multiprocessors to one
+    that is launched next as a dependent, which may begin as soon as they lie there.
+
+    Args:
+        like: of a row.
+        late: says in which rows of the message this rank's go, and which ones of others'.
+        shares: whether all ranks launch on one stream, one part after another.
+    """
+    k, v, num_tokens = given
+    counted = (num_tokens,) if isinstance(num_tokens, Tensor) else ()
+    key = *board[1:], part, shares, rows, like.shape, *kind_of_rows(*given), late.order.shape
+    launch = _exchange_rows.prepared.get(key) or _exchange_rows.prepared.keep(key, _prepare(board, like, rows, given, late, part, shares))
+    launch(board.table, k, k if v is None else v, like, late.own_rows, late.source, late.order, late.flags, *counted)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; the interpreter stands in for a large GPU."""
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_TENSORS = ("table", "k", "v", "like", "places", "source", "order", "flags")
+
+
+def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part, shares: bool) -> LaunchFunction:
+    own: dict[str, Any] = arguments_of_rows(*given)
+    own_rows = late.own_rows.shape[0]
+    word, width, _, unit = row_words(like)
+    few = max(1, min(_FEW, _processors(like.device) // _SHARE, late.order.shape[0] - 1))
+    programs = few if part == "pull" else max(few, min(_PROGRAMS, triton.cdiv(own_rows * own["HEADS"], own["BLOCK_R"])))
+    tensors = (*_TENSORS, "num_tokens") if own["COUNT_ON_DEVICE"] else _TENSORS
+    return _exchange_rows.prepare(
+        (programs, 1), {"num_warps": _WARPS}, {name: i for i, name in enumerate(tensors)},
+        table=board.table, like=Words(like, word), places=late.own_rows, source=late.source, order=late.order, flags=late.flags,
+        offset=board.offset, size=board.size_word, own_rows=own_rows, num_rows=rows,
+        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)), TOGETHER=_PIECES_TOGETHER,
+        POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FEW=few, FLAGS=board.flags(_WARPS, True), **own, **board.place(_WARPS),
+    )  # fmt: skip
