@@ -21,7 +21,7 @@ HEADER = ["over", "kernel", "begin, us", "us"]
 # What kernels are, by a part of their names, and in which colour they are drawn; all others wait.
 SORTS = {
     "attention": (("attention",), "#0072B2"),
-    "keys come from the other GPU": (("pull_", "nccl", "Memcpy PtoP"), "#D55E00"),
+    "keys come from the other GPU": (("exchange_", "pull_", "nccl", "Memcpy PtoP"), "#D55E00"),
     "own keys are written where they are read": (("post_", "pack"), "#009E73"),
     "put in order": (("gather", "move", "put"), "#E69F00"),
 }

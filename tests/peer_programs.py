@@ -241,6 +241,44 @@ def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[b
     return same
 
 
+def change_ways(ways: list[tuple[str, list[tuple[int, int]]]], turns: int, captures: bool) -> list[bool]:
+    """Calls by several strategies, over prefixes as well, that follow each other at once in the same memory, while one rank after the
+    other is late; or a graph of them, which follows itself. Whether each result is that of collectives."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = PeerMemoryTransport(dist.new_group())
+    calls: list[Callable[[], Any]] = []
+    expected: list[Any] = []
+    for strategy, batch in ways:
+        metas = [cpattn.build_metadata(batch, size, rank, device="cuda") for _ in range(2)]
+        torch.manual_seed(7)
+        prefix = cpattn.PackedKV(*(torch.randn(metas[0].plan.num_prefix_tokens, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv"))
+        torch.manual_seed(rank)
+        q, k, v = (torch.randn(metas[0].rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        both = [
+            partial(cpattn.cp_attention, q, k, v, meta, group=over, kv_cache=prefix, strategy=strategy, backend="triton")
+            for meta, over in zip(metas, (group, cpattn.transport(kind="collectives")), strict=True)
+        ]
+        calls.append(both[0])
+        expected.append(both[1]())
+        both[0]()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph, outs = torch.cuda.CUDAGraph(), []
+    if captures:
+        with torch.cuda.graph(graph):
+            outs = [call() for call in calls]
+    same = []
+    for turn in range(turns):
+        if turn % size == rank:
+            torch.cuda._sleep(3_000_000)  # type: ignore[no-untyped-call]
+        if captures:
+            graph.replay()
+        else:
+            outs = [call() for call in calls]
+        same += [torch.equal(out, other) for out, other in zip(outs, expected, strict=True)] if turn + size >= turns else []
+    return same
+
+
 def refusal_where(name: str, value: str | None) -> str:
     """What a call over peers' memory says with this in the environment, of ranks that share a GPU."""
     with pytest.MonkeyPatch.context() as patch:

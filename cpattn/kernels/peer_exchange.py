@@ -169,6 +169,6 @@ def exchange_rows_kernel(
         # What was read may be the NaN of a rank that has found one.
         found_no_fault(table, heap, WORLD, THREADS)
         if is_last:
-            tell_read(table, heap, rank, board, WORLD, THREADS)
+            tell_read(table, rank, board, posts, WORLD, THREADS)
             if not SHARES:
-                await_all_read(table, heap, board, WORLD, THREADS)
+                await_all_read(table, heap, board, posts, WORLD, THREADS)

@@ -236,9 +236,11 @@ def is_all_read(heap):
 
 
 @triton.jit
-def await_all_read(table, heap, board, WORLD: tl.constexpr, THREADS: tl.constexpr):
-    """Waits until all have read this rank's last message, one program of all, and writes that down."""
-    are_read = await_readers(table, heap, board, False, WORLD, THREADS, THREADS)
+def await_all_read(table, heap, board, posts, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """Waits until all have read this rank's last message, the ``posts``-th, one program of all, and writes that down."""
+    reader_W = tl.arange(0, THREADS)
+    flags_W = read_flags(heap, board, reader_W, WORLD)
+    are_read, _ = _await(table, heap, flags_W, posts + reader_W * 0, 0, reader_W, reader_W < WORLD, WORLD, THREADS)
     tl.store(heap + _ALL_READ, are_read.to(tl.int32))
 
 
@@ -293,9 +295,9 @@ def is_last_to_pull(heap, board, programs):
 
 
 @triton.jit
-def tell_read(table, heap, rank, board, WORLD: tl.constexpr, THREADS: tl.constexpr):
-    """Tells all ranks that their messages have been read."""
-    _tell(table, _READY // 2 + (BOARDS + board) * WORLD + rank, posts_of(heap, board).to(tl.int64) << 32, WORLD, THREADS)
+def tell_read(table, rank, board, posts, WORLD: tl.constexpr, THREADS: tl.constexpr):
+    """Tells all ranks that their messages have been read, the ``posts``-th ones."""
+    _tell(table, _READY // 2 + (BOARDS + board) * WORLD + rank, posts.to(tl.int64) << 32, WORLD, THREADS)
 
 
 @triton.jit
@@ -305,4 +307,4 @@ def end_pull(table, heap, rank, board, WORLD: tl.constexpr, THREADS: tl.constexp
     # What was read may be the NaN of a rank that has found one.
     found_no_fault(table, heap, WORLD, THREADS)
     if is_last:
-        tell_read(table, heap, rank, board, WORLD, THREADS)
+        tell_read(table, rank, board, posts_of(heap, board), WORLD, THREADS)

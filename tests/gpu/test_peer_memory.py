@@ -132,6 +132,15 @@ def test_batches_of_several_sizes_take_turns(ranks: ProcessRanks) -> None:
         assert all(same), same
 
 
+@pytest.mark.parametrize("captures", [False, True], ids=["eager", "graph"])
+def test_strategies_take_turns(ranks: ProcessRanks, captures: bool) -> None:
+    """A post is waited for at the end of the call before it, or where that was of another kind at its own beginning; and prefixes are put
+    beside rows that others may still be reading."""
+    late, ring, both = ("all_gather", [(0, 900), (0, 33)]), ("ring", [(0, 1500)]), ("all_gather", [(300, 700), (5, 40)])
+    for same in ranks.run(programs.change_ways, [late, late, ring, both, ring, late, both, both, late], 12, captures):
+        assert all(same), same
+
+
 def test_it_is_what_auto_takes(ranks: ProcessRanks) -> None:
     for says in ranks.run(programs.attend_by_default):
         assert says == f"auto: its {ranks.size} ranks read the memory of each other's GPUs"
