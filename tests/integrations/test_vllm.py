@@ -1,0 +1,238 @@
+"""cpattn.integrations.vllm on stand-ins for vLLM's modules. ``make test-engines`` has the same with vLLM's own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vllm_stand_in
+from torch import Tensor
+
+import cpattn
+from cpattn.integrations import vllm as cpattn_vllm
+from cpattn.integrations.vllm import custom
+from cpattn.integrations.vllm.register import BACKEND, plugin
+from cpattn.testing import oracle_attention, run_loopback
+from cpattn.transports.transport import Transport
+
+# A decode, a chunk in the midst of a prompt, a request of one token, a prompt, and a request with nothing new.
+BATCH = [(40, 1), (24, 9), (0, 1), (0, 21), (7, 0)]
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 16, 4
+SCALE = 0.3
+PREFIXES = [(0, prefix) for prefix, _ in BATCH]
+TOTALS = [prefix + extend for prefix, extend in BATCH]
+ENDS = np.cumsum(TOTALS)
+FIRST_ROWS = torch.cat([torch.arange(end - p - n, end - n) for end, (p, n) in zip(ENDS, BATCH, strict=True)])
+ROWS = torch.cat([torch.arange(end - n, end) for end, (_, n) in zip(ENDS, BATCH, strict=True)])
+CONFIG = SimpleNamespace(speculative_config=None, parallel_config=SimpleNamespace(cp_kv_cache_interleave_size=2))
+
+
+def common_of(batch: list[tuple[int, int]], size: int, rank: int, table: Tensor, **more: Any) -> Any:
+    owner = cpattn.Striped(2) if size > 1 else None
+    meta = cpattn.build_metadata(batch, size, rank, owner=owner, queries="all" if size > 1 else "rows")
+    return vllm_stand_in.CommonAttentionMetadata(**cpattn_vllm.common_fields(meta, table, BLOCK_SIZE, **more))
+
+
+def table_of(batch: list[tuple[int, int]]) -> Tensor:
+    return torch.randperm(80)[: len(batch) * 12].reshape(len(batch), 12).int()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_there_and_back(size: int) -> None:
+    table = table_of(BATCH)
+    for rank in range(size):
+        common = common_of(BATCH, size, rank, table, num_tokens=40, num_reqs=7)
+        plan = cpattn_vllm.plan_of(common, size, 2)
+        assert plan.batch == (*BATCH, (0, 0), (0, 0))
+        assert common.positions.tolist() == [40, *range(24, 33), 0, *range(21), *[0] * 8]
+        slots, position = common.slot_mapping, common.positions
+        assert (slots[32:] == -1).all()
+        request = torch.arange(5).repeat_interleave(torch.tensor([1, 9, 1, 21, 0]))
+        mine = (position[:32] // 2 % size == rank).nonzero()[:, 0]
+        assert (slots[:32] >= 0).nonzero()[:, 0].tolist() == mine.tolist()
+        number = position[mine] // (2 * size) * 2 + position[mine] % 2
+        page = table[request[mine], number // BLOCK_SIZE]
+        assert slots[mine].tolist() == (page * BLOCK_SIZE + number % BLOCK_SIZE).tolist()
+        if size > 1:
+            assert common.dcp_local_seq_lens.tolist() == plan.held_lens[:, rank].tolist()
+
+
+def test_a_step_that_a_plan_cannot_be_made_of() -> None:
+    common = common_of(BATCH, 1, 0, table_of(BATCH))
+    for name, value, error, message in [
+        ("causal", False, cpattn.UnsupportedError, "causal=False; cpattn has causal attention alone"),
+        ("causal", torch.ones(5, dtype=torch.int32), cpattn.UnsupportedError, "causal=a tensor of torch.int32"),
+        ("mm_req_doc_ranges", {0: [(1, 2)]}, cpattn.UnsupportedError, "both directions within images"),
+        ("rswa_prefix_lens", torch.ones(5), cpattn.UnsupportedError, "rswa_prefix_lens is given"),
+        ("encoder_seq_lens", torch.ones(5), cpattn.UnsupportedError, "cross attention"),
+        ("seq_lens_cpu_upper_bound", None, cpattn.UnsupportedError, "seq_lens_cpu_upper_bound is None"),
+        ("seq_lens_cpu_upper_bound", torch.ones(5, device="meta"), cpattn.UnsupportedError, "is on meta"),
+        ("seq_lens_cpu_upper_bound", torch.ones(3), cpattn.BatchError, r"shape \(3,\); 5 numbers"),
+        ("seq_lens_cpu_upper_bound", torch.tensor([41, 8, 1, 21, 7]), cpattn.BatchError, "gives request 1 9 new tokens, .* says 8 in all"),
+        ("query_start_loc_cpu", torch.tensor([1, 2, 11, 12, 33, 33]), cpattn.BatchError, "begins at 1"),
+    ]:
+        with pytest.raises(error, match=message):
+            cpattn_vllm.batch_of(SimpleNamespace(**{**vars(common), name: value}))
+
+
+def test_fields_of_a_plan_that_splits_rows_are_refused() -> None:
+    meta = cpattn.build_metadata(BATCH, 2, 0)
+    with pytest.raises(cpattn.PlanError, match="queries='all' and owner="):
+        cpattn_vllm.common_fields(meta, table_of(BATCH), BLOCK_SIZE)
+    with pytest.raises(cpattn.PlanError, match="num_tokens=30, num_reqs=None; the step has 32 new tokens of 5 requests"):
+        common_of(BATCH, 1, 0, table_of(BATCH), num_tokens=30)
+
+
+def test_prefill_chunks() -> None:
+    plan = cpattn.plan([(9, 1), (0, 5), (3, 1), (0, 0), (4, 16)], 2, partition=cpattn_vllm.prefill_chunks([0, 1, 0, 1, 1]))
+    assert [tuple(map(int, chunk)) for chunk in zip(*plan.chunk_table, strict=True)] == [
+        (0, 0, 1, 0),  # a decode, and the next one on the next rank
+        *[(1, 0, 2, 0), (1, 2, 2, 1), (1, 4, 1, 1)],  # too short for its fourth chunk
+        (2, 0, 1, 1),
+        *[(4, 0, 4, 0), (4, 4, 4, 1), (4, 8, 4, 1), (4, 12, 4, 0)],
+    ]
+    with pytest.raises(cpattn.PlanError, match="is_prefilling has 2 entries for a batch of 1 requests"):
+        cpattn.plan([(0, 5)], 2, partition=cpattn_vllm.prefill_chunks([True, False]))
+
+
+def test_a_cache_of_another_form_is_refused() -> None:
+    with pytest.raises(cpattn.TensorMismatchError, match=r"shape \(2, 10, 4, 32\).*D = 32"):
+        cpattn_vllm.pages_of(torch.zeros(2, 10, 4, 32), 32, torch.zeros(1, 1).int())
+
+
+@pytest.fixture(scope="module")
+def backend() -> Any:
+    with vllm_stand_in.stand_in():
+        return custom.attention_backend.__wrapped__()  # which does not keep it
+
+
+def steps_on_a_rank(backend: Any, group: Transport, q: Tensor, k: Tensor, v: Tensor, table: Tensor, **layer: Any) -> list[Tensor]:
+    """What a rank of tensor parallelism returns for a step that fills the prefixes, and for the batch over them."""
+    vllm_stand_in.THREAD.group = group
+    builder = backend.get_builder_cls()(SimpleNamespace(dcp_sharded=True), ["layer"], CONFIG, torch.device("cpu"))
+    heads = q.shape[1] // group.size
+    impl = backend.get_impl_cls()(heads, HEAD_DIM, SCALE, KV_HEADS, **layer)
+    kv_cache = torch.full((80, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM), torch.nan)
+    outs = []
+    for batch, rows in ((PREFIXES, FIRST_ROWS), (BATCH, ROWS)):
+        common = common_of(batch, group.size, group.rank, table, num_tokens=len(rows) + 3)
+        step, padded = builder.build(0, common), torch.cat([rows, rows[:3]])
+        mine, output = q[padded].chunk(group.size, dim=1)[group.rank], torch.full((len(padded), heads, HEAD_DIM), -7.0)
+        impl.do_kv_cache_update(None, k[padded], v[padded], kv_cache, common.slot_mapping)
+        assert impl.forward(None, mine, k[padded], v[padded], kv_cache, step, output) is output
+        assert (output[len(rows) :] == -7).all()
+        outs.append(output[: len(rows)])
+    return outs
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layer", [{}, {"sliding_window": 5, "logits_soft_cap": 3.0}], ids=["plain", "window and softcap"])
+def test_the_backend_is_exact(backend: Any, size: int, layer: dict[str, Any]) -> None:
+    total = sum(TOTALS)
+    q, (k, v), table = torch.randn(total, HEADS, HEAD_DIM), torch.randn(2, total, KV_HEADS, HEAD_DIM), table_of(BATCH)
+    outs = run_loopback(lambda group: steps_on_a_rank(backend, group, q, k, v, table, **layer), size)
+    options: dict[str, Any] = {"scale": SCALE, "window": layer.get("sliding_window"), "softcap": layer.get("logits_soft_cap")}
+    expected, _ = oracle_attention(q, k, v, [(0, total) for total in TOTALS], **options)
+    for step, rows in enumerate((FIRST_ROWS, ROWS)):
+        torch.testing.assert_close(torch.cat([rank[step] for rank in outs], dim=1), expected[rows].float())
+
+
+def test_sinks_and_the_run_that_measures_memory(backend: Any) -> None:
+    vllm_stand_in.THREAD.group = None
+    q, (k, v), sinks = torch.randn(9, HEADS, HEAD_DIM), torch.randn(2, 9, KV_HEADS, HEAD_DIM), torch.randn(HEADS)
+    impl = backend.get_impl_cls()(HEADS, HEAD_DIM, SCALE, KV_HEADS, sinks=sinks)
+    kv_cache, table = torch.zeros(5, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM), torch.tensor([[3, 1, 4]]).int()
+    assert not impl.forward(None, q, k, v, torch.empty(0), None, torch.ones_like(q)).any()
+    impl.do_kv_cache_update(None, k, v, torch.empty(0), torch.arange(9))  # no cache yet
+    common = common_of([(0, 9)], 1, 0, table)
+    step = backend.get_builder_cls()(SimpleNamespace(dcp_sharded=True), ["layer"], CONFIG, torch.device("cpu")).build(0, common)
+    impl.do_kv_cache_update(None, k, v, kv_cache, common.slot_mapping)
+    expected, _ = oracle_attention(q, k, v, [(0, 9)], scale=SCALE, sinks=sinks)
+    torch.testing.assert_close(impl.forward(None, q, k, v, kv_cache, step, torch.empty_like(q)), expected.float())
+    with pytest.raises(cpattn.UnsupportedError, match="a quantized output"):
+        impl.forward(None, q, k, v, kv_cache, step, torch.empty_like(q), output_scale=torch.ones(1))
+
+
+def test_layers_and_runs_that_it_cannot_serve(backend: Any) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"attn_type": "encoder_only"}, "attn_type='encoder_only'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"alibi_slopes": [0.5]}, "alibi_slopes"),
+        ({"use_alibi_sqrt": True}, "use_alibi_sqrt=True"),
+    ]
+    for options, what in cases:
+        with pytest.raises(cpattn.UnsupportedError, match=f"a layer asks for {what}, which cpattn does not have here"):
+            backend.get_impl_cls()(HEADS, HEAD_DIM, SCALE, KV_HEADS, **options)
+    speculative = SimpleNamespace(speculative_config=object(), parallel_config=CONFIG.parallel_config)
+    with pytest.raises(cpattn.UnsupportedError, match="speculative decoding is on"):
+        backend.get_builder_cls()(SimpleNamespace(dcp_sharded=True), ["layer"], speculative, torch.device("cpu"))
+
+
+def test_an_interface_that_is_not_known_is_refused() -> None:
+    class NewForward(vllm_stand_in.AttentionImpl):
+        def forward(self, layer: Any, query: Any, key: Any, value: Any, cache: Any) -> None: ...  # type: ignore[override]
+
+    def without(cls: type, name: str) -> type:
+        return type(cls.__name__, (), {key: value for key, value in vars(cls).items() if key != name})
+
+    old = vllm_stand_in.AttentionBackend
+    for module, name, value, message in [
+        (
+            "vllm.v1.attention.backend",
+            "AttentionImpl",
+            NewForward,
+            r"AttentionImpl.forward takes \(self, layer, query, key, val",
+        ),
+        ("vllm.v1.attention.backend", "AttentionBackend", without(old, "supports_sink"), "AttentionBackend has no supports_sink"),
+        ("vllm.v1.attention.backend", "CommonAttentionMetadata", object, "CommonAttentionMetadata has no query_start_loc_cpu, seq_"),
+        ("vllm.distributed.parallel_state", "get_dcp_group", None, "parallel_state.get_dcp_group cannot be imported"),
+    ]:
+        with vllm_stand_in.stand_in() as modules:
+            if value is None:
+                delattr(modules[module], name)
+            else:
+                setattr(modules[module], name, value)
+            with pytest.raises(cpattn.UnsupportedError, match=f"another attention interface than 0.33.*{message}"):
+                custom.attention_backend.__wrapped__()
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_without_vllm() -> None:
+    with pytest.raises(cpattn.UnsupportedError, match=r"there is no vLLM here with a backend CUSTOM to register \(ModuleNotFoundError"):
+        cpattn_vllm.register()
+    plugin()
+    with pytest.raises(cpattn.UnsupportedError, match=r"vllm\.v1\.attention\.backend\.AttentionBackend cannot be imported"):
+        _ = custom.CPAttentionBackend
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        _ = custom.Other
+
+
+def test_register() -> None:
+    with vllm_stand_in.stand_in() as modules:
+        member = modules["vllm.v1.attention.backends.registry"].AttentionBackendEnum.CUSTOM
+        plugin()
+        module, name = member.path.rsplit(".", 1)
+        assert (module, name) == (custom.__name__, custom.NAME)
+        member.path = "another.plugin.Backend"
+        plugin()
+        assert member.path == "another.plugin.Backend"
+        cpattn_vllm.register()
+        assert member.path == BACKEND
+        made = getattr(importlib.import_module(module), name)
+        custom.attention_backend.cache_clear()
+    assert (made.__module__, made.__qualname__, made.get_name()) == (module, name, "CUSTOM")
+
+
+def test_the_package_names_the_plugin() -> None:
+    project = (Path(cpattn.__file__).parents[1] / "pyproject.toml").read_text()
+    found = re.search(r'entry-points."vllm.general_plugins"\]\ncpattn = "(.+):(.+)"', project)
+    assert found is not None
+    module, name = found.groups()
+    assert getattr(importlib.import_module(module), name) is plugin
