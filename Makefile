@@ -10,7 +10,7 @@ help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
-	@echo "make test-engines  engines that are not ours, over cpattn: every token as without it; and where tokens lie in vLLM and SGLang"
+	@echo "make test-engines  engines that are not ours, over cpattn: every token as without it; and steps of vLLM and SGLang"
 	@echo "make fuzz MINUTES=5   random batches against the oracle, with and without faults in their midst"
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
@@ -46,11 +46,12 @@ $(ENGINES)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ENGINES) nano-vllm-fork==20260210 xxhash==4.1.0
 	@touch $@
 
-# Of vLLM's and SGLang's wheels, which are 400 MB, the few files are kept that say where a token lies.
+# Of vLLM's and SGLang's wheels, which are 400 MB, what is in Python is kept, or the few files that say where a token lies.
 test-engines: $(ENGINES)/.installed
 	PYTHONPATH=.:$(ENGINES) $(BIN)/python -m pytest tests/test_nano_vllm.py
 	$(BIN)/python tests/engine_functions.py $(ENGINES)/layouts
 	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_engine_layouts.py
+	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_vllm_steps.py
 
 MINUTES ?= 5
 fuzz: $(VENV)/.installed

@@ -21,17 +21,14 @@ from types import ModuleType
 
 import pytest
 
-# Of each engine the release that is compared, the wheels' platform, and the files that say where a token lies.
+# Of each engine the release that is compared, the wheels' platform, and the files that are kept: those that say where a token lies, or
+# all in Python under a folder.
 RELEASES = {
     "vllm": ("0.33.0", "manylinux_2_28_x86_64"),
     "sglang": ("0.5.23", "manylinux_2_34_x86_64"),
 }
 FILES = {
-    "vllm": (
-        "vllm/v1/attention/backends/utils.py",
-        "vllm/v1/worker/block_table.py",
-        "vllm/v1/worker/gpu/cp_utils.py",
-    ),
+    "vllm": ("vllm/",),
     "sglang": ("sglang/srt/layers/dcp/layout.py",),
 }
 _HEADER = "import torch\nimport triton\nimport triton.language as tl\n"
@@ -42,7 +39,7 @@ def folder_of(engine: str) -> Path:
     given = os.environ.get("CPATTN_ENGINES")
     if given:
         folder = Path(given)
-        if not (folder / FILES[engine][0]).is_file():
+        if not (folder / FILES[engine][0]).exists():
             pytest.fail(f"CPATTN_ENGINES={given}, but there is no {folder / FILES[engine][0]}")
         return folder
     found = importlib.util.find_spec(engine)
@@ -84,19 +81,21 @@ def _source(file: Path, name: str) -> str:
 def fetch(engine: str, folder: Path) -> None:
     """Brings the files out of the release's wheel, unless they are there."""
     version, platform = RELEASES[engine]
-    done = folder / f"{engine}-{version}"
-    if done.exists():
+    done, kept = folder / f"{engine}-{version}", "\n".join(FILES[engine])
+    if done.exists() and done.read_text() == kept:
         return
     with tempfile.TemporaryDirectory() as place:
         options = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", f"--platform={platform}", f"--dest={place}"]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *options, f"{engine}=={version}"], check=True)
         (wheel,) = Path(place).iterdir()
         with zipfile.ZipFile(wheel) as archive:
-            for name in FILES[engine]:
-                archive.extract(name, folder)
-    done.touch()
+            for name in archive.namelist():
+                if name.endswith(".py") and name.startswith(FILES[engine]):
+                    archive.extract(name, folder)
+    done.write_text(kept)
 
 
 if __name__ == "__main__":
     for name in FILES:
         fetch(name, Path(sys.argv[1]))
+        print(name, RELEASES[name][0])
