@@ -5,7 +5,8 @@ python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen
 It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
 cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
 exit code is 1 if any differs. In one step a kernel raises on one rank; all ranks take that step back and plan again.
-Needs ``pip install transformers``; no GPU, and no download. Where there is a GPU for each process, it takes them, over NCCL.
+Needs ``pip install transformers``; no GPU, and no download. Where there are several GPUs it takes them, over NCCL, or as many as --cp
+says; else it runs two processes on the CPU.
 
 What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
 ``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
@@ -18,8 +19,8 @@ import sys
 import time
 
 import torch
-from engine.model import ModelShape
 from engine.rank import EngineOptions, Expected, Report, Served, generate, serve
+from engine.shape import ModelShape
 from engine.workload import make_requests
 
 from cpattn.testing import ProcessRanks
@@ -32,7 +33,8 @@ ALLOWED_ERROR = 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cp", type=int, default=4, help="processes")
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--cp", type=int, default=max(2, gpus), help="processes")
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument("--replicated", action="store_true", help="only with the whole cache on every rank")
     cache.add_argument("--sharded", action="store_true", help="only with each rank's own tokens on it")
@@ -46,7 +48,7 @@ def main() -> int:
     shape = ModelShape(kind=arguments.model)
     requests = make_requests(arguments.seed, shape.vocab_size, arguments.new_tokens)
     good = True
-    on_gpus = torch.cuda.device_count() >= arguments.cp
+    on_gpus = gpus >= arguments.cp
     device, transport = ("cuda", "nccl") if on_gpus else ("cpu", "gloo")
     with ProcessRanks(arguments.cp, timeout=300, transport=transport) as ranks:
         for sharded in (False, True):

@@ -15,29 +15,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.utils import logging
 
 import cpattn
+from engine.shape import ModelShape
 
 _NAME = "cpattn_pool"
 _HONOURED = {"position_ids", "use_cache"}  # already in q and k, and off
 
 logging.set_verbosity_error()
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """About 10M parameters in float32, with 4 query heads to a KV head.
-
-    The weights are larger than a trained model's first ones, so that an answer depends on all of the prompt.
-    """
-
-    kind: str = "qwen3"
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    intermediate_size: int = 1024
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    initializer_range: float = 0.08
 
 
 def build_model(shape: ModelShape, seed: int) -> PreTrainedModel:

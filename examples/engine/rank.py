@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from engine.model import ModelShape, PoolStep, build_model, use_pool
 from engine.scheduler import Scheduler, Step
+from engine.shape import ModelShape
 from engine.workload import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # In a row, before the engine gives up.
 MOST_FAILURES = 3
@@ -104,6 +106,8 @@ class Report:
 @torch.inference_mode()
 def serve(options: EngineOptions, requests: list[Request]) -> Report:
     """Serves the requests together with the other ranks of the default group, each of which makes this call alike."""
+    from engine.model import build_model, use_pool
+
     rank, cp_size = dist.get_rank(), dist.get_world_size()
     shape = options.shape
     model = build_model(shape, options.seed).to(options.device)
@@ -161,6 +165,8 @@ def run_step(
 
     Returns, for each request of the step, its next token and its two largest logits; None where its prompt goes on.
     """
+    from engine.model import PoolStep
+
     device = pool.k_pages.device
     meta = step.plan.metadata(rank, device)
     page_table = pool.page_table([state.name for state, _ in step.work])
@@ -211,6 +217,8 @@ def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> di
     Returns:
         By number of the prompt.
     """
+    from engine.model import build_model
+
     model = build_model(options.shape, options.seed).to(options.device)
     expected = {}
     for number in range(dist.get_rank(), len(prompts), dist.get_world_size()):
