@@ -23,6 +23,7 @@ class Step(NamedTuple):
         num_tokens, num_reqs: with padding.
         heads, kv_heads: of each rank.
         layer: what a layer asks for.
+        cache: vLLM's word for what the cache is in.
     """
 
     batch: list[tuple[int, int]]
@@ -35,6 +36,7 @@ class Step(NamedTuple):
     heads: int
     kv_heads: int
     layer: dict[str, Any]
+    cache: str
 
     @property
     def totals(self) -> list[int]:
@@ -75,4 +77,5 @@ def steps() -> Iterator[Step]:
         if rng.random() < 0.2:
             layer["sinks"] = torch.from_numpy(rng.standard_normal(size * heads).astype(np.float32))
         num_tokens = sum(n for _, n in batch) + int(rng.choice([0, 0, 1, 7]))
-        yield Step(batch, size, interleave, block_size, torch.from_numpy(table), num_tokens, len(batch) + padding, heads, kv_heads, layer)
+        num_reqs, cache = len(batch) + padding, "fp8" if size == 1 and rng.random() < 0.3 else "auto"
+        yield Step(batch, size, interleave, block_size, torch.from_numpy(table), num_tokens, num_reqs, heads, kv_heads, layer, cache)

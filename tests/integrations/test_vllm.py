@@ -9,39 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import vllm_stand_in
-from torch import Tensor
+from vllm_programs import BATCH, BLOCK_SIZE, CONFIG, HEAD_DIM, HEADS, KV_HEADS, SCALE, check_steps, common_of, table_of
 
 import cpattn
 from cpattn.integrations import vllm as cpattn_vllm
 from cpattn.integrations.vllm import custom
 from cpattn.integrations.vllm.register import BACKEND, plugin
-from cpattn.testing import oracle_attention, run_loopback
-from cpattn.transports.transport import Transport
-
-# A decode, a chunk in the midst of a prompt, a request of one token, a prompt, and a request with nothing new.
-BATCH = [(40, 1), (24, 9), (0, 1), (0, 21), (7, 0)]
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 16, 4
-SCALE = 0.3
-PREFIXES = [(0, prefix) for prefix, _ in BATCH]
-TOTALS = [prefix + extend for prefix, extend in BATCH]
-ENDS = np.cumsum(TOTALS)
-FIRST_ROWS = torch.cat([torch.arange(end - p - n, end - n) for end, (p, n) in zip(ENDS, BATCH, strict=True)])
-ROWS = torch.cat([torch.arange(end - n, end) for end, (_, n) in zip(ENDS, BATCH, strict=True)])
-CONFIG = SimpleNamespace(speculative_config=None, parallel_config=SimpleNamespace(cp_kv_cache_interleave_size=2))
-
-
-def common_of(batch: list[tuple[int, int]], size: int, rank: int, table: Tensor, **more: Any) -> Any:
-    owner = cpattn.Striped(2) if size > 1 else None
-    meta = cpattn.build_metadata(batch, size, rank, owner=owner, queries="all" if size > 1 else "rows")
-    return vllm_stand_in.CommonAttentionMetadata(**cpattn_vllm.common_fields(meta, table, BLOCK_SIZE, **more))
-
-
-def table_of(batch: list[tuple[int, int]]) -> Tensor:
-    return torch.randperm(80)[: len(batch) * 12].reshape(len(batch), 12).int()
+from cpattn.testing import oracle_attention
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -113,35 +90,18 @@ def backend() -> Any:
         return custom.attention_backend.__wrapped__()  # which does not keep it
 
 
-def steps_on_a_rank(backend: Any, group: Transport, q: Tensor, k: Tensor, v: Tensor, table: Tensor, **layer: Any) -> list[Tensor]:
-    """What a rank of tensor parallelism returns for a step that fills the prefixes, and for the batch over them."""
-    vllm_stand_in.THREAD.group = group
-    builder = backend.get_builder_cls()(SimpleNamespace(dcp_sharded=True), ["layer"], CONFIG, torch.device("cpu"))
-    heads = q.shape[1] // group.size
-    impl = backend.get_impl_cls()(heads, HEAD_DIM, SCALE, KV_HEADS, **layer)
-    kv_cache = torch.full((80, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM), torch.nan)
-    outs = []
-    for batch, rows in ((PREFIXES, FIRST_ROWS), (BATCH, ROWS)):
-        common = common_of(batch, group.size, group.rank, table, num_tokens=len(rows) + 3)
-        step, padded = builder.build(0, common), torch.cat([rows, rows[:3]])
-        mine, output = q[padded].chunk(group.size, dim=1)[group.rank], torch.full((len(padded), heads, HEAD_DIM), -7.0)
-        impl.do_kv_cache_update(None, k[padded], v[padded], kv_cache, common.slot_mapping)
-        assert impl.forward(None, mine, k[padded], v[padded], kv_cache, step, output) is output
-        assert (output[len(rows) :] == -7).all()
-        outs.append(output[: len(rows)])
-    return outs
-
-
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("layer", [{}, {"sliding_window": 5, "logits_soft_cap": 3.0}], ids=["plain", "window and softcap"])
 def test_the_backend_is_exact(backend: Any, size: int, layer: dict[str, Any]) -> None:
-    total = sum(TOTALS)
-    q, (k, v), table = torch.randn(total, HEADS, HEAD_DIM), torch.randn(2, total, KV_HEADS, HEAD_DIM), table_of(BATCH)
-    outs = run_loopback(lambda group: steps_on_a_rank(backend, group, q, k, v, table, **layer), size)
-    options: dict[str, Any] = {"scale": SCALE, "window": layer.get("sliding_window"), "softcap": layer.get("logits_soft_cap")}
-    expected, _ = oracle_attention(q, k, v, [(0, total) for total in TOTALS], **options)
-    for step, rows in enumerate((FIRST_ROWS, ROWS)):
-        torch.testing.assert_close(torch.cat([rank[step] for rank in outs], dim=1), expected[rows].float())
+    check_steps(backend, size, "cpu", torch.float32, **layer)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+def test_caches_in_fp8(backend: Any, kv_cache_dtype: str) -> None:
+    check_steps(backend, 1, "cpu", torch.float32, kv_cache_dtype=kv_cache_dtype)
+    vllm_stand_in.THREAD.group = cpattn.LoopbackGroup(2).transport(0)
+    with pytest.raises(cpattn.UnsupportedError, match=f"kv_cache_dtype='{kv_cache_dtype}' under decode context parallelism"):
+        backend.get_impl_cls()(HEADS, HEAD_DIM, SCALE, KV_HEADS, kv_cache_dtype=kv_cache_dtype)
 
 
 def test_sinks_and_the_run_that_measures_memory(backend: Any) -> None:
@@ -161,9 +121,10 @@ def test_sinks_and_the_run_that_measures_memory(backend: Any) -> None:
 
 
 def test_layers_and_runs_that_it_cannot_serve(backend: Any) -> None:
+    vllm_stand_in.THREAD.group = None
     cases: list[tuple[dict[str, Any], str]] = [
         ({"attn_type": "encoder_only"}, "attn_type='encoder_only'"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+        ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype='nvfp4'"),
         ({"alibi_slopes": [0.5]}, "alibi_slopes"),
         ({"use_alibi_sqrt": True}, "use_alibi_sqrt=True"),
     ]

@@ -91,7 +91,8 @@ def pages_with(step: Step, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
     blocks = int(step.table.max()) + 1
     cache = torch.full((blocks * step.block_size, step.kv_heads, 2 * HEAD_DIM), torch.nan)
     cache[slots[slots >= 0]] = torch.cat([k, v], dim=-1)[slots >= 0]
-    return cache.view(blocks, step.block_size, step.kv_heads, 2 * HEAD_DIM).transpose(1, 2).contiguous()
+    cache = cache.view(blocks, step.block_size, step.kv_heads, 2 * HEAD_DIM).transpose(1, 2).contiguous()
+    return cache if step.cache == "auto" else cache.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def config_of(step: Step) -> SimpleNamespace:
@@ -115,6 +116,7 @@ class Outcome(NamedTuple):
     metadata: custom.StepMetadata
 
 
+@torch.inference_mode()
 def run_rank(vllm: dict[str, ModuleType], step: Step, group: Transport, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Outcome:
     """A step as vLLM's second runner makes it: metadata by its ``build_attn_metadata``, and a call of its attention layer."""
     vllm["groups"]._DCP.world_size, vllm["groups"]._DCP.rank_in_group = group.size, group.rank
@@ -124,6 +126,9 @@ def run_rank(vllm: dict[str, ModuleType], step: Step, group: Transport, q: Tenso
     asked = dict(step.layer)
     if "sinks" in asked:
         asked["sinks"] = asked["sinks"].chunk(group.size)[group.rank]
+    asked["cache_config"] = SimpleNamespace(
+        cache_dtype=step.cache, sliding_window=None, kv_cache_dtype_skip_layers=[], enable_prefix_caching=False
+    )
     layer = vllm["attention"].Attention(step.heads, HEAD_DIM, HEAD_DIM**-0.5, step.kv_heads, prefix="layer", attn_backend=backend, **asked)
     vllm["checks"].check_attention_cp_compatibility(config)
     spec = vllm["specs"].FullAttentionSpec(step.block_size, num_kv_heads=step.kv_heads, head_size=HEAD_DIM, dtype=torch.float32)
@@ -185,10 +190,11 @@ def test_steps_are_exact_on_every_rank(vllm: dict[str, ModuleType]) -> None:
             return run_rank(vllm, step, group, q, k, v, slots[group.rank])
 
         outcomes = run_loopback(program, step.size)
+        seen_k, seen_v = (x if step.cache == "auto" else x.to(torch.float8_e4m3fn).float() for x in (k, v))
         expected, _ = oracle_attention(
             q,
-            k,
-            v,
+            seen_k,
+            seen_v,
             [(0, length) for length in step.totals],
             window=step.layer.get("per_layer_sliding_window"),
             softcap=step.layer.get("logits_soft_cap"),
@@ -278,7 +284,7 @@ def test_custom_is_cpattn(vllm: dict[str, ModuleType]) -> None:
     for name, value, reason in [
         ("use_mla", True, "MLA not supported"),
         ("use_pcp", True, "PCP not supported"),
-        ("kv_cache_dtype", "fp8", "kv_cache_dtype not supported"),
+        ("kv_cache_dtype", "nvfp4", "kv_cache_dtype not supported"),
         ("attn_type", "encoder_only", "attention type encoder_only not supported"),
         ("use_non_causal", True, "non-causal attention not supported"),
         ("use_rswa", True, "R-SWA not supported"),

@@ -4,7 +4,8 @@
 >>> from types import SimpleNamespace
 >>> from cpattn.integrations import vllm as cpattn_vllm
 >>> step = SimpleNamespace(  # of vLLM's CommonAttentionMetadata what is looked at: a decode over 40 tokens, and a prompt of 9
-...     num_reqs=2, causal=True,
+...     num_reqs=2,
+...     causal=True,
 ...     query_start_loc_cpu=torch.tensor([0, 1, 10], dtype=torch.int32),
 ...     seq_lens_cpu_upper_bound=torch.tensor([41, 9], dtype=torch.int32),
 ... )

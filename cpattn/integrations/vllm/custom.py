@@ -11,7 +11,6 @@ all models but those with MLA before a backend is asked. So this one does not cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,13 +20,14 @@ from torch import Tensor
 from cpattn.errors import UnsupportedError
 from cpattn.integrations.vllm.batch import plan_of
 from cpattn.integrations.vllm.interface import attention_interface
-from cpattn.integrations.vllm.pages import pages_of
+from cpattn.integrations.vllm.pages import FP8, pages_of
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.serving import attend, write_kv
 from cpattn.transports.groups import Group
 
 NAME = "CPAttentionBackend"
+_CACHES = ("auto", "bfloat16", "float16", *FP8)
 
 
 class StepMetadata(NamedTuple):
@@ -58,13 +58,13 @@ def attention_backend() -> Any:
     builder, implementation = _builder(vllm), _implementation(vllm)
 
     class CPAttentionBackend(vllm.AttentionBackend):  # type: ignore[name-defined, misc]
-        """cpattn as vLLM's ``CUSTOM``: decoders with grouped-query attention, their windows, softcap and sinks, decode context
-        parallelism, caches in half precision or float32."""
+        """cpattn as vLLM's ``CUSTOM``: decoders with grouped-query attention, their windows, softcap and sinks, with caches in half
+        precision or float32 under decode context parallelism, and without it also in fp8."""
 
         # vLLM has the slots of new tokens already, so that they are written by those.
         forward_includes_kv_cache_update = False
         supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
-        supported_kv_cache_dtypes = ("auto", "bfloat16", "float16")
+        supported_kv_cache_dtypes = _CACHES
 
         @staticmethod
         def get_name() -> str:
@@ -145,7 +145,9 @@ def _implementation(vllm: Any) -> Any:
         ) -> None:
             refused = {
                 f"attn_type={attn_type!r}": attn_type != "decoder",
-                f"kv_cache_dtype={kv_cache_dtype!r}": kv_cache_dtype not in ("auto", "bfloat16", "float16"),
+                f"kv_cache_dtype={kv_cache_dtype!r}": kv_cache_dtype not in _CACHES,
+                f"kv_cache_dtype={kv_cache_dtype!r} under decode context parallelism": kv_cache_dtype in FP8
+                and vllm.get_dcp_world_size_and_rank(True)[0] > 1,
                 "alibi_slopes": alibi_slopes is not None,
                 **{f"{name}={value!r}": True for name, value in others.items() if value},
             }
@@ -157,7 +159,7 @@ def _implementation(vllm: Any) -> Any:
             self.window, self.softcap, self.sinks = sliding_window or None, logits_soft_cap or None, sinks
             # vLLM's writers of a cache that layers share ask for it.
             self.attn_type, self.kv_sharing_target_layer_name = attn_type, kv_sharing_target_layer_name
-            self._pages: Callable[[Tensor], PagedKV] = _PagesToWrite(head_size)
+            self._written: tuple[Tensor, PagedKV] | None = None
 
         def forward(
             self,
@@ -188,7 +190,7 @@ def _implementation(vllm: Any) -> Any:
             if rows:
                 attend(
                     query[:rows],
-                    pages_of(kv_cache, self.head_size, block_table),
+                    self._pages(layer, kv_cache, block_table),
                     meta,
                     group=group,
                     scale=self.scale,
@@ -201,22 +203,19 @@ def _implementation(vllm: Any) -> Any:
 
         def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
             """Writes row i of key and value into slot ``slot_mapping[i]``; -1 for what is padding, or another rank's."""
-            if kv_cache.numel():
-                rows = len(slot_mapping)  # which may be without the padding
-                write_kv(key[:rows], value[:rows], self._pages(kv_cache), slot_mapping)
+            if not kv_cache.numel():
+                return
+            if self._written is None or self._written[0] is not kv_cache:
+                # Made once for a layer: where slots are given, the block table of a step does not matter.
+                no_table = torch.empty(0, 0, dtype=torch.int32, device=kv_cache.device)
+                self._written = kv_cache, self._pages(layer, kv_cache, no_table)
+            rows = len(slot_mapping)  # which may be without the padding
+            write_kv(key[:rows], value[:rows], self._written[1], slot_mapping)
+
+        def _pages(self, layer: Any, kv_cache: Tensor, block_table: Tensor) -> PagedKV:
+            if self.kv_cache_dtype not in FP8:
+                return pages_of(kv_cache, self.head_size, block_table)
+            scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+            return pages_of(kv_cache, self.head_size, block_table, kv_cache_dtype=self.kv_cache_dtype, **scales)
 
     return CPAttentionImpl
-
-
-class _PagesToWrite:
-    """The pages of a layer's cache, made once: the block table of a step does not matter where slots are given."""
-
-    def __init__(self, head_dim: int) -> None:
-        self._head_dim = head_dim
-        self._made: tuple[Tensor, PagedKV] | None = None
-
-    def __call__(self, kv_cache: Tensor) -> PagedKV:
-        if self._made is None or self._made[0] is not kv_cache:
-            no_table = torch.empty(0, 0, dtype=torch.int32, device=kv_cache.device)
-            self._made = kv_cache, pages_of(kv_cache, self._head_dim, no_table)
-        return self._made[1]
