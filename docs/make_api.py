@@ -82,6 +82,10 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "work_as_text",
         ],
     ),
+    "cpattn.integrations.vllm": (
+        "cpattn.integrations.vllm",
+        ["register", "batch_of", "plan_of", "pages_of", "common_fields", "prefill_chunks"],
+    ),
     "cpattn.integrations.transformers": (
         "cpattn.integrations.transformers",
         ["register", "context_parallel", "ContextParallel", "ContextError", "NAME"],
