@@ -210,7 +210,7 @@ def _late_into_pages(tally: Tally, hop: Hop) -> Tally:
     """All new keys come late into order, beside prefixes in pages, and are written there after the attention."""
     choice = tally.choice
     plan, key_bytes = choice.plan, choice.problem.key_bytes
-    tally.move(2 * choice.problem.rows * key_bytes, launches=3)
+    tally.move(2 * choice.problem.rows * key_bytes)
     if _Most.of(plan).beyond_units:
         tally.move_rows(_Most.of(plan).beyond_units, 1)
     (seconds,) = tally.attend(hop)
@@ -261,9 +261,9 @@ def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) 
             tally.move_rows(new, groups)
         return
     if comes_late:
-        # A rank's own rows are put where they are attended to, and others read them. The attention is launched as a dependent, and its
-        # first tiles wait.
-        tally.move(2 * choice.problem.rows * choice.problem.key_bytes, launches=3)
+        # One launch puts a rank's own rows where they are attended to, and others read them, and brings theirs. The attention is launched as
+        # a dependent, and its first tiles wait.
+        tally.move(2 * choice.problem.rows * choice.problem.key_bytes)
         return
     tally.move_rows(choice.problem.rows, groups)
     if choice.transport == "peer_memory":
