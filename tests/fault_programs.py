@@ -35,17 +35,6 @@ def _on_host(result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...] | None:
     return None if result is None else tuple(x.cpu() for x in result)
 
 
-def run_drawn(batches: list[Any]) -> list[tuple[Any, Any]]:
-    """Each of the batches that tests/fuzz.py has drawn: with its faults, if it has some, and then without."""
-    rank, results = dist.get_rank(), []
-    for drawn in batches:
-        plan, case, failed = drawn.plan, drawn.case, None
-        if drawn.faults:
-            failed = attend_with_faults(case, plan, None, rank, drawn.strategy, drawn.backend, drawn.faults)
-        results.append((failed, case.on_rank(plan, rank, None, drawn.strategy, drawn.backend)))
-    return results
-
-
 class Seen(NamedTuple):
     """What a rank saw of one call: what came of it, and after how many seconds."""
 
