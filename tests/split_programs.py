@@ -98,6 +98,32 @@ def attend_along_axes(group: cpattn.Transport, sizes: tuple[int, ...], cases: li
     ]
 
 
+def bytes_across_groups(group: cpattn.Transport, case: AttentionCase, partition: Any, strategy: Any) -> tuple[int, int]:
+    """What this rank receives in a call from ranks that are not in its group of those that divide heads, and all that it sends."""
+    across: list[int] = []
+    exchange = group._exchange  # type: ignore[attr-defined]
+
+    def watched(send: dict[int, Tensor], receive: dict[int, Tensor]) -> Any:
+        across.extend(x.nbytes for source, x in receive.items() if source // strategy.within != group.rank // strategy.within)
+        return exchange(send, receive)
+
+    group._exchange = watched  # type: ignore[attr-defined]
+    meta = case.plan(group.size, partition=partition).metadata(group.rank)
+    q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+    before = group.bytes_sent
+    cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.prefix, strategy=strategy, backend="reference", window=case.window)
+    del group._exchange  # type: ignore[attr-defined]
+    return sum(across), group.bytes_sent - before
+
+
+def cut_once(batch: Any, cp_size: int) -> cpattn.Chunks:
+    """The first request goes to the first rank and the last one, a half each; others whole to one rank after another."""
+    half = int(batch[0, 1]) // 2
+    cut = [(0, 0, half, 0), (0, half, int(batch[0, 1]) - half, cp_size - 1)]
+    whole = [(n, 0, int(extend), n % cp_size) for n, (_, extend) in enumerate(batch) if n]
+    return cpattn.Chunks(*torch.tensor([*cut, *whole]).T.numpy())
+
+
 def fail_along_an_axis(
     group: cpattn.Transport, sizes: tuple[int, ...], case: AttentionCase, faults: Faults, strategy: str
 ) -> tuple[Any, Any, Any]:

@@ -21,6 +21,7 @@ from cpattn.exchange.attend import Attend
 from cpattn.exchange.head_shares import HeadShare, head_shares
 from cpattn.exchange.heads_message import HeadsBack, HeadsThere, Widths
 from cpattn.exchange.message import heads_of, pages_of_heads
+from cpattn.exchange.ring import RING
 from cpattn.exchange.schedule import Schedule, sends
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -226,6 +227,12 @@ def _why_not(within: int | None, across: Strategy, problem: Problem, plan: Layou
             "rank's own heads"
         )
     united = united_layout(plan, size)
+    if across is RING and united.is_callers and problem.fixed and problem.window is not None:
+        # What its ranks' chunks make of a request depends on how the batch is cut.
+        return (
+            "with a window a ring across groups takes a launch for each chunk that a group has of a request; those change in number from "
+            "batch to batch, and a bucket's graph cannot"
+        )
     reasons = (across.why_not(share_of(problem, plan, size, share), united) for share in shares)
     reason = next((reason for reason in reasons if reason is not None), None)
     return None if reason is None else f"across its groups: {reason}"

@@ -70,11 +70,15 @@ class GroupPart(PairwiseTransport):
         self.state = whole.state
         # A call over the whole may have messages for its parts.
         self.arena = Arena(self, whole.arena)
+        self._has_met = False
 
-    def prepare_uneven_all_to_all(self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> Transfer | None:
-        """None over a process group: a rank that has nothing for anybody would make no call of it, and NCCL's first transfer waits
-        for all. Rows are gathered then."""
-        return super().prepare_uneven_all_to_all(out, x, received, sent) if self.kind == "loopback" else None
+    def _uneven_all_to_all(self, out: Tensor, x: Tensor, received: list[int], sent: list[int]) -> Work:
+        # A rank that has nothing for anybody sends nothing. NCCL's first transfer over a group waits for all of its ranks, so all of
+        # this part's meet once before; gloo, whose tensors are the host's, is ready when it is made.
+        if not self._has_met and x.is_cuda:
+            self._has_met = True
+            self._all_gather(x.new_empty(self.size), x.new_zeros(1)).wait()
+        return super()._uneven_all_to_all(out, x, received, sent)
 
     @property
     def whole(self) -> Transport:

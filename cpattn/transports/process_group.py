@@ -91,7 +91,7 @@ class ProcessGroupTransport(PairwiseTransport):
         operations = [dist.P2POp(dist.isend, x, ranks[to], group) for to, x in send.items() if to != rank]
         operations += [dist.P2POp(dist.irecv, out, ranks[source], group) for source, out in receive.items() if source != rank]
         works = dist.batch_isend_irecv(operations) if operations else []
-        return _work(works, next(iter(send.values()), None))
+        return _work(works, next(iter((*send.values(), *receive.values())), None))
 
 
 # The name that it had first.

@@ -218,6 +218,17 @@ def test_hybrids_are_made_once_and_say_what_they_are() -> None:
         cpattn.hybrid(2, "pass_q")
 
 
+def test_a_window_over_a_hybrid_ring_in_a_bucket_is_refused() -> None:
+    """Whatever cuts the batch: a group has as many chunks of a request as its ranks' leave when they are joined."""
+    case = AttentionCase([(0, 12)], window=5)
+    plan = case.plan(4)
+    problem = replace(case.problem(plan), fixed=True)
+    said = "a ring across groups takes a launch for each chunk that a group has of a request; those change in number from batch to batch"
+    assert said in str(cpattn.hybrid(2).why_not(problem, plan))
+    assert cpattn.hybrid(2, "all_gather").why_not(problem, plan) is None
+    assert cpattn.hybrid(4).why_not(problem, plan) is None
+
+
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [

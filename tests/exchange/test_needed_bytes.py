@@ -6,22 +6,24 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from needed_by_hand import Needed
 from own_partitions import OwnPartition
+from split_programs import bytes_across_groups
 from torch import Tensor
 
 import cpattn
-from cpattn.device_tables import IntArray
 from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.exchange.traveling_queries import explain_queries
 from cpattn.metadata import needed_keys
-from cpattn.problem import Problem
+from cpattn.metadata.united import united_layout
 from cpattn.testing import run_loopback
 from cpattn.transports.transfer import Work
 
@@ -35,45 +37,6 @@ NOT_EXACT = {
 }
 MIXED = [(3, 60), (0, 5), (7, 0), (20, 9), (0, 6), (0, 13), (21, 1), (0, 8)]
 PARTITIONS: list[Any] = ["zigzag", "contiguous", "whole", "uncut", OwnPartition(3)]
-
-
-class Needed(NamedTuple):
-    """By brute force, int64 ``[cp_size, cp_size]``: rows of keys of one rank that another's queries see, ``[owner, viewer]``, and queries
-    of one rank that see keys of another, ``[source, owner]``."""
-
-    keys: IntArray
-    queries: IntArray
-
-    @classmethod
-    def of(cls, plan: cpattn.Plan, window: int | None) -> Needed:
-        keys, queries = np.zeros((2, plan.cp_size, plan.cp_size), dtype=np.int64)
-        held = plan.shard_lens if plan.sharded else np.zeros((len(plan.batch), plan.cp_size), dtype=np.int64)
-        owner = {(chunk.request, chunk.start + i): chunk.rank for chunk in plan.chunks for i in range(chunk.length)}
-        seen: set[tuple[int, int, int]] = set()
-        for (request, query), rank in owner.items():
-            new = [(request, key) for key in range(0 if window is None else max(0, query - window + 1), query + 1)]
-            seen |= {(rank, *key) for key in new}
-            for other in {owner[key] for key in new} | set(held[request].nonzero()[0].tolist()):
-                queries[rank, other] += other != rank
-        for rank, request, key in seen:
-            keys[owner[request, key], rank] += owner[request, key] != rank
-        for rank, request in {(rank, request) for (request, _), rank in owner.items()}:
-            for other in range(plan.cp_size):
-                keys[other, rank] += held[request, other] * (other != rank)
-        return cls(keys, queries)
-
-    def received(self, strategy: str, problem: Problem, plan: cpattn.Plan) -> IntArray:
-        """``[cp_size]`` bytes, if nothing but what is needed comes."""
-        if strategy.startswith("pass_q"):
-            sent = self.queries.sum(axis=1) * problem.result_bytes
-            return self.queries.sum(axis=0) * problem.query_bytes + sent  # type: ignore[no-any-return]
-        return self.keys.sum(axis=0) * problem.key_bytes  # type: ignore[no-any-return]
-
-    def sent(self, strategy: str, problem: Problem) -> IntArray:
-        """The same of what goes out."""
-        if strategy.startswith("pass_q"):
-            return self.queries.sum(axis=1) * problem.query_bytes + self.queries.sum(axis=0) * problem.result_bytes  # type: ignore[no-any-return]
-        return self.keys.sum(axis=1) * problem.key_bytes  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("partition", PARTITIONS, ids=str)
@@ -93,7 +56,7 @@ def test_each_rank_receives_what_it_needs(strategy: str, cache: str, partition: 
         received.clear()
         run_loopback(lambda group: attend(case, plan, group, strategy), 3)  # noqa: B023 - it has ended by then
         found = np.array([received[rank] for rank in range(3)])
-        exact = needed.received(strategy, problem, plan)
+        exact = needed.received(strategy, problem)
         why = EXPLAIN[strategy](problem, plan).rpartition(": ")[2]
         if why in NOT_EXACT.values():
             assert (found >= exact).all()
@@ -126,6 +89,20 @@ def count_received(monkeypatch: pytest.MonkeyPatch, received: Counter[int]) -> N
         return cast("Work", exchange(transport, send, receive))
 
     monkeypatch.setattr(kind, "_exchange", counted)
+
+
+@pytest.mark.parametrize("across", ["ring", "all_gather"])
+@pytest.mark.parametrize("within", [2, 3])
+@pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+def test_across_groups_that_divide_heads_the_same(partition: Any, within: int, across: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its heads alone; over process groups in tests/transports/test_process_parts.py."""
+    monkeypatch.setattr(needed_keys, "MOST_NEEDED", 1.0)
+    case = AttentionCase(MIXED, kv_heads=4, page_size=5, window=9 if partition == "zigzag" else None)
+    plan, strategy = case.plan(6, partition=partition), cpattn.hybrid(within, across)
+    program = partial(bytes_across_groups, case=case, partition=partition, strategy=strategy)
+    received, sent = zip(*run_loopback(program, 6), strict=True)
+    assert list(received) == Needed.of(united_layout(plan, within), case.window).received_by_heads(case, within)
+    assert list(sent) == bytes_sent(strategy.schedule(case.problem(plan), plan)).tolist()
 
 
 @pytest.mark.parametrize("strategy", cpattn.STRATEGIES)

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import split_programs as programs
 import torch
 import torch.distributed as dist
 from cases import AttentionCase
 from failed_calls import Faults, check_partly_failed
+from needed_by_hand import Needed
 from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn
+from cpattn.exchange.schedule import bytes_sent
+from cpattn.metadata.united import united_layout
 from cpattn.testing import ProcessRanks
 
 CPU = torch.device("cpu")
@@ -68,6 +72,19 @@ def test_two_levels_over_a_mesh_of_two_axes(ranks: ProcessRanks, strategy: Any, 
     outputs = [result for result in results if result is not None]
     assert len(outputs) == 4
     case.check(outputs, case.plan(4), strategy, "cpu")
+
+
+@pytest.mark.parametrize("strategy", [cpattn.hybrid(2, "ring"), cpattn.hybrid(3, "all_gather")], ids=str)
+def test_groups_that_divide_heads_get_what_they_need(ranks: ProcessRanks, strategy: Any) -> None:
+    """In bytes: the first group sends and the last one receives; of three the one between does neither."""
+    case = AttentionCase([(0, 40), *[(3, 9)] * 20], kv_heads=4)
+    plan = case.plan(WORLD, partition=programs.cut_once)
+    needed = Needed.of(united_layout(plan, strategy.within), None)
+    assert needed.keys.nonzero() == (np.array([0]), np.array([WORLD // strategy.within - 1]))
+    results = ranks.run(programs.in_group, WORLD, programs.bytes_across_groups, case, programs.cut_once, strategy)
+    received, sent = zip(*results, strict=True)
+    assert list(received) == needed.received_by_heads(case, strategy.within)
+    assert list(sent) == bytes_sent(strategy.schedule(case.problem(plan), plan)).tolist()
 
 
 def test_a_mesh_of_two_axes_is_all_of_its_ranks(ranks: ProcessRanks) -> None:
