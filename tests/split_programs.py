@@ -64,6 +64,22 @@ def check_axes(size: int, sizes: tuple[int, ...], results: list[list[dict[str, l
             assert seen["sent"] == [2 * ((n - 1) + 2 * (n - 1) + (n > 1))]
 
 
+def send_in_one_part_alone(device: torch.device) -> list[int]:
+    """The first that is sent over a group: three rows from the first rank to that of its part in the other half. Ranks of other parts
+    have nothing for anybody."""
+    world: Any = dist.new_group()
+    part = cpattn.transport(world, kind="collectives").split(2, dist.get_world_size() // 2)[0]
+    is_sender, is_receiver = dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() // 2
+    x = torch.arange(3 * is_sender, device=device)
+    out = torch.zeros(3 * is_receiver, dtype=x.dtype, device=device)
+    transfer = part.prepare_uneven_all_to_all(out, x, [len(out), 0], [0, len(x)])
+    assert transfer is not None
+    part.start(transfer).wait()
+    seen: list[int] = out.tolist()
+    dist.destroy_process_group(world)
+    return seen
+
+
 def reduce_scatter(group: cpattn.Transport, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
     """This rank's sum, twice over the same memory, and the bytes of one time."""
     xs = reduce_scatter_inputs(group.size, dtype)

@@ -103,8 +103,15 @@ def test_hybrids_over_nccl(ranks: ProcessRanks, across: str, cache: str, heads: 
         case = AttentionCase(
             batch, *heads, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, within=within, sinks=True, window=500
         )
-        plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.hybrid(within, across)
-        case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+        strategy = cpattn.hybrid(within, across)
+        for partition in ("zigzag", "whole"):
+            plan = case.plan(ranks.size, pad_to=8, partition=partition)
+            case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+
+
+def test_parts_that_have_nothing_to_send_over_nccl(ranks: ProcessRanks) -> None:
+    results = ranks.run(split_programs.send_in_one_part_alone, torch.device("cuda"))
+    assert results == [[0, 1, 2] if rank == ranks.size // 2 else [] for rank in range(ranks.size)]
 
 
 @pytest.mark.parametrize("cache", ["packed", "paged"])

@@ -87,6 +87,11 @@ def test_groups_that_divide_heads_get_what_they_need(ranks: ProcessRanks, strate
     assert list(sent) == bytes_sent(strategy.schedule(case.problem(plan), plan)).tolist()
 
 
+def test_parts_that_have_nothing_to_send(ranks: ProcessRanks) -> None:
+    """Over NCCL, whose first transfer waits for all ranks, in tests/gpu/test_nccl.py."""
+    assert ranks.run(programs.send_in_one_part_alone, CPU) == [[0, 1, 2] if rank == WORLD // 2 else [] for rank in range(WORLD)]
+
+
 def test_a_mesh_of_two_axes_is_all_of_its_ranks(ranks: ProcessRanks) -> None:
     assert all(all(identities) for identities in ranks.run(_mesh_identities))
 
