@@ -96,19 +96,10 @@ def main() -> None:
 def measure(path: Path, num_ranks: int, names: list[str], variants: dict[str, Variant], rounds: int, seconds: float) -> None:
     """Times the batches one after another, and writes what is known after each."""
     bench = Bench("cuda", num_ranks, rounds, time.monotonic() + seconds)
-    left_out: list[str] = []
     try:
-        for i, name in enumerate(names):
-            left = bench.deadline - time.monotonic()
-            if left <= 0:
-                left_out.append(name)
-                continue
-            before = len(bench.lines)
-            bench.measure(Task(name, ALL_BATCHES[name], HEADS, variants, left / (len(names) - i) / 2))
-            for line in bench.lines[before:]:
-                print(line, flush=True)
-            write(path, num_ranks, bench.lines, [*left_out, *names[i + 1 :]])
-        write(path, num_ranks, bench.lines, left_out)
+        bench.measure_all(
+            names, lambda name: Task(name, ALL_BATCHES[name], HEADS, variants), lambda left: write(path, num_ranks, bench.lines, left)
+        )
     finally:
         bench.close()
     print("\n\n".join(summary(bench.lines, mode) for mode in MODES), flush=True)

@@ -80,20 +80,13 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, strategie
     bench = Bench("cuda", num_ranks, rounds, time.monotonic() + seconds)
     variants = all_variants("cuda", strategies)
     for_speedup = {variant: made for variant, made in variants.items() if made.is_of_speedup}
-    left_out: list[str] = []
+    machine = gpu_machine()
+
+    def task(name: str) -> Task:
+        return Task(name, BATCHES[name], HEADS, for_speedup if name in SPEEDUP_ONLY else variants)
+
     try:
-        for i, name in enumerate(names):
-            left = bench.deadline - time.monotonic()
-            if left <= 0:
-                left_out.append(name)
-                continue
-            before = len(bench.lines)
-            # Half of what is left for a batch: the rest is for compiling, comparing and capturing.
-            bench.measure(Task(name, BATCHES[name], HEADS, for_speedup if name in SPEEDUP_ONLY else variants, left / (len(names) - i) / 2))
-            for line in bench.lines[before:]:
-                print(line, flush=True)
-            report.write(path, head(num_ranks, gpu_machine(), names[i + 1 :]), bench.lines, BATCHES)
-        report.write(path, head(num_ranks, gpu_machine(), left_out), bench.lines, BATCHES)
+        bench.measure_all(names, task, lambda left: report.write(path, head(num_ranks, machine, left), bench.lines, BATCHES))
     finally:
         bench.close()
     print(report.summaries(bench.lines, BATCHES), flush=True)

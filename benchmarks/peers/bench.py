@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Task(NamedTuple):
 
     Attributes:
         variants: by name, those first that matter most.
-        seconds: that the rounds may take, beyond the least number of them.
+        seconds: that the rounds may take, beyond the least number of them. :meth:`Bench.measure_all` shares out what there is.
         expected: seconds that a call of a variant takes about, where that is known.
         first_seconds: that the first calls of all variants may take; those that would take longer are left out.
     """
@@ -49,7 +49,7 @@ class Task(NamedTuple):
     batch: list[tuple[int, int]]
     heads: Heads
     variants: dict[str, Variant]
-    seconds: float
+    seconds: float = 0.0
     expected: Callable[[Variant], float] = lambda variant: 0.0
     first_seconds: float = float("inf")
 
@@ -62,6 +62,7 @@ class Bench:
         rounds, least_rounds: at most, and in any case.
         deadline: by ``time.monotonic``; what has not been begun by then is left out.
         longest_graph: seconds of a call above which it is not captured: a graph would save nothing.
+        eagerly: whether eager calls are timed where there are graphs; frees: see :func:`peers.session.begin`.
         lost: variants that took the ranks down, and why; they are not tried again.
         no_graph: peers that cannot be captured, and why; it is not tried again.
     """
@@ -72,6 +73,8 @@ class Bench:
     deadline: float
     least_rounds: int = 3
     longest_graph: float = float("inf")
+    eagerly: bool = True
+    frees: bool = True
     lines: list[Line] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     no_graph: dict[str, str] = field(default_factory=dict)
@@ -92,6 +95,20 @@ class Bench:
         self.ranks.outcomes(session.finish)
         self.ranks.close()
 
+    def measure_all(self, names: Sequence[str], make: Callable[[str], Task], write: Callable[[list[str]], object]) -> None:
+        """One task after another, each made when it is its turn, with its share of the time that is left. After each ``write`` is told
+        the names of the others, which are left out if the time is up."""
+        for number, name in enumerate(names):
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                break
+            before = len(self.lines)
+            # Half of what is left for a batch: the rest is for compiling, comparing and capturing.
+            self.measure(make(name)._replace(seconds=left / (len(names) - number) / 2))
+            for line in self.lines[before:]:
+                print(line, flush=True)
+            write(list(names[number + 1 :]))
+
     def measure(self, task: Task) -> None:
         """Adds the batch's lines. A variant that takes the ranks down is left out from then on, and all others are timed again."""
         try:
@@ -107,7 +124,7 @@ class Bench:
                 self.measure(task._replace(first_seconds=min(task.first_seconds, self.deadline - time.monotonic())))
 
     def _lines(self, task: Task) -> list[Line]:
-        bound = max(self._all(ALL, session.begin, task.batch, task.heads, self.device_type, task.variants))
+        bound = max(self._all(ALL, session.begin, task.batch, task.heads, self.device_type, task.variants, self.frees))
         lines = {name: Line(task.name, name, made.kind, made.beside, note=self.lost.get(name, "")) for name, made in task.variants.items()}
         seconds: dict[str, float] = {}
         end = time.monotonic() + task.first_seconds
@@ -131,7 +148,7 @@ class Bench:
             if round_ >= self.least_rounds and time.monotonic() > end:
                 break
             for name in random.Random(round_).sample(timed, len(timed)):
-                lines[name].add(self._all(name, session.measure, name, layers))
+                lines[name].add(self._all(name, session.measure, name, layers, self.eagerly))
         return list(lines.values())
 
     def _prepare(self, line: Line, bound: float, is_long: bool) -> float | None:

@@ -30,12 +30,21 @@ class _Layout(NamedTuple):
     cache: cpattn.PackedKV | cpattn.PagedKV | None
 
 
-def cp_attention(work: Work, strategy: str, transport: str, backend: str, partition: str = "zigzag", sharded: bool = False) -> Call:
+def cp_attention(
+    work: Work,
+    strategy: str,
+    transport: str,
+    backend: str,
+    partition: str = "zigzag",
+    sharded: bool = False,
+    token_cost: int | None = None,
+) -> Call:
     """A call by a strategy, a backend, and a kind of transport or ``"no transfer"``: what others would send is a local copy.
 
-    With ``sharded`` each rank holds its share of every prefix, in pages; otherwise each holds all prefixes, in order.
+    With ``sharded`` each rank holds its share of every prefix, in pages; otherwise each holds all prefixes, in order. ``token_cost`` is
+    for ``partition="auto"``, as of :func:`cpattn.plan`.
     """
-    meta, q, k, v, kv_cache = _laid_out(work, partition, sharded)
+    meta, q, k, v, kv_cache = _laid_out(work, partition, sharded, token_cost)
     group: Any = None
     if transport == NO_TRANSFER:
         group = _alone(work.rank, work.size)
@@ -58,11 +67,12 @@ def _alone(rank: int, size: int) -> SoloCommunicator:
     return SoloCommunicator(rank, size)
 
 
-def _laid_out(work: Work, partition: str, sharded: bool) -> _Layout:
-    key = partition, sharded, work.size
+def _laid_out(work: Work, partition: str, sharded: bool, token_cost: int | None = None) -> _Layout:
+    key = partition, sharded, work.size, token_cost
     if key not in work.kept:
         shards = prefix_shards(work.batch, work.size) if sharded else None
-        meta = cpattn.build_metadata(work.batch, work.size, work.rank, device=work.device, partition=partition, prefix_shards=shards)
+        plan = cpattn.plan(work.batch, work.size, partition=partition, prefix_shards=shards, token_cost=token_cost)
+        meta = plan.metadata(work.rank, work.device)
         # One rank has everything, in the same order.
         q, k, v = (x if work.size == 1 else cpattn.shard(x, meta) for x in (work.q, work.k, work.v))
         kv_cache: cpattn.PackedKV | cpattn.PagedKV | None = None

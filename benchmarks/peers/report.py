@@ -54,11 +54,11 @@ class Line:
 
     def add(self, times: list[Times]) -> None:
         """One round's, of each rank: a call is over when its slowest rank is."""
-        self.times["eager"].append(max(each.eager for each in times))
-        self.host.append(max(each.host for each in times))
-        graphs = [each.graph for each in times if each.graph is not None]
-        if len(graphs) == len(times):
-            self.times["graph"].append(max(graphs))
+        columns: tuple[list[float], ...] = (self.times["graph"], self.times["eager"], self.host)
+        for column, of_ranks in zip(columns, zip(*times, strict=True), strict=True):
+            known = [time for time in of_ranks if time is not None]
+            if len(known) == len(times):
+                column.append(max(known))
 
     def median(self, mode: Mode) -> float | None:
         return float(np.median(self.times[mode])) if self.times[mode] else None

@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
         squares: None where the result is not the batch's.
         seconds: that a call takes.
         memory: bytes that a call takes at its peak beside the batch's tensors, of torch's allocator: its result, and buffers that
-            stay for the next; 0 on a CPU.
+            stay for the next; 0 on a CPU, and where buffers of others stay.
         way: see :class:`peers.work.Call`.
     """
 
@@ -49,20 +49,25 @@ class Prepared(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Of a layer, in us; the graph's is None where there is none."""
+    """Of a layer, in us; None where it was not timed so."""
 
     graph: float | None
-    eager: float
-    host: float
+    eager: float | None
+    host: float | None
 
 
 @dataclass
 class _Session:
-    """One batch on this rank."""
+    """One batch on this rank.
+
+    Attributes:
+        frees: whether memory of earlier calls is freed before each variant, whose own is then known.
+    """
 
     work: Work
     reference: Tensor
     variants: dict[str, Variant]
+    frees: bool
     calls: dict[str, Call] = field(default_factory=dict)
     replays: dict[str, Callable[[], Any]] = field(default_factory=dict)
     stream: Any = None
@@ -77,10 +82,10 @@ _groups: dict[int, dist.ProcessGroup | None] = {}
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
-def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, variants: dict[str, Variant]) -> float:
+def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, variants: dict[str, Variant], frees: bool = True) -> float:
     """Makes the tensors, and the result that all are compared with: cpattn's own over collectives. Returns by how much two exact
     results may differ, relative to their size."""
-    finish()
+    finish(frees)
     for size in sorted({variant.ranks for variant in variants.values()} - {0}):
         _make_groups(size)
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
@@ -93,19 +98,20 @@ def begin(batch: list[tuple[int, int]], heads: Heads, device_type: str, variants
         strategy="all_gather", backend="triton" if device_type == "cuda" else "cpu", return_lse=True,
     )  # fmt: skip
     whole = cpattn.unshard(out, meta, group=cpattn.transport(kind="collectives"))
-    _sessions.append(_Session(work, whole, variants))
+    _sessions.append(_Session(work, whole, variants, frees))
     # Each of the two may be off by what one kernel on one device may be.
     return 2 * single_device_bound(out.dtype, lse)
 
 
-def finish() -> None:
-    """Forgets the batch."""
+def finish(frees: bool = True) -> None:
+    """Forgets the batch. What a graph has captured of messages' memory stays, so that over many batches that is to serve them all."""
     for session in _sessions:
         for call in session.calls.values():
             call.close()
     _sessions.clear()
     gc.collect()
-    cpattn.release()
+    if frees:
+        cpattn.release()
     # With a capture unended it would raise.
     if torch.cuda.is_available() and not _failed_graphs:
         torch.cuda.empty_cache()
@@ -123,12 +129,12 @@ def prepare(name: str, is_long: bool) -> Prepared:
     try:
         with torch.no_grad():
             in_step(session)
-            before = _memory_before()
+            before = _memory_before() if session.frees else 0
             start = time.perf_counter()
             out = call.run()
             _wait(session)
             seconds = time.perf_counter() - start
-            memory = torch.cuda.max_memory_allocated() - before if out.is_cuda else 0
+            memory = torch.cuda.max_memory_allocated() - before if out.is_cuda and session.frees else 0
             squares = None if call.tokens is None else _squares(out, call.tokens, session.reference)
             del out
             if not is_long:
@@ -162,12 +168,15 @@ def capture(name: str, layers: int) -> Squares | None:
     return squares
 
 
-def measure(name: str, layers: int) -> Times:
-    """So many layers in a graph, as far as there is one, and the same run eagerly; ranks begin in step."""
+def measure(name: str, layers: int, eagerly: bool = True) -> Times:
+    """So many layers in a graph, as far as there is one, and the same run eagerly, if that is asked for or there is none; ranks begin in
+    step."""
     session = _sessions[-1]
     replay, run = session.replays.get(name), session.calls[name].run
     with torch.no_grad():
         graph = None if replay is None else _device_us(session, replay, 1)[0] / layers
+        if replay is not None and not eagerly:
+            return Times(graph, None, None)
         eager, host = _device_us(session, run, layers)
     return Times(graph, eager / layers, host / layers)
 

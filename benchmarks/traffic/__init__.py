@@ -1,0 +1,1 @@
+"""Batches as a serving engine would make them of public traffic, and what is measured over them."""
