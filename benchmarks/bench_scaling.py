@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from peers.batches import ragged
 from peers.bench import MOST_LAYERS, Bench, Task
 from peers.report import MODES
@@ -26,6 +27,7 @@ from scaling.results import EVERYTHING, SUMMARY, Results
 from scaling.ways import USUAL_FLOPS, Case, Way, expected_seconds, ways_of
 
 import cpattn
+from cpattn.costs.known_machine import machine_of
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, PUBLISHED_HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(64, 8, 128), Heads(8, 4, 16)
@@ -147,9 +149,7 @@ def _task(name: str, case: Case, ways: dict[str, Way], share: float, left: float
 
 def _machine() -> cpattn.Machine:
     """Whose constants the estimates are made by."""
-    import torch
-
-    return cpattn.MACHINES["h200-nvlink" if "H200" in torch.cuda.get_device_name() else "h100-nvlink"]
+    return machine_of(torch.device("cuda"))
 
 
 def write(path: Path, results: Results, sizes: list[int], left_out: list[str], prints: bool) -> None:

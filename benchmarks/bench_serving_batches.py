@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from peers.bench import MOST_LAYERS, Bench, Task
 from peers.report import Line, markdown
 from peers.variants import Variant
@@ -27,6 +28,7 @@ from traffic.choices import ONE_GPU, Choice, exposed_us, measured_variants, one_
 from traffic.results import HEADER, Row, read, row_of, summary
 
 import cpattn
+from cpattn.costs.known_machine import machine_of
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(8, 4, 16)
@@ -124,9 +126,7 @@ def check(ranks: int) -> None:
 
 def machine() -> cpattn.Machine:
     """By whose constants the model counts messages."""
-    import torch
-
-    return cpattn.MACHINES["h200-nvlink" if "H200" in torch.cuda.get_device_name() else "h100-nvlink"]
+    return machine_of(torch.device("cuda"))
 
 
 def write(path: Path, size: int, rows: list[Row], is_one_rank: bool) -> None:

@@ -22,7 +22,9 @@ def machine_of(device: torch.device) -> Machine:
     """
     major = capability(device)[0] if device.type == "cuda" else 0
     if major == 9:
-        return H200 if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name(device) else H100
+        # As words: GH200 has other memory and links than either.
+        words = torch.cuda.get_device_name(device).split() if torch.cuda.is_available() else []
+        return H200 if "H200" in words else UNKNOWN if "GH200" in words else H100
     return A100 if major == 8 else UNKNOWN
 
 

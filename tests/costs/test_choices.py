@@ -226,6 +226,35 @@ def test_explain_names_what_was_compared() -> None:
     assert re.fullmatch(r"able, (estimated|at least) [\d,]+ us", strategies["ring"])
 
 
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("batch", "cp_size", "said"), [("1 x 8k", 2, ""), ("1 x 8k", 8, "Over collectives"), ("64 x 512", 8, "")], ids=str)
+def test_explain_says_where_the_model_has_collectives_faster(batch: str, cp_size: int, said: str) -> None:
+    """Where ranks share memory it is taken, whatever the model says of more of them than were measured."""
+    plan = cpattn.plan(batch_of(batch), cp_size)
+    problem = replace(problem_of(plan, None), fixed=True)
+    decision = Setting(plan, problem, H100, "peer_memory").decide(candidate_strategies("auto", problem, plan), "auto")
+    text = explain_strategy(Choice(problem, *decision.way, decision), plan)[decision.way.strategy.name]
+    expected = (
+        rf"{said} it is estimated at \d+ us, and the memory of peers is taken wherever ranks share it: more than 4 GPUs were not measured, "
+        "and how they crowd at one of them is a guess"
+    )
+    assert re.search(expected, text) if said else "collectives" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        ("NVIDIA H200 NVL", "h200-nvlink"),
+        ("NVIDIA H100 80GB HBM3", "h100-nvlink"),
+        ("NVIDIA GH200 480GB", "h100-nvlink, as this machine is unknown"),
+    ],
+)
+def test_machines_are_known_by_name(name: str, machine: str, on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert known_machine.machine_of(torch.device("cuda")).name == machine
+
+
 def test_choosing_is_pure(on_hopper: None) -> None:
     first, second = (decided("64 ragged + ~4k prefix", 4, fixed=False) for _ in range(2))
     assert [(one.way.strategy.name, one.way.backend.name, one.seconds) for one in first.compared] == [
