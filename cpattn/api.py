@@ -30,12 +30,13 @@ from cpattn.call.in_graph import (
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.exchange.all_gather import ALL_GATHER
-from cpattn.exchange.divided_heads import DividedHeads, explain_heads
+from cpattn.exchange.divided_heads import DividedHeads, explain_across, explain_heads
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.exchange.traveling_queries import explain_queries
+from cpattn.exchange.two_level import TwoLevel, explain_levels
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -414,8 +415,9 @@ def explain(
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
     strategy is ``all_gather`` or ``ring`` it says under ``"keys"`` how many keys and values travel before the attention, how many beside it
-    or after it, and why; of ``pass_q`` and ``pass_q_ring`` under ``"queries"`` the same of queries. Where it divides heads, it says under
-    ``"heads"`` how many each rank has.
+    or after it, and why; of a hybrid the same across its groups, and of two levels across hosts and within them. Of ``pass_q`` and
+    ``pass_q_ring`` it says under ``"queries"`` the same of queries. Where a strategy divides heads, it says under ``"heads"`` how many each
+    rank has.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -440,6 +442,10 @@ def explain(
         explained = explained | {"keys": in_words(choice.problem, meta.plan)}
     elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:
         explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
-    if isinstance(choice.strategy, DividedHeads):
+    elif isinstance(choice.strategy, TwoLevel):
+        explained = explained | {"keys": explain_levels(choice.strategy, choice.problem, meta.plan)}
+    elif isinstance(choice.strategy, DividedHeads):
         explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
+        across = explain_across(choice.strategy, choice.problem, meta.plan)
+        explained = explained if across is None else explained | {"keys": across}
     return explained if transport is None else explained | {"transport": transport.describe()}

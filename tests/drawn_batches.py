@@ -62,15 +62,15 @@ _IN_Q_DTYPE = [
     *(Kind("helix", cache) for cache in ("striped", "sharded", "ranked")),
 ]
 _TAKE_STORED = ("all_gather", "ring", "pass_q", "pass_q_ring")
-KINDS = [
-    *_IN_Q_DTYPE,
-    *(
-        kind._replace(stored=stored)
-        for kind in _IN_Q_DTYPE
-        if kind.strategy in _TAKE_STORED and kind.cache not in PACKED
-        for stored in _STORED
-    ),
+_IN_OTHER_DTYPES = [
+    kind._replace(stored=stored)
+    for kind in _IN_Q_DTYPE
+    if kind.strategy in _TAKE_STORED and kind.cache not in PACKED
+    for stored in _STORED
 ]  # fmt: skip
+KINDS = [*_IN_Q_DTYPE, *_IN_OTHER_DTYPES]
+# Of the former so many among all.
+_Q_DTYPE_PART = 0.65
 
 
 @dataclass
@@ -164,7 +164,8 @@ def run_all(batches: list[Drawn]) -> list[tuple[Any, Any]]:
 def draw(seed: int, number: int, cp_size: int | None = None) -> Drawn:
     """A batch, alike for the same numbers."""
     rng = np.random.default_rng([seed, number])
-    batch, kind = _batch(rng), KINDS[rng.integers(len(KINDS))]
+    batch, kinds = _batch(rng), _IN_Q_DTYPE if rng.random() < _Q_DTYPE_PART else _IN_OTHER_DTYPES
+    kind = kinds[rng.integers(len(kinds))]
     cp_size = int(rng.choice(SIZES)) if cp_size is None else cp_size
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
     within = int(rng.choice(divisors))

@@ -13,6 +13,28 @@ from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
 
+def seen_keys(plan: Layout, window: int | None) -> tuple[dict[tuple[int, int], int], set[tuple[int, int, int]]]:
+    """Of each new token, as (request, number), its rank; and which ranks have a query that sees it, as (rank, request, number)."""
+    owner = {(chunk.request, chunk.start + i): chunk.rank for chunk in plan.chunks for i in range(chunk.length)}
+    return owner, {
+        (rank, request, key)
+        for (request, query), rank in owner.items()
+        for key in range(0 if window is None else max(0, query - window + 1), query + 1)
+    }
+
+
+def received_by_hosts(plan: Layout, window: int | None, within: int) -> tuple[list[int], list[int]]:
+    """Rows that each rank receives from other hosts, and from ranks of its own, where each crosses once to the owner's place."""
+    owner, seen = seen_keys(plan, window)
+    across, inside = [0] * plan.cp_size, [0] * plan.cp_size
+    for host, *key in {(rank // within, *key) for rank, *key in seen}:
+        of = owner[key[0], key[1]]
+        across[host * within + of % within] += of // within != host
+    for rank, *key in seen:
+        inside[rank] += owner[key[0], key[1]] % within != rank % within
+    return across, inside
+
+
 class Needed(NamedTuple):
     """By brute force, int64 ``[cp_size, cp_size]``: rows of keys of one rank that another's queries see, ``[owner, viewer]``, and queries
     of one rank that see keys of another, ``[source, owner]``."""
@@ -24,11 +46,9 @@ class Needed(NamedTuple):
     def of(cls, plan: Layout, window: int | None) -> Needed:
         keys, queries = np.zeros((2, plan.cp_size, plan.cp_size), dtype=np.int64)
         held = plan.shard_lens if plan.sharded else np.zeros((len(plan.batch), plan.cp_size), dtype=np.int64)
-        owner = {(chunk.request, chunk.start + i): chunk.rank for chunk in plan.chunks for i in range(chunk.length)}
-        seen: set[tuple[int, int, int]] = set()
+        owner, seen = seen_keys(plan, window)
         for (request, query), rank in owner.items():
             new = [(request, key) for key in range(0 if window is None else max(0, query - window + 1), query + 1)]
-            seen |= {(rank, *key) for key in new}
             for other in {owner[key] for key in new} | set(held[request].nonzero()[0].tolist()):
                 queries[rank, other] += other != rank
         for rank, request, key in seen:

@@ -114,13 +114,16 @@ def attend_along_axes(group: cpattn.Transport, sizes: tuple[int, ...], cases: li
     ]
 
 
-def bytes_across_groups(group: cpattn.Transport, case: AttentionCase, partition: Any, strategy: Any) -> tuple[int, int]:
-    """What this rank receives in a call from ranks that are not in its group of those that divide heads, and all that it sends."""
+def bytes_across_groups(group: cpattn.Transport, case: AttentionCase, partition: Any, strategy: Any) -> tuple[int, int, int]:
+    """What this rank receives in a call from ranks that are not in its group of ``strategy.within``; all that it sends; and all that it
+    receives."""
     across: list[int] = []
+    received: list[int] = []
     exchange = group._exchange  # type: ignore[attr-defined]
 
     def watched(send: dict[int, Tensor], receive: dict[int, Tensor]) -> Any:
         across.extend(x.nbytes for source, x in receive.items() if source // strategy.within != group.rank // strategy.within)
+        received.extend(x.nbytes for source, x in receive.items() if source != group.rank)
         return exchange(send, receive)
 
     group._exchange = watched  # type: ignore[attr-defined]
@@ -129,7 +132,7 @@ def bytes_across_groups(group: cpattn.Transport, case: AttentionCase, partition:
     before = group.bytes_sent
     cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=case.prefix, strategy=strategy, backend="reference", window=case.window)
     del group._exchange  # type: ignore[attr-defined]
-    return sum(across), group.bytes_sent - before
+    return sum(across), group.bytes_sent - before, sum(received)
 
 
 def cut_once(batch: Any, cp_size: int) -> cpattn.Chunks:

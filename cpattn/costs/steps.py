@@ -28,7 +28,7 @@ from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.striped_pass_q import brings_new_keys
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.exchange.traveling_queries import traveling_queries
-from cpattn.exchange.two_level import TwoLevel
+from cpattn.exchange.two_level import TwoLevel, needed_on_hosts
 from cpattn.kernels.tile_shapes import has_specialized
 from cpattn.keys import PREFIX_UNIT
 from cpattn.machine import KernelCosts, LinkCosts, Machine
@@ -509,8 +509,18 @@ def two_levels(choice: Choice, strategy: TwoLevel) -> Tally:
     tally = Tally(choice._replace(link=_link_within(machine, "collectives", within)))
     first = Tally(choice._replace(link=_link_across(machine, within, plan.cp_size)))
     hosts = plan.cp_size // within
-    first.gather((hosts - 1) * row)
-    tally.gather((plan.cp_size - hosts) * row)
+    needed = needed_on_hosts(within, problem, plan)
+    if needed is None:
+        first.gather((hosts - 1) * row)
+        tally.gather((plan.cp_size - hosts) * row)
+    else:
+        for one, sent, received in (
+            (first, needed.sent_across, needed.received_across),
+            (tally, needed.sent_within, needed.received_within),
+        ):
+            # Taken out of what is at hand.
+            one.move_rows(int(sent.max()), 1)
+            one.gather(max(int(sent.max()), int(received.max())) * problem.key_bytes)
     tally.add(first, 1)
     tally.move_rows(problem.rows, 1)
     if problem.cache == "packed":

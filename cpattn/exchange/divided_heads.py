@@ -22,8 +22,10 @@ from cpattn.exchange.head_shares import HeadShare, head_shares
 from cpattn.exchange.heads_message import HeadsBack, HeadsThere, Widths
 from cpattn.exchange.message import heads_of, pages_of_heads
 from cpattn.exchange.ring import RING
+from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.schedule import Schedule, sends
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
+from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import UnitedRows, united_layout
@@ -81,6 +83,16 @@ def explain_heads(strategy: DividedHeads, problem: Problem, plan: Layout) -> str
     uneven = f"; uneven, the busiest has {q_heads[-1] * size / problem.q_heads:.2f} times the mean" if len(q_heads) > 1 else ""
     whole = "" if size in (1, plan.cp_size) else f"; {plan.cp_size // size} such groups, all over collectives"
     return f"divided among {size} rank{'s' * (size > 1)}: {counts} of {problem.q_heads} with {problem.kv_heads}{uneven}{whole}"
+
+
+def explain_across(strategy: DividedHeads, problem: Problem, plan: Layout) -> str | None:
+    """What keys travel across groups, in words, for the rank with the most heads; None where there is one group."""
+    size, across = strategy.group_size(plan), strategy.across
+    if size == plan.cp_size:
+        return None
+    busiest = max(shares_of(problem, size), key=lambda share: share.sizes)
+    in_words = explain_ring_keys if across is RING else explain_keys
+    return f"across groups, of its heads, {in_words(share_of(problem, plan, size, busiest), united_layout(plan, size))}"
 
 
 def share_of(problem: Problem, plan: Layout, within: int, share: HeadShare) -> Problem:

@@ -23,7 +23,7 @@ def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
         seen = SeenKeys.of(plan, meta.cp_rank, window)
         first = plan.chunk_table.rank[seen.pieces.entry] * meta.rows + seen.pieces.rows(plan)
         if meta.bucket is None:
-            return expand_all({"rows": _with_holes(seen, first)}, meta.device)["rows"]
+            return expand_all({"rows": with_holes(seen, first)}, meta.device)["rows"]
         tables = expand_all({"rows": (first, seen.pieces.length), "tokens": (seen.pieces.token, seen.pieces.length)}, meta.device)
         rows = torch.full((meta.whole_rows,), -1, dtype=torch.int32, device=meta.device)
         return rows.index_copy_(0, tables["tokens"].long(), tables["rows"])
@@ -62,7 +62,7 @@ def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
         leaves = ((plan.chunk_table.rank[seen_by_others.entry] == meta.cp_rank) & (viewer != meta.cp_rank)).nonzero()[0]
         leaves = leaves[viewer[leaves].argsort(kind="stable")]
         leaving = seen_by_others.take(leaves)
-        tables = expand_all({"outgoing": (leaving.rows(plan), leaving.length), "source": _with_holes(seen, first)}, meta.device)
+        tables = expand_all({"outgoing": (leaving.rows(plan), leaving.length), "source": with_holes(seen, first)}, meta.device)
         sent = _rows_of_ranks(viewer[leaves], leaving.length, plan.cp_size)
         received = _rows_of_ranks(owner[arrives], seen.pieces.length[arrives], plan.cp_size)
         return ExchangedRows(sent, received, tables["outgoing"], tables["source"])
@@ -78,7 +78,7 @@ def arrivals(plan: Layout, seen: SeenKeys, cp_rank: int) -> IntArray:
     return ordered
 
 
-def _with_holes(seen: SeenKeys, first: IntArray) -> tuple[IntArray, IntArray]:
+def with_holes(seen: SeenKeys, first: IntArray) -> tuple[IntArray, IntArray]:
     """The runs of rows that begin at ``first``, and in the places of those that nobody sees runs of negative numbers."""
     holes, lengths = seen.holes, seen.pieces.length
     if not holes.any():

@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.byte_sizes import in_words
 from cpattn.errors import OptionError, UnsupportedError, shown
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import WholePages
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import Message
+from cpattn.exchange.needed_on_hosts import NeededOnHosts
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.seen_keys import gathered_rows_seen
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
-from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.exchange.traveling_keys import explain_keys, traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_by_hosts import Crossing, crossing_rows
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.transports.transfer import Transfer
@@ -69,8 +72,8 @@ def two_level(within: int) -> Strategy:
     >>> bool((whole - alone).abs().max() < 1e-5)
     True
 
-    All new rows travel if any do: it does not leave out what no query of a host sees. Where nothing has to travel, nothing does.
-    A result has the bits that it has with ``"all_gather"``.
+    Where ``"all_gather"`` sends what is needed alone, so does this: to a host what its ranks' queries see, and to each of them what its own
+    see. A result has the bits that it has with ``"all_gather"``.
 
     Args:
         within: the ranks of a host, a divisor of ``cp_size``. With 1, or all ranks, it is ``"all_gather"``.
@@ -108,12 +111,41 @@ def _has_levels(within: int, problem: Problem, plan: Layout) -> bool:
     return 1 < within < plan.cp_size and bool(travels.what != "nothing" or travels.rest)
 
 
+def needed_on_hosts(within: int, problem: Problem, plan: Layout) -> Crossing | None:
+    """What is sent, where that is what is needed alone; else None."""
+    if problem.cache == "paged" or traveling_keys(problem, plan).what != "needed":
+        return None
+    return crossing_rows(plan, problem.window, within)
+
+
 def _schedule(within: int, problem: Problem, plan: Layout) -> Schedule:
     (hop,) = ALL_GATHER.schedule(problem, plan)
     if not _has_levels(within, problem, plan):
         return (hop,)
+    needed = needed_on_hosts(within, problem, plan)
+    if needed is not None:
+        return (hop._replace(sent=(needed.sent_across + needed.sent_within) * problem.key_bytes),)
     # Of the other hosts' ranks in its place a rank gets one message each, and sends as many; within, what each of them has.
     return (hop._replace(sent=np.full(plan.cp_size, (plan.cp_size - 1) * problem.rows * problem.key_bytes)),)
+
+
+def explain_levels(strategy: TwoLevel, problem: Problem, plan: Layout) -> str:
+    """How many keys cross hosts, and how many come from ranks of one's own, with the bytes of the rank that receives the most."""
+    within = strategy.within
+    if not _has_levels(within, problem, plan):
+        return explain_keys(problem, plan)
+    needed, why = needed_on_hosts(within, problem, plan), traveling_keys(problem, plan).why
+    if needed is None:
+        hosts, row = plan.cp_size // within, problem.rows * problem.key_bytes
+        across, inside = (in_words(rows * row) for rows in (hosts - 1, plan.cp_size - hosts))
+        if problem.cache == "paged":
+            why = "pages that every rank holds whole want all of them"
+        return f"a rank receives {across} from other hosts, where each row crosses once, and {inside} from ranks of its own: {why}"
+    across, inside = (in_words(int(rows.max()) * problem.key_bytes) for rows in (needed.received_across, needed.received_within))
+    return (
+        f"a rank receives at most {across} from other hosts, where what queries of a host see crosses once, and at most {inside} from "
+        f"ranks of its own: {why}"
+    )
 
 
 class _TwoLevels(NamedTuple):
@@ -139,6 +171,8 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     problem, meta, transport, kv = setup.problem, setup.meta, setup.transport, setup.kv
     if not _has_levels(within, problem, meta.plan):
         return ALL_GATHER.prepare(setup)
+    if needed_on_hosts(within, problem, meta.plan) is not None:
+        return NeededOnHosts.of(setup, within)
     hosts = transport.size // within
     shape = within, hosts, problem.rows, kv.heads, kv.width
     memory = transport.arena.buffer("two levels", shape, kv.dtype, kv.device)
@@ -176,7 +210,10 @@ def _places(meta: CPMetadata, within: int) -> tuple[Tensor, Tensor]:
     return request, position
 
 
-def _forward(held: _TwoLevels | Prepared, io: IO, attend: Attend) -> None:
+def _forward(held: _TwoLevels | NeededOnHosts | Prepared, io: IO, attend: Attend) -> None:
+    if isinstance(held, NeededOnHosts):
+        held.forward(io, attend)
+        return
     if not isinstance(held, _TwoLevels):
         ALL_GATHER.forward(held, io, attend)
         return

@@ -100,7 +100,7 @@ def test_across_groups_that_divide_heads_the_same(partition: Any, within: int, a
     case = AttentionCase(MIXED, kv_heads=4, page_size=5, window=9 if partition == "zigzag" else None)
     plan, strategy = case.plan(6, partition=partition), cpattn.hybrid(within, across)
     program = partial(bytes_across_groups, case=case, partition=partition, strategy=strategy)
-    received, sent = zip(*run_loopback(program, 6), strict=True)
+    received, sent, _ = zip(*run_loopback(program, 6), strict=True)
     assert list(received) == Needed.of(united_layout(plan, within), case.window).received_by_heads(case, within)
     assert list(sent) == bytes_sent(strategy.schedule(case.problem(plan), plan)).tolist()
 

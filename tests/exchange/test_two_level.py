@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +13,16 @@ from cases import AttentionCase
 from failed_calls import Faults, attend_with_faults, check_partly_failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needed_by_hand import received_by_hosts
 from own_partitions import OwnPartition
+from split_programs import bytes_across_groups
 from strategies import batches, non_empty_batches
 
 import cpattn
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.metadata import needed_keys
+from cpattn.metadata.needed_by_hosts import crossing_rows
 from cpattn.testing import run_loopback
 from cpattn.transports.transfer import Work
 from cpattn.transports.two_levels import _TwoSteps
@@ -79,6 +85,44 @@ def test_each_row_crosses_to_every_other_host_once(within: int, cp_size: int) ->
     # A rank's own rows alone, of all that it passes on.
     assert crossed == [once] * cp_size or within in (1, cp_size)
     assert bytes_sent(schedule).tolist() == [(cp_size - 1) * plan.rows * problem.key_bytes] * cp_size
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous", "whole", "uncut", OwnPartition(3)], ids=str)
+@pytest.mark.parametrize(("within", "cp_size"), [(2, 4), (2, 6), (3, 6)])
+def test_what_a_host_sees_crosses_to_it_once(
+    within: int, cp_size: int, partition: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else, with the limit out of the way above which everything is sent; counted in bytes, beside a count by hand."""
+    monkeypatch.setattr(needed_keys, "MOST_NEEDED", 1.0)
+    case = AttentionCase([(3, 60), (0, 5), (7, 0), (20, 9), (0, 6), (0, 13), (21, 1), (0, 8)], window=window)
+    plan, strategy = case.plan(cp_size, partition=partition), cpattn.two_level(within)
+    problem = case.problem(plan)
+    program = partial(bytes_across_groups, case=case, partition=partition, strategy=strategy)
+    across, sent, received = zip(*run_loopback(program, cp_size), strict=True)
+    rows, inside = received_by_hosts(plan, window, within)
+    assert list(across) == [row * problem.key_bytes for row in rows]
+    assert list(received) == [(row + more) * problem.key_bytes for row, more in zip(rows, inside, strict=True)]
+    assert list(sent) == bytes_sent(strategy.schedule(problem, plan)).tolist()
+    crossing = crossing_rows(plan, window, within)
+    assert crossing is not None
+    assert (crossing.received_across.tolist(), crossing.received_within.tolist()) == (rows, inside)
+
+
+def test_explain_says_what_crosses() -> None:
+    meta = cpattn.build_metadata([(0, 24), *[(0, 4)] * 18], 4, 0, partition="whole")
+    q, k, pages = torch.zeros(meta.rows, 4, 8), torch.zeros(meta.rows, 2, 8), torch.zeros(114, 4, 2, 8)
+    said = cpattn.explain(q, k, k, meta, strategy=cpattn.two_level(2))["keys"]
+    assert re.fullmatch(
+        r"a rank receives at most \S+ \w+ from other hosts, where what queries of a host see crosses once, and at most \S+ \w+ from ranks "
+        r"of its own: the busiest rank .* within 67%",
+        said,
+    )
+    cache = cpattn.PagedKV(pages, pages, torch.arange(114, dtype=torch.int32).view(19, 6))
+    said = cpattn.explain(q, k, k, meta, kv_cache=cache, strategy=cpattn.two_level(2))["keys"]
+    assert said.endswith("from ranks of its own: pages that every rank holds whole want all of them")
+    said = cpattn.explain(q, k, k, meta, strategy=cpattn.hybrid(2))["keys"]
+    assert said.startswith("across groups, of its heads, a rank receives those that its queries see from their owners")
 
 
 @given(data=st.data(), batch=non_empty_batches(), sizes=SIZES, seed=st.integers(0, 1000))

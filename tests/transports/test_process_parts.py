@@ -82,7 +82,7 @@ def test_groups_that_divide_heads_get_what_they_need(ranks: ProcessRanks, strate
     needed = Needed.of(united_layout(plan, strategy.within), None)
     assert needed.keys.nonzero() == (np.array([0]), np.array([WORLD // strategy.within - 1]))
     results = ranks.run(programs.in_group, WORLD, programs.bytes_across_groups, case, programs.cut_once, strategy)
-    received, sent = zip(*results, strict=True)
+    received, sent, _ = zip(*results, strict=True)
     assert list(received) == needed.received_by_heads(case, strategy.within)
     assert list(sent) == bytes_sent(strategy.schedule(case.problem(plan), plan)).tolist()
 

@@ -1,0 +1,90 @@
+"""Keys that the queries of each host's ranks see, which cross to it once, and go from there to those ranks that see them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cpattn.exchange.attend import Attend
+from cpattn.exchange.keys_in_order import OrderedKeys
+from cpattn.exchange.rows_by_hosts import rows_by_hosts
+from cpattn.exchange.strategy import IO, Setup
+from cpattn.moves.moves import Moves, moves_for
+from cpattn.transports.transfer import Transfer
+
+
+class NeededOnHosts(NamedTuple):
+    """What one call needs.
+
+    Attributes:
+        rows: memory of this rank's tokens, of what comes across, and of what comes from ranks of its host; at_hand: the first two; own:
+            the first.
+        across: the message to other hosts, and which of its tokens it has; passed: that to ranks of its own, and which rows at hand.
+        source: where each key is that has a place in order.
+    """
+
+    transfers: tuple[Transfer, ...]
+    rows: Tensor
+    at_hand: Tensor
+    own: Tensor
+    across: tuple[Tensor, Tensor]
+    passed: tuple[Tensor, Tensor]
+    ordered: OrderedKeys
+    source: Tensor
+    num_tokens: int | Tensor
+    moves: Moves
+
+    @classmethod
+    def of(cls, setup: Setup, within: int) -> NeededOnHosts:
+        """Of hosts of so many ranks."""
+        meta, transport, kv = setup.meta, setup.transport, setup.kv
+        table = rows_by_hosts(meta, setup.problem.window, within)
+        across, inner = transport.split(transport.size // within, within)
+
+        def buffer(name: str, rows: int) -> Tensor:
+            return transport.arena.buffer(f"hosts {name}", (rows, kv.heads, kv.width), kv.wire_dtype, kv.device)
+
+        at_hand = meta.num_tokens + sum(table.received_across)
+        rows = buffer("rows", at_hand + sum(table.received_within))
+        messages = buffer("across", sum(table.sent_across)), buffer("passed", sum(table.sent_within))
+        transfers = (
+            across.prepare_uneven_all_to_all(rows[meta.num_tokens : at_hand], messages[0], table.received_across, table.sent_across),
+            inner.prepare_uneven_all_to_all(rows[at_hand:], messages[1], table.received_within, table.sent_within),
+        )
+        filled = []
+        for transfer, message in zip(transfers, messages, strict=True):
+            assert transfer is not None  # of a transport that has parts
+            filled.append(transfer._replace(fill_missing=partial(kv.fill_missing_, message)))
+        return cls(
+            transfers=tuple(filled),
+            rows=rows,
+            at_hand=rows[:at_hand],
+            own=rows[: meta.num_tokens],
+            across=(messages[0], table.outgoing),
+            passed=(messages[1], table.passed),
+            ordered=OrderedKeys.of(setup, kv),
+            source=table.source,
+            num_tokens=setup.num_tokens,
+            moves=moves_for(setup.problem.device),
+        )
+
+    def forward(self, io: IO, attend: Attend) -> None:
+        """Makes one call."""
+        if len(self.own):
+            self.moves.pack(self.own, io.k, io.v, self.num_tokens)
+        self._gather(*self.across, self.own)
+        crossing, ordered = io.start(), self.ordered
+        if ordered.order.prefix_places is not None:
+            # It is there, and the new keys are still on their way.
+            ordered.put_prefix(io, None)
+        crossing.wait()
+        self._gather(*self.passed, self.at_hand)
+        io.start().wait()
+        self.moves.gather_rows(ordered.memory().whole, self.rows, self.source, ordered.order.new_places)
+        attend(ordered.keys(io, None), ordered.spans)
+
+    def _gather(self, message: Tensor, which: Tensor, rows: Tensor) -> None:
+        if len(message):
+            self.moves.gather_rows(message, rows, which)
