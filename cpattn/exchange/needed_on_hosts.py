@@ -37,8 +37,8 @@ class NeededOnHosts(NamedTuple):
     moves: Moves
 
     @classmethod
-    def of(cls, setup: Setup, within: int) -> NeededOnHosts:
-        """Of hosts of so many ranks."""
+    def of(cls, setup: Setup, within: int) -> NeededOnHosts | None:
+        """Of hosts of so many ranks; None where parts of the transport cannot send such messages."""
         meta, transport, kv = setup.meta, setup.transport, setup.kv
         table = rows_by_hosts(meta, setup.problem.window, within)
         across, inner = transport.split(transport.size // within, within)
@@ -55,7 +55,8 @@ class NeededOnHosts(NamedTuple):
         )
         filled = []
         for transfer, message in zip(transfers, messages, strict=True):
-            assert transfer is not None  # of a transport that has parts
+            if transfer is None:
+                return None
             filled.append(transfer._replace(fill_missing=partial(kv.fill_missing_, message)))
         return cls(
             transfers=tuple(filled),

@@ -140,6 +140,8 @@ def explain_levels(strategy: TwoLevel, problem: Problem, plan: Layout) -> str:
         across, inside = (in_words(rows * row) for rows in (hosts - 1, plan.cp_size - hosts))
         if problem.cache == "paged":
             why = "pages that every rank holds whole want all of them"
+        elif traveling_keys(problem, plan).what == "needed":
+            why = "there are too many ranks and chunks to work out more"
         return f"a rank receives {across} from other hosts, where each row crosses once, and {inside} from ranks of its own: {why}"
     across, inside = (in_words(int(rows.max()) * problem.key_bytes) for rows in (needed.received_across, needed.received_within))
     return (
@@ -172,7 +174,9 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     if not _has_levels(within, problem, meta.plan):
         return ALL_GATHER.prepare(setup)
     if needed_on_hosts(within, problem, meta.plan) is not None:
-        return NeededOnHosts.of(setup, within)
+        needed = NeededOnHosts.of(setup, within)
+        if needed is not None:
+            return needed
     hosts = transport.size // within
     shape = within, hosts, problem.rows, kv.heads, kv.width
     memory = transport.arena.buffer("two levels", shape, kv.dtype, kv.device)
