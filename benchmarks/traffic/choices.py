@@ -58,6 +58,7 @@ FIXED = (
     Choice("whole", "all_gather"),
     Choice("whole", "ring"),
     Choice("uncut", "all_gather"),
+    Choice("uncut", "ring"),
 )
 CHOICES = (AUTO, AUTO_UNEVEN, *FIXED)
 

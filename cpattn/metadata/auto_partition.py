@@ -46,8 +46,9 @@ class PairCosts(NamedTuple):
     """What a call's steps cost, each in query-key pairs of all heads.
 
     Attributes:
-        received: of the K and V of a token that come from another rank, as far as attention does not hide it; copied: that are copied on
-            a rank; read: that a launch reads, for queries that are so few that this takes the time.
+        received: of the K and V of a token that come from another rank, as far as attention does not hide it; crowded: so much more
+            where all ranks read the same rank's; copied: that are copied on a rank; read: that a launch reads, for queries that are so few
+            that this takes the time.
         message: of a message of no bytes.
         tile: what a tile costs beside its key blocks, in keys.
         tile_key: of a key of the longest tile, while the rest of the machine waits for it.
@@ -58,6 +59,7 @@ class PairCosts(NamedTuple):
     """
 
     received: int
+    crowded: int
     copied: int
     read: int
     message: int
@@ -79,12 +81,15 @@ class PairCosts(NamedTuple):
         assert link is not None  # every machine has collectives
         comes_late = peers is not None and kernel.waits_for_keys and not problem.v_in_k
         group = problem.q_heads // problem.kv_heads
+        exposed = problem.key_bytes * (1 - link.hides_late * comes_late)
+        crowding = 0.0 if link.from_one is None else max(0.0, (cp_size - 1) / link.from_one - 1 / link.gather)
 
         def pairs(seconds: float) -> int:
             return max(1, round(seconds / pair))
 
         return cls(
-            received=pairs(problem.key_bytes / link.gather * (1 - link.hides_late * comes_late)),
+            received=pairs(exposed / link.gather),
+            crowded=round(exposed * crowding / pair),
             copied=pairs(2 * problem.key_bytes / machine.copy),
             read=pairs(problem.key_bytes / kernel.read),
             message=pairs(link.latency + link.late_latency * comes_late),
@@ -224,4 +229,6 @@ def _transfer(plan: Layout, problem: Problem, costs: PairCosts) -> int:
         received = int(lacking.received.max())
     # Where others' rows come late a rank's own are put in order alone; else they are packed, and all of them put in order.
     copied += plan.rows if costs.comes_late else plan.rows + new
-    return received * costs.received + copied * costs.copied + costs.message
+    # They crowd while they read the largest request, and have drifted apart then.
+    crowding = received * costs.crowded * int(plan.extend_lens.max()) // plan.num_tokens
+    return received * costs.received + crowding + copied * costs.copied + costs.message

@@ -92,6 +92,15 @@ def test_evenness_gives_way_where_tokens_cost_little(batch: Batch, token_cost: i
     assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards).partition != "uncut"
 
 
+def test_that_ranks_crowd_at_one_counts() -> None:
+    """All read the keys of a lone request in the same order; cut it then takes longer than on one rank."""
+    h100 = cpattn.MACHINES["h100-nvlink"]
+    assert h100.peer_memory is not None
+    apart = replace(h100, peer_memory=replace(h100.peer_memory, from_one=None))
+    taken = [cpattn.plan([(0, 2048)], 4, partition="auto", token_cost=0, machine=machine).partition for machine in (h100, apart)]
+    assert taken == ["uncut", "whole"]
+
+
 def test_uncut_requests_go_where_there_is_least() -> None:
     plan = cpattn.plan([(0, 10), (0, 3), (5, 0), (0, 4), (5, 1)], 2, partition="uncut")
     assert [tuple(chunk) for chunk in plan.chunks] == [(0, 0, 10, 0), (1, 0, 3, 1), (3, 0, 4, 1), (4, 0, 1, 1)]
