@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import page_programs
 import pytest
@@ -97,16 +98,15 @@ def test_pages_over_nccl(ranks: ProcessRanks, strategy: str, cache: str) -> None
 @pytest.mark.parametrize("across", ["ring", "all_gather"])
 @pytest.mark.parametrize(("cache", "heads"), [("packed", (8, 2)), ("own pages", (8, 4)), ("own packed", (7, 7))])
 def test_hybrids_over_nccl(ranks: ProcessRanks, across: str, cache: str, heads: tuple[int, int]) -> None:
-    """All ranks divide heads, or half of them do."""
-    for within in {2, ranks.size}:
-        batch = [(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)]
+    """All ranks divide heads, or half of them do, and across those all keys travel, or those that are needed."""
+    for within, (batch, partition) in product(
+        {2, ranks.size}, (([(0, 777), (640, 300), (0, 3), (997, 1), (64, 0)], "zigzag"), ([(9, 3000), *[(9, 400)] * 12], "whole"))
+    ):
         case = AttentionCase(
             batch, *heads, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, within=within, sinks=True, window=500
         )
-        strategy = cpattn.hybrid(within, across)
-        for partition in ("zigzag", "whole"):
-            plan = case.plan(ranks.size, pad_to=8, partition=partition)
-            case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+        plan, strategy = case.plan(ranks.size, pad_to=8, partition=partition), cpattn.hybrid(within, across)
+        case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
 
 
 def test_parts_that_have_nothing_to_send_over_nccl(ranks: ProcessRanks) -> None:
@@ -116,9 +116,11 @@ def test_parts_that_have_nothing_to_send_over_nccl(ranks: ProcessRanks) -> None:
 
 @pytest.mark.parametrize("cache", ["packed", "paged"])
 def test_two_levels_over_nccl(ranks: ProcessRanks, cache: str) -> None:
-    case = AttentionCase([(0, 777), (640, 300), (0, 3)], head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
-    plan, strategy = case.plan(ranks.size, pad_to=8), cpattn.two_level(2)
-    case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
+    """All rows, and those that are needed."""
+    for batch, partition in (([(0, 777), (640, 300), (0, 3)], "zigzag"), ([(9, 1500), *[(9, 400)] * 9], "whole")):
+        case = AttentionCase(batch, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache)
+        plan, strategy = case.plan(ranks.size, pad_to=8, partition=partition), cpattn.two_level(2)
+        case.check(attend(ranks, case, plan, strategy, "triton"), plan, strategy, "triton")
 
 
 @pytest.mark.parametrize("cache", ["striped", "sharded"])
