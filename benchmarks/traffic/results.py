@@ -40,6 +40,11 @@ class Row:
         return self._over(AUTO, [choice for choice in FIXED if choice.keeps_even])
 
     @property
+    def even_by_rows(self) -> float | None:
+        """The same without what divides heads, which ``auto`` does not compare."""
+        return self._over(AUTO, [choice for choice in FIXED if choice.keeps_even and choice.strategy != "ulysses"])
+
+    @property
     def uneven(self) -> float | None:
         """Where tokens cost nothing, over the best of all."""
         return self._over(AUTO_UNEVEN, FIXED)
@@ -104,6 +109,7 @@ def summary(rows: list[Row]) -> str:
     """How many of the batches are within what."""
     lines = [
         _shares("auto over the best of zigzag and whole", [row.even for row in rows]),
+        _shares("the same, without ulysses, which auto does not compare", [row.even_by_rows for row in rows]),
         _shares("auto, where a token costs nothing, over the best of all", [row.uneven for row in rows]),
         _shares(f"the same less {ALLOWED:g} us, over one GPU", [row.beyond_one_gpu for row in rows]),
     ]
