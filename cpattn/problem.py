@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ class Problem:
         """Of one row of queries."""
         return self.q_heads * self.head_dim * self.dtype.itemsize
 
-    @property
+    @cached_property
     def key_bytes(self) -> int:
         """Of the K and V of one token, as they travel."""
         v_head_dim = 0 if self.v_in_k else self.v_head_dim

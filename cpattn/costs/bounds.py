@@ -34,6 +34,8 @@ class Bounds:
 
     def __init__(self, plan: Layout, problem: Problem, costs: TileCosts) -> None:
         self._plan, self._problem, self._costs = plan, problem, costs
+        # Asked for of an all-gather, and then of a ring.
+        self._by_tiles: dict[int, float] = {}
         request, start, self._length, self._rank = plan.chunk_table
         self._before = plan.prefix_lens[request] + start
         self._keys = self._before + self._length
@@ -55,7 +57,9 @@ class Bounds:
         """The same more closely, on the rank that takes longest: full tiles visit no fewer keys than they see."""
         if not self._costs.leads or not self._plan.num_tokens:
             return self.at_least(number)
-        return self._costs.kernels[number].overhead + self._load(number, 0.0) * (1 - _ROUNDING)
+        if number not in self._by_tiles:
+            self._by_tiles[number] = self._costs.kernels[number].overhead + self._load(number, 0.0) * (1 - _ROUNDING)
+        return self._by_tiles[number]
 
     def at_most(self, number: int) -> float:
         """Seconds of the launch with tiles of the leading form, each full one of which visits a part of a block more than it sees."""
