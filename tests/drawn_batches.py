@@ -117,7 +117,9 @@ class Drawn:
         if self.faults and self.kind.strategy == "helix":
             self._check_failed_heads([failed for failed, _ in results])
         elif self.faults:
-            check_partly_failed(self.meant, self.plan, self.strategy, [failed for failed, _ in results])
+            # What is passed on for others arrives whoever fails.
+            as_strategy = "all_gather" if self.kind.strategy == "two_level" else self.strategy
+            check_partly_failed(self.meant, self.plan, as_strategy, [failed for failed, _ in results])
         outputs = [whole for _, whole in results]
         if self.kind.strategy == "helix":
             out, lse = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_in_order import OrderedKeys
+from cpattn.exchange.message import KVFormat
 from cpattn.exchange.rows_by_hosts import rows_by_hosts
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.moves.moves import Moves, moves_for
@@ -19,18 +20,17 @@ class NeededOnHosts(NamedTuple):
     """What one call needs.
 
     Attributes:
-        rows: memory of this rank's tokens, of what comes across, and of what comes from ranks of its host; at_hand: the first two; own:
-            the first.
-        across: the message to other hosts, and which of its tokens it has; passed: that to ranks of its own, and which rows at hand.
+        rows: memory of this rank's tokens, of what comes across, and of what comes from ranks of its host; own: the first.
+        across: the message to other hosts, this rank's tokens, and which of them it has; passed: the same to ranks of its own, of what is
+            at hand then.
         source: where each key is that has a place in order.
     """
 
     transfers: tuple[Transfer, ...]
     rows: Tensor
-    at_hand: Tensor
     own: Tensor
-    across: tuple[Tensor, Tensor]
-    passed: tuple[Tensor, Tensor]
+    across: tuple[Tensor, Tensor, Tensor]
+    passed: tuple[Tensor, Tensor, Tensor]
     ordered: OrderedKeys
     source: Tensor
     num_tokens: int | Tensor
@@ -49,43 +49,50 @@ class NeededOnHosts(NamedTuple):
         at_hand = meta.num_tokens + sum(table.received_across)
         rows = buffer("rows", at_hand + sum(table.received_within))
         messages = buffer("across", sum(table.sent_across)), buffer("passed", sum(table.sent_within))
+        moves, own, passed = moves_for(setup.problem.device), rows[: meta.num_tokens], (messages[1], rows[:at_hand], table.passed)
+        first = across.prepare_uneven_all_to_all(rows[meta.num_tokens : at_hand], messages[0], table.received_across, table.sent_across)
+        second = inner.prepare_uneven_all_to_all(rows[at_hand:], messages[1], table.received_within, table.sent_within)
+        if first is None or second is None:
+            return None
         transfers = (
-            across.prepare_uneven_all_to_all(rows[meta.num_tokens : at_hand], messages[0], table.received_across, table.sent_across),
-            inner.prepare_uneven_all_to_all(rows[at_hand:], messages[1], table.received_within, table.sent_within),
+            first._replace(fill_missing=partial(kv.fill_missing_, messages[0])),
+            # What came across is others', and is passed on all the same.
+            second._replace(fill_missing=partial(_pass_on_others, kv, moves, own, *passed)),
         )
-        filled = []
-        for transfer, message in zip(transfers, messages, strict=True):
-            if transfer is None:
-                return None
-            filled.append(transfer._replace(fill_missing=partial(kv.fill_missing_, message)))
         return cls(
-            transfers=tuple(filled),
+            transfers=transfers,
             rows=rows,
-            at_hand=rows[:at_hand],
-            own=rows[: meta.num_tokens],
-            across=(messages[0], table.outgoing),
-            passed=(messages[1], table.passed),
+            own=own,
+            across=(messages[0], own, table.outgoing),
+            passed=passed,
             ordered=OrderedKeys.of(setup, kv),
             source=table.source,
             num_tokens=setup.num_tokens,
-            moves=moves_for(setup.problem.device),
+            moves=moves,
         )
 
     def forward(self, io: IO, attend: Attend) -> None:
         """Makes one call."""
         if len(self.own):
             self.moves.pack(self.own, io.k, io.v, self.num_tokens)
-        self._gather(*self.across, self.own)
+        _gather(self.moves, *self.across)
         crossing, ordered = io.start(), self.ordered
         if ordered.order.prefix_places is not None:
             # It is there, and the new keys are still on their way.
             ordered.put_prefix(io, None)
         crossing.wait()
-        self._gather(*self.passed, self.at_hand)
+        _gather(self.moves, *self.passed)
         io.start().wait()
         self.moves.gather_rows(ordered.memory().whole, self.rows, self.source, ordered.order.new_places)
         attend(ordered.keys(io, None), ordered.spans)
 
-    def _gather(self, message: Tensor, which: Tensor, rows: Tensor) -> None:
-        if len(message):
-            self.moves.gather_rows(message, rows, which)
+
+def _gather(moves: Moves, message: Tensor, rows: Tensor, which: Tensor) -> None:
+    if len(message):
+        moves.gather_rows(message, rows, which)
+
+
+def _pass_on_others(kv: KVFormat, moves: Moves, own: Tensor, message: Tensor, rows: Tensor, which: Tensor) -> None:
+    """The message to ranks of one's host where one's own tokens are missing."""
+    kv.fill_missing_(own)
+    _gather(moves, message, rows, which)
