@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cpattn.api import cp_attention, explain, prepare, shard, unshard
     from cpattn.attention.backend import Backend
     from cpattn.attention.custom import custom_backend
+    from cpattn.attention.latent_expansion import latent_expansion
     from cpattn.attention.ragged_rows import RaggedRows
     from cpattn.attention.registry import BACKENDS
     from cpattn.call.forward_context import ForwardContext, forward_context
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cpattn.exchange.hybrid import hybrid
     from cpattn.exchange.registry import STRATEGIES
     from cpattn.exchange.two_level import two_level
+    from cpattn.expansion import ExpandFunction
     from cpattn.keys import Keys
     from cpattn.kv_cache import PackedKV, PagedKV
     from cpattn.machine import MACHINES, KernelCosts, LinkCosts, Machine
@@ -78,6 +80,7 @@ __all__ = [
     "DisagreementError",
     "Estimate",
     "Estimates",
+    "ExpandFunction",
     "ForwardContext",
     "GroupError",
     "HeadCountError",
@@ -119,6 +122,7 @@ __all__ = [
     "forward_context",
     "gather_kv",
     "hybrid",
+    "latent_expansion",
     "measure_links",
     "plan",
     "prepare",
@@ -138,6 +142,7 @@ _NAMES = {
     "api": "cp_attention explain prepare shard unshard",
     "attention.backend": "Backend",
     "attention.custom": "custom_backend",
+    "attention.latent_expansion": "latent_expansion",
     "attention.ragged_rows": "RaggedRows",
     "attention.registry": "BACKENDS",
     "call.forward_context": "ForwardContext forward_context",
@@ -150,6 +155,7 @@ _NAMES = {
     "exchange.hybrid": "hybrid",
     "exchange.registry": "STRATEGIES",
     "exchange.two_level": "two_level",
+    "expansion": "ExpandFunction",
     "keys": "Keys",
     "kv_cache": "PackedKV PagedKV",
     "pool.kv_pool": "KVPool",

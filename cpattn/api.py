@@ -13,7 +13,7 @@ from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
 from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
-from cpattn.call.explain_choice import comparison, explain_backend, explain_strategy
+from cpattn.call.explain_choice import comparison, explain_backend, explain_expansion, explain_strategy
 from cpattn.call.find import check_contents, check_numbers, prepare_call
 from cpattn.call.in_graph import (
     are_options,
@@ -37,6 +37,7 @@ from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.exchange.traveling_queries import explain_queries
 from cpattn.exchange.two_level import TwoLevel, explain_levels
+from cpattn.expansion import ExpandFunction
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.handles import resolve
 from cpattn.kv_cache import PackedKV, PagedKV
@@ -201,6 +202,7 @@ def cp_attention(
     return_lse: Literal[False] = ...,
     check: bool = ...,
     label: str | None = ...,
+    expand: ExpandFunction | None = ...,
 ) -> Tensor: ...
 
 
@@ -225,6 +227,7 @@ def cp_attention(
     return_lse: Literal[True],
     check: bool = ...,
     label: str | None = ...,
+    expand: ExpandFunction | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -249,6 +252,7 @@ def cp_attention(
     return_lse: bool = False,
     check: bool = False,
     label: str | None = None,
+    expand: ExpandFunction | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention of this rank's queries over the whole context. A collective call: every rank makes it alike.
@@ -300,6 +304,11 @@ def cp_attention(
             are gone.)
         label: a name of this call, such as ``"step 17, layer 3"``, which ``check`` compares as well, beside a running number of
             the calls over the group. By its label a layer is found that one rank has skipped or swapped.
+        expand: for the prefill of MLA: k is a latent ``[meta.rows, 1, L]``, v is None, and this function gives the keys and values of
+            some heads of its rows: ``expand(latent [n, 1, L], heads)`` returns ``k [n, h, D]`` and ``v [n, h, Dv]`` of those h query
+            heads, a slice, with ``v_dim`` as Dv. The latent travels once and is what caches have. Each rank expands what it attends to,
+            a group of heads at a time (:data:`cpattn.expansion.MOST_BYTES`), on a GPU on a stream of its own. It runs without gradients,
+            is captured by CUDA graphs, and ends compiled graphs. :func:`cpattn.latent_expansion` makes one of a weight.
 
     Returns:
         ``out [meta.rows, Hq, Dv]`` in q's dtype, zeros on padding; with ``return_lse`` also ``lse [meta.rows, Hq]``,
@@ -318,7 +327,7 @@ def cp_attention(
     NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
     included. After that all ranks can go on with the group.
     """
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out, expand)
     if enters_graph(meta):
         results = attention_in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, "label": label, **unknown})
         if results is not NotImplemented:
@@ -348,6 +357,7 @@ def prepare(
     return_lse: bool = False,
     check: bool = False,
     label: str | None = None,
+    expand: ExpandFunction | None = None,
     **unknown: Any,
 ) -> PreparedCall:
     """A :func:`cp_attention` call to hold: validated and chosen here, made as often as it is called. It spares each layer the
@@ -373,7 +383,7 @@ def prepare(
     """
     checks.check_metadata(meta)
     transport = as_transport(group, meta.plan.cp_size)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out, expand)
 
     def validate() -> PreparedCall:
         if unknown:
@@ -406,6 +416,7 @@ def explain(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     group: Group = None,
+    expand: ExpandFunction | None = None,
 ) -> dict[str, str]:
     """What ``backend="auto"`` would do with such a call: for each backend ``"chosen"``, ``"able"``, or the reason why it was passed
     over, with the microseconds that a call is estimated to take with it, the fastest first. With a PagedKV it also says whether the
@@ -417,7 +428,7 @@ def explain(
     strategy is ``all_gather`` or ``ring`` it says under ``"keys"`` how many keys and values travel before the attention, how many beside it
     or after it, and why; of a hybrid the same across its groups, and of two levels across hosts and within them. Of ``pass_q`` and
     ``pass_q_ring`` it says under ``"queries"`` the same of queries. Where a strategy divides heads, it says under ``"heads"`` how many each
-    rank has.
+    rank has. With ``expand`` it says under ``"latent"`` how many heads that is expanded to at a time.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -429,7 +440,7 @@ def explain(
     The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
     checks.check_metadata(meta)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks)
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks, expand=expand)
     options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
     transport = None if group is None else as_transport(group, meta.plan.cp_size)
     choice = choose(arguments, problem_of(arguments, meta, options), meta.plan, transport)
@@ -444,7 +455,9 @@ def explain(
         explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
     elif isinstance(choice.strategy, TwoLevel):
         explained = explained | {"keys": explain_levels(choice.strategy, choice.problem, meta.plan)}
-    elif isinstance(choice.strategy, DividedHeads):
+    if expand is not None:
+        explained = explained | {"latent": explain_expansion(choice.problem, meta.plan)}
+    if isinstance(choice.strategy, DividedHeads):
         explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
         across = explain_across(choice.strategy, choice.problem, meta.plan)
         explained = explained if across is None else explained | {"keys": across}

@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 _WHY = (
     "cpattn runs outside of graphs, with collectives and memory of its own: compile without fullgraph=True. Graphs can hold "
-    "cp_attention, attend, shard, unshard and write_kv where no tensor requires a gradient, strategy= and backend= are names, and a "
-    "PagedKV was made outside of the graph; and of the metadata's tables position_ids, token_index and restore_index"
+    "cp_attention, attend, shard, unshard and write_kv where no tensor requires a gradient, strategy= and backend= are names, there is no "
+    "expand=, and a PagedKV was made outside of the graph; and of the metadata's tables position_ids, token_index and restore_index"
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Problem:
         scales: what a scale belongs to that stored numbers are multiplied by; None where there are none.
         overlap: groups of KV heads into which an all-gather is split.
         own_heads: whether the cache has a rank's own share of the KV heads alone, where a strategy divides them.
+        latent_dim: of a latent of one head, ``[rows, 1, latent_dim]``, that comes, travels and is cached in the place of K and V, and is
+            expanded to those of each query head where it is attended to; None where K and V come themselves.
     """
 
     device: torch.device
@@ -58,6 +60,19 @@ class Problem:
     own_heads: bool = False
     kv_dtype: torch.dtype | None = None
     scales: ScaleKind | None = None
+    latent_dim: int | None = None
+
+    @property
+    def expands(self) -> bool:
+        """Whether keys and values come as a latent."""
+        return self.latent_dim is not None
+
+    @property
+    def attended(self) -> Problem:
+        """What a kernel is given: of a latent the keys and values that it is expanded to, which lie in no cache."""
+        if not self.expands:
+            return self
+        return replace(self, latent_dim=None, cache=None, page_size=None, kv_dtype=None, scales=None)
 
     @property
     def merge_dtype(self) -> torch.dtype:
@@ -71,7 +86,9 @@ class Problem:
 
     @cached_property
     def key_bytes(self) -> int:
-        """Of the K and V of one token, as they travel."""
+        """Of the K and V of one token, or of its latent, as they travel."""
+        if self.latent_dim is not None:
+            return row_bytes(self.latent_dim, 0, self.stored_dtype, self.scales)
         v_head_dim = 0 if self.v_in_k else self.v_head_dim
         return self.kv_heads * row_bytes(self.head_dim, v_head_dim, self.stored_dtype, self.scales)
 

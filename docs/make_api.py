@@ -22,6 +22,7 @@ PAGE = Path(__file__).with_name("api.md")
 GROUPS: dict[str, tuple[str, list[str]]] = {
     "Layout": ("cpattn", ["plan", "Plan", "Chunk", "Chunks", "Request", "required_rows", "build_metadata", "CPMetadata", "Bucket"]),
     "Calls": ("cpattn", ["shard", "cp_attention", "prepare", "PreparedCall", "unshard", "forward_context", "ForwardContext", "explain"]),
+    "Latents": ("cpattn", ["latent_expansion", "ExpandFunction"]),
     "KV caches": ("cpattn", ["PackedKV", "PagedKV", "Striped", "KVPool", "relayout"]),
     "Pieces of a paged call": ("cpattn", ["gather_kv", "slot_mapping", "write_kv", "attend"]),
     "Strategies and backends": ("cpattn", ["STRATEGIES", "hybrid", "two_level", "BACKENDS", "custom_backend", "RaggedRows"]),

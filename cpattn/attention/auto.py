@@ -35,6 +35,7 @@ def able_backends(name: str | Backend | AttentionCallable, problem: Problem, ali
         UnknownNameError: there is no backend of that name.
         UnsupportedError: the named one cannot serve the call; an explicit choice never falls back.
     """
+    problem = problem.attended
     if name == "auto":
         order = auto_order(problem)
         able = [backend for backend in order if backend.why_not(problem, alignments) is None]
@@ -57,6 +58,7 @@ def able_backends(name: str | Backend | AttentionCallable, problem: Problem, ali
 def explain_backends(problem: Problem, alignments: frozenset[Alignment]) -> dict[str, str]:
     """For each backend ``"able"``, or the reason why it cannot serve the call. Those for such a device come first, in the order of
     ``"auto"``."""
+    problem = problem.attended
     order = [backend.name for backend in auto_order(problem)]
     names = order + [name for name in BACKENDS if name not in order]
     return {name: BACKENDS[name].why_not(problem, alignments) or "able" for name in names}
@@ -64,7 +66,7 @@ def explain_backends(problem: Problem, alignments: frozenset[Alignment]) -> dict
 
 def how_served(backend: Backend, problem: Problem) -> str:
     """What it does with pages, where there are any, and what else is to be said of it; after a comma."""
-    parts = []
+    parts, problem = [], problem.attended
     if problem.page_size is not None:
         stored, dtype = (str(x).removeprefix("torch.") for x in (problem.stored_dtype, problem.dtype))
         in_dtype = "" if stored == dtype else f" in {stored}"

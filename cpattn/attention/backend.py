@@ -25,6 +25,13 @@ class AccumulateFunction(Protocol):
     def __call__(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None: ...
 
 
+class AttendIntoFunction(Protocol):
+    """As :class:`AttentionFunction`, but writes its result to ``out [T, Hq, Dv]`` and ``lse [T, Hq]``, fp32, which may be some of the
+    heads of a larger result."""
+
+    def __call__(self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor, lse: Tensor) -> None: ...
+
+
 class AttentionFunction(Protocol):
     """Attention over spans.
 
@@ -69,6 +76,8 @@ class Backend:
             say for a query without keys.
         accumulate: the kernel's way of merging into an earlier result, if it has one: ``(q, keys, spans, options, acc, lse)``
             changes acc and lse in place, both fp32.
+        attend_into: the kernel's way of writing a result to memory that is there, if it has one: ``(q, keys, spans, options, out, lse)``.
+            Where heads are attended to in groups, it spares a copy of each group's result.
         unavailable: a reason why it cannot be used on this machine at all, or None; asked for when needed.
         refuses: a further reason that this call cannot be served, or None.
         refuses_head_dims: a reason that these head dims cannot be served, or None: of ``(head_dim, v_head_dim, major)``, where
@@ -99,6 +108,7 @@ class Backend:
     loops_on_host: bool = False
     propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None
+    attend_into: AttendIntoFunction | None = None
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[Problem], str | None] = lambda problem: None
     refuses_head_dims: Callable[[int, int, int], str | None] = lambda head_dim, v_head_dim, major: None

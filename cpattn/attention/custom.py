@@ -124,7 +124,7 @@ def as_callers(backend: Backend) -> Backend:
         # It may be memory of its own, and the result is merged into.
         return out.clone(), lse.clone()
 
-    return replace(backend, attend=attend, callers=True)
+    return replace(backend, attend=attend, attend_into=None, callers=True)
 
 
 def _evened_out(out: Tensor, lse: Tensor, sees_keys: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

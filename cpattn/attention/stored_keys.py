@@ -36,7 +36,7 @@ def over_stored_keys(backend: Backend) -> Backend:
         assert accumulate is not None  # or this is not called
         accumulate(q, _copied(keys, q.dtype), spans, options, acc, lse)
 
-    return replace(backend, attend=attend, accumulate=None if accumulate is None else accumulate_copied)
+    return replace(backend, attend=attend, attend_into=None, accumulate=None if accumulate is None else accumulate_copied)
 
 
 def _copied(keys: Keys, dtype: torch.dtype) -> Keys:

@@ -35,6 +35,13 @@ def triton_accumulate(q: Tensor, keys: Keys, spans: Spans, options: AttentionOpt
     ragged_attention(q, keys, spans, options, into=(acc, lse))
 
 
+def triton_attend_into(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor, lse: Tensor) -> None:
+    """See :class:`cpattn.attention.backend.AttendIntoFunction`."""
+    from cpattn.kernels.ragged_attention import ragged_attention
+
+    ragged_attention(q, keys, spans, options, result=(out, lse))
+
+
 def _unavailable() -> str | None:
     return missing("triton", "pip install 'cpattn[triton]'")
 
@@ -93,6 +100,7 @@ BACKEND = Backend(
     waits_for_keys=_has_hopper_kernel,
     reads_prefix=_has_hopper_kernel,
     accumulate=triton_accumulate,
+    attend_into=triton_attend_into,
     unavailable=_unavailable,
     refuses=_refuses,
     how=_how,

@@ -49,7 +49,7 @@ def verified(backend: Backend, problems: list[str]) -> Backend:
         return out, lse
 
     # What it merges by itself could not be told from what it was given.
-    return replace(backend, attend=attend, accumulate=None)
+    return replace(backend, attend=attend, attend_into=None, accumulate=None)
 
 
 def lse_hint(lse: Tensor, fits: Callable[[Tensor], bool], exchanged: Tensor | None) -> str:

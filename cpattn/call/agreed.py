@@ -41,14 +41,21 @@ def describe(call: PreparedCall, meta: CPMetadata) -> str:
     """What must be the same on every rank for the results to fit together. The backend is each rank's own affair, but where ranks read
     each other's memory: how keys lie there is the kernel's."""
     problem, backend = call.problem, call.backend
-    shared = f", keys late={backend.waits_for_keys(problem)}/{backend.reads_prefix(problem)}" if call.transport.shares_memory else ""
+    # A latent is expanded once it is there.
+    comes_late = call.transport.shares_memory and not problem.expands
+    shared = f", keys late={backend.waits_for_keys(problem)}/{backend.reads_prefix(problem)}" if comes_late else ""
     own = " of own heads" if problem.own_heads else ""
     return (
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
         f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
-        f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={'in k' if problem.v_in_k else 'given'}, "
+        f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={_values(problem)}, "
         f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{_stored(problem)}{shared}"
     )
+
+
+def _values(problem: Problem) -> str:
+    """Where they come from."""
+    return f"expanded from {problem.latent_dim}" if problem.expands else "in k" if problem.v_in_k else "given"
 
 
 def _stored(problem: Problem) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cpattn.attention.backend import Backend
 from cpattn.attention.custom import AttentionCallable
 from cpattn.exchange.strategy import Strategy
+from cpattn.expansion import ExpandFunction
 from cpattn.kv_cache import PackedKV, PagedKV
 
 BackendChoice: TypeAlias = str | Backend | AttentionCallable
@@ -34,6 +35,7 @@ class Arguments(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None
     out: Tensor | None = None
+    expand: ExpandFunction | None = None
 
     def key(self) -> Hashable:
         """All that a decision depends on, layouts included. Raises TypeError or AttributeError where an argument is not what
@@ -41,7 +43,7 @@ class Arguments(NamedTuple):
 
         Written out, as it is made in every call: a function for the layout of a tensor would take longer than the rest.
         """
-        q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, out = self
+        q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, out, expand = self
         return (
             # Also the class: a DTensor of the same layout, say, has no memory to read.
             (q.shape, q.stride(), q.dtype, q.device, q.__class__),
@@ -50,6 +52,8 @@ class Arguments(NamedTuple):
             None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device, sinks.__class__),
             None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.__class__, out.is_inference()),
             None if cache is None else _cache_key(cache),
+            # Each layer has a function of its own.
+            expand is None,
             v_dim, strategy, backend, overlap, scale, window, softcap,
             # True == 1, but only one of them is a number of groups.
             v_dim.__class__, overlap.__class__, scale.__class__, window.__class__, softcap.__class__,

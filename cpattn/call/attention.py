@@ -40,6 +40,7 @@ KEYWORDS = (
     "return_lse",
     "check",
     "label",
+    "expand",
 )
 
 

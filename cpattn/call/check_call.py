@@ -8,6 +8,7 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.call import checks
 from cpattn.call.arguments import Arguments
 from cpattn.call.cache_checks import check_cache
+from cpattn.call.expand_checks import check_expand
 from cpattn.call.page_checks import check_attend, check_writable
 from cpattn.call.tensor_kinds import check_no_fp8
 from cpattn.exchange.registry import STRATEGIES
@@ -27,7 +28,10 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
     if is_resident(arguments.strategy):
         check_attend(q, cache, arguments.v_dim, meta)
     else:
-        checks.check_qkv(q, k, v, arguments.v_dim, meta)
+        if arguments.expand is None:
+            checks.check_qkv(q, k, v, arguments.v_dim, meta)
+        else:
+            check_expand(arguments, meta)
         assert k is not None  # checked
         check_no_fp8("q", q.dtype)
         if with_cache:

@@ -39,17 +39,18 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
     if k is None:
         assert isinstance(cache, PagedKV)
         k, v = cache.k_pages, cache.v_pages
-    is_paged = isinstance(cache, PagedKV)
+    is_paged, expands = isinstance(cache, PagedKV), arguments.expand is not None
     return Problem(
         device=q.device,
         dtype=q.dtype,
         rows=meta.rows,
         # Those that a launch has; of queries that are split by heads each rank passes its share.
         q_heads=q.shape[1] * (meta.plan.cp_size if meta.plan.all_queries else 1),
-        kv_heads=k.shape[-2],
+        # A latent is expanded to keys and values of each query head.
+        kv_heads=q.shape[1] if expands else k.shape[-2],
         head_dim=q.shape[2],
         v_head_dim=int(arguments.v_dim or 0) if v is None else v.shape[-1],
-        v_in_k=v is None,
+        v_in_k=v is None and not expands,
         scale=options.scale,
         # A cache of no tokens is none: all there is are new ones.
         cache="paged" if is_paged else "packed" if cache is not None and meta.plan.num_prefix_tokens else None,
@@ -63,6 +64,7 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         own_heads=cached_heads(cache) not in (None, k.shape[-2]),
         kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != q.dtype else None,
         scales=cache.scales if isinstance(cache, PagedKV) else None,
+        latent_dim=k.shape[-1] if expands else None,
     )
 
 

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 from cpattn.attention.auto import explain_backends, how_served
 from cpattn.attention.registry import BACKENDS
+from cpattn.byte_sizes import in_words
 from cpattn.call.choose import Choice
 from cpattn.costs.compare import Compared, compared
 from cpattn.costs.decide import Decision
 from cpattn.exchange.auto import auto_candidates
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments
+from cpattn.expansion import bytes_of_head, head_groups
 from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import View
+from cpattn.problem import Problem
 
 # Of the ways that were compared so many are named.
 _NAMED = 2
@@ -60,6 +64,19 @@ def explain_strategy(choice: Choice, plan: Layout) -> dict[str, str]:
     first = {name: reasons[name] for name in tried if reasons[name] == "no backend can serve it"}
     return (
         first | {chosen: f"chosen, {comparison(choice) or why}"} | {name: reasons[name] for name in names if name not in (chosen, *first)}
+    )
+
+
+def explain_expansion(problem: Problem, plan: Layout) -> str:
+    """How a latent is expanded on the rank whose queries see the most keys, in words."""
+    view = View.of(plan)
+    num_keys = int((view.prefix + view.new).max(initial=0))
+    groups = head_groups(problem, num_keys)
+    most = max(heads.stop - heads.start for heads in groups)
+    at_a_time = in_words(most * bytes_of_head(problem, num_keys))
+    many = f"{len(groups)} groups of up to {most} heads" if len(groups) > 1 else f"all {most} heads at once"
+    return (
+        f"{problem.latent_dim} numbers a token are expanded to {problem.head_dim} and {problem.v_head_dim} a head, {many}, {at_a_time} each"
     )
 
 

@@ -45,7 +45,10 @@ def attention_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Gro
     Args:
         more: return_lse, check, label, and whatever else was given by keyword.
     """
-    q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, _ = arguments
+    q, k, v, v_dim, cache, strategy, backend, overlap, scale, window, softcap, sinks, _, expand = arguments
+    # No operator takes a function.
+    if expand is not None:
+        return NotImplemented
     if not (_fits(arguments, meta) and isinstance(k, Tensor) and _is_line(strategy) and group_fits(group) and are_options(more)):
         return NotImplemented
     options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}
@@ -69,7 +72,7 @@ def attend_in_graph(arguments: Arguments, meta: CPMetadata | None, group: Group,
     Args:
         more: return_lse, check, and whatever else was given by keyword.
     """
-    q, _, _, v_dim, cache, _, backend, _, scale, window, softcap, sinks, _ = arguments
+    q, _, _, v_dim, cache, _, backend, _, scale, window, softcap, sinks, _, _ = arguments
     if not (_fits(arguments, meta) and isinstance(cache, PagedKV) and group_fits(group) and are_options(more)):
         return NotImplemented
     options: dict[str, Any] = {"v_dim": v_dim, "backend": backend, "scale": scale, "window": window, "softcap": softcap, **more}

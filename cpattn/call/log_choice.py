@@ -82,6 +82,7 @@ def _in_words(problem: Problem, meta: CPMetadata) -> str:
     stored = "" if problem.kv_dtype is None else f" in {str(problem.kv_dtype).removeprefix('torch.')}"
     extras += [f"a {problem.cache} cache{stored}{', sharded' if meta.plan.sharded else ''}"] if problem.cache else []
     extras += ["a bucket"] if problem.fixed else []
+    extras += [f"expanded from a latent of {problem.latent_dim}"] if problem.expands else []
     ranks = "1 rank" if meta.plan.cp_size == 1 else f"{meta.plan.cp_size} ranks"
     dtype = str(problem.dtype).removeprefix("torch.")
     with_extras = f" with {', '.join(extras)}" if extras else ""

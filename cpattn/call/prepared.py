@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.expanded_keys import over_latents
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.attention.verify import verified
@@ -29,6 +30,7 @@ from cpattn.exchange.new_rows import NewRows, scales_of_heads
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
+from cpattn.expansion import ExpandFunction
 from cpattn.graphs import leaves_graph
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -74,9 +76,10 @@ class PreparedCall:
         self._attention = Attention.of(backend, options, problem.v_head_dim, num_results(self.schedule) > 1, problem.dtype, problem.sinks)
         # A NaN in the result may be missing in its LSE: the kernel's, or since a value of NaN is a part of a key that some of
         # the queries in its tile do not see.
-        self._nan_in_out_alone = not backend.propagates_nan or (problem.v_in_k and problem.v_head_dim == problem.head_dim)
+        whole_key_is_value = problem.expands or (problem.v_in_k and problem.v_head_dim == problem.head_dim)
+        self._nan_in_out_alone = not backend.propagates_nan or whole_key_is_value
         self._is_stored = problem.stored_dtype != problem.dtype
-        self._reads_pages = problem.cache == "paged" and backend.attends_to_pages(problem)
+        self._reads_pages = problem.cache == "paged" and not problem.expands and backend.attends_to_pages(problem)
         cache = arguments.kv_cache
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # Backends need a contiguous last axis.
@@ -101,11 +104,13 @@ class PreparedCall:
         kv_cache: PackedKV | PagedKV | None = None,
         sinks: Tensor | None = None,
         out: Tensor | None = None,
+        expand: ExpandFunction | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """:func:`cpattn.cp_attention` for these tensors, as it was prepared: a collective call.
 
         Args:
             q, k, v, kv_cache, sinks, out: of the shapes, strides, dtypes and devices of those that it was prepared with.
+            expand: of this layer, where the call was prepared with one.
 
         Returns:
             What cp_attention returns.
@@ -117,7 +122,7 @@ class PreparedCall:
         meta = self._held
         if meta is None:
             raise CPError("this prepared call belongs to cp_attention; ask cpattn.prepare(q, k, v, meta, ...) for one to hold")
-        arguments = Arguments(q, k, v, kv_cache=kv_cache, sinks=sinks, out=out, **self._options)
+        arguments = Arguments(q, k, v, kv_cache=kv_cache, sinks=sinks, out=out, expand=expand, **self._options)
         self.transport.check_usable()
         with InFlight(self.transport, meta.device) as in_flight:
             self._check_same(arguments, meta)
@@ -180,7 +185,9 @@ class PreparedCall:
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
             new = NewRows.of(problem, arena) if self._is_stored and not is_resident(self.strategy) else None
-            waits, reads_prefix = self.backend.waits_for_keys(self.problem), self.backend.reads_prefix(self.problem)
+            waits, reads_prefix = (
+                (self.backend.waits_for_keys(problem), self.backend.reads_prefix(problem)) if not problem.expands else (False, False)
+            )
             self._exchange = self.strategy.prepare(
                 Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
             )
@@ -202,7 +209,7 @@ class PreparedCall:
             arguments: of the same key.
             problems: if given, a caller's own kernel is compared with the reference, and what is wrong becomes a line here.
         """
-        q, k, v, _, cache, *_, sinks, out = arguments
+        q, k, v, _, cache, *_, sinks, out, expand = arguments
         problem, attention = self.problem, self._attention
         if self._copies:
             q, k, v, cache = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), _contiguous_cache(cache)
@@ -210,12 +217,14 @@ class PreparedCall:
             sinks = sinks.to(attention.merged).contiguous()
         if problems is not None and self.backend.callers:
             attention = attention._replace(backend=verified(self.backend, problems))
+        if expand is not None:
+            attention = attention._replace(backend=over_latents(attention.backend, expand, problem))
         scales = None
         if self._is_stored:
             assert isinstance(cache, PagedKV)
-            if not self.backend.reads_stored(problem):
+            if problem.expands or not self.backend.reads_stored(problem):
                 attention = attention._replace(backend=over_stored_keys(attention.backend))
-            scales = scales_of_heads(cache, problem.kv_heads)
+            scales = scales_of_heads(cache, 1 if problem.expands else problem.kv_heads)
         if in_flight.captures:
             self._captured(arguments)
         if in_flight.is_profiled:
@@ -290,6 +299,9 @@ def _difference(given: Any, prepared: Any) -> str:
             parts = zip(("k", "v", "page_table", "k_scale", "v_scale"), mine[1:], theirs[1:], strict=False)
             name, mine, theirs = next((f"kv_cache.{part}", x, y) for part, x, y in parts if x != y)
         return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
+    if given[len(_COMPARED)] != prepared[len(_COMPARED)]:
+        has, had = ("no expand", "one") if given[len(_COMPARED)] else ("expand", "none")
+        return f"there is {has}, but this call was prepared with {had}"
     return "an option differs from the one that this call was prepared with"
 
 

@@ -166,4 +166,4 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
     return None if problem.overlap == 1 else "of a sharded cache it brings all heads at once; leave overlap out"
 
 
-ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True)
+ALL_GATHER = Strategy("all_gather", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True, expands=True)

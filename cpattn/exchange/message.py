@@ -44,6 +44,9 @@ class KVFormat(NamedTuple):
     def of(cls, problem: Problem) -> KVFormat:
         """As a call has them."""
         heads, head_dim, v_head_dim, v_in_k = problem.kv_heads, problem.head_dim, problem.v_head_dim, problem.v_in_k
+        if problem.latent_dim is not None:
+            # All of it is key and value.
+            heads, head_dim, v_head_dim, v_in_k = 1, problem.latent_dim, problem.latent_dim, True
         return cls(heads, head_dim, v_head_dim, v_in_k, problem.stored_dtype, problem.device, problem.scales)
 
     @classmethod

@@ -321,5 +321,5 @@ def _why_not_ring(problem: Problem, plan: Layout) -> str | None:
 
 
 _TRAVELS = "queries, and partial outputs back"
-PASS_Q = Strategy("pass_q", _gather_schedule, _prepare_gather, _forward_gather, _why_not, _TRAVELS, stored=True)
-PASS_Q_RING = Strategy("pass_q_ring", _ring_schedule, _prepare_ring, _forward_ring, _why_not_ring, _TRAVELS, stored=True)
+PASS_Q = Strategy("pass_q", _gather_schedule, _prepare_gather, _forward_gather, _why_not, _TRAVELS, stored=True, expands=True)
+PASS_Q_RING = Strategy("pass_q_ring", _ring_schedule, _prepare_ring, _forward_ring, _why_not_ring, _TRAVELS, stored=True, expands=True)

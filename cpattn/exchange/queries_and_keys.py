@@ -47,12 +47,12 @@ class QueriesAndKeys(NamedTuple):
     @classmethod
     def _in(cls, whole: Tensor, problem: Problem, kv: KVFormat, num_tokens: int | Tensor) -> QueriesAndKeys:
         if whole.dtype == problem.dtype:
-            q, new = torch.split(whole, [problem.q_heads * kv.head_dim, kv.heads * kv.width], dim=1)
+            q, new = torch.split(whole, [problem.q_heads * problem.head_dim, kv.heads * kv.width], dim=1)
         else:
             new = whole[:, : problem.key_bytes].view(kv.wire_dtype)
             q = whole[:, problem.queries_at :][:, : problem.query_bytes].view(problem.dtype)
         message = Message.of(new.view(len(new), kv.heads, kv.width), kv)
-        q = q.view(len(q), problem.q_heads, kv.head_dim)
+        q = q.view(len(q), problem.q_heads, problem.head_dim)
         return cls(whole, q, message, kv, problem, num_tokens, moves_for(kv.device))
 
     def of_rank(self, rank: int, rows: int) -> QueriesAndKeys:

@@ -181,4 +181,4 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
     return why_not_shards(problem, plan)
 
 
-RING = Strategy("ring", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True)
+RING = Strategy("ring", _schedule, _prepare, _forward, _why_not, "keys and values", stored=True, expands=True)

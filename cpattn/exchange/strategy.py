@@ -103,6 +103,8 @@ class Strategy:
             may then have those alone. None where a rank has all.
         stored: whether it serves pages in another dtype than q's. New keys then come, travel and are attended to as
             :class:`cpattn.exchange.message.KVFormat` has them.
+        expands: whether it serves latents, of which :func:`cpattn.cp_attention` expands what it attends to: all that
+            :attr:`Setup.kv` describes may be one.
         queries: of which plans: ``"rows"`` where those are split by rows, ``"all"`` by heads, as of :func:`cpattn.plan`. It is
             not asked about others.
     """
@@ -117,6 +119,7 @@ class Strategy:
     cached_heads: Callable[[int, int, int, int], int | None] = lambda q_heads, kv_heads, cp_size, cp_rank: None
     stored: bool = False
     queries: str = "rows"
+    expands: bool = False
 
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
         """The reason why it cannot serve a problem and plan, or None."""
@@ -124,4 +127,6 @@ class Strategy:
             return "its queries are split by rows, and those of this plan by heads (queries='all')"
         if not self.stored and problem.stored_dtype != problem.dtype:
             return f"it takes pages in q's dtype alone, {problem.dtype}, not {problem.stored_dtype}"
+        if not self.expands and problem.expands:
+            return "it takes keys and values as they come, and no latent that is expanded where it is attended to"
         return self.why_not(problem, plan)

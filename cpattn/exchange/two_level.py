@@ -100,6 +100,7 @@ def _made(within: int) -> TwoLevel:
         why_not=partial(_why_not, within),
         travels="keys and values: across hosts once, then within each",
         why_not_over=partial(_why_not_over, within),
+        expands=True,
         within=within,
     )
 

@@ -35,7 +35,8 @@ _attention = Launcher(ragged_attention_kernel)
 
 def ragged_attention(
     q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype | None = None,
-    into: tuple[Tensor, Tensor] | None = None, *, shapes: tuple[TileShape, ...] | None = None, packs: tuple[int, ...] | None = None,
+    into: tuple[Tensor, Tensor] | None = None, *, result: tuple[Tensor, Tensor] | None = None,
+    shapes: tuple[TileShape, ...] | None = None, packs: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attends all spans in one launch; the meaning is that of :class:`cpattn.attention.backend.AttentionFunction`.
 
@@ -48,19 +49,22 @@ def ragged_attention(
         out_dtype: of the result; q's by default.
         into: an earlier result ``(acc fp32 [T, Hq, Dv], lse fp32 [T, Hq])`` over other keys, into which this one is
             merged in place, in fp32; what has no keys here is left as it is. ``out_dtype`` then does not apply.
+        result: memory for the result, ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, which may be strided; ``out_dtype`` then does not apply.
         shapes: tile shapes to choose from; by default those for this head dim, dtype and GPU.
         packs: query heads of one KV head that may share a tile, to choose from; by default 1 and as many as fit.
 
     Returns:
-        ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``. Rows of q beyond the last query range are not written.
+        ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``, or ``result``. Rows of q beyond the last query range are not written.
     """
     k, v, page_table, k_scale, v_scale, arrivals, prefix = keys
-    if into is None:
+    if into is not None:
+        out, lse = into
+    elif result is not None:
+        out, lse = result
+    else:
         num_queries, num_heads, _ = q.shape
         out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
         lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
-    else:
-        out, lse = into
     sinks = options.sinks
     # All that decides the launch, beside the spans and the tensors' addresses; of these, what a descriptor can take, and
     # whether V is K's first columns.
