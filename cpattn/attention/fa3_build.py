@@ -49,12 +49,14 @@ class Build:
         forward: takes what the operator ``fwd`` takes, by name, and returns out ``[T, Hq, Dv]`` and the LSE ``[Hq, T]``.
         is_operator: whether that is the operator itself. The package's own functions do the same, but cost the host more.
         left_out: what it was made without, by the names of its configuration (``FP16``, ``HDIM96``); None if it has none.
+        takes_out: whether ``forward`` also takes memory for the output, ``out``.
     """
 
     module: str
     forward: Callable[..., tuple[Tensor, Tensor]]
     is_operator: bool
     left_out: frozenset[str] | None
+    takes_out: bool = False
 
     def has(self, feature: str) -> bool:
         """Whether it was made with a feature, by the name of its configuration; where there is none, it is believed to be."""
@@ -142,7 +144,8 @@ def _find_build() -> Build | str:
     names = next((names for names in NAMES if names.interface == home.__name__), found)
     operator = _operator(names.operators)
     forward = partial(_call_operator, operator) if operator is not None else partial(call_functions, interface)
-    return Build(found.interface, forward, operator is not None, _left_out(names.config))
+    takes_out = operator is not None and "out" in _arguments(operator)
+    return Build(found.interface, forward, operator is not None, _left_out(names.config), takes_out)
 
 
 def _operator(namespace: str) -> Any | None:
@@ -151,8 +154,11 @@ def _operator(namespace: str) -> Any | None:
         operator = getattr(torch.ops, namespace).fwd.default
     except AttributeError:
         return None
-    takes = {argument.name for argument in operator._schema.arguments}
-    return operator if takes >= _NEEDED else None
+    return operator if _arguments(operator) >= _NEEDED else None
+
+
+def _arguments(operator: Any) -> set[str]:
+    return {argument.name for argument in operator._schema.arguments}
 
 
 def _call_operator(operator: Any, **arguments: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -29,6 +30,10 @@ _MOST_PARTIAL_BYTES = 256 * 2**20
 
 def flash_attn3_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
+    return _attention(q, keys, spans, options)
+
+
+def _attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     build = find_build()
     kv_heads, v_head_dim = keys.k.shape[-2], keys.v.shape[-1]
     group = q.shape[1] // kv_heads
@@ -37,18 +42,32 @@ def flash_attn3_attention(q: Tensor, keys: Keys, spans: Spans, options: Attentio
     # Split spans and pages are always packed.
     if splits == 1 and keys.page_table is None and group > 1:
         pack_gqa = build.has("PACKGQA") and packs_heads(spans, group)
-    return launch(q, keys, spans, options, splits, pack_gqa)
+    return launch(q, keys, spans, options, splits, pack_gqa, out)
 
 
-def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, splits: int, pack_gqa: bool | None) -> tuple[Tensor, Tensor]:
+def flash_attn3_attend_into(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor, lse: Tensor) -> None:
+    """See :class:`cpattn.attention.backend.AttendIntoFunction`. The LSE is copied, and the output unless the build takes memory."""
+    if find_build().takes_out:
+        lse.copy_(_attention(q, keys, spans, options, out)[1])
+        return
+    made, made_lse = _attention(q, keys, spans, options)
+    out.copy_(made)
+    lse.copy_(made_lse)
+
+
+def launch(
+    q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, splits: int, pack_gqa: bool | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One launch of the kernel.
 
     Args:
         splits: into how many parts the keys of a span are split at most; the kernel takes fewer for shorter ones.
         pack_gqa: whether the query heads of a group share a tile; None leaves it to the kernel.
+        out: memory for the output, where the build takes it.
     """
     call = varlen_call(keys, spans, options)
     table = keys.page_table
+    into = {} if out is None else {"out": out}
     out, lse_HT = find_build().forward(
         q=q,
         k=keys.k,
@@ -68,6 +87,7 @@ def launch(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, split
         softcap=call.softcap,
         num_splits=splits,
         pack_gqa=pack_gqa,
+        **into,
     )
     return out, lse_HT.transpose(0, 1)
 
@@ -140,14 +160,17 @@ def _describe() -> str | None:
 
 # Sinks are applied to the result. Some builds take them, but were only seen to be right with bf16 ones, and leave them out of the LSE
 # of queries without keys.
-BACKEND = flash_backend(
-    "flash_attn3",
-    flash_attn3_attention,
-    why_no_build,
-    least_capability=(9, 0),
-    softcap=True,
-    refuses_head_dims=_refuses_head_dims,
-    refuses_call=_refuses,
-    reads_pages=_reads_pages,
-    describe=_describe,
+BACKEND = replace(
+    flash_backend(
+        "flash_attn3",
+        flash_attn3_attention,
+        why_no_build,
+        least_capability=(9, 0),
+        softcap=True,
+        refuses_head_dims=_refuses_head_dims,
+        refuses_call=_refuses,
+        reads_pages=_reads_pages,
+        describe=_describe,
+    ),
+    attend_into=flash_attn3_attend_into,
 )

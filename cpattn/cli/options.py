@@ -109,6 +109,9 @@ def shape_from(options: argparse.Namespace) -> Shape:
             f"--heads {shown(heads)}/{shown(kv_heads)} --kv-heads {shown(options.kv_heads)}: give key/value heads only once"
         )
     kv_heads = options.kv_heads if kv_heads is None else kv_heads
+    latent_dim: int | None = getattr(options, "latent_dim", None)
+    if kv_heads is None and latent_dim is not None:
+        kv_heads = heads
     if kv_heads is None:
         kv_heads = heads // 4 if heads % 4 == 0 else 1
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
@@ -121,4 +124,9 @@ def shape_from(options: argparse.Namespace) -> Shape:
             raise CPError(f"{name} {value}: it must be at least 1")
         if value > _LARGEST_SIZE:
             raise CPError(f"{name} {shown(value)}: it can be {_LARGEST_SIZE:,} at most")
-    return Shape(heads, kv_heads, options.head_dim, v_head_dim, options.dtype, DTYPES[options.dtype].itemsize)
+    if latent_dim is not None and (not 1 <= latent_dim <= _LARGEST_SIZE or kv_heads != heads):
+        raise CPError(
+            f"--latent-dim {shown(latent_dim)} with {kv_heads} key/value heads for {heads} query heads: it is from 1 to {_LARGEST_SIZE:,}, "
+            "and expanded for each query head; leave --kv-heads out"
+        )
+    return Shape(heads, kv_heads, options.head_dim, v_head_dim, options.dtype, DTYPES[options.dtype].itemsize, latent_dim)

@@ -32,6 +32,7 @@ examples:
   cpattn plan --batch "0+3670, 4096+128, 8k+1 x 256" --cp 8
   cpattn plan --batch examples/batches/mixed.json --cp 4 --compare
   cpattn plan --batch 0+131072 --cp 8 --machine h100-nvlink
+  cpattn plan --batch 32k --heads 128 --head-dim 192 --v-head-dim 128 --latent-dim 576
   cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png
   cpattn plan --batch "0+3670" --cp 8 --json | jq .pair_imbalance
 """
@@ -52,6 +53,9 @@ def add_command(commands: Any) -> None:
     )
     sizes = parser.add_argument_group("sizes of the attention, for the bytes that are sent")
     add_shape_options(sizes, heads=32, head_dim=128)
+    sizes.add_argument(
+        "--latent-dim", type=int, metavar="N", help="MLA: a latent of this size travels, and is expanded to the heads (DeepSeek-V3: 576)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--compare", action="store_true", help="compare all partitions and remainders, side by side")
     output.add_argument(

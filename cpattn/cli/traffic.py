@@ -29,9 +29,12 @@ class Shape(NamedTuple):
     v_head_dim: int
     dtype: str
     itemsize: int
+    latent_dim: int | None = None
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim} (v: {self.v_head_dim})"
+        if self.latent_dim is not None:
+            return f"{self.heads} heads of {dims} that a latent of {self.latent_dim} is expanded to, {self.dtype}"
         return f"{self.heads} query and {self.kv_heads} key/value heads of {dims}, {self.dtype}"
 
 
@@ -46,6 +49,7 @@ def problem_of(plan: Plan | None, shape: Shape) -> Problem:
         head_dim=shape.head_dim,
         v_head_dim=shape.v_head_dim,
         cache="packed" if plan is not None and plan.num_prefix_tokens else None,
+        latent_dim=shape.latent_dim,
     )
 
 

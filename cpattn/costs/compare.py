@@ -28,7 +28,7 @@ class Compared(NamedTuple):
 
 def compared(call: Call, ways: Sequence[Way]) -> tuple[Compared, ...]:
     """Ways that the model knows, the fastest first."""
-    attention = Launches(call.plan, call.problem, call.machine, tuple(call.kernels.values()))
+    attention = Launches(call.plan, call.problem.attended, call.machine, tuple(call.kernels.values()))
     found: list[Compared] = []
     tallies: dict[tuple[str, str], Tally] = {}
     for way in ways:

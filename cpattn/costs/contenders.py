@@ -56,8 +56,9 @@ class _Floors:
     def __init__(self, call: Call, ways: Sequence[Way]) -> None:
         self._call, self._ways = call, ways
         self._kernels = [call.kernels[way.backend.name] for way in ways]
-        costs = TileCosts.of(call.problem, call.machine, tuple(call.kernels.values()))
-        self._bounds = Bounds(call.plan, call.problem, costs)
+        problem = call.problem.attended
+        costs = TileCosts.of(problem, call.machine, tuple(call.kernels.values()))
+        self._bounds = Bounds(call.plan, problem, costs)
         names = list(call.kernels)
         self._numbers = [names.index(way.backend.name) for way in ways]
         compute = [self._bounds.at_least(number) for number in range(len(names))]

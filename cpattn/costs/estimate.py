@@ -145,7 +145,7 @@ def estimate(plan: Layout, problem: Problem, machine: Machine | str) -> Estimate
     _check_backends(machine)
     _check(plan, problem)
     refused: dict[str, str] = {}
-    attention = Launches(plan, problem, machine)
+    attention = Launches(plan, problem.attended, machine)
     found: list[Estimate] = []
     over_hosts = [] if plan.all_queries else _over_hosts(plan, machine)
     for strategy in (*strategies_for(plan).values(), *over_hosts):
@@ -183,7 +183,7 @@ def _of_backend(
     """Over all transports and overlaps."""
     overlaps = _OVERLAPS if strategy.name == "all_gather" and plan.cp_size > 1 and not plan.sharded else (1,)
     for overlap in overlaps:
-        if problem.kv_heads % overlap:
+        if problem.kv_heads % overlap or (problem.expands and overlap > 1):
             continue
         split = replace(problem, overlap=overlap)
         schedule = strategy.schedule(split, plan)
@@ -230,6 +230,7 @@ def why_unknown(strategy: Strategy, problem: Problem) -> str | None:
 
 def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Strategy, major: int) -> str | None:
     """Of the rules of a backend those that hold on any machine: what is installed here does not count."""
+    attended = problem.attended
     anywhere: Backend = replace(
         BACKENDS[kernel.backend],
         device_types=None,
@@ -238,7 +239,7 @@ def _why_not(kernel: KernelCosts, problem: Problem, plan: Layout, strategy: Stra
         reads_pages=lambda problem: kernel.reads_pages(problem.page_size),
     )
     return anywhere.refuses_head_dims(problem.head_dim, problem.v_head_dim, major) or anywhere.why_not(
-        problem, alignments(strategy.schedule(problem, plan))
+        attended, alignments(strategy.schedule(problem, plan))
     )
 
 

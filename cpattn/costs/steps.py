@@ -29,6 +29,7 @@ from cpattn.exchange.striped_pass_q import brings_new_keys
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.exchange.traveling_queries import traveling_queries
 from cpattn.exchange.two_level import TwoLevel, needed_on_hosts
+from cpattn.expansion import head_groups
 from cpattn.kernels.tile_shapes import has_specialized
 from cpattn.keys import PREFIX_UNIT
 from cpattn.machine import KernelCosts, LinkCosts, Machine
@@ -36,6 +37,9 @@ from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
 from cpattn.metadata.united import united_layout
 from cpattn.problem import Problem
+
+# Kernels that expand a group of heads: of the keys, of the values, and of the part of a key that heads share.
+_PRODUCTS = 3
 
 
 class Choice(NamedTuple):
@@ -100,7 +104,22 @@ class Tally:
             self.compute += float(np.sum(seconds, axis=0).max(initial=0))
         self.host += choice.kernel.host * len(hops)
         self.launches += len(hops)
-        return slowest
+        return slowest if not choice.problem.expands else [one + self._expand(hop) for one, hop in zip(slowest, hops, strict=True)]
+
+    def _expand(self, hop: Hop) -> float:
+        """Seconds of expanding a hop's latents, as if each head took a product with all of a row: a group of heads at a time, each with a
+        launch of its own."""
+        choice, problem = self.choice, self.choice.problem
+        assert problem.latent_dim is not None  # it expands
+        num_keys = _latents_of(choice.plan, problem, hop)
+        groups, numbers = len(head_groups(problem, num_keys)), num_keys * problem.q_heads * (problem.head_dim + problem.v_head_dim)
+        seconds = 2 * numbers * problem.latent_dim / choice.kernel.flops + numbers * problem.dtype.itemsize / choice.machine.copy
+        more = groups - 1
+        seconds += groups * _PRODUCTS * choice.machine.launch + more * choice.kernel.overhead
+        self.compute += seconds
+        self.host += groups * _PRODUCTS * choice.machine.host_launch + more * choice.kernel.host
+        self.launches += groups * _PRODUCTS + more
+        return seconds
 
     def gather(self, nbytes: int, cover: float = 0.0, *, comes_late: bool = False) -> None:
         """An all-gather in which a rank receives so many bytes, beside so many seconds of attention, which may wait for each of them. One
@@ -144,6 +163,17 @@ class Tally:
         self.exposed += count * other.exposed
         self.host += count * other.host
         self.launches += count * other.launches
+
+
+def _latents_of(plan: Layout, problem: Problem, hop: Hop) -> int:
+    """How many of them a hop attends to, on the rank that has the most."""
+    if hop.keys == "all":
+        return _Most.of(plan).both
+    if hop.keys == "prefix":
+        return plan.num_prefix_tokens
+    if hop.keys == "new":
+        return plan.num_tokens
+    return plan.largest_shard if plan.sharded else problem.rows
 
 
 def all_gather(choice: Choice) -> Tally:
@@ -201,7 +231,7 @@ def keys_come_late(choice: Choice, traveling: Traveling) -> bool:
 def _has_hopper_kernel(choice: Choice) -> bool:
     """That attends to keys in order, and to prefixes wherever they lie."""
     problem = choice.problem
-    if problem.v_in_k or problem.stored_dtype != problem.dtype:
+    if problem.v_in_k or problem.expands or problem.stored_dtype != problem.dtype:
         return False
     return has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, choice.machine.capability, problem.page_size or 0)
 
@@ -639,5 +669,5 @@ def _copy_pages(tally: Tally, num_tokens: int) -> None:
     """Keys of so many tokens out of their pages, unless the kernel reads them as they are."""
     problem = tally.choice.problem
     reads_stored = problem.stored_dtype == problem.dtype or tally.choice.backend.reads_stored(problem)
-    if not (reads_stored and tally.choice.kernel.reads_pages(problem.page_size)):
+    if problem.expands or not (reads_stored and tally.choice.kernel.reads_pages(problem.page_size)):
         tally.move(2 * num_tokens * problem.key_bytes)

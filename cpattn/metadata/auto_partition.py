@@ -79,7 +79,8 @@ class PairCosts(NamedTuple):
         peers = machine.link("peer_memory", cp_size)
         link = peers or machine.link("collectives", cp_size)
         assert link is not None  # every machine has collectives
-        comes_late = peers is not None and kernel.waits_for_keys and not problem.v_in_k
+        reads_where_they_lie = not problem.v_in_k and not problem.expands
+        comes_late = peers is not None and kernel.waits_for_keys and reads_where_they_lie
         group = problem.q_heads // problem.kv_heads
         exposed = problem.key_bytes * (1 - link.hides_late * comes_late)
         crowding = 0.0 if link.from_one is None else max(0.0, (cp_size - 1) / link.from_one - 1 / link.gather)
@@ -98,7 +99,7 @@ class PairCosts(NamedTuple):
             packs=(1,) if group == 1 or group > _TILE_ROWS else (1, group),
             reads_peers=peers is not None,
             comes_late=comes_late,
-            in_place=kernel.reads_prefix and not problem.v_in_k,
+            in_place=kernel.reads_prefix and reads_where_they_lie,
             seconds=pair,
         )
 

@@ -31,7 +31,21 @@ def check_problem(problem: Problem) -> None:
         raise HeadCountError(
             f"problem.q_heads={shown(problem.q_heads)} is no multiple of kv_heads={shown(problem.kv_heads)}; it must be one"
         )
+    _check_latent(problem)
     _check_stored(problem)
+
+
+def _check_latent(problem: Problem) -> None:
+    latent_dim: Any = problem.latent_dim
+    if latent_dim is None:
+        return
+    if not is_integer(latent_dim) or latent_dim < 1:
+        raise OptionError(f"problem.latent_dim={shown(latent_dim)}; pass the width of the latent, an integer of at least 1, or None")
+    if problem.q_heads != problem.kv_heads or problem.v_in_k:
+        raise OptionError(
+            f"problem.latent_dim={latent_dim} with kv_heads={problem.kv_heads} and v_in_k={problem.v_in_k}; a latent is expanded to keys "
+            f"and values of each query head: pass kv_heads={problem.q_heads}, and no v_in_k"
+        )
 
 
 def _check_stored(problem: Problem) -> None:

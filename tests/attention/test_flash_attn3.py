@@ -20,6 +20,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.keys import Keys
 from cpattn.problem import Problem
+from cpattn.spans import Spans
 from cpattn.testing import check_backend
 
 SINKS = ",Tensor? sinks = None"
@@ -213,6 +214,22 @@ def test_the_heads_of_short_chunks_are_packed(monkeypatch: pytest.MonkeyPatch, f
     with installed_as(replace(FULL, lacks="PACKGQA"), monkeypatch, operator=True) as fake:
         attend(rows_of((1, 512)))
         assert fake.calls[0]["pack_gqa"] is False
+
+
+@pytest.mark.parametrize("operator", [True, False])
+def test_a_result_is_written_to_its_place(monkeypatch: pytest.MonkeyPatch, operator: bool) -> None:
+    """By the operator itself; what its functions return is copied."""
+    q, k, v = (torch.randn(3, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    spans, options = Spans.build(np.array([3]), np.array([0]), np.array([3]), np.array([1])), AttentionOptions(0.125)
+    out, lse = torch.zeros(3, 4, 64, dtype=torch.bfloat16), torch.zeros(3, 4)
+    with installed_as(FULL, monkeypatch, operator) as fake:
+        flash_attn3.flash_attn3_attend_into(q, Keys(k, v), spans, options, out[:, 1:3], lse[:, 1:3])
+        expected = flash_attn3.flash_attn3_attention(q, Keys(k, v), spans, options, torch.bfloat16)
+    assert (fake.calls[0].get("out") is not None) == operator
+    assert torch.equal(out[:, 1:3], expected[0])
+    assert torch.equal(lse[:, 1:3], expected[1])
+    assert not out[:, [0, 3]].any()
+    assert not lse[:, [0, 3]].any()
 
 
 LONG = 2**17

@@ -8,9 +8,11 @@ import torch
 from ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows
 
 from cpattn.attention.backend import AttentionOptions
+from cpattn.attention.triton import triton_attend_into
 
 pytest.importorskip("triton")
 from cpattn.kernels.tile_shapes import packs_for, padded_dims
+from cpattn.keys import Keys
 
 
 @pytest.mark.parametrize("options", [AttentionOptions(0.04), AttentionOptions(-0.04, window=50, softcap=20.0)], ids=["plain", "options"])
@@ -51,6 +53,20 @@ def test_up_projected(device: str) -> None:
     q, k, v = make_qkv(rows, 200, (4, 4), (192, 128), torch.bfloat16, device, 2)
     out, lse = launch_attention(q, k, v, rows, scale=192**-0.5)
     check(q, k, v, rows, AttentionOptions(192**-0.5), out, lse)
+
+
+def test_groups_of_heads_into_their_places(device: str) -> None:
+    """The same bits, whatever else the result holds."""
+    rows = make_rows([20], [0], [40], [21], device)
+    q, k, v = make_qkv(rows, 40, (3, 3), (192, 128), torch.bfloat16, device, 2)
+    want, want_lse = launch_attention(q, k, v, rows, scale=192**-0.5)
+    out, lse = torch.full_like(want, 7), torch.full_like(want_lse, 7)
+    for heads in (slice(0, 2), slice(2, 3)):
+        place = out[:, heads], lse[:, heads]
+        triton_attend_into(q[:, heads], Keys(k[:, heads], v[:, heads]), rows, AttentionOptions(192**-0.5), *place)
+    num_queries = rows.num_queries
+    assert torch.equal(out[:num_queries], want[:num_queries])
+    assert torch.equal(lse[:num_queries], want_lse[:num_queries])
 
 
 def test_padded_dims() -> None:

@@ -42,7 +42,7 @@ class Asked(NamedTuple):
         """Random q, k and v."""
         assert self.shape is not None
         torch.manual_seed(0)
-        heads, kv_heads, head_dim, v_head_dim, dtype, _ = self.shape
+        heads, kv_heads, head_dim, v_head_dim, dtype, *_ = self.shape
         shapes = (rows, heads, head_dim), (rows, kv_heads, head_dim), (rows, kv_heads, v_head_dim)
         q, k, v = (torch.randn(shape, device=device()).to(DTYPES[dtype]) for shape in shapes)
         return q, k, v
