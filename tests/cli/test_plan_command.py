@@ -79,6 +79,19 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_a_latent(capsys: pytest.CaptureFixture[str]) -> None:
+    mla = "--heads", "128", "--head-dim", "192", "--v-head-dim", "128", "--latent-dim", "576"
+    text = output(capsys, "--batch", "16k", "--cp", "2", *mla)
+    assert "128 heads of 192 (v: 128) that a latent of 576 is expanded to, bfloat16" in text
+    assert re.search(rf"all_gather +keys and values +{8192 * 576 * 2:,} ", text)
+    assert "ulysses" not in text
+    found = json.loads(output(capsys, "--batch", "16k", "--cp", "2", *mla, "--machine", "h100-nvlink", "--json"))
+    assert found["attention"]["latent_dim"] == 576
+    assert found["estimates"][0]["strategy"] == "all_gather"
+    assert main(["plan", "--batch", "16k", "--heads", "8/2", "--latent-dim", "576"]) == 2
+    assert "--latent-dim 576 with 2 key/value heads for 8 query heads: it is" in capsys.readouterr().err
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = cpattn.plan(BATCH, 4, partition="contiguous", remainder="first")
     found = json.loads(output(capsys, "--batch", TEXT, "--cp", "4", "--partition", "contiguous", "--remainder", "first", "--json"))
