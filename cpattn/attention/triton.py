@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.flash_varlen import capability, missing
-from cpattn.kernels.tile_shapes import has_specialized
+from cpattn.kernels.tile_shapes import has_specialized, padded_dims
 from cpattn.keys import Keys
 from cpattn.problem import Problem
 from cpattn.spans import Spans
@@ -81,7 +81,14 @@ def _how(problem: Problem) -> str:
     if could and problem.stored_dtype != problem.dtype:
         stored = str(problem.stored_dtype).removeprefix("torch.")
         return f"the plain kernel (that for Hopper multiplies keys as they lie in memory, and these are {stored}), {describe(False)}"
-    return describe(could)
+    return describe(could) + _padding(problem)
+
+
+def _padding(problem: Problem) -> str:
+    """Head dims that are computed in larger ones, such as 192 of MLA's expanded heads; FlashAttention computes those as they are."""
+    dims = padded_dims(problem.head_dim, problem.v_head_dim)
+    pairs = ((problem.head_dim, dims.d), (problem.v_head_dim, dims.dv)) if not dims.d_tail else ()
+    return "".join(f", head dim {dim} is computed as {padded}" for dim, padded in dict(pairs).items() if padded > max(dim, 16))
 
 
 BACKEND = Backend(

@@ -35,7 +35,10 @@ def check_expand(arguments: Arguments, meta: CPMetadata) -> None:
         )
     v_dim: Any = arguments.v_dim
     if not is_integer(v_dim) or v_dim < 1:
-        raise TensorMismatchError(f"v_dim={shown(v_dim)}; with expand it says how wide the values are that the latent is expanded to")
+        raise TensorMismatchError(
+            f"v_dim={shown(v_dim)}; with expand it says how wide the values are that the latent is expanded to: pass their head dim, an "
+            "integer of at least 1"
+        )
     if arguments.overlap not in (None, 1):
         raise OptionError(f"overlap={shown(arguments.overlap)}; a latent has one head, and is expanded by groups as it is: leave it out")
     if meta.bucket is not None and isinstance(arguments.kv_cache, PagedKV):

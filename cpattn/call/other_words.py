@@ -38,6 +38,7 @@ _INSTEAD = {
     **dict.fromkeys(("block_table", "block_tables", "page_table", "k_cache", "v_cache", "past_key_value", "past_key_values"), _IN_CACHE),
     **dict.fromkeys(("q_descale", "k_descale", "v_descale"), _NO_FP8),
     **dict.fromkeys(("num_splits", "pack_gqa", "scheduler_metadata"), _FOUND_OUT),
+    "expand": "it is for cp_attention and prepare; this call attends to the pages as they lie, in the absorbed form of MLA",
     "process_group": "pass it as group=",
     "mesh": "pass its context-parallel axis as group=: mesh['cp']",
 }

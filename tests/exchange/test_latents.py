@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from latent_cases import LatentCase
+from peers_on_host import let_read
 from torch import Tensor
 
 import cpattn
@@ -51,6 +52,21 @@ def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_the_oracle_says(strategy: Any, cache: str, cp_size: int) -> None:
     case = LatentCase(BATCH, cache=cache)
     case.check_loopback(case.plan(cp_size), strategy, "cpu")
+
+
+@pytest.mark.parametrize("cache", ["packed", "paged"])
+def test_over_the_memory_of_peers(cache: str) -> None:
+    """Latents that a rank reads for itself are all there before they are expanded."""
+    case = LatentCase(BATCH, cache=cache)
+    plan = case.plan(3)
+
+    def program(group: cpattn.Transport) -> tuple[Tensor, Tensor]:
+        read = let_read(group)
+        result = case.on_rank(plan, group.rank, group, "all_gather", "cpu")
+        assert sum(sum(rows.take_read()) for rows in read) > 0
+        return result
+
+    case.check(run_loopback(program, 3), plan, "all_gather", "cpu")
 
 
 @pytest.mark.usefixtures("in_groups")
@@ -287,6 +303,14 @@ def test_what_is_refused(name: str) -> None:
     given: dict[str, Any] = {"q": case.q, "k": case.k, "v": None, "v_dim": 12, "expand": case.expand} | change
     with pytest.raises(error, match=message):
         cpattn.cp_attention(meta=case.plan(1).metadata(0), **given)
+
+
+def test_attend_says_where_to_pass_it() -> None:
+    case = LatentCase([(3, 9)], cache="paged")
+    plan = case.plan(1)
+    given: dict[str, Any] = {"v_dim": 12, "expand": case.expand}
+    with pytest.raises(cpattn.OptionError, match="attend has no argument expand: it is for cp_attention and prepare"):
+        cpattn.attend(case.q, case.pages(plan, 0).cache, plan.metadata(0), **given)
 
 
 def test_the_pages_of_a_bucket_are_refused() -> None:

@@ -112,6 +112,21 @@ def test_graphs_capture_both_streams(cache: str) -> None:
     assert torch.equal(out, call(case, meta, kv_cache=pages))
 
 
+@pytest.mark.usefixtures("in_groups")
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "packed"), ("all_gather", "paged"), ("ring", "packed")])
+def test_over_the_memory_of_peers(strategy: str, cache: str) -> None:
+    """The bits of copies: what is expanded is there, whoever brings it."""
+    case = deepseek(BATCH, cache=cache)
+    plan = case.plan(2, pad_to=8)
+
+    def program(group: cpattn.Transport) -> None:
+        transports = [cpattn.transport(group, kind="peer_memory"), group]
+        both = [case.on_rank(plan, group.rank, transport, strategy, "triton") for transport in transports]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(*both, strict=True))
+
+    run_loopback(program, 2)
+
+
 def test_two_groups_are_held_at_most() -> None:
     case = deepseek([(0, 16384)], heads=128)
     meta = cpattn.plan(case.batch, 1).metadata(0, "cuda")

@@ -173,6 +173,14 @@ def test_explain_names_the_kernel_only_where_it_could_serve(
     assert ("kernel for Hopper" in str(backend.BACKEND.how(asked))) == is_hopper
 
 
+@pytest.mark.parametrize(
+    ("dims", "said"),
+    [((128, 128), ""), ((192, 128), ", head dim 192 is computed as 256"), ((80, 80), ", head dim 80 is computed as 128"), ((576, 512), "")],
+)
+def test_what_head_dims_are_padded_to(dims: tuple[int, int], said: str) -> None:
+    assert backend._padding(problem(head_dim=dims[0], v_head_dim=dims[1])) == said
+
+
 def test_it_warns_once_with_all_that_is_slow_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gates(monkeypatch, gate((3, 5)), gate((3, 5)))
     with warnings.catch_warnings(record=True) as caught:
