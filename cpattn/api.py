@@ -321,8 +321,9 @@ def cp_attention(
         GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
         BackendError: in the middle of a call, where a caller's kernel returns what is no result, or, with ``check``, a wrong
             one.
+        TensorMismatchError: also in the middle of a call, where ``expand`` returns tensors of another shape, dtype or device.
 
-    A caller's kernel may raise in the middle of a call, or memory may run out. The exception leaves only after this rank
+    A caller's kernel or its ``expand`` may raise in the middle of a call, or memory may run out. The exception leaves only after this rank
     has carried out its part of the call's transfers, with NaN for what it could not compute. So the other ranks return:
     NaN, and LSE NaN, in the rows that see keys which it could not send, or, where queries travel, in all rows, padding
     included. After that all ranks can go on with the group.

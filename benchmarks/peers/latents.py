@@ -15,6 +15,7 @@ from torch import Tensor
 import cpattn
 from cpattn import expansion
 from cpattn.attention import expanded_keys
+from cpattn.moves.wide_copy import copy_wide_
 from cpattn.testing import single_device_bound
 
 PAGE_SIZE = 64
@@ -240,7 +241,7 @@ def _absorbed(
 
     def run() -> Tensor:
         torch.bmm(q[..., :nope].transpose(0, 1), of_keys, out=absorbed[..., :rank].transpose(0, 1))
-        absorbed[..., rank:] = q[..., nope:]
+        copy_wide_(absorbed[..., rank:], q[..., nope:])
         out: Tensor = cpattn.cp_attention(absorbed, latent, None, meta, backend=variant.backend, **named)
         torch.bmm(out.transpose(0, 1), of_values, out=result.transpose(0, 1))
         return result

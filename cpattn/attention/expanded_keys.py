@@ -18,6 +18,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.errors import TensorMismatchError
 from cpattn.expansion import ExpandFunction, head_groups
 from cpattn.keys import Keys
+from cpattn.moves.wide_copy import copy_wide_
 from cpattn.problem import Problem
 from cpattn.spans import Spans
 
@@ -56,7 +57,8 @@ def over_latents(backend: Backend, expand: ExpandFunction, problem: Problem) -> 
         def launch(heads: slice, keys: Keys) -> None:
             of_heads = q[:, heads], keys, spans, options_of(options, heads)
             if backend.attend_into is None:
-                out[:, heads], lse[:, heads] = backend.attend(*of_heads, out_dtype)
+                part, lse[:, heads] = backend.attend(*of_heads, out_dtype)
+                copy_wide_(out[:, heads], part)
             else:
                 backend.attend_into(*of_heads, out[:, heads], lse[:, heads])
 

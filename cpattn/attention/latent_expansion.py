@@ -10,6 +10,7 @@ from torch import Tensor
 from cpattn.errors import TensorMismatchError, shown
 from cpattn.expansion import ExpandFunction
 from cpattn.metadata.batch import is_integer
+from cpattn.moves.wide_copy import copy_wide_
 
 
 def latent_expansion(weight: Tensor, v_dim: int) -> ExpandFunction:
@@ -64,7 +65,7 @@ def latent_expansion(weight: Tensor, v_dim: int) -> ExpandFunction:
         # A product of its own for each head: its result may then lie in rows that are longer.
         torch.bmm(latent_1NR, of_heads[:, :nope].transpose(1, 2), out=k[..., :nope].transpose(0, 1))
         torch.bmm(latent_1NR, of_heads[:, nope:].transpose(1, 2), out=v.transpose(0, 1))
-        k[..., nope:] = latent[:, :, rank:]
+        copy_wide_(k[..., nope:], latent[:, :, rank:])
         return k, v
 
     return expand

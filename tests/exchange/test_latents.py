@@ -15,6 +15,7 @@ from torch import Tensor
 import cpattn
 from cpattn import expansion
 from cpattn.exchange.registry import find_strategy
+from cpattn.moves.wide_copy import copy_wide_
 from cpattn.problem import Problem
 from cpattn.testing import relative_rmse, run_loopback
 
@@ -371,3 +372,23 @@ def test_what_a_latent_is_expanded_with() -> None:
     k, v = expand(torch.ones(2, 1, 7), slice(1, 3))
     torch.testing.assert_close(v, weight[1:, 5:].sum(2).expand(2, 2, 4))
     torch.testing.assert_close(k, torch.cat([weight[1:, :5].sum(2), torch.ones(2, 2)], dim=1).expand(2, 2, 7))
+
+
+@pytest.mark.parametrize(
+    ("to", "source"),
+    [
+        ((4, 3, 64), (4, 1, 64)),
+        ((4, 3, 6), (4, 3, 6)),
+        ((4, 3, 5), (4, 1, 5)),
+        ((0, 3, 8), (0, 1, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("begin", [0, 1, 8])
+def test_wide_copies(to: tuple[int, ...], source: tuple[int, ...], begin: int) -> None:
+    """Whatever of rows and addresses is a multiple of eight bytes."""
+    memory, given = torch.zeros(*to[:2], 100, dtype=torch.bfloat16), torch.randn(*source[:2], 100).bfloat16()
+    copy_wide_(memory[..., begin : begin + to[2]], given[..., 4 : 4 + source[2]])
+    expected = torch.zeros_like(memory)
+    expected[..., begin : begin + to[2]] = given[..., 4 : 4 + source[2]]
+    assert torch.equal(memory, expected)
