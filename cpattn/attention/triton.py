@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.flash_varlen import capability, missing
-from cpattn.kernels.tile_shapes import has_specialized, padded_dims
+from cpattn.kernels.tile_shapes import has_specialized, padded_dims, summed_dims
 from cpattn.keys import Keys
 from cpattn.problem import Problem
 from cpattn.spans import Spans
@@ -75,19 +75,20 @@ def _has_hopper_kernel(problem: Problem) -> bool:
 
 def _how(problem: Problem) -> str:
     """Which kernel, and how it is launched: both follow from the release of Triton."""
-    from cpattn.kernels.release import describe
+    from cpattn.kernels.release import HOPPER_KERNEL, describe
 
     could = has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
     if could and problem.stored_dtype != problem.dtype:
         stored = str(problem.stored_dtype).removeprefix("torch.")
         return f"the plain kernel (that for Hopper multiplies keys as they lie in memory, and these are {stored}), {describe(False)}"
-    return describe(could) + _padding(problem)
+    return describe(could) + _padding(problem, could and HOPPER_KERNEL.verdict().used is not False)
 
 
-def _padding(problem: Problem) -> str:
-    """Head dims that are computed in larger ones, such as 192 of MLA's expanded heads; FlashAttention computes those as they are."""
+def _padding(problem: Problem, specialized: bool) -> str:
+    """Head dims that are computed in larger ones."""
     dims = padded_dims(problem.head_dim, problem.v_head_dim)
-    pairs = ((problem.head_dim, dims.d), (problem.v_head_dim, dims.dv)) if not dims.d_tail else ()
+    summed = summed_dims(problem.head_dim, problem.v_head_dim, specialized)
+    pairs = ((problem.head_dim, summed), (problem.v_head_dim, dims.dv)) if not dims.d_tail else ()
     return "".join(f", head dim {dim} is computed as {padded}" for dim, padded in dict(pairs).items() if padded > max(dim, 16))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpattn.device_tables import IntArray
-from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, tile_shapes
+from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, summed_dims, tile_shapes
 from cpattn.kernels.tiles import block_costs
 from cpattn.machine import KernelCosts, Machine
 from cpattn.memo import Memo
@@ -63,7 +63,8 @@ class TileCosts:
         self.tokens = np.array([[form.tokens] for form in self.forms])
         self.are_even = all(self.block_n % form.tokens == 0 or form.tokens % self.block_n == 0 for form in self.forms)
         dims = padded_dims(problem.head_dim, problem.v_head_dim)
-        operations = 2 * (dims.d + dims.dv) * shapes[0].block_m * self.block_n
+        summed = summed_dims(problem.head_dim, problem.v_head_dim, shapes[0].specialized)
+        operations = 2 * (summed + dims.dv) * shapes[0].block_m * self.block_n
         full_cost = int(block_costs(np.array([shapes[0].block_m]), shapes[0])[0])
         self.unit, self.full_of_row = operations * self.multiprocessors / full_cost, full_cost / shapes[0].block_m
         self.pack = np.array([[form.pack] for form in self.forms])

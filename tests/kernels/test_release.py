@@ -174,11 +174,18 @@ def test_explain_names_the_kernel_only_where_it_could_serve(
 
 
 @pytest.mark.parametrize(
-    ("dims", "said"),
-    [((128, 128), ""), ((192, 128), ", head dim 192 is computed as 256"), ((80, 80), ", head dim 80 is computed as 128"), ((576, 512), "")],
+    ("dims", "specialized", "said"),
+    [
+        ((128, 128), True, ""),
+        ((192, 128), True, ""),
+        ((192, 128), False, ", head dim 192 is computed as 256"),
+        ((160, 160), True, ", head dim 160 is computed as 256"),
+        ((80, 80), True, ", head dim 80 is computed as 128"),
+        ((576, 512), False, ""),
+    ],
 )
-def test_what_head_dims_are_padded_to(dims: tuple[int, int], said: str) -> None:
-    assert backend._padding(problem(head_dim=dims[0], v_head_dim=dims[1])) == said
+def test_what_head_dims_are_padded_to(dims: tuple[int, int], specialized: bool, said: str) -> None:
+    assert backend._padding(problem(head_dim=dims[0], v_head_dim=dims[1]), specialized) == said
 
 
 def test_it_warns_once_with_all_that_is_slow_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
