@@ -113,7 +113,8 @@ class Tally:
         assert problem.latent_dim is not None  # it expands
         num_keys = _latents_of(choice.plan, problem, hop)
         groups, numbers = len(head_groups(problem, num_keys)), num_keys * problem.q_heads * (problem.head_dim + problem.v_head_dim)
-        seconds = 2 * numbers * problem.latent_dim / choice.kernel.flops + numbers * problem.dtype.itemsize / choice.machine.copy
+        # What is written is written beside the products.
+        seconds = numbers * max(2 * problem.latent_dim / choice.kernel.flops, problem.dtype.itemsize / choice.machine.copy)
         more = groups - 1
         seconds += groups * _PRODUCTS * choice.machine.launch + more * choice.kernel.overhead
         self.compute += seconds
