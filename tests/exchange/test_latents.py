@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn import expansion
+from cpattn.attention import expanded_keys
 from cpattn.exchange.registry import find_strategy
 from cpattn.moves.wide_copy import copy_wide_
 from cpattn.problem import Problem
@@ -392,3 +394,49 @@ def test_wide_copies(to: tuple[int, ...], source: tuple[int, ...], begin: int) -
     expected = torch.zeros_like(memory)
     expected[..., begin : begin + to[2]] = given[..., 4 : 4 + source[2]]
     assert torch.equal(memory, expected)
+
+
+class RecordedStream:
+    """A stand-in for a CUDA stream: what it is told is written down."""
+
+    def __init__(self, log: list[tuple[Any, ...]], name: str) -> None:
+        self.log, self.name, self.device = log, name, torch.device("cpu")
+
+    def wait_stream(self, other: RecordedStream) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: tuple[Any, ...]) -> None:
+        self.log.append((self.name, "waits for", event))
+
+    def record_event(self) -> tuple[Any, ...]:
+        return next(entry for entry in reversed(self.log) if entry[0] == self.name)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Of a GPU: a group is attended to once it is there, and its memory is written again once it has been attended to."""
+    log: list[tuple[Any, ...]] = []
+    here, beside = RecordedStream(log, "here"), RecordedStream(log, "beside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(expanded_keys, "_stream_beside", lambda stream: beside)
+
+    def attend(heads: slice, keys: Any) -> None:
+        if fails and heads.start:
+            raise MemoryError
+        log.append(("here", "attends", heads.start))
+
+    def expand(heads: slice) -> Any:
+        log.append(("beside", "expands", heads.start))
+
+    with pytest.raises(MemoryError) if fails else nullcontext():
+        expanded_keys._beside([slice(n, n + 1) for n in range(3)], expand, attend)
+    assert log[0] == ("beside", "waits for", "here")
+    assert log[-1] == ("here", "waits for", "beside")
+    for n in range(1 if fails else 3):
+        there, attended = ("beside", "expands", n), ("here", "attends", n)
+        assert log.index(there) < log.index(("here", "waits for", there)) < log.index(attended)
+        # The group after the next may take its memory.
+        waited, later = ("beside", "waits for", attended), ("beside", "expands", n + 2)
+        assert log.index(attended) < log.index(waited)
+        assert later not in log or log.index(waited) < log.index(later)
