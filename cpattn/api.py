@@ -374,7 +374,7 @@ def prepare(
     ('all_gather', 'cpu')
 
     Arguments and errors are those of :func:`cp_attention`. Of the tensors only kinds and layouts are looked at. Those of each
-    layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None)``. It returns what cp_attention
+    layer are given to the call, ``attention(q, k, v, kv_cache=None, sinks=None, out=None, expand=None)``. It returns what cp_attention
     would, within torch.inference_mode() or outside of it. Nothing is computed or sent, but for ``check``, with which the ranks
     compare what they have prepared.
 

@@ -48,7 +48,7 @@ class PairCosts(NamedTuple):
     Attributes:
         received: of the K and V of a token that come from another rank, as far as attention does not hide it; crowded: so much more
             where all ranks read the same rank's; copied: that are copied on a rank; read: that a launch reads, for queries that are so few
-            that this takes the time.
+            that this takes the time; expanded: of a latent that is expanded to them.
         message: of a message of no bytes.
         tile: what a tile costs beside its key blocks, in keys.
         tile_key: of a key of the longest tile, while the rest of the machine waits for it.
@@ -62,6 +62,7 @@ class PairCosts(NamedTuple):
     crowded: int
     copied: int
     read: int
+    expanded: int
     message: int
     tile: int
     tile_key: int
@@ -92,7 +93,8 @@ class PairCosts(NamedTuple):
             received=pairs(exposed / link.gather),
             crowded=round(exposed * crowding / pair),
             copied=pairs(2 * problem.key_bytes / machine.copy),
-            read=pairs(problem.key_bytes / kernel.read),
+            read=pairs(problem.attended.key_bytes / kernel.read),
+            expanded=0 if problem.latent_dim is None else pairs(_products_of_key(problem) / kernel.flops),
             message=pairs(link.latency + link.late_latency * comes_late),
             tile=kernel.tile * _TILE_KEYS,
             tile_key=max(1, _TILE_ROWS * machine.multiprocessors // problem.q_heads),
@@ -102,6 +104,11 @@ class PairCosts(NamedTuple):
             in_place=kernel.reads_prefix and reads_where_they_lie,
             seconds=pair,
         )
+
+
+def _products_of_key(problem: Problem) -> int:
+    """As if each head took a product with all of a latent's row."""
+    return 2 * (problem.latent_dim or 0) * problem.q_heads * (problem.head_dim + problem.v_head_dim)
 
 
 class AutoChoice(NamedTuple):
@@ -170,6 +177,11 @@ def _attention(plan: Layout, problem: Problem, costs: PairCosts) -> int:
     # Keys within the windows of a chunk's queries.
     window = MAX_TOKENS if problem.window is None else problem.window
     reading = (np.minimum(before, window) + length) * costs.read
+    expanding: IntArray = np.zeros(plan.cp_size, dtype=np.int64)
+    if costs.expanded:
+        # Whose queries see a latent expands it.
+        view = View.of(plan)
+        expanding = costs.expanded * (view.prefix + view.new)
     of_forms: list[IntArray] = []
     for halves in (1, 2):
         longest_tiles = 0
@@ -178,7 +190,7 @@ def _attention(plan: Layout, problem: Problem, costs: PairCosts) -> int:
             longest = np.zeros(plan.cp_size, dtype=np.int64)
             np.maximum.at(longest, rank, tiles.longest * costs.tile_key)
             loads = plan.by_rank.sums(np.maximum(tiles.pairs, reading))
-            of_forms.append(np.maximum(loads, longest))
+            of_forms.append(np.maximum(loads, longest) + expanding)
             longest_tiles += int((longest > loads).any())
         if longest_tiles < len(costs.packs):
             # Tiles of half as many rows are for launches that wait for their longest tile.

@@ -16,6 +16,8 @@ from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.ring import RING
 from cpattn.machine import H100
+from cpattn.metadata.auto_partition import AutoChoice, PairCosts
+from cpattn.metadata.needed_keys import View
 
 
 def problem_of(plan: cpattn.Plan, **changes: Any) -> cpattn.Problem:
@@ -79,5 +81,18 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
 
 
 def test_partitions_are_chosen_by_it() -> None:
-    plan = cpattn.plan([(0, 900)] * 20, 2, partition="auto", problem=problem_of(cpattn.plan([(0, 2)], 2), rows=0), machine="h100-nvlink")
-    assert plan.partition == "whole"
+    """A request that is cut is expanded on each of its ranks."""
+    batch = [(0, 6000), (0, 5000), (3000, 4000)]
+    problem = problem_of(cpattn.plan(batch, 2), rows=0)
+    choice, costs = AutoChoice.of(problem, H100), PairCosts.of(problem, H100, 2)
+    more = {}
+    for name in ("zigzag", "whole"):
+        plan = cpattn.plan(batch, 2, partition=name)
+        view = View.of(plan)
+        more[name] = choice.pairs(plan, costs) - choice.pairs(plan, costs._replace(expanded=0))
+        assert 0 < more[name] <= costs.expanded * int((view.prefix + view.new).max())
+    assert more["whole"] < 0.8 * more["zigzag"]
+    assert cpattn.plan(batch, 2, partition="auto", problem=problem, machine="h100-nvlink").partition == "whole"
+    assert PairCosts.of(replace(problem, latent_dim=None), H100, 2).expanded == 0
+    # A product of 576 for each of 320 numbers, in pairs of 320 each.
+    assert costs.expanded == pytest.approx(576, abs=1)
