@@ -21,7 +21,8 @@ class ExpandFunction(Protocol):
         heads: which of the query heads, a slice of step 1.
 
     Returns:
-        ``k [n, h, D]`` and ``v [n, h, Dv]``, of so many heads, in the latent's dtype. Both may be views of one tensor.
+        ``k [n, h, D]`` and ``v [n, h, Dv]``, of so many heads, in the latent's dtype. Both may be views of one tensor, but of one that is
+        new in each call: on a GPU the next group of heads is expanded while this one is attended to.
     """
 
     def __call__(self, latent: Tensor, heads: slice, /) -> tuple[Tensor, Tensor]: ...
