@@ -20,12 +20,12 @@ from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
 from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.helix import HELIX, RESIDENT_HELIX
 from cpattn.exchange.late_pages import may_come_late
+from cpattn.exchange.pass_q_with_new_keys import brings_new_keys
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.schedule import Hop, Schedule, num_results
 from cpattn.exchange.strategy import Strategy
-from cpattn.exchange.striped_pass_q import brings_new_keys
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.exchange.traveling_queries import traveling_queries
 from cpattn.exchange.two_level import TwoLevel, needed_on_hosts
@@ -376,7 +376,7 @@ def ring(choice: Choice) -> Tally:
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
     if brings_new_keys(choice.problem, choice.plan):
-        return _striped_pass_q(choice)
+        return _pass_q_with_new_keys(choice)
     tally = Tally(choice)
     _write_own(tally)
     return _over_own_keys(tally)
@@ -420,7 +420,7 @@ def _over_own_keys(tally: Tally) -> Tally:
     return _finished(tally)
 
 
-def _striped_pass_q(choice: Choice) -> Tally:
+def _pass_q_with_new_keys(choice: Choice) -> Tally:
     """New keys and values are gathered with the queries, and put in order for one's own, while results go back."""
     plan, problem, _, schedule, *_ = choice
     tally = Tally(choice)

@@ -32,8 +32,8 @@ from cpattn.exchange.ring import UNKNOWN_POSITIONS
 from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
-from cpattn.exchange.striped_window import StripedWindow, window_schedule
 from cpattn.exchange.traveling_keys import counted, traveling_keys
+from cpattn.exchange.window_over_shards import WindowOverShards, window_schedule
 from cpattn.keys import Keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
@@ -51,10 +51,10 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sent),)
 
 
-def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | StripedWindow:
+def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards:
     problem, meta = setup.problem, setup.meta
     if meta.plan.sharded:
-        return StripedWindow.of(setup)
+        return WindowOverShards.of(setup)
     travels = traveling_keys(problem, meta.plan)
     if travels.what == "nothing" and _are_at_hand(setup):
         return _Alone.of(setup)
@@ -80,8 +80,8 @@ def _are_at_hand(setup: Setup) -> bool:
     return key_order(meta, setup.ordered).are_own
 
 
-def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | StripedWindow, io: IO, attend: Attend) -> None:
-    if isinstance(held, (GatherIntoPages, LateIntoPages, StripedWindow)):
+def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards, io: IO, attend: Attend) -> None:
+    if isinstance(held, (GatherIntoPages, LateIntoPages, WindowOverShards)):
         held.forward(io, attend)
         return
     if isinstance(held, _Alone):

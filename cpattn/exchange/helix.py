@@ -25,7 +25,7 @@ from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import kept_places
-from cpattn.metadata.striped_window import require_positions
+from cpattn.metadata.window_reach import require_positions
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans

@@ -16,7 +16,7 @@ from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.striped_places import striped_places
-from cpattn.metadata.striped_window import seen_places
+from cpattn.metadata.window_reach import seen_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
 

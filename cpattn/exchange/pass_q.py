@@ -25,13 +25,13 @@ from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, message_buffer
 from cpattn.exchange.needed_pass_q import Held, NeededPassQ, NeededPassQRing
 from cpattn.exchange.page_rows import Places, write_rows
+from cpattn.exchange.pass_q_with_new_keys import PassQWithNewKeys, brings_new_keys, new_keys_schedule
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
 from cpattn.exchange.ring import prefix_hop, shard_hop, why_not_shards
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
-from cpattn.exchange.striped_pass_q import StripedPassQ, brings_new_keys, striped_schedule
 from cpattn.exchange.striped_shard import StripedShard
 from cpattn.exchange.traveling_queries import TravelingQueries, traveling_queries
 from cpattn.kv_cache import PagedKV
@@ -45,7 +45,7 @@ from cpattn.transports.transport import Transport
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
     if brings_new_keys(problem, plan):
-        return striped_schedule(problem, plan)
+        return new_keys_schedule(problem, plan)
     others, travels = plan.cp_size - 1, traveling_queries(problem, plan)
     queries = travels.between.sum(axis=1) * problem.query_bytes
     results = travels.between.sum(axis=0) * problem.result_bytes
@@ -106,10 +106,10 @@ class GatheredQueries(NamedTuple):
         )
 
 
-def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | StripedPassQ:
+def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNewKeys:
     meta, window = setup.meta, setup.problem.window
     if brings_new_keys(setup.problem, meta.plan):
-        return StripedPassQ.of(setup)
+        return PassQWithNewKeys.of(setup)
     is_paged = _attends_to_pages(setup)
     travels, keys = traveling_queries(setup.problem, meta.plan), _keys_at_hand(setup)
     if travels.what != "all" and not isinstance(keys, StripedShard):
@@ -121,8 +121,8 @@ def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | StripedPass
     return GatheredQueries.of(setup, keys, Prefixes.of(setup), own_spans, others)
 
 
-def _forward_gather(held: GatheredQueries | NeededPassQ | StripedPassQ, io: IO, attend: Attend) -> None:
-    if isinstance(held, (NeededPassQ, StripedPassQ)):
+def _forward_gather(held: GatheredQueries | NeededPassQ | PassQWithNewKeys, io: IO, attend: Attend) -> None:
+    if isinstance(held, (NeededPassQ, PassQWithNewKeys)):
         held.forward(io, attend)
     else:
         forward_gathered(held, io, attend)

@@ -13,7 +13,7 @@ from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import held_alignment, held_spans, seen_spans
 from cpattn.exchange.strategy import Setup, Strategy
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.striped_window import require_positions
+from cpattn.metadata.window_reach import require_positions
 from cpattn.problem import Problem
 from cpattn.spans import Alignment
 

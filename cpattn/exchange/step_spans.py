@@ -25,7 +25,7 @@ from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import unseen_tokens
 from cpattn.metadata.needed_queries import queries_that_see
-from cpattn.metadata.striped_window import Reach
+from cpattn.metadata.window_reach import Reach
 from cpattn.spans import Alignment, Spans, SpanTable
 
 

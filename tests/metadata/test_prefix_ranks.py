@@ -15,7 +15,7 @@ from paged_caches import random_ranks
 from strategies import Batch, batches
 
 import cpattn
-from cpattn.metadata.striped_window import Reach
+from cpattn.metadata.window_reach import Reach
 
 
 @given(batch=batches(max_requests=6), cp_size=st.integers(1, 5), window=st.integers(1, 50), seed=st.integers(0, 1000))

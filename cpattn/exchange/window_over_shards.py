@@ -19,7 +19,7 @@ from cpattn.exchange.step_spans import window_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.striped_window import WindowPlaces, reach_rows, require_positions, window_places
+from cpattn.metadata.window_reach import WindowPlaces, reach_rows, require_positions, window_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
@@ -34,7 +34,7 @@ def window_schedule(problem: Problem, plan: Layout) -> Schedule:
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, sent)),)
 
 
-class StripedWindow(NamedTuple):
+class WindowOverShards(NamedTuple):
     """
     Attributes:
         all: new and cached rows of all ranks; new, cached: this rank's.
@@ -53,7 +53,7 @@ class StripedWindow(NamedTuple):
     moves: Moves
 
     @classmethod
-    def of(cls, setup: Setup) -> StripedWindow:
+    def of(cls, setup: Setup) -> WindowOverShards:
         """What one call needs."""
         problem, meta, transport, kv = setup.problem, setup.meta, setup.transport, setup.kv
         assert problem.window is not None

@@ -27,7 +27,7 @@ from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import cached_places, owned_places
-from cpattn.metadata.striped_window import reached_places, require_positions
+from cpattn.metadata.window_reach import reached_places, require_positions
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Alignment, Spans
@@ -39,7 +39,7 @@ def brings_new_keys(problem: Problem, plan: Layout) -> bool:
     return plan.owner is not None or (plan.sharded and problem.window is not None)
 
 
-def striped_schedule(problem: Problem, plan: Layout) -> Schedule:
+def new_keys_schedule(problem: Problem, plan: Layout) -> Schedule:
     """The hops of a call."""
     others = plan.cp_size - 1
     rows = others * problem.rows
@@ -49,7 +49,7 @@ def striped_schedule(problem: Problem, plan: Layout) -> Schedule:
     return (first, Hop("others", "cached", alignment, others, sends(problem, plan, 0)), last) if others else (first, last)
 
 
-class StripedPassQ(NamedTuple):
+class PassQWithNewKeys(NamedTuple):
     """
     Attributes:
         everyone: queries and new keys of all ranks; own: this rank's part of it.
@@ -73,7 +73,7 @@ class StripedPassQ(NamedTuple):
     moves: Moves
 
     @classmethod
-    def of(cls, setup: Setup) -> StripedPassQ:
+    def of(cls, setup: Setup) -> PassQWithNewKeys:
         """What one call needs."""
         problem, meta, transport, kv = setup.problem, setup.meta, setup.transport, setup.kv
         everyone = QueriesAndKeys.of(setup, "queries and keys", transport.size)
