@@ -17,7 +17,7 @@ from cpattn.call.log_choice import log_choice
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
-from cpattn.call.stored_contents import check_fits
+from cpattn.call.stored_contents import check_new_fit
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import is_resident
@@ -66,7 +66,7 @@ def check_numbers(arguments: Arguments, meta: CPMetadata) -> None:
     the call, so that other ranks do not wait for one that refuses its own."""
     cache, k, v = arguments.kv_cache, arguments.k, arguments.v
     if isinstance(cache, PagedKV) and k is not None:
-        check_fits(k[: meta.num_tokens], None if v is None else v[: meta.num_tokens], cache)
+        check_new_fit(k, v, cache, meta)
 
 
 def _choice(arguments: Arguments, problem: Problem, meta: CPMetadata, transport: Transport) -> Choice:

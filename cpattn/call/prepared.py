@@ -21,7 +21,7 @@ from cpattn.call.choose import Choice
 from cpattn.call.graph_guard import CapturedCache, GroupCheck
 from cpattn.call.page_checks import check_lines
 from cpattn.call.page_contents import check_page_contents
-from cpattn.call.stored_contents import check_fits
+from cpattn.call.stored_contents import check_new_fit
 from cpattn.current import is_on_current_device
 from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
@@ -257,7 +257,7 @@ class PreparedCall:
         meta = self._meta()
         assert meta is not None
         assert isinstance(io.cache, PagedKV)
-        check_fits(io.k[: meta.num_tokens], None if io.v is None else io.v[: meta.num_tokens], io.cache)
+        check_new_fit(io.k, io.v, io.cache, meta)
 
     def lse_of(self, out: Tensor, lse: Tensor) -> Tensor:
         """The LSE to return beside a result: NaN where that is."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cpattn.errors import TensorMismatchError
 from cpattn.kv_cache import PagedKV
+from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.striped_places import kept_places
 from cpattn.stored import is_fp8, largest
 
 
@@ -17,6 +19,12 @@ def check_fits(k: Tensor, v: Tensor | None, cache: PagedKV) -> None:
     _check_fits("k", k, cache.k_pages.dtype, cache.k_scale)
     if v is not None and cache.v_pages is not None:
         _check_fits("v", v, cache.v_pages.dtype, cache.v_scale)
+
+
+def check_new_fit(k: Tensor, v: Tensor | None, cache: PagedKV, meta: CPMetadata) -> None:
+    """The same of a call's new rows. Where each rank has all of them, those that others keep are not looked at."""
+    rows: Tensor | slice = kept_places(meta)[0] >= 0 if meta.plan.all_queries else slice(meta.num_tokens)
+    check_fits(k[rows], None if v is None else v[rows], cache)
 
 
 def _check_fits(name: str, x: Tensor, stored: torch.dtype, scale: Tensor | None) -> None:

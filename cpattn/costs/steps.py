@@ -292,8 +292,8 @@ def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) 
             tally.move_rows(new, groups)
         return
     if comes_late:
-        # One launch puts a rank's own rows where they are attended to, and others read them, and brings theirs. The attention is launched as
-        # a dependent, and its first tiles wait.
+        # One launch puts a rank's own rows where they are attended to, and others read them, and brings theirs. The attention is launched
+        # as a dependent, and its first tiles wait.
         tally.move(2 * choice.problem.rows * choice.problem.key_bytes)
         return
     tally.move_rows(choice.problem.rows, groups)

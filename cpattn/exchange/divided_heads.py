@@ -53,6 +53,15 @@ class DividedHeads(Strategy):
         """The ranks of a group, of a plan's."""
         return self.within or plan.cp_size
 
+    def refusal(self, problem: Problem, plan: Layout) -> str | None:
+        """As of any strategy, with the reason for what all of this kind refuse."""
+        if problem.stored_dtype != problem.dtype and not plan.all_queries:
+            return (
+                "new heads travel in q's dtype, since who sends one has no scales of the pages that it goes to; pass pages in "
+                f"{problem.dtype}, not {problem.stored_dtype}"
+            )
+        return super().refusal(problem, plan)
+
 
 D = TypeVar("D", bound=DividedHeads)
 

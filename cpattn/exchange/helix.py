@@ -6,6 +6,7 @@ all of them over the keys that a rank holds, one exchange in which the partial r
 
 K and V of the new tokens are those of all KV heads that the group's queries see, on each rank alike, as where KV heads are fewer
 than ranks: each writes those of the tokens that it holds. So they need not travel, and rows that others hold are not looked at.
+Pages may be in another dtype than q's: the new rows come as these have them, and all queries see what is in the pages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import HeldShard
+from cpattn.exchange.message import KVFormat
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.ring import UNKNOWN_POSITIONS
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import all_queries_alignment, all_queries_spans
@@ -26,7 +29,6 @@ from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import kept_places
 from cpattn.metadata.window_reach import require_positions
-from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
 from cpattn.transports.transfer import Transfer
@@ -43,7 +45,8 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
 class _Helix(NamedTuple):
     """
     Attributes:
-        places: where this rank's rows go in its pages, -1 for those that others hold; None where all lie there already.
+        places: where this rank's rows go in its pages, -1 for those that others hold; None where all lie there already; kv: what they
+            are there.
         held: what it holds then; spans: all queries over that.
         shares: the queries of each rank's heads, ``[cp_size, rows, Hq / cp_size, D]``; own: this rank's; queries: all heads of a row
             beside each other, ``[rows, Hq, D]``.
@@ -51,7 +54,8 @@ class _Helix(NamedTuple):
     """
 
     transfers: tuple[Transfer, ...]
-    places: tuple[Tensor, Tensor] | None
+    places: Places | None
+    kv: KVFormat
     held: HeldShard
     spans: Spans
     shares: Tensor | None
@@ -59,7 +63,6 @@ class _Helix(NamedTuple):
     queries: Tensor | None
     sent: Tensor | None
     received: Tensor | None
-    moves: Moves
 
     @classmethod
     def of(cls, setup: Setup, writes: bool) -> _Helix:
@@ -69,9 +72,9 @@ class _Helix(NamedTuple):
             meta.on_copy(require_positions)
         held = HeldShard.of(setup) if window is None else HeldShard.seen_through(setup, window)
         spans = all_queries_spans(meta, window, setup.reads_pages and window is None)
-        places, moves = kept_places(meta) if writes else None, moves_for(problem.device)
+        places = kept_places(meta) if writes else None
         if size == 1:
-            return cls((), places, held, spans, None, None, None, None, None, moves)
+            return cls((), places, setup.kv, held, spans, None, None, None, None, None)
         heads = problem.q_heads // size
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -84,7 +87,7 @@ class _Helix(NamedTuple):
         own = shares[transport.rank]
         gather = transport.prepare_all_gather(shares, own)._replace(fill_missing=partial(own.fill_, torch.nan))
         exchange = transport.prepare_all_to_all(received, sent)._replace(fill_missing=partial(sent.fill_, torch.nan))
-        return cls((gather, exchange), places, held, spans, shares, own, queries, sent, received, moves)
+        return cls((gather, exchange), places, setup.kv, held, spans, shares, own, queries, sent, received)
 
     def forward(self, io: IO, attend: Attend) -> None:
         """Makes one call."""
@@ -95,7 +98,7 @@ class _Helix(NamedTuple):
             self.own.copy_(io.q)
             arriving = io.start()
         if self.places is not None:
-            self.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *self.places, io.k, io.v)
+            write_rows(self.kv, cache, self.places, io.k, io.v)
         keys = self.held.keys(io)
         if arriving is None or self.shares is None or self.queries is None or self.sent is None or self.received is None:
             attend(keys, self.spans)
@@ -121,6 +124,6 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
 
 
 _TRAVELS = "queries, and partial outputs back"
-HELIX = Strategy("helix", _schedule, partial(_Helix.of, writes=True), _forward, _why_not, _TRAVELS, queries="all")
-RESIDENT_HELIX = Strategy("resident helix", _schedule, partial(_Helix.of, writes=False), _forward, _why_not, queries="all")
+HELIX = Strategy("helix", _schedule, partial(_Helix.of, writes=True), _forward, _why_not, _TRAVELS, stored=True, queries="all")
+RESIDENT_HELIX = Strategy("resident helix", _schedule, partial(_Helix.of, writes=False), _forward, _why_not, stored=True, queries="all")
 """Over pages that hold the new tokens already: nothing is written."""

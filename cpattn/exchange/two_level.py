@@ -16,8 +16,9 @@ from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import WholePages
 from cpattn.exchange.keys_in_order import OrderedKeys
-from cpattn.exchange.message import Message
+from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.needed_on_hosts import NeededOnHosts
+from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.seen_keys import gathered_rows_seen
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
@@ -101,6 +102,7 @@ def _made(within: int) -> TwoLevel:
         travels="keys and values: across hosts once, then within each",
         why_not_over=partial(_why_not_over, within),
         expands=True,
+        stored=True,
         within=within,
     )
 
@@ -166,7 +168,8 @@ class _TwoLevels(NamedTuple):
     ordered: OrderedKeys | None
     source: Tensor | None
     pages: WholePages | None
-    places: tuple[Tensor, Tensor] | None
+    places: Places | None
+    kv: KVFormat
     moves: Moves
 
 
@@ -180,7 +183,7 @@ def _prepare(within: int, setup: Setup) -> Prepared:
             return needed
     hosts = transport.size // within
     shape = within, hosts, problem.rows, kv.heads, kv.width
-    memory = transport.arena.buffer("two levels", shape, kv.dtype, kv.device)
+    memory = transport.arena.buffer("two levels", shape, kv.wire_dtype, kv.device)
     own = memory[transport.rank % within, transport.rank // within]
     transfer = prepare_two_level_all_gather(transport, within, memory)._replace(fill_missing=partial(kv.fill_missing_, own))
     is_paged = problem.cache == "paged"
@@ -194,6 +197,7 @@ def _prepare(within: int, setup: Setup) -> Prepared:
         source=None if is_paged else meta.derive(("two levels", within, window), lambda: _source(meta, window, within)),
         pages=WholePages.of(setup, kv) if is_paged else None,
         places=meta.derive(("places in two levels", within), lambda: _places(meta, within)) if is_paged else None,
+        kv=kv,
         moves=moves_for(problem.device),
     )
 
@@ -237,7 +241,7 @@ def _forward(held: _TwoLevels | NeededOnHosts | Prepared, io: IO, attend: Attend
     assert isinstance(cache, PagedKV)
     assert held.pages is not None
     assert held.places is not None
-    held.moves.write_pages(cache.k_pages, cache.v_pages, cache.page_table, *held.places, *held.all.parts)
+    write_rows(held.kv, cache, held.places, *held.all.parts)
     attend(held.pages.keys(cache), held.pages.spans)
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import peer_programs as programs
 import pytest
+import rank_programs
+import split_heads
 import torch
 from stored_cases import StoredCase
 
 import cpattn
+from cpattn.call.arguments import StrategyChoice
 from cpattn.testing import ProcessRanks, run_loopback
 
 E4M3, E5M2, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
@@ -32,7 +35,7 @@ def case_of(stored: torch.dtype, scales: str | None, dtype: torch.dtype, **chang
     return StoredCase(**(fields | {"stored": stored, "scales": scales, "dtype": dtype} | changes))
 
 
-def check(case: StoredCase, cp_size: int, strategy: str, backend: str, *, rounded_partials: bool = False) -> None:
+def check(case: StoredCase, cp_size: int, strategy: StrategyChoice, backend: str, *, rounded_partials: bool = False) -> None:
     plan = case.plan(cp_size, pad_to=16)
     outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, backend), cp_size)
     case.dequantised().check(outputs, plan, strategy, backend, rounded_partials)
@@ -43,6 +46,24 @@ def check(case: StoredCase, cp_size: int, strategy: str, backend: str, *, rounde
 def test_the_triton_kernel_reads_them(strategy: str, cache: str, stored: torch.dtype, scales: str | None, dtype: torch.dtype) -> None:
     for cp_size, page_size in ((1, 64), (3, 16)):
         check(case_of(stored, scales, dtype, cache=cache, page_size=page_size), cp_size, strategy, "triton")
+
+
+@pytest.mark.parametrize("cache", ["striped", "sharded"])
+@pytest.mark.parametrize(("stored", "scales", "dtype"), FORMS, ids=str)
+def test_queries_split_by_heads(cache: str, stored: torch.dtype, scales: str | None, dtype: torch.dtype) -> None:
+    case = case_of(stored, scales, dtype, cache=cache, interleave=16)
+    for cp_size in (1, 2, 4):
+        plan = case.plan(cp_size, queries="all", pad_to=16)
+
+        def program(group: cpattn.Transport, plan: cpattn.Plan = plan) -> Any:
+            return split_heads.call(case, plan.metadata(group.rank, "cuda"), group, backend="triton")
+
+        split_heads.check(case.dequantised(), plan, run_loopback(program, cp_size), "triton")
+
+
+@pytest.mark.parametrize("scales", ["head", "token"])
+def test_a_group_over_several_hosts(scales: str) -> None:
+    check(case_of(E4M3, scales, BF16, cache="paged"), 4, cpattn.two_level(2), "triton")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +148,13 @@ class TestPeers:
     def ranks(self) -> Iterator[ProcessRanks]:
         with ProcessRanks(min(4, torch.cuda.device_count()), timeout=120, transport="nccl") as started:
             yield started
+
+    @pytest.mark.parametrize("scales", ["head", "token"])
+    def test_queries_split_by_heads(self, ranks: ProcessRanks, scales: str) -> None:
+        case = case_of(E4M3, scales, BF16, cache="striped", interleave=16)
+        plan = case.plan(ranks.size, queries="all", pad_to=16)
+        outputs = ranks.run(rank_programs.attend_by_heads, case, plan, "triton")
+        split_heads.check(case.dequantised(), plan, [[x.cuda() for x in output] for output in outputs], "triton")
 
     @pytest.mark.parametrize(("strategy", "cache"), EXCHANGES)
     def test_bits_are_those_of_nccl(self, ranks: ProcessRanks, strategy: str, cache: str) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import split_heads
 import torch
 from stored_cases import StoredCase
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 import cpattn
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.stored_keys import over_stored_keys
+from cpattn.call.arguments import StrategyChoice
 from cpattn.exchange.registry import find_strategy
 from cpattn.exchange.schedule import bytes_sent
 from cpattn.exchange.traveling_keys import traveling_keys
@@ -37,7 +39,7 @@ EXCHANGES = [
 FORMS = [(E4M3, "token", BF16), (E4M3, "head", FP16), (E5M2, "one", FP32), (E5M2, "token", FP16), (BF16, None, FP16), (BF16, None, FP32)]
 
 
-def check_on_ranks(case: StoredCase, plan: cpattn.Plan, strategy: str, backend: str, **options: Any) -> None:
+def check_on_ranks(case: StoredCase, plan: cpattn.Plan, strategy: StrategyChoice, backend: str, **options: Any) -> None:
     outputs = run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, backend, **options), plan.cp_size)
     case.dequantised().check(outputs, plan, strategy, backend)
 
@@ -55,6 +57,44 @@ def test_all_see_what_the_pages_hold(strategy: str, cache: str, stored: torch.dt
         check_on_ranks(case, case.plan(cp_size, pad_to=4), strategy, backend)
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["", "written before"])
+@pytest.mark.parametrize(
+    ("cache", "window", "form"), [("striped", None, 0), ("striped", 9, 1), ("sharded", None, 3), ("ranked", 9, 2), ("ranked", None, 4)]
+)
+def test_queries_split_by_heads(cache: str, window: int | None, form: int, written: bool) -> None:
+    """Each rank converts and writes what it holds, and the queries of all heads see what pages hold."""
+    stored, scales, dtype = FORMS[form]
+    kind: dict[str, Any] = {"stored": stored, "scales": scales, "dtype": dtype, "cache": cache, "window": window, "interleave": 3}
+    for backend, v_in_k, cp_size in (("cpu" if window is None else "reference", False, 3), ("reference", True, 2), ("reference", False, 1)):
+        case = StoredCase(MIXED, heads=6, head_dim=18, v_head_dim=10, v_in_k=v_in_k, page_size=5, **kind)
+        plan = case.plan(cp_size, queries="all", pad_to=4)
+        outputs = run_loopback(partial(_by_heads, case, plan, written, backend), cp_size)
+        split_heads.check(case.dequantised(), plan, outputs, backend)
+
+
+def _by_heads(case: StoredCase, plan: cpattn.Plan, written: bool, backend: str, group: cpattn.Transport) -> Any:
+    return split_heads.call(case, plan.metadata(group.rank), group, written, backend=backend, check=True)
+
+
+def test_what_others_keep_may_overflow() -> None:
+    """Where each rank has the rows of all tokens it looks at those that it keeps: here 2 and 3 are rank 1's."""
+    meta = cpattn.plan([(0, 6)], 2, owner=cpattn.Striped(2), queries="all")
+
+    def program(group: cpattn.Transport) -> str:
+        q, k = (torch.zeros(6, 2, 16, dtype=BF16) for _ in range(2))
+        k[3 if group.rank == 0 else 5] = 1000
+        call = partial(cpattn.cp_attention, q, k, k, meta.metadata(group.rank), group=group, kv_cache=cache_like())
+        assert call(check=True).isfinite().all()
+        if group.rank == 0:
+            k[4] = 1000
+        with pytest.raises(cpattn.CPError) as raised:
+            call(check=True)
+        return str(raised.value)
+
+    own, _ = run_loopback(program, 2)
+    assert "k goes to 1000 in head 0, but the pages are torch.float8_e4m3fn" in own
+
+
 @pytest.mark.parametrize("scales", ["head", "token"])
 def test_windows_sinks_groups_of_heads_and_one_rank(scales: str) -> None:
     changes: dict[str, Any]
@@ -63,6 +103,7 @@ def test_windows_sinks_groups_of_heads_and_one_rank(scales: str) -> None:
         (3, "all_gather", "striped", {"window": 9}),
         (2, "pass_q", "striped", {"window": 9, "interleave": 4}),
         (1, "all_gather", "paged", {"softcap": 5.0}),
+        (4, cpattn.two_level(2), "paged", {"sinks": True}),
     ):
         case = StoredCase(MIXED, cache=cache, page_size=4, scales=scales, dtype=BF16, **changes)
         check_on_ranks(case, case.plan(cp_size), strategy, "reference", check=True)
@@ -287,6 +328,20 @@ def test_a_strategy_that_does_not_know_them_is_refused() -> None:
     mine = replace(ring, name="mine", stored=False)
     with pytest.raises(cpattn.UnsupportedError, match=r"strategy='mine' .*it takes pages in q's dtype alone, torch.bfloat16, not"):
         cpattn.cp_attention(q, k, k, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache_like(), strategy=mine)
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", cpattn.hybrid(2, "all_gather")], ids=str)
+def test_ranks_that_divide_heads_have_no_scales_of_others(strategy: StrategyChoice) -> None:
+    q, k = torch.zeros(4, 4, 16, dtype=BF16), torch.zeros(4, 2, 16, dtype=BF16)
+    group = cpattn.LoopbackGroup(2).transport(0)
+    meta = cpattn.build_metadata([(0, 8)], 2, 0)
+    with pytest.raises(
+        cpattn.UnsupportedError,
+        match=r"new heads travel in q's dtype, since who sends one has no scales of the pages that it goes to; pass pages in "
+        r"torch.bfloat16, not torch.float8_e4m3fn; 'all_gather', 'ring' could",
+    ):
+        cpattn.cp_attention(q, k, k, meta, group=group, kv_cache=cache_like(), strategy=strategy)
+    assert group.bytes_sent == 0
 
 
 def test_problems_that_no_call_could_have() -> None:
