@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DIST_VENV := .venv-dist
 ENGINES := .venv-engines
 
-.PHONY: help demo test test-gpu test-engines fuzz faults sanitize lint dist clean
+.PHONY: help demo test test-gpu test-engines fuzz serving-loop faults sanitize lint dist clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-gpu  the tests that need a GPU, with the torch and kernels that PYTHON has"
 	@echo "make test-engines  engines that are not ours, over cpattn: every token as without it; and steps of vLLM and SGLang"
 	@echo "make fuzz MINUTES=5   random batches against the oracle, with and without faults in their midst"
+	@echo "make serving-loop STEPS=10000  random steps of serving loops over every kind of cache, and fewer over gloo"
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
@@ -56,6 +57,11 @@ test-engines: $(ENGINES)/.installed
 MINUTES ?= 5
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+
+STEPS ?= 10000
+serving-loop: $(VENV)/.installed
+	$(BIN)/python tests/serving_loop.py --steps $(STEPS)
+	$(BIN)/python tests/serving_loop.py --steps $$(( $(STEPS) / 20 )) --processes
 
 # With the machine's own build of torch (FAULTS_PYTHON=python3) also over NCCL, where there are two GPUs.
 FAULTS_PYTHON ?= $(BIN)/python
