@@ -21,7 +21,7 @@ from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.devices import parse_device
 from cpattn.metadata.draw import draw_plan, summarize_plan
-from cpattn.metadata.layout import MOST_SHARES, Layout, frozen, is_size
+from cpattn.metadata.layout import MOST_SHARES, QUERIES, Layout, frozen, is_size
 from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
 from cpattn.metadata.partition import OWNERS, REMAINDERS, Partition, chunk_lengths, first_dealt
@@ -222,6 +222,7 @@ def required_rows(
     partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
+    queries: str = "rows",
     problem: Problem | None = None,
     machine: Machine | str | None = None,
     token_cost: int | None = None,
@@ -229,26 +230,32 @@ def required_rows(
     """The physical rows that each rank would have, for an engine that sizes its buffers or picks a bucket.
 
     With whole and auto, and with the balanced remainder of zigzag and contiguous, it is the batch's new tokens divided by
-    ``cp_size``, rounded up, and nothing else is worked out. Arguments and errors as in :func:`plan`.
+    ``cp_size``, rounded up, and nothing else is worked out. With ``queries="all"`` they are all new tokens of the batch. How the
+    cache lies on ranks changes nothing. Arguments and errors as in :func:`plan`.
 
     >>> import cpattn
     >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)
     8
+    >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8, queries="all")
+    16
     """
     sizes = {"cp_size": cp_size, "pad_to": pad_to}
     even = isinstance(partition, str) and partition in (AUTO, *CANDIDATES, *OWNERS)
     usual = problem is None and machine is None and token_cost is None
-    if even and usual and remainder == "balanced" and all(map(is_size, sizes, sizes.values())):
+    known = isinstance(queries, str) and queries in QUERIES
+    of_all = known and queries == "all"
+    if even and usual and known and remainder == "balanced" and all(map(is_size, sizes, sizes.values())):
         pairs = parse_batch(batch)
         # Integers of numpy may be too narrow for what is computed with them.
         ranks, multiple = int(cp_size), int(pad_to)
-        rows = -(-int(pairs[:, 1].sum()) // (ranks * multiple)) * multiple
+        tokens = int(pairs[:, 1].sum())
+        rows = -(-tokens // (multiple if of_all else ranks * multiple)) * multiple
         if ranks * rows <= MAX_TOKENS and ranks * len(pairs) <= MOST_SHARES:
             return rows
-    # The plan does what is left, and says what is wrong.
-    return plan(
-        batch, cp_size, partition=partition, remainder=remainder, pad_to=pad_to, problem=problem, machine=machine, token_cost=token_cost
-    ).rows
+    # The plan does what is left, and says what is wrong. Queries of all tokens want a sharded cache, whatever its rule.
+    options: dict[str, Any] = {"partition": partition, "remainder": remainder, "pad_to": pad_to, "queries": queries}
+    options |= {"problem": problem, "machine": machine, "token_cost": token_cost, "owner": Striped() if of_all else None}
+    return plan(batch, cp_size, **options).rows
 
 
 @leaves_graph

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_caches import random_shards
-from strategies import Batch, batches, named_plan_options, plan_options
+from strategies import Batch, any_plan_options, batches, named_plan_options, plan_options
 
 import cpattn
 from cpattn import Plan, PlanError
@@ -31,6 +31,13 @@ class TestRequiredRows:
         options["remainder"] = "balanced"
         assert sharded_plan(batch, options, seed).rows == cpattn.required_rows(batch, **options)
 
+    @given(batches(), any_plan_options(), st.booleans())
+    @settings(deadline=None)
+    def test_queries_split_by_heads_are_all_rows(self, batch: Batch, options: dict[str, Any], striped: bool) -> None:
+        shards = None if striped else random_shards(batch, options["cp_size"], 0)
+        plan = cpattn.plan(batch, **options, queries="all", prefix_shards=shards, owner=cpattn.Striped(3) if striped else None)
+        assert plan.rows == cpattn.required_rows(batch, **options, queries="all") == -(-plan.num_tokens // plan.pad_to) * plan.pad_to
+
     @pytest.mark.parametrize(
         ("batch", "options", "error"),
         [
@@ -45,6 +52,8 @@ class TestRequiredRows:
             ([(0, 1)], {"partition": "whole", "remainder": "first"}, PlanError),
             ([(0, 0)], {"cp_size": 2**31}, PlanError),
             ([(0, 1)], {"pad_to": 2**30}, PlanError),
+            ([(0, 1)], {"queries": "heads"}, PlanError),
+            ([(0, 1)], {"queries": ["all"]}, PlanError),
         ],
     )
     def test_it_refuses_what_a_plan_refuses(self, batch: Batch, options: dict[str, Any], error: type[Exception]) -> None:
