@@ -107,7 +107,7 @@ class Server:
             kind = self._kind()
             try:
                 getattr(self, kind)()
-                self.model.check({name: self.books.line(name) for name in self.model.tokens})
+                self.check()
             except cpattn.PoolFullError:
                 kind = "release, as all was full"
                 self.release()
@@ -127,10 +127,15 @@ class Server:
         kinds = list(weights)
         return str(self.rng.choice(kinds, p=np.array([weights[kind] for kind in kinds]) / sum(weights.values())))
 
-    def admit(self) -> None:
+    def check(self) -> None:
+        """Every page."""
+        self.model.check({name: self.books.line(name) for name in self.model.tokens})
+
+    def admit(self) -> str:
         name = self._new_name()
         self.books.admit(name)
         self.model.admit(name)
+        return name
 
     def fork(self) -> None:
         parent, child = self._any(), self._new_name()
@@ -147,26 +152,30 @@ class Server:
     def chunk(self) -> None:
         """A chunk of some prompts, beside requests that decode or wait."""
         names = self._some()
-        self._compute({name: int(self.rng.choice([0, 1, 1, int(self.rng.integers(2, 31))])) for name in names[1:]} | {names[0]: 11})
+        self.compute({name: int(self.rng.choice([0, 1, 1, int(self.rng.integers(2, 31))])) for name in names[1:]} | {names[0]: 11})
 
     def decode(self) -> None:
-        self._compute(dict.fromkeys(self._some(), 1))
+        self.compute(dict.fromkeys(self._some(), 1))
 
     def speculate(self) -> None:
         """One token and 1 to 7 drafts, beside requests that decode."""
         lengths = {name: int(self.rng.choice([1, *range(2, 9)])) for name in self._some()}
-        self._compute(lengths)
+        self.compute(lengths)
         self.drafts = {name: count - 1 for name, count in lengths.items() if count > 1 and name in self.model.tokens}
 
     def reject(self) -> None:
         """Some of the drafts are accepted; the next tokens take the places of the others."""
         for name, count in self.drafts.items():
-            length = len(self.model.tokens[name]) - int(self.rng.integers(count + 1))
-            self.books.reject(name, length)
-            self.model.cut(name, length)
+            self.cut(name, int(self.rng.integers(count + 1)))
         self.drafts = {}
 
-    def _compute(self, lengths: dict[str, int]) -> None:
+    def cut(self, name: str, count: int) -> None:
+        """A request's last tokens are no part of it any more."""
+        length = len(self.model.tokens[name]) - count
+        self.books.reject(name, length)
+        self.model.cut(name, length)
+
+    def compute(self, lengths: dict[str, int]) -> None:
         """One layer of a step."""
         form, loop = self.form, self.loop
         names = [str(name) for name in self.rng.permutation(list(lengths))]
