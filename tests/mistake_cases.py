@@ -113,6 +113,8 @@ SHARDING = [
 WORDS = [
     Mistake("att(q, k, v, meta, is_causal=True)", cpattn.OptionError, "is_causal: attention is always causal here; leave it out"),
     Mistake("att(q, k, v, meta, attn_mask=None)", cpattn.OptionError, "attn_mask: there are no masks"),
+    Mistake("att(q, k, v, meta, custom_mask=None)", cpattn.OptionError, "custom_mask: there are no masks, and so no trees of drafts"),
+    Mistake("att(q, k, v, meta, k_descale=None)", cpattn.OptionError, "k_descale: pages in fp8 bring theirs: kv_cache=cpattn.PagedKV("),
     Mistake("att(q, k, v, meta, softmax_scale=0.1)", cpattn.OptionError, "softmax_scale: pass it as scale="),
     Mistake("att(q, k, v, meta, dropout_p=0.0)", cpattn.OptionError, "without dropout; leave it out"),
     Mistake("att(q, k, v, meta, causal=True, dropout_p=0.1)", cpattn.OptionError, "; and none dropout_p: "),
