@@ -260,6 +260,15 @@ def test_slots_of_a_pool_are_a_rule_of_positions_where_pages_are_multiples() -> 
         assert found == [slot // cp_size if slot % cp_size == rank else -1 for slot in of_pool]
 
 
+@pytest.mark.parametrize("cp_size", [1, 3, 4])
+def test_whole_pages_in_turn_are_a_rule_of_positions(cp_size: int) -> None:
+    """TensorRT-LLM's Helix: page b of a request lies on rank b % cp_size, where it is page b // cp_size."""
+    page_size, positions = 4, np.arange(60)
+    rule, page = cpattn.Striped(interleave=page_size), positions // page_size
+    assert rule.ranks(positions, cp_size).tolist() == (page % cp_size).tolist()
+    assert rule.numbers(positions, cp_size).tolist() == (page // cp_size * page_size + positions % page_size).tolist()
+
+
 def test_pages_that_begin_anywhere_are_no_rule_of_positions() -> None:
     with pytest.raises(
         cpattn.PlanError, match="page_size=16 with cp_size=3: pages do not begin at multiples of cp_size, so that a token's"
