@@ -59,6 +59,9 @@ class Tokens:
         k, v = normal(form.head_dim), normal(form.v_head_dim)
         if not form.v_in_k:
             v *= magnitudes(count, form.kv_heads, 1)
+        for x in (k, v):
+            # Rows of zeros want a scale as well.
+            x *= torch.rand(count, form.kv_heads, 1, generator=random) > 0.02
         if form.scales == "head":
             # 448 times the least holds any of these numbers.
             scales = [(1 + torch.rand(form.kv_heads, generator=random)) * most / 448 for most in (8.0, 8.0 * 16)]
@@ -80,8 +83,8 @@ def _through_pages(x: Tensor, form: CacheForm, scale: Tensor | None) -> tuple[Te
     if form.scales is None:
         return x, None, x
     if scale is None:
-        # The largest number of a token and head becomes the largest that fp8 has.
-        scale = x.float().abs().amax(dim=2) / torch.finfo(form.stored).max
+        # The largest number of a token and head becomes the largest that fp8 has; where all are 0, the scale is the smallest normal one.
+        scale = (x.float().abs().amax(dim=2) / torch.finfo(form.stored).max).clamp(min=torch.finfo(torch.float32).tiny)
     numbers = (x.float() / scale[..., None]).to(form.stored)
     return numbers, scale, (numbers.float() * scale[..., None]).bfloat16()
 

@@ -206,7 +206,7 @@ class Server:
             assert error <= bound, f"error {error:.2e}, bound {bound:.2e}, window={window}"
 
     def _attend(self, plan: cpattn.Plan, names: list[str], q: torch.Tensor, numbers: list[int], window: int | None) -> list[torch.Tensor]:
-        """The results of a call, and, at times, of another over what lies in the pages then."""
+        """The results of a call, or of its pieces; at times also of another call over what lies in the pages then."""
         form, group = self.form, self.group
         meta, shape = self._metadata(plan)
         cache = self.books.cache(names, shape)
@@ -219,13 +219,26 @@ class Server:
             # What others hold is not looked at.
             others = cpattn.slot_mapping(meta, cache.page_table, form.page_size) < 0
             k[others], v[others] = torch.nan, torch.nan
+        v_dim = form.v_head_dim if form.v_in_k else None
         backend = "reference" if window is not None or self.loop.bucket else str(self.rng.choice(["reference", "cpu"]))
-        strategy = str(self.rng.choice(self._strategies(plan, window)))
-        shared: dict[str, Any] = {"group": group, "backend": backend, "window": window, "v_dim": form.v_head_dim if form.v_in_k else None}
-        outs = [cpattn.cp_attention(q, k, None if form.v_in_k else v, meta, kv_cache=cache, strategy=strategy, **shared)]
-        if self.rng.random() < 0.3:
+        shared: dict[str, Any] = {"group": group, "backend": backend, "window": window, "v_dim": v_dim}
+        new_v, outs = None if form.v_in_k else v, []
+        in_pieces = self.rng.random() < 0.2
+        if in_pieces:
+            self._write(k, new_v, meta, cache)
+        else:
+            strategy = str(self.rng.choice(self._strategies(plan, window)))
+            outs = [cpattn.cp_attention(q, k, new_v, meta, kv_cache=cache, strategy=strategy, **shared)]
+        if in_pieces or self.rng.random() < 0.3:
             outs.append(cpattn.attend(q, cache, meta, **shared))
         return [cpattn.unshard(out, meta, group=group) for out in outs]
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor | None, meta: cpattn.CPMetadata, cache: cpattn.PagedKV) -> None:
+        """What an engine does that writes its pages itself."""
+        slots = cpattn.slot_mapping(meta, cache.page_table, self.form.page_size)
+        if self.form.owner != "computed" and self.loop.queries == "rows":
+            k, v = cpattn.gather_kv(k, v, meta, group=self.group)
+        cpattn.write_kv(k, v, cache, slots)
 
     def _metadata(self, plan: cpattn.Plan) -> tuple[cpattn.CPMetadata, tuple[int, int] | None]:
         """This rank's, and the shape of a page table."""
