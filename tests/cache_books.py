@@ -46,7 +46,7 @@ class PoolBooks:
         v_head_dim = 0 if form.v_in_k else form.v_head_dim
         sizes = form.num_pages, form.page_size, 1, form.kv_heads, form.head_dim, v_head_dim
         self.pool = cpattn.KVPool(
-            *sizes, dtype=form.stored, scales=form.scales, owner=form.owner, cp_size=form.cp_size, cp_rank=rank
+            *sizes, dtype=form.stored, device=form.device, scales=form.scales, owner=form.owner, cp_size=form.cp_size, cp_rank=rank
         )  # fmt: skip
         pool, of_tokens = self.pool, form.scales == "token"
         if of_heads is not None:
@@ -80,11 +80,14 @@ class EngineBooks:
         """``known``: whether cpattn is told which rank has which token, or only how many."""
         self.form, self.rank, self.known = form, rank, known
         shape = form.num_pages, form.page_size, form.kv_heads
-        k = torch.zeros(*shape, form.head_dim, dtype=torch.bfloat16).to(form.stored)
-        v = None if form.v_in_k else torch.zeros(*shape, form.v_head_dim, dtype=torch.bfloat16).to(form.stored)
+
+        def zeros(*more: int) -> Tensor:
+            return torch.zeros(*shape, *more, device=form.device)
+
+        k, v = zeros(form.head_dim).to(form.stored), None if form.v_in_k else zeros(form.v_head_dim).to(form.stored)
         scales: list[Tensor | None] = [None, None]
         if form.scales == "token":
-            scales = [torch.zeros(shape), None if v is None else torch.zeros(shape)]
+            scales = [zeros(), None if v is None else zeros()]
         elif of_heads is not None:
             scales = [of_heads[0], None if v is None else of_heads[1]]
         self._parts = k, v, scales
@@ -147,7 +150,7 @@ class EngineBooks:
         for entries, tables in zip(table, lines, strict=False):
             entries[: len(tables[self._mine])] = torch.tensor(tables[self._mine])
         k, v, (k_scale, v_scale) = self._parts
-        return cpattn.PagedKV(k, v, table, k_scale=k_scale, v_scale=v_scale)
+        return cpattn.PagedKV(k, v, table.to(self.form.device), k_scale=k_scale, v_scale=v_scale)
 
     def line(self, name: str) -> list[int]:
         return self.lines[name][self._mine]

@@ -31,6 +31,7 @@ class CacheForm:
     v_in_k: bool
     stored: torch.dtype
     scales: str | None
+    device: str = "cpu"
 
     @property
     def sharded(self) -> bool:
@@ -44,7 +45,7 @@ class Tokens:
     Attributes:
         k, v: ``[n, Hkv, D]``; meant_k, meant_v the same after a way through pages.
         of_heads: scales ``[Hkv]`` of K and V where heads have them.
-        stored: K, V, and scales where tokens have them, ``[n, Hkv, ...]`` each.
+        stored: K, V, and scales where tokens have them, ``[n, Hkv, ...]`` each; their bits.
     """
 
     def __init__(self, form: CacheForm, count: int, random: torch.Generator) -> None:
@@ -76,6 +77,12 @@ class Tokens:
             v_numbers, v_scale, self.meant_v = _through_pages(self.v, form, scales[1])
             self.stored.append(v_numbers)
         self.stored += [scale for scale in (k_scale, v_scale) if scale is not None and form.scales == "token"]
+        # Made on the CPU, alike for all devices.
+        for name in ("k", "v", "meant_k", "meant_v"):
+            setattr(self, name, getattr(self, name).to(form.device))
+        self.stored = [_as_bytes(x).to(form.device) for x in self.stored]
+        if self.of_heads is not None:
+            self.of_heads = (self.of_heads[0].to(form.device), self.of_heads[1].to(form.device))
 
 
 def _through_pages(x: Tensor, form: CacheForm, scale: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -100,7 +107,7 @@ class CacheModel:
         self.form, self.rank = form, rank
         self.tokens: dict[str, list[int]] = {}
         self.ranks: dict[str, list[int]] = {}
-        self._stored, self._pages = [_as_bytes(x) for x in stored], [_as_bytes(x) for x in pages]
+        self._stored, self._pages = stored, [_as_bytes(x) for x in pages]
         self._right = [x.clone() for x in self._pages]
 
     def admit(self, name: str, parent: str | None = None, length: int = 0) -> None:
@@ -140,8 +147,8 @@ class CacheModel:
         for name, line in lines.items():
             for token, slot in self.slots(name, line):
                 assert tokens.setdefault(slot, token) == token, f"{name} has token {token} in {slot}, where {tokens[slot]} is"
-        page, place = (torch.tensor([slot[n] for slot in tokens], dtype=torch.int64) for n in range(2))
-        numbers = torch.tensor(list(tokens.values()), dtype=torch.int64)
+        entries = torch.tensor([(page, place, token) for (page, place), token in tokens.items()], dtype=torch.int64)
+        page, place, numbers = entries.view(-1, 3).to(self.form.device).unbind(1)
         for pages, right, stored in zip(self._pages, self._right, self._stored, strict=True):
             right[page, place] = stored[numbers]
             wrong = (pages != right).flatten(2).any(dim=2).nonzero().tolist()

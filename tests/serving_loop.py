@@ -55,7 +55,7 @@ class Loop:
         return f"{owner}, {'fp8' if form.scales else 'bf16'}, {'pool' if self.pool else 'engine'}"
 
 
-def draw(seed: int, number: int, cp_size: int | None = None) -> Loop:
+def draw(seed: int, number: int, cp_size: int | None = None, device: str = "cpu") -> Loop:
     """A loop, alike for the same numbers."""
     rng = np.random.default_rng([seed, number])
     # Each owner and dtype in turn, so that few loops have them all.
@@ -63,6 +63,8 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Loop:
     is_fp8, pool = bool(number // 3 % 2), bool(rng.random() < 0.5)
     if owner == "striped":
         owner = cpattn.Striped(int(rng.choice([1, 1, 2, 3, 16])))
+    # On a GPU of what kernels are made for.
+    head_dim = 16 if device == "cpu" else 64
     v_in_k, page_size = bool(rng.random() < 0.2), int(rng.choice([1, 3, 4, 16]))
     drawn_size = int(rng.choice([1, 2, 3, 4]))
     form = CacheForm(
@@ -72,11 +74,12 @@ def draw(seed: int, number: int, cp_size: int | None = None) -> Loop:
         num_pages=-(-LONGEST * int(rng.choice([3, 10])) // page_size),
         page_size=page_size,
         kv_heads=int(rng.choice([1, 2, 4])),
-        head_dim=16,
-        v_head_dim=int(rng.choice([8, 16])),
+        head_dim=head_dim,
+        v_head_dim=int(rng.choice([head_dim // 2, head_dim])),
         v_in_k=v_in_k,
         stored=[E4M3, E5M2][rng.integers(2)] if is_fp8 else BF16,
         scales=str(rng.choice(["token", "head"])) if is_fp8 else None,
+        device=device,
     )
     known = pool or bool(rng.random() < 0.7)
     queries = "all" if form.sharded and rng.random() < 0.3 else "rows"
@@ -194,7 +197,7 @@ class Server:
             self.used += extend
         self.model.extend(plan, new)
         numbers, prefix = ([number for some in of.values() for number in some] for of in (new, cached))
-        q = torch.randn(plan.num_tokens, HEADS, form.head_dim, generator=self.random).bfloat16()
+        q = torch.randn(plan.num_tokens, HEADS, form.head_dim, generator=self.random).bfloat16().to(form.device)
         longest = max(len(cached[name]) + len(new[name]) for name in names)
         window = int(self.rng.integers(1, longest + 1)) if loop.known and longest and self.rng.random() < 0.3 else None
         k, v = self.tokens.meant_k, self.tokens.meant_v
@@ -220,7 +223,9 @@ class Server:
             others = cpattn.slot_mapping(meta, cache.page_table, form.page_size) < 0
             k[others], v[others] = torch.nan, torch.nan
         v_dim = form.v_head_dim if form.v_in_k else None
-        backend = "reference" if window is not None or self.loop.bucket else str(self.rng.choice(["reference", "cpu"]))
+        # Of those on a CPU one reads pages, and one is given a copy.
+        plain = ["reference"] if window is not None or self.loop.bucket else ["reference", "cpu"]
+        backend = str(self.rng.choice(plain if form.device == "cpu" else ["triton"]))
         shared: dict[str, Any] = {"group": group, "backend": backend, "window": window, "v_dim": v_dim}
         new_v, outs = None if form.v_in_k else v, []
         in_pieces = self.rng.random() < 0.2
@@ -243,11 +248,11 @@ class Server:
     def _metadata(self, plan: cpattn.Plan) -> tuple[cpattn.CPMetadata, tuple[int, int] | None]:
         """This rank's, and the shape of a page table."""
         if not self.loop.bucket:
-            return plan.metadata(self.group.rank), None
+            return plan.metadata(self.group.rank, self.form.device), None
         rows = REQUESTS * 31 + 4
         if self.meta is None:
             bucket = cpattn.Bucket(REQUESTS, rows, 2 * REQUESTS, LONGEST)
-            self.meta = plan.metadata(self.group.rank, bucket=bucket)
+            self.meta = plan.metadata(self.group.rank, self.form.device, bucket)
         else:
             self.meta.copy_(plan)
         # A request that keeps pages of drafts has no more of them than the longest.
@@ -295,6 +300,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--only", type=int, help="one loop of that seed")
+    parser.add_argument("--device", default="cpu", help="or cuda, whose ranks are threads")
     parser.add_argument("--processes", action="store_true", help=f"{PROCESSES} processes over gloo in the place of threads")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -303,7 +309,7 @@ def main() -> int:
     ranks = ProcessRanks(PROCESSES) if given.processes else None
     try:
         while kinds.total() < given.steps:
-            loop = draw(given.seed, number, PROCESSES if ranks else None)
+            loop = draw(given.seed, number, PROCESSES if ranks else None, given.device)
             steps = min(STEPS, given.steps - kinds.total())
             done = ranks.run(serve, loop, steps)[0] if ranks else serve_on_loopback(loop, steps)
             kinds += done

@@ -39,7 +39,8 @@ def test_every_slot_is_compared(page: int, place: int) -> None:
     model.admit("a")
     model.extend(cpattn.plan([(0, 9)], 2, owner=form.owner), {"a": range(9)})  # type: ignore[arg-type]
     # Of positions 1, 3, 5 and 7, in the order of the sequence.
-    books.pages[0][4, :4], books.pages[1][4, :4] = tokens.stored[0][1::2], tokens.stored[1][1::2]
+    for x, stored in zip(books.pages, tokens.stored, strict=True):
+        x.view(torch.int16)[4, :4] = stored[1::2]
     model.check({"a": [4]})
     books.pages[1][page, place, 0, 3] += 1
     books.pages[1][page, place, 0, 3].nan_to_num_(1.0)
