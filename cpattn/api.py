@@ -32,6 +32,7 @@ from cpattn.call.prepared import PreparedCall, on_device_of
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import DividedHeads, explain_across, explain_heads
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
+from cpattn.exchange.pass_q_with_new_keys import brings_new_keys, explain_beside_keys
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.traveling_keys import explain_keys
@@ -452,6 +453,8 @@ def explain(
     if choice.strategy in (ALL_GATHER, RING):
         in_words = explain_keys if choice.strategy is ALL_GATHER else explain_ring_keys
         explained = explained | {"keys": in_words(choice.problem, meta.plan)}
+    elif choice.strategy is PASS_Q and brings_new_keys(choice.problem, meta.plan):
+        explained = explained | {"queries": explain_beside_keys(choice.problem, meta.plan)}
     elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:
         explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
     elif isinstance(choice.strategy, TwoLevel):

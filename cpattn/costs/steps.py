@@ -20,6 +20,7 @@ from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
 from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.helix import HELIX, RESIDENT_HELIX
 from cpattn.exchange.late_pages import may_come_late
+from cpattn.exchange.new_keys_alone import nothing_is_cached
 from cpattn.exchange.pass_q_with_new_keys import brings_new_keys
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
@@ -183,13 +184,7 @@ def all_gather(choice: Choice) -> Tally:
     tally, groups = Tally(choice), problem.overlap
     (hop,) = choice.schedule
     if plan.sharded:
-        # Packed, written and put in order as any new keys are, with what a window reaches beside them.
-        message = int(hop.sent.max(initial=0))
-        tally.gather(message)
-        tally.move(2 * message, launches=3)
-        tally.move(2 * problem.rows * problem.key_bytes)
-        tally.attend(hop)
-        return tally
+        return _new_keys_in_order(choice)
     traveling = traveling_keys(problem, plan)
     comes_late = keys_come_late(choice, traveling)
     if problem.cache == "paged" and comes_late:
@@ -216,6 +211,17 @@ def all_gather(choice: Choice) -> Tally:
         if groups > 1:
             # Into some heads of the result: a copy with strides, at half the speed.
             tally.move(4 * _outputs(choice) * problem.dtype.itemsize // groups)
+    return tally
+
+
+def _new_keys_in_order(choice: Choice) -> Tally:
+    """Packed, gathered, written to the pages of those who hold them, put in order: with what a window reaches beside them, or alone."""
+    tally, problem, (hop,) = Tally(choice), choice.problem, choice.schedule
+    message = int(hop.sent.max(initial=0))
+    tally.gather(message)
+    tally.move(2 * message, launches=3)
+    tally.move(2 * problem.rows * problem.key_bytes)
+    tally.attend(hop)
     return tally
 
 
@@ -376,7 +382,7 @@ def ring(choice: Choice) -> Tally:
 def pass_q(choice: Choice) -> Tally:
     """Gather queries beside the attention to one's own, attend with those of others, send results back, merge them."""
     if brings_new_keys(choice.problem, choice.plan):
-        return _pass_q_with_new_keys(choice)
+        return (_new_keys_in_order if nothing_is_cached(choice.problem, choice.plan) else _pass_q_with_new_keys)(choice)
     tally = Tally(choice)
     _write_own(tally)
     return _over_own_keys(tally)

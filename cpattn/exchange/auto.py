@@ -9,7 +9,9 @@ from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.decodes import DECODE_TOKENS, only_decodes
 from cpattn.exchange.helix import HELIX
+from cpattn.exchange.new_keys_alone import nothing_is_cached
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
+from cpattn.exchange.pass_q_with_new_keys import brings_new_keys
 from cpattn.exchange.registry import able_strategies, find_strategy, strategies_for
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
@@ -77,9 +79,12 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
                 [[PASS_Q], [ALL_GATHER]], f"no request has more than {DECODE_TOKENS} new tokens, so that no cached key has to travel"
             )
         return Candidates([[ALL_GATHER], [PASS_Q]], "of a sharded cache it brings what a window reaches")
-    gathered = plan.cp_size * problem.rows * (problem.query_bytes + problem.result_bytes)
-    fits = gathered <= AUTO_GATHER_QUERIES_LIMIT
-    held = f"all queries and results are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(AUTO_GATHER_QUERIES_LIMIT)}"
+    what, row, limit = "all queries and results", problem.query_bytes + problem.result_bytes, AUTO_GATHER_QUERIES_LIMIT
+    if brings_new_keys(problem, plan) and nothing_is_cached(problem, plan):
+        what, row, limit = "nothing is cached, and all keys and values", problem.key_bytes, AUTO_GATHER_LIMIT
+    gathered = plan.cp_size * problem.rows * row
+    fits = gathered <= limit
+    held = f"{what} are {in_words(gathered)}, {'within' if fits else 'above'} {in_words(limit)}"
     # A ring copies each rank's shard out of its pages and sends all of them around, for a handful of queries. Between two H100,
     # 256 x (8k + 1) over pages of 64 tokens took 16.9 ms with it and 1.5 ms with pass_q. Contexts grow, and a bucket's choice stays.
     rings = [] if only_decodes(plan) else [RING]

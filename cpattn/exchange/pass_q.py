@@ -24,6 +24,7 @@ from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, message_buffer
 from cpattn.exchange.needed_pass_q import Held, NeededPassQ, NeededPassQRing
+from cpattn.exchange.new_keys_alone import NewKeysAlone, new_keys_alone_schedule, nothing_is_cached
 from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.pass_q_with_new_keys import PassQWithNewKeys, brings_new_keys, new_keys_schedule
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
@@ -45,7 +46,7 @@ from cpattn.transports.transport import Transport
 
 def _gather_schedule(problem: Problem, plan: Layout) -> Schedule:
     if brings_new_keys(problem, plan):
-        return new_keys_schedule(problem, plan)
+        return (new_keys_alone_schedule if nothing_is_cached(problem, plan) else new_keys_schedule)(problem, plan)
     others, travels = plan.cp_size - 1, traveling_queries(problem, plan)
     queries = travels.between.sum(axis=1) * problem.query_bytes
     results = travels.between.sum(axis=0) * problem.result_bytes
@@ -106,10 +107,10 @@ class GatheredQueries(NamedTuple):
         )
 
 
-def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNewKeys:
+def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNewKeys | NewKeysAlone:
     meta, window = setup.meta, setup.problem.window
     if brings_new_keys(setup.problem, meta.plan):
-        return PassQWithNewKeys.of(setup)
+        return (NewKeysAlone if nothing_is_cached(setup.problem, meta.plan) else PassQWithNewKeys).of(setup)
     is_paged = _attends_to_pages(setup)
     travels, keys = traveling_queries(setup.problem, meta.plan), _keys_at_hand(setup)
     if travels.what != "all" and not isinstance(keys, StripedShard):
@@ -121,8 +122,8 @@ def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNe
     return GatheredQueries.of(setup, keys, Prefixes.of(setup), own_spans, others)
 
 
-def _forward_gather(held: GatheredQueries | NeededPassQ | PassQWithNewKeys, io: IO, attend: Attend) -> None:
-    if isinstance(held, (NeededPassQ, PassQWithNewKeys)):
+def _forward_gather(held: GatheredQueries | NeededPassQ | PassQWithNewKeys | NewKeysAlone, io: IO, attend: Attend) -> None:
+    if isinstance(held, (NeededPassQ, PassQWithNewKeys, NewKeysAlone)):
         held.forward(io, attend)
     else:
         forward_gathered(held, io, attend)

@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpattn.byte_sizes import in_words
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import PagedKeys
 from cpattn.exchange.message import Message, message_buffer
+from cpattn.exchange.new_keys_alone import nothing_is_cached
 from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
@@ -37,6 +39,17 @@ from cpattn.transports.transfer import Transfer
 def brings_new_keys(problem: Problem, plan: Layout) -> bool:
     """Whether calls are of this form: others write new tokens than those who compute them, or a window sees them through gaps."""
     return plan.owner is not None or (plan.sharded and problem.window is not None)
+
+
+def explain_beside_keys(problem: Problem, plan: Layout) -> str:
+    """Which queries travel then, in words, with the bytes that a rank receives."""
+    others = (plan.cp_size - 1) * problem.rows
+    if plan.cp_size == 1:
+        return "none travel: there is one rank"
+    if nothing_is_cached(problem, plan):
+        return f"none travel: nothing is cached; a rank receives all new keys and values, {in_words(others * problem.key_bytes)}"
+    queries, keys = in_words(others * problem.query_bytes), in_words(others * problem.key_bytes)
+    return f"a rank receives all of them, {queries}, beside new keys and values, {keys}: each holds a part of almost every request"
 
 
 def new_keys_schedule(problem: Problem, plan: Layout) -> Schedule:
