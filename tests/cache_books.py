@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,9 @@ class Books(Protocol):
         """Only the first ``length`` tokens count."""
 
     def release(self, name: str) -> None: ...
+    def undo(self, plan: cpattn.Plan, extends: Mapping[str, int]) -> None:
+        """Takes the last step back, in which each request had so many new tokens."""
+
     def plan(self, extends: Sequence[tuple[str, int]], **options: Any) -> cpattn.Plan:
         """Raises PoolFullError, and changes nothing, where there are too few pages."""
 
@@ -60,6 +63,9 @@ class PoolBooks:
 
     def plan(self, extends: Sequence[tuple[str, int]], **options: Any) -> cpattn.Plan:
         return self.pool.plan(extends, **options)
+
+    def undo(self, plan: cpattn.Plan, extends: Mapping[str, int]) -> None:
+        self.pool.undo(plan)
 
     def cache(self, names: Sequence[str], shape: tuple[int, int] | None) -> cpattn.PagedKV:
         return self.pool.layer(0, self.pool.page_table(names, shape))
@@ -115,6 +121,10 @@ class EngineBooks:
 
     def reject(self, name: str, length: int) -> None:
         del self.ranks[name][length:]
+
+    def undo(self, plan: cpattn.Plan, extends: Mapping[str, int]) -> None:
+        for name, extend in extends.items():
+            self.reject(name, len(self.ranks[name]) - extend)
 
     def release(self, name: str) -> None:
         for table, line in enumerate(self.lines.pop(name)):

@@ -141,6 +141,26 @@ class CacheModel:
                 yield token, (line[held // self.form.page_size], held % self.form.page_size)
                 held += 1
 
+    def slots_of_last(self, new: Mapping[str, Sequence[int]], lines: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
+        """Where a step's new tokens lie on this rank."""
+        last = {number for numbers in new.values() for number in numbers}
+        return [slot for name in new for token, slot in self.slots(name, lines[name]) if token in last]
+
+    def clear(self, slots: Sequence[tuple[int, int]]) -> None:
+        """A pool has taken a step back that may have written there: that, and what follows in those pages, is zeros."""
+        first: dict[int, int] = {}
+        for page, place in slots:
+            first[page] = min(place, first.get(page, place))
+        for page, place in first.items():
+            for right in self._right:
+                right[page, place:] = 0
+
+    def accept(self, slots: Sequence[tuple[int, int]]) -> None:
+        """There may be whatever a step has left that failed: the next tokens come there."""
+        for page, place in slots:
+            for right, pages in zip(self._right, self._pages, strict=True):
+                right[page, place] = pages[page, place]
+
     def check(self, lines: Mapping[str, Sequence[int]]) -> None:
         """Every page: each token lies in its slot to the bit, no two in one, and all other slots are as they were."""
         tokens: dict[tuple[int, int], int] = {}

@@ -19,7 +19,7 @@ def test_a_few_steps_over_every_cache() -> None:
     for number in range(6):
         done += serving_loop.serve_on_loopback(serving_loop.draw(3, number), steps=18)
     assert done.total() == 6 * 18
-    assert min(done[kind] for kind in ("admit", "chunk", "decode", "speculate", "reject", "fork", "release")) > 0
+    assert min(done[kind] for kind in ("admit", "chunk", "decode", "speculate", "reject", "fork", "release", "fail")) > 0
 
 
 def test_loops_are_of_every_kind() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import serving_loop
 import torch
 from cache_model import CacheForm
+from serving_rank import Loop, Server
 from torch import Tensor
 
 import cpattn
@@ -25,10 +25,10 @@ STEPS = [((2, 8), (1, 7)), ((5, 1), (0, 0)), ((8, 7), (7, 3)), ((1, 6), (0, 5)),
 def test_some_are_accepted_and_others_take_the_places_of_the_rest(owner: Any, queries: str, pool: bool) -> None:
     """Dropped by a pool, or overwritten in an engine's own pages, which stay. Results are the oracle's, and pages hold what they must."""
     form = CacheForm(3, owner, 40, 4, 2, 16, 16, v_in_k=False, stored=torch.bfloat16, scales=None)
-    loop = serving_loop.Loop(0, 0, form, pool, known=True, queries=queries, bucket=not pool)
+    loop = Loop(0, 0, form, pool, known=True, queries=queries, bucket=not pool)
 
     def program(group: cpattn.Transport) -> list[int]:
-        server = serving_loop.Server(loop, group)
+        server = Server(loop, group)
         names = server.admit(), server.admit()
         server.compute(dict(zip(names, (13, 5), strict=True)))
         for counts, rejected in STEPS:
