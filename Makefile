@@ -47,12 +47,19 @@ $(ENGINES)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ENGINES) nano-vllm-fork==20260210 xxhash==4.1.0
 	@touch $@
 
+# SGLang's wheel whole, as it is for Linux; nothing of it that is compiled is run.
+$(ENGINES)/sglang/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --only-binary=:all: --python-version=3.12 \
+	  --platform=manylinux_2_34_x86_64 --target $(ENGINES)/sglang sglang==0.5.23
+	@touch $@
+
 # Of vLLM's and SGLang's wheels, which are 400 MB, what is in Python is kept, or the few files that say where a token lies.
-test-engines: $(ENGINES)/.installed
+test-engines: $(ENGINES)/.installed $(ENGINES)/sglang/.installed
 	PYTHONPATH=.:$(ENGINES) $(BIN)/python -m pytest tests/test_nano_vllm.py
 	$(BIN)/python tests/engine_functions.py $(ENGINES)/layouts
 	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_engine_layouts.py
 	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_vllm_steps.py
+	CPATTN_SGLANG=$(ENGINES)/sglang $(BIN)/python -m pytest -s tests/test_sglang_engine.py
 
 MINUTES ?= 5
 fuzz: $(VENV)/.installed

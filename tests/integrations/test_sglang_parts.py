@@ -1,0 +1,281 @@
+"""The plugin for SGLang without SGLang: from a forward batch to a plan, what a layer asks for, and what is refused.
+
+``tests/test_sglang_engine.py`` runs it in SGLang's own classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cpattn
+from cpattn.errors import BatchError, UnsupportedError
+from cpattn.integrations.sglang import CPAttnStrategy, engine, interface
+from cpattn.integrations.sglang.asked import Asked, asked_of
+from cpattn.integrations.sglang.interface import CALLS, FIELDS, STRATEGY, check_interface
+from cpattn.integrations.sglang.step import TWO_BLOCKS, Step, batch_of, with_rows
+from cpattn.integrations.sglang.turns import attend_in_turns, turns_of
+from cpattn.testing import relative_rmse, rmse_bound, run_loopback
+from cpattn.testing.oracle import oracle_attention
+
+EXTEND = SimpleNamespace(is_context_parallel_extend=lambda: True)
+
+
+def test_a_batch_of_sglangs_lengths() -> None:
+    assert batch_of(6, [10, 5], [4, 2]) == [(6, 4), (3, 2)]
+    # What pads the batch: rows, and requests with nothing new.
+    assert batch_of(16, [10, 5, 1], [4, 2, 0]) == [(6, 4), (3, 2), (1, 0)]
+    assert batch_of(6, None, [4, 2]) == [(0, 4), (0, 2)]
+    assert batch_of(6, None, None) == [(0, 6)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "seqs_len", "extend_seqs_len"),
+    [(5, [10, 5], [4, 2]), (6, [10], [4, 2]), (6, [3, 5], [4, 2]), (6, [10, 5], [7, -1])],
+    ids=["too few tokens", "a length missing", "fewer tokens than new ones", "a negative length"],
+)
+def test_lengths_that_do_not_go_together(num_tokens: int, seqs_len: list[int], extend_seqs_len: list[int]) -> None:
+    with pytest.raises(BatchError, match=rf"num_tokens={num_tokens}, seqs_len=.*report this with the release of SGLang"):
+        batch_of(num_tokens, seqs_len, extend_seqs_len)
+
+
+def strategy(cp_size: int, cp_rank: int = 0) -> CPAttnStrategy:
+    made = CPAttnStrategy()
+    made.cp_size, made.cp_rank = cp_size, cp_rank
+    return made
+
+
+@pytest.mark.parametrize(
+    ("extends", "applies"),
+    [([64, 1], True), ([1] * 8, True), ([3, 0, 5], True), ([7], False), ([1] * 7, False)],
+    ids=["one short", "all of one token", "one with nothing new", "seven tokens", "seven requests"],
+)
+def test_no_batch_is_refused_for_a_short_request(extends: list[int], applies: bool) -> None:
+    batch = SimpleNamespace(forward_mode=EXTEND, extend_seq_lens_cpu=extends)
+    # SGLang counts its padding; only tokens count here.
+    assert strategy(4).can_apply(64, batch) is applies
+    assert not strategy(1).can_apply(64, batch)
+    batch.forward_mode = SimpleNamespace(is_context_parallel_extend=lambda: False)
+    assert not strategy(4).can_apply(64, batch)
+
+
+def test_the_plan_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cpu"))
+    step = strategy(4, 1).build_metadata(200, [200, 31, 61], [100, 31, 61])
+    assert (step.bs, step.total_seq_lens) == (3, 192)
+    assert step.meta.plan == cpattn.plan([(100, 100), (0, 31), (0, 61)], 4, partition="auto", pad_to=8)
+    assert step.per_rank_actual_token == [48] * 4
+    assert step.per_rank_logical_token is None
+    assert step.max_rank_len == [48] * 4
+    short = strategy(4, 3).build_metadata(9, [9, 1], [8, 1])
+    assert sorted(short.per_rank_actual_token) == [2, 2, 2, 3]
+
+
+def test_short_requests_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cpu"))
+    lengths = [500 + 10 * i for i in range(32)]
+    step = strategy(4).build_metadata(sum(lengths), lengths, lengths)
+    assert step.meta.plan.partition == "whole"
+    assert max(step.per_rank_actual_token) - min(step.per_rank_actual_token) <= 1
+
+
+def test_fields_of_two_blocks_are_refused_when_read() -> None:
+    step = Step(cpattn.build_metadata([(0, 9)], 2, 0))
+    for name in FIELDS - TWO_BLOCKS:
+        assert hasattr(step, name)
+    # What SGLang asks for without knowing whether it is there.
+    assert getattr(step, "graph_num_tokens", None) is None
+    with pytest.raises(UnsupportedError, match="reads total_q_prev_tokens, which says where two blocks"):
+        step.total_q_prev_tokens  # noqa: B018
+
+
+def test_rows_are_cut_or_padded() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert with_rows(x, 2) is x
+    assert with_rows(x, 1).tolist() == [[0.0, 1.0, 2.0]]
+    assert with_rows(x, 4, dim=-1).tolist() == [[0.0, 1.0, 2.0, 0.0], [3.0, 4.0, 5.0, 0.0]]
+
+
+@pytest.mark.parametrize("partition", ["zigzag", "whole"])
+def test_turns_cover_each_row_once(partition: str) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        batch = [(rng.randint(0, 9), rng.randint(0, 20)) for _ in range(rng.randint(1, 5))] + [(3, 8)]
+        plan = cpattn.plan(batch, 3, partition=partition)
+        for rank in range(3):
+            meta = plan.metadata(rank)
+            # Each query is its own position, which with the keys of its range says what it sees.
+            q = meta.position_ids.double()[:, None, None]
+            turns = turns_of(meta)
+            assert len(turns) <= 2
+            seen = attend_in_turns(q, turns, meta.num_tokens, partial(turn_seen, batch))
+            assert torch.equal(seen[: meta.num_tokens], q[: meta.num_tokens] + 1)
+            assert not seen[meta.num_tokens :].any()
+
+
+def turn_seen(batch: list[tuple[int, int]], q: Tensor, cu_seqlens_q: Tensor, k_len: Tensor, max_seqlen_q: int) -> Tensor:
+    """How many keys each query sees, as a kernel would have it."""
+    lengths = cu_seqlens_q.diff().tolist()
+    assert len(lengths) == len(k_len) == len(batch)
+    assert max(lengths) == max_seqlen_q
+    assert sum(lengths) == len(q)
+    parts = [torch.arange(keys - n, keys) + 1 for n, keys in zip(lengths, k_len.tolist(), strict=True)]
+    return torch.cat(parts).double()[:, None, None]
+
+
+class MHATokenToKVPool:
+    """By its name SGLang's plain pool."""
+
+    is_quantized_kv_cache = False
+
+
+def attention_of(q: Tensor, pages: Tensor, page_table: Tensor, **other: Any) -> Callable[..., Tensor]:
+    """A function like that of SGLang's backend, with the same name around the same names."""
+    self = SimpleNamespace(token_to_kv_pool=other.get("pool", MHATokenToKVPool()))
+    layer = SimpleNamespace(tp_k_head_num=1, scaling=0.5, logit_cap=other.get("logit_cap", 0.0))
+    key_cache, value_cache = pages.unbind()
+    causal, window_size = other.get("causal", True), (other.get("left", -1), 0)
+    use_local_attn = use_cascade_attn = other.get("blocks", False)
+    cu_seqlens_k, kwargs = None, other.get("kwargs", {})
+
+    def _fa_cp_attn(*turn: Any) -> Tensor:
+        around = self, layer, key_cache, value_cache, page_table, causal, window_size
+        raise AssertionError(f"SGLang's kernel attends: {turn, around, use_local_attn, use_cascade_attn, cu_seqlens_k, kwargs}")
+
+    return _fa_cp_attn
+
+
+def test_what_a_layer_asks_for() -> None:
+    q, pages, table = torch.zeros(3, 2, 8), torch.zeros(2, 4, 4, 1, 8), torch.tensor([[1, 2]], dtype=torch.int32)
+    asked = asked_of(attention_of(q, pages, table), q)
+    assert isinstance(asked, Asked)
+    assert (asked.scale, asked.window, asked.softcap, asked.sinks) == (0.5, None, None, None)
+    assert asked.cache.k_pages.data_ptr() == pages.data_ptr()
+    assert asked.cache.page_table is table
+    sinks = torch.zeros(2)
+    more = asked_of(attention_of(q, pages, table, left=7, logit_cap=30.0, kwargs={"sinks": sinks}), q)
+    assert isinstance(more, Asked)
+    assert (more.window, more.softcap, more.sinks is sinks) == (8, 30.0, True)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"causal": False}, "not causal"),
+        ({"blocks": True}, "local or cascade"),
+        ({"kwargs": {"k_descale": 1, "sinks": None}}, "asks for k_descale"),
+        ({"pool": SimpleNamespace()}, "the pool is a SimpleNamespace"),
+    ],
+)
+def test_what_is_left_to_sglangs_kernel(other: dict[str, Any], reason: str) -> None:
+    q, pages, table = torch.zeros(3, 2, 8), torch.zeros(2, 4, 4, 1, 8), torch.tensor([[1, 2]], dtype=torch.int32)
+    assert reason in str(asked_of(attention_of(q, pages, table, **other), q))
+    assert "queries are torch.bfloat16" in str(asked_of(attention_of(q, pages, table), q.bfloat16()))
+    assert "is not the attention" in str(asked_of(lambda *turn: q, q))
+
+
+def test_a_layer_that_attends_to_anothers_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that share keys between layers pass none: they are in the pool already. Another kind of backend is refused."""
+    here = threading.local()
+    monkeypatch.setattr(engine, "cp_group", lambda: here.transport)
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(engine, "flash_attention", lambda: "FLASH_ATTENTION")
+    batch = [(3, 9), (0, 1), (2, 7)]
+    torch.manual_seed(0)
+    x = torch.randn(17, 4, 8)
+    cached = torch.randn(2, 12, 4, 1, 8)
+    table = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 7]], dtype=torch.int32)
+
+    def program(transport: Any) -> tuple[Tensor, Tensor]:
+        here.transport = transport
+        ours = strategy(transport.size, transport.rank)
+        forward_batch = SimpleNamespace(attn_cp_metadata=ours.build_metadata(17, [12, 1, 9], [9, 1, 7]))
+        rows = ours.shard_hidden_states(x, forward_batch)
+        q, k, v = rows[:, :2].contiguous(), rows[:, 2:3], rows[:, 3:]
+        pages = cached.clone()
+        attend = attention_of(q, pages, table)
+        asked = asked_of(attend, q)
+        assert isinstance(asked, Asked)
+        layer = asked.layer
+        ours.materialize_full_kv(forward_batch, layer, k.flatten(1), v.flatten(1))
+        first = ours.run_attention(q, forward_batch, "cpu", attend)
+        again = ours.run_attention(q, forward_batch, "cpu", attend)
+        torch.testing.assert_close(again, first)
+        with pytest.raises(UnsupportedError, match="of the kind TRTLLM_MHA; cpattn knows how fa3 and fa4 call"):
+            ours.run_attention(q, forward_batch, "cpu", attend, SimpleNamespace(name="TRTLLM_MHA"))
+        return ours.gather_hidden_states(first, forward_batch), pages
+
+    prefix = torch.cat([cached[:, 1, :3], cached[:, 5, :2]], dim=1)
+    expected, lse = oracle_attention(x[:, :2], x[:, 2:3], x[:, 3:], batch, prefix_k=prefix[0], prefix_v=prefix[1], scale=0.5)
+    for out, pages in run_loopback(program, size=2):
+        assert relative_rmse(out, expected) <= rmse_bound(0.0, torch.float32, 2, lse)
+        assert torch.equal(pages[:, 4, 0], torch.stack([x[9, 2:3], x[9, 3:]]))
+
+
+def modules_of(change: str = "") -> tuple[Any, Any]:
+    """Stand-ins for SGLang's two modules, as the table of the interface has them, with a change."""
+    methods = {name: f"def {name}(self, {taken.replace(' ', ', ')}): ..." for name, taken in STRATEGY.items() if taken is not None}
+    fields = {name: f"{name}: object = None" for name in FIELDS}
+    calls: dict[str, str] = {}
+    for path, taken in CALLS.items():
+        owner, name = path.split(".")
+        calls[owner] = calls.get(owner, f"class {owner}:\n") + f"    def {name}(self, {taken.replace(' ', ', ')}): ...\n"
+    if change == "a method less":
+        del methods["gather_kv_cache"]
+    elif change == "a method more":
+        methods["shard_images"] = "def shard_images(self): ..."
+    elif change == "another argument":
+        methods["run_attention"] = methods["run_attention"].replace("device, ", "")
+    elif change == "a field more":
+        fields["rank_order"] = "rank_order: object = None"
+    elif change == "another call":
+        calls["KVWriteLoc"] = calls["KVWriteLoc"].replace("full_loc", "whole_loc")
+    values = [f"{name} = 1" for name, taken in STRATEGY.items() if taken is None]
+    source = "\n".join(["class ZigzagCPStrategy:", *(f"    {line}" for line in [*methods.values(), *values])])
+    source += "\n".join(["\n@dataclass\nclass ZigzagContextParallelMetadata:", *(f"    {line}" for line in fields.values())])
+    zigzag: dict[str, Any] = {"dataclass": dataclasses.dataclass}
+    exec(source, zigzag)
+    pools: dict[str, Any] = {}
+    exec("\n".join(calls.values()), pools)
+    return SimpleNamespace(**zigzag), SimpleNamespace(**pools)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("a method less", "ZigzagCPStrategy has no gather_kv_cache"),
+        ("a method more", "ZigzagCPStrategy has shard_images, which is new"),
+        (
+            "another argument",
+            r"ZigzagCPStrategy.run_attention takes \(q forward_batch attn_fn attention_backend\), not \(q forward_batch device",
+        ),
+        ("a field more", "ZigzagContextParallelMetadata has the field rank_order"),
+        ("another call", r"KVWriteLoc.for_batch takes \(forward_batch swa_loc whole_loc\), not"),
+    ],
+)
+def test_another_interface_is_refused_in_one_line(change: str, difference: str) -> None:
+    check_interface(*modules_of(), release="0.5.23")
+    with pytest.raises(UnsupportedError, match=rf"in this one \(0\.5\.99\) {difference}.*SGLang's own strategy stays") as refused:
+        check_interface(*modules_of(change), release="0.5.99")
+    assert "\n" not in str(refused.value)
+
+
+def test_every_method_that_is_answered_is_one_of_sglangs() -> None:
+    answered = {name for name in vars(CPAttnStrategy) if not name.startswith("_")}
+    assert answered <= set(STRATEGY)
+    assert interface.RELEASE in (Path(__file__).parents[2] / "Makefile").read_text()
+
+
+def test_sglang_finds_the_plugin_by_its_entry_point() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.entry-points."sglang.srt.plugins"]\ncpattn = "cpattn.integrations.sglang:register"\n' in project
