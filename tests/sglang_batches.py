@@ -45,6 +45,7 @@ class Case(NamedTuple):
     heads: tuple[int, int]
     pool: list[tuple[Tensor, Tensor]]
     x: Tensor
+    num_slots: int = SLOTS
 
     @property
     def new_slots(self) -> Tensor:
@@ -150,11 +151,11 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
     coordinator = RANK.parallel.attn_cp_group
     _, kv_heads = case.heads
     kind = type(pool_class, (memory_pool.MHATokenToKVPool,), {})
-    pool = kind(SLOTS - case.page_size, case.page_size, torch.float32, kv_heads, 8, len(case.layers), "cpu", False)
+    pool = kind(case.num_slots - case.page_size, case.page_size, torch.float32, kv_heads, 8, len(case.layers), "cpu", False)
     for layer, (k, v) in enumerate(case.pool):
         pool.k_buffer[layer].copy_(k)
         pool.v_buffer[layer].copy_(v)
-    RANK.backend = _backend(case, pool)
+    RANK.backend = backend_of(case, pool)
     RANK.kernel_calls = 0
     forward_batch = forward_batch_of(case)
     was_split = utils.is_cp_active(forward_batch)
@@ -219,10 +220,12 @@ def _layers(case: Case, x: Tensor, positions: Tensor, forward_batch: Any) -> lis
     return outs
 
 
-def _backend(case: Case, pool: Any) -> Any:
+def backend_of(case: Case, pool: Any, device: str = "cpu") -> Any:
+    """SGLang's FlashAttention backend over a pool, and a table of the slots of each request."""
     from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-    req_to_token = torch.zeros(len(case.batch) + 1, MAX_LEN, dtype=torch.int32)
+    longest = max(map(len, case.slots))
+    req_to_token = torch.zeros(len(case.batch) + 1, longest, dtype=torch.int32)
     for line, slots in enumerate(case.slots):
         req_to_token[line + 1, : len(slots)] = slots
     q_heads, kv_heads = case.heads
@@ -230,17 +233,17 @@ def _backend(case: Case, pool: Any) -> Any:
         sliding_window_size=None,
         model_config=SimpleNamespace(
             is_encoder_decoder=False,
-            context_len=MAX_LEN,
+            context_len=longest,
             attention_arch="MHA",
             is_local_attention_model=False,
             head_dim=8,
             hf_text_config=SimpleNamespace(num_attention_heads=q_heads),
             get_num_kv_heads=lambda tp: kv_heads,
         ),
-        device="cpu",
-        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token, size=len(case.batch)),
+        device=device,
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token.to(device), size=len(case.batch)),
         token_to_kv_pool=pool,
-        kv_cache_dtype=torch.float32,
+        kv_cache_dtype=pool.dtype,
         kv_cache_dtype_str="auto",
         page_size=case.page_size,
         kv_index_translator=SimpleNamespace(is_translating=False),
@@ -250,7 +253,7 @@ def _backend(case: Case, pool: Any) -> Any:
     return FlashAttentionBackend(runner)
 
 
-def forward_batch_of(case: Case) -> Any:
+def forward_batch_of(case: Case, device: str = "cpu") -> Any:
     """As SGLang's scheduler hands it to a model's runner."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
@@ -261,17 +264,17 @@ def forward_batch_of(case: Case) -> Any:
     return ForwardBatch(
         forward_mode=ForwardMode.MIXED if is_mixed else ForwardMode.EXTEND,
         batch_size=len(case.batch),
-        input_ids=torch.cat([torch.arange(sum(extends)), padding]),
+        input_ids=torch.cat([torch.arange(sum(extends)), padding]).to(device),
         # The pool of requests keeps its first line for padding, too.
-        req_pool_indices=torch.arange(1, len(case.batch) + 1),
-        seq_lens=totals,
-        out_cache_loc=torch.cat([case.new_slots, padding]),
+        req_pool_indices=torch.arange(1, len(case.batch) + 1).to(device),
+        seq_lens=totals.to(device),
+        out_cache_loc=torch.cat([case.new_slots, padding]).to(device),
         seq_lens_sum=int(totals.sum()),
         seq_lens_cpu=totals,
-        positions=torch.cat([case.positions, padding]),
+        positions=torch.cat([case.positions, padding]).to(device),
         extend_num_tokens=sum(extends),
-        extend_seq_lens=torch.tensor(extends, dtype=torch.int32),
-        extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+        extend_seq_lens=torch.tensor(extends, dtype=torch.int32).to(device),
+        extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32).to(device),
         extend_prefix_lens_cpu=prefixes,
         extend_seq_lens_cpu=extends,
     )

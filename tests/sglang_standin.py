@@ -71,7 +71,7 @@ def _no() -> bool:
     return False
 
 
-def _stand_ins() -> dict[str, dict[str, Any]]:
+def _stand_ins(device: str) -> dict[str, dict[str, Any]]:
     """What the real files need of the others; whatever else they name is a MagicMock."""
     devices = ("is_cuda", "is_npu", "is_cpu", "is_xpu", "is_hip", "is_gfx95_supported", "cpu_has_amx_support")
     utils = {"ceil_align": lambda n, to: -(-n // to) * to, **dict.fromkeys(devices, _no)}
@@ -82,7 +82,7 @@ def _stand_ins() -> dict[str, dict[str, Any]]:
         disable_radix_cache=False,
         speculative_eagle_topk=None,
         speculative_num_draft_tokens=None,
-        device="cpu",
+        device=device,
     )
     return {
         "sglang.kernels.kernel_api_logging": {"debug_kernel_api": lambda function: function},
@@ -119,9 +119,9 @@ def _stand_ins() -> dict[str, dict[str, Any]]:
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds SGLang's real files, and makes the rest."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self._folder = folder
-        self._stand_ins = _stand_ins()
+        self._stand_ins = _stand_ins(device)
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name.split(".")[0] not in ("sglang", *MISSING):
@@ -159,9 +159,9 @@ def folder() -> Path:
 
 
 @contextmanager
-def standing_in() -> Iterator[str]:
+def standing_in(device: str = "cpu") -> Iterator[str]:
     """Within it, ``import sglang...`` gives the real files with stand-ins around them. Yields the release."""
-    finder = _Finder(folder())
+    finder = _Finder(folder(), device)
     (metadata,) = folder().glob("sglang-*.dist-info")
     release = metadata.name.removeprefix("sglang-").removesuffix(".dist-info")
     sys.meta_path.insert(0, finder)
@@ -218,3 +218,16 @@ class Coordinator:
     def all_gather_into_tensor(self, out: Tensor, x: Tensor) -> None:
         self.gathers += 1
         self.device_group.all_gather(out, x.contiguous()).wait()
+
+
+if __name__ == "__main__":
+    # The few files alone, to take them to another machine: python tests/sglang_standin.py .venv-engines/sglang TO
+    source, to = map(Path, sys.argv[1:])
+    for name in REAL:
+        file = source.joinpath(*name.split("."))
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        target = to / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    for metadata in source.glob("sglang-*.dist-info"):
+        (to / metadata.name).mkdir(exist_ok=True)

@@ -79,6 +79,8 @@ def test_the_plan_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.max_rank_len == [48] * 4
     short = strategy(4, 3).build_metadata(9, [9, 1], [8, 1])
     assert sorted(short.per_rank_actual_token) == [2, 2, 2, 3]
+    alone = strategy(4).build_metadata(40, [140, 1], [40, 0])
+    assert alone.meta.plan == cpattn.plan([(100, 40), (1, 0)], 4, pad_to=8)
 
 
 def test_short_requests_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from cpattn.serving import attend, gather_kv
 class CPAttnStrategy:
     """What :func:`register` puts before SGLang's own class, from which the name, the kind and all else come.
 
-    A batch is planned with ``partition="auto"``: short requests may stay whole on a rank, and ranks differ by a token at most. Keys and
+    A batch is planned with ``partition="auto"``: requests may stay whole on a rank, and ranks differ by a token at most. Keys and
     values that SGLang wants written are kept until the same layer attends. Then :func:`cpattn.cp_attention` does both at once, over the
     memory of SGLang's pool. Where a layer asks for what cpattn's kernels do not have, they travel in one message, the pool writes them,
     and SGLang's own kernel attends.
@@ -46,7 +46,9 @@ class CPAttnStrategy:
     def build_metadata(self, num_tokens: int, seqs_len: Sequence[int] | None, extend_seqs_len: Sequence[int] | None = None) -> Step:
         """The plan of a batch, once a forward. Its rows are those that SGLang pads to."""
         batch = batch_of(num_tokens, seqs_len, extend_seqs_len)
-        made = plan(batch, self.cp_size, partition="auto", pad_to=2 * self.cp_size)
+        # One request alone is cut whatever "auto" thinks of it, which takes it longer than the rest of this.
+        many = sum(extend > 0 for _, extend in batch)
+        made = plan(batch, self.cp_size, partition="auto" if many > 1 else "zigzag", pad_to=2 * self.cp_size)
         return Step(made.metadata(self.cp_rank, engine.device()))
 
     def shard_hidden_states(self, x: Tensor, forward_batch: Any) -> Tensor:
