@@ -25,8 +25,8 @@ from timing import percentiles, write_report
 from torch import Tensor
 
 import cpattn
-from cpattn.integrations.sglang import strategy as plugin
-from cpattn.integrations.sglang.register import strategy_over
+from cpattn.integrations.sglang import strategy
+from cpattn.integrations.sglang.plugin import strategy_over
 from cpattn.testing.solo import SoloCommunicator
 
 CP_SIZE, RANK, PAGE_SIZE = 4, 1, 16
@@ -64,12 +64,12 @@ NOTHING = cpattn.Backend(
 
 def host_times(variants: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, np.ndarray]:
     """In turn; a device has done what it was given before the next begins."""
-    settle = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for name, run in variants.items():
-            settle()
+            if device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
@@ -129,7 +129,7 @@ def main() -> None:
     device = parser.parse_args().device
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
-    plugin.cp_attention = partial(plugin.cp_attention, backend=NOTHING)  # type: ignore[assignment]
+    vars(strategy)["cp_attention"] = partial(cpattn.cp_attention, backend=NOTHING)
     rows = []
     with sglang_standin.standing_in(device) as release, torch.inference_mode():
         from sglang.srt.layers.attention import flashattention_backend

@@ -91,6 +91,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
         "cpattn.integrations.transformers",
         ["register", "context_parallel", "ContextParallel", "ContextError", "NAME"],
     ),
+    "cpattn.integrations.sglang": ("cpattn.integrations.sglang", ["replace_zigzag", "KNOWN_RELEASE"]),
 }
 
 # Of classes whose objects a function makes, what users call.

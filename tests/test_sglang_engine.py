@@ -19,7 +19,7 @@ from sglang_standin import RANK, standing_in
 from torch import Tensor
 
 from cpattn.errors import UnsupportedError
-from cpattn.integrations.sglang import register
+from cpattn.integrations.sglang import replace_zigzag
 from cpattn.testing import relative_rmse, rmse_bound, run_loopback
 
 BATCHES = 150
@@ -92,7 +92,7 @@ def test_an_interface_that_is_not_known_is_refused_in_one_line(strategies: Strat
     monkeypatch.setattr(zigzag, "ZigzagCPStrategy", Later)
     before = len(HookRegistry._hooks["sglang.srt.layers.cp.zigzag.ZigzagCPStrategy"])
     with pytest.raises(UnsupportedError, match=r"in this one \(0\.5\.23\) ZigzagCPStrategy\.run_attention takes \(q step\)") as refused:
-        register()
+        replace_zigzag()
     assert "\n" not in str(refused.value)
     assert len(HookRegistry._hooks["sglang.srt.layers.cp.zigzag.ZigzagCPStrategy"]) == before
 

@@ -11,8 +11,8 @@ from cpattn.errors import UnsupportedError
 from cpattn.integrations.sglang.step import TWO_BLOCKS
 from cpattn.version import __version__
 
-# The release in which all of this was read, and against which `make test-engines` runs.
-RELEASE = "0.5.23"
+KNOWN_RELEASE = "0.5.23"
+"""The release of SGLang that is known: in it all of this was read, and against it `make test-engines` runs."""
 
 # Everything public of SGLang's ZigzagCPStrategy: of a method, what it takes. What is new there would run on metadata that are not SGLang's.
 STRATEGY: dict[str, str | None] = {
@@ -63,8 +63,8 @@ def check_interface(zigzag: Any, memory_pool: Any, release: str) -> None:
     difference = next(_differences(zigzag, memory_pool), None)
     if difference is not None:
         raise UnsupportedError(
-            f"cpattn {__version__} knows the context parallelism of SGLang {RELEASE}, but in this one ({release}) {difference}: SGLang's "
-            "own strategy stays in its place; install a cpattn that knows this release, or that SGLang"
+            f"cpattn {__version__} knows the context parallelism of SGLang {KNOWN_RELEASE}, but in this one ({release}) {difference}: "
+            "SGLang's own strategy stays in its place; install a cpattn that knows this release, or that SGLang"
         )
 
 

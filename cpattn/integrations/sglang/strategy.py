@@ -20,7 +20,7 @@ from cpattn.serving import attend, gather_kv
 
 
 class CPAttnStrategy:
-    """What :func:`register` puts before SGLang's own class, from which the name, the kind and all else come.
+    """What :func:`replace_zigzag` puts before SGLang's own class, from which the name, the kind and all else come.
 
     A batch is planned with ``partition="auto"``: requests may stay whole on a rank, and ranks differ by a token at most. Keys and
     values that SGLang wants written are kept until the same layer attends. Then :func:`cpattn.cp_attention` does both at once, over the

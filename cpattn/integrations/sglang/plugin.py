@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cpattn.integrations.sglang.interface import RELEASE, check_interface
+from cpattn.integrations.sglang.interface import KNOWN_RELEASE, check_interface
 from cpattn.integrations.sglang.strategy import CPAttnStrategy
 from cpattn.log import logger
 
 _REPLACED = "sglang.srt.layers.cp.zigzag.ZigzagCPStrategy"
 
 
-def register() -> None:
+def replace_zigzag() -> None:
     """Puts cpattn's strategy in the place of SGLang's ``zigzag`` one, through SGLang's registry of hooks. Nothing else is replaced.
 
     SGLang calls it, as the entry point ``cpattn`` of the group ``sglang.srt.plugins``; a program that runs SGLang's classes itself may
@@ -30,7 +30,7 @@ def register() -> None:
     release = str(getattr(sglang, "__version__", "without a version"))
     check_interface(zigzag, memory_pool, release)
     HookRegistry.register(_REPLACED, strategy_over(zigzag.ZigzagCPStrategy), HookType.REPLACE)
-    logger().info("in the place of SGLang's zigzag strategy (SGLang %s, known as of %s)", release, RELEASE)
+    logger().info("in the place of SGLang's zigzag strategy (SGLang %s, known as of %s)", release, KNOWN_RELEASE)
 
 
 def strategy_over(zigzag: type) -> Any:
