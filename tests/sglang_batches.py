@@ -145,17 +145,11 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
         pool_class: the name of the pool's class; of another than SGLang's plain one cpattn's kernels know nothing.
     """
     from sglang.srt.layers.cp import base, utils
-    from sglang.srt.mem_cache import memory_pool
 
     RANK.parallel = parallel_of(transport)
     coordinator = RANK.parallel.attn_cp_group
-    _, kv_heads = case.heads
-    kind = type(pool_class, (memory_pool.MHATokenToKVPool,), {})
-    pool = kind(case.num_slots - case.page_size, case.page_size, torch.float32, kv_heads, 8, len(case.layers), "cpu", False)
-    for layer, (k, v) in enumerate(case.pool):
-        pool.k_buffer[layer].copy_(k)
-        pool.v_buffer[layer].copy_(v)
-    RANK.backend = backend_of(case, pool)
+    pool, full_to_swa = pool_of(case, pool_class)
+    RANK.backend = backend_of(case, pool, full_to_swa=full_to_swa)
     RANK.kernel_calls = 0
     forward_batch = forward_batch_of(case)
     was_split = utils.is_cp_active(forward_batch)
@@ -166,7 +160,7 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
         RANK.backend.init_forward_metadata(forward_batch)
         outs = _layers(case, x[: len(case.x)], positions[: len(case.x)], forward_batch)
         hidden, positions = torch.stack(outs), positions[: len(case.x)]
-        return Ran(outs, hidden, positions, _pool(pool), was_split, coordinator.gathers, RANK.kernel_calls)
+        return Ran(outs, hidden, positions, contents_of(case, pool), was_split, coordinator.gathers, RANK.kernel_calls)
     utils.prepare_cp_forward(forward_batch)
     step = forward_batch.attn_cp_metadata
     assert step.per_rank_actual_token[0] % (2 * transport.size) == 0
@@ -185,7 +179,7 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
     outs = [utils.cp_gather_after_forward(out, forward_batch) for out in local]
     hidden, _ = utils.cp_gather_after_forward((torch.stack(local, dim=1), local[0]), forward_batch)
     everywhere = utils.cp_materialize_global_token_order(local_positions, forward_batch)
-    return Ran(outs, hidden.transpose(0, 1), everywhere, _pool(pool), was_split, own, RANK.kernel_calls)
+    return Ran(outs, hidden.transpose(0, 1), everywhere, contents_of(case, pool), was_split, own, RANK.kernel_calls)
 
 
 def parallel_of(transport: Any) -> Any:
@@ -201,8 +195,61 @@ def parallel_of(transport: Any) -> Any:
     )
 
 
-def _pool(pool: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+def pool_of(case: Case, kind: str) -> tuple[Any, Tensor]:
+    """SGLang's pool of that class, filled; and where SWAKVPool has each slot for its layers with a window."""
+    from sglang.srt.mem_cache import memory_pool, swa_memory_pool
+
+    _, kv_heads = case.heads
+    size = case.num_slots - case.page_size
+    if kind != "SWAKVPool":
+        pool = type(kind, (memory_pool.MHATokenToKVPool,), {})(
+            size, case.page_size, torch.float32, kv_heads, 8, len(case.layers), "cpu", False
+        )
+        layers = list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+        full_to_swa = torch.arange(case.num_slots)
+    else:
+        has_own = [number for number, layer in enumerate(case.layers) if layer.window is not None]
+        others = [number for number in range(len(case.layers)) if number not in has_own]
+        pool = swa_memory_pool.SWAKVPool(size, size, case.page_size, torch.float32, kv_heads, 8, has_own, others, "cpu")
+        full_to_swa = _swa_slots(case)
+        pool.register_mapping(full_to_swa)
+        layers = [pool.get_kv_buffer(number) for number in range(len(case.layers))]
+    for number, (buffers, given) in enumerate(zip(layers, case.pool, strict=True)):
+        for buffer, x in zip(buffers, given, strict=True):
+            if kind == "SWAKVPool" and number in has_own:
+                # What is not there any more must not be looked at.
+                buffer[full_to_swa] = x
+                buffer[: case.page_size] = 1e9
+            else:
+                buffer.copy_(x)
+    return pool, full_to_swa
+
+
+def _swa_slots(case: Case) -> Tensor:
+    """Each page somewhere else, and in the first page what windows reach no more."""
+    pages = case.num_slots // case.page_size
+    moved = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(pages - 1, generator=torch.Generator().manual_seed(0)) + 1])
+    reach = max([layer.window for layer in case.layers if layer.window is not None], default=0)
+    for slots, (prefix, _) in zip(case.slots, case.batch, strict=True):
+        gone = max(0, prefix - reach) // case.page_size
+        moved[slots[: gone * case.page_size : case.page_size] // case.page_size] = 0
+    slot = torch.arange(case.num_slots)
+    return moved[slot // case.page_size] * case.page_size + slot % case.page_size
+
+
+def contents_of(case: Case, pool: Any) -> list[tuple[Tensor, Tensor]]:
+    """K and V of each layer by the slots of the batch; as they were, where the pool has given them up."""
+    if type(pool).__name__ != "SWAKVPool":
+        return list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+    contents = []
+    for number, layer in enumerate(case.layers):
+        buffers = pool.get_kv_buffer(number)
+        if layer.window is not None:
+            is_there = pool.full_to_swa_index_mapping >= case.page_size
+            places = pool.full_to_swa_index_mapping[is_there]
+            buffers = [given.index_put((is_there,), buffer[places]) for given, buffer in zip(case.pool[number], buffers, strict=True)]
+        contents.append(tuple(buffers))
+    return contents  # type: ignore[return-value]
 
 
 def _layers(case: Case, x: Tensor, positions: Tensor, forward_batch: Any) -> list[Tensor]:
@@ -220,7 +267,7 @@ def _layers(case: Case, x: Tensor, positions: Tensor, forward_batch: Any) -> lis
     return outs
 
 
-def backend_of(case: Case, pool: Any, device: str = "cpu") -> Any:
+def backend_of(case: Case, pool: Any, device: str = "cpu", full_to_swa: Tensor | None = None) -> Any:
     """SGLang's FlashAttention backend over a pool, and a table of the slots of each request."""
     from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
@@ -246,7 +293,10 @@ def backend_of(case: Case, pool: Any, device: str = "cpu") -> Any:
         kv_cache_dtype=pool.dtype,
         kv_cache_dtype_str="auto",
         page_size=case.page_size,
-        kv_index_translator=SimpleNamespace(is_translating=False),
+        kv_index_translator=SimpleNamespace(
+            is_translating=False,
+            write_ids=lambda forward_batch, kind: None if full_to_swa is None else full_to_swa[forward_batch.out_cache_loc],
+        ),
         is_draft_worker=False,
         server_args=MagicMock(),
     )

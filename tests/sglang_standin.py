@@ -40,8 +40,10 @@ REAL = frozenset(
         "layers.cp.zigzag",
         "layers.quantization.fp4_kv_cache_quant_method",
         "layers.radix_attention",
+        "mem_cache.base_swa_memory_pool",
         "mem_cache.layout.paged_view",
         "mem_cache.memory_pool",
+        "mem_cache.swa_memory_pool",
         "model_executor.forward_batch_deepseek_mha_mixin",
         "model_executor.forward_batch_info",
         "plugins",
@@ -61,10 +63,6 @@ class Rank(threading.local):
 
 
 RANK = Rank()
-
-
-class _NoPool:
-    """A class of pools that none here is."""
 
 
 def _no() -> bool:
@@ -90,7 +88,6 @@ def _stand_ins(device: str) -> dict[str, dict[str, Any]]:
         "sglang.kernels.ops.quantization.fp8_kernel": {"is_fp8_fnuz": _no},
         "sglang.srt.layers.attention.kv_shard_hooks": {"get_kv_shard_pool": lambda pool: None},
         "sglang.srt.layers.dp_attention": {"is_allocation_symmetric": _no, "set_local_dp_buffer_len": lambda rows: None},
-        "sglang.srt.mem_cache.swa_memory_pool": {"SWAKVPool": _NoPool},
         "sglang.srt.mem_cache.utils": {"maybe_init_custom_mem_pool": lambda device: (False, None, None)},
         "sglang.srt.model_executor.forward_context": {
             "get_attn_backend": lambda: RANK.backend,

@@ -126,6 +126,20 @@ def test_over_a_pool_that_cpattn_does_not_know(strategies: Strategies, cp_size: 
     assert launches == {1, 2}
 
 
+def test_layers_with_a_window_may_have_a_pool_of_their_own(strategies: Strategies) -> None:
+    compared = 0
+    for seed in range(60):
+        case = random_case(seed, 2)
+        if case.layers[1].window is None:
+            continue
+        compared += 1
+        for strategy in (strategies.own, strategies.cpattn):
+            ranks = run(case, strategy, 2, "SWAKVPool")
+            compare(case, ranks)
+        assert {ran.kernel_calls for ran in ranks} == {0}
+    assert compared > 30
+
+
 def test_latents(strategies: Strategies) -> None:
     """MLA: the latents in the pool, and what a kernel of SGLang's makes of each row, are those of SGLang's own strategy."""
     compared = 0

@@ -142,10 +142,18 @@ class MHATokenToKVPool:
     is_quantized_kv_cache = False
 
 
+class SWAKVPool:
+    """By its name SGLang's pool of two, one for layers with a window."""
+
+    def __init__(self, full_kv_pool: Any, swa_kv_pool: Any, *, has_own: bool) -> None:
+        self.full_kv_pool, self.swa_kv_pool = full_kv_pool, swa_kv_pool
+        self.layers_mapping = {5: (0, has_own)}
+
+
 def attention_of(q: Tensor, pages: Tensor, page_table: Tensor, **other: Any) -> Callable[..., Tensor]:
     """A function like that of SGLang's backend, with the same name around the same names."""
     self = SimpleNamespace(token_to_kv_pool=other.get("pool", MHATokenToKVPool()))
-    layer = SimpleNamespace(tp_k_head_num=1, scaling=0.5, logit_cap=other.get("logit_cap", 0.0))
+    layer = SimpleNamespace(layer_id=5, tp_k_head_num=1, scaling=0.5, logit_cap=other.get("logit_cap", 0.0))
     key_cache, value_cache = pages.unbind()
     causal, window_size = other.get("causal", True), (other.get("left", -1), 0)
     use_local_attn = use_cascade_attn = other.get("blocks", False)
@@ -169,6 +177,10 @@ def test_what_a_layer_asks_for() -> None:
     more = asked_of(attention_of(q, pages, table, left=7, logit_cap=30.0, kwargs={"sinks": sinks}), q)
     assert isinstance(more, Asked)
     assert (more.window, more.softcap, more.sinks is sinks) == (8, 30.0, True)
+    for has_own, pools in ((True, (SimpleNamespace(), MHATokenToKVPool())), (False, (MHATokenToKVPool(), SimpleNamespace()))):
+        assert isinstance(asked_of(attention_of(q, pages, table, pool=SWAKVPool(*pools, has_own=has_own)), q), Asked)
+        other = asked_of(attention_of(q, pages, table, pool=SWAKVPool(*pools, has_own=not has_own)), q)
+        assert other == "the pool is a SimpleNamespace"
 
 
 @pytest.mark.parametrize(

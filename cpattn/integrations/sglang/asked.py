@@ -79,7 +79,7 @@ class _Around:
 
 
 def _why_not(of: _Around, q: Tensor) -> str | None:
-    pool = of["self"].token_to_kv_pool
+    pool = _pool_of(of["self"].token_to_kv_pool, of["layer"])
     if not of["causal"]:
         return "a layer is not causal"
     if of["use_local_attn"] or of["use_cascade_attn"]:
@@ -92,3 +92,11 @@ def _why_not(of: _Around, q: Tensor) -> str | None:
     if q.dtype not in _DTYPES or of["key_cache"].dtype != q.dtype:
         return f"queries are {q.dtype} and the pool {of['key_cache'].dtype}"
     return None
+
+
+def _pool_of(pool: Any, layer: Any) -> Any:
+    """The one that has a layer's keys: layers with a window may have one of their own, whose pages stand in the table that is passed."""
+    if type(pool).__name__ != "SWAKVPool":
+        return pool
+    _, has_own = pool.layers_mapping[layer.layer_id]
+    return pool.swa_kv_pool if has_own else pool.full_kv_pool
