@@ -77,30 +77,29 @@ def host_times(variants: dict[str, Callable[[], Any]], seconds: float, device: s
     return {name: np.array(values[5:]) for name, values in times.items()}
 
 
-def case_of(batch: list[tuple[int, int]]) -> Case:
+def case_of(batch: list[tuple[int, int]], device: str) -> Case:
     lengths = [prefix + extend for prefix, extend in batch]
     pages = [-(-n // PAGE_SIZE) * PAGE_SIZE for n in lengths]
     begins = np.cumsum([PAGE_SIZE, *pages]).tolist()
     slots = [torch.arange(begin, begin + n) for begin, n in zip(begins, lengths, strict=False)]
-    x = torch.zeros(sum(extend for _, extend in batch), HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=DTYPE)
-    return Case(batch, slots, PAGE_SIZE, 0, 0, [Layer()], (HEADS, KV_HEADS), [], x, begins[-1])
+    x = torch.zeros(sum(extend for _, extend in batch), HEADS + 2 * KV_HEADS, HEAD_DIM)
+    return Case(batch, slots, PAGE_SIZE, 0, 0, [Layer()], (HEADS, KV_HEADS), [], x, begins[-1]).to(device, DTYPE)
 
 
-def calls_of(case: Case, own: Any, device: str) -> dict[str, Callable[[], Any]]:
+def calls_of(case: Case, own: Any) -> dict[str, Callable[[], Any]]:
     """One rank's calls of a forward, each to be timed by itself."""
     from sglang.srt.layers.cp import base, utils
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     base._STRATEGY = used = own(cp_size=CP_SIZE)
-    pool = MHATokenToKVPool(case.num_slots - PAGE_SIZE, PAGE_SIZE, DTYPE, KV_HEADS, HEAD_DIM, 1, device, False)
+    pool = MHATokenToKVPool(case.num_slots - PAGE_SIZE, PAGE_SIZE, DTYPE, KV_HEADS, HEAD_DIM, 1, case.device, False)
     sglang_standin.RANK.parallel = parallel_of(SoloCommunicator(RANK, CP_SIZE))
-    sglang_standin.RANK.backend = backend = backend_of(case, pool, device)
-    batch, planned = forward_batch_of(case, device), forward_batch_of(case, device)
-    x = case.x.to(device)
+    sglang_standin.RANK.backend = backend = backend_of(case, pool)
+    batch, planned = forward_batch_of(case), forward_batch_of(case)
     utils.prepare_cp_forward(batch)
     backend.init_forward_metadata(batch)
-    local = used.shard_hidden_states(x, batch)
+    local = used.shard_hidden_states(case.x, batch)
     layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, 0)
     q, k, v = (part.contiguous().flatten(1) for part in local.tensor_split([HEADS, HEADS + KV_HEADS], dim=1))
 
@@ -110,7 +109,7 @@ def calls_of(case: Case, own: Any, device: str) -> dict[str, Callable[[], Any]]:
 
     calls = (
         build,
-        lambda: used.shard_hidden_states(x, batch),
+        lambda: used.shard_hidden_states(case.x, batch),
         lambda: used.shard_position_ids(batch.positions, batch),
         lambda: layer(q, k, v, batch),
         lambda: used.gather_hidden_states(q, batch),
@@ -137,8 +136,8 @@ def main() -> None:
 
         flashattention_backend.flash_attn_with_kvcache = lambda q, **_: torch.zeros_like(q)
         for name, batch in BATCHES.items():
-            case = case_of(batch)
-            theirs, ours = (calls_of(case, own, device) for own in (ZigzagCPStrategy, strategy_over(ZigzagCPStrategy)))
+            case = case_of(batch, device)
+            theirs, ours = (calls_of(case, own) for own in (ZigzagCPStrategy, strategy_over(ZigzagCPStrategy)))
             forward = np.zeros(2)
             for call in CALLS:
                 times = host_times({"SGLang": theirs[call], "cpattn": ours[call]}, 2.0, device)

@@ -11,7 +11,7 @@ import torch
 from sglang_standin import RANK, Coordinator
 from torch import Tensor
 
-from cpattn.testing import oracle_attention
+from cpattn.testing import oracle_attention, relative_rmse, rmse_bound, single_device_bound
 
 MAX_LEN, SLOTS = 96, 480
 
@@ -34,6 +34,7 @@ class Case(NamedTuple):
         graph_rows: that each rank has beyond its own, where SGLang replays a graph of a larger batch.
         pool: of each layer K and V ``[slots, Hkv, D]``, before the forward.
         x: ``[tokens, Hq + 2 * Hkv, D]``: what each layer takes its q, k, v from.
+        kv_dtype: of SGLang's pool.
     """
 
     batch: list[tuple[int, int]]
@@ -46,6 +47,21 @@ class Case(NamedTuple):
     pool: list[tuple[Tensor, Tensor]]
     x: Tensor
     num_slots: int = SLOTS
+    kv_dtype: torch.dtype = torch.float32
+
+    @property
+    def head_dim(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def device(self) -> str:
+        return self.x.device.type
+
+    def to(self, device: str, dtype: torch.dtype) -> Case:
+        """On a device, in a dtype."""
+        layers = [layer if layer.sinks is None else layer._replace(sinks=layer.sinks.to(device)) for layer in self.layers]
+        pool = [(k.to(device, dtype), v.to(device, dtype)) for k, v in self.pool]
+        return self._replace(layers=layers, pool=pool, x=self.x.to(device, dtype), kv_dtype=dtype)
 
     @property
     def new_slots(self) -> Tensor:
@@ -59,7 +75,7 @@ class Case(NamedTuple):
         """Of rows, which are rotated by their positions as a model does: a wrong position shows."""
         q_heads, kv_heads = self.heads
         q, k, v = x.tensor_split([q_heads, q_heads + kv_heads], dim=1)
-        turn = torch.cos(positions * (layer + 1) / 9)[:, None, None]
+        turn = torch.cos(positions.to(x.device) * (layer + 1) / 9)[:, None, None].to(x.dtype)
         return q * turn, k * turn, v + layer
 
     def expected(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +99,7 @@ class Case(NamedTuple):
         return out, lse, k_pool, v_pool
 
 
-def random_case(seed: int, cp_size: int) -> Case:
+def random_case(seed: int, cp_size: int, head_dim: int = 8) -> Case:
     """Of any kind that SGLang splits, and of those that it does not: one request of one token among long ones, decodes in a mixed step,
     a whole batch of short ones, and requests that only pad the batch."""
     rng = random.Random(seed)
@@ -116,9 +132,9 @@ def random_case(seed: int, cp_size: int) -> Case:
         Layer(),
         Layer(rng.choice([None, 1, 7, 30]), rng.choice([0.0, 5.0]), rng.choice([None, torch.randn(q_heads)])),
     ]
-    pool = [tuple(torch.randn(2, SLOTS, kv_heads, 8).unbind()) for _ in layers]
+    pool = [tuple(torch.randn(2, SLOTS, kv_heads, head_dim).unbind()) for _ in layers]
     tokens = sum(extend for _, extend in batch)
-    x = torch.randn(tokens, q_heads + 2 * kv_heads, 8)
+    x = torch.randn(tokens, q_heads + 2 * kv_heads, head_dim)
     return Case(batch, slots, page_size, rng.choice([0, 0, 3, 8]), rng.choice([0, 0, 6]), layers, (q_heads, kv_heads), pool, x)  # type: ignore[arg-type]
 
 
@@ -126,6 +142,7 @@ class Ran(NamedTuple):
     """What one rank has after a forward.
 
     Attributes:
+        rows: of its hidden states.
         own_gathers, kernel_calls: how often layers used SGLang's own collectives and its own kernel.
     """
 
@@ -134,6 +151,7 @@ class Ran(NamedTuple):
     positions: Tensor
     pool: list[tuple[Tensor, Tensor]]
     was_split: bool
+    rows: int
     own_gathers: int
     kernel_calls: int
 
@@ -149,18 +167,18 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
     RANK.parallel = parallel_of(transport)
     coordinator = RANK.parallel.attn_cp_group
     pool, full_to_swa = pool_of(case, pool_class)
-    RANK.backend = backend_of(case, pool, full_to_swa=full_to_swa)
+    RANK.backend = backend_of(case, pool, full_to_swa)
     RANK.kernel_calls = 0
     forward_batch = forward_batch_of(case)
     was_split = utils.is_cp_active(forward_batch)
     x = torch.cat([case.x, case.x.new_full((case.padding, *case.x.shape[1:]), torch.nan)])
     positions = forward_batch.positions
     if not was_split:
-        forward_batch.out_cache_loc = case.new_slots
+        forward_batch.out_cache_loc = case.new_slots.to(case.device)
         RANK.backend.init_forward_metadata(forward_batch)
         outs = _layers(case, x[: len(case.x)], positions[: len(case.x)], forward_batch)
         hidden, positions = torch.stack(outs), positions[: len(case.x)]
-        return Ran(outs, hidden, positions, contents_of(case, pool), was_split, coordinator.gathers, RANK.kernel_calls)
+        return Ran(outs, hidden, positions, contents_of(case, pool), was_split, len(x), coordinator.gathers, RANK.kernel_calls)
     utils.prepare_cp_forward(forward_batch)
     step = forward_batch.attn_cp_metadata
     assert step.per_rank_actual_token[0] % (2 * transport.size) == 0
@@ -179,7 +197,7 @@ def run_rank(case: Case, transport: Any, pool_class: str = "MHATokenToKVPool") -
     outs = [utils.cp_gather_after_forward(out, forward_batch) for out in local]
     hidden, _ = utils.cp_gather_after_forward((torch.stack(local, dim=1), local[0]), forward_batch)
     everywhere = utils.cp_materialize_global_token_order(local_positions, forward_batch)
-    return Ran(outs, hidden.transpose(0, 1), everywhere, contents_of(case, pool), was_split, own, RANK.kernel_calls)
+    return Ran(outs, hidden.transpose(0, 1), everywhere, contents_of(case, pool), was_split, len(local_x), own, RANK.kernel_calls)
 
 
 def parallel_of(transport: Any) -> Any:
@@ -203,15 +221,15 @@ def pool_of(case: Case, kind: str) -> tuple[Any, Tensor]:
     size = case.num_slots - case.page_size
     if kind != "SWAKVPool":
         pool = type(kind, (memory_pool.MHATokenToKVPool,), {})(
-            size, case.page_size, torch.float32, kv_heads, 8, len(case.layers), "cpu", False
+            size, case.page_size, case.kv_dtype, kv_heads, case.head_dim, len(case.layers), case.device, False
         )
         layers = list(zip(pool.k_buffer, pool.v_buffer, strict=True))
-        full_to_swa = torch.arange(case.num_slots)
+        full_to_swa = torch.arange(case.num_slots, device=case.device)
     else:
         has_own = [number for number, layer in enumerate(case.layers) if layer.window is not None]
         others = [number for number in range(len(case.layers)) if number not in has_own]
-        pool = swa_memory_pool.SWAKVPool(size, size, case.page_size, torch.float32, kv_heads, 8, has_own, others, "cpu")
-        full_to_swa = _swa_slots(case)
+        pool = swa_memory_pool.SWAKVPool(size, size, case.page_size, case.kv_dtype, kv_heads, case.head_dim, has_own, others, case.device)
+        full_to_swa = _swa_slots(case).to(case.device)
         pool.register_mapping(full_to_swa)
         layers = [pool.get_kv_buffer(number) for number in range(len(case.layers))]
     for number, (buffers, given) in enumerate(zip(layers, case.pool, strict=True)):
@@ -221,7 +239,7 @@ def pool_of(case: Case, kind: str) -> tuple[Any, Tensor]:
                 buffer[full_to_swa] = x
                 buffer[: case.page_size] = 1e9
             else:
-                buffer.copy_(x)
+                buffer.copy_(x.to(case.kv_dtype).view(buffer.dtype))
     return pool, full_to_swa
 
 
@@ -249,7 +267,7 @@ def contents_of(case: Case, pool: Any) -> list[tuple[Tensor, Tensor]]:
             places = pool.full_to_swa_index_mapping[is_there]
             buffers = [given.index_put((is_there,), buffer[places]) for given, buffer in zip(case.pool[number], buffers, strict=True)]
         contents.append(tuple(buffers))
-    return contents  # type: ignore[return-value]
+    return contents
 
 
 def _layers(case: Case, x: Tensor, positions: Tensor, forward_batch: Any) -> list[Tensor]:
@@ -259,15 +277,15 @@ def _layers(case: Case, x: Tensor, positions: Tensor, forward_batch: Any) -> lis
     outs = []
     for number, options in enumerate(case.layers):
         window = -1 if options.window is None else options.window - 1
-        layer = RadixAttention(q_heads, 8, 8**-0.5, kv_heads, number, logit_cap=options.softcap, sliding_window_size=window)
+        layer = RadixAttention(q_heads, case.head_dim, case.head_dim**-0.5, kv_heads, number, logit_cap=options.softcap)
         layer.sliding_window_size = window
         more = {} if options.sinks is None else {"sinks": options.sinks}
         out = layer(*(y.flatten(1) for y in case.qkv(x, positions, number)), forward_batch, **more)
-        outs.append(out.view(len(x), q_heads, 8))
+        outs.append(out.view(len(x), q_heads, case.head_dim))
     return outs
 
 
-def backend_of(case: Case, pool: Any, device: str = "cpu", full_to_swa: Tensor | None = None) -> Any:
+def backend_of(case: Case, pool: Any, full_to_swa: Tensor | None = None) -> Any:
     """SGLang's FlashAttention backend over a pool, and a table of the slots of each request."""
     from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
@@ -283,15 +301,15 @@ def backend_of(case: Case, pool: Any, device: str = "cpu", full_to_swa: Tensor |
             context_len=longest,
             attention_arch="MHA",
             is_local_attention_model=False,
-            head_dim=8,
+            head_dim=case.head_dim,
             hf_text_config=SimpleNamespace(num_attention_heads=q_heads),
             get_num_kv_heads=lambda tp: kv_heads,
         ),
-        device=device,
-        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token.to(device), size=len(case.batch)),
+        device=case.device,
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token.to(case.device), size=len(case.batch)),
         token_to_kv_pool=pool,
         kv_cache_dtype=pool.dtype,
-        kv_cache_dtype_str="auto",
+        kv_cache_dtype_str="auto" if case.kv_dtype == case.x.dtype else str(case.kv_dtype),
         page_size=case.page_size,
         kv_index_translator=SimpleNamespace(
             is_translating=False,
@@ -303,7 +321,7 @@ def backend_of(case: Case, pool: Any, device: str = "cpu", full_to_swa: Tensor |
     return FlashAttentionBackend(runner)
 
 
-def forward_batch_of(case: Case, device: str = "cpu") -> Any:
+def forward_batch_of(case: Case) -> Any:
     """As SGLang's scheduler hands it to a model's runner."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
@@ -314,17 +332,32 @@ def forward_batch_of(case: Case, device: str = "cpu") -> Any:
     return ForwardBatch(
         forward_mode=ForwardMode.MIXED if is_mixed else ForwardMode.EXTEND,
         batch_size=len(case.batch),
-        input_ids=torch.cat([torch.arange(sum(extends)), padding]).to(device),
+        input_ids=torch.cat([torch.arange(sum(extends)), padding]).to(case.device),
         # The pool of requests keeps its first line for padding, too.
-        req_pool_indices=torch.arange(1, len(case.batch) + 1).to(device),
-        seq_lens=totals.to(device),
-        out_cache_loc=torch.cat([case.new_slots, padding]).to(device),
+        req_pool_indices=torch.arange(1, len(case.batch) + 1).to(case.device),
+        seq_lens=totals.to(case.device),
+        out_cache_loc=torch.cat([case.new_slots, padding]).to(case.device),
         seq_lens_sum=int(totals.sum()),
         seq_lens_cpu=totals,
-        positions=torch.cat([case.positions, padding]).to(device),
+        positions=torch.cat([case.positions, padding]).to(case.device),
         extend_num_tokens=sum(extends),
-        extend_seq_lens=torch.tensor(extends, dtype=torch.int32).to(device),
-        extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32).to(device),
+        extend_seq_lens=torch.tensor(extends, dtype=torch.int32).to(case.device),
+        extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32).to(case.device),
         extend_prefix_lens_cpu=prefixes,
         extend_seq_lens_cpu=extends,
     )
+
+
+def compare_with_oracle(case: Case, ranks: list[Ran]) -> None:
+    """What every rank has: the results of all rows, their order, and the pool."""
+    for ran in ranks:
+        assert torch.equal(ran.positions.cpu(), case.positions)
+        for number in range(len(case.layers)):
+            out, lse, *pool = case.expected(number)
+            bound = rmse_bound(0.0, torch.float32, len(ranks), lse, score_size=float(lse.abs().max()))
+            if case.x.dtype != torch.float32:
+                bound += single_device_bound(case.x.dtype, lse)
+            assert relative_rmse(ran.outs[number], out) <= bound
+            assert torch.equal(ran.hidden[number], ran.outs[number])
+            # The first page takes padding, whatever it is.
+            assert all(torch.equal(x[case.page_size :], y[case.page_size :]) for x, y in zip(ran.pool[number], pool, strict=True))

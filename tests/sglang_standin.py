@@ -172,7 +172,7 @@ def standing_in(device: str = "cpu") -> Iterator[str]:
 
 
 def flash_attention(**given: Any) -> Tensor:
-    """In the place of FlashAttention's kernel over pages, which SGLang's backend calls: the oracle, rounded to q's dtype."""
+    """In the place of FlashAttention's kernel over pages, which SGLang's backend calls: the oracle, in q's dtype, or bf16 of fp8."""
     RANK.kernel_calls += 1
     q, cache_seqlens, cu_seqlens_q = given["q"], given["cache_seqlens"].tolist(), given["cu_seqlens_q"].tolist()
     assert given["causal"]
@@ -197,7 +197,7 @@ def flash_attention(**given: Any) -> Tensor:
             sinks=given.get("sinks"),
         )
         outs.append(out)
-    return torch.cat(outs).to(q.dtype)
+    return torch.cat(outs).to(q.dtype if q.dtype.itemsize > 1 else torch.bfloat16)
 
 
 class Coordinator:

@@ -43,7 +43,7 @@ def attend_in_turns(q: Tensor, turns: Sequence[Turn], num_tokens: int, attend: C
         raise PlanError("a rank has no token of this batch, but SGLang's kernel needs one; can_apply refuses such batches")
     out: Tensor | None = None
     for turn in turns:
-        tokens = q[:num_tokens] if turn.rows is None else q.index_select(0, turn.rows)
+        tokens = q[:num_tokens] if turn.rows is None else _selected(q, turn.rows)
         result = attend(tokens, turn.cu_seqlens_q, turn.k_len, turn.max_seqlen_q)
         if out is None:
             out = result.new_zeros(q.shape[0], *result.shape[1:])
@@ -53,6 +53,13 @@ def attend_in_turns(q: Tensor, turns: Sequence[Turn], num_tokens: int, attend: C
             out.index_copy_(0, turn.rows, result)
     assert out is not None
     return out
+
+
+def _selected(x: Tensor, rows: Tensor) -> Tensor:
+    """As bytes where they are fp8, of which torch selects none."""
+    if x.dtype.itemsize > 1:
+        return x.index_select(0, rows)
+    return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
 
 
 def turns_of(meta: CPMetadata) -> list[Turn]:
