@@ -183,20 +183,31 @@ def test_what_a_layer_asks_for() -> None:
         assert other == "the pool is a SimpleNamespace"
 
 
+def test_what_is_left_to_sglangs_kernel() -> None:
+    q, pages, table = torch.zeros(3, 2, 8), torch.zeros(2, 4, 4, 1, 8), torch.tensor([[1, 2]], dtype=torch.int32)
+    assert asked_of(attention_of(q, pages, table, pool=SimpleNamespace()), q) == "the pool is a SimpleNamespace"
+    scales = {"k_descale": table, "v_descale": table}
+    fp8 = q.to(torch.float8_e4m3fn)
+    assert "queries are torch.float8_e4m3fn" in str(asked_of(attention_of(q, pages.to(fp8.dtype), table, kwargs=scales), fp8))
+    assert "queries are torch.bfloat16 and the pool torch.float32" in str(asked_of(attention_of(q, pages, table), q.bfloat16()))
+    assert "is not the attention" in str(asked_of(lambda *turn: q, q))
+
+
 @pytest.mark.parametrize(
-    ("other", "reason"),
+    ("other", "asked"),
     [
-        ({"causal": False}, "not causal"),
-        ({"blocks": True}, "local or cascade"),
-        ({"kwargs": {"k_descale": 1, "sinks": None}}, "asks for k_descale"),
-        ({"pool": SimpleNamespace()}, "the pool is a SimpleNamespace"),
+        ({"causal": False}, "attention that is not causal"),
+        ({"blocks": True}, r"attention in blocks \(local or cascade\)"),
+        ({"kwargs": {"score_mod": 1, "sinks": None, "aux_tensors": 2}}, "aux_tensors=, score_mod="),
     ],
 )
-def test_what_is_left_to_sglangs_kernel(other: dict[str, Any], reason: str) -> None:
+def test_what_no_split_of_queries_serves(other: dict[str, Any], asked: str) -> None:
+    """SGLang's own kernel would take it, and mean something else."""
     q, pages, table = torch.zeros(3, 2, 8), torch.zeros(2, 4, 4, 1, 8), torch.tensor([[1, 2]], dtype=torch.int32)
-    assert reason in str(asked_of(attention_of(q, pages, table, **other), q))
-    assert "queries are torch.bfloat16" in str(asked_of(attention_of(q, pages, table), q.bfloat16()))
-    assert "is not the attention" in str(asked_of(lambda *turn: q, q))
+    with pytest.raises(
+        UnsupportedError, match=rf"layer 5 of this model asks SGLang's kernel for {asked}, but.*without --enable-prefill-cp"
+    ):
+        asked_of(attention_of(q, pages, table, **other), q)
 
 
 def test_a_layer_that_attends_to_anothers_keys(monkeypatch: pytest.MonkeyPatch) -> None:

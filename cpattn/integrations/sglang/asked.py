@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpattn.errors import UnsupportedError
 from cpattn.kv_cache import PagedKV
 
 # The function of FlashAttentionBackend.forward_extend, and what it takes from around it.
@@ -47,11 +48,15 @@ def asked_of(attend: Callable[..., Tensor], q: Tensor) -> Asked | str:
     Args:
         attend: the function that SGLang passes to a strategy, which attends with its kernel.
         q: ``[rows, Hq, D]``.
+
+    Raises:
+        UnsupportedError: it asks for what SGLang's kernel cannot do for a part of a request's queries either.
     """
     code = getattr(attend, "__code__", None)
     if code is None or code.co_name != _NAME or frozenset(code.co_freevars) != _TAKES:
         return f"{getattr(attend, '__name__', attend)} is not the attention of keys and values that cpattn knows"
     of = _Around(attend)
+    _refuse_what_needs_whole_requests(of)
     reason = _why_not(of, q)
     if reason is not None:
         return reason
@@ -78,15 +83,20 @@ class _Around:
         return self._cells[name].cell_contents
 
 
+def _refuse_what_needs_whole_requests(of: _Around) -> None:
+    """SGLang's function is told of a chunk how many keys its last query sees. What would have to know more would be silently wrong."""
+    asked = [f"{name}=" for name in sorted(set(of["kwargs"]) - {"sinks", "k_descale", "v_descale"})]
+    asked += ["attention that is not causal"] * (not of["causal"])
+    asked += ["attention in blocks (local or cascade)"] * bool(of["use_local_attn"] or of["use_cascade_attn"])
+    if asked:
+        raise UnsupportedError(
+            f"layer {of['layer'].layer_id} of this model asks SGLang's kernel for {', '.join(asked)}, but a rank has a part of each "
+            "request's queries, for which that would mean something else: run this model without --enable-prefill-cp"
+        )
+
+
 def _why_not(of: _Around, q: Tensor) -> str | None:
     pool = _pool_of(of["self"].token_to_kv_pool, of["layer"])
-    if not of["causal"]:
-        return "a layer is not causal"
-    if of["use_local_attn"] or of["use_cascade_attn"]:
-        return "a layer attends in blocks of its own (local or cascade attention)"
-    others = sorted(set(of["kwargs"]) - {"sinks"})
-    if others:
-        return f"a layer asks for {', '.join(others)}"
     if type(pool).__name__ != "MHATokenToKVPool" or pool.is_quantized_kv_cache:
         return f"the pool is a {type(pool).__name__}{' in fp4' if getattr(pool, 'is_quantized_kv_cache', False) else ''}"
     if q.dtype not in _DTYPES or of["key_cache"].dtype != q.dtype:

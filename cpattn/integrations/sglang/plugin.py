@@ -30,7 +30,7 @@ def replace_zigzag() -> None:
     release = str(getattr(sglang, "__version__", "without a version"))
     check_interface(zigzag, memory_pool, release)
     HookRegistry.register(_REPLACED, strategy_over(zigzag.ZigzagCPStrategy), HookType.REPLACE)
-    logger().info("in the place of SGLang's zigzag strategy (SGLang %s, known as of %s)", release, KNOWN_RELEASE)
+    logger().info("cpattn is in the place of the zigzag strategy of SGLang %s (known of %s)", release, KNOWN_RELEASE)
 
 
 def strategy_over(zigzag: type) -> Any:
