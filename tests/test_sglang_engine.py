@@ -95,7 +95,7 @@ def test_random_forward_batches(strategies: Strategies, cp_size: int) -> None:
         compare_with_oracle(case, ours)
         compare_with_oracle(case, theirs)
         # So that graphs of SGLang's own sizes can be replayed.
-        assert ours[0].rows <= theirs[0].rows
+        assert ours[0].rows <= theirs[0].rows or not theirs[0].was_split
         refused += not theirs[0].was_split
     print(f"SGLang {strategies.release}, cp_size {cp_size}: {BATCHES} forward batches, of which its own strategy refuses {refused}")
     assert BATCHES // 4 < refused < BATCHES * 3 // 4

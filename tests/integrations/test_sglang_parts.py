@@ -248,6 +248,33 @@ def test_a_layer_that_attends_to_anothers_keys(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(pages[:, 4, 0], torch.stack([x[9, 2:3], x[9, 3:]]))
 
 
+def test_what_a_layer_leaves_is_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a layer hand over keys and not attend, the pool writes them before anything else happens."""
+    here = threading.local()
+    monkeypatch.setattr(engine, "cp_group", lambda: here.transport)
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(engine, "set_kv", lambda *given: here.written.append(given[1:]))
+    layers = [SimpleNamespace(tp_k_head_num=2), SimpleNamespace(tp_k_head_num=2)]
+    x = torch.randn(9, 4, 8)
+
+    def program(transport: Any) -> list[Any]:
+        here.transport, here.written = transport, []
+        ours = strategy(transport.size, transport.rank)
+        forward_batch = SimpleNamespace(attn_cp_metadata=ours.build_metadata(9, [8, 3], [8, 1]))
+        for layer in layers:
+            k, v = ours.shard_hidden_states(x, forward_batch).tensor_split(2, dim=1)
+            ours.materialize_full_kv(forward_batch, layer, k.flatten(1), v.flatten(1), None)
+        ours.gather_hidden_states(k, forward_batch)
+        ours.gather_hidden_states(k, forward_batch)
+        return list(here.written)
+
+    for written in run_loopback(program, size=2):
+        assert [layer for layer, *_ in written] == layers
+        for _, k, v, swa_loc in written:
+            assert torch.equal(torch.cat([k, v], dim=1), x)
+            assert swa_loc is None
+
+
 def modules_of(change: str = "") -> tuple[Any, Any]:
     """Stand-ins for SGLang's two modules, as the table of the interface has them, with a change."""
     methods = {name: f"def {name}(self, {taken.replace(' ', ', ')}): ..." for name, taken in STRATEGY.items() if taken is not None}
