@@ -36,16 +36,16 @@ def test_a_batch_of_sglangs_lengths() -> None:
     assert batch_of(6, [10, 5], [4, 2]) == [(6, 4), (3, 2)]
     # What pads the batch: rows, and requests with nothing new.
     assert batch_of(16, [10, 5, 1], [4, 2, 0]) == [(6, 4), (3, 2), (1, 0)]
-    assert batch_of(6, None, [4, 2]) == [(0, 4), (0, 2)]
+    assert batch_of(6, [4, 2], None) == [(0, 4), (0, 2)]
     assert batch_of(6, None, None) == [(0, 6)]
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "seqs_len", "extend_seqs_len"),
-    [(5, [10, 5], [4, 2]), (6, [10], [4, 2]), (6, [3, 5], [4, 2]), (6, [10, 5], [7, -1])],
-    ids=["too few tokens", "a length missing", "fewer tokens than new ones", "a negative length"],
+    [(5, [10, 5], [4, 2]), (6, [10], [4, 2]), (6, None, [4, 2]), (6, [3, 5], [4, 2]), (6, [10, 5], [7, -1])],
+    ids=["too few tokens", "a length missing", "unknown what is cached", "fewer tokens than new ones", "a negative length"],
 )
-def test_lengths_that_do_not_go_together(num_tokens: int, seqs_len: list[int], extend_seqs_len: list[int]) -> None:
+def test_lengths_that_do_not_go_together(num_tokens: int, seqs_len: list[int] | None, extend_seqs_len: list[int]) -> None:
     with pytest.raises(BatchError, match=rf"num_tokens={num_tokens}, seqs_len=.*report this with the release of SGLang"):
         batch_of(num_tokens, seqs_len, extend_seqs_len)
 

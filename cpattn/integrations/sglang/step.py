@@ -35,19 +35,20 @@ def batch_of(num_tokens: int, seqs_len: Sequence[int] | None, extend_seqs_len: S
 
     Args:
         num_tokens: new tokens of all requests, and SGLang's padding after them, which belongs to no request.
-        seqs_len: of each request, cached and new tokens; None where nothing is cached.
-        extend_seqs_len: of each request, new tokens; None where seqs_len, or num_tokens, is that.
+        seqs_len: of each request, cached and new tokens.
+        extend_seqs_len: of each request, new tokens; None where all of seqs_len are, or, without that, num_tokens of one request.
 
     Raises:
         BatchError: the lengths do not go together.
     """
     extends = [int(n) for n in (extend_seqs_len if extend_seqs_len is not None else seqs_len or [num_tokens])]
-    wholes = extends if seqs_len is None else [int(n) for n in seqs_len]
+    # Without seqs_len nobody knows what is cached.
+    wholes = [int(n) for n in seqs_len or ()] if extend_seqs_len is not None else extends
     fits = len(wholes) == len(extends) and all(whole >= extend >= 0 for whole, extend in zip(wholes, extends, strict=True))
     if not fits or sum(extends) > num_tokens:
         raise BatchError(
-            f"SGLang passes num_tokens={num_tokens}, seqs_len={wholes}, extend_seqs_len={extends}; each request has at least as many "
-            "tokens as new ones, and num_tokens is at least the sum of those: report this with the release of SGLang"
+            f"SGLang passes num_tokens={num_tokens}, seqs_len={seqs_len}, extend_seqs_len={extend_seqs_len}; each request has at least as "
+            "many tokens as new ones, and num_tokens is at least the sum of those: report this with the release of SGLang"
         )
     return [(whole - extend, extend) for whole, extend in zip(wholes, extends, strict=True)]
 
