@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sglang_standin
@@ -142,6 +143,10 @@ def main() -> None:
             for call in CALLS:
                 times = host_times({"SGLang": theirs[call], "cpattn": ours[call]}, 2.0, device)
                 rows.append([name, call, *(percentiles(times[who]) for who in ("SGLang", "cpattn"))])
+                if call == "a layer":
+                    with mock.patch.dict(vars(strategy), cp_attention=lambda q, *_, **options: q):
+                        alone = host_times({"cpattn": ours[call]}, 0.5, device)["cpattn"]
+                    rows.append([name, "of it all but `cp_attention`", "", percentiles(alone)])
                 forward += [np.median(times[who]) * (LAYERS if call == "a layer" else 1) * 1e6 for who in ("SGLang", "cpattn")]
             rows.append([name, f"a forward of {LAYERS} layers", *(f"{total:,.0f}" for total in forward)])
     where = "a CPU" if device == "cpu" else f"one {torch.cuda.get_device_name()}"
