@@ -75,6 +75,11 @@ class Problem:
         return self.kv_heads * row_bytes(self.head_dim, v_head_dim, self.stored_dtype, self.scales)
 
     @property
+    def copied_key_bytes(self) -> int:
+        """The same in a copy in q's dtype."""
+        return self.kv_heads * (self.head_dim + (0 if self.v_in_k else self.v_head_dim)) * self.dtype.itemsize
+
+    @property
     def query_and_key_bytes(self) -> int:
         """Of the K and V of one token and of one row of queries, where they travel side by side."""
         return self.queries_at + (self.query_bytes if self.stored_dtype == self.dtype else self._aligned(self.query_bytes))
