@@ -350,7 +350,9 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
         return find_call(arguments, meta, transport, check=check)
 
     with InFlight(transport, meta.device) as in_flight:
-        call = validated(find, lambda call: describe(call, meta), meta.plan.fingerprint, in_flight, check and is_sharded, None)
+        call = validated(
+            find, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check and is_sharded, None
+        )
         in_flight.expect(call.transfers)
         result, lse = call.run(arguments, in_flight, problems if check else None)
     refusal = refusal_of(problems)
