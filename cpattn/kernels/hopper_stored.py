@@ -113,17 +113,18 @@ def _find(item, block, layout: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _rows(source, item, places):
-    """Where the rows of a source begin."""
-    head = item.kv_head.to(gl.int64) * source.stride_head
-    return source.at + (places.page_N * source.page_stride + places.row_N * source.stride_row + head)
+def _rows(source, item, places, UNIT: gl.constexpr):
+    """Where the rows of a source begin, which is at multiples of so many numbers."""
+    offset_N = places.page_N * source.page_stride + places.row_N * source.stride_row + item.kv_head.to(gl.int64) * source.stride_head
+    return source.at + gl.multiple_of(offset_N, [UNIT])
 
 
 @gluon.jit
 def _copy(source, smem, item, places, layout: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr):
     """Starts to copy a block: 16 bytes at a time, and 0 for what is outside of the range or of the head dim."""
+    UNIT: gl.constexpr = 128 // smem.dtype.primitive_bitwidth
     dim_1D = gl.arange(0, PADDED, gl.SliceLayout(0, layout))[None, :]
-    _copy_async(smem, _rows(source, item, places)[:, None] + dim_1D, places.inside_N[:, None] & (dim_1D < DIM))
+    _copy_async(smem, _rows(source, item, places, UNIT)[:, None] + dim_1D, places.inside_N[:, None] & (dim_1D < DIM))
 
 
 @gluon.jit
@@ -141,8 +142,8 @@ def _start(i, block, item, stored, C: gl.constexpr):
     _copy(stored.v, raw.v.index(slot), item, places, v_layout, C.DV, C.DV_PADDED)
     if C.OF_TOKENS:
         of_tokens = _find(item, block, gl.BlockedLayout([1], [32], [4], [0]), C)
-        _copy_async(raw.k_scale.index(slot), _rows(stored.k_scale, item, of_tokens), of_tokens.inside_N)
-        _copy_async(raw.v_scale.index(slot), _rows(stored.v_scale, item, of_tokens), of_tokens.inside_N)
+        _copy_async(raw.k_scale.index(slot), _rows(stored.k_scale, item, of_tokens, 1), of_tokens.inside_N)
+        _copy_async(raw.v_scale.index(slot), _rows(stored.v_scale, item, of_tokens, 1), of_tokens.inside_N)
     async_copy.commit_group()
     k_factor = 1.0
     v_factor = 1.0

@@ -72,6 +72,7 @@ def attend(
         (E4M3, "head", BF16, (80, 96), 256, {}),
         (BF16, "none", FP16, (128, 128), 16, {"sinks": SINKS}),
         (FP16, "none", BF16, (64, 128), 5, {"window": 129}),
+        (BF16, "none", FP16, (72, 72), 16, {}),
     ],
     ids=str,
 )
