@@ -19,7 +19,7 @@ class Problem:
     1152
 
     Attributes:
-        device, dtype: of q, and of k and v as they come.
+        device, dtype: of q, and of k and v as they come; for queries in fp8, the dtype of the result.
         rows: physical rows of each rank.
         q_heads, kv_heads, head_dim, v_head_dim: of q ``[rows, q_heads, head_dim]`` and v ``[rows, kv_heads, v_head_dim]``.
         v_in_k: whether V is the first columns of K, as in multi-head latent attention.
@@ -35,6 +35,7 @@ class Problem:
         scales: what a scale belongs to that stored numbers are multiplied by; None where there are none.
         overlap: groups of KV heads into which an all-gather is split.
         own_heads: whether the cache has a rank's own share of the KV heads alone, where a strategy divides them.
+        q_dtype: in which queries come, if that is fp8; else None.
     """
 
     device: torch.device
@@ -57,6 +58,7 @@ class Problem:
     own_heads: bool = False
     kv_dtype: torch.dtype | None = None
     scales: ScaleKind | None = None
+    q_dtype: torch.dtype | None = None
 
     @property
     def merge_dtype(self) -> torch.dtype:

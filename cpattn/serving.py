@@ -300,7 +300,8 @@ def attend(
     torch.Size([1, 4, 8])
 
     Args:
-        q: ``[meta.rows, Hq, D]``.
+        q: ``[meta.rows, Hq, D]``. In ``float8_e4m3fn`` it is for ``backend="flash_attn3"`` alone, over whole pages in that dtype with one
+            scale or one a head; its own scale goes into ``scale``, and the result is in bf16.
         meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
         kv_cache: its pages are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`. In a striped cache a long chunk of new tokens is cut where its rank's turn begins: of small

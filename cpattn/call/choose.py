@@ -15,6 +15,7 @@ from cpattn.kv_cache import PagedKV, cached_heads
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
+from cpattn.stored import result_dtype
 from cpattn.transports.transport import Transport
 
 
@@ -39,10 +40,10 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
     if k is None:
         assert isinstance(cache, PagedKV)
         k, v = cache.k_pages, cache.v_pages
-    is_paged = isinstance(cache, PagedKV)
+    is_paged, dtype = isinstance(cache, PagedKV), result_dtype(q.dtype)
     return Problem(
         device=q.device,
-        dtype=q.dtype,
+        dtype=dtype,
         rows=meta.rows,
         # Those that a launch has; of queries that are split by heads each rank passes its share.
         q_heads=q.shape[1] * (meta.plan.cp_size if meta.plan.all_queries else 1),
@@ -61,8 +62,9 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
         own_heads=cached_heads(cache) not in (None, k.shape[-2]),
-        kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != q.dtype else None,
+        kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != dtype else None,
         scales=cache.scales if isinstance(cache, PagedKV) else None,
+        q_dtype=None if q.dtype == dtype else q.dtype,
     )
 
 
