@@ -209,11 +209,12 @@ def finish_stored(brought, waiting, sources, channels, C: gl.constexpr):
     if waiting.there > 0:
         async_copy.wait_group(0)
         brought = _finish(brought, brought.blocks - 1, waiting, sources, channels, C)
-    return brought, nothing_waits(waiting)
+    return brought, _nothing_waits(waiting)
 
 
 @gluon.jit
-def nothing_waits(waiting):
+def _nothing_waits(waiting):
+    """After a block has been handed over."""
     return Waiting(0, waiting.is_first, waiting.k_factor, waiting.v_factor, waiting.q_begin, waiting.q_count, waiting.first_head)
 
 
