@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -68,7 +69,17 @@ def variants(batch: list[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
             if says[backend].startswith(("able", "chosen")):
                 found[f"attend, {backend}, {form}"] = partial(cpattn.attend, q, cache, meta, backend=backend)
         found[f"cp_attention, auto, {form}"] = partial(cpattn.cp_attention, q, k, v, meta, kv_cache=cache)
+        if form != "bf16":
+            # What is prepared is kept with the metadata.
+            again = cpattn.build_metadata(batch, 1, 0, device="cuda")
+            found[f"attend, triton's plain kernel, {form}"] = partial(_by_the_plain_kernel, q, cache, again)
     return found
+
+
+def _by_the_plain_kernel(q: torch.Tensor, cache: cpattn.PagedKV, meta: cpattn.CPMetadata) -> torch.Tensor:
+    """As if that for Hopper could not read stored keys."""
+    with patch("cpattn.kernels.ragged_attention._may_specialize", lambda q, keys: False):
+        return cpattn.attend(q, cache, meta, backend="triton")
 
 
 if __name__ == "__main__":

@@ -400,7 +400,7 @@ def prepare(
         return call
 
     with InFlight(transport, meta.device) as in_flight:
-        call = validated(validate, lambda call: describe(call, meta), meta.plan.fingerprint, in_flight, check, label)
+        call = validated(validate, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check, label)
     return call.hold(meta, returns_lse=return_lse)
 
 

@@ -20,7 +20,7 @@ class Problem:
     1152
 
     Attributes:
-        device, dtype: of q, and of k and v as they come.
+        device, dtype: of q, and of k and v as they come; for queries in fp8, the dtype of the result.
         rows: physical rows of each rank.
         q_heads, kv_heads, head_dim, v_head_dim: of q ``[rows, q_heads, head_dim]`` and v ``[rows, kv_heads, v_head_dim]``.
         v_in_k: whether V is the first columns of K, as in multi-head latent attention.
@@ -38,6 +38,7 @@ class Problem:
         own_heads: whether the cache has a rank's own share of the KV heads alone, where a strategy divides them.
         latent_dim: of a latent of one head, ``[rows, 1, latent_dim]``, that comes, travels and is cached in the place of K and V, and is
             expanded to those of each query head where it is attended to; None where K and V come themselves.
+        q_dtype: in which queries come, if that is fp8; else None.
     """
 
     device: torch.device
@@ -61,6 +62,7 @@ class Problem:
     kv_dtype: torch.dtype | None = None
     scales: ScaleKind | None = None
     latent_dim: int | None = None
+    q_dtype: torch.dtype | None = None
 
     @property
     def expands(self) -> bool:
@@ -91,6 +93,11 @@ class Problem:
             return row_bytes(self.latent_dim, 0, self.stored_dtype, self.scales)
         v_head_dim = 0 if self.v_in_k else self.v_head_dim
         return self.kv_heads * row_bytes(self.head_dim, v_head_dim, self.stored_dtype, self.scales)
+
+    @property
+    def copied_key_bytes(self) -> int:
+        """The same in a copy in q's dtype."""
+        return self.kv_heads * (self.head_dim + (0 if self.v_in_k else self.v_head_dim)) * self.dtype.itemsize
 
     @property
     def query_and_key_bytes(self) -> int:

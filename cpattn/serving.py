@@ -300,7 +300,8 @@ def attend(
     torch.Size([1, 4, 8])
 
     Args:
-        q: ``[meta.rows, Hq, D]``.
+        q: ``[meta.rows, Hq, D]``. In ``float8_e4m3fn`` it is for ``backend="flash_attn3"`` alone, over whole pages in that dtype with one
+            scale or one a head; its own scale goes into ``scale``, and the result is in bf16.
         meta: this rank's metadata, or None within a :func:`cpattn.forward_context`.
         kv_cache: its pages are only read, so that requests may share them, and K and V may be one; the rest as in
             :func:`cp_attention`. In a striped cache a long chunk of new tokens is cut where its rank's turn begins: of small
@@ -350,7 +351,9 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
         return find_call(arguments, meta, transport, check=check)
 
     with InFlight(transport, meta.device) as in_flight:
-        call = validated(find, lambda call: describe(call, meta), meta.plan.fingerprint, in_flight, check and is_sharded, None)
+        call = validated(
+            find, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check and is_sharded, None
+        )
         in_flight.expect(call.transfers)
         result, lse = call.run(arguments, in_flight, problems if check else None)
     refusal = refusal_of(problems)

@@ -28,6 +28,15 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in FP8
 
 
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results of queries of a dtype are in: theirs, or bf16.
+
+    >>> result_dtype(torch.float16), result_dtype(torch.float8_e4m3fn)
+    (torch.float16, torch.bfloat16)
+    """
+    return torch.bfloat16 if is_fp8(dtype) else dtype
+
+
 def largest(dtype: torch.dtype) -> float:
     """The largest finite number of a dtype: what overflows becomes that.
 

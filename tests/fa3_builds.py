@@ -61,6 +61,7 @@ class FakeBuild:
         missing = self.lacks.split()
         for feature, needed, words in (
             ("FP16", q.dtype == torch.float16, "FP16"),
+            ("FP8", q.dtype == torch.float8_e4m3fn, "FP8"),
             ("LOCAL", left >= 0, "local attention"),
             ("SOFTCAP", given["softcap"] > 0, "tanh softcapping"),
             ("PAGEDKV", table is not None, "paged KV"),
@@ -78,6 +79,9 @@ class FakeBuild:
         diagonal = k_len - q_len + 1 if given["is_causal"] else k_len
         request = None if table is None else given["kv_batch_idx"].numpy()
         spans = Spans.build(q_len, k_start, k_len, diagonal, request=request)
+        if q.dtype == torch.float8_e4m3fn:
+            q, k, v = q.bfloat16(), self._dequantised(k, given["k_descale"], spans), self._dequantised(v, given["v_descale"], spans)
+        assert k.dtype == v.dtype == q.dtype
         options = AttentionOptions(given["softmax_scale"], None if left < 0 else left + 1, given["softcap"] or None)
         out, lse = reference_attention(q, Keys(k, v, table), spans, options, q.dtype)
         if given.get("out") is not None:
@@ -87,6 +91,15 @@ class FakeBuild:
         if loads_tiles and v.isnan().any():
             out = out * torch.nan
         return out, lse.T.contiguous()
+
+    def _dequantised(self, x: Tensor, descale: Tensor | None, spans: Spans) -> Tensor:
+        """Of each sequence and head; the calls here have the same for all sequences."""
+        if descale is None:
+            return x.bfloat16()
+        assert descale.dtype == torch.float32
+        assert descale.shape == (len(spans), x.shape[-2])
+        assert (descale == descale[:1]).all()
+        return (x.float() * descale[0, :, None]).bfloat16()
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The package's own functions, by their recorded signatures."""
@@ -99,7 +112,8 @@ class FakeBuild:
         ) -> Any:  # fmt: skip
             out, lse = self.forward(
                 q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, max_seqlen_q=max_seqlen_q,
-                max_seqlen_k=max_seqlen_k, page_table=None, kv_batch_idx=None, leftpad_k=None, softmax_scale=softmax_scale,
+                max_seqlen_k=max_seqlen_k, page_table=None, kv_batch_idx=None, leftpad_k=None, k_descale=k_descale,
+                v_descale=v_descale, softmax_scale=softmax_scale,
                 is_causal=causal, window_size_left=window_size[0], window_size_right=window_size[1], softcap=softcap,
                 num_splits=num_splits, pack_gqa=pack_gqa,
             )  # fmt: skip
@@ -117,7 +131,8 @@ class FakeBuild:
             out, lse = self.forward(
                 q=q, k=k_cache, v=v_cache, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=None, seqused_k=cache_seqlens,
                 max_seqlen_q=max_seqlen_q, max_seqlen_k=None, page_table=page_table, kv_batch_idx=cache_batch_idx,
-                leftpad_k=cache_leftpad, softmax_scale=softmax_scale, is_causal=causal, window_size_left=window_size[0],
+                leftpad_k=cache_leftpad, k_descale=k_descale, v_descale=v_descale,
+                softmax_scale=softmax_scale, is_causal=causal, window_size_left=window_size[0],
                 window_size_right=window_size[1], softcap=softcap, num_splits=num_splits, pack_gqa=pack_gqa,
             )  # fmt: skip
             return (out, lse, None, None) if return_softmax_lse else out

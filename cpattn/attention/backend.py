@@ -69,6 +69,7 @@ class Backend:
         reads_pages: whether it can attend to pages of the call's size as they are; else it is given a packed copy.
         reads_stored: whether it attends to keys that are stored in another dtype than q's, fp8 with scales included; else it is given a
             packed copy in q's dtype.
+        fp8_queries: whether it takes queries in fp8 over keys in fp8 whose heads have scales; its result is then in bf16.
         waits_for_keys: whether its launches over keys in order may run while :attr:`cpattn.keys.Keys.arrivals` still come.
         reads_prefix: whether it attends to :class:`cpattn.keys.PrefixKeys`.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
@@ -103,6 +104,7 @@ class Backend:
     fp32_out: bool
     reads_pages: Callable[[Problem], bool] = lambda problem: False
     reads_stored: Callable[[Problem], bool] = lambda problem: False
+    fp8_queries: Callable[[Problem], bool] = lambda problem: False
     waits_for_keys: Callable[[Problem], bool] = lambda problem: False
     reads_prefix: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
@@ -153,6 +155,8 @@ class Backend:
         if problem.dtype not in self.dtypes:
             known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
             return f"it takes {known}, not {str(problem.dtype).removeprefix('torch.')}"
+        if problem.q_dtype is not None and not self.fp8_queries(problem):
+            return f"it takes no queries in {str(problem.q_dtype).removeprefix('torch.')}"
         if problem.window and not self.window:
             return "it has no sliding window"
         if problem.softcap and not self.softcap:

@@ -35,7 +35,7 @@ NAMES = (Names("flash_attn_interface", "flash_attn_config", "flash_attn_3"), Nam
 # The arguments that the operator is called with; one that lacks any is left to the package's own functions.
 _NEEDED = frozenset(OperatorArguments._fields)
 # What is said of a call that needs what a build was made without, by the name that its configuration has for it.
-_LACKING = {"VARLEN": "no ragged batches", "FP16": "no fp16", "LOCAL": "no sliding window", "SOFTCAP": "no softcap"}
+_LACKING = {"VARLEN": "no ragged batches", "FP16": "no fp16", "LOCAL": "no sliding window", "SOFTCAP": "no softcap", "FP8": "no fp8"}
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _TRIED_KEYS = 4
 
@@ -70,6 +70,7 @@ class Build:
             "FP16": problem.dtype == torch.float16,
             "LOCAL": problem.window is not None,
             "SOFTCAP": problem.softcap is not None,
+            "FP8": problem.q_dtype is not None,
         }
         for feature, needs in needed.items():
             if needs and not self.has(feature):
@@ -109,7 +110,14 @@ class _Trial(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, paged: bool) -> _Trial:
-        return cls(problem.dtype, problem.head_dim, problem.v_head_dim, problem.window is not None, problem.softcap is not None, paged)
+        return cls(
+            problem.q_dtype or problem.dtype,
+            problem.head_dim,
+            problem.v_head_dim,
+            problem.window is not None,
+            problem.softcap is not None,
+            paged,
+        )
 
 
 def why_no_build() -> str | None:
@@ -207,6 +215,8 @@ def _tried(build: Build, trial: _Trial, device: torch.device) -> str | None:
             page_table=tensor(0)[None] if trial.paged else None,
             kv_batch_idx=tensor(0) if trial.paged else None,
             leftpad_k=tensor(0) if trial.paged else None,
+            k_descale=None,
+            v_descale=None,
             softmax_scale=1.0 / trial.head_dim,
             is_causal=True,
             window_size_left=0 if trial.window else -1,

@@ -24,6 +24,8 @@ class OperatorArguments(NamedTuple):
     page_table: Tensor | None
     kv_batch_idx: Tensor | None
     leftpad_k: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
     softmax_scale: float
     is_causal: bool
     window_size_left: int
@@ -40,6 +42,8 @@ def call_functions(interface: ModuleType, **arguments: Any) -> tuple[Tensor, Ten
     """
     given = OperatorArguments(**arguments)
     common: dict[str, Any] = {
+        "k_descale": given.k_descale,
+        "v_descale": given.v_descale,
         "softmax_scale": given.softmax_scale,
         "causal": given.is_causal,
         "window_size": (given.window_size_left, given.window_size_right),

@@ -80,6 +80,8 @@ def launch(
         page_table=None if table is None else _int32(table),
         kv_batch_idx=None if table is None else spans.request,
         leftpad_k=_starts(spans, keys.page_size) if table is not None else None,
+        k_descale=_of_each_span(keys.k_scale, spans),
+        v_descale=_of_each_span(keys.v_scale, spans),
         softmax_scale=call.softmax_scale,
         is_causal=call.causal,
         window_size_left=call.window_left,
@@ -130,6 +132,11 @@ def _starts(spans: Spans, page_size: int) -> Tensor | None:
     return spans.k_start_padded[:-1] if any(page_size % tile == 0 for tile in _KEY_TILES) else None
 
 
+def _of_each_span(scale: Tensor | None, spans: Spans) -> Tensor | None:
+    """The scales of heads, ``[n, Hkv]``."""
+    return None if scale is None else scale.expand(len(spans), -1)
+
+
 def _reads_pages(problem: Problem) -> bool:
     return find_build().reads_pages(problem)
 
@@ -148,6 +155,9 @@ def _refuses_head_dims(head_dim: int, v_head_dim: int, major: int) -> str | None
 
 
 def _refuses(problem: Problem) -> str | None:
+    head_dim, v_head_dim = problem.head_dim, problem.v_head_dim
+    if problem.q_dtype is not None and (head_dim % 16 or head_dim != v_head_dim):
+        return f"with queries in fp8 it takes one head_dim for q, k and v, a multiple of 16, not {head_dim} and {v_head_dim}"
     try:
         return find_build().refuses(problem)
     except ImportError as failure:
@@ -173,4 +183,7 @@ BACKEND = replace(
         describe=_describe,
     ),
     attend_into=flash_attn3_attend_into,
+    # Its products are of q's dtype.
+    reads_stored=lambda problem: problem.q_dtype is not None,
+    fp8_queries=lambda problem: True,
 )

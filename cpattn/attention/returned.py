@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import BackendError
+from cpattn.stored import result_dtype
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +56,7 @@ def _check_lse(name: str, lse: Tensor, q: Tensor, heads_first: bool) -> None:
         if lse.shape == turned:
             fix = "make the backend without lse_heads_first" if heads_first else "make it with custom_backend(..., lse_heads_first=True)"
         raise BackendError(f"backend={name!r} returned lse of shape {tuple(lse.shape)}, but it must be {axes} = {expected}; {fix}")
-    precise = torch.promote_types(q.dtype, torch.float32)
+    precise = torch.promote_types(result_dtype(q.dtype), torch.float32)
     if lse.dtype != precise:
         raise BackendError(
             f"backend={name!r} returned lse in {lse.dtype} for q in {q.dtype}, but it must be {precise}; return it as the kernel sums it, "

@@ -11,6 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cpattn.stored import result_dtype
+
 # TF32 has ten bits after the point, and a tensor core cuts off what follows; tanh.approx has about eleven right.
 TF32_EPS = 2.0**-10
 TANH_ERROR = 2.0**-10
@@ -76,7 +78,7 @@ def rounding_bounds(
         softcap: of the call.
         launches: whose results are merged.
     """
-    unit, info = torch.finfo(torch.promote_types(dtype, torch.float32)).eps, torch.finfo(dtype)
+    unit, info = torch.finfo(torch.promote_types(result_dtype(dtype), torch.float32)).eps, torch.finfo(dtype)
     is_tf32 = fast and dtype == torch.float32
     eps = TF32_EPS if is_tf32 else info.eps
     grain = info.smallest_normal * info.eps

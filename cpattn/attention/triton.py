@@ -77,10 +77,8 @@ def _how(problem: Problem) -> str:
     """Which kernel, and how it is launched: both follow from the release of Triton."""
     from cpattn.kernels.release import HOPPER_KERNEL, describe
 
-    could = has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
-    if could and problem.stored_dtype != problem.dtype:
-        stored = str(problem.stored_dtype).removeprefix("torch.")
-        return f"the plain kernel (that for Hopper multiplies keys as they lie in memory, and these are {stored}), {describe(False)}"
+    page_size, stored = problem.page_size or 0, problem.stored_dtype
+    could = has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), page_size, stored)
     return describe(could) + _padding(problem, could and HOPPER_KERNEL.verdict().used is not False)
 
 

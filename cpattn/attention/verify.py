@@ -19,6 +19,7 @@ from cpattn.attention.rounding import Sizes, rounding_bounds
 from cpattn.device_tables import IntArray
 from cpattn.keys import Keys
 from cpattn.spans import Spans
+from cpattn.stored import result_dtype
 
 # Queries that are compared of a launch; half of them are the first or the last of a span, where masks go wrong.
 _MOST = 8
@@ -76,9 +77,12 @@ def _difference(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, 
         return None
     index = torch.from_numpy(queries).to(q.device)
     alone = _alone(spans, queries)
+    # Of queries in fp8 the weights are rounded to it as well.
+    rounded = q.dtype
+    q = q.to(result_dtype(rounded))
     want, want_lse = reference_attention(q[index], keys, alone, options, torch.promote_types(q.dtype, torch.float32))
     sizes = _sizes(q[index], keys, alone, options, want_lse)
-    out_bound, lse_bound = rounding_bounds(sizes, want_lse, q.dtype, q.shape[2], options.softcap, fast=True)
+    out_bound, lse_bound = rounding_bounds(sizes, want_lse, rounded, q.shape[2], options.softcap, fast=True)
     lse_wrong = ~_is_close(lse[index], want_lse, lse_bound)
     out_wrong = ~_is_close(out[index], want, out_bound) & ~_nan_of_later_keys(out[index], want, keys, alone)
     wrong = lse_wrong | out_wrong.any(-1)

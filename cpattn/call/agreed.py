@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import TypeVar
+
+from torch import Tensor
 
 from cpattn.call import checks
 from cpattn.call.prepared import PreparedCall
 from cpattn.errors import BackendError
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.problem import Problem
 from cpattn.transports.agreement import Account, agree
@@ -37,9 +41,9 @@ def validated(
     return value
 
 
-def describe(call: PreparedCall, meta: CPMetadata) -> str:
-    """What must be the same on every rank for the results to fit together. The backend is each rank's own affair, but where ranks read
-    each other's memory: how keys lie there is the kernel's."""
+def describe(call: PreparedCall, meta: CPMetadata, cache: PackedKV | PagedKV | None) -> str:
+    """What must be the same on every rank for the results to fit together, scales of heads included, which are read. The backend is each
+    rank's own affair, but where ranks read each other's memory: how keys lie there is the kernel's."""
     problem, backend = call.problem, call.backend
     # A latent is expanded once it is there.
     comes_late = call.transport.shares_memory and not problem.expands
@@ -49,7 +53,7 @@ def describe(call: PreparedCall, meta: CPMetadata) -> str:
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
         f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
         f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={_values(problem)}, "
-        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{_stored(problem)}{shared}"
+        f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{_stored(problem, cache)}{shared}"
     )
 
 
@@ -58,9 +62,27 @@ def _values(problem: Problem) -> str:
     return f"expanded from {problem.latent_dim}" if problem.expands else "in k" if problem.v_in_k else "given"
 
 
-def _stored(problem: Problem) -> str:
+def _stored(problem: Problem, cache: PackedKV | PagedKV | None) -> str:
     """How K and V travel, if not as they come."""
-    return "" if problem.kv_dtype is None else f" in {problem.kv_dtype} with scales of {problem.scales or 'nothing'}"
+    if problem.kv_dtype is None:
+        return ""
+    words = f" in {problem.kv_dtype} with scales of {problem.scales or 'nothing'}"
+    if problem.scales == "head" and isinstance(cache, PagedKV):
+        words += "".join(
+            f", {name}={_of_heads(scale, problem.kv_heads)}"
+            for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale))
+            if scale is not None
+        )
+    return words
+
+
+def _of_heads(scale: Tensor, heads: int) -> str:
+    """The scales of heads in few words: all of them have to be the same, to the bit. One for all is that of each."""
+    values = scale.detach().cpu().reshape(-1).expand(heads).contiguous()
+    # Nine digits tell any two numbers of fp32 apart.
+    least, most = (f"{float(x):.9g}" for x in values.aminmax())
+    digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
+    return least if least == most else f"{least} to {most} (those of all heads: {digest})"
 
 
 def refusal_of(problems: list[str]) -> BackendError | None:

@@ -26,7 +26,7 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
     """
     q, k, v, cache = arguments.q, arguments.k, arguments.v, arguments.kv_cache
     if is_resident(arguments.strategy):
-        check_attend(q, cache, arguments.v_dim, meta)
+        check_attend(q, cache, arguments.v_dim, meta, arguments.backend)
     else:
         if arguments.expand is None:
             checks.check_qkv(q, k, v, arguments.v_dim, meta)

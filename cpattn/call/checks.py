@@ -24,6 +24,7 @@ from cpattn.errors import (
 )
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.stored import result_dtype
 from cpattn.transports.transport import Transport
 
 # All that ranks tell each other of a call has to fit into a small message.
@@ -205,9 +206,10 @@ def check_out(out: Any, q: Tensor, v_head_dim: int) -> None:
     if not isinstance(out, Tensor):
         raise TensorMismatchError(f"out is a {type(out).__name__}; pass a tensor {shape} that the result is written to, or None")
     check_kind("out", out)
-    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
+    dtype = result_dtype(q.dtype)
+    if out.shape != shape or out.dtype != dtype or out.device != q.device:
         raise TensorMismatchError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; the result is {shape} {q.dtype} on {q.device}: pass memory for that"
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; the result is {shape} {dtype} on {q.device}: pass memory for that"
         )
     check_no_grad(out=out)
     if out.is_inference() and not torch.is_inference_mode_enabled():
@@ -257,7 +259,7 @@ def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap:
         scale=scale,
         window=int(window) if window is not None and window < longest else None,
         softcap=softcap,
-        sinks=None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)),
+        sinks=None if sinks is None else sinks.to(torch.promote_types(result_dtype(q.dtype), torch.float32)),
     )
 
 

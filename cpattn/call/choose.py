@@ -15,6 +15,7 @@ from cpattn.kv_cache import PagedKV, cached_heads
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
+from cpattn.stored import result_dtype
 from cpattn.transports.transport import Transport
 
 
@@ -39,10 +40,10 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
     if k is None:
         assert isinstance(cache, PagedKV)
         k, v = cache.k_pages, cache.v_pages
-    is_paged, expands = isinstance(cache, PagedKV), arguments.expand is not None
+    is_paged, expands, dtype = isinstance(cache, PagedKV), arguments.expand is not None, result_dtype(q.dtype)
     return Problem(
         device=q.device,
-        dtype=q.dtype,
+        dtype=dtype,
         rows=meta.rows,
         # Those that a launch has; of queries that are split by heads each rank passes its share.
         q_heads=q.shape[1] * (meta.plan.cp_size if meta.plan.all_queries else 1),
@@ -62,9 +63,10 @@ def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions
         max_requests=None if meta.bucket is None else meta.bucket.max_requests,
         overlap=int(arguments.overlap or 1),
         own_heads=cached_heads(cache) not in (None, k.shape[-2]),
-        kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != q.dtype else None,
+        kv_dtype=cache.k_pages.dtype if isinstance(cache, PagedKV) and cache.k_pages.dtype != dtype else None,
         scales=cache.scales if isinstance(cache, PagedKV) else None,
         latent_dim=k.shape[-1] if expands else None,
+        q_dtype=None if q.dtype == dtype else q.dtype,
     )
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cpattn.call.checks import check_device, check_heads, check_no_grad, check_together, head_shares
+from cpattn.call.fp8_queries import check_fp8_queries
 from cpattn.call.layout_hints import hint_head_major, hint_pages
 from cpattn.call.memory_overlap import overlaps_itself
 from cpattn.call.stored_checks import check_scales, check_scales_writable, check_stored_dtype
-from cpattn.call.tensor_kinds import check_kind, check_no_fp8, in_words
+from cpattn.call.tensor_kinds import check_kind, in_words
 from cpattn.errors import HeadCountError, PageTableError, PrefixError, TensorMismatchError
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import IntArray, is_integer
@@ -137,8 +138,8 @@ def check_lines(cache: PagedKV, meta: CPMetadata) -> None:
         )
 
 
-def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
-    """Checks queries and pages that are attended to as they are."""
+def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata, backend: Any) -> None:
+    """Checks queries and pages that are attended to as they are, by the backend that was asked for."""
     _check_is_paged(cache)
     check_page_shapes(cache)
     check_heads("q", q, meta)
@@ -148,10 +149,10 @@ def check_attend(q: Tensor, cache: Any, v_dim: Any, meta: CPMetadata) -> None:
             f"q has {q.shape[1]} heads, kv_cache.k_pages {tuple(cache.k_pages.shape)} has {heads}; query heads must be a multiple of "
             f"key/value heads{hint_head_major('kv_cache.k_pages')}"
         )
-    check_no_fp8("q", q.dtype)
     check_no_grad(q=q)
     check_stored_dtype("kv_cache.k_pages", cache.k_pages.dtype, "q", q.dtype)
     check_scales(cache)
+    check_fp8_queries(q, cache, backend, meta.plan.sharded)
     check_together(q, cache.k_pages, cache.v_pages, v_dim, head_shares(meta), in_one_dtype=False)
     check_lines(cache, meta)
     check_page_table(cache.page_table, cache.page_size, meta)

@@ -72,5 +72,6 @@ def check_no_fp8(name: str, dtype: torch.dtype) -> None:
     if dtype.is_floating_point and dtype.itemsize == 1:
         raise UnsupportedError(
             f"{name} is {dtype}, and fp8 is for pages alone, which new keys and values are converted for; pass q, k and v in bf16, fp16 or "
-            "fp32, and kv_cache=PagedKV(..., k_scale=, v_scale=) with pages in fp8"
+            "fp32, and kv_cache=PagedKV(..., k_scale=, v_scale=) with pages in fp8. cpattn.attend takes queries in fp8 over those, with "
+            "backend='flash_attn3'"
         )

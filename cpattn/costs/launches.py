@@ -123,7 +123,7 @@ def _load_and_longest(
     for spans, begins, count in parts:
         # Of a window's keys none are read before those of the first query.
         seen = spans.k_len if problem.window is None else np.minimum(spans.k_len, spans.q_len + (problem.window - 1))
-        reading = seen * (problem.key_bytes // groups) / costs.read
+        reading = seen * costs.bytes_read(problem, groups) / costs.read
         computing, of_longest = _seconds_of_spans(spans, problem, costs, groups, over_pages)
         # In ps, whose sums are exact, and so the same on every rank.
         each = np.rint(np.maximum(computing, reading) * 1e12)

@@ -673,8 +673,11 @@ def _write_own(tally: Tally) -> None:
 
 
 def _copy_pages(tally: Tally, num_tokens: int) -> None:
-    """Keys of so many tokens out of their pages, unless the kernel reads them as they are."""
-    problem = tally.choice.problem
-    reads_stored = problem.stored_dtype == problem.dtype or tally.choice.backend.reads_stored(problem)
-    if problem.expands or not (reads_stored and tally.choice.kernel.reads_pages(problem.page_size)):
+    """Keys of so many tokens out of their pages, unless the kernel reads them as they are; and stored ones once more, into q's dtype."""
+    problem, kernel = tally.choice.problem, tally.choice.kernel
+    is_stored = problem.stored_dtype != problem.dtype
+    reads_stored = not is_stored or tally.choice.backend.reads_stored(problem)
+    if problem.expands or not (reads_stored and kernel.reads_pages(problem.page_size)):
         tally.move(2 * num_tokens * problem.key_bytes)
+    if not reads_stored:
+        tally.move(num_tokens * (problem.key_bytes + problem.copied_key_bytes))

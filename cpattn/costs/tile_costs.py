@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpattn.device_tables import IntArray
-from cpattn.kernels.tile_shapes import TileShape, packs_for, padded_dims, summed_dims, tile_shapes
+from cpattn.kernels.tile_shapes import TileShape, has_specialized, packs_for, padded_dims, summed_dims, tile_shapes
 from cpattn.kernels.tiles import block_costs
 from cpattn.machine import KernelCosts, Machine
 from cpattn.memo import Memo
@@ -20,6 +20,8 @@ from cpattn.problem import Problem
 FloatArray = npt.NDArray[np.float64]
 # Of groups of heads and sizes of pages, of which a model has few.
 _MOST_REMEMBERED = 16
+# By how much a kernel for Hopper is faster than the plain one, which stored keys get that it cannot take (triton_releases.md).
+_AHEAD_OF_PLAIN = 4 / 3
 
 
 class TileForm(NamedTuple):
@@ -54,7 +56,7 @@ class TileCosts:
     """
 
     def __init__(self, problem: Problem, machine: Machine, kernels: Sequence[KernelCosts]) -> None:
-        self.kernels, self.multiprocessors = tuple(kernels), machine.multiprocessors
+        self.kernels, self.multiprocessors, self._capability = tuple(kernels), machine.multiprocessors, machine.capability
         specialized = machine.capability[0] == 9
         shapes = tile_shapes(problem.head_dim, problem.v_head_dim, problem.dtype, machine.capability, specialized)
         packs = packs_for(problem.q_heads // problem.kv_heads, shapes[0].block_m)
@@ -69,7 +71,7 @@ class TileCosts:
         self.unit, self.full_of_row = operations * self.multiprocessors / full_cost, full_cost / shapes[0].block_m
         self.pack = np.array([[form.pack] for form in self.forms])
         self.numbers: IntArray = np.arange(len(self.forms))[:, None]
-        self._rates: Memo[tuple[int, int | None], tuple[FloatArray, FloatArray]] = Memo(_MOST_REMEMBERED)
+        self._rates: Memo[tuple[Any, ...], tuple[FloatArray, FloatArray]] = Memo(_MOST_REMEMBERED)
         last = np.arange(int(self.tokens.max()) + 1) * self.pack
         least = _column([kernel.least_rows for kernel in kernels])
         self.full, self.last = (_row_costs(np.maximum(rows, least), self.forms) for rows in (self.tokens * self.pack, last))
@@ -104,15 +106,31 @@ class TileCosts:
 
     def rates(self, problem: Problem, groups: int, over_pages: bool) -> tuple[FloatArray, FloatArray]:
         """Seconds of what is counted: of all tiles of all heads, which all multiprocessors share; and of one tile."""
-        key = groups, problem.page_size if over_pages else None
+        key = groups, problem.page_size if over_pages else None, problem.stored_dtype
         found = self._rates.get(key)
         if found is None:
-            seconds = self.unit / self.flops
+            seconds = self.unit / self.flops * self._of_stored(problem)
             if over_pages:
                 seconds = seconds * _column([kernel.paged if kernel.reads_pages(problem.page_size) else 1.0 for kernel in self.kernels])
             shared = seconds * (problem.q_heads // groups // self.pack / self.multiprocessors)
             found = self._rates.keep(key, (shared, seconds))
         return found
+
+    def bytes_read(self, problem: Problem, groups: int) -> IntArray:
+        """Of the K and V of one token, in one of so many groups of heads: as they are stored, or of a copy."""
+        stored, copied = problem.key_bytes // groups, problem.copied_key_bytes // groups
+        return _column([copied if kernel.stored is None else stored for kernel in self.kernels])
+
+    def _of_stored(self, problem: Problem) -> FloatArray | float:
+        """By how much kernels are slower over keys that are stored in another dtype than q's."""
+        if problem.stored_dtype == problem.dtype:
+            return 1.0
+        sizes = problem.head_dim, problem.v_head_dim, problem.dtype, self._capability
+        # Where no kernel is for keys in q's dtype either, that is counted already.
+        is_plain = has_specialized(*sizes, 0) and not has_specialized(*sizes, 0, problem.stored_dtype)
+        return _column(
+            [1.0 if kernel.stored is None else kernel.stored * (_AHEAD_OF_PLAIN if is_plain else 1.0) for kernel in self.kernels]
+        )
 
 
 def _row_costs(rows: IntArray, forms: list[TileForm]) -> IntArray:

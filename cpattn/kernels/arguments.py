@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpattn.stored import is_fp8
+
 
 class Blocks(NamedTuple):
     """What a kernel takes as a tensor descriptor: blocks of a tensor.
@@ -46,6 +48,11 @@ class Words(NamedTuple):
             return self.source.view(self.dtype)
         rows = self.source.unsqueeze(1) if self.source.ndim == 1 else self.source.flatten(1)
         return rows.view(self.dtype)
+
+
+def as_words(x: Tensor) -> Tensor | Words:
+    """A tensor that a kernel takes as a pointer: fp8 as bytes, which every GPU and the interpreter have."""
+    return Words(x, torch.uint8) if is_fp8(x.dtype) else x
 
 
 def fits_descriptor(x: Tensor) -> bool:

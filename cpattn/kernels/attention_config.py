@@ -19,6 +19,8 @@ class AttentionConfig:
         Q_SIGN: what q is multiplied by: the sign of the scale.
         WINDOW, SOFTCAP, SINKS, INTO: whether there is one; INTO: an earlier result, into which this one is merged.
         PAGE_SIZE: 0 if keys lie in no pages.
+        STORED: k and v are stored in another dtype than q's; FP8: which fp8 that is.
+        SCALED: they have scales; OF_TOKENS: one for each token and head, else one for each head.
     """
 
     NUM_HEADS: int
@@ -35,6 +37,10 @@ class AttentionConfig:
     SINKS: bool
     INTO: bool
     PAGE_SIZE: int
+    STORED: bool
+    FP8: int
+    SCALED: bool
+    OF_TOKENS: bool
 
     @property
     def HEADS(self) -> int:
@@ -56,9 +62,7 @@ class RaggedConfig(AttentionConfig):
         BLOCK_M: rows of a tile.
         TMA: k and v are tensor descriptors.
         V_IN_K: v is k's first columns.
-        STORED: k and v are stored in another dtype than q's.
-        FP8, NATIVE: which fp8 that is, and how it is read; see :mod:`cpattn.kernels.stored_numbers`.
-        SCALED: they have scales; OF_TOKENS: one for each token and head, else one for each head.
+        NATIVE: how fp8 is read; see :mod:`cpattn.kernels.stored_numbers`.
     """
 
     D_TAIL: int
@@ -66,11 +70,7 @@ class RaggedConfig(AttentionConfig):
     BLOCK_M: int
     TMA: bool
     V_IN_K: bool
-    STORED: bool = False
-    FP8: int = 0
-    NATIVE: bool = False
-    SCALED: bool = False
-    OF_TOKENS: bool = False
+    NATIVE: bool
 
     @property
     def D_MAIN(self) -> int:
@@ -88,6 +88,7 @@ class HopperConfig(AttentionConfig):
         PAGE_KEYS: keys of a block that lie in one page for certain.
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
         PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`); pages are those of them then.
+        RAW: with STORED, of how many blocks shared memory holds the bytes.
     """
 
     STAGES: int
@@ -95,3 +96,17 @@ class HopperConfig(AttentionConfig):
     PAGE_KEYS: int
     WAITS: bool
     PREFIX: bool
+    RAW: int
+
+    @property
+    def PRODUCER_WARPS(self) -> int:
+        """Warps that bring key blocks: one lets the memory accelerator copy them, four convert them."""
+        return 4 if self.STORED else 1
+
+    @property
+    def REGISTERS(self) -> list[int]:
+        """Of a thread of the second consumer, and of the producer. A multiprocessor has 504 for a thread of each, and the first
+        consumer's gets what is left."""
+        if not self.STORED:
+            return [232, 40]
+        return [208, 88] if self.DV_PADDED <= 128 else [224, 56]

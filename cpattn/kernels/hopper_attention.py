@@ -10,11 +10,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cpattn.kernels.arguments import Blocks, fits_descriptor
+from cpattn.kernels.arguments import Blocks, as_words, fits_descriptor
 from cpattn.kernels.attention_config import HopperConfig
+from cpattn.kernels.hopper_items import PART_DIMS
 from cpattn.kernels.hopper_kernel import hopper_attention_kernel
-from cpattn.kernels.hopper_producer import PART_DIMS
 from cpattn.kernels.launch import Launcher, LaunchFunction
+from cpattn.kernels.tile_shapes import stored_blocks
 from cpattn.kernels.tiles import WARPGROUP_ROWS, Launch
 from cpattn.kernels.work_queue import counter_for_launch
 from cpattn.keys import Keys
@@ -28,8 +29,8 @@ def launch(
     """What launches the programs of ``work``; ``arguments`` and ``config`` are those that the other kernel has as well, and
     ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
 
-    k and v must suit a tensor descriptor, their head dims be multiples of 8, and pages multiples of
-    :data:`cpattn.kernels.tile_shapes.PAGE_UNIT`.
+    k and v must suit a tensor descriptor, and :func:`cpattn.kernels.tile_shapes.has_specialized` say that there is a kernel. Keys that are
+    stored in another dtype than q's are given by pointers.
     """
     k, v, arrivals, prefix = keys.k, keys.v, keys.arrivals, keys.prefix
     waits = arrivals is not None
@@ -39,6 +40,7 @@ def launch(
     # As many keys of a block as lie in one page for certain.
     page_size = config["PAGE_SIZE"]
     page_keys = min(block_n, page_size & -page_size)
+    is_stored = config["STORED"]
     # Rows of whole tokens, and a plain copy.
     q_tma = fits_descriptor(q) and WARPGROUP_ROWS % work.pack == 0 and config["Q_SIGN"] == 1
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
@@ -47,13 +49,17 @@ def launch(
         (work.num_programs, 1), {"num_warps": 4} | ({"launch_pdl": True} if waits else {}),
         tensors | {"counter": max(tensors.values()) + 1},
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
-        k=_blocks(k, block_n, d_padded, page_keys), v=_blocks(v, block_n, dv_padded, page_keys),
+        k=as_words(k) if is_stored else _blocks(k, block_n, d_padded, page_keys),
+        v=as_words(v) if is_stored else _blocks(v, block_n, dv_padded, page_keys),
         limits=work.limits, counter=work.limits,
         arrived=none if arrivals is None else arrivals.flags, late=none if arrivals is None else arrivals.late,
         k_prefix=none if prefix is None else _blocks(prefix.k, block_n, d_padded, page_keys),
         v_prefix=none if prefix is None else _blocks(prefix.v, block_n, dv_padded, page_keys),
         prefix_places=none if prefix is None else prefix.places,
-        C=HopperConfig(**config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None),
+        C=HopperConfig(
+            **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None,
+            RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
+        ),
         **arguments,
     )  # fmt: skip
     return lambda *given: launch(*given, counter_for_launch(device))

@@ -77,11 +77,11 @@ def release(channel, i, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def put_item(items, n, item):
-    """Tells the consumers the program's ``n``-th item; -1 if there is none."""
+def put_item(items, n, item, WARPS: gl.constexpr):
+    """Tells the consumers the program's ``n``-th item; -1 if there is none. WARPS say so together."""
     wait_empty(items, n, ITEMS)
     slot = n % ITEMS
-    items.smem.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    items.smem.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])) + item)
     mbarrier.arrive(items.full.index(slot), count=1)
 
 

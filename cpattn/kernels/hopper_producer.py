@@ -6,15 +6,15 @@ Suffixes: none of its values is a matrix but those it clears.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.arrivals import all_flag, piece_flag
 from cpattn.kernels.hopper_channels import put_item, wait_empty
+from cpattn.kernels.hopper_items import PART_DIMS, Brought, Item, bring_queries, parts_of, tma_load
+from cpattn.kernels.hopper_stored import Waiting, bring_stored, finish_stored
 from cpattn.kernels.tile_keys import (
     PageLine,
     find_in_run,
@@ -26,93 +26,13 @@ from cpattn.kernels.tile_keys import (
     load_tile,
     page_entry,
 )
-from cpattn.kernels.tiles import WARPGROUP_ROWS
 
-_ROWS = gl.constexpr(WARPGROUP_ROWS)
 _PIECE_ROWS = gl.constexpr(PIECE_ROWS)
 # Places of a warp.
 _TURN = gl.constexpr(30)
 _ALL = gl.constexpr(31)
-# Keys and dims of a part of a key block, by which pages are loaded and keys outside of the range cleared.
+# Keys of a part of a key block, by which keys outside of the range are cleared.
 _PART_KEYS = gl.constexpr(16)
-PART_DIMS = gl.constexpr(64)
-# Triton 3.6 has these under other names than later ones.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-class Sources(NamedTuple):
-    """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA. With C.WAITS what
-    has arrived of the keys, as :mod:`cpattn.kernels.arrivals` says; with C.PREFIX other keys and values, and for each request how many
-    of its first keys lie there, and from where on."""
-
-    q: Any
-    k: Any
-    v: Any
-    page_table: Any
-    stride_request: Any
-    stride_page: Any
-    arrived: Any
-    late: Any
-    k_prefix: Any
-    v_prefix: Any
-    prefix_places: Any
-
-
-class Queue(NamedTuple):
-    """The work: tiles; ``limits``, which says how many there are and how many items a program may compute; and two
-    counters, numbers drawn and programs that have ended."""
-
-    tiles: Any
-    limits: Any
-    counter: Any
-
-
-class Item(NamedTuple):
-    """What is brought for an item: where its queries begin and how many there are, its heads, and its keys, those before
-    ``prefix_end`` from the prefixes."""
-
-    q_begin: Any
-    q_count: Any
-    first_head: Any
-    kv_head: Any
-    k_start: Any
-    keys: Any
-    line: Any
-    prefix_end: Any
-    prefix_start: Any
-
-
-class Brought(NamedTuple):
-    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear; and whether all
-    keys are known to be there."""
-
-    blocks: Any
-    queries0: Any
-    queries1: Any
-    edges: Any
-    all_here: Any
-
-
-@gluon.jit
-def _reinterpret(smem, COUNT: gl.constexpr, KEYS: gl.constexpr, LEADING: gl.constexpr):
-    """Buffers of key blocks as ``COUNT`` parts ``[KEYS, PART_DIMS]``, with two unit axes before them if LEADING.
-
-    In shared memory a block lies as columns of PART_DIMS, each of all its keys.
-    """
-    if LEADING:
-        paged_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, KEYS, PART_DIMS], smem.dtype)
-        if _CAN_REINTERPRET:
-            parts = smem.reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
-        else:
-            parts = smem._reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
-    else:
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, PART_DIMS], smem.dtype)
-        if _CAN_REINTERPRET:
-            parts = smem.reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
-        else:
-            parts = smem._reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
-    return parts
 
 
 @gluon.jit
@@ -132,12 +52,12 @@ def _load_pages(source, item, block, stage, smem, full, PADDED: gl.constexpr, C:
     STAGES: gl.constexpr = C.STAGES
     DOWN: gl.constexpr = C.BLOCK_N // KEYS
     ACROSS: gl.constexpr = PADDED // PART_DIMS
-    parts = _reinterpret(smem, STAGES * DOWN * ACROSS, KEYS, True)
+    parts = parts_of(smem, STAGES * DOWN * ACROSS, KEYS, True)
     for down in range(DOWN):
         page, in_page = _find(item, block + down * KEYS, C)
         for across in gl.static_range(ACROSS):
             part = parts.index((stage * ACROSS + across) * DOWN + down)
-            _tma_load(source, [page.to(gl.int32), item.kv_head, in_page, across * PART_DIMS], full, part)
+            tma_load(source, [page.to(gl.int32), item.kv_head, in_page, across * PART_DIMS], full, part)
 
 
 @gluon.jit
@@ -147,34 +67,15 @@ def _load_block(source, prefix, item, block, stage, smem, full, PADDED: gl.const
     mbarrier.expect(full, BYTES)
     if C.PREFIX:
         if block >= item.prefix_end:
-            _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
+            tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
         elif C.PAGE_SIZE:
             _load_pages(prefix, item, block, stage, smem, full, PADDED, C)
         else:
-            _tma_load(prefix, [item.kv_head, item.prefix_start + block, 0], full, smem.index(stage))
+            tma_load(prefix, [item.kv_head, item.prefix_start + block, 0], full, smem.index(stage))
     elif C.PAGE_SIZE:
         _load_pages(source, item, block, stage, smem, full, PADDED, C)
     else:
-        _tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
-
-
-@gluon.jit
-def _bring_queries(brought, item, sources, q, C: gl.constexpr):
-    """Brings an item's queries. Rows after the tile's end are others' queries, or 0: what they give is not written."""
-    BYTES: gl.constexpr = _ROWS * C.D_PADDED * q.smem.dtype.primitive_bitwidth // 8
-    TOKENS: gl.constexpr = _ROWS // C.PACK
-    queries0 = brought.queries0
-    queries1 = brought.queries1
-    mbarrier.wait(q.empty.index(0), queries0 & 1 ^ 1)
-    mbarrier.expect(q.full.index(0), BYTES)
-    _tma_load(sources.q, [item.q_begin, item.first_head, 0], q.full.index(0), q.smem.index(0))
-    queries0 += 1
-    if item.q_count > TOKENS:
-        mbarrier.wait(q.empty.index(1), queries1 & 1 ^ 1)
-        mbarrier.expect(q.full.index(1), BYTES)
-        _tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
-        queries1 += 1
-    return Brought(brought.blocks, queries0, queries1, brought.edges, brought.all_here)
+        tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
 
 
 @gluon.jit
@@ -186,7 +87,7 @@ def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
     ACROSS: gl.constexpr = DV_PADDED // PART_DIMS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     stage = i % STAGES
-    parts = _reinterpret(v.smem, STAGES * DOWN * ACROSS, _PART_KEYS, False)
+    parts = parts_of(v.smem, STAGES * DOWN * ACROSS, _PART_KEYS, False)
     mbarrier.wait(v_edge, edges & 1)
     for down in range(DOWN):
         first = block + down * _PART_KEYS
@@ -241,7 +142,18 @@ def _await_block(brought, block, item, sources, C: gl.constexpr):
 
 
 @gluon.jit
-def _bring(brought, block, item, sources, channels, C: gl.constexpr):
+def _bring(brought, waiting, block, item, sources, channels, C: gl.constexpr):
+    """Brings one key block of an item, from the last one down. Returns the new counts of what has been brought, and of stored keys the
+    block that is on its way."""
+    if C.STORED:
+        brought, waiting = bring_stored(brought, waiting, block, item, sources, channels, C)
+    else:
+        brought = _bring_block(brought, block, item, sources, channels, C)
+    return brought, waiting
+
+
+@gluon.jit
+def _bring_block(brought, block, item, sources, channels, C: gl.constexpr):
     """Brings one key block, and with an item's last one, which is the first to be visited, the queries; values that have to be
     cleared come with ``channels.v_edge``. Returns the new counts of what has been brought."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
@@ -257,7 +169,7 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
     if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
         # After the first keys, which need not wait until the warpgroups are done with the last queries.
         if block == last:
-            brought = _bring_queries(brought, item, sources, channels.q, C)
+            brought = bring_queries(brought, item, sources, channels.q, C)
     edges = brought.edges
     # Not at once: these keys are on their way meanwhile.
     if block + BLOCK_N == last and last + BLOCK_N > item.keys.end:
@@ -273,17 +185,22 @@ def _bring(brought, block, item, sources, channels, C: gl.constexpr):
 
 
 @gluon.jit
-def _draw(counter, draws):
-    """The number of the next item in the queue, in the first of 32 places: so that no thread waits for it until
-    :func:`_drawn` asks for it."""
-    place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+def _threads(C: gl.constexpr):
+    """A number for each of the producer's threads."""
+    return gl.arange(0, 32 * C.PRODUCER_WARPS, gl.BlockedLayout([1], [32], [C.PRODUCER_WARPS], [0]))
+
+
+@gluon.jit
+def _draw(counter, draws, C: gl.constexpr):
+    """The number of the next item in the queue, for the first thread: so that none waits for it until :func:`_drawn` asks for it."""
+    place = _threads(C)
     return gl.atomic_add(counter + place * 0, place * 0 + 1, mask=(place == 0) & draws, sem="relaxed")
 
 
 @gluon.jit
-def _drawn(places, draws, num_items):
+def _drawn(places, draws, num_items, C: gl.constexpr):
     """The number that was drawn; ``num_items``, of which there is no item, if none was."""
-    place = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    place = _threads(C)
     return gl.where(draws, gl.max(gl.where(place == 0, places, 0), 0), num_items)
 
 
@@ -337,6 +254,7 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     BLOCK_N: gl.constexpr = C.BLOCK_N
     n = 0
     brought = Brought(0, 0, 0, 0, 0)
+    waiting = Waiting(0, 0, 1.0, 1.0, 0, 0, 0)
     # Fixed spans have tiles to spare.
     num_items = gl.load(queue.limits) * HEADS
     quota = gl.load(queue.limits + 1)
@@ -345,33 +263,40 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     item_number = number
     tile, k_start = load_tile(queue.tiles, item_number // HEADS)
     if has_queue:
-        number = _drawn(_draw(queue.counter, True), True, num_items)
+        number = _drawn(_draw(queue.counter, True, C), True, num_items, C)
         run = load_run(queue.tiles, gl.minimum(number, num_items - 1), C)
         item_number = _find_item(gl.minimum(number, num_items - 1), run, C)
         tile, k_start = load_tile(queue.tiles, item_number // HEADS)
     while number < num_items:
-        put_item(channels.items, n, item_number)
+        put_item(channels.items, n, item_number, C.PRODUCER_WARPS)
         n += 1
         item = _item_of(item_number, tile, k_start, sources, queue.tiles, window, C)
         begin = item.keys.begin
         end = item.keys.end
+        if C.STORED:  # noqa: SIM102, as this one is for the compiler
+            # The consumers take an item only when they have all of those before it, and the next but one is not put before that.
+            if begin >= end:
+                brought, waiting = finish_stored(brought, waiting, sources, channels, C)
         last = last_block(item.keys, C)
         for left in range(begin, last - BLOCK_N, BLOCK_N):
-            brought = _bring(brought, last - (left - begin), item, sources, channels, C)
+            brought, waiting = _bring(brought, waiting, last - (left - begin), item, sources, channels, C)
         draws = has_queue & (n < quota)
-        places = _draw(queue.counter, draws)
+        places = _draw(queue.counter, draws, C)
         for _second in range(gl.maximum(begin, last - BLOCK_N), last, BLOCK_N):
-            brought = _bring(brought, begin + BLOCK_N, item, sources, channels, C)
-        number = _drawn(places, draws, num_items)
+            brought, waiting = _bring(brought, waiting, begin + BLOCK_N, item, sources, channels, C)
+        number = _drawn(places, draws, num_items, C)
         run = load_run(queue.tiles, gl.minimum(number, num_items - 1), C)
         for _first in range(last, end, BLOCK_N):
-            brought = _bring(brought, begin, item, sources, channels, C)
+            brought, waiting = _bring(brought, waiting, begin, item, sources, channels, C)
         item_number = _find_item(gl.minimum(number, num_items - 1), run, C)
         tile, k_start = load_tile(queue.tiles, item_number // HEADS)
-        if begin < end and (begin < item.keys.first or begin + BLOCK_N > end):
-            _clear(channels.v, brought.blocks - 1, begin, item.keys, channels.v_edge, brought.edges, C)
-            brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1, brought.all_here)
-    put_item(channels.items, n, -1)
+        if not C.STORED:  # noqa: SIM102, as this one is for the compiler
+            if begin < end and (begin < item.keys.first or begin + BLOCK_N > end):
+                _clear(channels.v, brought.blocks - 1, begin, item.keys, channels.v_edge, brought.edges, C)
+                brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1, brought.all_here)
+    if C.STORED:
+        brought, waiting = finish_stored(brought, waiting, sources, channels, C)
+    put_item(channels.items, n, -1, C.PRODUCER_WARPS)
     if has_queue:
         _leave(queue.counter)
     if C.WAITS:

@@ -15,18 +15,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.current import is_on_current_device
-from cpattn.kernels.arguments import Blocks, Words, fits_descriptor
+from cpattn.kernels.arguments import Blocks, as_words, fits_descriptor
 from cpattn.kernels.attention_config import RaggedConfig
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.ragged_kernel import ragged_attention_kernel
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
 from cpattn.kernels.stored_numbers import fp8_is_native, fp8_kind
-from cpattn.kernels.tile_shapes import PAGE_UNIT, TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
+from cpattn.kernels.tile_shapes import TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
 from cpattn.kernels.tiles import Launch, launch_for
 from cpattn.keys import Keys
 from cpattn.options import AttentionOptions
 from cpattn.spans import Spans
-from cpattn.stored import is_fp8
 
 _LOG2_E = math.log2(math.e)
 
@@ -135,10 +134,11 @@ def _prepare(
     dims = padded_dims(head_dim, v_head_dim)
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv and _mean_the_same(keys)
-    # The kernel for Hopper multiplies what lies in memory.
     is_stored = k.dtype != q.dtype
+    # That kernel copies 16 bytes at a time, whichever way keys are stored.
+    is_aligned = fits_descriptor(k) and fits_descriptor(v)
     if shapes is None:
-        specialized = specialized_kernel(q.device) is not None and not is_stored
+        specialized = specialized_kernel(q.device) is not None and (not is_stored or (is_aligned and _may_specialize(q, keys)))
         shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
     if keys.prefix is not None:
         # The only kernel that has two sources.
@@ -149,14 +149,13 @@ def _prepare(
     if work.num_tiles == 0:
         return launch_nothing
 
-    tma = work.shape.tma and not is_stored and fits_descriptor(k) and fits_descriptor(v)
-    may_specialize = work.shape.specialized and tma and _page_size(keys) % PAGE_UNIT == 0
-    hopper_kernel = specialized_kernel(q.device) if may_specialize else None
+    tma = work.shape.tma and not is_stored and is_aligned
+    hopper_kernel = specialized_kernel(q.device) if work.shape.specialized and is_aligned and _may_specialize(q, keys) else None
     warn_of_tile_file()
-    if q.is_cuda and not is_stored:
-        warn_if_slow(has_specialized(head_dim, v_head_dim, q.dtype, capability, keys.page_size))
+    if q.is_cuda:
+        warn_if_slow(_may_specialize(q, keys))
     tensors = _tensors_of(keys)
-    arguments = _arguments(q, keys, options, out, lse, work)
+    arguments = _arguments(q, keys, options, out, lse, work) | _sources(keys, work)
     config = _config(q, keys, options, into, work)
     if keys.prefix is not None and hopper_kernel is None:
         raise AssertionError("keys with a prefix elsewhere, for which no kernel is there")
@@ -167,17 +166,20 @@ def _prepare(
     return _attention.prepare(
         (work.num_tiles * (num_heads // work.pack), 1), {"num_warps": work.shape.num_warps, "num_stages": work.shape.num_stages},
         tensors, q=q,
-        k=_blocks(k, work.shape.block_n, dims.d) if tma else Words(k, torch.uint8) if is_fp8(k.dtype) else k,
-        v=_blocks(v, work.shape.block_n, dims.dv) if tma else Words(v, torch.uint8) if is_fp8(v.dtype) else v,
-        k_page_stride=k.stride(0), k_stride_row=k.stride(-3), k_stride_head=k.stride(-2),
-        v_page_stride=v.stride(0), v_stride_row=v.stride(-3), v_stride_head=v.stride(-2),
+        k=_blocks(k, work.shape.block_n, dims.d) if tma else as_words(k),
+        v=_blocks(v, work.shape.block_n, dims.dv) if tma else as_words(v),
         C=RaggedConfig(
             **config, D_TAIL=dims.d_tail, D_TAIL_PADDED=dims.d_tail_padded, BLOCK_M=work.shape.block_m, TMA=tma,
-            V_IN_K=v_in_k and not tma, STORED=is_stored, FP8=fp8_kind(k.dtype), NATIVE=fp8_is_native(capability, not _attention.roles),
-            SCALED=keys.k_scale is not None, OF_TOKENS=keys.k_scale is not None and keys.k_scale.ndim > 1,
+            V_IN_K=v_in_k and not tma, NATIVE=fp8_is_native(capability, not _attention.roles),
         ),
-        **arguments, **_scales(keys, work),
+        **arguments,
     )  # fmt: skip
+
+
+def _may_specialize(q: Tensor, keys: Keys) -> bool:
+    """Whether keys of such dims and dtypes are ones that the kernel for Hopper takes, on a GPU that has it."""
+    _, capability = device_properties(q.device)
+    return has_specialized(q.shape[2], keys.v.shape[-1], q.dtype, capability, _page_size(keys), keys.k.dtype)
 
 
 def _arguments(q: Tensor, keys: Keys, options: AttentionOptions, out: Tensor, lse: Tensor, work: Launch) -> dict[str, Any]:
@@ -199,9 +201,11 @@ def _arguments(q: Tensor, keys: Keys, options: AttentionOptions, out: Tensor, ls
     }  # fmt: skip
 
 
-def _scales(keys: Keys, work: Launch) -> dict[str, Any]:
-    """What the Triton kernel is given of scales."""
+def _sources(keys: Keys, work: Launch) -> dict[str, Any]:
+    """Strides of keys that are given by pointers, and their scales with theirs."""
     arguments: dict[str, Any] = {}
+    for name, x in (("k", keys.k), ("v", keys.v)):
+        arguments |= {f"{name}_page_stride": x.stride(0), f"{name}_stride_row": x.stride(-3), f"{name}_stride_head": x.stride(-2)}
     for name, scale in (("k_scale", keys.k_scale), ("v_scale", keys.v_scale)):
         strides = (0, 0, 0) if scale is None else (0, 0, 0, *scale.stride())[-3:]
         arguments |= {name: work.table if scale is None else scale}
@@ -218,7 +222,8 @@ def _config(q: Tensor, keys: Keys, options: AttentionOptions, into: bool, work: 
         # The running maximum is taken before scaling, which needs a positive scale.
         "Q_SIGN": (options.scale > 0) - (options.scale < 0),
         "WINDOW": options.window is not None, "SOFTCAP": options.softcap is not None, "SINKS": options.sinks is not None, "INTO": into,
-        "PAGE_SIZE": _page_size(keys),
+        "PAGE_SIZE": _page_size(keys), "STORED": keys.k.dtype != q.dtype, "FP8": fp8_kind(keys.k.dtype),
+        "SCALED": keys.k_scale is not None, "OF_TOKENS": keys.k_scale is not None and keys.k_scale.ndim > 1,
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from cpattn.kernels.online_softmax import Output, Scoring, mask, tanh, weigh, wr
 from cpattn.kernels.stored_numbers import in_dtype, meant
 from cpattn.kernels.tile_keys import (
     PageLine,
+    Source,
     bounds_of,
     find_in_run,
     keys_seen,
@@ -36,15 +37,6 @@ from cpattn.kernels.tile_keys import (
 )
 
 _INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-class Source(NamedTuple):
-    """K or V of all heads, or their scales: a pointer, or with C.TMA a tensor descriptor; and the tensor's strides."""
-
-    at: Any
-    page_stride: Any
-    stride_row: Any
-    stride_head: Any
 
 
 class Keys(NamedTuple):

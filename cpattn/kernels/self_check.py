@@ -98,10 +98,18 @@ def problem_of_hopper_kernel(device: torch.device, attend: Callable[..., tuple[T
         shape = tile_shapes(dim, dim, q.dtype, torch.cuda.get_device_capability(device), specialized=True)[0]
         spans = Spans.build(np.array([num_queries]), np.array([0]), np.array([num_keys]), np.array([num_keys - num_queries + 1]), device)
         # The pages lie in another order than their keys.
-        k_pages, v_pages = (x.view(-1, page_size, kv_heads, dim).flip(0) for x in (k, v))
-        table = torch.arange(len(k_pages) - 1, -1, -1, dtype=torch.int32, device=device)[None]
-        for keys, window in ((Keys(k, v), None), (Keys(k_pages, v_pages, table), 100)):
-            expected = _attention(q, k[:num_keys], v[:num_keys], dim**-0.5, window)
+        table = torch.arange(len(k) // page_size - 1, -1, -1, dtype=torch.int32, device=device)[None]
+        # Each is a power of two times a number of fp8, which bf16 has as well.
+        k_scale, v_scale = (torch.full((kv_heads,), scale, device=device) for scale in (0.5, 2.0))
+        k8, v8 = (x.to(torch.float8_e4m3fn) for x in (k, v))
+        meant = k8.bfloat16() * 0.5, v8.bfloat16() * 2
+        k_pages, v_pages, k8_pages, v8_pages = (_paged(x, page_size) for x in (k, v, k8, v8))
+        for keys, (k_meant, v_meant), window in (
+            (Keys(k, v), (k, v), None),
+            (Keys(k_pages, v_pages, table), (k, v), 100),
+            (Keys(k8_pages, v8_pages, table, k_scale, v_scale), meant, None),
+        ):
+            expected = _attention(q, k_meant[:num_keys], v_meant[:num_keys], dim**-0.5, window)
             options = AttentionOptions(dim**-0.5, window)
             fast, plain = (
                 _error(attend(q, keys, spans, options, shapes=(each,))[0], expected) for each in (shape, shape._replace(specialized=False))
@@ -109,6 +117,11 @@ def problem_of_hopper_kernel(device: torch.device, attend: Callable[..., tuple[T
             if not fast <= _SLACK * plain:
                 return f"its error is {fast:.1e}, that of the plain kernel {plain:.1e}"
     return None
+
+
+def _paged(x: Tensor, page_size: int) -> Tensor:
+    """Keys in pages, the last page first."""
+    return x.view(torch.uint8).view(-1, page_size, *x.shape[1:-1], x.shape[-1] * x.element_size()).flip(0).view(x.dtype)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -66,6 +66,15 @@ class PageLine(NamedTuple):
     stride: Any
 
 
+class Source(NamedTuple):
+    """K or V of all heads, or their scales: a pointer, or for TMA a tensor descriptor; and the tensor's strides."""
+
+    at: Any
+    page_stride: Any
+    stride_row: Any
+    stride_head: Any
+
+
 @triton.jit
 def load_run(tiles, number, C: tl.constexpr):
     """The run of tiles that the ``number``-th item in the order of work belongs to."""

@@ -13,6 +13,8 @@ import torch
 WIDE = 256
 # What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
 PAGE_UNIT = 16
+# Bytes of shared memory that a program may have on Hopper.
+_SHARED_MEMORY = 227 * 1024
 
 
 class TileShape(NamedTuple):
@@ -132,6 +134,31 @@ def warn_of_tile_file() -> None:
         )
 
 
-def has_specialized(head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int) -> bool:
-    """Whether the kernel for Hopper could serve, with a Triton that has what it needs; ``page_size`` is 0 without pages."""
-    return page_size % PAGE_UNIT == 0 and tile_shapes(head_dim, v_head_dim, dtype, capability, specialized=True)[0].specialized
+@lru_cache
+def has_specialized(
+    head_dim: int, v_head_dim: int, dtype: torch.dtype, capability: tuple[int, int], page_size: int, stored: torch.dtype | None = None
+) -> bool:
+    """Whether the kernel for Hopper could serve, with a Triton that has what it needs; ``page_size`` is 0 without pages, ``stored`` the
+    dtype of keys, if that is not q's."""
+    if not tile_shapes(head_dim, v_head_dim, dtype, capability, specialized=True)[0].specialized:
+        return False
+    if stored is None or stored == dtype:
+        return page_size % PAGE_UNIT == 0
+    # It copies 16 bytes at a time, from pages of any size.
+    is_whole = head_dim * stored.itemsize % 16 == v_head_dim * stored.itemsize % 16 == 0
+    return is_whole and stored_blocks(head_dim, v_head_dim, stored) > 0
+
+
+def stored_blocks(head_dim: int, v_head_dim: int, stored: torch.dtype) -> int:
+    """Of how many key blocks the kernel for Hopper has room for the bytes of stored numbers, beside the blocks that they become: up to 2,
+    so that one is copied while another is converted.
+
+    >>> [stored_blocks(dim, dim, torch.float8_e4m3fn) for dim in (128, 256)], stored_blocks(128, 128, torch.bfloat16)
+    ([2, 1], 1)
+    """
+    shape = tile_shapes(head_dim, v_head_dim, torch.bfloat16, (9, 0), specialized=True)[0]
+    dims = padded_dims(head_dim, v_head_dim)
+    of_a_block = shape.block_n * (dims.d + dims.dv)
+    # Each of them and its scales; the converted ones; a tile's queries; barriers and what the compiler needs.
+    each = of_a_block * stored.itemsize + 2 * 4 * shape.block_n
+    return min(2, (_SHARED_MEMORY - 2 * (shape.num_stages * of_a_block + shape.block_m * dims.d) - 1024) // each)

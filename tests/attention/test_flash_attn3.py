@@ -15,6 +15,7 @@ import torch
 from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
 from problems import CAUSAL, problem
 
+import cpattn
 from cpattn.attention import fa3_build, flash_attn3
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.ragged_rows import RaggedRows
@@ -278,3 +279,68 @@ def test_what_it_says_of_itself(monkeypatch: pytest.MonkeyPatch, full: FakeBuild
         )
     monkeypatch.setattr(fa3_build, "NAMES", (fa3_build.Names("no_such_fa3", "", ""),))
     assert on_any_device().describe() is None
+
+
+def fp8_call(kv_heads: int = 2, dim: int = 64) -> tuple[torch.Tensor, cpattn.PagedKV, cpattn.CPMetadata]:
+    """Queries and pages of 16 in e4m3, the latter with a scale a head."""
+    meta = cpattn.build_metadata([(37, 3), (0, 20), (15, 1)], 1, 0)
+    shape = 12, 16, kv_heads, dim
+    k, v = (torch.randn(shape).to(torch.float8_e4m3fn) for _ in range(2))
+    k_scale, v_scale = torch.linspace(0.5, 0.7, kv_heads), torch.linspace(2.0, 1.0, kv_heads)
+    q = torch.randn(meta.rows, 4, dim).to(torch.float8_e4m3fn)
+    return q, cpattn.PagedKV(k, v, torch.randperm(12).int().view(3, 4), k_scale=k_scale, v_scale=v_scale), meta
+
+
+@pytest.mark.parametrize(
+    ("fake", "operator"), [(FULL, True), (FULL, False), (FORWARD, True)], ids=["operator", "functions", "a build that reads no pages"]
+)
+def test_queries_in_fp8(monkeypatch: pytest.MonkeyPatch, fake: FakeBuild, operator: bool) -> None:
+    """Over pages as they are, with a descale for each sequence and head; the result is in bf16."""
+    monkeypatch.setattr("cpattn.attention.flash_varlen.capability", lambda device: (9, 0))
+    q, cache, meta = fp8_call()
+    options: dict[str, Any] = {"window": 30 if fake is FULL else None, "sinks": torch.zeros(4)}
+    for given in (cache, replace(cache, k_scale=torch.tensor(0.6), v_scale=torch.tensor([1.5]))):
+        want, want_lse = cpattn.attend(q.bfloat16(), given, meta, backend="reference", return_lse=True, **options)
+        into = torch.empty_like(want)
+        with installed_as(fake, monkeypatch, operator) as build:
+            out, lse = cpattn.attend(q, given, meta, backend=on_any_device(), check=True, out=into, return_lse=True, **options)
+            with pytest.raises(cpattn.TensorMismatchError, match=r"the result is \(24, 4, 64\) torch.bfloat16 on cpu"):
+                cpattn.attend(q, given, meta, backend=on_any_device(), out=into.float())
+        (call,) = build.calls
+        assert call["k"].dtype == call["q"].dtype == torch.float8_e4m3fn
+        assert call["k"].ndim == (4 if fake is FULL else 3)
+        assert out is into
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(lse, want_lse)
+
+
+def test_queries_in_fp8_that_no_kernel_is_for(monkeypatch: pytest.MonkeyPatch, full: FakeBuild) -> None:
+    q, cache, meta = fp8_call()
+    assert cache.v_pages is not None
+    half = cpattn.PagedKV(cache.k_pages.bfloat16(), cache.v_pages.bfloat16(), cache.page_table)
+    of_tokens = replace(cache, k_scale=torch.ones(12, 16, 2), v_scale=torch.ones(12, 16, 2))
+    rule = "queries in fp8 are float8_e4m3fn, over pages in that dtype with one scale or one a head, .* pass q in bf16 or fp16"
+    mistakes: list[tuple[Any, Any, Any, str]] = [
+        (q, cache, "auto", f"q is torch.float8_e4m3fn, and backend is 'auto'; {rule}"),
+        (q, half, "flash_attn3", f"q is torch.float8_e4m3fn, kv_cache.k_pages torch.bfloat16 with no scales; {rule}"),
+        (q, of_tokens, "flash_attn3", f"kv_cache.k_pages torch.float8_e4m3fn with scales of tokens; {rule}"),
+        (q.to(torch.float8_e5m2), cache, "flash_attn3", f"q is torch.float8_e5m2, kv_cache.k_pages torch.float8_e4m3fn with .*; {rule}"),
+        (q, cache, "reference", "backend='reference' cannot serve this call: it takes no queries in float8_e4m3fn; none could"),
+    ]
+    for queries, pages, backend, words in mistakes:
+        with pytest.raises(cpattn.UnsupportedError, match=words):
+            cpattn.attend(queries, pages, meta, backend=backend)
+    sharded = cpattn.plan([(37, 3), (0, 20), (15, 1)], 2, owner=cpattn.Striped(1)).metadata(0)
+    with pytest.raises(cpattn.UnsupportedError, match=f"the cache is sharded over ranks, so that queries travel; {rule}"):
+        cpattn.attend(q[: sharded.rows], cache, sharded, group=cpattn.testing.SoloCommunicator(0, 2), backend="flash_attn3")
+    k = torch.randn(24, 2, 64)
+    with pytest.raises(cpattn.UnsupportedError, match=r"cpattn.attend takes queries in fp8 over those, with backend='flash_attn3'"):
+        cpattn.cp_attention(q, k.to(q.dtype), k.to(q.dtype), meta, kv_cache=cache, backend="flash_attn3")
+    in_fp8 = {"q_dtype": torch.float8_e4m3fn, "kv_dtype": torch.float8_e4m3fn, "scales": "head", "page_size": 16}
+    assert on_any_device().why_not(asked(**in_fp8), CAUSAL) is None
+    reason = on_any_device().why_not(asked(**in_fp8, head_dim=72, v_head_dim=72), CAUSAL)
+    assert reason == "with queries in fp8 it takes one head_dim for q, k and v, a multiple of 16, not 72 and 72"
+    for has_config, words in ((True, "has no fp8"), (False, "a try failed: This flash attention build does not support FP8")):
+        with installed_as(replace(FULL, lacks="FP8", has_config=has_config), monkeypatch, operator=True):
+            assert words in str(on_any_device().why_not(asked(**in_fp8), CAUSAL))

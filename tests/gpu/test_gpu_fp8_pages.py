@@ -101,6 +101,32 @@ def test_others_read_a_copy(backend: str) -> None:
         check(case, 2, strategy, backend, rounded_partials=half_only and strategy == "ring")
 
 
+@pytest.mark.parametrize("batch", [[(4000, 1)] * 64, [(640, 300), (0, 777), (997, 1)]], ids=["decode", "prefill"])
+def test_flash_attn3_computes_with_queries_in_fp8(batch: list[tuple[int, int]]) -> None:
+    """It rounds weights to e4m3, each by up to a sixteenth; a quarter of that is for all else: the sums of products in 14
+    bits, and the result in bf16."""
+    meta = cpattn.build_metadata(batch, 1, 0, device="cuda")
+    shape = 4096, 64, 2, 128
+    k, v = (torch.randn(shape, device="cuda").to(E4M3) for _ in range(2))
+    k_scale, v_scale = torch.tensor([0.5, 0.7], device="cuda"), torch.tensor(2.0, device="cuda")
+    table = torch.randperm(4096, device="cuda").int()[: 64 * len(batch)].view(len(batch), 64)
+    q = torch.randn(meta.rows, 8, 128, device="cuda").to(E4M3)
+    try:
+        out, lse = cpattn.attend(
+            q, cpattn.PagedKV(k, v, table, k_scale=k_scale, v_scale=v_scale), meta, backend="flash_attn3", return_lse=True
+        )
+    except cpattn.UnsupportedError as refusal:
+        pytest.skip(str(refusal))
+    sizes = (v.view(torch.uint8) & 0x7F).view(E4M3)
+    want, want_lse = cpattn.attend(
+        q.float(), cpattn.PagedKV(k, v, table, k_scale=k_scale, v_scale=v_scale), meta, backend="reference", return_lse=True
+    )
+    weighted = cpattn.attend(q.float(), cpattn.PagedKV(k, sizes, table, k_scale=k_scale, v_scale=v_scale), meta, backend="reference")
+    assert out.dtype == BF16
+    assert ((out.float() - want).abs() <= (1 / 16 + 1 / 64) * weighted).all()
+    assert (lse - want_lse).abs().max() < 1 / 64
+
+
 @pytest.mark.parametrize("scales", ["head", "token"])
 def test_what_overflows_saturates_and_is_refused_with_check(scales: str) -> None:
     case = case_of(E4M3, scales, BF16, cache="paged", batch=[(0, 40)])

@@ -1,16 +1,18 @@
 """Compiles what converts stored numbers, and attention over stored keys, for GPUs that need not be there; prints each one's name.
 
-It runs without Triton's interpreter, in a process of its own.
+It runs without Triton's interpreter, in a process of its own, and fails where keys are not copied 16 bytes at a time.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from cpattn.kernels.attention_config import RaggedConfig
+from cpattn.kernels.attention_config import HopperConfig, RaggedConfig
 from cpattn.kernels.ragged_kernel import ragged_attention_kernel
 from cpattn.kernels.stored_numbers import stored_rows_kernel
 
@@ -18,7 +20,9 @@ HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32)
 FLOATS = ("tanh_scale", "exponent_scale")
 
 
-def compile_it(kernel: Any, target: GPUTarget, pointers: dict[str, str], constants: dict[str, Any], **options: int) -> str:
+def compile_it(
+    kernel: Any, target: GPUTarget, pointers: dict[str, str], constants: dict[str, Any], source_type: Any = ASTSource, **options: int
+) -> str:
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32" if name in FLOATS else "i32") for name in names}
     aligned = {
@@ -26,7 +30,7 @@ def compile_it(kernel: Any, target: GPUTarget, pointers: dict[str, str], constan
         for i, name in enumerate(names)
         if pointers.get(name, "").startswith("*") or name.endswith(("stride_row", "stride_head", "page_stride"))
     }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    source = source_type(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     compiled = compile(source, target=target, options=options)
     print(kernel.__name__, target.arch, f"{compiled.metadata.shared} bytes of shared memory")
     return str(compiled.asm["ptx"])
@@ -41,7 +45,41 @@ def config(fp8: int, native: bool, of_tokens: bool, block_m: int) -> RaggedConfi
     )  # fmt: skip
 
 
+def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: int) -> str:
+    """The kernel for Hopper, as its wrapper has it for 32 heads, 8 of K and V."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from cpattn.kernels.hopper_kernel import hopper_attention_kernel
+    from cpattn.kernels.tile_shapes import padded_dims, stored_blocks, tile_shapes
+
+    shape, padded = tile_shapes(*dims, torch.bfloat16, (9, 0), specialized=True)[0], padded_dims(*dims)
+    stored = {1: torch.float8_e4m3fn, 2: torch.float8_e5m2}[fp8]
+    constants = HopperConfig(
+        NUM_HEADS=32, GROUP=4, PACK=4, D=dims[0], DV=dims[1], D_PADDED=padded.d, DV_PADDED=padded.dv, BLOCK_N=shape.block_n, Q_SIGN=1,
+        WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=True, OF_TOKENS=of_tokens,
+        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, PREFIX=False, RAW=stored_blocks(*dims, stored),
+    )  # fmt: skip
+    block = [16, 4, padded.d]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    pointers = {"q": f"tensordesc<bf16{block},{layout!r}>", "q_pointer": "*bf16", "out": "*bf16", "k": "*u8", "v": "*u8"}
+    pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
+    pointers |= dict.fromkeys(
+        ("tiles", "limits", "counter", "arrived", "late", "page_table", "prefix_places", "k_prefix", "v_prefix"), "*i32"
+    )
+    return compile_it(hopper_attention_kernel, HOPPER, pointers, {"C": constants}, GluonASTSource, num_warps=4)
+
+
+def check_copies(ptx: str) -> None:
+    """That bytes are copied 16 at a time, and scales alone in less."""
+    copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global[^;]*, (0x\w+)", ptx)
+    assert {int(size, 16) for way, size in copies if way == "cg"} == {16}, copies
+    assert {int(size, 16) for way, size in copies if way == "ca"} <= {4}, copies
+
+
 if __name__ == "__main__":
+    for case in ((1, False, (128, 128), 64), (1, True, (128, 128), 1), (2, True, (192, 128), 16), (1, False, (256, 256), 64)):
+        check_copies(compile_hopper(*case))
     both = ("plain_k", "plain_v")
     rows = dict.fromkeys(both, "*bf16") | {"stored_k": "*u8", "stored_v": "*u8", "k_scale": "*fp32", "v_scale": "*fp32"}
     sizes = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 32}

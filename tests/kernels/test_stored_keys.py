@@ -8,9 +8,9 @@ import pytest
 import torch
 from paged_keys import in_pages, make_case
 from ragged_inputs import check, compiled_only, make_qkv
+from stored_inputs import BF16, E4M3, E5M2, FP16, FP32, options_of, stored_keys
 from torch import Tensor
 
-from cpattn.attention.backend import AttentionOptions
 from cpattn.keys import Keys
 from cpattn.moves import torch_moves
 from cpattn.moves.stored_rows import StoredRows
@@ -21,7 +21,6 @@ from cpattn.kernels.ragged_attention import ragged_attention
 from cpattn.kernels.tile_shapes import TileShape
 from cpattn.moves import triton_moves
 
-E4M3, E5M2, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
 SHAPES = (TileShape(32, 16, 4, 2), TileShape(16, 16, 4, 2))
 
 
@@ -87,27 +86,6 @@ def test_half_precision_saturates(dtype: torch.dtype, stored: torch.dtype, devic
         want = x.float().clamp(-most, most).to(stored)
         assert same(out, want) or (not rounds_alike(stored, device) and moves is triton_moves)
         assert not out.isinf().any()
-
-
-def stored_keys(k: Tensor, v: Tensor, stored: torch.dtype, scales: str) -> Keys:
-    """Keys without pages."""
-    k, v = k.nan_to_num(7.0), v.nan_to_num(7.0)
-    out = StoredRows(torch.empty_like(k, dtype=stored), torch.empty_like(v, dtype=stored))
-    heads = k.shape[1]
-    of_heads = torch.linspace(0.01, 0.02, heads, device=k.device), torch.tensor(0.03, device=k.device).expand(heads)
-    if scales == "token":
-        out = out._replace(**{name: torch.empty(len(k), heads, device=k.device) for name in ("k_scale", "v_scale")})
-        torch_moves.quantize(out, k, v, None, None)
-    else:
-        torch_moves.quantize(out, k, v, *(of_heads if scales == "head" else (None, None)))
-        out = out._replace(k_scale=of_heads[0], v_scale=of_heads[1]) if scales == "head" else out
-    assert out.v is not None
-    return Keys(out.k, out.v, None, out.k_scale, out.v_scale)
-
-
-def options_of(options: dict[str, Any], device: torch.device) -> AttentionOptions:
-    moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    return AttentionOptions(0.2, **moved)
 
 
 def attend(q: Tensor, keys: Keys, spans: Spans, options: dict[str, Any], **how: Any) -> tuple[Tensor, Tensor]:

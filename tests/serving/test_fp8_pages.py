@@ -393,3 +393,33 @@ def test_one_tensor_for_both_scales_of_tokens_is_refused() -> None:
     cache = cpattn.PagedKV(pages[0], pages[1], torch.tensor([[2, 0, 1]]), k_scale=scale, v_scale=scale)
     with pytest.raises(cpattn.PageTableError, match="k_scale and v_scale have elements in common"):
         cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 9)], 1, 0), kv_cache=cache)
+
+
+@pytest.mark.parametrize("cache", ["paged", "sharded"])
+def test_check_compares_the_scales_of_heads(cache: str) -> None:
+    """To the bit, on all ranks; one scale for all heads is that of each."""
+    case = StoredCase(MIXED, cache=cache, page_size=4, scales="head", dtype=BF16)
+    plan = case.plan(2)
+
+    def program(c: cpattn.Communicator, scale_of_rank_1: Tensor) -> str:
+        pages = case.pages(plan, c.rank).cache
+        scale = scale_of_rank_1 if c.rank else torch.tensor(0.25)
+        mine = cpattn.PagedKV(pages.k_pages, pages.v_pages, pages.page_table, k_scale=scale, v_scale=torch.ones(2))
+        meta = plan.metadata(c.rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        try:
+            cpattn.cp_attention(q, k, v, meta, group=c, kv_cache=mine, strategy="ring", check=True)
+        except cpattn.DisagreementError as disagreement:
+            return str(disagreement)
+        return ""
+
+    assert run_loopback(partial(program, scale_of_rank_1=torch.tensor([0.25, 0.25])), 2) == ["", ""]
+    nearly = torch.tensor([0.25, 0.25]).nextafter(torch.tensor([0.25, 1.0]))
+    for message in run_loopback(partial(program, scale_of_rank_1=nearly), 2):
+        for words in (
+            "rank 0: ",
+            "with scales of head, k_scale=0.25, v_scale=1",
+            "rank 1: ",
+            "k_scale=0.25 to 0.25000003 (those of all heads: ",
+        ):
+            assert words in message
