@@ -12,6 +12,7 @@ from torch import Tensor
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.expanded_keys import over_latents
 from cpattn.attention.merge import lse_with_nan
+from cpattn.attention.registry import BACKENDS
 from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.attention.verify import verified
 from cpattn.call.arguments import Arguments
@@ -27,6 +28,7 @@ from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
 from cpattn.exchange.new_rows import NewRows, scales_of_heads
+from cpattn.exchange.registry import is_of_library
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
@@ -82,6 +84,9 @@ class PreparedCall:
         self._reads_pages = problem.cache == "paged" and not problem.expands and backend.attends_to_pages(problem)
         cache = arguments.kv_cache
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
+        # No function of a caller's runs in the midst of it, which may count on modes that are set, as for a default device.
+        is_ours = is_of_library(self.strategy) or is_resident(self.strategy)
+        self._is_ours = is_ours and backend is BACKENDS.get(backend.name) and not problem.expands
         # Backends need a contiguous last axis.
         self._copies = any(x is not None and x.stride(-1) != 1 for x in attended)
         self._exchange: Prepared | None = None
@@ -175,7 +180,8 @@ class PreparedCall:
         if not self.problem.rows:
             return []
         if self._exchange is None:
-            self._prepare()
+            with self._without_modes():
+                self._prepare()
         assert self._exchange is not None
         return list(self._exchange.transfers)
 
@@ -209,6 +215,15 @@ class PreparedCall:
             arguments: of the same key.
             problems: if given, a caller's own kernel is compared with the reference, and what is wrong becomes a line here.
         """
+        with self._without_modes():
+            return self._run(arguments, in_flight, problems)
+
+    def _without_modes(self) -> AbstractContextManager[Any]:
+        """Where nobody else is asked about each operation: with torch.set_default_device each property of a tensor that is looked at costs
+        microseconds otherwise, and twice as much for a call as it takes."""
+        return torch._C.DisableTorchFunction() if self._is_ours else nullcontext()
+
+    def _run(self, arguments: Arguments, in_flight: InFlight, problems: list[str] | None) -> tuple[Tensor, Tensor]:
         q, k, v, _, cache, *_, sinks, out, expand = arguments
         problem, attention = self.problem, self._attention
         if self._copies:

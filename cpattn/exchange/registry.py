@@ -40,6 +40,11 @@ def find_strategy(given: Any) -> Strategy:
     raise UnknownNameError(f"strategy={given!r} is unknown; choose one of {known}, or pass a Strategy of your own")
 
 
+def is_of_library(strategy: Strategy) -> bool:
+    """Whether it is one that has a name here."""
+    return any(strategy is one for one in (*STRATEGIES.values(), *OF_ALL_QUERIES.values()))
+
+
 def able_strategies(problem: Problem, plan: Layout) -> list[Strategy]:
     """Those of the library that can serve a problem and plan."""
     return [strategy for strategy in strategies_for(plan).values() if strategy.refusal(problem, plan) is None]
