@@ -61,7 +61,7 @@ _IN_Q_DTYPE = [
     *(Kind("two_level", cache) for cache in ("packed", "paged")),
     *(Kind("helix", cache) for cache in ("striped", "sharded", "ranked")),
 ]
-_TAKE_STORED = ("all_gather", "ring", "pass_q", "pass_q_ring")
+_TAKE_STORED = ("all_gather", "ring", "pass_q", "pass_q_ring", "two_level", "helix")
 _IN_OTHER_DTYPES = [
     kind._replace(stored=stored)
     for kind in _IN_Q_DTYPE
