@@ -89,7 +89,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
     ),
     "cpattn.integrations.transformers": (
         "cpattn.integrations.transformers",
-        ["register", "context_parallel", "ContextParallel", "ContextError", "NAME"],
+        ["register", "context_parallel", "generate", "ContextParallel", "ContextError", "NAME"],
     ),
     "cpattn.integrations.sglang": ("cpattn.integrations.sglang", ["replace_zigzag", "KNOWN_RELEASE"]),
 }

@@ -137,3 +137,21 @@ def run_on_gpu(family: str, mode: str, plan: cpattn.Plan) -> dict[str, Tensor]:
             sharded["share"] = outputs.loss
         assert {str(x.device) for x in sharded.values()} == {device}
     return {name: x.float().cpu() for name, x in {**sharded, "plain logits": plain, "plain loss": loss}.items()}
+
+
+def generate_on_gpu(family: str, dtype: torch.dtype, prompts: list[Tensor], new: int) -> dict[str, list[list[int]]]:
+    """Answers of a rank of the default group on its own GPU: greedy ones over both kinds of cache, sampled ones, the model's own, and
+    for Llama greedy ones of the compiled model."""
+    cpattn_hf.register()
+    device = f"cuda:{torch.cuda.current_device()}"
+    model = new_model(family, tie_word_embeddings=False).to(device, dtype)
+    model.set_experts_implementation("eager")  # The grouped one wants larger sizes.
+    given = [prompt.to(device) for prompt in prompts]
+    options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None}
+    own = [model.generate(ids[None], attention_mask=torch.ones_like(ids)[None], do_sample=False, **options)[0] for ids in given]
+    model.set_attn_implementation("cpattn")
+    answers: dict[str, Any] = {cache: cpattn_hf.generate(model, given, cache=cache, **options) for cache in ("sharded", "replicated")}
+    answers["sampled"] = cpattn_hf.generate(model, given, do_sample=True, **options)
+    if family == "llama":  # One is enough: to compile takes most of the time.
+        answers["compiled"] = cpattn_hf.generate(torch.compile(model), given, **options)
+    return {name: [ids.tolist() for ids in each] for name, each in {**answers, "own": own}.items()}

@@ -19,10 +19,18 @@ def output_of(*command: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("example", "arguments"), [("quickstart", []), ("custom_model", []), ("custom_model", ["--compile"]), ("hugging_face", [])]
+    ("example", "arguments"),
+    [
+        ("quickstart", []),
+        ("custom_model", []),
+        ("custom_model", ["--compile"]),
+        ("hugging_face", []),
+        ("hf_generate", []),
+        ("perplexity", ["--tokens", "20011"]),
+    ],
 )
 def test_an_example_takes_the_gpus(example: str, arguments: list[str]) -> None:
-    if example == "hugging_face":
+    if example in ("hugging_face", "hf_generate", "perplexity"):
         pytest.importorskip("transformers")
     gpus = torch.cuda.device_count()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]

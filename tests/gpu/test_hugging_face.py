@@ -1,4 +1,4 @@
-"""Models of transformers over two GPUs: logits, autocast and loss are those of the plain model on one."""
+"""Models of transformers over two GPUs: logits, autocast, loss and answers are those of the plain model on one."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ def test_logits_and_loss(ranks: ProcessRanks, family: str, mode: str) -> None:
         assert abs(result["loss"] - result["plain loss"]) <= bound * truth.abs().max()
         assert torch.equal(result["loss"], results[0]["loss"])
     torch.testing.assert_close(results[0]["share"] + results[1]["share"], results[0]["loss"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_oss"])
+def test_answers(ranks: ProcessRanks, family: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(1, 128, (length,), generator=generator) for length in (113, 1, 5, 13)]
+    first, second = ranks.run(hf_cases.generate_on_gpu, family, torch.float32, prompts, 9)
+    assert first == second
+    assert first["sharded"] == first["replicated"] == first.get("compiled", first["own"]) == first["own"]
+
+
+def test_answers_in_half_precision(ranks: ProcessRanks) -> None:
+    """Rounding may change a token, and all that follow it: the ranks agree all the same."""
+    prompts = [torch.arange(1, 100), torch.tensor([7])]
+    first, second = ranks.run(hf_cases.generate_on_gpu, "llama", torch.bfloat16, prompts, 9)
+    assert first == second
+    assert {len(ids) for ids in first["sharded"]} == {108, 10}

@@ -17,7 +17,7 @@
 (torch.Size([7, 99]), torch.Size([2]))
 
 Sliding windows, softcap and sinks of the model are honoured; what cannot be is refused with a :class:`cpattn.CPError`.
-There is no KV cache: every request starts at its first token.
+A context has no KV cache: every request starts at its first token. :func:`generate` has one, over the ranks of the group.
 """
 
 try:
@@ -32,5 +32,6 @@ from cpattn.integrations.transformers.attention import NAME, register
 from cpattn.integrations.transformers.context import ContextParallel
 from cpattn.integrations.transformers.context_error import ContextError
 from cpattn.integrations.transformers.enter import context_parallel
+from cpattn.integrations.transformers.generation import generate
 
-__all__ = ["NAME", "ContextError", "ContextParallel", "context_parallel", "register"]
+__all__ = ["NAME", "ContextError", "ContextParallel", "context_parallel", "generate", "register"]

@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.batch_context import BatchContext
 from cpattn.integrations.transformers.context_error import ContextError
 
-_active: ContextVar[ContextParallel | None] = ContextVar("cpattn context_parallel", default=None)
+_active: ContextVar[BatchContext | None] = ContextVar("cpattn context_parallel", default=None)
 # All that are open in the process, each with the thread that entered it, for messages.
-_open: dict[ContextParallel, str] = {}
+_open: dict[BatchContext, str] = {}
 
 
-def context_here() -> ContextParallel | None:
+def context_here() -> BatchContext | None:
     """The context of this thread, if there is one."""
     return _active.get()
 
 
 @contextmanager
-def entered(cp: ContextParallel) -> Iterator[None]:
-    """Makes a context that of this thread. Raises ContextError within another one."""
-    if _active.get() is not None:
+def entered(cp: BatchContext, within: BatchContext | None = None) -> Iterator[None]:
+    """Makes a context that of this thread. Raises ContextError within another one than that which it is meant to be entered in."""
+    if _active.get() is not within:
         raise ContextError("context_parallel within another context_parallel; leave the first before a model runs on another batch")
     token = _active.set(cp)
     _open[cp] = threading.current_thread().name
@@ -35,7 +35,7 @@ def entered(cp: ContextParallel) -> Iterator[None]:
         _active.reset(token)
 
 
-def active_context(config: Any) -> ContextParallel:
+def active_context(config: Any) -> BatchContext:
     """The context that a model runs in, of which one with this config asks for its attention. Raises ContextError where
     there is none."""
     cp = _active.get()

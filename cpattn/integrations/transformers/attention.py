@@ -15,7 +15,8 @@ from cpattn.call.in_graph import order
 from cpattn.errors import UnsupportedError
 from cpattn.graphs import has_operator, leaves_graph
 from cpattn.integrations.transformers.active import active_context
-from cpattn.integrations.transformers.context import ContextParallel, as_under_autocast
+from cpattn.integrations.transformers.autocast import as_under_autocast
+from cpattn.integrations.transformers.batch_context import BatchContext
 from cpattn.integrations.transformers.context_error import ContextError
 from cpattn.integrations.transformers.masks import CausalMask, MaskFunction, describe_mask, is_causal
 from cpattn.ops import implements
@@ -113,7 +114,7 @@ def _check_here(module: nn.Module, query: Tensor, key: Tensor) -> None:
     _check_forward(context)
 
 
-def _check_forward(context: ContextParallel) -> None:
+def _check_forward(context: BatchContext) -> None:
     """Raises ContextError where a forward context has been entered within that of the model, and would give its layers another batch."""
     if current_context() is not context.forward:
         raise ContextError(
@@ -161,7 +162,7 @@ def _mask_here(
     if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
         raise UnsupportedError(
             f"the model was called with past_key_values ({kv_length} keys for {q_length} new tokens); "
-            "a KV cache over a sharded sequence is not supported: pass none, and use_cache=False"
+            "a cache of transformers cannot hold a sharded sequence: pass none, and use_cache=False; cp.generate has a cache of its own"
         )
     return describe_mask(mask_function, local_size, overlaid)
 
@@ -175,12 +176,13 @@ def _token_mask_operator(attention_mask: Tensor, config: int, order: Tensor | No
     _check_forward(context)
 
 
-def _check_token_mask(attention_mask: Tensor | None, context: ContextParallel) -> None:
+def _check_token_mask(attention_mask: Tensor | None, context: BatchContext) -> None:
     if not context.is_token_mask(attention_mask):
         what = "no attention_mask" if attention_mask is None else f"an attention_mask of shape {tuple(attention_mask.shape)}"
         raise ContextError(
             f"the model was called with {what}, not with that of cp.inputs(input_ids); call model(**cp.inputs(input_ids)). Instead of "
-            "padding give the requests in one packed row: the batch of the plan has their lengths. generate() is not supported"
+            "padding give the requests in one packed row: the batch of the plan has their lengths. The model's own generate() is not "
+            "supported; cp.generate(model, input_ids, max_new_tokens=...) is"
         )
 
 

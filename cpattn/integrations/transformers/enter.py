@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from cpattn.call import forward_context
+from cpattn.call import checks, forward_context
+from cpattn.call.forward_context import ForwardContext
+from cpattn.errors import CPError, PrefixError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.active import context_here, entered
 from cpattn.integrations.transformers.context import ContextParallel
+from cpattn.integrations.transformers.models import check_model
 from cpattn.integrations.transformers.watch import watched
 from cpattn.metadata.cp_metadata import CPMetadata
-from cpattn.transports.groups import Group
+from cpattn.transports.groups import Group, as_transport
 
 
 @contextmanager
@@ -50,7 +53,17 @@ def context_parallel(
         PrefixError: a request has a prefix.
         CPError: in other subclasses: the model or the group does not fit.
     """
-    cp = ContextParallel(model, meta, group, strategy, backend, check)
+    checks.check_metadata(meta)
+    if meta.plan.num_prefix_tokens:
+        raise PrefixError(
+            f"the batch has {meta.plan.num_prefix_tokens} prefix tokens, but a model of transformers has no KV cache here that could "
+            "hold them; give every request from its first token on: (0, prefix_len + extend_len)"
+        )
+    if not meta.plan.num_tokens:
+        raise CPError("the batch has no new token; there is nothing to run a model on: skip it on every rank")
+    transport = as_transport(group, meta.plan.cp_size)
+    checks.check_group(meta, transport)
+    cp = ContextParallel(check_model(model), ForwardContext(meta, transport, strategy, backend, check), transport)
     with entered(cp), forward_context.entered(cp.forward), watched(cp.decoder.model, _complete_call):
         yield cp
     cp.check_reached()
@@ -60,4 +73,6 @@ def context_parallel(
 def _complete_call(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call with labels, as the context of this thread wants them."""
     cp = context_here()
-    return arguments if cp is None or cp.decoder.model is not model else cp.batch_labels.complete(model, arguments, cp.last_only)
+    if not isinstance(cp, ContextParallel) or cp.decoder.model is not model:
+        return arguments
+    return cp.batch_labels.complete(model, arguments, cp.last_only)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from cpattn.errors import CPError, UnsupportedError
 from cpattn.integrations.transformers.context_error import ContextError
+from cpattn.integrations.transformers.rotation import check_rotation
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -26,6 +27,10 @@ class Decoder:
         self.num_layers = num_layers
         self._modules: frozenset[int] = frozenset()
         self._configs: frozenset[int] = frozenset()
+
+    def check_lengths(self, longest: int) -> None:
+        """Raises UnsupportedError where the longest sequence of a batch, in tokens, changes how the model rotates."""
+        check_rotation(self.model.config.get_text_config(decoder=True), longest)
 
     def has_config(self, config: Any) -> bool:
         """Whether it is that of the model, or of a part of it."""
