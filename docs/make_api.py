@@ -68,7 +68,14 @@ GROUPS: dict[str, tuple[str, list[str]]] = {
             "SoloCommunicator",
             "check_backend",
             "BackendReport",
+            "check_layout",
+            "LayoutError",
+            "NAMED_BATCHES",
         ],
+    ),
+    "cpattn.testing.strategies": (
+        "cpattn.testing.strategies",
+        ["batches", "lengths", "owner_rules", "chunks", "plans", "caches", "Caches", "Batch"],
     ),
     "cpattn.viz": (
         "cpattn.viz",

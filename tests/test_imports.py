@@ -16,7 +16,7 @@ import pytest
 import cpattn
 
 PACKAGE = Path(cpattn.__file__).parent
-OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "matplotlib", "transformers", "rich"]
+OPTIONAL = ["triton", "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "matplotlib", "transformers", "rich", "hypothesis"]
 
 # Folders and files of the package, the highest layer first. Each may import its own layer and those below.
 LAYERS = (
