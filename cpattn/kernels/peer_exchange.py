@@ -3,10 +3,12 @@
 
 All programs post, and then a few of them wait and pull, so that most multiprocessors stay free: for the attention, which is launched as a
 dependent, and for what other groups do, which those who are waited for may need. All of a rank's programs have begun once its message lies
-there, and what pulls waits for messages alone. So where all messages lie there the kernels of all ranks are certain to end.
+there. So where all messages lie there the kernels of all ranks are certain to end.
 
 That nobody reads any more what a post writes over is known before it as a rule: the kernel of the last call has waited for that at its
-end, one program beside the attention. After a call that sends otherwise the few wait, and post everything, while the others leave.
+end, one program beside the attention. After a call that sends otherwise the few wait, and post everything, while the others leave. So
+they do after one that posts and pulls in two launches, as all ranks do then: in the second no program may wait for other ranks' second
+ones, which may find no multiprocessor free.
 
 Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are announced together.
 """
@@ -35,9 +37,9 @@ from cpattn.kernels.peer_rows import at
 
 
 @triton.jit
-def _pieces(order, step, num_pieces, FEW: tl.constexpr):
+def _pieces(order, step, num_pieces, few):
     """The piece, or pieces, that this program brings in its ``step``-th turn, or turns; -1 for none."""
-    i = tl.program_id(0) + step * FEW
+    i = tl.program_id(0) + step * few
     return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
 
 
@@ -58,13 +60,13 @@ def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constex
     return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "own_rows", "num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "own_rows", "num_tokens", "num_rows", "few"])
 def exchange_rows_kernel(
-    table, k, v, like, places, source, order, flags, rank, board, offset, size, own_rows, num_tokens, num_rows,
+    table, k, v, like, places, source, order, flags, rank, board, offset, size, own_rows, num_tokens, num_rows, few,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
     COUNT_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr,
-    TOGETHER: tl.constexpr, POSTS: tl.constexpr, PULLS: tl.constexpr, SHARES: tl.constexpr, FEW: tl.constexpr, WORLD: tl.constexpr,
+    TOGETHER: tl.constexpr, POSTS: tl.constexpr, PULLS: tl.constexpr, SHARES: tl.constexpr, WORLD: tl.constexpr,
     FLAGS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Own rows and pieces of others' in this rank's message ``[num_rows, HEADS, D + DV]``, whose rows are of WIDTH words too; ``like`` is
@@ -73,9 +75,10 @@ def exchange_rows_kernel(
     With POSTS row i of K and V goes to row ``places[i]``, and none for a negative one; zeros after the tokens. DV is 0 where V is in K.
     Then a new round of arrivals begins.
 
-    With PULLS the first FEW programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order that
-    follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. Each piece is announced once it is there, to a
-    kernel that runs beside this one: it begins when all programs of this one know that the messages lie there, and so are certain to end.
+    With PULLS the first ``few`` programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order
+    that follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. Each piece is announced once it is there,
+    to a kernel that runs beside this one: it begins when all programs of this one know that the messages lie there, and so are certain to
+    end.
 
     One launch may post and the next one pull: where other rows of the message are written between, and where ranks share a stream
     (SHARES). Those would otherwise keep away whom they wait for. Their hosts wait, and no kernel does.
@@ -88,8 +91,8 @@ def exchange_rows_kernel(
         posts += 1
         turn += 1
         can_write = is_all_read(heap)
-        posting = tl.where(can_write, tl.num_programs(0), FEW)
-        if (can_write == 0) & (tl.program_id(0) < FEW):
+        posting = tl.where(can_write, tl.num_programs(0), few)
+        if (can_write == 0) & (tl.program_id(0) < few):
             can_write = await_readers(table, heap, board, True, WORLD, FLAGS, THREADS)
         if COUNT_ON_DEVICE:
             num_tokens = tl.load(num_tokens)
@@ -117,15 +120,17 @@ def exchange_rows_kernel(
         if is_last_to_post(heap, board):
             tl.store(flags, turn)
             tell_posted(table, heap, rank, board, size, WORLD, THREADS)
-    if PULLS and tl.program_id(0) < FEW:
+    if PULLS and tl.program_id(0) < few:
         # What says where pieces lie comes while others' messages are waited for.
         num_pieces = tl.load(order)
         order += 1
-        piece = _pieces(order, 0, num_pieces, FEW)
-        next_piece = _pieces(order, 1, num_pieces, FEW)
+        piece = _pieces(order, 0, num_pieces, few)
+        next_piece = _pieces(order, 1, num_pieces, few)
         from_R = _sources_of(source, piece, PIECE)
         next_from_R = _sources_of(source, next_piece, PIECE)
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
+        if not POSTS:
+            is_there = is_there & found_no_fault(table, heap, WORLD, THREADS)
         PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
         out = at(table, rank, offset, like)
         row_units = WIDTH // UNIT
@@ -134,7 +139,7 @@ def exchange_rows_kernel(
         else:
             # What this rank has itself as well, before anybody reads it: the next kernel begins after this one. All bits set are NaN in
             # every floating dtype.
-            for row in range(tl.program_id(0), num_rows, FEW):
+            for row in range(tl.program_id(0), num_rows, few):
                 for part in tl.static_range(PARTS):
                     word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
                     to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
@@ -143,10 +148,10 @@ def exchange_rows_kernel(
         # programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that
         # is under way: between two H100 announcing each one took as long as bringing it.
         values_RW = _load_part(table, out, from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-        for first_step in range(0, tl.cdiv(num_pieces - tl.program_id(0), FEW), TOGETHER):
-            group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces, FEW)
+        for first_step in range(0, tl.cdiv(num_pieces - tl.program_id(0), few), TOGETHER):
+            group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces, few)
             for i in tl.static_range(TOGETHER):
-                last_piece = _pieces(order, first_step + i + 2, num_pieces, FEW)
+                last_piece = _pieces(order, first_step + i + 2, num_pieces, few)
                 row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
                 to_R = out + (row_R * row_units) * UNIT
                 is_row_R = from_R >= 0
@@ -164,11 +169,11 @@ def exchange_rows_kernel(
                 from_R = next_from_R
                 next_from_R = last_from_R
             announce(piece_flag(flags, group_T), turn, group_T >= 0)
-        is_last = is_last_to_pull(heap, board, FEW)
+        is_last = is_last_to_pull(heap, board, few)
         announce(all_flag(flags), turn, is_last)
         # What was read may be the NaN of a rank that has found one.
         found_no_fault(table, heap, WORLD, THREADS)
         if is_last:
             tell_read(table, rank, board, posts, WORLD, THREADS)
-            if not SHARES:
+            if POSTS and not SHARES:
                 await_all_read(table, heap, board, posts, WORLD, THREADS)

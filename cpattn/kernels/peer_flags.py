@@ -189,8 +189,8 @@ def await_readers(table, heap, board, FIRST: tl.constexpr, WORLD: tl.constexpr, 
 @triton.jit
 def await_messages(table, heap, board, posts, size, first, many, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """Waits for the messages of ``many`` ranks from ``first`` on, around the ring, the ``posts``-th on this board. One of another size or
-    form than this rank's is a fault: its rank makes another call. Whether the messages lie there. Whoever posts has found no fault before,
-    so where they do there is none to look for."""
+    form than this rank's is a fault: its rank makes another call. Whether the messages lie there. Who posts the ``posts``-th itself in this
+    launch has found no fault then. Any other has to look: after a fault nobody posts or counts any more, and older messages lie there."""
     rank_W = tl.arange(0, THREADS)
     is_waited_W = (rank_W < WORLD) & ((rank_W - first + WORLD) % WORLD < many)
     flags_W = ready_flags(heap, board, rank_W, WORLD)

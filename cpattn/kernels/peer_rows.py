@@ -45,7 +45,8 @@ def await_readers_kernel(table, rank, board, FIRST: tl.constexpr, WORLD: tl.cons
 def await_messages_kernel(table, rank, board, size, first_rank, many, WORLD: tl.constexpr, THREADS: tl.constexpr):
     """One warp, before a pull or a copy."""
     heap = heap_of(table, rank)
-    let_pull(heap, board, await_messages(table, heap, board, posts_of(heap, board), size, first_rank, many, WORLD, THREADS))
+    are_there = await_messages(table, heap, board, posts_of(heap, board), size, first_rank, many, WORLD, THREADS)
+    let_pull(heap, board, are_there & found_no_fault(table, heap, WORLD, THREADS))
 
 
 @triton.jit

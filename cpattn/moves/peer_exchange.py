@@ -70,7 +70,7 @@ def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows
     return _exchange_rows.prepare(
         (programs, 1), {"num_warps": _WARPS}, {name: i for i, name in enumerate(tensors)},
         table=board.table, like=Words(like, word), places=late.own_rows, source=late.source, order=late.order, flags=late.flags,
-        offset=board.offset, size=board.size_word, own_rows=own_rows, num_rows=rows,
+        offset=board.offset, size=board.size_word, own_rows=own_rows, num_rows=rows, few=few,
         WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)), TOGETHER=_PIECES_TOGETHER,
-        POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FEW=few, FLAGS=board.flags(_WARPS, True), **own, **board.place(_WARPS),
+        POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(_WARPS, True), **own, **board.place(_WARPS),
     )  # fmt: skip

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     compile_it(peer_rows.await_messages_kernel, TABLE, {}, 1)
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
     compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True}, 4)
-    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, "FEW": 24, "FLAGS": 1024, "SHARES": False}
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, "FLAGS": 1024, "SHARES": False}
     exchange = WIDTHS | pieces | {"COUNT_ON_DEVICE": False, "POSTS": True, "PULLS": True}
     compile_it(peer_exchange.exchange_rows_kernel, given | LATE | {"num_tokens": "i32"}, exchange, 32, is_wide=True)
     for posts in (True, False):

@@ -259,11 +259,16 @@ def test_what_is_posted_and_read_is_said(device: str) -> None:
 
 
 def test_nobody_waits_any_more_after_a_fault(device: str) -> None:
-    """Who should post does not, and who should read gets NaN."""
+    """Who should post does not, and who should read gets NaN: not what was posted before, which lies there still."""
     ranks, x = Ranks(2, device), torch.ones(1, 64, dtype=torch.uint8, device=device)
+    for rank in range(2):
+        peer_moves.post_words(ranks.board(rank), x, first=True)
+    for rank in range(2):
+        peer_moves.pull_words(ranks.board(rank), torch.zeros(1, 128, dtype=torch.uint8, device=device), 0, 2)
+    posted = ranks.ready(1, 0)
     ranks.heaps[0].view(torch.int32)[FAULT] = 2
     peer_moves.post_words(ranks.board(0), x, first=True)
-    assert ranks.ready(1, 0) == [0, 0]
+    assert ranks.ready(1, 0) == posted
     assert int(ranks.fault[0]) == 2
     for many in (1, 2):
         out = torch.zeros(1, 64 * many, dtype=torch.uint8, device=device)
