@@ -140,9 +140,9 @@ def _implementation(vllm: Any) -> Any:
             logits_soft_cap: float | None = None,
             attn_type: str = "decoder",
             kv_sharing_target_layer_name: str | None = None,
-            sinks: Tensor | None = None,
             **others: Any,
         ) -> None:
+            sinks: Tensor | None = others.pop("sinks", None)
             refused = {
                 f"attn_type={attn_type!r}": attn_type != "decoder",
                 f"kv_cache_dtype={kv_cache_dtype!r}": kv_cache_dtype not in _CACHES,
