@@ -44,6 +44,14 @@ class PrefixKeys(NamedTuple):
         return 0 if self.page_table is None else self.k.shape[1]
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether pages, rows and heads are at multiples of 16 bytes, as kernels take cached keys."""
+    numbers = x.data_ptr()
+    for stride in x.stride()[:-1]:
+        numbers |= stride * x.element_size()
+    return numbers % 16 == 0
+
+
 PREFIX_UNIT = 128
 """Kernels load blocks of so many keys, or a divisor of it, and none of a block's keys may lie elsewhere."""
 

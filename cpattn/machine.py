@@ -118,8 +118,8 @@ class KernelCosts:
         splits: whether the keys of a long row are shared by several programs.
         least_rows: that its smallest query tile computes, however few queries it has.
         host: seconds that the host takes to launch it.
-        waits_for_keys: whether it attends to keys without pages while they still come, where it has its kernel for Hopper.
-        reads_prefix: whether that kernel reads packed prefixes where they lie.
+        waits_for_keys: whether it attends to keys in order while they still come, where it has its kernel for Hopper.
+        reads_prefix: whether that kernel reads prefixes where they lie, packed or in pages, beside keys in order.
         stored: by how much it is slower over keys in another dtype than q's, where computing takes the time; None if it is given a copy
             of them in q's dtype.
     """

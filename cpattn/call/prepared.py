@@ -34,6 +34,7 @@ from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.expansion import ExpandFunction
 from cpattn.graphs import leaves_graph
+from cpattn.keys import is_aligned
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
@@ -83,6 +84,10 @@ class PreparedCall:
         self._is_stored = problem.stored_dtype != problem.dtype
         self._reads_pages = problem.cache == "paged" and not problem.expands and backend.attends_to_pages(problem)
         cache = arguments.kv_cache
+        # Packed prefixes are copied where they are not, and pools are too large for that.
+        pages = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedKV) else ()
+        self._reads_prefix = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_prefix(problem)
+        self._waits_for_keys = not problem.expands and backend.waits_for_keys(problem)
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # No function of a caller's runs in the midst of it, which may count on modes that are set, as for a default device.
         is_ours = is_of_library(self.strategy) or is_resident(self.strategy)
@@ -191,11 +196,15 @@ class PreparedCall:
         # Memory made under inference_mode could not be written outside of it.
         with torch.inference_mode(False), arena.noting() as memory:
             new = NewRows.of(problem, arena) if self._is_stored and not is_resident(self.strategy) else None
-            waits, reads_prefix = (
-                (self.backend.waits_for_keys(problem), self.backend.reads_prefix(problem)) if not problem.expands else (False, False)
-            )
             self._exchange = self.strategy.prepare(
-                Setup(self.problem, meta, self.transport, self._reads_pages, waits_for_keys=waits, reads_prefix=reads_prefix)
+                Setup(
+                    self.problem,
+                    meta,
+                    self.transport,
+                    self._reads_pages,
+                    waits_for_keys=self._waits_for_keys,
+                    reads_prefix=self._reads_prefix,
+                )
             )
         if not hasattr(self._exchange, "transfers"):
             raise CPError(f"strategy={self.strategy.name!r} prepared a {type(self._exchange).__name__}; return an object with transfers")

@@ -51,8 +51,9 @@ class RequestRows(NamedTuple):
         if meta.bucket is not None:
             none = np.zeros_like(plan.extend_lens)
             return cls(none, none, plan.extend_lens, exclusive_cumsum(plan.extend_lens))
-        prefix, new = plan.prefix_lens, plan.extend_lens
-        if ordered is not Ordered.ALL_NEW:
+        if ordered is Ordered.ALL_NEW:
+            prefix, new = plan.prefix_lens * (plan.extend_lens > 0), plan.extend_lens
+        else:
             seen = SeenKeys.of(plan, meta.cp_rank, window=None)
             prefix, new = seen.prefix_len, seen.new_len
         put = _put_of(prefix, ordered)
@@ -101,6 +102,11 @@ class RowsOfRanks(NamedTuple):
 def _put_of(prefix: IntArray, ordered: Ordered) -> IntArray:
     """How many of so many cached keys have rows."""
     return prefix if ordered is Ordered.SEEN else prefix % PREFIX_UNIT
+
+
+def puts_cached_keys(plan: Layout, ordered: Ordered) -> bool:
+    """Whether some rank puts cached keys in its rows."""
+    return bool((_put_of(plan.prefix_lens, ordered)[plan.extend_lens > 0] > 0).any())
 
 
 class KeyOrder(NamedTuple):

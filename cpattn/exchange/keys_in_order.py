@@ -14,7 +14,7 @@ from cpattn.exchange.keys_at_hand import OwnKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup
-from cpattn.keys import Keys, PrefixKeys
+from cpattn.keys import Keys, PrefixKeys, is_aligned
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
@@ -121,16 +121,13 @@ def _prefix_of(cache: PackedKV | PagedKV | None, heads: slice | None, kept: Tens
     """Some heads of a cache, to be read where they lie."""
     assert cache is not None  # something is kept
     if isinstance(cache, PagedKV):
-        k, v, page_table = cache.k_pages, cache.v_pages, cache.page_table
-    else:
-        k, v, page_table = heads_of(cache.k, heads), heads_of(cache.v, heads), None
+        assert cache.v_pages is not None  # as below
+        return PrefixKeys(cache.k_pages, cache.v_pages, kept, cache.page_table)
+    k, v = heads_of(cache.k, heads), heads_of(cache.v, heads)
     assert v is not None  # it is not a part of K, or the backend would not read it there
-    return PrefixKeys(_aligned(k), _aligned(v), kept, page_table)
+    return PrefixKeys(_aligned(k), _aligned(v), kept)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """As a kernel takes cached keys: pages, rows and heads at multiples of 16 bytes."""
-    numbers = x.data_ptr()
-    for stride in x.stride()[:-1]:
-        numbers |= stride * x.element_size()
-    return x if numbers % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    """As a kernel takes cached keys."""
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

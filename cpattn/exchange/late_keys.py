@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, int32
 
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
-from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
+from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, puts_cached_keys
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.strategy import IO, Setup
@@ -51,7 +51,8 @@ class LateKeys(NamedTuple):
         # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
         flags[1:].copy_(flags[:1].expand(len(flags) - 1))
         shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
-        between = key_order(meta, setup.ordered).prefix_places is not None
+        # All ranks launch once, or all of them twice.
+        between = meta.bucket is None and puts_cached_keys(meta.plan, setup.ordered)
         late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.ordered, between)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)

@@ -103,7 +103,8 @@ class PlacesInOrder(NamedTuple):
 
     Attributes:
         new: the place of each row, where it is a new token's.
-        cached, cached_rows: the places of cached tokens that have rows, and those rows; None where none has one.
+        cached, cached_rows: the places of cached tokens that have rows and that this rank's queries see, and those rows; None where there
+            are none.
     """
 
     new: Places
@@ -112,18 +113,19 @@ class PlacesInOrder(NamedTuple):
 
 
 def places_in_order(meta: CPMetadata) -> PlacesInOrder:
-    """They are the same on all ranks."""
+    """The rows are the same on all ranks."""
 
     def build() -> PlacesInOrder:
         plan: Layout = meta.plan
         rows, requests = RequestRows.of(meta, Ordered.ALL_NEW), np.arange(len(plan.batch))
+        put = rows.put * (SeenKeys.of(plan, meta.cp_rank, window=None).new_len > 0)
         # Rows of cached tokens are in the pages already.
         positions = np.stack([-rows.put, plan.prefix_lens], axis=1).ravel()
         new = _expanded(requests.repeat(2), positions, np.stack([rows.put, rows.new], axis=1).ravel(), meta.device)
-        if not rows.put.any():
+        if not put.any():
             return PlacesInOrder(new, None, None)
-        cached = _expanded(requests, rows.kept, rows.put, meta.device)
-        return PlacesInOrder(new, cached, expand_all({"rows": (rows.begins, rows.put)}, meta.device)["rows"])
+        cached = _expanded(requests, rows.kept, put, meta.device)
+        return PlacesInOrder(new, cached, expand_all({"rows": (rows.begins, put)}, meta.device)["rows"])
 
     return meta.derive("places in order", build)
 

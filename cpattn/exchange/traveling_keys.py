@@ -1,5 +1,6 @@
 """How much of new keys and values an all-gather brings before the attention: nothing, what is needed, or everything. Pages that every
-rank holds whole get the rest beside the attention, or after it.
+rank holds whole get the rest beside the attention, or after it. (Where keys come late, :mod:`cpattn.exchange.late_pages`, all of it comes
+beside the attention.)
 
 It follows from the plan and the problem, so that every rank finds the same.
 """

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.reference import reference_attention
-from cpattn.exchange.decodes import DECODE_TOKENS
+from cpattn.exchange import late_pages
 from cpattn.exchange.gathered_rows import GatheredRows
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
 from cpattn.exchange.late_keys import late_tables
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.message import KVFormat
+from cpattn.exchange.page_places import places_in_order
 from cpattn.exchange.step_spans import spans_in_order
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -269,7 +271,7 @@ def test_attention_over_late_keys_and_prefixes_in_place(
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("partition", PARTITIONS[:3])
 @pytest.mark.parametrize("prefixes", [(0,) * 6, (300, 0, 7, 128, 0, 129), (64, 0, 128, 0, 0, 256)], ids=["none", "any", "whole units"])
 def test_late_keys_and_prefixes_in_pages(
     partition: str, window: int | None, prefixes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -290,6 +292,8 @@ def test_late_keys_and_prefixes_in_pages(
         return run_loopback(lambda group: case.on_rank(plan, group.rank, group, "all_gather", backend), 3)
 
     expected = results("reference")
+    monkeypatch.setattr(late_pages, "_LATE_TOKENS", 1)
+    monkeypatch.setattr(late_pages, "_CACHED_PART", 0)
     monkeypatch.setattr(Transport, "rows_of_all", rows_of_all)
     monkeypatch.setattr(Transport, "late_rows", late_rows)
     for mine, theirs in zip(results(backend), expected, strict=True):
@@ -299,9 +303,39 @@ def test_late_keys_and_prefixes_in_pages(
     assert any(in_place for _, in_place in seen) == any(prefix >= PREFIX_UNIT for prefix in prefixes)
 
 
-def test_what_is_decoded_goes_to_pages_first() -> None:
-    """As does what the metadata of a bucket have, which cannot say how many cached keys there are."""
-    for new, fixed, late in ((DECODE_TOKENS, False, False), (DECODE_TOKENS + 1, False, True), (DECODE_TOKENS + 1, True, False)):
-        case = AttentionCase([(9, 1), (300, new)], cache="paged")
-        plan = case.plan(2)
-        assert may_come_late(case.problem(plan), plan, fixed=fixed) == late
+@pytest.mark.parametrize(
+    ("batch", "cp_size", "late"),
+    [
+        ([(0, 4096)], 2, True),
+        ([(0, 4095)], 2, False),
+        ([(8000, 2048), (100, 2048)], 2, True),
+        ([(8000, 4096)] + [(1001, 1)] * 255, 4, False),  # a prefill among decodes, whose cached keys would be put beside
+        ([(8000, 4096)] + [(1001, 0)] * 255, 4, True),
+        ([(0, 2500), (0, 2500)], 2, False),  # whole
+        ([(0, 8192)], 1, False),
+    ],
+)
+def test_which_batches_come_late(batch: list[tuple[int, int]], cp_size: int, late: bool) -> None:
+    plan = cpattn.plan(batch, cp_size, partition="whole")
+    problem = replace(AttentionCase([(9, 3)], cache="paged").problem(plan), rows=plan.rows)
+    assert may_come_late(problem, plan, traveling_keys(problem, plan), fixed=False) == late
+    # A bucket's metadata cannot say how many cached keys there are.
+    assert not may_come_late(problem, plan, traveling_keys(problem, plan), fixed=True)
+
+
+def test_only_cached_keys_that_a_rank_sees_are_copied() -> None:
+    """Of requests without new tokens the table is not looked at, and nor is it for what other ranks attend to."""
+    plan = cpattn.plan([(200, 0), (130, 5), (300, 6), (5, 200)], 2, partition="uncut")
+    for rank in range(2):
+        meta = plan.metadata(rank)
+        own = {plan.chunk_table.request[entry] for entry in plan.by_rank.entries(rank)}
+        places = places_in_order(meta)
+        assert places.cached is not None
+        assert places.cached_rows is not None
+        request, position = (part.numpy() for part in places.cached)
+        expected = [(i, p) for i, (prefix, new) in enumerate(plan.batch) if new and i in own for p in range(prefix // 128 * 128, prefix)]
+        assert [*zip(request.tolist(), position.tolist(), strict=True)] == expected
+        # Each in the row before the new keys of its request.
+        starts = RequestRows.of(meta, Ordered.ALL_NEW)
+        rows = [starts.begins[i] + p - starts.kept[i] for i, p in expected]
+        assert places.cached_rows.tolist() == rows
