@@ -48,7 +48,7 @@ def test_json_has_all_numbers(capsys: pytest.CaptureFixture[str], batch: str) ->
     assert document["benchmark"] == "layer"
     assert document["device"]["type"] == device().type
     assert document["versions"]["torch"] == torch.__version__
-    shape = {"heads": 4, "kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "dtype": "float32", "itemsize": 4}
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "dtype": "float32", "itemsize": 4, "latent_dim": None}
     assert document["options"] == {"tokens": None, "batch": batch, "cp_size": 3, "attention": shape, "seconds": 0.01}
     assert [line["strategy"] for line in document["measured"]] == list(cpattn.STRATEGIES)
     for line in document["measured"]:
