@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DIST_VENV := .venv-dist
 ENGINES := .venv-engines
 
-.PHONY: help demo test test-gpu test-engines fuzz serving-loop faults sanitize lint dist clean
+.PHONY: help demo test test-gpu test-engines fuzz serving-loop faults sanitize lint figures dist clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
@@ -16,6 +16,7 @@ help:
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
+	@echo "make figures  every picture of results again, from the tables in benchmarks/results"
 	@echo "make dist   build sdist and wheel, check them, and run the README's code with the wheel alone"
 	@echo "make clean  remove $(VENV), $(DIST_VENV), $(ENGINES) and dist"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
@@ -89,6 +90,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+figures: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/draw_all.py
 
 # The wheel is installed with what it depends on and nothing more, with the torch that constraints.txt names, and runs the first
 # Python block of the README away from the checkout (-I), so that it is the wheel that is imported.

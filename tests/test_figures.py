@@ -1,0 +1,63 @@
+"""Pictures of results come from the tables beside them, and are drawn by one command."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import cache_memory
+import draw_all
+import pytest
+import speedup
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = {picture: figure for figure in draw_all.FIGURES for picture in figure.pictures}
+
+
+def signature(picture: Path) -> str | None:
+    image = pytest.importorskip("PIL.Image")
+    with image.open(picture) as opened:
+        found: str | None = opened.info.get("Tables")
+        return found
+
+
+def test_every_picture_of_results_is_drawn_by_the_one_command() -> None:
+    assert {path.stem for path in RESULTS.glob("*.png")} == set(PICTURES)
+    shown = [link for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")] for link in re.findall(r"\(([^)\s]+\.png)\)", page.read_text())]
+    assert len(shown) > 5
+    assert {Path(link).stem for link in shown} <= set(PICTURES)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_picture_is_drawn_from_the_table_as_it_is(picture: str) -> None:
+    assert signature(RESULTS / f"{picture}.png") == PICTURES[picture].digest(RESULTS), "make figures"
+
+
+def test_the_command_draws_and_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for table in PICTURES["speedup"].tables:
+        (tmp_path / f"{table}.csv").write_bytes((RESULTS / f"{table}.csv").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["draw_all.py", "--results", str(tmp_path), "--only", "speedup"])
+    draw_all.main()
+    drawn = PICTURES["speedup"]
+    assert signature(tmp_path / "speedup.png") == drawn.digest(RESULTS)
+    (tmp_path / "peers_4_gpus.csv").open("a").write("\n")
+    assert signature(tmp_path / "speedup.png") != drawn.digest(tmp_path)
+
+
+def test_speedups_are_those_of_the_page() -> None:
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    ours = {batch: speedup.speedups(RESULTS, batch)[speedup.OURS] for batch in speedup.BATCHES}
+    long, middle, short = (ours[batch][2] for batch in ("1 x 128k", "1 x 32k", "1 x 8k"))
+    assert f"{long:.2f} times as fast at 128k, {middle:.2f} at 32k and {short:.2f} at 8k" in text
+    long, middle, short = (ours[batch][4] for batch in ("1 x 128k", "1 x 32k", "1 x 8k"))
+    assert f"Over four it was {long:.2f}, {middle:.2f} and {short:.2f} times" in text
+
+
+def test_the_memory_of_caches_is_what_pools_take() -> None:
+    with (RESULTS / "cache_memory.csv").open() as file:
+        header, *lines = file.read().splitlines()
+    assert header == ",".join(cache_memory.HEADER)
+    assert lines == [",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in cache_memory.rows()]
