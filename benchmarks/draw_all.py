@@ -18,6 +18,7 @@ import bench_layer
 import bench_partitions
 import bench_peers
 import cache_memory
+import choosing_model
 import speedup
 import trace_layer
 from peers import report
@@ -63,6 +64,7 @@ FIGURES = [
     Figure([f"peers_2_gpus_{kind}" for kind in _PEERS], ["peers_2_gpus"], draw_peers),
     Figure(["speedup"], ["peers_2_gpus", "peers_4_gpus"], speedup.draw),
     Figure(["cache_memory"], ["cache_memory"], cache_memory.draw),
+    Figure(["choosing_model"], ["choosing_model"], choosing_model.draw),
 ]
 
 
