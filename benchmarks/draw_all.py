@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import bench_partitions
 import bench_peers
 import cache_memory
 import choosing_model
+import first_token
 import speedup
 import trace_layer
 from peers import report
@@ -51,6 +53,10 @@ def draw_peers(results: Path) -> None:
     report.draw(path, report.read(path), bench_peers.BATCHES, lambda name: variants[name].beside if name in variants else "")
 
 
+def _draw_engine(table: str, results: Path) -> None:
+    first_token.draw(results / table)
+
+
 _PEERS = ("eager", "eager_exposed", "graph", "graph_exposed", "speedup")
 FIGURES = [
     Figure(["attention_gpu"], ["attention_gpu"], bench_attention.draw),
@@ -65,6 +71,10 @@ FIGURES = [
     Figure(["speedup"], ["peers_2_gpus", "peers_4_gpus"], speedup.draw),
     Figure(["cache_memory"], ["cache_memory"], cache_memory.draw),
     Figure(["choosing_model"], ["choosing_model"], choosing_model.draw),
+    *(
+        Figure([table.stem], [table.stem], partial(_draw_engine, f"{table.stem}.csv"))
+        for table in sorted(RESULTS.glob("nano_vllm_*_gpus.csv"))
+    ),
 ]
 
 
