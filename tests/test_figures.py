@@ -58,6 +58,14 @@ def test_speedups_are_those_of_the_page() -> None:
     assert f"Over four it was {long:.2f}, {middle:.2f} and {short:.2f} times" in text
 
 
+def test_the_first_token_of_an_engine_is_as_on_the_page() -> None:
+    with (RESULTS / "nano_vllm_2_gpus.csv").open(newline="") as file:
+        over = {row["prompt"]: float(row["cp / one GPU, first token"]) for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"had its first token in {over['64k']:.2f} of one GPU's time" in text
+    assert min(over[length] for length in ("1k", "4k", "8k", "16k")) > 1
+
+
 def test_the_memory_of_caches_is_what_pools_take() -> None:
     with (RESULTS / "cache_memory.csv").open() as file:
         header, *lines = file.read().splitlines()
