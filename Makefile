@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DIST_VENV := .venv-dist
 ENGINES := .venv-engines
 
-.PHONY: help demo test test-gpu test-engines fuzz serving-loop faults sanitize lint dist clean
+.PHONY: help demo test test-gpu test-engines fuzz serving-loop faults sanitize lint docs figures dist clean
 
 help:
 	@echo "make demo   set up $(VENV) and run a ragged batch over several ranks, on GPUs where there are some, checked against float64"
@@ -16,14 +16,16 @@ help:
 	@echo "make faults  a table of what other ranks see where one is killed, stopped or raises"
 	@echo "make sanitize  the Triton kernels under compute-sanitizer"
 	@echo "make lint   style and types"
+	@echo "make docs   the site, in site: every warning is an error"
+	@echo "make figures  every picture of results again, from the tables in benchmarks/results"
 	@echo "make dist   build sdist and wheel, check them, and run the README's code with the wheel alone"
-	@echo "make clean  remove $(VENV), $(DIST_VENV), $(ENGINES) and dist"
+	@echo "make clean  remove $(VENV), $(DIST_VENV), $(ENGINES), dist and site"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "cpattn needs Python 3.10 or newer: PYTHON=python3.12 make ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,docs]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -90,6 +92,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Links between pages and to headings are checked; those to other sites are not, as they may be away for a while.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs --doctree-dir site/.doctrees . site
+	@echo "site/index.html"
+
+figures: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/draw_all.py
+
 # The wheel is installed with what it depends on and nothing more, with the torch that constraints.txt names, and runs the first
 # Python block of the README away from the checkout (-I), so that it is the wheel that is imported.
 dist:
@@ -106,4 +116,4 @@ dist:
 	cd $(DIST_VENV) && wheel/bin/python -I readme.py
 
 clean:
-	rm -rf $(VENV) $(DIST_VENV) $(ENGINES) dist
+	rm -rf $(VENV) $(DIST_VENV) $(ENGINES) dist site

@@ -1,11 +1,13 @@
 """A layer's attention through cp_attention, one rank's work on one GPU, transfers as local copies; beside the launch alone.
 
 PYTHONPATH=. python benchmarks/bench_layer.py [--results FOLDER]
+PYTHONPATH=. python benchmarks/bench_layer.py --draw  # only draws the results that are there, which needs no GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,15 +35,22 @@ _DONE = Work(lambda: None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--draw", action="store_true", help="only draw the results that are there, which needs no GPU")
     options = parser.parse_args()
+    if not options.draw:
+        measure_all(options.rounds, options.results)
+    draw(options.results)
+
+
+def measure_all(rounds: int, results: Path) -> None:
     table = []
     for tokens in (1024, 4096, 16384, 131072):
         for prefix in (0, 8192):
             for cp_size in (4, 8):
-                table += measure(tokens, prefix, cp_size, options.rounds)
+                table += measure(tokens, prefix, cp_size, rounds)
                 torch.cuda.empty_cache()
     write_gpu_report(
         "layer_gpu",
@@ -58,14 +67,19 @@ def main() -> None:
         "twice what the last one took; eager ones are of single calls to a device that waits for them. Host times are medians of "
         "means over calls one after another that are not waited for; cpattn's own is that of calls in which the backend gives back "
         "what it is asked for without a launch, and of these \"without the copies\" leaves out those that stand for transfers.",
-        options.results,
+        results,
     )  # fmt: skip
+
+
+def draw(results: Path) -> None:
+    """The quotients of one group's size over a cached prefix."""
     groups: dict[str, dict[str, float]] = {}
-    for tokens_text, prefix_text, cp_text, strategy, backend, _alone, _graph, _over, ratio, *_ in table:
-        if prefix_text != "0" and cp_text == "8":
-            groups.setdefault(f"{tokens_text} new tokens", {})[f"{strategy}, {backend}"] = float(ratio)
+    with (results / "layer_gpu.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["prefix"] != "0" and row["cp"] == "8":
+                groups.setdefault(f"{row['new tokens']} new tokens", {})[f"{row['strategy']}, {row['backend']}"] = float(row["ratio"])
     title = "A layer as a graph over its attention launch alone (8,192 cached tokens, cp 8; 1 is free)"
-    draw_bars(options.results / "layer_gpu.png", title, {"times the launch alone": groups}, digits=2)
+    draw_bars(results / "layer_gpu.png", title, {"times the launch alone": groups}, digits=2)
 
 
 def measure(tokens: int, prefix: int, cp_size: int, rounds: int) -> list[list[str]]:

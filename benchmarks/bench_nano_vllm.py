@@ -11,7 +11,6 @@ with a small model, and writes nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from gpu_report import RESULTS, draw_lines, write_gpu_report
+from first_token import FIRST, MIX, draw
+from gpu_report import RESULTS, write_gpu_report
 from nano_engine.random_model import SMALL, Shape, write_model
 from nano_engine.serve import Request, random_tokens, serve
 from nano_engine.stand_ins import ON_CPU, attention_in_words
@@ -30,9 +30,7 @@ from nano_vllm import SPLIT_FROM, running
 
 NEW_TOKENS = 32
 REPEATS, LONG_REPEATS = (2, 2) if ON_CPU else (7, 3)
-MIX = "mix"
 PER_SECOND = 20.0
-FIRST = ", ms to the first token"
 ONE, TP, CP, SPLIT = "one GPU", "tp", "cp", "cp, all split"
 
 
@@ -175,22 +173,6 @@ def main() -> None:
     )
     write_gpu_report(name, f"nano-vllm, {arguments.ranks} GPUs", header, rows, notes, arguments.out)
     draw(arguments.out / f"{name}.csv")
-
-
-def draw(path: Path) -> None:
-    """A picture beside a table: what a token of a prompt takes until the first token of the answer, by the prompt's length."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["prompt"] == MIX:
-            continue
-        length = int(row["prompt"].removesuffix("k")) * (1024 if row["prompt"].endswith("k") else 1)
-        for column, cell in row.items():
-            if column.endswith(FIRST) and cell:
-                curves.setdefault(column.removesuffix(FIRST), {})[length] = 1e3 * float(cell.replace(",", "")) / length
-    axes = ("prompt, tokens", "time to the first token, us a token of the prompt")
-    draw_lines(path.with_suffix(".png"), "nano-vllm, a Qwen3 in the shape of Qwen3-0.6B", axes, curves)
 
 
 if __name__ == "__main__":
