@@ -460,7 +460,7 @@ def explain(
     elif isinstance(choice.strategy, TwoLevel):
         explained = explained | {"keys": explain_levels(choice.strategy, choice.problem, meta.plan)}
     if expand is not None:
-        explained = explained | {"latent": explain_expansion(choice.problem, meta.plan)}
+        explained = explained | {"latent": explain_expansion(choice, meta.plan)}
     if isinstance(choice.strategy, DividedHeads):
         explained = explained | {"heads": explain_heads(choice.strategy, choice.problem, meta.plan)}
         across = explain_across(choice.strategy, choice.problem, meta.plan)

@@ -53,7 +53,7 @@ class Arguments(NamedTuple):
             None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.__class__, out.is_inference()),
             None if cache is None else _cache_key(cache),
             # Each layer has a function of its own.
-            expand is None,
+            None if expand is None else callable(expand),
             v_dim, strategy, backend, overlap, scale, window, softcap,
             # True == 1, but only one of them is a number of groups.
             v_dim.__class__, overlap.__class__, scale.__class__, window.__class__, softcap.__class__,

@@ -10,13 +10,12 @@ from cpattn.byte_sizes import in_words
 from cpattn.call.choose import Choice
 from cpattn.costs.compare import Compared, compared
 from cpattn.costs.decide import Decision
+from cpattn.costs.steps import latents_of
 from cpattn.exchange.auto import auto_candidates
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments
 from cpattn.expansion import bytes_of_head, head_groups
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import View
-from cpattn.problem import Problem
 
 # Of the ways that were compared so many are named.
 _NAMED = 2
@@ -67,10 +66,10 @@ def explain_strategy(choice: Choice, plan: Layout) -> dict[str, str]:
     )
 
 
-def explain_expansion(problem: Problem, plan: Layout) -> str:
-    """How a latent is expanded on the rank whose queries see the most keys, in words."""
-    view = View.of(plan)
-    num_keys = int((view.prefix + view.new).max(initial=0))
+def explain_expansion(choice: Choice, plan: Layout) -> str:
+    """How a latent is expanded where a launch attends to the most keys, in words."""
+    problem = choice.problem
+    num_keys = max((latents_of(plan, problem, hop) for hop in choice.schedule), default=0)
     groups = head_groups(problem, num_keys)
     most = max(heads.stop - heads.start for heads in groups)
     at_a_time = in_words(most * bytes_of_head(problem, num_keys))

@@ -324,8 +324,10 @@ def _difference(given: Any, prepared: Any) -> str:
             name, mine, theirs = next((f"kv_cache.{part}", x, y) for part, x, y in parts if x != y)
         return f"{name} is {_layout(mine)}, but this call was prepared with {_layout(theirs)}"
     if given[len(_COMPARED)] != prepared[len(_COMPARED)]:
-        has, had = ("no expand", "one") if given[len(_COMPARED)] else ("expand", "none")
-        return f"there is {has}, but this call was prepared with {had}"
+        mine, theirs = given[len(_COMPARED)], prepared[len(_COMPARED)]
+        if mine is None or theirs is None:
+            return f"expand is {'not ' * (mine is None)}given, but this call was prepared {'without' if theirs is None else 'with'} one"
+        return "expand is no function"
     return "an option differs from the one that this call was prepared with"
 
 

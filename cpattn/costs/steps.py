@@ -112,7 +112,7 @@ class Tally:
         launch of its own."""
         choice, problem = self.choice, self.choice.problem
         assert problem.latent_dim is not None  # it expands
-        num_keys = _latents_of(choice.plan, problem, hop)
+        num_keys = latents_of(choice.plan, problem, hop)
         groups, numbers = len(head_groups(problem, num_keys)), num_keys * problem.q_heads * (problem.head_dim + problem.v_head_dim)
         # What is written is written beside the products.
         seconds = numbers * max(2 * problem.latent_dim / choice.kernel.flops, problem.dtype.itemsize / choice.machine.copy)
@@ -167,7 +167,7 @@ class Tally:
         self.launches += count * other.launches
 
 
-def _latents_of(plan: Layout, problem: Problem, hop: Hop) -> int:
+def latents_of(plan: Layout, problem: Problem, hop: Hop) -> int:
     """How many of them a hop attends to, on the rank that has the most."""
     if hop.keys == "all":
         return _Most.of(plan).both

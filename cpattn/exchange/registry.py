@@ -7,9 +7,11 @@ from typing import Any
 from cpattn.errors import UnknownNameError
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.helix import HELIX
+from cpattn.exchange.hybrid import Hybrid, hybrid
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.two_level import TwoLevel, two_level
 from cpattn.exchange.ulysses import ULYSSES
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -41,7 +43,11 @@ def find_strategy(given: Any) -> Strategy:
 
 
 def is_of_library(strategy: Strategy) -> bool:
-    """Whether it is one that has a name here."""
+    """Whether it is one that has a name here, or that a function here makes."""
+    if isinstance(strategy, Hybrid) and strategy.within is not None and strategy.across is not None:
+        return strategy is hybrid(strategy.within, strategy.across.name)
+    if isinstance(strategy, TwoLevel):
+        return strategy is two_level(strategy.within)
     return any(strategy is one for one in (*STRATEGIES.values(), *OF_ALL_QUERIES.values()))
 
 

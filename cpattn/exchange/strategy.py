@@ -128,5 +128,5 @@ class Strategy:
         if not self.stored and problem.stored_dtype != problem.dtype:
             return f"it takes pages in q's dtype alone, {problem.dtype}, not {problem.stored_dtype}"
         if not self.expands and problem.expands:
-            return "it takes keys and values as they come, and no latent that is expanded where it is attended to"
+            return "it divides heads, and a latent has one; leave expand out, and pass queries and the latent in the absorbed form"
         return self.why_not(problem, plan)

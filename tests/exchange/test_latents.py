@@ -16,6 +16,7 @@ from torch import Tensor
 import cpattn
 from cpattn import expansion
 from cpattn.attention import expanded_keys
+from cpattn.byte_sizes import in_words
 from cpattn.exchange.registry import find_strategy
 from cpattn.moves.wide_copy import copy_wide_
 from cpattn.problem import Problem
@@ -223,8 +224,13 @@ def test_layers_with_functions_of_their_own_share_a_prepared_call() -> None:
         assert isinstance(out, Tensor)
         assert torch.equal(out, cpattn.cp_attention(layer.q, layer.k, None, meta, v_dim=12, expand=layer.expand))
         torch.testing.assert_close(out.double(), layer.expected[0], rtol=1e-5, atol=1e-6)
-    with pytest.raises(cpattn.TensorMismatchError, match="there is no expand, but this call was prepared with one"):
+    with pytest.raises(cpattn.TensorMismatchError, match="expand is not given, but this call was prepared with one"):
         prepared(case.q, case.k, None)
+    # A layer that passes no function is refused before anything is sent, as the first one would be.
+    with pytest.raises(cpattn.CPError, match="expand is no function"):
+        prepared(case.q, case.k, None, expand=3)  # type: ignore[arg-type]
+    with pytest.raises(cpattn.OptionError, match="expand=3; pass a function"):
+        cpattn.cp_attention(case.q, case.k, None, meta, v_dim=12, expand=3)  # type: ignore[call-overload]
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -294,8 +300,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a dtype": ({"k": torch.zeros(9, 1, 30).double()}, cpattn.TensorMismatchError, "q is torch.float32, the latent k is torch.float64"),
     "overlap": ({"overlap": 2}, cpattn.OptionError, "overlap=2; a latent has one head"),
-    "ulysses": ({"strategy": "ulysses"}, cpattn.UnsupportedError, "it takes keys and values as they come, and no latent"),
-    "a hybrid": ({"strategy": cpattn.hybrid(1, "ring")}, cpattn.UnsupportedError, "it takes keys and values as they come, and no latent"),
+    "ulysses": ({"strategy": "ulysses"}, cpattn.UnsupportedError, "it divides heads, and a latent has one"),
+    "a hybrid": ({"strategy": cpattn.hybrid(1, "ring")}, cpattn.UnsupportedError, "it divides heads, and a latent has one"),
 }
 
 
@@ -348,6 +354,15 @@ def test_explain_says_how_many_heads_at_a_time() -> None:
     explained = cpattn.explain(q, latent, None, meta, v_dim=12, kv_cache=case.prefix, expand=case.expand)
     assert explained["latent"].startswith("30 numbers a token are expanded to 16 and 12 a head, all 6 heads at once, ")
     assert explained["cpu"] == "chosen"
+
+
+@pytest.mark.parametrize(("strategy", "keys"), [("all_gather", 64), ("ring", 16)])
+def test_explain_says_what_a_launch_expands(strategy: str, keys: int) -> None:
+    case = LatentCase([(0, 64)])
+    meta = case.plan(4).metadata(0)
+    q, latent = cpattn.shard(case.q, meta), cpattn.shard(case.k, meta)
+    explained = cpattn.explain(q, latent, None, meta, v_dim=12, strategy=strategy, expand=case.expand)
+    assert explained["latent"].endswith(f"all 6 heads at once, {in_words(6 * keys * (16 + 12) * 4)} each")
 
 
 def test_a_problem_says_what_travels_and_what_is_attended_to() -> None:
