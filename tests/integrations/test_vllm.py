@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
+import sys
+from dataclasses import fields, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +146,10 @@ def test_an_interface_that_is_not_known_is_refused() -> None:
     def without(cls: type, name: str) -> type:
         return type(cls.__name__, (), {key: value for key, value in vars(cls).items() if key != name})
 
+    def renamed(field: str) -> type:
+        known = fields(vllm_stand_in.CommonAttentionMetadata)
+        return make_dataclass("CommonAttentionMetadata", [f"{x.name}_2" if x.name == field else x.name for x in known])
+
     old = vllm_stand_in.AttentionBackend
     for module, name, value, message in [
         (
@@ -152,7 +159,17 @@ def test_an_interface_that_is_not_known_is_refused() -> None:
             r"AttentionImpl.forward takes \(self, layer, query, key, val",
         ),
         ("vllm.v1.attention.backend", "AttentionBackend", without(old, "supports_sink"), "AttentionBackend has no supports_sink"),
+        (
+            "vllm.v1.attention.backend",
+            "AttentionImpl",
+            without(vllm_stand_in.AttentionImpl, "forward"),
+            "AttentionImpl has no method forward",
+        ),
         ("vllm.v1.attention.backend", "CommonAttentionMetadata", object, "CommonAttentionMetadata has no query_start_loc_cpu, seq_"),
+        # It asks for another attention than a causal one, under a name that nobody would look for.
+        ("vllm.v1.attention.backend", "CommonAttentionMetadata", renamed("mm_req_doc_ranges"), "Metadata has no mm_req_doc_ranges;"),
+        ("vllm.v1.attention.backend", "CommonAttentionMetadata", renamed("rswa_prefix_lens"), "Metadata has no rswa_prefix_lens;"),
+        ("vllm.v1.attention.backend", "CommonAttentionMetadata", renamed("encoder_seq_lens"), "Metadata has no encoder_seq_lens;"),
         ("vllm.distributed.parallel_state", "get_dcp_group", None, "parallel_state.get_dcp_group cannot be imported"),
     ]:
         with vllm_stand_in.stand_in() as modules:
@@ -173,6 +190,20 @@ def test_without_vllm() -> None:
         _ = custom.CPAttentionBackend
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         _ = custom.Other
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no driver\nin this container"), OSError("libcudart"), KeyError("x")], ids=repr)
+def test_the_plugin_raises_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Any:
+        raise error
+
+    # By its module, as the package has a function of that name.
+    monkeypatch.setattr(sys.modules[plugin.__module__], "_registry", broken)
+    plugin()
+    (line,) = caplog.records
+    assert (line.name, line.levelno, line.exc_info) == ("vllm.cpattn", logging.WARNING, None)
+    what = " ".join(str(error).split())
+    assert line.getMessage() == f"cpattn is not registered as vLLM's backend CUSTOM: {type(error).__name__}: {what}"
 
 
 def test_register() -> None:

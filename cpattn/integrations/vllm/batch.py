@@ -13,7 +13,7 @@ from cpattn.metadata.plan import Plan, plan
 from cpattn.metadata.striped import Striped
 
 # Fields of a step that ask for another attention than a causal one, each with what it is for.
-_OTHER_ATTENTION = {
+OTHER_ATTENTION = {
     "encoder_seq_lens": "cross attention",
     "mm_req_doc_ranges": "attention in both directions within images",
     "rswa_prefix_lens": "a window beside a prefix that all tokens see",
@@ -39,7 +39,7 @@ def batch_of(common: Any) -> IntArray:
     """
     if common.causal is not True:
         raise UnsupportedError(f"causal={_shown(common.causal)}; cpattn has causal attention alone: choose another attention backend")
-    for name, purpose in _OTHER_ATTENTION.items():
+    for name, purpose in OTHER_ATTENTION.items():
         if getattr(common, name, None) is not None:
             raise UnsupportedError(f"{name} is given, for {purpose}, which cpattn does not have: choose another attention backend")
     starts = _on_host("query_start_loc_cpu", common.query_start_loc_cpu, common.num_reqs + 1)

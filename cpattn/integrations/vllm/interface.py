@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from cpattn.errors import UnsupportedError
+from cpattn.integrations.vllm.batch import OTHER_ATTENTION
 
 RELEASE = "0.33"
 _BACKEND, _GROUPS = "vllm.v1.attention.backend", "vllm.distributed.parallel_state"
@@ -28,7 +29,9 @@ _NAMES = {
     "AttentionImpl": "can_return_lse_for_decode supports_dcp supports_pcp",
     "AttentionMetadataBuilder": "get_cudagraph_support",
 }
-_FIELDS = "query_start_loc_cpu seq_lens_cpu_upper_bound num_reqs block_table_tensor causal"
+# A field by which vLLM asks for another attention than a causal one must be there as well: under a new name nobody would look at it, and
+# causal attention would be the wrong answer.
+_FIELDS = ("query_start_loc_cpu", "seq_lens_cpu_upper_bound", "num_reqs", "block_table_tensor", "causal", *OTHER_ATTENTION)
 
 
 class Interface(NamedTuple):
@@ -51,14 +54,17 @@ def attention_interface() -> Interface:
     named = dict(zip(Interface._fields, classes, strict=False))
     for method, parameters in _PARAMETERS.items():
         owner, name = method.split(".")
-        _check(method, list(inspect.signature(getattr(named[owner], name)).parameters), parameters.split())
+        found = getattr(named[owner], name, None)
+        if not callable(found):
+            raise _unknown(f"{owner} has no method {name}")
+        _check(method, list(inspect.signature(found).parameters), parameters.split())
     for owner, names in _NAMES.items():
         missing = [name for name in names.split() if not hasattr(named[owner], name)]
         if missing:
             raise _unknown(f"{owner} has no {', '.join(missing)}")
     common = _of(_BACKEND, "CommonAttentionMetadata")
     known = {field.name for field in fields(common)} if is_dataclass(common) else set()
-    missing = [name for name in _FIELDS.split() if name not in known]
+    missing = [name for name in _FIELDS if name not in known]
     if missing:
         raise _unknown(f"CommonAttentionMetadata has no {', '.join(missing)}")
     return Interface(*classes, *(_of(_GROUPS, name) for name in Interface._fields[3:]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
 from cpattn.errors import UnsupportedError
-from cpattn.log import logger
 
 BACKEND = "cpattn.integrations.vllm.custom.CPAttentionBackend"
 """By this name vLLM imports the backend, when ``CUSTOM`` is chosen."""
@@ -35,8 +35,10 @@ def plugin() -> None:
     try:
         if not _registry().AttentionBackendEnum.CUSTOM.is_overridden():
             register()
-    except (ImportError, AttributeError, UnsupportedError) as error:
-        logger().info("vLLM's backend CUSTOM is not registered: %s", error)
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        # A logger of vLLM's name, as that of cpattn shows nothing there.
+        logging.getLogger("vllm.cpattn").warning("cpattn is not registered as vLLM's backend CUSTOM: %s", what)
 
 
 def _registry() -> Any:
