@@ -106,6 +106,7 @@ def _stand_ins(device: str) -> dict[str, dict[str, Any]]:
         "sglang.srt.platforms": {"current_platform": SimpleNamespace(is_cuda_alike=_no)},
         "sglang.srt.runtime_context": {
             "get_parallel": lambda: RANK.parallel,
+            "attention_backends": lambda: ("fa3", "fa3"),
             **{f"get_{bag}": lambda: config for bag in ("device", "exec", "memory", "model", "schedule", "spec")},
         },
         "sglang.srt.utils": utils,

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import logging
 import random
+import re
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +24,10 @@ from torch import Tensor
 
 import cpattn
 from cpattn.errors import BatchError, UnsupportedError
-from cpattn.integrations.sglang import engine, interface
+from cpattn.integrations.sglang import engine, interface, replace_zigzag
 from cpattn.integrations.sglang.asked import Asked, asked_of
-from cpattn.integrations.sglang.interface import CALLS, FIELDS, STRATEGY, check_interface
+from cpattn.integrations.sglang.interface import CALLS, FIELDS, STRATEGY, Modules, check_interface
+from cpattn.integrations.sglang.plugin import plugin, strategy_over
 from cpattn.integrations.sglang.step import TWO_BLOCKS, Step, batch_of, with_rows
 from cpattn.integrations.sglang.strategy import CPAttnStrategy
 from cpattn.integrations.sglang.turns import attend_in_turns, turns_of
@@ -190,7 +195,24 @@ def test_what_is_left_to_sglangs_kernel() -> None:
     fp8 = q.to(torch.float8_e4m3fn)
     assert "queries are torch.float8_e4m3fn" in str(asked_of(attention_of(q, pages.to(fp8.dtype), table, kwargs=scales), fp8))
     assert "queries are torch.bfloat16 and the pool torch.float32" in str(asked_of(attention_of(q, pages, table), q.bfloat16()))
-    assert "is not the attention" in str(asked_of(lambda *turn: q, q))
+    assert "of SGLang without a version is not the attention of keys and values that cpattn knows of 0.5.23" in str(
+        asked_of(lambda *turn: q, q)
+    )
+
+
+def test_that_sglangs_kernel_attends_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cpu"))
+    ours, q = strategy(1), torch.ones(3, 2, 8)
+    step = ours.build_metadata(3, [3], [3])
+    for _ in range(2):
+        ours.run_attention(q, SimpleNamespace(attn_cp_metadata=step), "cpu", once_said)
+    (line,) = caplog.records
+    assert line.levelno == logging.WARNING
+    assert line.getMessage().startswith("SGLang's own kernel attends in the place of cpattn's, as once_said of SGLang")
+
+
+def once_said(q: Tensor, *turn: Any) -> Tensor:
+    return q
 
 
 @pytest.mark.parametrize(
@@ -275,8 +297,8 @@ def test_what_a_layer_leaves_is_written_all_the_same(monkeypatch: pytest.MonkeyP
             assert swa_loc is None
 
 
-def modules_of(change: str = "") -> tuple[Any, Any]:
-    """Stand-ins for SGLang's two modules, as the table of the interface has them, with a change."""
+def modules_of(change: str = "") -> Modules:
+    """Stand-ins for SGLang's modules, as the table of the interface has them, with a change."""
     methods = {name: f"def {name}(self, {taken.replace(' ', ', ')}): ..." for name, taken in STRATEGY.items() if taken is not None}
     fields = {name: f"{name}: object = None" for name in FIELDS}
     calls: dict[str, str] = {}
@@ -293,14 +315,24 @@ def modules_of(change: str = "") -> tuple[Any, Any]:
         fields["rank_order"] = "rank_order: object = None"
     elif change == "another call":
         calls["KVWriteLoc"] = calls["KVWriteLoc"].replace("full_loc", "whole_loc")
+    elif change == "a class less":
+        del calls["KVWriteLoc"]
     values = [f"{name} = 1" for name, taken in STRATEGY.items() if taken is None]
     source = "\n".join(["class ZigzagCPStrategy:", *(f"    {line}" for line in [*methods.values(), *values])])
     source += "\n".join(["\n@dataclass\nclass ZigzagContextParallelMetadata:", *(f"    {line}" for line in fields.values())])
     zigzag: dict[str, Any] = {"dataclass": dataclasses.dataclass}
     exec(source, zigzag)
+    if change == "no metadata":
+        del zigzag["ZigzagContextParallelMetadata"]
+    elif change == "other metadata":
+        zigzag["ZigzagContextParallelMetadata"] = dict
     pools: dict[str, Any] = {}
     exec("\n".join(calls.values()), pools)
-    return SimpleNamespace(**zigzag), SimpleNamespace(**pools)
+    context = SimpleNamespace() if change == "no backends" else SimpleNamespace(attention_backends=lambda: ("fa3", "fa3"))
+    registered: list[Any] = []
+    registry = SimpleNamespace(register=lambda *given: registered.append(given), registered=registered)
+    hooks = SimpleNamespace(HookRegistry=registry, HookType=SimpleNamespace(REPLACE="replace"))
+    return Modules(SimpleNamespace(**zigzag), SimpleNamespace(**pools), context, hooks)
 
 
 @pytest.mark.parametrize(
@@ -314,13 +346,105 @@ def modules_of(change: str = "") -> tuple[Any, Any]:
         ),
         ("a field more", "ZigzagContextParallelMetadata has the field rank_order"),
         ("another call", r"KVWriteLoc.for_batch takes \(forward_batch swa_loc whole_loc\), not"),
+        ("a class less", "there is no KVWriteLoc"),
+        ("no metadata", "there is no dataclass ZigzagContextParallelMetadata"),
+        ("other metadata", "there is no dataclass ZigzagContextParallelMetadata"),
+        ("no backends", "there is no attention_backends"),
     ],
 )
 def test_another_interface_is_refused_in_one_line(change: str, difference: str) -> None:
-    check_interface(*modules_of(), release="0.5.23")
+    check_interface(modules_of(), release="0.5.23")
     with pytest.raises(UnsupportedError, match=rf"in this one \(0\.5\.99\) {difference}.*SGLang's own strategy stays") as refused:
-        check_interface(*modules_of(change), release="0.5.99")
+        check_interface(modules_of(change), release="0.5.99")
     assert "\n" not in str(refused.value)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, modules: Modules | None) -> None:
+    """SGLang 0.5.99 for a test: with these modules, or with none of them where it was."""
+    monkeypatch.setitem(sys.modules, "sglang", ModuleType("sglang"))
+    sys.modules["sglang"].__version__ = "0.5.99"  # type: ignore[attr-defined]
+    if modules is not None:
+        names = ("layers.cp.zigzag", "mem_cache.memory_pool", "runtime_context", "plugins.hook_registry")
+        for name, module in zip(names, modules, strict=True):
+            monkeypatch.setitem(sys.modules, f"sglang.srt.{name}", module)
+            for n in range(name.count(".") + 1):
+                package = f"sglang.srt.{name}".rsplit(".", n + 1)[0]
+                monkeypatch.setitem(sys.modules, package, ModuleType(package))
+
+
+def test_another_release_is_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for modules, why in (
+        (
+            None,
+            r"UnsupportedError: .*\(0\.5\.99\) a module cannot be imported \(ModuleNotFoundError: No module named 'sglang.srt",
+        ),
+        (modules_of("no metadata"), r"UnsupportedError: .*\(0.5.99\) there is no dataclass ZigzagContextParallelMetadata"),
+        (modules_of()._replace(zigzag=SimpleNamespace(ZigzagCPStrategy=3)), r"UnsupportedError: .*ZigzagCPStrategy has"),
+    ):
+        with monkeypatch.context() as patch:
+            stand_in(patch, modules)
+            caplog.clear()
+            plugin()
+            with pytest.raises(UnsupportedError, match=r"SGLang's own strategy stays"):
+                replace_zigzag()
+        (line,) = caplog.records
+        assert (line.levelno, line.exc_info) == (logging.WARNING, None)
+        message = line.getMessage()
+        assert re.match(rf"cpattn is not in the place of the zigzag strategy of SGLang 0\.5\.99: {why}", message)
+        assert "\n" not in message
+
+
+def test_whatever_is_raised_is_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    modules = modules_of()
+    modules.hook_registry.HookRegistry.register = None
+    stand_in(monkeypatch, modules)
+    plugin()
+    (line,) = caplog.records
+    assert "SGLang 0.5.99: TypeError: 'NoneType' object is not callable" in line.getMessage()
+
+
+class OwnZigzag:
+    """In the place of SGLang's class."""
+
+    def __init__(self, cp_size: int) -> None:
+        self.cp_size = cp_size
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_ours", "says"),
+    [
+        ("fa3", True, "cpattn is in the place of the zigzag strategy of SGLang 0.5.99"),
+        ("fa4", True, "cpattn is in the place of the zigzag strategy of SGLang 0.5.99"),
+        (
+            "trtllm_mha",
+            False,
+            "SGLang's own zigzag strategy stays, as cpattn serves the prefill backends fa3 and fa4, and this",
+        ),
+        (None, True, None),
+    ],
+)
+def test_the_strategy_stays_sglangs_for_other_backends(
+    backend: str | None, is_ours: bool, says: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def attention_backends() -> tuple[str, str]:
+        if backend is None:
+            raise ValueError("config namespace 'exec' not published")
+        return backend, "trtllm_mha"
+
+    modules = modules_of()._replace(runtime_context=SimpleNamespace(attention_backends=attention_backends))
+    stand_in(monkeypatch, modules)
+    plugin()
+    ((target, made, _),) = modules.hook_registry.HookRegistry.registered
+    assert target == "sglang.srt.layers.cp.zigzag.ZigzagCPStrategy"
+    assert issubclass(made, modules.zigzag.ZigzagCPStrategy)
+    made = strategy_over(OwnZigzag)
+    assert not caplog.records
+    strategy = made(cp_size=4)
+    assert strategy.cp_size == 4
+    assert isinstance(strategy, OwnZigzag)
+    assert isinstance(strategy, CPAttnStrategy) is is_ours
+    assert [line.getMessage()[: len(says or "")] for line in caplog.records] == [says] * (says is not None)
+    assert all(line.levelno == logging.WARNING for line in caplog.records)
 
 
 def test_every_method_that_is_answered_is_one_of_sglangs() -> None:
@@ -331,4 +455,7 @@ def test_every_method_that_is_answered_is_one_of_sglangs() -> None:
 
 def test_sglang_finds_the_plugin_by_its_entry_point() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points."sglang.srt.plugins"]\ncpattn = "cpattn.integrations.sglang:replace_zigzag"\n' in project
+    found = re.search(r'entry-points."sglang.srt.plugins"\]\ncpattn = "(.+):(.+)"', project)
+    assert found is not None
+    module, name = found.groups()
+    assert getattr(importlib.import_module(module), name) is plugin

@@ -1,7 +1,7 @@
 """SGLang: its context-parallel prefill over cpattn, as a plugin in the place of its ``zigzag`` strategy.
 
-SGLang finds it by the entry point ``cpattn`` of the group ``sglang.srt.plugins``, wherever both are installed, and calls
-:func:`replace_zigzag` in each of its processes::
+SGLang finds it by the entry point ``cpattn`` of the group ``sglang.srt.plugins``, wherever both are installed, and so
+calls :func:`replace_zigzag` in each of its processes::
 
     python -m sglang.launch_server --model-path ... --tp 4 --attn-cp-size 4 --enable-prefill-cp --cp-strategy zigzag
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import UnsupportedError
+from cpattn.integrations.sglang import engine
+from cpattn.integrations.sglang.interface import KNOWN_RELEASE
 from cpattn.kv_cache import PagedKV
 
 # The function of FlashAttentionBackend.forward_extend, and what it takes from around it.
@@ -54,7 +56,8 @@ def asked_of(attend: Callable[..., Tensor], q: Tensor) -> Asked | str:
     """
     code = getattr(attend, "__code__", None)
     if code is None or code.co_name != _NAME or frozenset(code.co_freevars) != _TAKES:
-        return f"{getattr(attend, '__name__', attend)} is not the attention of keys and values that cpattn knows"
+        name = getattr(attend, "__name__", attend)
+        return f"{name} of SGLang {engine.release()} is not the attention of keys and values that cpattn knows of {KNOWN_RELEASE}"
     of = _Around(attend)
     _refuse_what_needs_whole_requests(of)
     reason = _why_not(of, q)

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def release() -> str:
+    """Of the SGLang that this process has imported."""
+    return str(getattr(sys.modules.get("sglang"), "__version__", "without a version"))
+
+
+def warn(message: str, *values: Any) -> None:
+    """Puts a line among SGLang's own.
+
+    SGLang sets up logging only after it has loaded its plugins. Until then the logger ``cpattn`` shows nothing, but one of SGLang's
+    name writes warnings to stderr.
+    """
+    logging.getLogger("sglang.cpattn").warning(message, *values)
+
+
+def prefill_backend() -> str | None:
+    """The name of the attention backend of prefills; None in a process that has no configuration yet."""
+    from sglang.srt.runtime_context import attention_backends
+
+    try:
+        prefill, _ = attention_backends()
+    except (RuntimeError, ValueError):
+        return None
+    name: str | None = prefill
+    return name
 
 
 def cp_group() -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from cpattn.errors import UnsupportedError
 from cpattn.integrations.sglang.step import TWO_BLOCKS
@@ -50,38 +51,84 @@ CALLS = {
 }
 
 
-def check_interface(zigzag: Any, memory_pool: Any, release: str) -> None:
+# The modules that have what else the plugin takes.
+_NAMES = {"runtime_context": "attention_backends", "hook_registry": "HookRegistry HookType"}
+
+
+class Modules(NamedTuple):
+    """Of SGLang, those that the plugin is built on."""
+
+    zigzag: Any
+    memory_pool: Any
+    runtime_context: Any
+    hook_registry: Any
+
+
+def checked_interface(release: str) -> Modules:
+    """Imports what is built on, and compares it with what is known of it.
+
+    Args:
+        release: SGLang's version, for the message.
+
+    Raises:
+        UnsupportedError: as :func:`check_interface`; and where a module is not there.
+    """
+    names = ("layers.cp.zigzag", "mem_cache.memory_pool", "runtime_context", "plugins.hook_registry")
+    try:
+        modules = Modules(*(import_module(f"sglang.srt.{name}") for name in names))
+    except ImportError as error:
+        raise _unknown(release, f"a module cannot be imported ({type(error).__name__}: {error})") from error
+    check_interface(modules, release)
+    return modules
+
+
+def check_interface(modules: Modules, release: str) -> None:
     """Compares SGLang with what is known of it.
 
     Args:
-        zigzag, memory_pool: its modules ``layers.cp.zigzag`` and ``mem_cache.memory_pool``.
         release: its version, for the message.
 
     Raises:
         UnsupportedError: in one line, with the first thing that is otherwise.
     """
-    difference = next(_differences(zigzag, memory_pool), None)
+    difference = next(_differences(modules), None)
     if difference is not None:
-        raise UnsupportedError(
-            f"cpattn {__version__} knows the context parallelism of SGLang {KNOWN_RELEASE}, but in this one ({release}) {difference}: "
-            "SGLang's own strategy stays in its place; install a cpattn that knows this release, or that SGLang"
-        )
+        raise _unknown(release, difference)
 
 
-def _differences(zigzag: Any, memory_pool: Any) -> Iterator[str]:
-    strategy = getattr(zigzag, "ZigzagCPStrategy", None)
+def _unknown(release: str, difference: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"cpattn {__version__} knows the context parallelism of SGLang {KNOWN_RELEASE}, but in this one ({release}) {difference}: "
+        "SGLang's own strategy stays in its place; install a cpattn that knows this release, or that SGLang"
+    )
+
+
+def _differences(modules: Modules) -> Iterator[str]:
+    strategy = getattr(modules.zigzag, "ZigzagCPStrategy", None)
     if strategy is None:
         yield "there is no ZigzagCPStrategy"
         return
     found = {name: _taken(inspect.getattr_static(strategy, name)) for name in dir(strategy) if not name.startswith("_")}
     yield from _compared("ZigzagCPStrategy", STRATEGY, found)
-    fields = {field.name for field in dataclasses.fields(zigzag.ZigzagContextParallelMetadata)}
+    metadata = getattr(modules.zigzag, "ZigzagContextParallelMetadata", None)
+    if not dataclasses.is_dataclass(metadata):
+        yield "there is no dataclass ZigzagContextParallelMetadata"
+        return
+    fields = {field.name for field in dataclasses.fields(metadata)}
     for name in sorted(FIELDS ^ fields):
         yield f"ZigzagContextParallelMetadata has {'the field' if name in fields else 'no field'} {name}"
     for path, taken in CALLS.items():
         owner, name = path.split(".")
-        method = inspect.getattr_static(getattr(memory_pool, owner, None), name, None)
+        cls = getattr(modules.memory_pool, owner, None)
+        if cls is None:
+            yield f"there is no {owner}"
+            return
+        method = inspect.getattr_static(cls, name, None)
         yield from _compared(owner, {name: taken}, {} if method is None else {name: _taken(method)})
+    for module, names in _NAMES.items():
+        for name in names.split():
+            if not hasattr(getattr(modules, module), name):
+                yield f"there is no {name}"
 
 
 def _compared(owner: str, known: dict[str, str | None], found: dict[str, str | None]) -> Iterator[str]:

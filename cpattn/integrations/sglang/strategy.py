@@ -14,7 +14,6 @@ from cpattn.integrations.sglang import engine
 from cpattn.integrations.sglang.asked import asked_of
 from cpattn.integrations.sglang.step import NewKV, Step, batch_of, with_rows
 from cpattn.integrations.sglang.turns import attend_in_turns
-from cpattn.log import logger
 from cpattn.metadata.plan import plan
 from cpattn.serving import attend, gather_kv
 
@@ -153,4 +152,4 @@ def _say(reason: str) -> None:
     """Once for each reason, as a model has many layers."""
     if reason not in _SAID:
         _SAID.add(reason)
-        logger().info("SGLang's own kernel attends, as %s", reason)
+        engine.warn("SGLang's own kernel attends in the place of cpattn's, as %s", reason)
