@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ examples:
   cpattn plan --batch 0+131072 --cp 8 --machine h100-nvlink
   cpattn plan --batch 32k --heads 128 --head-dim 192 --v-head-dim 128 --latent-dim 576
   cpattn plan --batch "4+10, 0+5" --cp 2 --draw plan.png
+  cpattn plan --batch "100k+1 x 8" --cp 4 --owner striped:16
   cpattn plan --batch "0+3670" --cp 8 --json | jq .pair_imbalance
 """
 
@@ -76,9 +78,7 @@ def run(options: argparse.Namespace) -> int:
         draw_plan_picture(plan, options.draw)
     if options.compare:
         plans = [
-            cpattn.plan(plan.batch, plan.cp_size, partition=partition, remainder=remainder, pad_to=plan.pad_to)
-            for partition in PARTITIONS
-            for remainder in remainders_of(partition)
+            replace(plan, partition=partition, remainder=remainder) for partition in PARTITIONS for remainder in remainders_of(partition)
         ]
         if options.json:
             print(json.dumps({"plans": [as_json(other, shape, options.machine) for other in plans]}, indent=2))
@@ -100,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
 def as_json(plan: Plan, shape: Shape, machine: str | None = None) -> dict[str, Any]:
     """The plan as JSON's own types. Tokens and pairs are counts, sizes are bytes. With a machine also what a call would cost."""
     costs = {} if machine is None else {"machine": machine, "estimates": estimates.as_json(estimates_of(plan, shape, machine))}
+    held_tokens = plan.held_lens.sum(axis=0).tolist()
     return {
         "cpattn": cpattn.__version__,
         "batch": [request._asdict() for request in plan.batch],
@@ -111,11 +112,12 @@ def as_json(plan: Plan, shape: Shape, machine: str | None = None) -> dict[str, A
         "num_prefix_tokens": plan.num_prefix_tokens,
         "rows": plan.rows,
         "ranks": [
-            {"rank": rank, "tokens": tokens, "padding": plan.rows - tokens, "pairs": pairs}
-            for rank, (tokens, pairs) in enumerate(zip(plan.rank_tokens, plan.rank_pairs, strict=True))
+            {"rank": rank, "tokens": tokens, "padding": plan.rows - tokens, "pairs": pairs, "held": held}
+            for rank, (tokens, pairs, held) in enumerate(zip(plan.rank_tokens, plan.rank_pairs, held_tokens, strict=True))
         ],
         "token_imbalance": plan.token_imbalance,
         "pair_imbalance": plan.pair_imbalance,
+        "cache": plan.sharded_by if plan.sharded else "replicated",
         "fingerprint": plan.fingerprint,
         "chunks": [chunk._asdict() for chunk in plan.chunks],
         "attention": shape._asdict(),
@@ -131,13 +133,13 @@ def print_shares(plan: Plan) -> None:
     say(describe_plan(plan))
     print_title("each rank's share")
     header, lines = share_table(plan)
-    busiest, bar_columns = max([*plan.rank_pairs, 1]), min(60, max(10, columns() - 56))
+    busiest, bar_columns = max([*plan.rank_pairs, 1]), min(60, max(10, columns() - 56 - 15 * plan.sharded))
     table: list[list[Cell]] = []
     for rank, line in enumerate(lines[:-1]):
         bar = "#" * round(plan.rank_pairs[rank] / busiest * bar_columns)
         table.append([Styled(line[0], f"bold {rank_text_color(rank)}"), *line[1:], Styled(bar, rank_text_color(rank))])
     table.append([*lines[-1], ""])
-    print_table([*header, "work"], table, left=(0, 5))
+    print_table([*header, "work"], table, left=(0, len(header)))
     print()
     say(describe_imbalance(plan))
 
@@ -155,9 +157,10 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
 
     print()
     _say_and_why(f"partition: {partition_in_words(plan, shape, None)}")
-    _say_and_why(f"keys of an all_gather: {keys_in_words(plan, shape)}")
+    if not plan.sharded:
+        _say_and_why(f"keys of an all_gather: {keys_in_words(plan, shape)}")
 
-    print_title("who owns which token")
+    print_title("who owns which token" + (", and who holds it" if plan.sharded else ""))
     print_layout(plan)
 
 
@@ -181,7 +184,12 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     first = plans[0]
     say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
-    names += ["keys needed of others", "the other keys", *(f"{name}: sent" for name in strategy_bytes(first, shape))]
+    # Of a sharded cache no rank gets what it does not need.
+    names += [
+        "keys needed of others",
+        *(["the other keys"] if not first.sharded else []),
+        *(f"{name}: sent" for name in strategy_bytes(first, shape)),
+    ]
     names += [] if machine is None else [f"us on {machine}"]
     names += [f"pairs of rank {rank}" for rank in range(first.cp_size)]
     best = min(plan.pair_imbalance for plan in plans)
@@ -192,7 +200,8 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     _say_and_why(partition_in_words(first, shape, machine).partition("; ")[2])
     say(f"bytes are those of one attention call, {shape}; of the rank with the most")
     say("keys needed of others: those that a rank's queries see and that it does not hold, which travel before the attention")
-    say("the other keys: what pages that every rank holds whole get beside or after it")
+    if not first.sharded:
+        say("the other keys: what pages that every rank holds whole get beside or after it")
     if machine is not None:
         say("us: of the way that is estimated to be the fastest, as a CUDA graph")
 
@@ -206,7 +215,7 @@ def _comparison_column(plan: Plan, shape: Shape, best: float, machine: str | Non
         f"{plan.token_imbalance:.4f}",
         Styled(imbalance, "bold green") if plan.pair_imbalance == best else imbalance,
         in_words(needed_bytes(plan, shape)),
-        in_words(rest_bytes(plan, shape)),
+        *([in_words(rest_bytes(plan, shape))] if not plan.sharded else []),
         *(in_words(sent) for sent in strategy_bytes(plan, shape).values()),
         *([] if machine is None else [f"{estimates_of(plan, shape, machine)[0].graph * 1e6:,.1f}"]),
         *(f"{pairs:,}" for pairs in plan.rank_pairs),

@@ -81,13 +81,19 @@ class Plan(Layout):
     def draw(self, width: int = 60) -> str:
         """A text picture: one line a request, one mark for each token (for several where it is long), naming its rank.
 
-        Of more than 24 requests those that are alike share a line, and 24 lines are drawn, those with the most work.
+        Of more than 24 requests those that are alike share a line, and 24 lines are drawn, those with the most work. Where caches are
+        sharded, a second line says for each token the rank whose cache holds it after the step; 12 requests are then drawn.
 
         >>> import cpattn
         >>> print(cpattn.plan([(4, 1)] * 40, cp_size=2).draw())
         . cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark
         20 requests: 4 + 1 |....0|
         20 requests: 4 + 1 |....1|
+        >>> print(cpattn.plan([(4, 6)], cp_size=2, owner=cpattn.Striped()).draw())
+        . cached token   0 1 .. 9 a b ..: new token, by its rank   xN: N tokens a mark
+        held by: the rank whose cache holds a token after the step   * several ranks
+        request 0: 4 + 6 |....001110|
+          held by        |0101010101|
 
         Args:
             width: how many marks a line has at most.

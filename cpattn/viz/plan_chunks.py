@@ -10,7 +10,7 @@ from cpattn.metadata.draw import counted, describe_partition
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
 from cpattn.viz.captions import CAPTION_STEP, CAPTION_TOP, TITLE_SIZE, TITLE_TOP, text_width, wrapped
-from cpattn.viz.rank_rows import draw_rows
+from cpattn.viz.rank_rows import draw_held, draw_rows
 from cpattn.viz.request_panels import Panel, draw_panel, panels_of
 
 _MOST_PANELS, _MOST_PANELS_A_LINE = 12, 4
@@ -32,7 +32,8 @@ def draw_chunks(plan: Plan, path: str | Path) -> None:
     bars_height = min(8.0, 0.26 * plan.cp_size)
     head = CAPTION_TOP + CAPTION_STEP * len(caption)
     bars_top = head + sum(_ABOVE_PANEL + height + _BELOW_PANEL for height in heights) + 0.15
-    height = bars_top + 0.2 + bars_height + 0.4
+    held_top = bars_top + 0.2 + bars_height + 0.45
+    height = (held_top + 0.2 + bars_height if plan.sharded else bars_top + 0.2 + bars_height) + 0.4
     with canvas(path, _WIDTH, height) as figure:
 
         def axes_at(x: float, top: float, wide: float, high: float) -> Any:
@@ -55,6 +56,9 @@ def draw_chunks(plan: Plan, path: str | Path) -> None:
         write(bars_top, f"The rows that each rank holds: requests one after another{padding}", **heading)
         bars_width = _WIDTH - _LEFT - 0.35
         draw_rows(axes_at(_LEFT, bars_top + 0.2, bars_width, bars_height), plan, bars_width, bars_height)
+        if plan.sharded:
+            write(held_top, "The tokens that each rank's cache holds after the step", **heading)
+            draw_held(axes_at(_LEFT, held_top + 0.2, bars_width, bars_height), plan, bars_width, bars_height)
 
 
 def _height(line: Sequence[Panel], several: bool) -> float:
@@ -78,7 +82,7 @@ def _caption(plan: Plan, lines: Sequence[Sequence[Panel]], heights: Sequence[flo
     else:
         equal = "Equal requests share a panel: it shows the first, or a band a rank where each is whole on one."
     return [
-        f"{counted(plan.cp_size, 'rank')}, {describe_partition(plan)}.",
+        f"{counted(plan.cp_size, 'rank')}, {describe_partition(plan)}{plan.cache_in_words}.",
         "Colours and numbers: ranks." if all_numbered else "Colours: ranks; numbers too, where there is room.",
         "Pale: keys of the prefix." if any(panel.kind.prefix_len and panel.bands for panel in panels) else "",
         f"{shown:,} of {counted(len(plan.batch), 'request')}, those with the most work." if shown < len(plan.batch) else "",

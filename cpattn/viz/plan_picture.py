@@ -13,7 +13,7 @@ _MOST_TOKENS, _LONGEST_REQUEST, _MOST_REQUESTS, _MOST_RANKS = 96, 40, 12, 8
 
 
 def draw_plan_picture(plan: Plan, path: str | Path) -> None:
-    """Draws a panel a request, queries down and keys across, and below them the rows that each rank holds.
+    """Draws a panel a request, queries down and keys across, and below them the rows that each rank holds, and its part of a sharded cache.
 
     A small plan is drawn token by token, with each token's position; a large one chunk by chunk, each request to its own
     scale. Equal requests share a panel, and of many panels those with the most work are drawn.

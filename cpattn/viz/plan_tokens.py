@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpattn.metadata.draw import counted
+from cpattn.metadata.holders import holder_of
 from cpattn.metadata.plan import Plan
 from cpattn.viz.canvas import canvas
 from cpattn.viz.captions import wrapped
@@ -20,6 +21,7 @@ _LEAST_WIDTH = 9.0  # of a request, so that its title fits
 _ABOVE = 3.4  # a request's cells, for its title and the keys' positions
 _GAP = 1.6
 _CAPTION_STEP = 0.75
+_CACHE = 1.5  # below a request's cells, for the ranks that hold its tokens where caches are sharded
 _NAMED = 3  # rows of a request that have room for its name
 
 
@@ -64,6 +66,8 @@ def _caption(plan: Plan) -> list[str]:
         "Pale: keys of the prefix." if any(request.prefix_len and request.extend_len for request in plan.batch) else "",
         "White: not seen." if any(request.extend_len > 1 for request in plan.batch) else "",
         "Black lines: chunks." if queries else "",
+        "Held by: the rank whose cache holds a token after the step." if plan.sharded and plan.batch else "",
+        "Of the prefix only counts are known: by rank, not by position." if not plan.knows_positions and plan.num_prefix_tokens else "",
     ]
 
 
@@ -79,7 +83,7 @@ def _flow(plan: Plan) -> tuple[list[_Place], float, float]:
     # A line is made of columns; a request goes below the one before where that leaves the line as high as it is.
     line_y, line_height, column_x, column_width, column_height, widest = 0.3, 0.0, 0.0, 0.0, 0.0, 0.0
     for request, (prefix_len, extend_len) in enumerate(plan.batch):
-        across, down = max(_LEFT + 1 + prefix_len + extend_len, _LEAST_WIDTH), _ABOVE + max(extend_len, 1)
+        across, down = max(_LEFT + 1 + prefix_len + extend_len, _LEAST_WIDTH), _ABOVE + max(extend_len, 1) + _CACHE * plan.sharded
         if column_height and column_height + _GAP + down <= line_height and column_x + across <= _WIDEST:
             column_height += _GAP
         else:
@@ -124,6 +128,21 @@ def _draw_request(axis: Any, plan: Plan, place: _Place) -> None:
         axis.plot([x + prefix_len] * 2, [y, y + extend_len], color=INK, linewidth=1.2)
     if not extend_len:
         axis.text(x, y + 0.5, "nothing new: no queries", va="center")
+    if plan.sharded:
+        _draw_holders(axis, plan, place, y + max(extend_len, 1) + _CACHE - 1)
+
+
+def _draw_holders(axis: Any, plan: Plan, place: _Place, y: float) -> None:
+    """The ranks that hold a request's tokens, below their columns."""
+    prefix_len, extend_len = plan.batch[place.request]
+    if not prefix_len + extend_len:
+        return
+    axis.text(place.x - 0.45, y + 0.5, "held by rank", ha="right", va="center")
+    holder = holder_of(plan, place.request)
+    for position in range(prefix_len + extend_len):
+        rank = holder(position, position + 1)
+        assert rank is not None  # of one token
+        _cell(axis, place.x + position, y, rank_color(rank), str(rank))
 
 
 def _draw_rows(axis: Any, plan: Plan, rank: int, y: float) -> None:

@@ -1,4 +1,4 @@
-"""The rows that each rank holds, as a bar a rank: requests one after another, then padding."""
+"""What each rank holds, as a bar a rank: rows, requests one after another, then padding; or the tokens in its cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpattn.device_tables import IntArray
 from cpattn.metadata.draw import counted
 from cpattn.metadata.plan import Plan
 from cpattn.viz.captions import longest_that_fits
@@ -31,11 +32,34 @@ def rank_ticks(axis: Any, cp_size: int, inches: float) -> None:
 
 
 def draw_rows(axis: Any, plan: Plan, inches_wide: float, inches_high: float) -> None:
-    """Draws the bars in a place of that size."""
-    rows = max(1, plan.rows)
-    inch = inches_wide / rows
-    named = inches_high / plan.cp_size * 0.82 >= _LEAST_INCHES_NAMED
+    """Draws the rows of each rank in a place of that size."""
     tokens = plan.rank_extends.T
+    _draw_bars(axis, plan, tokens, plan.rows, "row", inches_wide, inches_high)
+    for rank, end in enumerate(tokens.sum(axis=1).tolist()):
+        padding = plan.rows - end
+        inches = padding * inches_wide / max(1, plan.rows)
+        if inches >= _LEAST_INCHES_HATCHED:
+            axis.barh(rank, padding, 0.82, end, color=PADDING, hatch="//////", edgecolor=INK, linewidth=0.6)
+            named = _have_names(plan, inches_high)
+            text = longest_that_fits([f"padding {padding:,}", f"{padding:,}"], inches, _NAME_SIZE) if named else ""
+            _name(axis, end + padding / 2, rank, text, PADDING)
+
+
+def draw_held(axis: Any, plan: Plan, inches_wide: float, inches_high: float) -> None:
+    """Draws the tokens that each rank's cache holds after the step, in a place of that size."""
+    tokens = plan.held_lens.T
+    _draw_bars(axis, plan, tokens, int(tokens.sum(axis=1).max()), "token", inches_wide, inches_high)
+
+
+def _have_names(plan: Plan, inches_high: float) -> bool:
+    return inches_high / plan.cp_size * 0.82 >= _LEAST_INCHES_NAMED
+
+
+def _draw_bars(axis: Any, plan: Plan, tokens: IntArray, most: int, thing: str, inches_wide: float, inches_high: float) -> None:
+    """A bar a rank of ``tokens [cp_size, num_requests]``, on an axis of ``most`` of those things."""
+    rows = max(1, most)
+    inch = inches_wide / rows
+    named = _have_names(plan, inches_high)
     for rank in range(plan.cp_size):
         color = rank_color(rank)
         requests = np.flatnonzero(tokens[rank])
@@ -44,19 +68,15 @@ def draw_rows(axis: Any, plan: Plan, inches_wide: float, inches_high: float) -> 
         if end:
             axis.barh(rank, end, 0.82, 0, color=color, hatch=rank_hatch(rank), edgecolor="white", linewidth=0)
         runs = list(_runs(plan, requests.tolist(), ends.tolist(), inch))
-        for run, after in pairwise(runs):
-            if min(run.end - run.begin, after.end - after.begin) * inch >= _LEAST_INCHES_APART:
-                axis.vlines(run.end, rank - 0.41, rank + 0.41, color="white", linewidth=0.9)
+        # One that is too thin to be seen must not hide that its neighbours are two.
+        for run, after in pairwise(run for run in runs if (run.end - run.begin) * inch >= _LEAST_INCHES_APART):
+            apart = (after.begin - run.end) * inch >= _LEAST_INCHES_APART
+            axis.vlines([run.end, after.begin] if apart else run.end, rank - 0.41, rank + 0.41, color="white", linewidth=0.9)
         for run in runs if named else ():
             _name(axis, (run.begin + run.end) / 2, rank, longest_that_fits(run.names, (run.end - run.begin) * inch, _NAME_SIZE), color)
-        padding = plan.rows - end
-        if padding * inch >= _LEAST_INCHES_HATCHED:
-            axis.barh(rank, padding, 0.82, end, color=PADDING, hatch="//////", edgecolor=INK, linewidth=0.6)
-            text = longest_that_fits([f"padding {padding:,}", f"{padding:,}"], padding * inch, _NAME_SIZE) if named else ""
-            _name(axis, end + padding / 2, rank, text, PADDING)
     rank_ticks(axis, plan.cp_size, inches_high)
     axis.set_xlim(0, rows)
-    axis.set_xticks([0, rows] if plan.rows else [0], ["0", counted(plan.rows, "row")] if plan.rows else ["no rows"])
+    axis.set_xticks([0, rows] if most else [0], ["0", counted(most, thing)] if most else [f"no {thing}s"])
     for label, side in zip(axis.get_xticklabels(), ("left", "right"), strict=False):
         label.set_horizontalalignment(side)
     for side in ("top", "right", "left"):

@@ -67,6 +67,28 @@ def test_a_large_plan_is_drawn_chunk_by_chunk(tmp_path: Path) -> None:
     assert Counter(written)["2"] == 4  # the chunks of rank 2
 
 
+def test_a_small_sharded_plan_says_who_holds_each_token(tmp_path: Path) -> None:
+    plan = cpattn.plan([(4, 11), (0, 5), (6, 1)], 2, owner=cpattn.Striped(2))
+    draw_plan_picture(plan, tmp_path / "plan.svg")
+    written, colors = Counter(texts(tmp_path / "plan.svg")), fills(tmp_path / "plan.svg")
+    assert written["held by rank"] == 3
+    draw_plan_picture(cpattn.plan(plan.batch, 2), tmp_path / "replicated.svg")
+    replicated, before = Counter(texts(tmp_path / "replicated.svg")), fills(tmp_path / "replicated.svg")
+    for rank, held in enumerate(plan.held_lens.sum(axis=0).tolist()):
+        assert written[str(rank)] - replicated[str(rank)] == held
+        assert colors[rank_color(rank)] - before[rank_color(rank)] == held
+
+
+def test_a_large_sharded_plan_says_what_each_rank_holds(tmp_path: Path) -> None:
+    plan = cpattn.plan([(0, 1531), (2048, 700)], 4, prefix_shards=[(0,) * 4, (1000, 500, 500, 48)], pad_to=128)
+    draw_plan_picture(plan, tmp_path / "plan.svg")
+    written = texts(tmp_path / "plan.svg")
+    assert "The tokens that each rank's cache holds after the step" in written
+    assert f"{max(plan.held_lens.sum(axis=0)):,} tokens" in written
+    assert Counter(written)["rank 3"] == 2
+    assert any("sharded prefixes" in text for text in written)
+
+
 def test_of_many_requests_those_with_the_most_work_are_drawn(tmp_path: Path) -> None:
     draw_plan_picture(cpattn.plan([(0, 10 + number) for number in range(30)] + [(0, 999)], 2), tmp_path / "plan.svg")
     written = texts(tmp_path / "plan.svg")
@@ -202,12 +224,16 @@ PLANS = {
     "64 ranks": cpattn.plan([(0, 3670)], 64),
     "decode": cpattn.plan([(8192, 1)] * 200, 7),
     "long contexts": cpattn.plan([(131072, 1048576), (2**30, 98765), (0, 2**29), (7, 123456789)], 3),
+    "small striped": cpattn.plan([(4, 11), (0, 5), (6, 1)], 2, owner=cpattn.Striped(2)),
+    "mixed sharded": cpattn.plan([(0, 1531), (2048, 700), (0, 7), (997, 1), (333, 89)], 4, owner=cpattn.Striped(16)),
     "a long name": cpattn.plan([(0, 150), (9, 3)], 5, partition=a_partition_whose_name_is_so_long_that_it_has_to_be_broken_somewhere),
 }
 
 
-# A ring over 64 ranks has 8,000 texts, which take minutes to compare.
-OVERLAPS = [(kind, name) for kind in ("plan", "ring", "work") for name in PLANS if (kind, name) != ("ring", "64 ranks")]
+# A ring over 64 ranks has 8,000 texts, which take minutes to compare. How caches are sharded changes the picture of a plan alone.
+PLAN_ALONE = ["small striped", "mixed sharded"]
+OVERLAPS = [("plan", name) for name in PLANS]
+OVERLAPS += [(kind, name) for kind in ("ring", "work") for name in PLANS if name not in PLAN_ALONE and (kind, name) != ("ring", "64 ranks")]
 
 
 @pytest.mark.parametrize(("kind", "name"), OVERLAPS, ids=map("-".join, OVERLAPS))
