@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import cpattn
@@ -13,6 +15,7 @@ from cpattn.cli.traffic import Shape
 from cpattn.errors import CPError, HeadCountError, PlanError, shown
 from cpattn.metadata.auto_partition import AUTO
 from cpattn.metadata.partition import PARTITIONS, REMAINDERS
+from cpattn.metadata.striped import Striped
 
 # The ranks of commands that are given no number of them.
 CP_SIZE = 4
@@ -39,6 +42,16 @@ def add_plan_options(parser: argparse.ArgumentParser, *, several_partitions: boo
         help="where tokens go that zigzag or contiguous leave over (default: balanced)",
     )
     parser.add_argument("--pad-to", type=int, default=1, metavar="N", help="round the rows of a rank up to a multiple of this (default: 1)")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--owner",
+        type=owner_from,
+        metavar="RULE",
+        help="a sharded cache whose tokens lie on ranks by their position: striped, or striped:N with N neighbours on a rank in turn",
+    )
+    cache.add_argument(
+        "--sharded", action="store_true", help="a sharded cache: each rank keeps what it computes, and has an even share of each prefix"
+    )
 
 
 def plan_from(
@@ -58,7 +71,33 @@ def plan_from(
         problem=problem,
         machine=machine,
         token_cost=token_cost,
+        **cache_from(options, batch),
     )
+
+
+def owner_from(text: str) -> Striped:
+    """
+    >>> owner_from("striped"), owner_from("striped:16")
+    (Striped(interleave=1), Striped(interleave=16))
+    """
+    name, colon, interleave = text.partition(":")
+    if name != "striped" or (colon and not interleave.isdecimal()):
+        raise argparse.ArgumentTypeError(f"invalid rule: {shown(text)}; pass striped, or striped:N with the neighbours on a rank in turn")
+    try:
+        return Striped(int(interleave)) if colon else Striped()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def cache_from(options: argparse.Namespace, batch: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How caches are sharded, as arguments of :func:`cpattn.plan`; none where each rank has all."""
+    if options.owner is not None:
+        return {"owner": options.owner}
+    if not options.sharded:
+        return {}
+    prefix_lens = np.array([request[0] for request in batch], dtype=np.int64)
+    # The tokens left over, to the first ranks. The plan refuses a number of ranks that is none.
+    return {"prefix_shards": Striped().held(prefix_lens, max(1, options.cp))}
 
 
 def check_cp_size(cp_size: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import cpattn
 from cpattn.cli.batch_file import read_batch
 from cpattn.cli.console import columns, print_marks
-from cpattn.cli.options import add_plan_options, check_cp_size, plan_from
+from cpattn.cli.more_even import more_even
+from cpattn.cli.options import add_plan_options, cache_from, check_cp_size, plan_from
 from cpattn.cli.plan import print_layout
 from cpattn.metadata.draw import rank_mark
 from cpattn.metadata.partition import PARTITIONS, remainders_of
@@ -19,11 +20,12 @@ from cpattn.viz.palette import rank_text_color
 _EXAMPLES = """\
 examples:
   cpattn picture plan --batch "4+11, 0+5, 6+1" --cp 2 -o plan.svg
+  cpattn picture plan --batch "4+11, 6+1" --cp 2 --owner striped:2
   cpattn picture ring --batch 16k --cp 4
   cpattn picture work --batch "0+3670, 77+1" --cp 8 -o work.png
 """
 _KINDS = {
-    "plan": "which rank computes which queries over which keys, and the rows that each rank holds",
+    "plan": "which rank computes which queries over which keys, the rows that each rank holds, and what it keeps of a sharded cache",
     "ring": "the hops of a ring over time: what each rank computes, and what is in flight meanwhile",
     "work": "each rank's query-key pairs as bars, for several partitions beside each other",
 }
@@ -86,8 +88,9 @@ def _ring(options: argparse.Namespace) -> None:
 def _work(options: argparse.Namespace) -> None:
     batch = read_batch(options.batch)
     check_cp_size(options.cp)
+    cache = cache_from(options, batch)
     plans = [
-        cpattn.plan(batch, options.cp, partition=name, remainder=options.remainder, pad_to=options.pad_to)
+        cpattn.plan(batch, options.cp, partition=name, remainder=options.remainder, pad_to=options.pad_to, **cache)
         for name in options.partition or [name for name in PARTITIONS if options.remainder in remainders_of(name)]
     ]
     if options.output is None:
@@ -95,3 +98,6 @@ def _work(options: argparse.Namespace) -> None:
         print_marks(work_as_text(plans, max(10, min(100, columns() - beside))).splitlines(), {"#": rank_text_color(4)})
     else:
         draw_work_picture(plans, options.output)
+    hint = more_even(plans[0])
+    if hint is not None:
+        print(hint)

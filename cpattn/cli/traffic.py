@@ -1,6 +1,6 @@
 """What one rank sends in one attention call, in bytes: what each strategy's schedule says.
 
-A cached prefix is taken to lie on every rank, and then does not travel.
+A cached prefix lies on every rank, and then does not travel, unless the plan says that caches are sharded.
 """
 
 from __future__ import annotations

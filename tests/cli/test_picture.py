@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cpattn
 from cpattn.cli.main import main
+from cpattn.cli.more_even import more_even
 from cpattn.viz import ring_schedule
 
 BATCH = ["--batch", "0+60, 33+5", "--cp", "3"]
@@ -32,18 +35,75 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert ring.count("computes |") == ring.count("sends    |") == 3
     assert f"ranks compute {ring_schedule(plan, 2).busy:.0%} of the time, if a transfer lasts 2 of a mean hop" in ring
     assert main(["picture", "work", *BATCH, "--partition", "contiguous"]) == 0
-    work = capsys.readouterr().out
-    assert "contiguous partition" in work
-    assert "zigzag" not in work
+    *work, last = capsys.readouterr().out.splitlines()
+    assert "contiguous partition" in work[0]
+    assert not any("zigzag" in line for line in work)
+    contiguous = cpattn.plan([(0, 60), (33, 5)], 3, partition="contiguous")
+    assert last == f"more even than contiguous: zigzag, {plan.pair_imbalance:.2f} times the mean instead of {contiguous.pair_imbalance:.2f}"
     assert main(["picture", "work", *BATCH]) == 0
     both = capsys.readouterr().out
     assert "zigzag partition" in both
     assert "contiguous partition" in both
     assert "whole partition" in both
+    assert "more even" not in both
     assert main(["picture", "work", *BATCH, "--remainder", "first"]) == 0
     with_first = capsys.readouterr().out
     assert with_first.count("first remainder") == 2
     assert "whole" not in with_first
+
+
+SHARDED = {
+    "striped": (["--owner", "striped"], {"owner": cpattn.Striped()}),
+    "striped by four": (["--owner", "striped:4"], {"owner": cpattn.Striped(4)}),
+    "computed": (["--sharded"], {"prefix_shards": [(0, 0, 0), (12, 11, 11)]}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "options"), SHARDED.values(), ids=SHARDED)
+def test_a_sharded_cache(arguments: list[str], options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = cpattn.plan([(0, 60), (34, 5)], 3, **options)
+    command = ["plan", "--batch", "0+60, 34+5", "--cp", "3", *arguments]
+    assert main(["picture", *command]) == 0
+    picture = capsys.readouterr().out
+    assert picture == plan.draw() + "\n"
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fingerprint"] == plan.fingerprint
+    assert [rank["held"] for rank in found["ranks"]] == plan.held_lens.sum(axis=0).tolist()
+    assert main([*command, "--compare"]) == 0
+    assert "the other keys" not in capsys.readouterr().out
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert picture in printed
+    assert "all_gather" not in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"), [("stripes", "invalid rule: 'stripes'"), ("striped:", "invalid rule"), ("striped:0", "from 1 to")]
+)
+def test_a_rule_that_there_is_not(rule: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["picture", "plan", *BATCH, "--owner", rule])
+    assert why in capsys.readouterr().err
+
+
+MORE_EVEN = {
+    "a partition that leaves whole": ([(1000, 1), (10, 1)] * 2, {}, "zigzag: whole"),
+    "a sharded cache": ([(4096, 1)], {"partition": "whole"}, 'whole: a sharded cache with queries="all"'),
+    "one that is sharded": ([(4096, 1)], {"owner": cpattn.Striped(2)}, 'zigzag: a sharded cache with queries="all"'),
+    "a rule for the remainder": ([(900, 1), (900, 1)], {"remainder": "first"}, "zigzag with remainder first: zigzag"),
+    "nothing": ([(0, 4096)], {}, None),
+    "nothing by more than 2%": ([(0, 120), (100, 1)], {}, None),
+    "what has too many rows passed over": ([(0, 2**30 + 2**29)], {"partition": "contiguous"}, "contiguous: zigzag"),
+    "no work": ([(7, 0)], {}, None),
+}
+
+
+@pytest.mark.parametrize(("batch", "options", "said"), MORE_EVEN.values(), ids=MORE_EVEN)
+def test_what_would_be_more_even(batch: list[tuple[int, int]], options: dict[str, Any], said: str | None) -> None:
+    found = more_even(cpattn.plan(batch, 2, **options))
+    assert found is None if said is None else found is not None and found.startswith(f"more even than {said}, ")
 
 
 @pytest.mark.parametrize("width", [80, 100])

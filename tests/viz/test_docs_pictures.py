@@ -13,7 +13,9 @@ from cpattn.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
-COMMANDS = re.findall(r"`(cpattn picture [^`]* -o (docs/pictures/\S+))`", (PICTURES / "README.md").read_text())
+PAGE = (PICTURES / "README.md").read_text()
+COMMANDS = re.findall(r"`(cpattn picture [^`]* -o (docs/pictures/\S+))`", PAGE)
+PRINTED = re.findall(r"```sh\n(cpattn [^\n]*)\n```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 
 pytest.importorskip("matplotlib")
 
@@ -39,3 +41,9 @@ def test_a_picture_is_what_its_command_makes(command: str, path: str, tmp_path: 
     assert structure(again)[2]
     assert structure(again) == structure(ROOT / path)
     assert (ROOT / path).stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(("command", "printed"), PRINTED, ids=["plan", "work"])
+def test_text_is_what_its_command_prints(command: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out == printed
