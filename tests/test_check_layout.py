@@ -67,8 +67,24 @@ def tampered(name: str, change: Callable[[Any], Any], **options: Any) -> cpattn.
             tampered("held_lens", lambda held: held[:, ::-1], owner=cpattn.Striped(4)),
             r"held_lens says that ranks hold \[6, 8\] tokens of request 0 after the step; by its rule it is \[8, 6\]",
         ),
+        (
+            tampered("shard_lens", lambda cached: cached[:, ::-1], owner=cpattn.Striped(4)),
+            r"shard_lens says that ranks hold \[1, 4\] prefix tokens of request 0 before the step; by its rule it is \[4, 1\]",
+        ),
+        (
+            tampered("shard_lens", lambda cached: cached[:, ::-1], prefix_ranks=[[0, 0, 1, 0, 0], [], [1, 1, 1], []]),
+            r"shard_lens says that ranks hold \[1, 4\] prefix tokens of request 0 before the step; by its rule it is \[4, 1\]",
+        ),
+        (
+            tampered("shard_lens", lambda cached: cached[:, ::-1], prefix_shards=[[4, 1], [0, 0], [3, 0], [0, 0]]),
+            r"shard_lens says that ranks hold \[1, 4\] prefix tokens of request 0 before the step; by its rule it is \[4, 1\]",
+        ),
+        (tampered("shard_lens", lambda cached: cached + 1), r"shard_lens says that ranks hold \[1, 1\] prefix tokens of request 0"),
     ],
-    ids=["missing", "twice", "beyond", "no such rank", "order", "uneven", "counts", "rows", "held, computed", "held"],
+    ids=[
+        *("missing", "twice", "beyond", "no such rank", "order", "uneven", "counts", "rows", "held, computed", "held"),
+        *("cached, striped", "cached, ranks", "cached, counts", "cached, replicated"),
+    ],
 )
 def test_a_broken_plan(plan: cpattn.Plan, message: str) -> None:
     with pytest.raises(LayoutError, match=message) as found:

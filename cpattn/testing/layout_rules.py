@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -148,22 +148,34 @@ def caches_hold_every_token(plan: Plan) -> Iterator[str]:
     computed = {
         token: rank for request, start, length, rank in plan.chunks for token in (_Token(request, n) for n in range(start, start + length))
     }
+
+    def counts(ranks: Iterable[int]) -> list[int]:
+        each = list(ranks)
+        return [each.count(rank) for rank in range(plan.cp_size)]
+
     for request, (prefix_len, extend_len) in enumerate(plan.batch):
+        total = prefix_len + extend_len
         if not plan.sharded:
-            expected = [prefix_len + extend_len] * plan.cp_size
+            # shard_lens is about parts of a prefix; here each rank has all of it.
+            before, after = [0] * plan.cp_size, [total] * plan.cp_size
         elif plan.owner is not None:
-            expected = np.bincount(
-                [position // plan.owner.interleave % plan.cp_size for position in range(prefix_len + extend_len)], minlength=plan.cp_size
-            ).tolist()
+            holder = [position // plan.owner.interleave % plan.cp_size for position in range(total)]
+            before, after = counts(holder[:prefix_len]), counts(holder)
         else:
-            of_prefix = plan.shard_lens[request].tolist()
-            if sum(of_prefix) != prefix_len:
-                yield f"ranks hold {of_prefix} prefix tokens of request {request}, which has {prefix_len}"
-            new = [computed[_Token(request, number)] for number in range(extend_len)]
-            expected = (np.array(of_prefix) + np.bincount(new, minlength=plan.cp_size)).tolist()
-        found = plan.held_lens[request].tolist()
-        if found != expected:
-            yield f"held_lens says that ranks hold {found} tokens of request {request} after the step; by its rule it is {expected}"
+            if plan.prefix_ranks is not None:
+                before = counts(plan.prefix_ranks.ranks[request].tolist())
+            else:
+                assert plan.prefix_shards is not None
+                before = list(plan.prefix_shards[request])
+            new = counts(computed[_Token(request, number)] for number in range(extend_len))
+            after = [held + added for held, added in zip(before, new, strict=True)]
+        for name, lengths, expected, when in (
+            ("shard_lens", plan.shard_lens, before, "prefix tokens of request {} before"),
+            ("held_lens", plan.held_lens, after, "tokens of request {} after"),
+        ):
+            found = lengths[request].tolist()
+            if found != expected:
+                yield f"{name} says that ranks hold {found} {when.format(request)} the step; by its rule it is {expected}"
 
 
 RULES: tuple[Rule, ...] = (
