@@ -159,6 +159,26 @@ def test_an_engines_partition_and_its_smallest_batch() -> None:
     check_layout(forgets_a_remainder, batches=[[(7, 20), (0, 3)], [(0, 24)]], cp_sizes=[2])
 
 
+def test_what_a_layout_refuses_is_not_smaller() -> None:
+    """An engine's own may serve neither every batch nor every group; it is asked about no group but those that are said."""
+    asked: list[int] = []
+
+    def drops_the_last(batch: Any, cp_size: int) -> cpattn.Chunks:
+        asked.append(cp_size)
+        if len(batch) != 1 or batch[0, 1] < 4:
+            raise RuntimeError("never scheduled")
+        return cpattn.Chunks(*np.array([[0], [0], [batch[0, 1] - 1], [0]]))
+
+    with pytest.raises(LayoutError, match="tokens 3 to 3 of its 4 are missing") as found:
+        check_layout(drops_the_last, batches=[[(7, 32)]], cp_sizes=[4, 2])
+    assert (found.value.batch, found.value.cp_size) == ([(0, 4)], 2)
+    assert set(asked) == {2}
+    asked.clear()
+    with pytest.raises(LayoutError):
+        check_layout(drops_the_last, batches=[[(7, 32)]], cp_sizes=[4])
+    assert set(asked) == {4}
+
+
 def test_a_partition_that_changes_its_mind() -> None:
     turns: list[int] = []
 

@@ -56,12 +56,12 @@ def check_layout(
             :class:`cpattn.Chunks`, as a partition of one's own does (:func:`cpattn.plan`), or a whole plan. It is tried with
             all batches and group sizes.
         batches: for a function, (prefix_len, extend_len) of each request of each; ``NAMED_BATCHES`` if left out.
-        cp_sizes: for a function.
+        cp_sizes: for a function, which is called with no others.
 
     Raises:
         LayoutError: a rule is broken; the message says which, where, and for which batch. For a plan the batch is its own, unless
             its options go with smaller ones. What the function itself raises leaves as it is, but for PlanError, which is a fault
-            of its layout.
+            of its layout. A batch that it refuses while a smaller one is looked for counts as none.
         CPError: layout is neither.
     """
     if isinstance(layout, Plan):
@@ -70,7 +70,7 @@ def check_layout(
             pairs, again = [(prefix, extend) for prefix, extend in layout.batch], _planned_again(layout)
             # What was changed in this one plan is not there in another one.
             if again is not None and _fault_of(again, pairs, layout.cp_size) is not None:
-                _raise(*_shrunk(again, pairs, layout.cp_size, fault))
+                _raise(*_shrunk(again, pairs, range(1, layout.cp_size + 1), fault))
             _raise(fault, pairs, layout.cp_size)
         return
     if not callable(layout):
@@ -82,7 +82,7 @@ def check_layout(
         for cp_size in sizes:
             fault = _fault_of(layout, batch, cp_size)
             if fault is not None:
-                _raise(*_shrunk(layout, [(int(prefix), int(extend)) for prefix, extend in batch], cp_size, fault))
+                _raise(*_shrunk(layout, [(int(prefix), int(extend)) for prefix, extend in batch], sizes[: sizes.index(cp_size) + 1], fault))
 
 
 def _raise(fault: str, batch: Batch, cp_size: int) -> NoReturn:
@@ -137,12 +137,20 @@ def _first_fault(planned: Plan) -> str | None:
     return next(broken_rules(planned), None)
 
 
-def _shrunk(layout: Callable[[Any, int], Chunks | Plan], batch: _Pairs, cp_size: int, fault: str) -> tuple[str, _Pairs, int]:
-    """A fault of a batch that cannot be made smaller by one step without the layout being right."""
+def _shrunk(layout: Callable[[Any, int], Chunks | Plan], batch: _Pairs, cp_sizes: Sequence[int], fault: str) -> tuple[str, _Pairs, int]:
+    """A fault of a batch that cannot be made smaller by one step without the layout being right, or refusing it.
+
+    Args:
+        cp_sizes: that may be tried, in order; the fault is one of the last.
+    """
+    cp_size = cp_sizes[-1]
     # Each step makes the batch or the group smaller, so that there is a last one.
     while True:
-        for smaller, size in _smaller(batch, cp_size):
-            found = _fault_of(layout, smaller, size)
+        for smaller, size in _smaller(batch, cp_size, cp_sizes):
+            try:
+                found = _fault_of(layout, smaller, size)
+            except Exception:  # An engine's layout may refuse what the engine never asks of it.
+                continue
             if found is not None:
                 fault, batch, cp_size = found, smaller, size
                 break
@@ -150,7 +158,7 @@ def _shrunk(layout: Callable[[Any, int], Chunks | Plan], batch: _Pairs, cp_size:
             return fault, batch, cp_size
 
 
-def _smaller(batch: _Pairs, cp_size: int) -> Iterator[tuple[_Pairs, int]]:
+def _smaller(batch: _Pairs, cp_size: int, cp_sizes: Sequence[int]) -> Iterator[tuple[_Pairs, int]]:
     """Batches a step smaller, the largest step first."""
     for count in (len(batch) // 2, 1):
         for first in range(0, len(batch), max(count, 1)):
@@ -162,6 +170,6 @@ def _smaller(batch: _Pairs, cp_size: int) -> Iterator[tuple[_Pairs, int]]:
             for length in dict.fromkeys((*few, pair[side] // 2, pair[side] - 1) if pair[side] else ()):
                 changed = (length, pair[1]) if side == 0 else (pair[0], length)
                 yield [*batch[:i], changed, *batch[i + 1 :]], cp_size
-    for size in dict.fromkeys((1, cp_size // 2, cp_size - 1)):
-        if 0 < size < cp_size:
+    for size in cp_sizes:
+        if size < cp_size:
             yield batch, size
