@@ -169,7 +169,8 @@ def test_a_sharded_cache_is_a_part_of_a_replicated_one() -> None:
         ({"num_beams": 4}, cpattn.UnsupportedError, r"generate got num_beams=4.*one answer.*Leave num_beams out.*pass num_beams=1"),
         ({"assistant_model": torch.nn.Identity()}, cpattn.UnsupportedError, "generate got assistant_model=a Identity"),
         ({"repetition_penalty": 1.1}, cpattn.UnsupportedError, "repetition_penalty=1.1.*pass repetition_penalty=1.0"),
-        ({"max_tokens": 3}, cpattn.UnsupportedError, "generate got max_tokens=3.* it takes max_new_tokens"),
+        ({"max_tokens": 3}, cpattn.OptionError, r"has no option max_tokens; did you mean max_new_tokens\? .* it takes max_new_tokens"),
+        ({"typo": 0}, cpattn.OptionError, "generate has no option typo; leave typo out. Beside input_ids"),
         ({"max_new_tokens": None}, cpattn.OptionError, "max_new_tokens is not given"),
         ({"max_new_tokens": 0}, cpattn.OptionError, "max_new_tokens=0; pass a positive integer"),
         ({"do_sample": "yes"}, cpattn.OptionError, "do_sample='yes'; pass True or False"),
@@ -212,7 +213,7 @@ def test_options_come_from_the_models_generation_config(model: Any) -> None:
     model.generation_config = transformers.GenerationConfig(max_new_tokens=2, num_beams=1, cache_implementation="hybrid", bos_token_id=3)
     assert len(cpattn_hf.generate(model, [[5, 3]])[0]) == 4
     assert len(cpattn_hf.generate(model, [[5, 3]], generation_config=transformers.GenerationConfig(max_new_tokens=3))[0]) == 5
-    assert len(cpattn_hf.generate(model, [[5, 3]], max_new_tokens=1)[0]) == 3
+    assert len(cpattn_hf.generate(model, [[5, 3]], max_new_tokens=1, streamer=None, num_beams=1)[0]) == 3
 
 
 def test_a_model_with_another_attention(model: Any) -> None:

@@ -109,7 +109,7 @@ def generate(
         a tensor ``[batch, length + longest]``, as ``model.generate`` returns it, with pad_token_id after answers that ended before others.
 
     Raises:
-        OptionError: an option has no such value, or nobody says max_new_tokens. UnsupportedError: an option or the model is not
+        OptionError: there is no such option or value, or nobody says max_new_tokens. UnsupportedError: an option or the model is not
             supported.
         CPError: in its other subclasses: prompts or group do not fit, the model is within a :func:`context_parallel`
             (whose ``cp.generate`` is for that), or it does not attend through cpattn.

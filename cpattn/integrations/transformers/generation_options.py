@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -49,6 +52,8 @@ _MEANINGLESS = frozenset(
         "transformers_version",
     }
 )
+# Of model.generate. They are taken where they say nothing: processors, streamers, assistants and the like.
+_ARGUMENTS = frozenset(inspect.signature(GenerationMixin.generate).parameters)
 _OWN_ARGUMENTS = "input_ids, attention_mask, group, cache, strategy, backend, check and seed"
 
 
@@ -72,11 +77,15 @@ def parse_options(model: PreTrainedModel, config: Any, given: dict[str, Any]) ->
     """The options of a call: what is given, else those of the config, else the model's own, else transformers' defaults.
 
     Raises:
-        OptionError: a value that makes no sense, or max_new_tokens that nobody says.
+        OptionError: a name that nobody knows, a value that makes no sense, or max_new_tokens that nobody says.
         UnsupportedError: an option that is not honoured.
     """
     if config is not None and not isinstance(config, GenerationConfig):
         raise OptionError(f"generation_config is a {type(config).__name__}; pass a transformers.GenerationConfig, or its fields by name")
+    # Those of a config may be a model's own, and do no harm where they are off.
+    unknown = given.keys() - vars(GenerationConfig()).keys() - _OFF.keys() - _MEANINGLESS - _ARGUMENTS
+    if unknown:
+        raise _unknown(min(unknown))
     asked: dict[str, Any] = dict(_DEFAULTS)
     for source in (getattr(model, "generation_config", None), config):
         asked |= {} if source is None else {name: value for name, value in vars(source).items() if value is not None and name[0] != "_"}
@@ -94,6 +103,12 @@ def parse_options(model: PreTrainedModel, config: Any, given: dict[str, Any]) ->
     return GenerationOptions(
         _max_new_tokens(asked.get("max_new_tokens")), do_sample, _warpers(asked), frozenset(eos), pad[0] if pad else eos[0] if eos else None
     )
+
+
+def _unknown(name: str) -> CPError:
+    near = get_close_matches(name, HONOURED, n=1, cutoff=0.75)
+    instead = f"did you mean {near[0]}?" if near else f"leave {name} out."
+    return OptionError(f"generate has no option {name}; {instead} Beside {_OWN_ARGUMENTS} it takes {', '.join(HONOURED)}")
 
 
 def _is_off(name: str, value: Any) -> bool:
