@@ -99,6 +99,11 @@ def test_generating_within_a_context(model: Any) -> None:
             cpattn_hf.generate(model, prompts, max_new_tokens=3)
         with pytest.raises(cpattn.RowCountError, match="the batch has 132 new tokens"):
             cp.generate(model, ids[:-1], max_new_tokens=3)
+        with pytest.raises(cpattn.OptionError, match=r"got attention_mask, strategy; its prompts are those of the context.*Leave att"):
+            cp.generate(model, ids, max_new_tokens=3, strategy="ring", attention_mask=torch.ones(1, len(ids)))
+        other = hf_cases.new_model("llama")
+        with pytest.raises(cpattn_hf.ContextError, match="got another LlamaForCausalLM than the LlamaForCausalLM that"):
+            cp.generate(other, ids, max_new_tokens=3)
 
 
 # Sampling.

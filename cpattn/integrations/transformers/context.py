@@ -11,7 +11,7 @@ from cpattn.api import cp_attention, unshard
 from cpattn.call import checks
 from cpattn.call.agreed import validated
 from cpattn.call.forward_context import ForwardContext, entered
-from cpattn.errors import TensorMismatchError
+from cpattn.errors import OptionError, TensorMismatchError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.autocast import as_under_autocast
 from cpattn.integrations.transformers.batch_context import BatchContext
@@ -23,6 +23,9 @@ from cpattn.integrations.transformers.models import Decoder
 from cpattn.transports.gather import gather_whole
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.transport import Transport
+
+# What the context says of a generation within it.
+_OF_CONTEXT = ("attention_mask", "group", "strategy", "backend", "check")
 
 
 @leaves_graph
@@ -141,8 +144,15 @@ class ContextParallel(BatchContext):
             For each request of the batch int64 ``[length + new]``: its prompt and the answer.
 
         Raises:
-            As :func:`generate`; RowCountError: input_ids has not the tokens of the batch.
+            As :func:`generate`; RowCountError: input_ids has not the tokens of the batch. OptionError: what the context says is given
+            again. ContextError: it is another model.
         """
+        again = [name for name in _OF_CONTEXT if name in options]
+        if again:
+            raise OptionError(
+                f"cp.generate got {', '.join(again)}; its prompts are those of the context, without padding, and so are group, strategy, "
+                f"backend and check. Leave {', '.join(again)} out here; context_parallel takes what it can be told"
+            )
         row = one_row("input_ids", input_ids)
         checks.check_whole("input_ids", row, 0, self.meta)
         prompts = list(torch.split(row[: self.meta.plan.num_tokens], self.meta.plan.extend_lens.tolist()))

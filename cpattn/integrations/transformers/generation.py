@@ -133,7 +133,10 @@ def run(model: Any, input_ids: Any, attention_mask: Any, over: Over, more: dict[
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def validate() -> _Asked:
-        return _asked(model, input_ids, attention_mask, **more)
+        asked = _asked(model, input_ids, attention_mask, **more)
+        if over.within is not None:
+            over.within.decoder.check_same(asked.decoder)
+        return asked
 
     with InFlight(transport, device) as in_flight:
         asked = validated(validate, str, "", in_flight, over.check, None)

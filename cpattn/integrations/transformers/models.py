@@ -54,6 +54,14 @@ class Decoder:
         if id(layer) not in self._modules:
             raise self._is_of_another(type(layer).__name__)
 
+    def check_same(self, other: Decoder) -> None:
+        """Raises ContextError where the other one is of another model."""
+        if other.model is not self.model:
+            raise ContextError(
+                f"cp.generate got another {type(other.model).__name__} than the {type(self.model).__name__} that this context was entered "
+                "for; pass that one, or enter context_parallel for the other"
+            )
+
     def _is_of_another(self, layer: str) -> ContextError:
         return ContextError(
             f"{layer} is a layer of another model than the {type(self.model).__name__} that this context was entered "
