@@ -145,6 +145,25 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     assert (expected[choose(logits.expand(2, -1), warpers, edges)] > 0).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_without_finite_logits_all_ranks_say_that_nothing_can_be_drawn(model: Any, value: float) -> None:
+    """Also those that did not compute them."""
+    torch.nn.init.constant_(model.lm_head.weight, value)
+
+    def refused(group: Any) -> str:
+        with pytest.raises(cpattn.CPError, match=r"the logits of prompt 0 are not finite .*no token can be drawn. Look for what"):
+            cpattn_hf.generate(model, [[5, 3]], group=group, max_new_tokens=2, do_sample=True, seed=1)
+        return "refused"
+
+    assert run_loopback(refused, 2) == ["refused"] * 2
+
+
+def test_only_a_row_that_is_not_finite_has_no_token() -> None:
+    logits = torch.tensor([[0.0, torch.nan], [0.0, -torch.inf], [-torch.inf, -torch.inf], [torch.inf, 0.0]])
+    draws = torch.full((4,), 0.5, dtype=torch.float64)
+    assert choose(logits, transformers.LogitsProcessorList(), draws).tolist() == [-1, 0, -1, -1]
+
+
 # What a cache holds.
 
 

@@ -6,10 +6,13 @@ the same tokens, whatever their devices round, and no logits travel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from cpattn.errors import CPError
 from cpattn.integrations.transformers.batch_context import BatchContext
 from cpattn.integrations.transformers.last_rows import last_rows
 from cpattn.transports.gather import gather_whole
@@ -18,7 +21,7 @@ from cpattn.transports.transport import Transport
 
 
 def next_tokens(context: BatchContext, transport: Transport, logits: Tensor, warpers: LogitsProcessorList, draws: Tensor | None) -> Tensor:
-    """int64 ``[num_requests]``, the same on every rank. A collective call.
+    """int64 ``[num_requests]``, the same on every rank; -1 where none can be drawn (:func:`check_chosen`). A collective call.
 
     Args:
         context: of a batch in which every request has a token.
@@ -44,6 +47,8 @@ def choose(logits: Tensor, warpers: LogitsProcessorList, draws: Tensor | None) -
     tensor([1, 0])
     >>> choose(logits, LogitsProcessorList(), torch.tensor([0.0, 0.5], dtype=torch.float64))
     tensor([0, 2])
+
+    Where logits are not finite, so that tokens have no probabilities, none can be drawn, and it is -1.
     """
     # As transformers does it before it looks at logits.
     logits = logits.float()
@@ -53,4 +58,16 @@ def choose(logits: Tensor, warpers: LogitsProcessorList, draws: Tensor | None) -
     warped = warpers(None, logits.clone())
     sums = warped.double().softmax(-1).cumsum(-1)
     # The first token whose sum is larger than the number. It has a probability, and the last sum is 1, so that there is one.
-    return torch.searchsorted(sums / sums[:, -1:], draws[:, None].contiguous(), right=True)[:, 0]
+    last = sums[:, -1:]
+    drawn = torch.searchsorted(sums / last, draws[:, None].contiguous(), right=True)
+    return drawn.where(last.isfinite(), -1)[:, 0]
+
+
+def check_chosen(tokens: Sequence[int], prompts: Sequence[int]) -> None:
+    """Raises CPError where the token of one of these prompts could not be drawn: on every rank, as all have the same tokens."""
+    wrong = [prompt for token, prompt in zip(tokens, prompts, strict=True) if token < 0]
+    if wrong:
+        raise CPError(
+            f"the logits of prompt {wrong[0]} are not finite (NaN or inf), so that no token can be drawn. Look for what overflows in "
+            "the model, which may need bfloat16 or float32 where it runs in float16; or pass a temperature that is not so small"
+        )

@@ -17,7 +17,7 @@ from cpattn.errors import OptionError, UnknownNameError
 from cpattn.graphs import leaves_graph
 from cpattn.integrations.transformers.active import entered
 from cpattn.integrations.transformers.batch_context import BatchContext
-from cpattn.integrations.transformers.choose_tokens import next_tokens
+from cpattn.integrations.transformers.choose_tokens import check_chosen, next_tokens
 from cpattn.integrations.transformers.generation_options import GenerationOptions, parse_options
 from cpattn.integrations.transformers.layer_pages import PAGE_SIZE, LayerPages, PagedForward
 from cpattn.integrations.transformers.models import Decoder, check_model
@@ -111,7 +111,8 @@ def generate(
     Raises:
         OptionError: there is no such option or value, or nobody says max_new_tokens. UnsupportedError: an option or the model is not
             supported.
-        CPError: in its other subclasses: prompts or group do not fit, the model is within a :func:`context_parallel`
+        CPError: a token id is not in the model's vocabulary, or tokens cannot be drawn, as logits are not finite.
+            In its other subclasses: prompts or group do not fit, the model is within a :func:`context_parallel`
             (whose ``cp.generate`` is for that), or it does not attend through cpattn.
     """
     is_alone = group is None and not (dist.is_available() and dist.is_initialized())
@@ -180,8 +181,9 @@ def _answers(model: Any, asked: _Asked, over: Over) -> list[list[int]]:
         # All prompts' numbers in every step: what one answer draws does not depend on which others have ended.
         drawn = None if draws is None else torch.rand(len(prompts), dtype=torch.float64, generator=draws)[live].to(device)
         tokens = next_tokens(context, transport, logits, options.warpers, drawn)
-        goes_on = []
-        for place, (i, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
+        goes_on, chosen = [], tokens.tolist()
+        check_chosen(chosen, live)
+        for place, (i, token) in enumerate(zip(live, chosen, strict=True)):
             cached[i], lengths[i] = cached[i] + lengths[i], 1
             answers[i].append(token)
             if token not in options.eos and len(answers[i]) < options.max_new_tokens:
