@@ -86,6 +86,21 @@ def test_padded_prompts_come_back_as_generate_returns_them(model: Any) -> None:
     assert all(torch.equal(each, expected) for each in given)
 
 
+@pytest.mark.parametrize("eos", [None, 99, 0])
+def test_padding_without_a_mask_is_what_generate_takes_for_it(model: Any, eos: int | None) -> None:
+    """pad_token_id where it stands, but not where it ends answers."""
+    padded = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 0, 11, 12]])
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation("sdpa")
+    expected, other = (
+        model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=eos) for mask in (None, padded != 0)
+    )
+    assert torch.equal(expected, other) == (eos != 0)
+    model.set_attn_implementation("cpattn")
+    given: Any = cpattn_hf.generate(model, padded, max_new_tokens=5, eos_token_id=eos)
+    assert torch.equal(given, expected)
+
+
 def test_generating_within_a_context(model: Any) -> None:
     prompts = prompts_of()
     expected = [own_answer(model, prompt, max_new_tokens=3) for prompt in prompts]
@@ -211,6 +226,11 @@ def test_a_sharded_cache_is_a_part_of_a_replicated_one() -> None:
         ({"input_ids": [[3], torch.ones(2, 2, dtype=torch.int64)]}, cpattn.RowCountError, r"prompt 1 has shape \(2, 2\)"),
         ({"input_ids": [["a"]]}, cpattn.TensorMismatchError, "prompt 0 is a list"),
         ({"input_ids": "text"}, cpattn.TensorMismatchError, "input_ids is a str"),
+        (
+            {"input_ids": torch.tensor([[5, 9, 1]]), "pad_token_id": 1},
+            cpattn.CPError,
+            "no attention_mask, so that pad_token_id=1 is padding.*zeros after a token",
+        ),
         ({"input_ids": torch.ones(3)}, cpattn.TensorMismatchError, "input_ids is torch.float32"),
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, cpattn.RowCountError, r"input_ids has shape \(3,\); pass \[batch, length\]"),
         (

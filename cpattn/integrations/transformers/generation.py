@@ -93,7 +93,8 @@ def generate(
             rank.
         input_ids: the prompts, the same on every rank: a list of int64 or int32 tensors ``[length]``, or of lists of integers, each of its
             own length; or a tensor ``[batch, length]``.
-        attention_mask: ``[batch, length]``, 0 on the padding of that tensor, which is on the left.
+        attention_mask: ``[batch, length]``, 0 on the padding of that tensor, which is on the left. Without it pad_token_id is padding
+            wherever it stands, unless it is an eos token too, as ``model.generate`` has it.
         group, strategy, backend, check: as in :func:`cpattn.cp_attention`, of every layer of every step. With ``check`` the
             ranks compare what they were asked for first.
         cache: ``"sharded"``: each rank holds its part of every sequence, pages of 16 tokens in turn; or ``"replicated"``: all of them.
@@ -154,7 +155,7 @@ def _asked(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
         raise OptionError(f"seed={seed!r}; pass an integer from 0 to 2**63 - 1, the same on every rank, or None")
     options = parse_options(decoder.model, generation_config, given)
-    prompts = parse_prompts(input_ids, attention_mask, decoder.model.device)
+    prompts = parse_prompts(input_ids, attention_mask, options.padding, decoder.model.device)
     # Before a step is made, not in the middle of an answer.
     decoder.check_lengths(max(map(len, prompts.ids)) + options.max_new_tokens - 1)
     return _Asked(decoder, prompts, options, Striped(PAGE_SIZE) if cache == "sharded" else None, seed)

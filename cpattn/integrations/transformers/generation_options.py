@@ -64,6 +64,7 @@ class GenerationOptions(NamedTuple):
     warpers: what is done to logits before a token is drawn: transformers' own.
     eos: the tokens that end an answer.
     pad_token_id: what stands behind an answer that ended before others; None where none can.
+    padding: the token that is padding in prompts without a mask: the pad_token_id that was given or configured, unless it ends answers.
     """
 
     max_new_tokens: int
@@ -71,6 +72,7 @@ class GenerationOptions(NamedTuple):
     warpers: LogitsProcessorList
     eos: frozenset[int]
     pad_token_id: int | None
+    padding: int | None
 
 
 def parse_options(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> GenerationOptions:
@@ -101,7 +103,12 @@ def parse_options(model: PreTrainedModel, config: Any, given: dict[str, Any]) ->
     if len(pad) > 1:
         raise OptionError(f"pad_token_id={pad}; pass one token id")
     return GenerationOptions(
-        _max_new_tokens(asked.get("max_new_tokens")), do_sample, _warpers(asked), frozenset(eos), pad[0] if pad else eos[0] if eos else None
+        _max_new_tokens(asked.get("max_new_tokens")),
+        do_sample,
+        _warpers(asked),
+        frozenset(eos),
+        pad_token_id=pad[0] if pad else eos[0] if eos else None,
+        padding=pad[0] if pad and pad[0] not in eos else None,
     )
 
 

@@ -35,14 +35,17 @@ class Prompts(NamedTuple):
         return torch.cat([self.padded, rest], dim=1)
 
 
-def parse_prompts(input_ids: Any, attention_mask: Any, device: torch.device) -> Prompts:
+def parse_prompts(input_ids: Any, attention_mask: Any, padding: int | None, device: torch.device) -> Prompts:
     """Prompts from a padded tensor and its mask, or from a list of tensors or lists of integers.
+
+    Args:
+        padding: the token that is padding in a tensor without a mask, None where none is.
 
     Raises:
         TensorMismatchError: what are no integers. RowCountError: of another form. CPError: no prompt, or one without a token.
     """
     if isinstance(input_ids, Tensor):
-        prompts = _of_tensor(input_ids, attention_mask, device)
+        prompts = _of_tensor(input_ids, attention_mask, padding, device)
     elif attention_mask is not None:
         raise CPError("attention_mask with a list of prompts, which have no padding; leave it out")
     elif isinstance(input_ids, Sequence) and not isinstance(input_ids, str):
@@ -57,22 +60,26 @@ def parse_prompts(input_ids: Any, attention_mask: Any, device: torch.device) -> 
     return prompts
 
 
-def _of_tensor(input_ids: Tensor, attention_mask: Any, device: torch.device) -> Prompts:
+def _of_tensor(input_ids: Tensor, attention_mask: Any, padding: int | None, device: torch.device) -> Prompts:
     _check_integers("input_ids", input_ids)
     if input_ids.ndim != 2:
         raise RowCountError(f"input_ids has shape {tuple(input_ids.shape)}; {_FORMS}")
     padded = input_ids.to(device, torch.int64)
+    what = "attention_mask"
     if attention_mask is None:
-        return Prompts(list(padded), padded)
+        if padding is None:
+            return Prompts(list(padded), padded)
+        attention_mask = padded != padding
+        what = f"there is no attention_mask, so that pad_token_id={padding} is padding, as in model.generate; the mask made of it"
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        what = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else f"a {type(attention_mask).__name__}"
-        raise RowCountError(f"attention_mask is {what}; pass one of the shape of input_ids, {tuple(input_ids.shape)}")
+        given = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else f"a {type(attention_mask).__name__}"
+        raise RowCountError(f"attention_mask is {given}; pass one of the shape of input_ids, {tuple(input_ids.shape)}")
     mask = attention_mask.to("cpu") != 0
     lengths = mask.sum(1).tolist()
     if any(not bool(line[len(line) - length :].all()) for line, length in zip(mask, lengths, strict=True)):
         raise CPError(
-            "attention_mask has zeros after a token; padding goes on the left, where an answer does not follow it: make the prompts "
-            'with tokenizer(..., padding=True, padding_side="left"), or pass a list of prompts without padding'
+            f"{what} has zeros after a token; padding goes on the left, where an answer does not follow it: make the prompts with "
+            'tokenizer(..., padding=True, padding_side="left"), and pass their attention_mask, or a list of prompts without padding'
         )
     return Prompts([line[len(line) - length :] for line, length in zip(padded, lengths, strict=True)], padded)
 
