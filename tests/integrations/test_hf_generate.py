@@ -226,6 +226,8 @@ def test_a_sharded_cache_is_a_part_of_a_replicated_one() -> None:
         ({"input_ids": [[3], torch.ones(2, 2, dtype=torch.int64)]}, cpattn.RowCountError, r"prompt 1 has shape \(2, 2\)"),
         ({"input_ids": [["a"]]}, cpattn.TensorMismatchError, "prompt 0 is a list"),
         ({"input_ids": "text"}, cpattn.TensorMismatchError, "input_ids is a str"),
+        ({"input_ids": [[3], [5, 9, 128]]}, cpattn.CPError, "prompt 1 has the token id 128 in place 2.*ids 0 to 127"),
+        ({"input_ids": [[5, -100]]}, cpattn.CPError, "prompt 0 has the token id -100 in place 1"),
         (
             {"input_ids": torch.tensor([[5, 9, 1]]), "pad_token_id": 1},
             cpattn.CPError,

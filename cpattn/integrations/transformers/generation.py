@@ -21,7 +21,7 @@ from cpattn.integrations.transformers.choose_tokens import check_chosen, next_to
 from cpattn.integrations.transformers.generation_options import GenerationOptions, parse_options
 from cpattn.integrations.transformers.layer_pages import PAGE_SIZE, LayerPages, PagedForward
 from cpattn.integrations.transformers.models import Decoder, check_model
-from cpattn.integrations.transformers.prompts import Prompts, parse_prompts
+from cpattn.integrations.transformers.prompts import Prompts, check_vocabulary, parse_prompts
 from cpattn.metadata.plan import plan
 from cpattn.metadata.striped import Striped
 from cpattn.transports.gather import gather_whole
@@ -156,6 +156,7 @@ def _asked(
         raise OptionError(f"seed={seed!r}; pass an integer from 0 to 2**63 - 1, the same on every rank, or None")
     options = parse_options(decoder.model, generation_config, given)
     prompts = parse_prompts(input_ids, attention_mask, options.padding, decoder.model.device)
+    check_vocabulary(prompts.ids, decoder.vocab_size)
     # Before a step is made, not in the middle of an answer.
     decoder.check_lengths(max(map(len, prompts.ids)) + options.max_new_tokens - 1)
     return _Asked(decoder, prompts, options, Striped(PAGE_SIZE) if cache == "sharded" else None, seed)

@@ -28,6 +28,13 @@ class Decoder:
         self._modules: frozenset[int] = frozenset()
         self._configs: frozenset[int] = frozenset()
 
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the model looks up, those included that were added after it was configured."""
+        embedding = self.model.get_input_embeddings()
+        known = getattr(embedding, "num_embeddings", None)
+        return int(self.model.config.get_text_config(decoder=True).vocab_size if known is None else known)
+
     def check_lengths(self, longest: int) -> None:
         """Raises UnsupportedError where the longest sequence of a batch, in tokens, changes how the model rotates."""
         check_rotation(self.model.config.get_text_config(decoder=True), longest)

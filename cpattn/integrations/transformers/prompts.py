@@ -60,6 +60,22 @@ def parse_prompts(input_ids: Any, attention_mask: Any, padding: int | None, devi
     return prompts
 
 
+def check_vocabulary(prompts: Sequence[Tensor], size: int) -> None:
+    """Raises CPError where a token id is not from 0 to size - 1. A rank that looked it up would fail alone, and the others wait."""
+    # One look at the device, however many prompts there are.
+    least, most = torch.stack(torch.cat(list(prompts)).aminmax()).tolist()
+    if least >= 0 and most < size:
+        return
+    for number, ids in enumerate(prompts):
+        outside = ((ids < 0) | (ids >= size)).nonzero().flatten().tolist()
+        if outside:
+            raise CPError(
+                f"prompt {number} has the token id {int(ids[outside[0]])} in place {outside[0]}, padding not counted; the model's "
+                f"embedding has ids 0 to {size - 1}: take the model's own tokenizer, or call model.resize_token_embeddings where "
+                "tokens were added"
+            )
+
+
 def _of_tensor(input_ids: Tensor, attention_mask: Any, padding: int | None, device: torch.device) -> Prompts:
     _check_integers("input_ids", input_ids)
     if input_ids.ndim != 2:
