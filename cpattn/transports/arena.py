@@ -133,7 +133,8 @@ class Arena:
     def release(self) -> None:
         """Frees the blocks that no CUDA graph has captured; whoever asks for a buffer next has it made anew."""
         owner = self._owner()
-        for block in self._blocks.values():
+        # Another rank of this process may be in a call meanwhile, and ask for one more.
+        for block in self.blocks():
             if owner is not None:
                 owner.state.keep_until_done(block)
         self._forget_views()

@@ -71,6 +71,16 @@ def test_memory_that_is_replaced_outlasts_its_views_and_no_more(group: cpattn.Tr
     assert storage() is None
 
 
+def test_memory_is_asked_for_while_it_is_released(group: cpattn.Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another rank of the process."""
+    arena = group.arena
+    for name in "ab":
+        arena.buffer(name, (10,), torch.float32, CPU)
+    monkeypatch.setattr(group.state, "keep_until_done", lambda block: arena.buffer(f"after {address(block)}", (10,), torch.float32, CPU))
+    arena.release()
+    assert arena.blocks() == []
+
+
 def test_noting_collects_each_block_once(group: cpattn.Transport) -> None:
     arena = group.arena
     arena.buffer("before", (4,), torch.float32, CPU)
