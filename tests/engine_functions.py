@@ -38,7 +38,7 @@ def folder_of(engine: str) -> Path:
     """The folder that holds the engine's package: that in ``CPATTN_ENGINES``, or where it is installed. Skips the test if neither is."""
     given = os.environ.get("CPATTN_ENGINES")
     if given:
-        folder = Path(given)
+        folder = Path(given).resolve()
         if not (folder / FILES[engine][0]).exists():
             pytest.fail(f"CPATTN_ENGINES={given}, but there is no {folder / FILES[engine][0]}")
         return folder
