@@ -44,10 +44,9 @@ def validated(
 def describe(call: PreparedCall, meta: CPMetadata, cache: PackedKV | PagedKV | None) -> str:
     """What must be the same on every rank for the results to fit together, scales of heads included, which are read. The backend is each
     rank's own affair, but where ranks read each other's memory: how keys lie there is the kernel's."""
-    problem, backend = call.problem, call.backend
-    # A latent is expanded once it is there.
-    comes_late = call.transport.shares_memory and not problem.expands
-    shared = f", keys late={backend.waits_for_keys(problem)}/{backend.reads_prefix(problem)}" if comes_late else ""
+    problem = call.problem
+    # A backend may differ, and so may the alignment of pools.
+    shared = f", keys late={call.waits_for_keys}/{call.reads_prefix}" if call.transport.shares_memory else ""
     own = " of own heads" if problem.own_heads else ""
     return (
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "

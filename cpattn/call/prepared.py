@@ -59,6 +59,8 @@ class PreparedCall:
         schedule: the hops of one call as data.
         decision: with what they were compared.
         transport: over which it goes.
+        waits_for_keys, reads_prefix: whether keys may come late, and prefixes stay where they lie; a pool that no kernel can address does
+            not stay.
     """
 
     def __init__(self, arguments: Arguments, choice: Choice, options: AttentionOptions, meta: CPMetadata, transport: Transport) -> None:
@@ -86,8 +88,8 @@ class PreparedCall:
         cache = arguments.kv_cache
         # Packed prefixes are copied where they are not, and pools are too large for that.
         pages = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedKV) else ()
-        self._reads_prefix = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_prefix(problem)
-        self._waits_for_keys = not problem.expands and backend.waits_for_keys(problem)
+        self.reads_prefix = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_prefix(problem)
+        self.waits_for_keys = not problem.expands and backend.waits_for_keys(problem)
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # No function of a caller's runs in the midst of it, which may count on modes that are set, as for a default device.
         is_ours = is_of_library(self.strategy) or is_resident(self.strategy)
@@ -202,8 +204,8 @@ class PreparedCall:
                     meta,
                     self.transport,
                     self._reads_pages,
-                    waits_for_keys=self._waits_for_keys,
-                    reads_prefix=self._reads_prefix,
+                    waits_for_keys=self.waits_for_keys,
+                    reads_prefix=self.reads_prefix,
                 )
             )
         if not hasattr(self._exchange, "transfers"):
