@@ -13,6 +13,8 @@ import torch
 WIDE = 256
 # What the kernel for Hopper takes pages in multiples of: it copies that many keys at a time, or more.
 PAGE_UNIT = 16
+# Numbers in half precision from which on rows in shared memory are all swizzled alike.
+_SWIZZLED_ALIKE = 64
 # Bytes of shared memory that a program may have on Hopper.
 _SHARED_MEMORY = 227 * 1024
 
@@ -43,7 +45,8 @@ def padded_head_dim(head_dim: int) -> int:
 
 class PaddedDims(NamedTuple):
     """The head dims that blocks are computed in. Up to 256 a head dim is padded to the next power of two; beyond that
-    q and k are cut in two, as the padding would be too much: 576 is 512 + 64.
+    q and k are cut in two, as the padding would be too much: 576 is 512 + 64. Where one of K and V is narrower than 64, both are
+    padded alike up to there.
 
     Attributes:
         d: of q and k, without the tail; dv: of v.
@@ -58,11 +61,14 @@ class PaddedDims(NamedTuple):
 
 @lru_cache
 def padded_dims(head_dim: int, v_head_dim: int) -> PaddedDims:
-    dv = padded_head_dim(v_head_dim)
+    d, dv = padded_head_dim(head_dim), padded_head_dim(v_head_dim)
     main = 1 << (head_dim.bit_length() - 1)
+    # In shared memory rows of less than 128 bytes are swizzled in another way. Where blocks of K and V that are swizzled otherwise lie
+    # in one place, one after the other, ptxas 12.8 takes the wrong register for the address of V: it reads what is not there.
+    alike = min(_SWIZZLED_ALIKE, max(d, dv))
     if head_dim <= WIDE or head_dim == main:
-        return PaddedDims(padded_head_dim(head_dim), dv, 0, 0)
-    return PaddedDims(main, dv, head_dim - main, padded_head_dim(head_dim - main))
+        return PaddedDims(max(d, alike), max(dv, alike), 0, 0)
+    return PaddedDims(main, max(dv, alike), head_dim - main, padded_head_dim(head_dim - main))
 
 
 @lru_cache

@@ -74,6 +74,7 @@ def test_padded_dims() -> None:
     assert padded_dims(192, 128) == (256, 128, 0, 0)
     assert padded_dims(512, 512) == (512, 512, 0, 0)
     assert padded_dims(300, 256) == (256, 256, 44, 64)
+    assert [padded_dims(*dims)[:2] for dims in ((64, 32), (16, 128), (24, 16), (128, 8))] == [(64, 64), (64, 128), (32, 32), (128, 64)]
     for d in range(1, 577):
         main, _, tail, tail_padded = padded_dims(d, 8)
         assert main + tail >= d

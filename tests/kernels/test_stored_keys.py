@@ -139,8 +139,8 @@ def test_values_that_are_a_part_of_keys(device: str) -> None:
     """With one scale for both; loaded once, where blocks of both are of one size."""
     lens = [20, 13]
     rows = make_case(lens, [3, 5], [0, 1], [20, 13], device)
-    for v_head_dim in (32, 16):
-        q, k, _ = make_qkv(rows, sum(lens), (4, 1), (32, 16), FP16, device, 3, padding=0)
+    for head_dim, v_head_dim in ((32, 32), (32, 16), (72, 64)):
+        q, k, _ = make_qkv(rows, sum(lens), (4, 1), (head_dim, 16), FP16, device, 3, padding=0)
         keys = stored_keys(k, k, E4M3, "token")
         keys = keys._replace(v=keys.k[..., :v_head_dim], v_scale=keys.k_scale)
         copy = torch.empty_like(k)
@@ -165,6 +165,23 @@ def test_keys_and_values_in_one_memory_with_scales_of_their_own(device: str) -> 
         triton_moves.dequantize(*copy, StoredRows(keys.k, keys.k, keys.k_scale, v_scale))
         out, lse = attend(q, keys._replace(v=keys.k, v_scale=v_scale), rows, {}, shapes=SHAPES)
         check(q, *copy, rows, options_of({}, q.device), out, lse)
+
+
+@compiled_only
+@pytest.mark.parametrize("dims", [(64, 32), (64, 16), (48, 32), (128, 32), (256, 16), (32, 64), (16, 128)], ids=str)
+def test_narrow_heads_with_the_shapes_of_the_gpu(dims: tuple[int, int], device: str) -> None:
+    """One of K and V has rows of less than 128 bytes, which lie in shared memory in another way."""
+    lens = [150, 20, 77]
+    rows = make_case(lens, [10, 1, 70], [0, 1, 2], lens, device)
+    for stored, scales, dtype in ((E4M3, "head", BF16), (BF16, "none", FP16)):
+        q, k, v = make_qkv(rows, sum(lens), (12, 2), dims, dtype, device, 2)
+        keys = stored_keys(k, v, stored, scales)
+        copy = torch.empty_like(k), torch.empty_like(v)
+        torch_moves.dequantize(*copy, StoredRows(keys.k, keys.v, keys.k_scale, keys.v_scale))
+        k_pages, v_pages, paged = in_pages(keys.k, keys.v, rows, lens, 3, torch.int32, 5)
+        in_their_pages = Keys(k_pages, v_pages, paged.page_table, keys.k_scale, keys.v_scale)
+        for given, spans in ((keys, rows), (in_their_pages, paged)):
+            check(q, *copy, rows, options_of({}, q.device), *attend(q, given, spans, {}))
 
 
 def test_merging_into_an_earlier_result_with_the_shapes_of_the_gpu(device: str) -> None:
