@@ -250,12 +250,11 @@ _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 # Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention
 # alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv, and of flash_attn4 in
 # backends_gpu_fa4.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in prepared_calls_gpu.md.
-# Stored keys, counted and not measured: of a multiprocessor's 3,300 cycles for a block of 128 keys, the instructions that convert it take
-# 850, beside 1,300 of the softmax. They fit, but are issued where others would have been.
+# Stored keys: 30k + 2k in fp8_striped_2_gpus.csv, with scales of heads; with those of tokens it is 1.7.
 _H100_KERNELS = (
     KernelCosts(
         "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US, waits_for_keys=True,
-        reads_prefix=True, stored=1.1,
+        reads_prefix=True, stored=1.5,
     ),
     KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 2.95e12, stays=False, splits=False, least_rows=128, host=280 * US),
     KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, (), 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from cpattn.stored import is_fp8
 
+# Bytes that one thread copies at a time at most.
+_MOST_ALIGNED = 16
+
 
 class Blocks(NamedTuple):
     """What a kernel takes as a tensor descriptor: blocks of a tensor.
@@ -57,6 +60,12 @@ def as_words(x: Tensor) -> Tensor | Words:
 
 def fits_descriptor(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte aligned, and not empty."""
-    *strides, _ = x.stride()
-    unit = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides) and x.numel() > 0
+    return alignment(x) == _MOST_ALIGNED and x.numel() > 0
+
+
+def alignment(x: Tensor) -> int:
+    """Of how many bytes all places of x along its last axis begin at a multiple: a power of two up to 16."""
+    places = x.data_ptr()
+    for stride in x.stride()[:-1]:
+        places |= stride * x.element_size()
+    return min(_MOST_ALIGNED, places & -places) if places else _MOST_ALIGNED

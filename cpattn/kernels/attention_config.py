@@ -89,6 +89,7 @@ class HopperConfig(AttentionConfig):
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
         PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`); pages are those of them then.
         RAW: with STORED, of how many blocks shared memory holds the bytes.
+        COPIED: with STORED, how many of these are copied at a time: 16, or 8 where rows begin at multiples of those alone.
     """
 
     STAGES: int
@@ -97,16 +98,20 @@ class HopperConfig(AttentionConfig):
     WAITS: bool
     PREFIX: bool
     RAW: int
+    COPIED: int
 
     @property
     def PRODUCER_WARPS(self) -> int:
-        """Warps that bring key blocks: one lets the memory accelerator copy them, four convert them."""
-        return 4 if self.STORED else 1
+        """Warps that bring key blocks: one lets the memory accelerator copy them, eight convert them, or four where consumers need more
+        registers."""
+        if not self.STORED:
+            return 1
+        return 8 if self.DV_PADDED <= 128 else 4
 
     @property
     def REGISTERS(self) -> list[int]:
-        """Of a thread of the second consumer, and of the producer. A multiprocessor has 504 for a thread of each, and the first
-        consumer's gets what is left."""
+        """Of a thread of the second consumer, and of the producer. A multiprocessor has 504 for a thread of each, of which eight
+        warps take theirs twice, and the first consumer's gets what is left."""
         if not self.STORED:
             return [232, 40]
-        return [208, 88] if self.DV_PADDED <= 128 else [224, 56]
+        return [184, 64] if self.DV_PADDED <= 128 else [224, 56]

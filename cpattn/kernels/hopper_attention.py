@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cpattn.kernels.arguments import Blocks, as_words, fits_descriptor
+from cpattn.kernels.arguments import Blocks, alignment, as_words, fits_descriptor
 from cpattn.kernels.attention_config import HopperConfig
 from cpattn.kernels.hopper_items import PART_DIMS
 from cpattn.kernels.hopper_kernel import hopper_attention_kernel
@@ -30,7 +30,7 @@ def launch(
     ``tensors`` those of all that are given at each launch (:meth:`cpattn.kernels.launch.Launcher.prepare`).
 
     k and v must suit a tensor descriptor, and :func:`cpattn.kernels.tile_shapes.has_specialized` say that there is a kernel. Keys that are
-    stored in another dtype than q's are given by pointers.
+    stored in another dtype than q's are given by pointers, and 8-byte alignment is enough for them.
     """
     k, v, arrivals, prefix = keys.k, keys.v, keys.arrivals, keys.prefix
     waits = arrivals is not None
@@ -59,6 +59,7 @@ def launch(
         C=HopperConfig(
             **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None,
             RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
+            COPIED=min(alignment(k), alignment(v)) if is_stored else 0,
         ),
         **arguments,
     )  # fmt: skip

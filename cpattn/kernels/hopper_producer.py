@@ -14,7 +14,7 @@ from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.arrivals import all_flag, piece_flag
 from cpattn.kernels.hopper_channels import put_item, wait_empty
 from cpattn.kernels.hopper_items import PART_DIMS, Brought, Item, bring_queries, parts_of, tma_load
-from cpattn.kernels.hopper_stored import Waiting, bring_stored, finish_stored
+from cpattn.kernels.hopper_stored import Waiting, bring_stored, finish_stored, nothing_yet
 from cpattn.kernels.tile_keys import (
     PageLine,
     find_in_run,
@@ -254,7 +254,9 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     BLOCK_N: gl.constexpr = C.BLOCK_N
     n = 0
     brought = Brought(0, 0, 0, 0, 0)
-    waiting = Waiting(0, 0, 1.0, 1.0, 0, 0, 0)
+    waiting = Waiting(0, 0, 1.0, 1.0, 0, 0, 0, 0)
+    if C.STORED:
+        waiting = nothing_yet(sources.k, C)
     # Fixed spans have tiles to spare.
     num_items = gl.load(queue.limits) * HEADS
     quota = gl.load(queue.limits + 1)

@@ -1,10 +1,11 @@
 """Device code for Hopper: how the producer brings key blocks that are stored in other numbers than queries have.
 
-Tensor cores multiply what lies in shared memory, in q's dtype. So four warps copy bytes, as they are stored, beside what is being
+Tensor cores multiply what lies in shared memory, in q's dtype. So warps copy bytes, as they are stored, beside what is being
 computed; then they read them, multiply them by their scales, and write what :func:`cpattn.kernels.stored_numbers.in_dtype` makes of
 them where the consumers expect a block. The products are of the same numbers as the plain kernel's, to the bit.
 
-A block is copied while the one before it is converted, if shared memory has room for the bytes of two: C.RAW.
+A block is copied while the one before it is converted, if shared memory has room for the bytes of two: C.RAW. Which pages it lies in is
+read a block earlier, as copies would wait for that.
 
 Suffixes: N keys of a block, or of a part of it, D its padded head dim.
 """
@@ -55,6 +56,14 @@ class Places(NamedTuple):
     inside_N: Any
 
 
+class Pages(NamedTuple):
+    """The page of each key of a block, as threads copy K, V and scales of tokens."""
+
+    k_N: Any
+    v_N: Any
+    scale_N: Any
+
+
 class Waiting(NamedTuple):
     """A block whose bytes are on their way.
 
@@ -62,6 +71,7 @@ class Waiting(NamedTuple):
         there: 1 if there is one; is_first: whether queries come with it, as with each item's first.
         k_factor, v_factor: the scales of its head.
         q_begin, q_count, first_head: of its item's queries.
+        pages: of the item's next block.
     """
 
     there: Any
@@ -71,6 +81,7 @@ class Waiting(NamedTuple):
     q_begin: Any
     q_count: Any
     first_head: Any
+    pages: Any
 
 
 @gluon.jit
@@ -90,25 +101,75 @@ def allocate_raw(DTYPE: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _layout(numbers, dim):
-    """Of rows of so many dims over four warps, so many numbers side by side for each thread."""
+def _layout(numbers, dim, C):
+    """Of rows of so many dims over the producer's warps, so many numbers side by side for each thread."""
     across = min(32, dim // numbers)
-    return gl.BlockedLayout([1, numbers], [32 // across, across], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, numbers], [32 // across, across], [C.PRODUCER_WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _copy_layout(C, dtype, dim):
+    """As threads copy rows of so many dims: 16 bytes for each, side by side."""
+    return _layout(128 // dtype.primitive_bitwidth, dim, C)
+
+
+@gluon.constexpr_function
+def _scale_layout(C):
+    return gl.BlockedLayout([1], [32], [C.PRODUCER_WARPS], [0])
 
 
 @gluon.jit
-def _find(item, block, layout: gl.constexpr, C: gl.constexpr):
-    """Where a block's keys lie, and which of them are in the range; instead of others, whose entries of the page table may be anything,
-    the nearest inside."""
+def _keys(item, block, layout: gl.constexpr, C: gl.constexpr):
+    """A block's keys; instead of those outside of the range, whose entries of the page table may be anything, the nearest inside."""
+    key_N = block + gl.arange(0, C.BLOCK_N, layout)
+    return gl.maximum(gl.minimum(key_N, item.keys.end - 1), item.keys.first)
+
+
+@gluon.jit
+def _pages(item, block, layout: gl.constexpr, C: gl.constexpr):
+    """The page of each key of a block."""
+    PAGE_SIZE: gl.constexpr = C.PAGE_SIZE
+    key_N = _keys(item, block, layout, C)
+    if PAGE_SIZE:
+        return gl.load(page_entry(item.line, key_N, PAGE_SIZE))
+    return key_N * 0
+
+
+@gluon.jit
+def _all_pages(item, block, dtype: gl.constexpr, C: gl.constexpr):
+    """The pages of a block, as each of its parts is copied."""
+    k_N = _pages(item, block, gl.SliceLayout(1, _copy_layout(C, dtype, C.D_PADDED)), C)
+    v_N = k_N
+    scale_N = k_N
+    if C.DV_PADDED != C.D_PADDED:
+        v_N = _pages(item, block, gl.SliceLayout(1, _copy_layout(C, dtype, C.DV_PADDED)), C)
+    if C.OF_TOKENS:
+        scale_N = _pages(item, block, _scale_layout(C), C)
+    return Pages(k_N, v_N, scale_N)
+
+
+@gluon.jit
+def nothing_yet(stored, C: gl.constexpr):
+    """Before the first block."""
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    k_N = gl.zeros([BLOCK_N], gl.int32, gl.SliceLayout(1, _copy_layout(C, stored.raw.k.dtype, C.D_PADDED)))
+    v_N = k_N
+    scale_N = k_N
+    if C.DV_PADDED != C.D_PADDED:
+        v_N = gl.zeros([BLOCK_N], gl.int32, gl.SliceLayout(1, _copy_layout(C, stored.raw.k.dtype, C.DV_PADDED)))
+    if C.OF_TOKENS:
+        scale_N = gl.zeros([BLOCK_N], gl.int32, _scale_layout(C))
+    return Waiting(0, 0, 1.0, 1.0, 0, 0, 0, Pages(k_N, v_N, scale_N))
+
+
+@gluon.jit
+def _find(item, block, page_N, layout: gl.constexpr, C: gl.constexpr):
+    """Where a block's keys lie, and which of them are in the range."""
     PAGE_SIZE: gl.constexpr = C.PAGE_SIZE
     key_N = block + gl.arange(0, C.BLOCK_N, layout)
     inside_N = (key_N >= item.keys.first) & (key_N < item.keys.end)
-    key_N = gl.maximum(gl.minimum(key_N, item.keys.end - 1), item.keys.first)
-    page_N = key_N * 0
-    row_N = item.k_start + key_N
-    if PAGE_SIZE:
-        page_N = gl.load(page_entry(item.line, key_N, PAGE_SIZE))
-        row_N = key_N % PAGE_SIZE
+    row_N = _keys(item, block, layout, C)
+    row_N = row_N % PAGE_SIZE if PAGE_SIZE else item.k_start + row_N
     return Places(page_N.to(gl.int64), row_N.to(gl.int64), inside_N)
 
 
@@ -120,28 +181,29 @@ def _rows(source, item, places, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _copy(source, smem, item, places, layout: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr):
-    """Starts to copy a block: 16 bytes at a time, and 0 for what is outside of the range or of the head dim."""
-    UNIT: gl.constexpr = 128 // smem.dtype.primitive_bitwidth
+def _copy(source, smem, item, places, layout: gl.constexpr, DIM: gl.constexpr, PADDED: gl.constexpr, C: gl.constexpr):
+    """Starts to copy a block, and 0 for what is outside of the range or of the head dim."""
+    UNIT: gl.constexpr = 8 * C.COPIED // smem.dtype.primitive_bitwidth
     dim_1D = gl.arange(0, PADDED, gl.SliceLayout(0, layout))[None, :]
     _copy_async(smem, _rows(source, item, places, UNIT)[:, None] + dim_1D, places.inside_N[:, None] & (dim_1D < DIM))
 
 
 @gluon.jit
-def _start(i, block, item, stored, C: gl.constexpr):
-    """Starts to copy the ``i``-th block."""
+def _start(i, block, item, pages, stored, C: gl.constexpr):
+    """Starts to copy the ``i``-th block; pages are those of the item's next one, if it is not its first."""
     raw = stored.raw
     slot = i % C.RAW
-    SIDE_BY_SIDE: gl.constexpr = 128 // raw.k.dtype.primitive_bitwidth
-    k_layout: gl.constexpr = _layout(SIDE_BY_SIDE, C.D_PADDED)
-    v_layout: gl.constexpr = _layout(SIDE_BY_SIDE, C.DV_PADDED)
-    places = _find(item, block, gl.SliceLayout(1, k_layout), C)
-    _copy(stored.k, raw.k.index(slot), item, places, k_layout, C.D, C.D_PADDED)
+    k_layout: gl.constexpr = _copy_layout(C, raw.k.dtype, C.D_PADDED)
+    v_layout: gl.constexpr = _copy_layout(C, raw.k.dtype, C.DV_PADDED)
+    if block == last_block(item.keys, C):
+        pages = _all_pages(item, block, raw.k.dtype, C)
+    places = _find(item, block, pages.k_N, gl.SliceLayout(1, k_layout), C)
+    _copy(stored.k, raw.k.index(slot), item, places, k_layout, C.D, C.D_PADDED, C)
     if C.DV_PADDED != C.D_PADDED:
-        places = _find(item, block, gl.SliceLayout(1, v_layout), C)
-    _copy(stored.v, raw.v.index(slot), item, places, v_layout, C.DV, C.DV_PADDED)
+        places = _find(item, block, pages.v_N, gl.SliceLayout(1, v_layout), C)
+    _copy(stored.v, raw.v.index(slot), item, places, v_layout, C.DV, C.DV_PADDED, C)
     if C.OF_TOKENS:
-        of_tokens = _find(item, block, gl.BlockedLayout([1], [32], [4], [0]), C)
+        of_tokens = _find(item, block, pages.scale_N, _scale_layout(C), C)
         _copy_async(raw.k_scale.index(slot), _rows(stored.k_scale, item, of_tokens, 1), of_tokens.inside_N)
         _copy_async(raw.v_scale.index(slot), _rows(stored.v_scale, item, of_tokens, 1), of_tokens.inside_N)
     async_copy.commit_group()
@@ -152,12 +214,13 @@ def _start(i, block, item, stored, C: gl.constexpr):
         k_factor = gl.load(stored.k_scale.at + head * stored.k_scale.stride_head)
         v_factor = gl.load(stored.v_scale.at + head * stored.v_scale.stride_head)
     is_first = (block == last_block(item.keys, C)).to(gl.int32)
-    return Waiting(1, is_first, k_factor, v_factor, item.q_begin, item.q_count, item.first_head)
+    pages = _all_pages(item, block - C.BLOCK_N, raw.k.dtype, C)
+    return Waiting(1, is_first, k_factor, v_factor, item.q_begin, item.q_count, item.first_head, pages)
 
 
 @gluon.constexpr_function
 def _keys_of_a_part(C, dim):
-    """Of what is converted at a time: with fp8 64 numbers for each thread, which are 16 registers and become 32."""
+    """Of what is converted at a time: with fp8 32 or 64 numbers for each thread, half as many registers, and two blocks of 64 KiB."""
     return min(C.BLOCK_N, (8192 if C.FP8 else 4096) // dim)
 
 
@@ -165,7 +228,7 @@ def _keys_of_a_part(C, dim):
 def _convert_part(raw, scale, factor, block, BEGIN: gl.constexpr, KEYS: gl.constexpr, PADDED: gl.constexpr, C: gl.constexpr):
     """Writes the keys of a block from BEGIN on as consumers expect them."""
     # Eight threads write 128 bytes of a row, one after another: no two to the same bank.
-    layout: gl.constexpr = _layout(8, PADDED)
+    layout: gl.constexpr = _layout(8, PADDED, C)
     x_ND = meant(raw.slice(BEGIN, KEYS).load(layout), C.FP8, True)
     if C.OF_TOKENS:
         x_ND = x_ND * scale.slice(BEGIN, KEYS).load(gl.SliceLayout(1, layout))[:, None]
@@ -215,7 +278,9 @@ def finish_stored(brought, waiting, sources, channels, C: gl.constexpr):
 @gluon.jit
 def _nothing_waits(waiting):
     """After a block has been handed over."""
-    return Waiting(0, waiting.is_first, waiting.k_factor, waiting.v_factor, waiting.q_begin, waiting.q_count, waiting.first_head)
+    return Waiting(
+        0, waiting.is_first, waiting.k_factor, waiting.v_factor, waiting.q_begin, waiting.q_count, waiting.first_head, waiting.pages
+    )
 
 
 @gluon.jit
@@ -224,9 +289,9 @@ def bring_stored(brought, waiting, block, item, sources, channels, C: gl.constex
     i = brought.blocks
     if C.RAW == 1:
         brought, waiting = finish_stored(brought, waiting, sources, channels, C)
-        new = _start(i, block, item, sources.k, C)
+        new = _start(i, block, item, waiting.pages, sources.k, C)
     else:
-        new = _start(i, block, item, sources.k, C)
+        new = _start(i, block, item, waiting.pages, sources.k, C)
         if waiting.there > 0:
             async_copy.wait_group(1)
             brought = _finish(brought, i - 1, waiting, sources, channels, C)

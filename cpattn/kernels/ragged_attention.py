@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpattn.current import is_on_current_device
-from cpattn.kernels.arguments import Blocks, as_words, fits_descriptor
+from cpattn.kernels.arguments import Blocks, alignment, as_words, fits_descriptor
 from cpattn.kernels.attention_config import RaggedConfig
 from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.ragged_kernel import ragged_attention_kernel
@@ -70,7 +70,7 @@ def ragged_attention(
     k_address, v_address = k.data_ptr(), v.data_ptr()
     key = (
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
-        (k_address | v_address) % 16 == 0, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
+        (k_address | v_address) % 16, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
         None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
         None if prefix is None else (
@@ -135,8 +135,8 @@ def _prepare(
     # V as K's first columns, where the two blocks in shared memory are of one size.
     v_in_k = v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and dims.d == dims.dv and _mean_the_same(keys)
     is_stored = k.dtype != q.dtype
-    # That kernel copies 16 bytes at a time, whichever way keys are stored.
-    is_aligned = fits_descriptor(k) and fits_descriptor(v)
+    # That kernel copies 16 bytes at a time, or 8 of keys that are stored in other numbers: of a message with a scale for each token.
+    is_aligned = min(alignment(k), alignment(v)) >= 8 if is_stored else fits_descriptor(k) and fits_descriptor(v)
     if shapes is None:
         specialized = specialized_kernel(q.device) is not None and (not is_stored or (is_aligned and _may_specialize(q, keys)))
         shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)

@@ -23,12 +23,12 @@ def of_backend(backend: str, batch: list[tuple[int, int]], **changes: Any) -> cp
     )
 
 
-def test_decoding_takes_as_long_as_the_bytes_and_prefill_as_the_products() -> None:
+def test_decoding_takes_less_than_with_twice_the_bytes_and_prefill_more() -> None:
     decode, prefill = [(8192, 1)] * 256, [(30720, 2048)]
     half, fp8 = (of_backend("triton", decode, kv_dtype=dtype, scales=dtype and "head") for dtype in (None, E4M3))
-    assert fp8.graph / half.graph == pytest.approx(0.5, abs=0.02)
+    assert fp8.graph / half.graph == pytest.approx(0.67, abs=0.04)
     half, fp8 = (of_backend("triton", prefill, kv_dtype=dtype, scales=dtype and "token") for dtype in (None, E4M3))
-    assert fp8.compute / half.compute == pytest.approx(1.1, abs=0.02)
+    assert fp8.compute / half.compute == pytest.approx(1.5, abs=0.05)
 
 
 def test_a_copy_is_written_and_read_again() -> None:
@@ -45,4 +45,4 @@ def test_what_the_kernel_for_hopper_cannot_take_costs_as_much_as_the_plain_one()
     """Rows of 72 bytes are no whole number of what it copies at a time."""
     batch, dims = [(0, 32768)], {"head_dim": 72, "v_head_dim": 72}
     half, fp8 = (of_backend("triton", batch, **dims | {"kv_dtype": dtype, "scales": dtype and "head"}) for dtype in (None, E4M3))
-    assert fp8.compute / half.compute == pytest.approx(1.1 * 4 / 3, rel=0.02)
+    assert fp8.compute / half.compute == pytest.approx(1.5 * 4 / 3, rel=0.02)

@@ -11,6 +11,7 @@ from ragged_inputs import check, make_qkv
 from stored_inputs import BF16, E4M3, E5M2, FP16, options_of, stored_keys
 from torch import Tensor
 
+from cpattn.exchange.message import KVFormat
 from cpattn.keys import Keys
 from cpattn.moves.stored_rows import StoredRows
 from cpattn.spans import Spans
@@ -39,6 +40,18 @@ def in_their_pages(keys: Keys, rows: Any, lens: list[int], page_size: int) -> tu
         k_scale, v_scale, _ = in_pages(keys.k_scale[..., None], keys.v_scale[..., None], rows, lens, page_size, torch.int32, 5)
         given = given._replace(k_scale=k_scale[..., 0], v_scale=v_scale[..., 0])
     return given, paged
+
+
+def in_a_message(keys: Keys) -> Keys:
+    """The keys as they travel: with scales of tokens heads begin at multiples of 8 bytes alone."""
+    of_tokens = keys.k_scale is not None and keys.k_scale.ndim == 2
+    num_keys, heads, head_dim = keys.k.shape
+    kv = KVFormat(heads, head_dim, keys.v.shape[2], False, keys.k.dtype, keys.k.device, "token" if of_tokens else None)
+    parts = kv.parts(torch.empty(num_keys, heads, kv.width, dtype=kv.wire_dtype, device=keys.k.device))
+    for place, x in zip(kv.stored(*parts), keys[:2] + keys[3:5], strict=True):
+        if place is not None and x is not None:
+            place.copy_(x)
+    return keys._replace(**{name: x for name, x in kv.keys(*parts)._asdict().items() if x is not None})
 
 
 def attend(
@@ -89,7 +102,7 @@ def test_bits_are_those_over_a_copy(
     n = rows.num_queries
     check(q, *copy, rows, options_of(options, q.device), want, want_lse)
     paged_keys, paged = in_their_pages(keys, rows, LENS, page_size)
-    for given, spans in ((keys, rows), (paged_keys, paged)):
+    for given, spans in ((keys, rows), (in_a_message(keys), rows), (paged_keys, paged)):
         attend(monkeypatch, q, given, spans, options)
         for _ in range(3):
             out, lse = ragged_attention(q, given, spans, options_of(options, q.device))
