@@ -101,7 +101,9 @@ figures: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/draw_all.py
 
 # The wheel is installed with what it depends on and nothing more, with the torch that constraints.txt names, and runs the first
-# Python block of the README away from the checkout (-I), so that it is the wheel that is imported.
+# Python block of the README away from the checkout (-I), so that it is the wheel that is imported. REPOSITORY= is the address
+# that links on an index's page begin with; without it that page has none.
+export REPOSITORY
 dist:
 	rm -rf dist $(DIST_VENV)
 	$(PYTHON) -m venv $(DIST_VENV)/tools

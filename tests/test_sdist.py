@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import tarfile
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cpattn
 
 ROOT = Path(__file__).parents[1]
+# As a release names it.
+REPOSITORY = "https://forge.example/someone/cpattn"
 # Of use to those who have the repository alone.
 NOT_SHIPPED = re.compile(r"\.github/|\.gitignore$")
 
@@ -42,7 +46,8 @@ def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(copy: Path, kind: str) -> Path:
     program = f"from setuptools import build_meta; build_meta.build_{kind}('dist_{kind}')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "REPOSITORY": REPOSITORY}
+    done = subprocess.run([sys.executable, "-c", program], cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (archive,) = (copy / f"dist_{kind}").iterdir()
     return archive
@@ -75,16 +80,30 @@ def test_a_program_beside_a_checkout_imports_what_is_installed_from_it(copy: Pat
 def test_links_of_an_index_page_name_files_of_this_version(tracked: set[str], shipped: dict[str, str]) -> None:
     about = HeaderParser().parsestr(shipped["PKG-INFO"])
     addresses = dict(line.split(", ", 1) for line in about.get_all("Project-URL", []))
-    repository = addresses["Repository"]
-    assert all(address.startswith(repository) for address in addresses.values())
+    assert addresses["Repository"] == REPOSITORY
+    assert all(address.startswith(REPOSITORY) for address in addresses.values())
     page = about.get_payload()
     assert isinstance(page, str)
     readme = (ROOT / "README.md").read_text()
     within = [link for link in re.findall(r"\]\(([^)\s]+)\)", readme) if not link.startswith(("https://", "#"))]
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     assert all(link.startswith(("https://", "#")) for link in links)
-    own = [link for link in links if link.startswith(f"{repository}/")]
+    own = [link for link in links if link.startswith(f"{REPOSITORY}/")]
     assert [re.sub(r".*?/(blob|raw)/[^/]*/", "", link) for link in own] == within
-    assert {link.removeprefix(f"{repository}/").split("/")[1] for link in own} == {f"v{cpattn.__version__}"}
+    assert {link.removeprefix(f"{REPOSITORY}/").split("/")[1] for link in own} == {f"v{cpattn.__version__}"}
     assert {Path(link).suffix for link in own if "/raw/" in link} <= {".svg", ".png"}
     assert about["Description-Content-Type"] == "text/markdown"
+
+
+def test_without_an_address_nothing_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **metadata: said.update(metadata))
+    monkeypatch.delenv("REPOSITORY", raising=False)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert said["project_urls"] == {}
+    page = said["long_description"]
+    assert all(link.startswith(("https://", "#")) for link in re.findall(r"\]\(([^)\s]+)\)", page))
+    assert "![" not in page
+    assert "([how to choose]" in (ROOT / "README.md").read_text()
+    assert "(how to choose)" in page
