@@ -5,6 +5,7 @@ A name is imported when it is first asked for, so that ``import cpattn`` costs n
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -191,8 +192,10 @@ def __getattr__(name: str) -> Any:
             for module in _NAMES:
                 import_module(f"cpattn.{module}")
         return import_module(f"cpattn.{name}")
-    raise AttributeError(f"module 'cpattn' has no attribute {name!r}")
+    # With these two Python says which name it might have been.
+    raise AttributeError(f"module 'cpattn' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What there is for a user: an interactive session offers it."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, "integrations", "testing", "viz"})

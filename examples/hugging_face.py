@@ -10,7 +10,11 @@ import sys
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig
+
+try:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+except ModuleNotFoundError:
+    sys.exit("this needs transformers: pip install 'cpattn[transformers]'")
 
 import cpattn
 from cpattn.integrations import transformers as cpattn_hf

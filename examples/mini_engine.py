@@ -5,8 +5,8 @@ python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen
 It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
 cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
 exit code is 1 if any differs. In one step a kernel raises on one rank; all ranks take that step back and plan again.
-Needs ``pip install transformers``; no GPU, and no download. Where there are several GPUs it takes them, over NCCL, or as many as --cp
-says; else it runs two processes on the CPU.
+Needs transformers (``pip install 'cpattn[transformers]'``); no GPU, and no download. Where there are several GPUs it takes
+them, over NCCL, or as many as --cp says; else it runs two processes on the CPU.
 
 What an engine does with cpattn is in ``engine/rank.py`` (the loop: plan, metadata, shard, forward, unshard),
 ``engine/model.py`` (attention) and ``engine/scheduler.py`` (the pool of pages).
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 
 import torch
 from engine.rank import EngineOptions, Expected, Report, Served, generate, serve
@@ -45,6 +46,8 @@ def main() -> int:
     parser.add_argument("--fail-step", type=int, default=5, help="from which on a kernel is in use that raises once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if find_spec("transformers") is None:
+        sys.exit("this needs transformers: pip install 'cpattn[transformers]'")
     shape = ModelShape(kind=arguments.model)
     requests = make_requests(arguments.seed, shape.vocab_size, arguments.new_tokens)
     good = True

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
+
+try:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+except ModuleNotFoundError:
+    sys.exit("this needs transformers: pip install 'cpattn[transformers]'")
 
 import cpattn
 from cpattn.integrations import transformers as cpattn_hf

@@ -486,6 +486,12 @@ def test_an_example_says_how_to_start_it(example: str) -> None:
     assert alone(example) == f"start this with: torchrun --nproc-per-node 4 examples/{example}.py"
 
 
+@pytest.mark.parametrize("example", ["hugging_face", "hf_generate", "perplexity", "mini_engine"])
+def test_an_example_says_what_to_install(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert alone(example) == "this needs transformers: pip install 'cpattn[transformers]'"
+
+
 def test_the_custom_model_refuses_what_it_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
     assert alone("custom_model", "--cp", "3") == 1
     assert capsys.readouterr().err.strip().endswith("start this with: torchrun --nproc-per-node 4 examples/custom_model.py")

@@ -138,8 +138,13 @@ import sys
 import cpattn
 assert not {"torch", "numpy", "einops"} & set(sys.modules)
 assert not [name for name in sys.modules if name.startswith("cpattn.")]
-assert "plan" in dir(cpattn)
-assert not hasattr(cpattn, "no_such_name")
+assert {"plan", "testing"} < set(dir(cpattn)) and "import_module" not in dir(cpattn)
+try:
+    cpattn.cp_atention
+except AttributeError as error:
+    assert (error.name, error.obj) == ("cp_atention", cpattn)  # from which Python knows what to suggest
+else:
+    raise AssertionError
 assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
 assert "torch" not in sys.modules
 # A module may be the first that is asked for: it asks for others in the same way.

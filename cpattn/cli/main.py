@@ -47,8 +47,8 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 fine, 1 a check failed, 2 the input was refused, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    # What is broken, such as torch, is what `cpattn env` has to say, and what the other commands need.
-    options = parser(only_env=list(given[:1]) == ["env"]).parse_args(given)
+    # What is broken, such as torch, is what `cpattn env` has to say, and what the other commands need. The version needs nothing.
+    options = parser(only_env=list(given[:1]) in (["env"], ["--version"])).parse_args(given)
     try:
         code: int = options.run(options)
         sys.stdout.flush()

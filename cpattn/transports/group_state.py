@@ -13,7 +13,8 @@ from cpattn.errors import GroupError
 
 _FIX = (
     "its ranks may be out of step, so every call on it is refused. Destroy it and make a new one on every rank "
-    "(torch.distributed.destroy_process_group, new_group), or start the processes anew"
+    "(torch.distributed.destroy_process_group, new_group), or start the processes anew, with check=True in every call: "
+    "then a rank that differs is named before anything is sent"
 )
 
 

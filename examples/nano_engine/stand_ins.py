@@ -36,8 +36,10 @@ def import_with_flash_attn() -> Any:
     No one else sees it: backends of cpattn look for the true one, of which FlashAttention-4 is a part without the two.
 
     Raises:
-        ImportError: on a GPU with neither flash-attn nor FlashAttention-3.
+        ImportError: without nano-vllm, and on a GPU with neither flash-attn nor FlashAttention-3.
     """
+    if find_spec("nanovllm") is None:
+        raise ImportError("nano-vllm is not installed: pip install --no-deps nano-vllm-fork==20260210 xxhash")
     name = "flash_attn"
     found: Any = import_module(name) if find_spec(name) is not None else None
     if hasattr(found, "flash_attn_with_kvcache"):

@@ -139,15 +139,18 @@ def test_without_what_cpattn_needs(tmp_path: Path, module: str, failure: str) ->
     assert json.loads(done.stdout)["versions"]["rich"]
 
 
+def run_beside_a_broken_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "torch.py").write_text("raise OSError('broken')")
+    path = os.pathsep.join([str(folder), str(Path(cpattn.__file__).parents[1])])
+    command = [sys.executable, "-m", "cpattn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+
+
 def test_other_commands_do_not_hide_a_broken_torch(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise OSError('broken')")
-    path = os.pathsep.join([str(tmp_path), str(Path(cpattn.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-m", "cpattn", "plan", "--batch", "0+9", "--cp", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+    done = run_beside_a_broken_torch(tmp_path, "plan", "--batch", "0+9", "--cp", "2")
     assert done.returncode == 1
     assert "OSError: broken" in done.stderr
+
+
+def test_the_version_needs_no_torch(tmp_path: Path) -> None:
+    assert run_beside_a_broken_torch(tmp_path, "--version").stdout == f"cpattn {cpattn.__version__}\n"

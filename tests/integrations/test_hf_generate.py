@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 import cpattn
@@ -211,6 +214,7 @@ def test_a_sharded_cache_is_a_part_of_a_replicated_one() -> None:
         ({"max_tokens": 3}, cpattn.OptionError, r"has no option max_tokens; did you mean max_new_tokens\? .* it takes max_new_tokens"),
         ({"typo": 0}, cpattn.OptionError, "generate has no option typo; leave typo out. Beside input_ids"),
         ({"max_new_tokens": None}, cpattn.OptionError, "max_new_tokens is not given"),
+        ({"max_new_tokens": None, "max_length": 9}, cpattn.OptionError, r"in tokens \(max_length=9 counts the prompt as well"),
         ({"max_new_tokens": 0}, cpattn.OptionError, "max_new_tokens=0; pass a positive integer"),
         ({"do_sample": "yes"}, cpattn.OptionError, "do_sample='yes'; pass True or False"),
         ({"do_sample": True, "temperature": -1.0}, cpattn.OptionError, r"temperature=-1.0.*strictly positive"),
@@ -226,6 +230,11 @@ def test_a_sharded_cache_is_a_part_of_a_replicated_one() -> None:
         ({"input_ids": [[3], torch.ones(2, 2, dtype=torch.int64)]}, cpattn.RowCountError, r"prompt 1 has shape \(2, 2\)"),
         ({"input_ids": [["a"]]}, cpattn.TensorMismatchError, "prompt 0 is a list"),
         ({"input_ids": "text"}, cpattn.TensorMismatchError, "input_ids is a str"),
+        (
+            {"input_ids": {"input_ids": torch.ones(1, 3)}},
+            cpattn.TensorMismatchError,
+            r"input_ids is a dict; .* generate\(model, \*\*inputs",
+        ),
         ({"input_ids": [[3], [5, 9, 128]]}, cpattn.CPError, "prompt 1 has the token id 128 in place 2.*ids 0 to 127"),
         ({"input_ids": [[5, -100]]}, cpattn.CPError, "prompt 0 has the token id -100 in place 1"),
         (
@@ -303,6 +312,18 @@ def test_the_example_that_generates() -> None:
     example = runpy.run_path(str(EXAMPLES / "hf_generate.py"))
     model = example["make_model"](torch.device("cpu"))
     assert run_loopback(lambda group: example["run"](model, group, group.rank), 2) == [True, True]
+
+
+def test_the_example_goes_on_with_texts(model: Any, tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(128)]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "hf_generate.py"))
+    texts = example["continue_texts"](str(tmp_path), ["w5 w17 w3", "w11"], 4, None, torch.device("cpu"))
+    expected = [own_answer(model, torch.tensor(prompt), max_new_tokens=4).tolist() for prompt in ([5, 17, 3], [11])]
+    assert texts == [" ".join(words[token] for token in tokens) for tokens in expected]
 
 
 def test_the_example_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def parse_options(model: PreTrainedModel, config: Any, given: dict[str, Any]) ->
     if len(pad) > 1:
         raise OptionError(f"pad_token_id={pad}; pass one token id")
     return GenerationOptions(
-        _max_new_tokens(asked.get("max_new_tokens")),
+        _max_new_tokens(asked.get("max_new_tokens"), given.get("max_length")),
         do_sample,
         _warpers(asked),
         frozenset(eos),
@@ -134,9 +134,12 @@ def _refusal(name: str, value: Any) -> CPError:
     )
 
 
-def _max_new_tokens(value: Any) -> int:
+def _max_new_tokens(value: Any, max_length: Any) -> int:
     if value is None:
-        raise OptionError("max_new_tokens is not given, nor does the generation_config have it; pass how long an answer may be, in tokens")
+        instead = "" if max_length is None else f" (max_length={max_length} counts the prompt as well, and with its padding)"
+        raise OptionError(
+            f"max_new_tokens is not given, nor does the generation_config have it; pass how long an answer may be, in tokens{instead}"
+        )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise OptionError(f"max_new_tokens={value!r}; pass a positive integer")
     return int(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,9 @@ def parse_prompts(input_ids: Any, attention_mask: Any, padding: int | None, devi
     elif isinstance(input_ids, Sequence) and not isinstance(input_ids, str):
         prompts = Prompts([_of_one(number, prompt, device) for number, prompt in enumerate(input_ids)], None)
     else:
-        raise TensorMismatchError(f"input_ids is a {type(input_ids).__name__}; {_FORMS}")
+        # What a tokenizer returns is a mapping of both.
+        forms = "pass what is in it by name: generate(model, **inputs, ...)" if isinstance(input_ids, Mapping) else _FORMS
+        raise TensorMismatchError(f"input_ids is a {type(input_ids).__name__}; {forms}")
     if not prompts.ids:
         raise CPError("input_ids has no prompt; there is nothing to generate: skip the call on every rank")
     empty = [number for number, ids in enumerate(prompts.ids) if not len(ids)]
