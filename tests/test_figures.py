@@ -49,6 +49,11 @@ def test_the_command_draws_and_signs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert signature(tmp_path / "speedup.png") != drawn.digest(tmp_path)
 
 
+def test_the_page_has_all_results() -> None:
+    listed = (ROOT / "docs" / "performance.md").read_text().partition("## All results")[2]
+    assert sorted(re.findall(r"results/(\w+\.md)\)", listed)) == sorted(path.name for path in RESULTS.glob("*.md"))
+
+
 def test_speedups_are_those_of_the_page() -> None:
     text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     ours = {batch: speedup.speedups(RESULTS, batch)[speedup.OURS] for batch in speedup.BATCHES}
