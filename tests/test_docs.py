@@ -97,7 +97,7 @@ def test_commands_exist(page: Path) -> None:
             assert all(extra in extras for listed in re.findall(r"cpattn\[(.*?)\]", line) for extra in listed.split(",")), line
         else:
             program = program.removeprefix(".venv/bin/").removeprefix(".venv-dist/tools/bin/")
-            assert program in ("git", "python", "cd", ".ci/run", "torchrun"), line
+            assert program in ("git", "python", "cd", "export", ".ci/run", "torchrun"), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
