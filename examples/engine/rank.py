@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +209,7 @@ class Expected:
 
 
 @torch.inference_mode()
-def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> dict[int, Expected]:
+def generate(options: EngineOptions, prompts: Sequence[tuple[Sequence[int], int]]) -> dict[int, Expected]:
     """The model's own greedy answers, one request at a time, without anything of cpattn; each rank does its share alone.
 
     Args:
@@ -223,7 +224,7 @@ def generate(options: EngineOptions, prompts: list[tuple[list[int], int]]) -> di
     expected = {}
     for number in range(dist.get_rank(), len(prompts), dist.get_world_size()):
         prompt, new_tokens = prompts[number]
-        ids = torch.tensor([prompt], device=options.device)
+        ids = torch.tensor([list(prompt)], device=options.device)
         result = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
