@@ -4,9 +4,9 @@ PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/soak.py --minutes 30
 PYTHONPATH=. python benchmarks/soak.py --minutes 1 --nproc 2 --device cpu
 
 Each rank needs a GPU, or with ``--device cpu`` none. On GPUs the memory of peers and NCCL's collectives take turns in going first,
-eagerly and in replayed graphs; on CPUs it is gloo, twice. Small batches are held against the oracle as well. After the first
-third of the time, in which all that is kept is made, memory must not grow. Every batch follows from the seed and its number:
-``--only N`` runs one again.
+eagerly and in replayed graphs; on CPUs it is gloo, twice. Small batches are held against the oracle as well. In the first
+third of the time, and at least 100 batches, all is made that is kept; after it memory must not grow. Every batch follows from
+the seed and its number: ``--only N`` runs one again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from cpattn.transports.transport import living_transports
 ROUND = 10
 SAYS_EVERY = 10.0
 # What may come and go: torch's allocator keeps pieces, and Python and the driver take memory by the way.
+# Batches after which each kind of call has made its memory; a short run on a slow machine has fewer in its first third.
+WARM_UP = 100
 SLACK = {"allocated": 16, "reserved": 512, "used": 768, "rss": 256, "heaps": 0, "graph_heaps": 0, "blocks": 0, "transports": 0}
 MIB = {"allocated", "reserved", "used", "rss"}
 SMALL_TOKENS = 300
@@ -208,7 +210,7 @@ def memory(device: str) -> dict[str, int]:
 
 @dataclass
 class Watch:
-    """The most of each kind of memory on any rank, in the first third of the time and since; and what has grown."""
+    """The most of each kind of memory on any rank, while it warms up and since; and what has grown."""
 
     first: Counter[str] = field(default_factory=Counter)
     since: Counter[str] = field(default_factory=Counter)
@@ -307,7 +309,7 @@ def soak(asked: Asked) -> dict[str, Any]:
         everyone = run.together((time.monotonic() - begin, memory(asked.device), run.wrong))
         elapsed = everyone[0][0]
         wrong = [text for _, _, texts in everyone for text in texts]
-        watch.note([found for _, found, _ in everyone], is_warm=elapsed > seconds / 3)
+        watch.note([found for _, found, _ in everyone], is_warm=elapsed > seconds / 3 and number > WARM_UP)
         if dist.get_rank() == 0 and time.monotonic() - said > SAYS_EVERY:
             said = time.monotonic()
             print(f"{elapsed:,.0f} s: {number:,} batches, {len(wrong)} wrong; {_in_words(everyone[0][1])}", flush=True)
@@ -319,7 +321,7 @@ def soak(asked: Asked) -> dict[str, Any]:
         "seed": asked.seed, "ranks": dist.get_world_size(), "device": asked.device, "torch": torch.__version__,
         "seconds": round(time.monotonic() - begin, 1), "batches": number, "counts": dict(sorted(run.counts.items())),
         "transports": [transport.describe() for transport in run._transports],
-        "first third": dict(watch.first), "since": dict(watch.since), "grown": watch.grown(), "wrong": wrong,
+        "warming up": dict(watch.first), "since": dict(watch.since), "grown": watch.grown(), "wrong": wrong,
     }  # fmt: skip
 
 
@@ -366,10 +368,12 @@ def main() -> int:
         print(text, flush=True)
         if given.json is not None:
             given.json.write_text(text + "\n")
-    failed = bool(summary["wrong"] or summary.get("grown"))
-    if failed and is_first:
-        print(f"wrong results or growing memory; python {sys.argv[0]} --only N --seed {given.seed} runs one batch again", file=sys.stderr)
-    return int(failed)
+    wrong, grown = summary["wrong"], summary.get("grown")
+    if wrong and is_first:
+        print(f"wrong results; python {sys.argv[0]} --only N --seed {given.seed} runs one batch again", file=sys.stderr)
+    if grown and is_first:
+        print(f"memory has grown: {grown}", file=sys.stderr)
+    return int(bool(wrong or grown))
 
 
 if __name__ == "__main__":
