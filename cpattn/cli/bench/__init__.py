@@ -43,7 +43,7 @@ def add_command(commands: Any) -> None:
     for kind, module in _KINDS.items():
         kind_parser = kinds.add_parser(kind, help=module.TITLE, description=f"Times {module.TITLE}.")
         work = kind_parser.add_mutually_exclusive_group()
-        work.add_argument("--tokens", type=int, default=module.TOKENS, metavar="N", help=f"{module.TOKENS_HELP} (default: {module.TOKENS})")
+        work.add_argument("--tokens", type=int, metavar="N", help=module.TOKENS_HELP)
         work.add_argument("--batch", metavar="BATCH", help=f"the one batch to measure: {BATCH_HELP}")
         kind_parser.add_argument("--cp", type=int, metavar="N", help=module.CP_HELP)
         kind_parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="about how many seconds to measure (default: 2)")
@@ -56,7 +56,10 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark. Returns 0."""
-    asked, module = _asked(options), _KINDS[options.kind]
+    module = _KINDS[options.kind]
+    if options.tokens is None:
+        options.tokens = module.TOKENS[device().type]
+    asked = _asked(options)
     if options.json:
         print(json.dumps(as_json(options.kind, asked, module.measure(asked)), indent=2))
         return 0

@@ -9,7 +9,7 @@ from cpattn.cli.bench.asked import Asked, Result, record
 from cpattn.cli.bench.device import device, timings
 
 TITLE = "building one rank's metadata, all tensors"
-TOKENS, TOKENS_HELP = 900, "new tokens of a request, on average"
+TOKENS, TOKENS_HELP = {"cuda": 900, "cpu": 900}, "new tokens of a request, on average (default: 900)"
 CP_HELP = "number of ranks (default: 4, 8 and 64, one after another)"
 RESULTS = "benchmarks/results/metadata_cpu.md"
 LEFT: tuple[int, ...] = ()
