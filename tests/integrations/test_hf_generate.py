@@ -314,16 +314,36 @@ def test_the_example_that_generates() -> None:
     assert run_loopback(lambda group: example["run"](model, group, group.rank), 2) == [True, True]
 
 
-def test_the_example_goes_on_with_texts(model: Any, tmp_path: Path) -> None:
+def save(model: Any, folder: Path) -> list[str]:
+    """The model, and a tokenizer whose words are the model's tokens; returns the words."""
     words = [f"w{number}" for number in range(128)]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return words
+
+
+def test_the_example_goes_on_with_texts(model: Any, tmp_path: Path) -> None:
+    words = save(model, tmp_path)
     example = runpy.run_path(str(EXAMPLES / "hf_generate.py"))
     texts = example["continue_texts"](str(tmp_path), ["w5 w17 w3", "w11"], 4, None, torch.device("cpu"))
     expected = [own_answer(model, torch.tensor(prompt), max_new_tokens=4).tolist() for prompt in ([5, 17, 3], [11])]
     assert texts == [" ".join(words[token] for token in tokens) for tokens in expected]
+
+
+def test_the_example_of_perplexity_takes_a_text(model: Any, tmp_path: Path) -> None:
+    save(model, tmp_path)
+    (tmp_path / "text").write_text("w5 w17 w3\nw11 w2")
+    example = runpy.run_path(str(EXAMPLES / "perplexity.py"))
+    loaded, ids = example["load"](str(tmp_path), tmp_path / "text", 4, torch.device("cpu"))
+    assert ids.tolist() == [5, 17, 3, 11]
+    example["check_head"](loaded, ids, None, 0, 1)
+    assert example["mean_loss"](loaded, ids, None, 0, 1) == pytest.approx(example["own_loss"](model, ids), abs=1e-4)
+    capped = hf_cases.new_model("gemma2")
+    capped.set_attn_implementation("cpattn")
+    with pytest.raises(SystemExit, match="Gemma2ForCausalLM does more to its logits than its head"):
+        example["check_head"](capped, ids, None, 0, 1)
 
 
 def test_the_example_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
