@@ -163,7 +163,7 @@ def _unshard(x: Tensor, meta: CPMetadata, group: Group, check: bool = False, lab
         return f"unshard, {tuple(x.shape[1:])} {x.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
     with InFlight(transport, meta.device) as in_flight:
-        validated(validate, str, meta.plan.fingerprint, in_flight, check, label)
+        validated(validate, str, meta.plan, in_flight, check, label)
         if (meta.plan.cp_size == 1 or meta.plan.all_queries) and meta.bucket is None:
             return x[: meta.num_tokens].clone()
         if meta.plan.all_queries:
@@ -400,7 +400,7 @@ def prepare(
         return call
 
     with InFlight(transport, meta.device) as in_flight:
-        call = validated(validate, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check, label)
+        call = validated(validate, lambda call: describe(call, meta, arguments.kv_cache), meta.plan, in_flight, check, label)
     return call.hold(meta, returns_lse=return_lse)
 
 

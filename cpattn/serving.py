@@ -106,7 +106,7 @@ def gather_kv(
         return f"gather_kv, {kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}, {kv.dtype}, rows={meta.rows}, bucket={meta.bucket}"
 
     with InFlight(transport, meta.device) as in_flight:
-        kv = validated(validate, describe, meta.plan.fingerprint, in_flight, check, label)
+        kv = validated(validate, describe, meta.plan, in_flight, check, label)
 
         made: list[GatheredRows] = []
 
@@ -351,9 +351,7 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
         return find_call(arguments, meta, transport, check=check)
 
     with InFlight(transport, meta.device) as in_flight:
-        call = validated(
-            find, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check and is_sharded, None
-        )
+        call = validated(find, lambda call: describe(call, meta, arguments.kv_cache), meta.plan, in_flight, check and is_sharded, None)
         in_flight.expect(call.transfers)
         result, lse = call.run(arguments, in_flight, problems if check else None)
     refusal = refusal_of(problems)

@@ -283,4 +283,4 @@ def test_metadata_of_another_batch_of_as_many_tokens_is_found_by_check() -> None
         return str(raised.value)
 
     for message in run_loopback(program, 2):
-        assert re.search(r"the ranks disagree on the plan .*; build the metadata from the same batch and options on every rank", message)
+        assert re.search(r"the ranks disagree on the plan: .*; build the metadata from the same batch and options on every rank", message)

@@ -13,6 +13,7 @@ from cpattn.call.prepared import PreparedCall
 from cpattn.errors import BackendError
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
 from cpattn.transports.agreement import Account, agree
 from cpattn.transports.in_flight import InFlight
@@ -22,14 +23,15 @@ _CACHES = {"packed": "PackedKV", "paged": "PagedKV", None: "none"}
 
 
 def validated(
-    validate: Callable[[], T], describe: Callable[[T], str], fingerprint: str, in_flight: InFlight, check: bool, label: str | None
+    validate: Callable[[], T], describe: Callable[[T], str], plan: Plan | None, in_flight: InFlight, check: bool, label: str | None
 ) -> T:
-    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with the plan of this fingerprint."""
+    """What ``validate`` returns; with ``check``, after all ranks have said that they got as far with this plan."""
     if not check:
         if label is not None:
             checks.check_label(label)
         return validate()
-    account = Account("", fingerprint, "")
+    # In words for who reads of it, and with what tells any two plans apart.
+    account = Account("", "" if plan is None else f"{plan!r}, {plan.num_prefix_tokens} cached, {plan.fingerprint}", "")
     try:
         checks.check_label(label)
         account = account._replace(label=label or "")

@@ -77,9 +77,7 @@ def run_attention(arguments: Arguments, meta: CPMetadata | None, more: More, unk
                     refuse_words("cp_attention", unknown, KEYWORDS)
                 return find_call(arguments, meta, transport, check=check)
 
-            call = validated(
-                validate, lambda call: describe(call, meta, arguments.kv_cache), meta.plan.fingerprint, in_flight, check, label
-            )
+            call = validated(validate, lambda call: describe(call, meta, arguments.kv_cache), meta.plan, in_flight, check, label)
         else:
             call = find_call(arguments, meta, transport)
         if check:

@@ -98,7 +98,7 @@ def relayout(
 
     with InFlight(transport, _device_of([cache, to_cache], transport)) as in_flight:
         # Both plans are among the arguments.
-        moved = validated(validate, _Moved.describe, "", in_flight, check, None)
+        moved = validated(validate, _Moved.describe, None, in_flight, check, None)
         messages: list[Message] = []
 
         def make() -> list[Transfer]:

@@ -23,13 +23,13 @@ class Account(NamedTuple):
 
     Attributes:
         label: that the caller gave the call.
-        fingerprint: of the plan.
+        plan: in words, and its fingerprint.
         arguments: those that must be the same on every rank.
         refusal: why this rank will not make it, or None.
     """
 
     label: str
-    fingerprint: str
+    plan: str
     arguments: str
     refusal: Exception | None = None
 
@@ -45,14 +45,14 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
     """
     calls_of, part, refusal = in_flight.transport.state.calls, in_flight.transport.part, account.refusal
     in_flight.expect(lambda: [_records(in_flight.transport, "accounts", device).transfer], counts=False)
-    said = [str(calls_of[part]), account.label, account.fingerprint, account.arguments, _named(refusal)]
+    said = [str(calls_of[part]), account.label, account.plan, account.arguments, _named(refusal)]
     texts = _exchange(in_flight, "accounts", device, "\0".join(said))
     if refusal is not None:
         raise refusal
     for rank, text in enumerate(texts):
         if not text:
             raise DisagreementError(f"rank {rank} failed before it could say which call it makes; its own error says why")
-    calls, labels, fingerprints, argument_texts, refusals = zip(*((*text.split("\0"), "", "", "")[:5] for text in texts), strict=True)
+    calls, labels, plans, argument_texts, refusals = zip(*((*text.split("\0"), "", "", "")[:5] for text in texts), strict=True)
     for rank, message in enumerate(refusals):
         if message:
             name, _, rest = message.partition(": ")
@@ -65,7 +65,7 @@ def agree(in_flight: InFlight, device: torch.device, account: Account) -> None:
         calls,
         "a rank has skipped a call, or made one more: make the same calls in the same order on every rank",
     )
-    _compare("plan (by fingerprint)", fingerprints, "build the metadata from the same batch and options on every rank")
+    _compare("plan", plans, "build the metadata from the same batch and options on every rank")
     _compare("arguments", argument_texts, "make the same call on every rank")
 
 

@@ -132,4 +132,4 @@ def test_ranks_with_different_partitions_find_out() -> None:
         return str(refusal.value)
 
     for message in run_loopback(program, 2):
-        assert "the ranks disagree on the plan (by fingerprint)" in message
+        assert "the ranks disagree on the plan: rank 0: Plan(1 requests, 40 tokens, " in message

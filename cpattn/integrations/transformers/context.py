@@ -85,9 +85,7 @@ class ContextParallel(BatchContext):
             return share
 
         with InFlight(self._transport, self.meta.device) as in_flight:
-            share = validated(
-                validate, lambda share: f"loss, {share.dtype}", self.meta.plan.fingerprint, in_flight, self.forward.check, None
-            )
+            share = validated(validate, lambda share: f"loss, {share.dtype}", self.meta.plan, in_flight, self.forward.check, None)
             # In float64, so that the sum has the precision of its parts.
             return gather_whole(in_flight, "loss", share.double()[None]).sum().to(share.dtype)
 

@@ -141,7 +141,7 @@ def run(model: Any, input_ids: Any, attention_mask: Any, over: Over, more: dict[
         return asked
 
     with InFlight(transport, device) as in_flight:
-        asked = validated(validate, str, "", in_flight, over.check, None)
+        asked = validated(validate, str, None, in_flight, over.check, None)
     answers = _answers(model, asked, over)
     return asked.prompts.with_answers(answers, asked.options.pad_token_id)
 
