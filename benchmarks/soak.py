@@ -34,7 +34,7 @@ from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 
 import cpattn
 from cpattn.testing import ProcessRanks
-from cpattn.transports import peer_memory
+from cpattn.transports import shared_memory
 from cpattn.transports.groups import Kind
 from cpattn.transports.peer_memory import PeerTransport
 from cpattn.transports.transport import living_transports
@@ -196,8 +196,8 @@ def memory(device: str) -> dict[str, int]:
     transports = living_transports()
     found = {
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20 if sys.platform == "linux" else 0,
-        "heaps": sum(len(transport._heaps()) for transport in transports if isinstance(transport, PeerTransport)),
-        "graph_heaps": len(peer_memory._of_graphs),
+        "heaps": sum(len(transport.shared.heaps()) for transport in transports if isinstance(transport, PeerTransport)),
+        "graph_heaps": len(shared_memory._of_graphs),
         "blocks": sum(len(transport.arena.blocks()) for transport in transports),
         "transports": len(transports),
     }

@@ -219,11 +219,11 @@ def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[b
         for (name, _), block in group.arena._blocks.items():
             if name == "ordered":
                 block.fill_(255)
-        if group._heap is not None:
+        if group.shared.heap is not None:
             # Once the others have read what lies there.
             torch.cuda.synchronize()
             dist.barrier()
-            group._heap._memory[peer_memory._HEADER :].fill_(255)
+            group.shared.heap._memory[peer_memory._HEADER :].fill_(255)
         if turn < 0:
             captured = replays[abs(turn)]
             if captured is None:
@@ -357,7 +357,7 @@ def release_together() -> list[bool]:
     said = []
     for captures in (False, False, True):
         said.append(torch.equal(call(), expected))
-        heap = transport._heap
+        heap = transport.shared.heap
         assert heap is not None
         memory = weakref.ref(heap._memory)
         if captures:

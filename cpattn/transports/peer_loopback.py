@@ -19,7 +19,8 @@ from cpattn.kernels.available import has_kernels
 from cpattn.kernels.peer_layout import MOST_RANKS
 from cpattn.transports.loopback import LoopbackGroup, LoopbackTransport
 from cpattn.transports.peer_heap import PeerHeap, empty_heap
-from cpattn.transports.peer_memory import DEFAULT_LIMIT_SECONDS, PeerTransport, pull_later
+from cpattn.transports.peer_memory import DEFAULT_LIMIT_SECONDS, PeerTransport
+from cpattn.transports.peer_transfers import pull_later
 from cpattn.transports.transfer import Work
 from cpattn.transports.transport import Transport
 
@@ -40,7 +41,7 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
     def ready(self, device: torch.device, captures: bool) -> None:
         """See :meth:`Transport.ready`; all ranks meet, and see where each of them launches."""
         if self.size > 1 and device.type == self._device_type:
-            places = self._told_by_all(_place(device))
+            places = self.told_by_all(_place(device))
             for rank, place in enumerate(places):
                 if place != places[0]:
                     raise UnsupportedError(
@@ -49,7 +50,7 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
                     )
         super().ready(device, captures)
 
-    def _told_by_all(self, what: Any) -> list[Any]:
+    def told_by_all(self, what: Any) -> list[Any]:
         return self.group.meet(self.rank, what)
 
     def _why_not_shared(self, device: torch.device) -> str | None:
@@ -57,14 +58,14 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
             return f"it is for at most {MOST_RANKS} ranks, and there are {self.size}"
         return None if has_kernels(device) else f"there are no Triton kernels for {device}"
 
-    def _allocate(self, nbytes: int, device: torch.device) -> Tensor:
+    def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
         # Made under inference_mode it could not be written outside of it.
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def _make_heap(self, memory: Tensor) -> PeerHeap:
+    def make_heap(self, memory: Tensor) -> PeerHeap:
         empty_heap(memory, self.limit)
-        others, turns = zip(*self._told_by_all((memory.view(1, -1), Turns(self.group))), strict=True)
+        others, turns = zip(*self.told_by_all((memory.view(1, -1), Turns(self.group))), strict=True)
         # Those of rank 0 are everybody's; they are new, as the counts of the heap's flags are.
         self._turns = turns[0]
         return PeerHeap(memory, others)

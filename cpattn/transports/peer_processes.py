@@ -30,19 +30,19 @@ class PeerMemoryTransport(PeerTransport, ProcessGroupTransport):
         super().__init__(group)
         self._set_up(limit, insists)
 
-    def _told_by_all(self, what: Any) -> list[Any]:
+    def told_by_all(self, what: Any) -> list[Any]:
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, what, group=self.group)
         return said
 
     def _why_not_shared(self, device: torch.device) -> str | None:
         with self.on_device():
-            return why_not_shared(self._told_by_all(Machine.here(device)))
+            return why_not_shared(self.told_by_all(Machine.here(device)))
 
-    def _allocate(self, nbytes: int, device: torch.device) -> Tensor:
+    def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
         return allocate(nbytes, device)
 
-    def _make_heap(self, memory: Tensor) -> PeerHeap:
+    def make_heap(self, memory: Tensor) -> PeerHeap:
         empty_heap(memory, self.limit)
         return heap_of_processes(memory, self.group)
 

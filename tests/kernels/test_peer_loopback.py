@@ -57,7 +57,7 @@ def test_bits_are_those_of_copies(strategy: str, cache: str, device: str) -> Non
             plan = case.plan(group.size)
             results = [case.on_rank(plan, group.rank, transport, strategy, backend_on(device)) for transport in (peers_of(group), group)]
             same.append(all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True)))
-        heap = peers_of(group)._heap
+        heap = peers_of(group).shared.heap
         assert heap is not None
         # It is what carried them.
         assert int(heap._memory.view(torch.int32)[POSTS]) >= 2
@@ -171,19 +171,19 @@ def test_memory_grows_and_is_released_together(device: str, monkeypatch: pytest.
         peers, memory = peers_of(group), []
         for tokens in (4, 60, 4):
             attend(tokens, peers, device)
-            memory.append(0 if peers._heap is None else peers._heap.capacity)
-        heap = peers._heap
+            memory.append(0 if peers.shared.heap is None else peers.shared.heap.capacity)
+        heap = peers.shared.heap
         assert heap is not None
         cpattn.release()
-        is_kept_alone = peers._heap is heap
-        peers._captured = [heap] if group.rank == 1 else []
+        is_kept_alone = peers.shared.heap is heap
+        peers.shared.captured = [heap] if group.rank == 1 else []
         cpattn.release(peers)
-        is_kept_for_graph = peers._heap is heap
-        peers._captured = []
+        is_kept_for_graph = peers.shared.heap is heap
+        peers.shared.captured = []
         cpattn.release(peers)
-        is_released = peers._heap is None
+        is_released = peers.shared.heap is None
         attend(4, peers, device)
-        return [memory[0] < memory[1] == memory[2], is_kept_alone, is_kept_for_graph, is_released, peers._heap is not None]
+        return [memory[0] < memory[1] == memory[2], is_kept_alone, is_kept_for_graph, is_released, peers.shared.heap is not None]
 
     assert run_loopback(program, 2) == [[True] * 5] * 2
 
@@ -192,13 +192,13 @@ def test_a_fault_that_only_the_device_knows_of_is_found_at_release(device: str) 
     def program(group: cpattn.Transport) -> str:
         peers = peers_of(group)
         attend(8, peers, device)
-        heap = peers._heap
+        heap = peers.shared.heap
         assert heap is not None
         if group.rank == 0:
             heap.mark(2)
         with pytest.raises(cpattn.GroupError) as raised:
             cpattn.release(peers)
-        assert peers._heap is None
+        assert peers.shared.heap is None
         # Once it was given up nobody meets.
         cpattn.release(peers)
         return str(raised.value)
@@ -212,11 +212,11 @@ def test_a_fault_in_memory_that_a_graph_has_captured_is_found_where_memory_grows
     def program(group: cpattn.Transport) -> str:
         peers = peers_of(group)
         attend(4, peers, device)
-        captured = peers._heap
+        captured = peers.shared.heap
         assert captured is not None
-        peers._captured = [captured]
+        peers.shared.captured = [captured]
         attend(60, peers, device)
-        assert peers._heap is not captured
+        assert peers.shared.heap is not captured
         if group.rank == 1:
             captured.mark(1)
         with pytest.raises(cpattn.GroupError) as raised:

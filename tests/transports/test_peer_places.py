@@ -121,7 +121,7 @@ def _transfer(message: Posted | None) -> Transfer:
 def _places() -> dict[str, Any]:
     assert dist.group.WORLD is not None
     transport = PeerMemoryTransport(dist.group.WORLD)
-    transport._heap = heap = _Heap(2**20)  # type: ignore[assignment]
+    transport.shared.heap = heap = _Heap(2**20)  # type: ignore[assignment]
     transport._shares = True
     # A ring sends from two messages in turn; one transfer goes over collectives.
     messages = [Posted(1000), Posted(257)]
@@ -137,7 +137,7 @@ def _places() -> dict[str, Any]:
     transport.limit = 2
     said["limits"] = heap.limits
     heap.fault = 2
-    said["other"] = transport._in_words(OTHER_MESSAGE)
+    said["other"] = transport.shared.in_words(OTHER_MESSAGE)
     said["fault"], said["later"] = _refusal(transport.check_usable), _refusal(transport.state.enter)
     said["marks"] = heap.marks
     return said
@@ -192,11 +192,11 @@ def _without_memory() -> dict[str, Any]:
     transport = PeerMemoryTransport(dist.group.WORLD, insists=False)
     asked: list[int] = []
 
-    def grow(nbytes: int) -> None:
+    def grow(ranks: Any, nbytes: int, *, captures: bool) -> None:
         asked.append(nbytes)
         raise cpattn.UnsupportedError("rank 1 could not make 9 MiB of shared memory (OutOfMemoryError)")
 
-    transport._heap, transport._grow = _Heap(2**20), grow  # type: ignore[assignment, method-assign]
+    transport.shared.heap, transport.shared.grow = _Heap(2**20), grow  # type: ignore[assignment, method-assign]
     placed = []
     for sizes in ([100], [2**21], [2**21 + 5], [2**20], [1] * (BOARDS + 1), [100]):
         transport._shares = True
@@ -222,23 +222,23 @@ def _released() -> list[bool]:
     group = dist.new_group()
     transport = cpattn.transport(group, kind="peer_memory")
     assert isinstance(transport, PeerMemoryTransport)
-    transport._device = torch.device("cpu")
+    transport.shared.device = torch.device("cpu")
     heap: Any = _Heap(2**20)
-    transport._heap = heap
+    transport.shared.heap = heap
     cpattn.release()
-    left = [transport._heap is heap]
-    transport._captured = [heap] if dist.get_rank() else []
+    left = [transport.shared.heap is heap]
+    transport.shared.captured = [heap] if dist.get_rank() else []
     cpattn.release(group)
-    left.append(transport._heap is heap)
-    transport._captured = []
+    left.append(transport.shared.heap is heap)
+    transport.shared.captured = []
     cpattn.release(group)
-    left.append(transport._heap is None)
+    left.append(transport.shared.heap is None)
     # Now there is nothing that the ranks would have to free together.
     if dist.get_rank():
         cpattn.release(group)
-    transport._heap, heap.fault = heap, dist.get_rank()
+    transport.shared.heap, heap.fault = heap, dist.get_rank()
     left.append("rank 0 did not post or read a message" in _refusal(lambda: cpattn.release(group)))
-    return [*left, transport._heap is None, transport.state.failure is not None]
+    return [*left, transport.shared.heap is None, transport.state.failure is not None]
 
 
 def test_shared_memory_is_released_by_all_ranks_together(ranks: ProcessRanks) -> None:
@@ -249,7 +249,7 @@ def _failed_capture() -> list[bool]:
     """A capture that fails has placed a message, and nobody posts it: not when the next call ends, which places nothing."""
     assert dist.group.WORLD is not None
     transport = PeerMemoryTransport(dist.group.WORLD, insists=False)
-    transport._heap = _Heap(2**20)  # type: ignore[assignment]
+    transport.shared.heap = _Heap(2**20)  # type: ignore[assignment]
     transport.ready = lambda device, captures: setattr(transport, "_shares", True)  # type: ignore[method-assign]
     message = Posted(100)
     with contextlib.suppress(RuntimeError), InFlight(transport, torch.device("cpu")) as in_flight:
