@@ -20,6 +20,9 @@ def logger() -> logging.Logger:
 
     With ``CPATTN_LOG=info`` or ``debug`` in the environment its records go to stderr, each line with this process's rank. They
     do not go to the root logger's handlers, which could write them there again. Any other value is named in a warning.
+
+    Without it they go where the program sends them. It has no handler of its own, not one that does nothing either: so where nobody has
+    set up logging, Python shows warnings on stderr, and nothing below them.
     """
     with _setting_up:
         return _set_up()
@@ -28,7 +31,6 @@ def logger() -> logging.Logger:
 @cache
 def _set_up() -> logging.Logger:
     found = logging.getLogger("cpattn")
-    found.addHandler(logging.NullHandler())
     asked = os.environ.get("CPATTN_LOG", "").strip()
     level = _LEVELS.get(asked.lower())
     if level is not None:

@@ -203,4 +203,21 @@ def test_a_value_that_is_not_known_is_named_once(
         call()
     assert len(caught) == 1
     assert "[cpattn" not in capsys.readouterr().err
-    assert [type(handler) for handler in set_up_anew.handlers] == [logging.NullHandler]
+    assert not set_up_anew.handlers
+
+
+@pytest.mark.parametrize(("asked", "where"), [(None, "nowhere"), (None, "root"), ("info", "root")])
+def test_a_warning_is_seen_once_whoever_has_set_up_logging(
+    asked: str | None, where: str, set_up_anew: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr where nobody has, which is what Python does for a logger without any handler; a line below a warning is not."""
+    monkeypatch.delenv("CPATTN_LOG", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("CPATTN_LOG", asked)
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler()] if where == "root" else [])
+    found = log.logger()
+    found.info("a line")
+    found.warning("a warning")
+    said = capsys.readouterr().err
+    assert said.count("a warning") == 1
+    assert ("a line" in said) == (asked is not None)

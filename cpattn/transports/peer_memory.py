@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from cpattn.errors import GroupError, UnsupportedError
 from cpattn.kernels.peer_layout import WORD_BYTES, WORDS
+from cpattn.log import logger
+from cpattn.memo import Memo
 from cpattn.moves.late_rows import LateRows
 from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.peer_heap import PeerHeap
@@ -77,6 +79,8 @@ class PeerTransport(PairwiseTransport):
         self._beside: torch.cuda.Stream | None = None
         # Where hosts wait for each other, and not devices.
         self._turns: HostTurns | None = None
+        # What the log has a warning of.
+        self._warned: Memo[Hashable, None] = Memo(64)
 
     @abstractmethod
     def told_by_all(self, what: Any) -> list[Any]:
@@ -171,6 +175,9 @@ class PeerTransport(PairwiseTransport):
                     self.shared.grow(self, self._least_bytes, captures=False)
                 except UnsupportedError as error:
                     self._why_not = str(error)
+                    self._warn("calls", error)
+            if self.rank == 0:
+                logger().info("%d ranks on %s send %s", self.size, device, self.describe())
         ours = self.shared.device
         if self._why_not is None and device != ours:
             # The others do not know of it, and go on as before.
@@ -213,10 +220,20 @@ class PeerTransport(PairwiseTransport):
             return None
         try:
             return self.shared.heap_for(self, messages, nbytes, captures=self._captures, insists=self._insists)
-        except UnsupportedError:
+        except UnsupportedError as error:
             if self._insists:
                 raise
+            too_large = self.shared.too_large
+            self._warn("a call" if too_large is None else f"calls of {too_large[0] / 2**20:.0f} MiB and more", error, too_large)
             return None
+
+    def _warn(self, what: str, reason: UnsupportedError, of: Hashable = None) -> None:
+        """One rank does it for all, once: what they might share memory for goes by collectives, which works and is slower."""
+        if self._insists or self.rank != 0 or of in self._warned:
+            return
+        self._warned.keep(of, None)
+        text = "cpattn sends %s over %d ranks by collectives, and not through the memory of peers: %s"
+        logger().warning(text, what, self.size, reason)
 
     def settle(self) -> None:
         """Has the others know that this rank has read all that it will read of the call; its messages have no place any more."""

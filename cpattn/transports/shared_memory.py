@@ -106,7 +106,7 @@ class SharedMemory:
         if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
             raise UnsupportedError(
                 f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
-                f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or leave kind out"
+                f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or send it by kind='collectives'"
             )
         assert self.heap is not None  # the first call has made one
         if nbytes > self.heap.capacity:

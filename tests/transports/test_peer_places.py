@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -196,6 +197,10 @@ def _without_memory() -> dict[str, Any]:
         asked.append(nbytes)
         raise cpattn.UnsupportedError("rank 1 could not make 9 MiB of shared memory (OutOfMemoryError)")
 
+    told: list[str] = []
+    listening = logging.Handler()
+    listening.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cpattn").addHandler(listening)
     transport.shared.heap, transport.shared.grow = _Heap(2**20), grow  # type: ignore[assignment, method-assign]
     placed = []
     for sizes in ([100], [2**21], [2**21 + 5], [2**20], [1] * (BOARDS + 1), [100]):
@@ -205,12 +210,18 @@ def _without_memory() -> dict[str, Any]:
         # What is prepared next goes otherwise, and what is there needs no place.
         assert transport._shares == is_placed == all(message.board is not None for message in messages)
         placed.append(is_placed)
-    return {"placed": placed, "asked": len(asked), "says": transport.describe(), "again": transport.place([_transfer(None)])}
+    logging.getLogger("cpattn").removeHandler(listening)
+    said = {"placed": placed, "asked": len(asked), "says": transport.describe(), "told": told}
+    return said | {"again": transport.place([_transfer(None)])}
 
 
 def test_what_finds_no_memory_goes_otherwise(ranks: ProcessRanks) -> None:
-    """And is not asked for again, as that stops all ranks."""
-    for said in ranks.run(_without_memory):
+    """And is not asked for again, as that stops all ranks. One of them says so, once for each size that becomes the limit."""
+    first, second = ranks.run(_without_memory)
+    reason = "MiB and more over 2 ranks by collectives, and not through the memory of peers: rank 1 could not make 9 MiB of shared memory"
+    assert [text.startswith(f"cpattn sends calls of {mib} {reason}") for mib, text in zip((2, 1), first["told"], strict=True)] == [True] * 2
+    assert not second["told"]
+    for said in (first, second):
         assert said["placed"] == [True, False, False, False, False, True]
         assert said["asked"] == 2
         assert said["again"]
