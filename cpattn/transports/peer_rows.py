@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cpattn.errors import GroupError
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_exchange import Given, exchange_rows
 from cpattn.moves.peer_exchange import Part as ExchangePart
@@ -121,7 +122,7 @@ class PeerRowsInOrder(_PostedRows):
     def post(self, transport: Poster) -> Work:
         """Posts it at once where ranks share a stream, or where more is put beside it. As a rule whoever waits does both in one launch."""
         if self._message.turns is None and not self._late.between:
-            return Work(partial(self._post_and_pull, transport))
+            return _Once(partial(self._post_and_pull, transport))
         board, _ = transport.begin_post(self._message)
         self._exchange(transport, board, self._take_given(), "post")
         self._message.end_post()
@@ -141,6 +142,21 @@ class PeerRowsInOrder(_PostedRows):
     def _exchange(self, transport: Poster, board: Board, given: Given, part: ExchangePart) -> None:
         with transport.on_device():
             exchange_rows(board, self._like, self._rows_in_order, given, self._late, part, shares=self._message.turns is not None)
+
+
+class _Once(Work):
+    """What must not be done twice: who posts again is one message ahead of the others from then on."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        super().__init__(wait)
+        self._has_begun = False
+
+    def wait(self) -> None:
+        """Raises GroupError where an earlier wait was interrupted, and may have posted."""
+        if self._has_begun:
+            raise GroupError("a wait was interrupted as it posted this rank's keys, so that nobody knows whether they were sent")
+        self._has_begun = True
+        super().wait()
 
 
 def _post(transport: Poster, rows: _PostedRows) -> Work:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,14 @@ from cpattn.testing import run_loopback
 
 pytest.importorskip("triton")
 from cpattn.kernels.peer_layout import POSTS
-from cpattn.transports import peer_loopback
+from cpattn.moves.late_rows import LateRows
+from cpattn.moves.peer_moves import Board
+from cpattn.transports import peer_loopback, peer_rows
+from cpattn.transports.in_flight import InFlight
 from cpattn.transports.peer_loopback import PeerLoopbackTransport
+from cpattn.transports.peer_rows import PeerRowsInOrder
+from cpattn.transports.posted import Posted
+from cpattn.transports.transfer import Transfer
 
 pytestmark = pytest.mark.usefixtures("peer_kernels", "shared_memory")
 
@@ -137,6 +145,34 @@ def test_a_rank_that_raises_leaves_the_others_in_step(line: int, device: str) ->
     check_partly_failed(case, plan, "all_gather", [first[0], second[0]])
     case.check([x for x in (first[1], second[1]) if x is not None], plan, "all_gather", backend_on(device))
     assert second[0] is None or line
+
+
+def test_who_is_interrupted_as_it_posts_does_not_post_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message more than the others know of, and each further call would read the wrong ones. So the group is given up."""
+    done: list[str] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        done.append(arguments[5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peer_rows, "exchange_rows", interrupted)
+    none, like = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 4)
+    message = Posted(16, form=1)
+    message.board = Board(none, 0, 1, 0, 0, 16, 1)
+    rows = PeerRowsInOrder(message, 0, 1, like, lambda row: None, LateRows(none, none, none, none, 1))
+    peers = PeerLoopbackTransport(cpattn.LoopbackGroup(1), 0)
+
+    def call() -> None:
+        with InFlight(peers, torch.device("cpu")) as in_flight:
+            in_flight.expect(lambda: [Transfer(lambda transport: rows.post(peers), 0, ())])
+            rows.put(like, None, 1)
+            in_flight.start().wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert done == ["all"]
+    with pytest.raises(cpattn.GroupError, match="nobody knows whether they were sent"):
+        cpattn.check(peers)
 
 
 def attend(tokens: int, group: cpattn.Transport, device: str) -> torch.Tensor:
