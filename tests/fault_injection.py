@@ -26,6 +26,8 @@ TRANSPORT = tuple(
         "part",
         "transfer",
         "peer_memory",
+        "peer_transfers",
+        "shared_memory",
         "peer_processes",
         "peer_heap",
         "peer_loopback",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 def heap_of_processes(memory: Tensor, group: dist.ProcessGroup) -> PeerHeap:
     """Of what each rank has by :func:`allocate`, as large on every rank, and has emptied. A collective of their hosts."""
-    with _without_multicast():
+    with _without_multicast:
         handle = _symmetric_memory().rendezvous(memory, group.group_name)
     peers = [handle.get_buffer(rank, (1, memory.numel()), torch.uint8) for rank in range(handle.world_size)]
     return PeerHeap(memory, peers, handle)
@@ -165,22 +165,39 @@ def heap_of_processes(memory: Tensor, group: dist.ProcessGroup) -> PeerHeap:
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """Memory that can be shared, uint8 of at least that many bytes. Each rank by itself. Raises torch.OutOfMemoryError."""
-    with _without_multicast():
+    with _without_multicast:
         memory: Tensor = _symmetric_memory().empty(-(-nbytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=device)
     return memory
 
 
-@contextmanager
-def _without_multicast() -> Iterator[None]:
-    before = os.environ.get(_NO_MULTICAST)
-    os.environ[_NO_MULTICAST] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_MULTICAST]
-        else:
-            os.environ[_NO_MULTICAST] = before
+class _WithoutMulticast:
+    """A context. Several threads may be within, each with a group of its own, in which it waits for other processes: the first one sets
+    the variable, and the last one leaves it as it was."""
+
+    def __init__(self) -> None:
+        self._changes = threading.Lock()
+        self._within = 0
+        self._before: str | None = None
+
+    def __enter__(self) -> None:
+        with self._changes:
+            if not self._within:
+                self._before = os.environ.get(_NO_MULTICAST)
+                os.environ[_NO_MULTICAST] = "1"
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changes:
+            self._within -= 1
+            if self._within:
+                return
+            if self._before is None:
+                del os.environ[_NO_MULTICAST]
+            else:
+                os.environ[_NO_MULTICAST] = self._before
+
+
+_without_multicast = _WithoutMulticast()
 
 
 def _symmetric_memory() -> Any:

@@ -157,14 +157,15 @@ class SharedMemory:
         if self.heap is None:
             return
         assert self.device is not None
-        if ranks.state.failure is not None:
-            # Nobody comes any more, and nobody calls.
-            self.heap = None
-            return
         if is_capturing(self.device):
             raise GroupError(
                 "a CUDA graph captures, and memory that ranks share is freed once their devices have done their work; release it before"
             )
+        if ranks.state.failure is not None:
+            # Nobody comes any more, and nobody calls. What was launched before may still wait in this memory, no longer than the limit.
+            synchronize(self.device)
+            self.heap = None
+            return
         with ranks.on_device():
             is_captured = self.heap in self.captured
             said = ranks.told_by_all((self._fault_on_device(), is_captured))
@@ -204,7 +205,7 @@ class SharedMemory:
 def _allocate_or_empty_cache(ranks: Sharers, nbytes: int, device: torch.device) -> Tensor:
     try:
         return ranks.allocate_shared(nbytes, device)
-    except torch.OutOfMemoryError:
-        # It is not torch's caching allocator's, which may hold what is needed.
+    except RuntimeError:
+        # It is not torch's caching allocator's, which may hold what is needed. What has none here says so by a plain RuntimeError.
         torch.cuda.empty_cache()
         return ranks.allocate_shared(nbytes, device)

@@ -17,11 +17,13 @@ import torch.distributed as dist
 import cpattn
 from cpattn.kernels.peer_layout import BOARDS, MOST_RANKS, OTHER_MESSAGE, WORD_BYTES, WORDS
 from cpattn.testing import ProcessRanks
-from cpattn.transports import peer_heap
+from cpattn.transports import peer_heap, shared_memory
+from cpattn.transports.group_state import GroupState
 from cpattn.transports.in_flight import InFlight
 from cpattn.transports.peer_heap import Machine, why_not_shared
 from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.posted import Posted
+from cpattn.transports.shared_memory import SharedMemory
 from cpattn.transports.transfer import Transfer, Work
 
 
@@ -73,6 +75,65 @@ def test_multicast_is_left_to_others(before: str | None, monkeypatch: pytest.Mon
         peer_heap.allocate(100, torch.device("cpu"))
     assert seen == ["1"]
     assert os.environ.get(name) == before
+
+
+def test_multicast_stays_off_while_another_thread_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads make memory for groups of their own, and each of them waits there for other processes."""
+    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    monkeypatch.setenv(name, "0")
+    first, second, seen = peer_heap._without_multicast, peer_heap._without_multicast, []
+    with first:
+        second.__enter__()
+        seen.append(os.environ[name])
+    seen.append(os.environ[name])
+    second.__exit__()
+    assert seen == ["1", "1"]
+    assert os.environ[name] == "0"
+
+
+class _Sharers:
+    """Two ranks that say the same, of which this one's first try to allocate fails as torch's symmetric memory does."""
+
+    def __init__(self) -> None:
+        self.state = GroupState()
+        self.tries: list[int] = []
+
+    def told_by_all(self, what: Any) -> list[Any]:
+        return [what, what]
+
+    def allocate_shared(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        self.tries.append(nbytes)
+        if len(self.tries) == 1:
+            raise RuntimeError("CUDA driver error: out of memory")
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def make_heap(self, memory: torch.Tensor) -> Any:
+        return _Heap(len(memory))
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+def test_memory_that_torch_keeps_for_later_is_given_up_for_what_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    shared, ranks = SharedMemory(30.0), _Sharers()
+    shared.device = torch.device("cpu")
+    shared.grow(ranks, 800, captures=False)
+    assert shared.heap is not None
+    assert (emptied, ranks.tries, shared.heap.capacity) == ([True], [900, 900], 900)
+
+
+def test_memory_of_a_group_that_was_given_up_is_freed_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has launched may still wait there for others."""
+    shared, ranks = SharedMemory(30.0), _Sharers()
+    shared.device, shared.heap = torch.device("cpu"), ranks.make_heap(torch.empty(900))
+    monkeypatch.setattr(shared_memory, "synchronize", lambda device: done.append(shared.heap is not None))
+    done: list[bool] = []
+    ranks.state.give_up("a test gave it up")
+    shared.release(ranks)
+    assert done == [True]
+    assert shared.heap is None
 
 
 def test_the_words_of_a_heap_do_not_overlap() -> None:
