@@ -59,9 +59,7 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
         return None if has_kernels(device) else f"there are no Triton kernels for {device}"
 
     def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
-        # Made under inference_mode it could not be written outside of it.
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def make_heap(self, memory: Tensor) -> PeerHeap:
         empty_heap(memory, self.limit)

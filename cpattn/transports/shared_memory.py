@@ -135,7 +135,8 @@ class SharedMemory:
                 "together; make one such call before you capture"
             )
         assert self.device is not None
-        with ranks.on_device():
+        # Made under inference_mode, as in a serving engine's first call, it could not be written outside of it: the limit, or a fault.
+        with ranks.on_device(), torch.inference_mode(False):
             memory, failure, heap = None, "", None
             try:
                 failure = self._fault_on_device()

@@ -20,7 +20,8 @@ from cpattn.testing import ProcessRanks
 from cpattn.transports import peer_heap, shared_memory
 from cpattn.transports.group_state import GroupState
 from cpattn.transports.in_flight import InFlight
-from cpattn.transports.peer_heap import Machine, why_not_shared
+from cpattn.transports.peer_heap import Machine, PeerHeap, why_not_shared
+from cpattn.transports.peer_memory import _HEADER
 from cpattn.transports.peer_processes import PeerMemoryTransport
 from cpattn.transports.posted import Posted
 from cpattn.transports.shared_memory import SharedMemory
@@ -122,6 +123,22 @@ def test_memory_that_torch_keeps_for_later_is_given_up_for_what_ranks_share(monk
     shared.grow(ranks, 800, captures=False)
     assert shared.heap is not None
     assert (emptied, ranks.tries, shared.heap.capacity) == ([True], [900, 900], 900)
+
+
+def test_memory_that_is_made_under_inference_mode_is_written_outside_of_it() -> None:
+    """The first call is an engine's forward pass, and who looks for faults or sets a limit is no part of that."""
+    shared, ranks = SharedMemory(30.0), _Sharers()
+    shared.device = torch.device("cpu")
+    ranks.make_heap = lambda memory: PeerHeap(memory, [memory.view(1, -1)] * 2)  # type: ignore[method-assign]
+    with torch.inference_mode():
+        shared.grow(ranks, _HEADER, captures=False)
+    heap = shared.heap
+    assert heap is not None
+    shared.set_limit(2.0)
+    heap._fault[0] = 2
+    with pytest.raises(cpattn.GroupError, match=r"rank 1 did not post or read a message within 2 s"):
+        shared.look_for_fault(ranks)
+    assert heap.fault_on_device() == 2
 
 
 def test_memory_of_a_group_that_was_given_up_is_freed_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
