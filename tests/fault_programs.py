@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
+from cpattn.transports.groups import Kind
+from cpattn.transports.peer_memory import PeerTransport
 
 
 def fail_and_go_on(cases: list[dict[str, Any]], faults: list[Faults], strategy: str, backend: str) -> list[tuple[Any, Any]]:
@@ -42,9 +45,32 @@ class Seen(NamedTuple):
     seconds: float
 
 
-def go_on(strategy: str, victim: int, fault: str, when: str, device: str, check: bool = False, calls: int = 3) -> list[Seen]:
-    """Calls one after another, of which the first meets a fault of one rank: it is killed, stopped, or raises, before the
-    call, within its attention, or after it. What this rank saw of each."""
+def go_on(
+    strategy: str,
+    victim: int,
+    fault: str,
+    when: str,
+    device: str,
+    check: bool = False,
+    calls: int = 3,
+    *,
+    kind: Kind = "auto",
+    limit: float = 30.0,
+) -> list[Seen]:
+    """Calls one after another, of which the first meets a fault of one rank: it is killed, stopped, stopped for a while, or raises, before
+    the call, within its attention, or after it. What this rank saw of each.
+
+    Args:
+        kind: of transport; limit: of one over the memory of peers, in seconds.
+    """
+    group = cpattn.transport(kind=kind)
+    if isinstance(group, PeerTransport):
+        # All make memory, and compile, before anybody is missed.
+        group.limit = 10 * limit
+        case = AttentionCase([(0, 200)], heads=4, kv_heads=4, dtype=torch.float16, device=device)
+        _attend(case, case.plan(group.size).metadata(group.rank, device), group, strategy, None, None)
+        dist.barrier()
+        group.limit = limit
     seen = []
     # A call that one rank does not make is one that its peers make without it; all end together.
     is_skipped = (fault, when) == ("raises", "before") and dist.get_rank() != victim
@@ -57,38 +83,53 @@ def go_on(strategy: str, victim: int, fault: str, when: str, device: str, check:
         begin = time.monotonic()
         try:
             if is_hit and when == "before":
-                _meet(fault)
-            out, lse = _attend(case, meta, strategy, fault if is_hit and when == "during" else None, f"call {number}" if check else None)
+                _meet(fault, limit)
+            fault_within = fault if is_hit and when == "during" else None
+            out, lse = _attend(case, meta, group, strategy, fault_within, f"call {number}" if check else None, limit)
             what = _judged(case, meta, out, lse)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
         seen.append(Seen(what, time.monotonic() - begin))
         if is_hit and when == "after":
             try:
-                _meet(fault)
+                _meet(fault, limit)
             except RuntimeError:
                 pass
     return seen
 
 
-def _attend(case: AttentionCase, meta: cpattn.CPMetadata, strategy: str, fault: str | None, label: str | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    case: AttentionCase,
+    meta: cpattn.CPMetadata,
+    group: cpattn.Transport,
+    strategy: str,
+    fault: str | None,
+    label: str | None,
+    limit: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """A call that is checked if it has a label, and meets the fault in its attention."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, rows: cpattn.RaggedRows, *, out_dtype: torch.dtype, **options: Any) -> Any:
         if fault is not None:
             if q.is_cuda:
                 torch.cuda.synchronize()
-            _meet(fault)
+            _meet(fault, limit)
         return cpattn.BACKENDS["reference"].run(q, k, v, rows, AttentionOptions(**options), out_dtype)
 
     q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
-    out, lse = cpattn.cp_attention(q, k, v, meta, strategy=strategy, backend=kernel, return_lse=True, check=label is not None, label=label)
+    out, lse = cpattn.cp_attention(
+        q, k, v, meta, group=group, strategy=strategy, backend=kernel, return_lse=True, check=label is not None, label=label
+    )
     return out.cpu(), lse.cpu()
 
 
-def _meet(fault: str) -> None:
+def _meet(fault: str, limit: float) -> None:
     if fault == "raises":
         raise RuntimeError("an error of this rank's own")
+    if fault == "comes back":
+        # Once the others have given it up.
+        subprocess.Popen(["sh", "-c", f"sleep {limit + 2}; kill -CONT {os.getpid()}"])
+        fault = "stopped"
     os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[fault])
 
 

@@ -199,6 +199,51 @@ def stay_away(limit: float) -> tuple[bool, str, str, float]:
     return is_nan, said, late, seconds
 
 
+def replay_without_one(limit: float) -> tuple[bool, str, str, list[float]]:
+    """Graphs in memory that has grown since, which all replay but the last rank. Of the others: whether the result is NaN, what who only
+    replays graphs is told, what the next call raises, and the seconds of two replays."""
+    transport = PeerMemoryTransport(dist.new_group(), limit=10 * limit)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    calls = []
+    for tokens in (64 * size, 60_000 * size):
+        meta = cpattn.build_metadata([(0, tokens)], size, rank, device="cuda")
+        q, k, v = (torch.randn(meta.rows, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        calls.append(partial(cpattn.cp_attention, q, k, v, meta, group=transport, strategy="all_gather", backend="triton"))
+    small, large = calls
+    # As in an engine; what follows is outside of it.
+    with torch.inference_mode():
+        small()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out: Any = small()
+        large()
+    assert len(transport.shared.heaps()) == 2
+    graph.replay()
+    torch.cuda.synchronize()
+    dist.barrier()
+    transport.limit = limit
+    is_nan, told, said, seconds = True, "", "", []
+    if rank < size - 1:
+        for _ in range(2):
+            begin = time.monotonic()
+            graph.replay()
+            torch.cuda.synchronize()
+            seconds.append(time.monotonic() - begin)
+        is_nan = bool(out.isnan().all())
+        told, said = _raised(partial(cpattn.check, transport)), _raised(large)
+    dist.barrier()
+    return is_nan, told, said, seconds
+
+
+def _raised(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except cpattn.GroupError as error:
+        return str(error)
+    return ""
+
+
 def take_turns(batches: list[list[tuple[int, int]]], turns: list[int]) -> list[bool]:
     """Calls over several batches in turn, some as graphs, in memory that they share and that is NaN before each: whether each result
     is that of collectives."""

@@ -157,6 +157,17 @@ def test_a_rank_that_stays_away_is_named(ranks: ProcessRanks) -> None:
     assert missing in last[2]
 
 
+def test_who_only_replays_graphs_is_told_of_a_rank_that_stays_away(ranks: ProcessRanks) -> None:
+    """At once after the first time, and by the memory that the graph has captured, which calls no longer use."""
+    *others, _ = ranks.run(programs.replay_without_one, 2.0)
+    for is_nan, told, said, (first, second) in others:
+        assert is_nan
+        assert f"rank {ranks.size - 1} did not post or read a message within 2 s" in told
+        assert told == said
+        assert 2 <= first < 20
+        assert second < 1
+
+
 def test_a_rank_of_another_plan_is_named(ranks: ProcessRanks) -> None:
     for is_nan, said in ranks.run(programs.of_other_sizes):
         assert is_nan
