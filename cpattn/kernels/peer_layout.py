@@ -13,6 +13,8 @@ FAULT = 0
 LIMIT = 1
 WAITING = 2
 ALL_READ = 3
+# By which its own rank and the others know it as this one.
+SEAL = 4
 # One for each board.
 POSTS = 16
 POSTED = POSTS + BOARDS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpattn.kernels.available import has_kernels
 from cpattn.kernels.cuda_driver import has_peer_atomics
-from cpattn.kernels.peer_layout import FAULT, LIMIT, MOST_RANKS
+from cpattn.kernels.peer_layout import FAULT, LIMIT, MOST_RANKS, SEAL
 from cpattn.memo import Memo
 from cpattn.transports.posted import OwnMemory
 
@@ -112,6 +112,11 @@ class PeerHeap:
         """How long its device waits for another rank; waits that are captured read it anew."""
         _set_limit(self._memory, seconds)
 
+    def seals(self) -> list[int]:
+        """Of each rank's heap as a kernel of this one reads it; waits for the device."""
+        found: list[int] = torch.cat([peer.view(torch.int32)[0, SEAL : SEAL + 1] for peer in self._peers]).tolist()
+        return found
+
     def message_of(self, rank: int, offset: int, nbytes: int) -> Tensor:
         """Bytes ``[1, nbytes]`` of another rank's heap."""
         return self._peers[rank].narrow(1, offset, nbytes)
@@ -138,9 +143,10 @@ class PeerHeap:
         self._memory.view(torch.int32)[FAULT] = fault
 
 
-def empty_heap(memory: Tensor, limit: float) -> None:
+def empty_heap(memory: Tensor, limit: float, seal: int) -> None:
     """What a rank does with its memory before it tells the others where it lies, who write to it then."""
     memory.zero_()
+    memory.view(torch.int32)[SEAL] = seal
     _set_limit(memory, limit)
     synchronize(memory.device)
 

@@ -61,8 +61,8 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
     def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def make_heap(self, memory: Tensor) -> PeerHeap:
-        empty_heap(memory, self.limit)
+    def make_heap(self, memory: Tensor, seal: int) -> PeerHeap:
+        empty_heap(memory, self.limit, seal)
         others, turns = zip(*self.told_by_all((memory.view(1, -1), Turns(self.group))), strict=True)
         # Those of rank 0 are everybody's; they are new, as the counts of the heap's flags are.
         self._turns = turns[0]

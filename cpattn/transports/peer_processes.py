@@ -42,8 +42,8 @@ class PeerMemoryTransport(PeerTransport, ProcessGroupTransport):
     def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
         return allocate(nbytes, device)
 
-    def make_heap(self, memory: Tensor) -> PeerHeap:
-        empty_heap(memory, self.limit)
+    def make_heap(self, memory: Tensor, seal: int) -> PeerHeap:
+        empty_heap(memory, self.limit, seal)
         return heap_of_processes(memory, self.group)
 
     def _make_part(self, ranks: tuple[int, ...]) -> Transport:

@@ -3,7 +3,8 @@ may replay over them, and that say what has gone wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import secrets
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -36,8 +37,8 @@ class Sharers(Protocol):
     def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory that can be shared, uint8 of at least that many bytes; each rank by itself."""
 
-    def make_heap(self, memory: Tensor) -> PeerHeap:
-        """Of what each rank has allocated. A collective of their hosts."""
+    def make_heap(self, memory: Tensor, seal: int) -> PeerHeap:
+        """Of what each rank has allocated, with a seal of each one's own in it. A collective of their hosts."""
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Within which kernels are launched on the messages' device."""
@@ -137,19 +138,20 @@ class SharedMemory:
         assert self.device is not None
         # Made under inference_mode, as in a serving engine's first call, it could not be written outside of it: the limit, or a fault.
         with ranks.on_device(), torch.inference_mode(False):
-            memory, failure, heap = None, "", None
+            memory, failure, heap, seal = None, "", None, 1 + secrets.randbelow(2**31 - 1)
             try:
                 failure = self._fault_on_device()
                 memory = None if failure else _allocate_or_empty_cache(ranks, nbytes + nbytes // 8, self.device)
             except Exception as error:
                 failure = f"could not make {nbytes / 2**20:.0f} MiB of shared memory ({in_a_line(error)})"
-            self._raise_first(ranks, failure)
+            seals = self._told_unless_failed(ranks, failure, seal)
             try:
                 assert memory is not None
-                heap = ranks.make_heap(memory)
+                heap = ranks.make_heap(memory, seal)
+                _check_seals(heap, seals)
             except Exception as error:
                 failure = f"could not see the others' memory ({in_a_line(error)})"
-            self._raise_first(ranks, failure)
+            self._told_unless_failed(ranks, failure)
             # Nobody reads the old one any more: all have come here, and have waited for their devices.
             self.heap = heap
 
@@ -181,13 +183,14 @@ class SharedMemory:
         synchronize(self.device)
         return next((f"{_FAULT_FOUND}{fault}" for heap in self.heaps() if (fault := heap.fault_on_device())), "")
 
-    def _raise_first(self, ranks: Sharers, failure: str) -> None:
-        """Raises what the first rank says that has failed, on every rank."""
-        said = ranks.told_by_all(failure)
-        self._raise_fault(ranks, said)
-        for rank, text in enumerate(said):
+    def _told_unless_failed(self, ranks: Sharers, failure: str, number: int = 0) -> list[int]:
+        """Each rank's number. Raises what the first rank says that has failed, on every rank."""
+        failures, numbers = zip(*ranks.told_by_all((failure, number)), strict=True)
+        self._raise_fault(ranks, failures)
+        for rank, text in enumerate(failures):
             if text:
                 raise UnsupportedError(f"rank {rank} {text}")
+        return list(numbers)
 
     def _raise_fault(self, ranks: Sharers, said: Iterable[str]) -> None:
         for text in said:
@@ -201,6 +204,14 @@ class SharedMemory:
             return f"rank {fault - 1} did not post or read a message within {self.limit:g} s"
         rank = fault - OTHER_MESSAGE
         return f"rank {rank} has posted another message: it has another plan or another kind of backend, or has skipped a call"
+
+
+def _check_seals(heap: PeerHeap, seals: Sequence[int]) -> None:
+    """Raises where this rank takes other memory for a rank's heap: which address is whose it has been told by torch, whose interface for
+    that is no promise yet."""
+    for rank, (seen, told) in enumerate(zip(heap.seals(), seals, strict=True)):
+        if seen != told:
+            raise RuntimeError(f"what it sees as that of rank {rank} is other memory")
 
 
 def _allocate_or_empty_cache(ranks: Sharers, nbytes: int, device: torch.device) -> Tensor:

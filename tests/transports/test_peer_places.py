@@ -108,8 +108,8 @@ class _Sharers:
             raise RuntimeError("CUDA driver error: out of memory")
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def make_heap(self, memory: torch.Tensor) -> Any:
-        return _Heap(len(memory))
+    def make_heap(self, memory: torch.Tensor, seal: int) -> Any:
+        return _Heap(len(memory), [seal, seal])
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -125,11 +125,28 @@ def test_memory_that_torch_keeps_for_later_is_given_up_for_what_ranks_share(monk
     assert (emptied, ranks.tries, shared.heap.capacity) == ([True], [900, 900], 900)
 
 
+def heap_of_two(memory: torch.Tensor, seal: int, other: torch.Tensor | None = None) -> PeerHeap:
+    """Of two ranks that are one, or of which this one takes other memory for the second one's."""
+    peer_heap.empty_heap(memory, 30.0, seal)
+    return PeerHeap(memory, [x.view(1, -1) for x in (memory, memory if other is None else other)])
+
+
+@pytest.mark.parametrize("other", [0, 255])
+def test_other_memory_is_not_taken_for_a_peer_s(other: int) -> None:
+    """Never a wrong result: calls go by collectives then."""
+    shared, ranks = SharedMemory(30.0), _Sharers()
+    shared.device = torch.device("cpu")
+    ranks.make_heap = partial(heap_of_two, other=torch.full((_HEADER,), other, dtype=torch.uint8))  # type: ignore[method-assign]
+    with pytest.raises(cpattn.UnsupportedError, match=r"could not see the others' memory \(.*rank 1 is other memory"):
+        shared.grow(ranks, _HEADER, captures=False)
+    assert shared.heap is None
+
+
 def test_memory_that_is_made_under_inference_mode_is_written_outside_of_it() -> None:
     """The first call is an engine's forward pass, and who looks for faults or sets a limit is no part of that."""
     shared, ranks = SharedMemory(30.0), _Sharers()
     shared.device = torch.device("cpu")
-    ranks.make_heap = lambda memory: PeerHeap(memory, [memory.view(1, -1)] * 2)  # type: ignore[method-assign]
+    ranks.make_heap = heap_of_two  # type: ignore[method-assign]
     with torch.inference_mode():
         shared.grow(ranks, _HEADER, captures=False)
     heap = shared.heap
@@ -144,7 +161,7 @@ def test_memory_that_is_made_under_inference_mode_is_written_outside_of_it() -> 
 def test_memory_of_a_group_that_was_given_up_is_freed_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has launched may still wait there for others."""
     shared, ranks = SharedMemory(30.0), _Sharers()
-    shared.device, shared.heap = torch.device("cpu"), ranks.make_heap(torch.empty(900))
+    shared.device, shared.heap = torch.device("cpu"), ranks.make_heap(torch.empty(900), 1)
     monkeypatch.setattr(shared_memory, "synchronize", lambda device: done.append(shared.heap is not None))
     done: list[bool] = []
     ranks.state.give_up("a test gave it up")
@@ -157,8 +174,8 @@ def test_the_words_of_a_heap_do_not_overlap() -> None:
     """Of the largest group the last flag is the last word."""
     from cpattn.kernels import peer_layout as words
 
-    assert len({words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ}) == 4
-    assert max(words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ) < words.POSTS
+    assert len({words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ, words.SEAL}) == 5
+    assert max(words.FAULT, words.LIMIT, words.WAITING, words.ALL_READ, words.SEAL) < words.POSTS
     # One load reads both.
     assert words.FAULT % 2 == 0
     assert words.LIMIT == words.FAULT + 1
@@ -176,8 +193,9 @@ def ranks() -> Iterator[ProcessRanks]:
 class _Heap:
     """As much of a heap as the host looks at."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, seals: list[int] | None = None) -> None:
         self.capacity = capacity
+        self.seals = lambda: seals
         self.table = torch.zeros(3, dtype=torch.int64)
         self.fault = 0
         self.marks: list[int] = []
