@@ -13,6 +13,7 @@ from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
 from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
+from cpattn.call.explain_arrival import explain_arrival
 from cpattn.call.explain_choice import comparison, explain_backend, explain_expansion, explain_strategy
 from cpattn.call.find import check_contents, check_numbers, prepare_call
 from cpattn.call.in_graph import (
@@ -428,9 +429,10 @@ def explain(
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
     strategy is ``all_gather`` or ``ring`` it says under ``"keys"`` how many keys and values travel before the attention, how many beside it
-    or after it, and why; of a hybrid the same across its groups, and of two levels across hosts and within them. Of ``pass_q`` and
-    ``pass_q_ring`` it says under ``"queries"`` the same of queries. Where a strategy divides heads, it says under ``"heads"`` how many each
-    rank has. With ``expand`` it says under ``"latent"`` how many heads that is expanded to at a time.
+    or after it, and why; where ranks read each other's memory also whether an all-gather's come beside the attention. Of a hybrid it says
+    the same across its groups, and of two levels across hosts and within them. Of ``pass_q`` and ``pass_q_ring`` it says under
+    ``"queries"`` the same of queries. Where a strategy divides heads, it says under ``"heads"`` how many each rank has. With ``expand``
+    it says under ``"latent"`` how many heads that is expanded to at a time.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -451,8 +453,9 @@ def explain(
     explained = explain_backend(choice) | {"strategy": f"{choice.strategy.name}: {why}"}
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy in (ALL_GATHER, RING):
-        in_words = explain_keys if choice.strategy is ALL_GATHER else explain_ring_keys
-        explained = explained | {"keys": in_words(choice.problem, meta.plan)}
+        gathers = choice.strategy is ALL_GATHER
+        keys = (explain_keys if gathers else explain_ring_keys)(choice.problem, meta.plan)
+        explained = explained | {"keys": keys + (explain_arrival(choice, meta.plan) if gathers else "")}
     elif choice.strategy is PASS_Q and brings_new_keys(choice.problem, meta.plan):
         explained = explained | {"queries": explain_beside_keys(choice.problem, meta.plan)}
     elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:

@@ -231,7 +231,7 @@ def keys_come_late(choice: Choice, traveling: Traveling) -> bool:
     if choice.transport != "peer_memory" or not (kernel.waits_for_keys and _has_hopper_kernel(choice)):
         return False
     if problem.cache == "paged":
-        return kernel.reads_prefix and may_come_late(problem, choice.plan, traveling, fixed=problem.fixed)
+        return kernel.reads_prefix and may_come_late(problem, choice.plan, traveling)
     return traveling.what != "nothing" and problem.overlap == 1
 
 

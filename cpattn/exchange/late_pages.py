@@ -29,16 +29,29 @@ _LATE_TOKENS = 4096
 _CACHED_PART = 8
 
 
-def may_come_late(problem: Problem, plan: Layout, travels: Traveling, *, fixed: bool) -> bool:
-    """Whether it is worth it for new keys, where a backend and a transport can, as far as problem and plan go.
+def may_come_late(problem: Problem, plan: Layout, travels: Traveling) -> bool:
+    """Whether it is worth it for new keys, where a backend and a transport can, as far as problem and plan go."""
+    return problem.cache == "paged" and not plan.sharded and why_not_late(problem, plan, travels) is None
 
-    A bucket's order would not know how many cached keys there are. Where queries see nothing of other ranks, no rank waits for another
-    before its attention.
+
+def why_not_late(problem: Problem, plan: Layout, travels: Traveling) -> str | None:
+    """Why new keys had better not come late into pages that every rank holds whole, or None.
+
+    A bucket's order would not know how many cached keys there are, and its launches not whether there are any. From so many tokens on an
+    eager call hides its host's time, so that a graph has little to give.
     """
-    if problem.cache != "paged" or problem.overlap > 1 or fixed or plan.sharded or plan.cp_size == 1 or travels.what == "nothing":
-        return False
+    if plan.cp_size == 1 or travels.what == "nothing":
+        return "no rank waits for another before its attention"
+    if problem.overlap > 1:
+        return "overlap= divides heads"
+    if problem.fixed:
+        return "how many cached keys have to be put beside them changes with a bucket's batch"
+    if plan.num_tokens < _LATE_TOKENS:
+        return f"{plan.num_tokens:,} new tokens are fewer than {_LATE_TOKENS:,}"
     cached = int((plan.prefix_lens % PREFIX_UNIT)[plan.extend_lens > 0].sum())
-    return plan.num_tokens >= max(_LATE_TOKENS, _CACHED_PART * cached)
+    if plan.num_tokens < _CACHED_PART * cached:
+        return f"{cached:,} cached keys would have to be put beside {plan.num_tokens:,} new ones"
+    return None
 
 
 class LateIntoPages(NamedTuple):
@@ -54,7 +67,7 @@ class LateIntoPages(NamedTuple):
     def of(cls, setup: Setup, travels: Traveling) -> LateIntoPages | None:
         """None where they cannot come late, or had better not."""
         problem, meta, kv = setup.problem, setup.meta, setup.kv
-        if not (setup.waits_for_keys and setup.reads_prefix and may_come_late(problem, meta.plan, travels, fixed=meta.bucket is not None)):
+        if not (setup.waits_for_keys and setup.reads_prefix and may_come_late(problem, meta.plan, travels)):
             return None
         if not rows_of_peers(setup, kv):
             return None

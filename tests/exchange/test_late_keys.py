@@ -12,12 +12,19 @@ import torch
 from cases import AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem as problem_like
 from strategies import Batch, lengths
 from torch import Tensor
 
 import cpattn
 from cpattn.attention.reference import reference_attention
+from cpattn.attention.registry import BACKENDS
+from cpattn.call.choose import Choice
+from cpattn.call.explain_arrival import explain_arrival
+from cpattn.costs.decide import Decision
+from cpattn.costs.ways import Call, Way
 from cpattn.exchange import late_pages
+from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.gathered_rows import GatheredRows
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
 from cpattn.exchange.late_keys import late_tables
@@ -28,6 +35,7 @@ from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
+from cpattn.machine import H100
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.moves import moves_for
@@ -318,9 +326,51 @@ def test_late_keys_and_prefixes_in_pages(
 def test_which_batches_come_late(batch: list[tuple[int, int]], cp_size: int, late: bool) -> None:
     plan = cpattn.plan(batch, cp_size, partition="whole")
     problem = replace(AttentionCase([(9, 3)], cache="paged").problem(plan), rows=plan.rows)
-    assert may_come_late(problem, plan, traveling_keys(problem, plan), fixed=False) == late
+    assert may_come_late(problem, plan, traveling_keys(problem, plan)) == late
     # A bucket's metadata cannot say how many cached keys there are.
-    assert not may_come_late(problem, plan, traveling_keys(problem, plan), fixed=True)
+    problem = replace(problem, fixed=True)
+    assert not may_come_late(problem, plan, traveling_keys(problem, plan))
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "waits", "said"),
+    [
+        ({}, [(0, 64)], True, "; beside the attention"),
+        ({}, [(0, 64)], False, "; before the attention, as 'some' cannot wait for keys within a launch"),
+        ({"overlap": 2}, [(0, 64)], True, "; before the attention to each group of heads, as overlap= divides them"),
+        ({"cache": "paged", "page_size": 16}, [(0, 5000)], True, "; beside the attention"),
+        (
+            {"cache": "paged", "page_size": 16},
+            [(0, 64)],
+            True,
+            "; into the pages before the attention, as 64 new tokens are fewer than 4,096",
+        ),
+        (
+            {"cache": "paged", "page_size": 16, "fixed": True},
+            [(0, 5000)],
+            True,
+            "; into the pages before the attention, as how many cached keys have to be put beside them changes with a bucket's batch",
+        ),
+        (
+            {"cache": "paged", "page_size": 16},
+            [(8000, 4096)] + [(1001, 1)] * 255,
+            True,
+            "; into the pages before the attention, as 26,839 cached keys would have to be put beside 4,351 new ones",
+        ),
+        ({}, [(0, 64)] * 2, True, ""),  # whole, so that nothing travels
+    ],
+    ids=str,
+)
+def test_explain_says_whether_keys_come_beside_the_attention(
+    changes: dict[str, Any], batch: list[tuple[int, int]], waits: bool, said: str
+) -> None:
+    plan = cpattn.plan(batch, 2, partition="whole" if len(batch) == 2 else "zigzag")
+    problem = replace(problem_like("cpu", rows=plan.rows), **changes)
+    backend = replace(BACKENDS["reference"], name="some", waits_for_keys=lambda problem: waits, reads_prefix=lambda problem: True)
+    way = Way(ALL_GATHER, ALL_GATHER.schedule(problem, plan), backend)
+    for transport in ("peer_memory", "collectives"):
+        choice = Choice(problem, *way, Decision(way, Call(plan, problem, H100, transport, {}), ()))
+        assert explain_arrival(choice, plan) == (said if transport == "peer_memory" else "")
 
 
 def test_only_cached_keys_that_a_rank_sees_are_copied() -> None:

@@ -1,0 +1,25 @@
+"""Whether an all-gather's keys come beside the attention where ranks read each other's memory, and if not, why."""
+
+from __future__ import annotations
+
+from cpattn.call.choose import Choice
+from cpattn.exchange.late_pages import why_not_late
+from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.metadata.layout import Layout
+
+
+def explain_arrival(choice: Choice, plan: Layout) -> str:
+    """In words, after a semicolon; nothing where none travel before the attention or beside it, or otherwise than through that memory."""
+    problem, backend = choice.problem, choice.backend
+    travels = traveling_keys(problem, plan)
+    if choice.decision.call.transport != "peer_memory" or plan.sharded or travels.what == "nothing":
+        return ""
+    if problem.expands or not backend.waits_for_keys(problem):
+        return f"; before the attention, as {backend.name!r} cannot wait for keys within a launch"
+    if problem.overlap > 1:
+        return "; before the attention to each group of heads, as overlap= divides them"
+    why_not = None
+    if problem.cache == "paged":
+        reads_pages = backend.reads_prefix(problem)
+        why_not = why_not_late(problem, plan, travels) if reads_pages else f"{backend.name!r} does not read prefixes in such pages"
+    return "; beside the attention" if why_not is None else f"; into the pages before the attention, as {why_not}"
