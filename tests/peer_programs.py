@@ -199,6 +199,62 @@ def stay_away(limit: float) -> tuple[bool, str, str, float]:
     return is_nan, said, late, seconds
 
 
+def replay_a_bucket(strategy: str) -> list[bool]:
+    """One graph that replays batches of several partitions, of which some need nothing of other ranks, eager calls in between: whether each
+    result is that of collectives."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    batches = [([(0, 700), (0, 33), (0, 1)], "zigzag"), ([(0, 64)] * 4, "whole"), ([(0, 1)], "zigzag"), ([(0, 999)], "contiguous")]
+    plans = [cpattn.plan(batch, size, partition=partition) for batch, partition in batches]
+    bucket = cpattn.Bucket(max_requests=4, max_rows=max(plan.rows for plan in plans) + 8, max_chunks=8)
+    peers, collectives = (cpattn.transport(kind=kind) for kind in KINDS)
+    meta = plans[0].metadata(rank, "cuda", bucket=bucket)
+    torch.manual_seed(rank)
+    q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    call = partial(cpattn.cp_attention, q, k, v, strategy=strategy, backend="triton")
+    call(meta, group=peers)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out: Any = [call(meta, group=peers) for _ in range(2)][1]
+    same = []
+    for n, plan in enumerate([*plans, *reversed(plans)]):
+        meta.copy_(plan)
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        expected: Any = call(plan.metadata(rank, "cuda", bucket=bucket), group=collectives)
+        same.append(torch.equal(out, expected))
+        if n % 2:
+            same.append(torch.equal(call(meta, group=peers), expected))
+    return same
+
+
+def two_groups_at_once(rounds: int) -> list[bool]:
+    """Calls over two groups of the same GPUs, each on a stream of its own, which ranks launch in another order: whether each result is
+    that of collectives."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    calls, expected = [], []
+    for tokens, strategy in ((3000, "all_gather"), (5000, "ring")):
+        meta = cpattn.build_metadata([(0, tokens), (0, 77)], size, rank, device="cuda")
+        torch.manual_seed(tokens + rank)
+        q, k, v = (torch.randn(meta.rows, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        call = partial(cpattn.cp_attention, q, k, v, meta, strategy=strategy, backend="triton")
+        expected.append(call(group=cpattn.transport(kind="collectives")))
+        calls.append(partial(call, group=PeerMemoryTransport(dist.new_group())))
+        calls[-1]()
+    torch.cuda.synchronize()
+    same = []
+    for _ in range(rounds):
+        outs: dict[int, Any] = {}
+        for n in (0, 1) if rank % 2 else (1, 0):
+            with torch.cuda.stream(streams[n]):
+                outs[n] = [calls[n]() for _ in range(3)][2]
+        torch.cuda.synchronize()
+        same += [torch.equal(outs[n], expected[n]) for n in range(2)]
+    return same
+
+
 def replay_without_one(limit: float) -> tuple[bool, str, str, list[float]]:
     """Graphs in memory that has grown since, which all replay but the last rank. Of the others: whether the result is NaN, what who only
     replays graphs is told, what the next call raises, and the seconds of two replays."""

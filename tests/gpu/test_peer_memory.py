@@ -113,6 +113,17 @@ def test_a_graph_replays_ranks_that_need_nothing_of_others(ranks: ProcessRanks) 
         assert differences == [0.0] * 8
 
 
+@pytest.mark.parametrize("strategy", ["all_gather", "ring", "pass_q"])
+def test_a_graph_of_a_bucket_replays_other_batches(ranks: ProcessRanks, strategy: str) -> None:
+    for same in ranks.run(programs.replay_a_bucket, strategy):
+        assert all(same), same
+
+
+def test_two_groups_of_the_same_gpus_do_not_wait_for_each_other(ranks: ProcessRanks) -> None:
+    for same in ranks.run(programs.two_groups_at_once, 20):
+        assert all(same), same
+
+
 def test_memory_grows(ranks: ProcessRanks) -> None:
     assert all(ranks.run(programs.grow_and_shrink, [100, 30_000, 77, 70_000, 100]))
 
