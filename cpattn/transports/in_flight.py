@@ -92,7 +92,8 @@ class InFlight:
         try:
             self._expected = self._placed(make)
         except BaseException as failure:
-            if self._is_refused:
+            # What a graph captures sends nothing, and is not replayed: the others wait for nobody.
+            if self._is_refused or self.captures:
                 raise
             # Without memory for its messages a rank can take no part: what earlier calls left there is freed for them.
             try:

@@ -23,6 +23,8 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.call import attention
 from cpattn.testing import run_loopback
 from cpattn.transports import in_flight
+from cpattn.transports.in_flight import InFlight
+from cpattn.transports.transfer import Transfer
 
 MIXED = [(0, 31), (14, 17), (0, 3), (27, 1), (10, 0), (0, 1)]
 
@@ -172,6 +174,26 @@ def test_memory_for_messages_that_never_comes_gives_the_group_up(monkeypatch: py
         cpattn.cp_attention(x, x, x, meta, group=group)
     with pytest.raises(cpattn.GroupError, match=r"cannot be used any more: a rank could not make the memory of its messages.*at all"):
         cpattn.cp_attention(x, x, x, meta, group=group)
+
+
+def test_memory_that_a_capture_does_not_find_leaves_the_group_as_it_was() -> None:
+    """Nothing was sent, and no rank will replay it: an engine goes on eagerly, or captures a smaller batch."""
+    group = cpattn.LoopbackGroup(2, timeout=1).communicator(0)
+    tries: list[bool] = []
+
+    def none() -> list[Transfer]:
+        tries.append(True)
+        raise torch.OutOfMemoryError("no memory in a capture")
+
+    def capture() -> None:
+        with InFlight(group, torch.device("cpu")) as call:
+            call.captures = True
+            call.expect(none)
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory in a capture"):
+        capture()
+    assert tries == [True]
+    cpattn.check(group)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
