@@ -23,6 +23,7 @@ from cpattn.moves.late_rows import LateRows
 from cpattn.spans import Spans
 from cpattn.transports.rows_of_all import LateRowsOfPeers, SentRows
 from cpattn.transports.transfer import Transfer
+from cpattn.transports.transport import Transport
 
 # Of most shapes of tiles.
 _BLOCK_KEYS = 128
@@ -47,9 +48,7 @@ class LateKeys(NamedTuple):
         """None where they cannot come late."""
         meta, device = setup.meta, setup.problem.device
         tables = late_tables(meta, setup.problem.window, setup.ordered)
-        flags = setup.transport.arena.buffer("arrivals", (FIRST_FLAG + tables.late.shape[0],), int32, device)
-        # No word may be a turn to come; the number of the turn goes on, as other calls in this memory count by it.
-        flags[1:].copy_(flags[:1].expand(len(flags) - 1))
+        flags = _flags(meta, setup.transport, tables.late.shape[0])
         shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
         # All ranks launch once, or all of them twice.
         between = meta.bucket is None and puts_cached_keys(meta.plan, setup.ordered)
@@ -114,6 +113,30 @@ def late_tables(meta: CPMetadata, window: int | None, ordered: Ordered) -> LateT
 
     tables: LateTables = meta.derive(("late keys", window, ordered), build)
     return tables
+
+
+class _Flags(NamedTuple):
+    """Which pieces are there; see :mod:`cpattn.kernels.arrivals`."""
+
+    words: Tensor
+
+    def copy_(self, other: _Flags) -> None:
+        """Another batch of the bucket goes on with the same turns."""
+
+
+def _flags(meta: CPMetadata, transport: Transport, pieces: int) -> Tensor:
+    """For all calls over these metadata and this transport, which follow each other. They are made with the metadata's tables, and so never
+    while a CUDA graph captures: before it replays, its memory would hold anything, a turn to come as well."""
+    made: list[_Flags] = []
+
+    def build() -> _Flags:
+        if not made:
+            made.append(_Flags(torch.zeros(FIRST_FLAG + pieces, dtype=int32, device=meta.device)))
+        return made[0]
+
+    # By its number, as metadata of a bucket may outlive a group, and would keep its memory.
+    flags: _Flags = meta.derive(("arrivals", int(transport.handle), pieces), build)
+    return flags.words
 
 
 def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str, IntArray]:

@@ -3,8 +3,8 @@ beside it waits for each piece when it comes to it.
 
 The rows are in memory of this GPU, in pieces of PIECE_ROWS. ``flags`` says what is there: its first word is the number of the
 turn, its second one that number once all pieces are there, and then there is a word for each piece, with that number once it is.
-So nothing has to be cleared from turn to turn; whoever is new to the memory sets all words to the number of the present turn, which
-no later turn has. ``late`` says which pieces are waited for: those with a row that is brought.
+So nothing has to be cleared from turn to turn; all words are 0 before the first one. ``late`` says which pieces are waited for: those
+with a row that is brought.
 
 The attention is launched as a dependent of the kernel that brings the rows (programmatic dependent launch), and so begins when
 all programs of that know that what they bring is there for them. They wait for nothing any more, and end whatever else there is to

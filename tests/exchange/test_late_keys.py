@@ -27,11 +27,12 @@ from cpattn.exchange import late_pages
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.gathered_rows import GatheredRows
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
-from cpattn.exchange.late_keys import late_tables
+from cpattn.exchange.late_keys import LateKeys, late_tables
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.page_places import places_in_order
 from cpattn.exchange.step_spans import spans_in_order
+from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
@@ -161,6 +162,31 @@ def test_another_batch_in_a_bucket_has_its_own() -> None:
     fresh = second.metadata(1, bucket=bucket)
     for mine, theirs in zip(tables, late_tables(fresh, None, Ordered.SEEN), strict=True):
         assert mine.tolist() == theirs.tolist()
+
+
+def test_what_says_which_keys_are_there_is_made_with_the_metadata() -> None:
+    """Not in memory that is made anew while a graph captures, which says anything until it replays. It counts on, batch after batch and
+    after a release; calls over another group count by themselves."""
+    bucket = cpattn.Bucket(max_requests=4, max_rows=64, max_chunks=8)
+    meta = cpattn.plan([(0, 100), (0, 20)], 2).metadata(1, bucket=bucket)
+    group, other = (cpattn.LoopbackGroup(2).transport(1) for _ in range(2))
+
+    def flags(transport: Transport) -> Tensor:
+        problem = problem_like("cpu", rows=meta.rows, fixed=True)
+        late = LateKeys.of(Setup(problem, meta, transport, False, waits_for_keys=True), KVFormat.of(problem))
+        assert late is not None
+        return late.arrivals.flags
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transport, "late_rows", late_rows)
+        first = flags(group)
+        assert not first.any()
+        first.fill_(3)
+        group.release()
+        meta.copy_(cpattn.plan([(0, 30), (0, 5), (0, 60)], 2))
+        assert flags(group).data_ptr() == first.data_ptr()
+        assert (first == 3).all()
+        assert not flags(other).any()
 
 
 def test_prefixes_in_place() -> None:
