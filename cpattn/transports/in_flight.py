@@ -133,17 +133,21 @@ class InFlight:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
         if len(self._works) == len(self._expected):
             raise AssertionError("a strategy has started more transfers than it announced")
+        transfer = self._expected[len(self._works)]
         self._is_starting = True
         try:
-            work = _ExpectedWork(self._begin(self._expected[len(self._works)]), self)
+            work = _ExpectedWork(self._begin(transfer), self, transfer)
         except Exception as failure:
-            self.fail(failure)
+            self.fail(failure, transfer)
         self._works.append(work)
         self._is_starting = False
         return work
 
-    def fail(self, failure: Exception) -> None:
-        """Gives the group up for a transfer that failed. Raises the GroupError that says so."""
+    def fail(self, failure: Exception, transfer: Transfer) -> None:
+        """Gives the group up for a transfer that failed. Raises the GroupError that says so. What could not be launched of a message in
+        memory that ranks share, while a graph captures, is raised as it is: nothing was sent, and nothing between ranks has failed."""
+        if self.captures and transfer.posted is not None:
+            raise failure
         self._has_failed = True
         self._give_up(f"a transfer over it failed ({in_a_line(failure)})")
         raise self.transport.state.error() from failure
@@ -242,9 +246,10 @@ class InFlight:
 class _ExpectedWork(Work):
     """A transfer of a call. To wait for it again does nothing; where it cannot be finished the group is given up."""
 
-    def __init__(self, work: Work, in_flight: InFlight) -> None:
+    def __init__(self, work: Work, in_flight: InFlight, transfer: Transfer) -> None:
         self._work = work
         self._in_flight = in_flight
+        self._transfer = transfer
         self.is_done = False
 
     def wait(self) -> None:
@@ -253,7 +258,7 @@ class _ExpectedWork(Work):
         try:
             self._work.wait()
         except Exception as failure:
-            self._in_flight.fail(failure)
+            self._in_flight.fail(failure, self._transfer)
         self.is_done = True
 
 

@@ -375,6 +375,29 @@ def test_a_capture_that_fails_leaves_nothing_to_post(ranks: ProcessRanks) -> Non
     assert ranks.run(_failed_capture) == [[True] * 3] * 2
 
 
+@pytest.mark.parametrize("step", ["start", "wait"])
+@pytest.mark.parametrize(("captures", "is_posted"), [(True, True), (True, False), (False, True)])
+def test_a_launch_that_a_capture_refuses_leaves_the_group_as_it_was(step: str, captures: bool, is_posted: bool) -> None:
+    """As that of a kernel that was never launched before: the call is made once, and captured then. What else fails gives the group up."""
+    group = cpattn.LoopbackGroup(1).transport(0)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    begin = refuse if step == "start" else lambda transport: Work(refuse)
+
+    def call() -> None:
+        with InFlight(group, torch.device("cpu")) as in_flight:
+            in_flight.captures = captures
+            in_flight.expect(lambda: [Transfer(begin, 0, (), posted=Posted(8) if is_posted else None)])
+            in_flight.start().wait()
+
+    leaves = captures and is_posted
+    with pytest.raises(RuntimeError if leaves else cpattn.GroupError, match="operation not permitted when stream is capturing"):
+        call()
+    assert (group.state.failure is None) == leaves
+
+
 def _not_insisting_on_a_cpu() -> tuple[bool, str, bool]:
     """Whether results are those over collectives, what it says of itself, and whether a split of it carries something."""
     assert dist.group.WORLD is not None
