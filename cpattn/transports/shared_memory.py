@@ -172,9 +172,11 @@ class SharedMemory:
         with ranks.on_device():
             is_captured = self.heap in self.captured
             said = ranks.told_by_all((self._fault_on_device(), is_captured))
+        # There may be more of it now.
+        self.too_large = None
         # Where a graph replays over it on one rank, the others' are read there.
         if not any(captured for _, captured in said):
-            self.heap, self.too_large = None, None
+            self.heap = None
         self._raise_fault(ranks, (fault for fault, _ in said))
 
     def _fault_on_device(self) -> str:

@@ -212,9 +212,10 @@ def test_memory_grows_and_is_released_together(device: str, monkeypatch: pytest.
         assert heap is not None
         cpattn.release()
         is_kept_alone = peers.shared.heap is heap
-        peers.shared.captured = [heap] if group.rank == 1 else []
+        peers.shared.captured, peers.shared.too_large = [heap] if group.rank == 1 else [], (10**6, "there was none")
         cpattn.release(peers)
-        is_kept_for_graph = peers.shared.heap is heap
+        # What could not be made is asked for again.
+        is_kept_for_graph = peers.shared.heap is heap and peers.shared.too_large is None
         peers.shared.captured = []
         cpattn.release(peers)
         is_released = peers.shared.heap is None
