@@ -1,6 +1,7 @@
 """A backend over rows of a latent: they are expanded to keys and values of each head, and these are attended to, by groups of heads.
 
-So whatever strategy brings latents together, they travel as they are, and no more of what they are expanded to is held than two groups.
+So whatever strategy brings latents together, they travel as they are, those that a launch's queries see are expanded and no others, and
+no more of what they are expanded to is held than two groups.
 On a GPU a group is expanded on a stream of its own, beside the attention to the group before it.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.seen_rows import SeenRows
 from cpattn.errors import TensorMismatchError
 from cpattn.expansion import ExpandFunction, head_groups
 from cpattn.keys import Keys
@@ -48,11 +50,14 @@ def over_latents(backend: Backend, expand: ExpandFunction, problem: Problem) -> 
     accumulate = backend.accumulate
 
     def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        groups = head_groups(problem, len(keys.k))
-        if len(groups) == 1:
-            return backend.attend(q, expanded(groups[0], keys.k), spans, options, out_dtype)
+        latent, spans = seen(keys.k, spans, options)
+        groups = head_groups(problem, len(latent))
+        if len(groups) == 1 and len(latent):
+            return backend.attend(q, expanded(groups[0], latent), spans, options, out_dtype)
         out = q.new_empty(*q.shape[:2], problem.v_head_dim, dtype=out_dtype)
         lse = q.new_empty(q.shape[:2], dtype=problem.merge_dtype)
+        if not len(latent):
+            return out.zero_(), lse.fill_(-torch.inf)
 
         def launch(heads: slice, keys: Keys) -> None:
             of_heads = q[:, heads], keys, spans, options_of(options, heads)
@@ -62,7 +67,7 @@ def over_latents(backend: Backend, expand: ExpandFunction, problem: Problem) -> 
             else:
                 backend.attend_into(*of_heads, out[:, heads], lse[:, heads])
 
-        in_groups(keys.k, groups, launch)
+        in_groups(latent, groups, launch)
         return out, lse
 
     def accumulate_expanded(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
@@ -70,7 +75,13 @@ def over_latents(backend: Backend, expand: ExpandFunction, problem: Problem) -> 
             assert accumulate is not None  # or this is not called
             accumulate(q[:, heads], keys, spans, options_of(options, heads), acc[:, heads], lse[:, heads])
 
-        in_groups(keys.k, head_groups(problem, len(keys.k)), launch)
+        latent, spans = seen(keys.k, spans, options)
+        if len(latent):
+            in_groups(latent, head_groups(problem, len(latent)), launch)
+
+    def seen(latent: Tensor, spans: Spans, options: AttentionOptions) -> tuple[Tensor, Spans]:
+        rows = SeenRows.of(spans, options.window, len(latent))
+        return rows.take(latent), rows.spans
 
     def expanded(heads: slice, latent: Tensor) -> Keys:
         # No backend has a backward pass, and the weights of a model may ask for one.

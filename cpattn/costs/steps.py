@@ -168,14 +168,17 @@ class Tally:
 
 
 def latents_of(plan: Layout, problem: Problem, hop: Hop) -> int:
-    """How many of them a hop attends to, on the rank that has the most."""
-    if hop.keys == "all":
-        return _Most.of(plan).both
+    """How many of them the queries of a hop see, on the rank that has the most; of the shards that visit it, no more than one has."""
+    view = View.of(plan, None if problem.fixed else problem.window)
     if hop.keys == "prefix":
-        return plan.num_prefix_tokens
+        return int(view.prefix.max())
     if hop.keys == "new":
-        return plan.num_tokens
-    return plan.largest_shard if plan.sharded else problem.rows
+        return int(view.new.max())
+    both = int((view.prefix + view.new).max())
+    if hop.keys == "all":
+        return both
+    shard = plan.largest_shard if plan.sharded else problem.rows
+    return min(both, shard) if isinstance(hop.queries, int) else shard
 
 
 def all_gather(choice: Choice) -> Tally:

@@ -180,7 +180,7 @@ def _attention(plan: Layout, problem: Problem, costs: PairCosts) -> int:
     expanding: IntArray = np.zeros(plan.cp_size, dtype=np.int64)
     if costs.expanded:
         # Whose queries see a latent expands it.
-        view = View.of(plan)
+        view = View.of(plan, problem.window)
         expanding = costs.expanded * (view.prefix + view.new)
     of_forms: list[IntArray] = []
     for halves in (1, 2):

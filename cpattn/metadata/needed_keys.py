@@ -171,17 +171,18 @@ class SeenKeys(NamedTuple):
 
 
 class View(NamedTuple):
-    """How many rows the queries of each rank have in view, without a window; int64 ``[cp_size]``. See :class:`SeenKeys`."""
+    """How many rows the queries of each rank have in view; int64 ``[cp_size]``. See :class:`SeenKeys`."""
 
     prefix: IntArray
     new: IntArray
 
     @classmethod
-    def of(cls, plan: Layout) -> View:
-        """Of all ranks; worked out once."""
-        found: View | None = plan.memo.get("view")
+    def of(cls, plan: Layout, window: int | None = None) -> View:
+        """Of all ranks; worked out once. With a window those that it reaches, without the holes between them."""
+        key = "view", window
+        found: View | None = plan.memo.get(key)
         if found is None:
-            found = plan.memo.keep("view", cls._of(plan))
+            found = plan.memo.keep(key, cls._of(plan) if window is None else cls._through(plan, window))
         return found
 
     @classmethod
@@ -192,3 +193,17 @@ class View(NamedTuple):
         is_last = np.ones(len(order), dtype=bool)
         is_last[before] = (rank[here] != rank[before]) | (request[here] != request[before])
         return cls(plan.by_rank.sums(plan.prefix_lens[request] * is_last), plan.by_rank.sums((start + length) * is_last))
+
+    @classmethod
+    def _through(cls, plan: Layout, window: int) -> View:
+        request, start, length, rank = plan.chunk_table
+        order = plan.by_rank.order
+        before, here = order[:-1], order[1:]
+        prefix = plan.prefix_lens[request]
+        begin, end = prefix + start, prefix + start + length
+        # What its rank's chunk before it does not reach, of the same request.
+        first = np.maximum(begin - window + 1, 0)
+        follows = (rank[here] == rank[before]) & (request[here] == request[before])
+        first[here[follows]] = np.maximum(first[here[follows]], end[before[follows]])
+        cached = np.maximum(prefix - first, 0)
+        return cls(plan.by_rank.sums(cached), plan.by_rank.sums(end - first - cached))
