@@ -54,7 +54,9 @@ class DividedHeads(Strategy):
         return self.within or plan.cp_size
 
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
-        """As of any strategy, with the reason for what all of this kind refuse."""
+        """As of any strategy, with the reason for what all of this kind refuse. Groups of one rank have nothing to divide."""
+        if self.across is not None and self.group_size(plan) == 1:
+            return self.across.refusal(problem, plan)
         if problem.stored_dtype != problem.dtype and not plan.all_queries:
             return (
                 "new heads travel in q's dtype, since who sends one has no scales of the pages that it goes to; pass pages in "

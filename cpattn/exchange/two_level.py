@@ -248,7 +248,7 @@ def _forward(held: _TwoLevels | NeededOnHosts | Prepared, io: IO, attend: Attend
 def _why_not(within: int, problem: Problem, plan: Layout) -> str | None:
     if plan.cp_size % within:
         return f"it has hosts of {within} ranks, and cp_size={plan.cp_size} is no multiple of that"
-    if plan.sharded:
+    if plan.sharded and 1 < within < plan.cp_size:
         return "it would bring the whole of a sharded cache to every rank"
     return ALL_GATHER.why_not(problem, plan)
 

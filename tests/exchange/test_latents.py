@@ -300,8 +300,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a dtype": ({"k": torch.zeros(9, 1, 30).double()}, cpattn.TensorMismatchError, "q is torch.float32, the latent k is torch.float64"),
     "overlap": ({"overlap": 2}, cpattn.OptionError, "overlap=2; a latent has one head"),
-    "ulysses": ({"strategy": "ulysses"}, cpattn.UnsupportedError, "it divides heads, and a latent has one"),
-    "a hybrid": ({"strategy": cpattn.hybrid(1, "ring")}, cpattn.UnsupportedError, "it divides heads, and a latent has one"),
 }
 
 
@@ -312,6 +310,17 @@ def test_what_is_refused(name: str) -> None:
     given: dict[str, Any] = {"q": case.q, "k": case.k, "v": None, "v_dim": 12, "expand": case.expand} | change
     with pytest.raises(error, match=message):
         cpattn.cp_attention(meta=case.plan(1).metadata(0), **given)
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", cpattn.hybrid(2, "ring")], ids=str)
+def test_ranks_that_divide_heads_have_one_latent(strategy: Any) -> None:
+    case = LatentCase([(0, 8)])
+    meta = case.plan(2).metadata(0)
+    group = cpattn.LoopbackGroup(2).transport(0)
+    q, latent = cpattn.shard(case.q, meta), cpattn.shard(case.k, meta)
+    with pytest.raises(cpattn.UnsupportedError, match="it divides heads, and a latent has one"):
+        cpattn.cp_attention(q, latent, None, meta, group=group, v_dim=12, expand=case.expand, strategy=strategy)
+    assert group.bytes_sent == 0
 
 
 def test_attend_says_where_to_pass_it() -> None:
