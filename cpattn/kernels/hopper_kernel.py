@@ -57,7 +57,7 @@ def _make_channels(DTYPE: gl.constexpr, C: gl.constexpr):
     return Channels(items, q, k, v, v_edge.index(0))
 
 
-@gluon.jit(do_not_specialize=["window"])
+@gluon.jit(do_not_specialize=["window", "page_table_stride_request"])
 def hopper_attention_kernel(
     q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late, k_prefix, v_prefix, prefix_places,
     page_table, page_table_stride_request, page_table_stride_page,

@@ -37,8 +37,8 @@ def slots_of(
     return is_token_R, page_R, in_page_R
 
 
-# The number of rows changes from batch to batch, and must not compile anew.
-@triton.jit(do_not_specialize=["num_rows"])
+# The number of rows and the width of a page table change from batch to batch, and must not compile anew.
+@triton.jit(do_not_specialize=["num_rows", "table_stride_request"])
 def pages_kernel(
     k_pages, v_pages, page_table, request, position, k, v, out_rows, num_rows, page_size, table_stride_request, table_stride_page,
     k_page_stride, k_page_stride_token, k_page_stride_head, v_page_stride, v_page_stride_token, v_page_stride_head,

@@ -114,7 +114,7 @@ def pull_rows_kernel(
     end_pull(table, heap, rank, board, WORLD, THREADS)
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "num_rows", "rows_of_rank", "page_size", "table_stride_request"])
 def pull_pages_kernel(
     table, k_pages, v_pages, page_table, request, position, rank, board, offset, num_rows, rows_of_rank,
     page_size, table_stride_request, table_stride_page,

@@ -200,7 +200,8 @@ def _attend_all(state, queries, keys, tile, window, rows, scoring, C: tl.constex
     return state
 
 
-@triton.jit
+# A page table is as wide as the longest request of its batch: of a width of its own nothing must be compiled anew.
+@triton.jit(do_not_specialize=["page_table_stride_request"])
 def ragged_attention_kernel(
     q, k, v, out, lse, sinks, tiles, page_table,
     q_stride_row, q_stride_head, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row, v_stride_head,
