@@ -117,7 +117,8 @@ def _quantize_columns(
         x_RD = tl.div_rn(x_RD, tl.broadcast_to(divisor_R[:, None], x_RD.shape))
     elif SCALE:
         divisor_R = tl.load(scale_R, mask=is_row_R, other=1.0)
-        x_RD = tl.div_rn(x_RD, tl.broadcast_to(divisor_R[:, None], x_RD.shape))
+        # With a scale of 0 the rest overflows, and saturates.
+        x_RD = tl.where(x_RD == 0, x_RD, tl.div_rn(x_RD, tl.broadcast_to(divisor_R[:, None], x_RD.shape)))
     if FP8:
         stored_RD = stored_fp8(x_RD, FP8)
     else:

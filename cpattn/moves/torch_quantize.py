@@ -28,7 +28,8 @@ def _quantize(out: Tensor, x: Tensor, scale: Tensor | None, new_scale: Tensor | 
         new_scale.copy_((size / torch.full_like(size, most)).clamp_(min=LEAST_SCALE))
         scale = new_scale
     if scale is not None:
-        x = x / scale[..., None]
+        # With a scale of 0 the rest overflows, and saturates.
+        x = torch.where(x == 0, x, x / scale[..., None])
     out.copy_(x.clamp(-most, most).to(out.dtype))
 
 

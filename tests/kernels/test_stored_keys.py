@@ -66,6 +66,26 @@ def test_fp8_is_that_of_torch(stored: torch.dtype, dtype: torch.dtype, scales: s
     assert not meant[1].isinf().any()
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 2.0**-126, 3e38], ids=str)
+@pytest.mark.parametrize("stored", [E4M3, E5M2], ids=str)
+def test_scales_that_no_numbers_go_with(stored: torch.dtype, scale: float, device: str) -> None:
+    """What overflows saturates; zeros stay zeros, with a scale of 0 as well; and nothing becomes NaN."""
+    k = torch.tensor([0.0, -0.0, 1.0, -2e38, 1e-44, 3e-39, -7.0, torch.inf], device=device).view(2, 2, 2)
+    scales = torch.full((2,), scale, device=device)
+    found = []
+    for moves in (torch_moves, triton_moves):
+        out = StoredRows(torch.empty(2, 2, 2, dtype=stored, device=device), None, scales)
+        moves.quantize(out._replace(k_scale=None), k, None, scales, None)
+        back = torch.empty_like(k)
+        moves.dequantize(back, None, out)
+        found.append((out.k.view(torch.uint8), back))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    bits, back = found[0]
+    assert not back.isnan().any()
+    assert bits.flatten()[:2].tolist() == [0, 0x80]
+
+
 @pytest.mark.parametrize("stored", [E4M3, E5M2], ids=str)
 def test_every_byte_means_what_torch_says(stored: torch.dtype, device: str) -> None:
     every = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 256).view(stored)

@@ -126,24 +126,48 @@ def test_the_form_of_a_pool() -> None:
         assert message in str(raised.value)
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "computed": {"prefix_ranks": [[position * position % 3 for position in range(prefix)] for prefix in (29, 0, 9, 1)]},
+    "striped by 2": {"owner": cpattn.Striped(2)},
+    "striped by 7": {"owner": cpattn.Striped(7)},
+}
+
+
 @pytest.mark.parametrize("scales", ["head", "token"])
 @pytest.mark.parametrize("v_in_k", [False, True], ids=["", "v in k"])
-def test_another_layout(scales: str, v_in_k: bool) -> None:
-    """Numbers and scales are moved to the bit."""
-    case = StoredCase([(23, 2), (0, 2), (9, 2)], cache="paged", page_size=4, scales=scales, v_in_k=v_in_k, v_head_dim=10, head_dim=18)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((3, "striped by 7"), (5, "striped by 2")),
+        ((5, "computed"), (3, "striped by 7")),
+        ((3, "replicated"), (5, "computed")),
+        ((5, "striped by 2"), (3, "replicated")),
+    ],
+    ids=str,
+)
+def test_another_layout(old: tuple[int, str], new: tuple[int, str], scales: str, v_in_k: bool) -> None:
+    """Numbers and scales are moved to the bit, between groups of which neither size divides the other, and pages of other sizes."""
+    case = StoredCase(
+        [(29, 2), (0, 2), (9, 2), (1, 2)], cache="paged", page_size=4, scales=scales, v_in_k=v_in_k, v_head_dim=10, head_dim=18
+    )
     prefixes = [(prefix, 0) for prefix, _ in case.batch]
-    old, new = cpattn.plan(prefixes, 2, owner=cpattn.Striped(2)), cpattn.plan(prefixes, 3)
+    plans = [cpattn.plan(prefixes, size, **RULES[rule]) for size, rule in (old, new)]
 
     def program(group: cpattn.Transport) -> None:
-        before = case.pages(old, group.rank) if group.rank < 2 else None
-        after = case.pages(new, group.rank)
-        for x in (after.cache.k_pages, after.cache.v_pages, *((after.cache.k_scale, after.cache.v_scale) if scales == "token" else ())):
-            if x is not None:
-                x.fill_(torch.nan)
-        cpattn.relayout(None if before is None else before.cache, old, after.cache, new, group=group, check=True)
-        after.check_written()
+        before = case.pages(plans[0], group.rank) if group.rank < old[0] else None
+        after = replace(case, page_size=5).pages(plans[1], group.rank) if group.rank < new[0] else None
+        caches = [None if pages is None else pages.cache for pages in (before, after)]
+        if after is not None:
+            of_tokens = (after.cache.k_scale, after.cache.v_scale) if scales == "token" else ()
+            for x in (after.cache.k_pages, after.cache.v_pages, *of_tokens):
+                if x is not None:
+                    x.fill_(torch.nan)
+        cpattn.relayout(caches[0], plans[0], caches[1], plans[1], group=group, check=True)
+        for pages in filter(None, (before, after)):
+            pages.check_written()
 
-    run_loopback(program, 3)
+    run_loopback(program, 5)
 
 
 def test_another_layout_needs_the_same_scales() -> None:
