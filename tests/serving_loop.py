@@ -36,10 +36,10 @@ def draw(seed: int, number: int, cp_size: int | None = None, device: str = "cpu"
     owner: Any = ["striped", "computed", "replicated"][number % 3]
     is_fp8, pool = bool(number // 3 % 2), bool(rng.random() < 0.5)
     if owner == "striped":
-        owner = cpattn.Striped(int(rng.choice([1, 1, 2, 3, 16])))
+        owner = cpattn.Striped(int(rng.choice([1, 1, 2, 3, 7, 16])))
     # On a GPU of what kernels are made for.
     head_dim = 16 if device == "cpu" else 64
-    v_in_k, page_size = bool(rng.random() < 0.2), int(rng.choice([1, 3, 4, 16]))
+    v_in_k, page_size = bool(rng.random() < 0.2), int(rng.choice([1, 3, 4, 5, 16]))
     drawn_size = int(rng.choice([1, 2, 3, 4]))
     form = CacheForm(
         cp_size=drawn_size if cp_size is None else cp_size,
