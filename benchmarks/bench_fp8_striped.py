@@ -2,7 +2,9 @@
 
 PYTHONPATH=. python benchmarks/bench_fp8_striped.py [--ranks 2] [--results FOLDER]
 
-It takes less than two minutes on two GPUs of a host. --check tries everything on CPUs over small batches, in seconds.
+It compiles some 40 kernels first, 13 of them for attention, and says of each form how long its first call took: two to three minutes in all
+on two GPUs of a host. --forms takes some alone, and writes no
+results then. --check tries everything on CPUs over small batches, in seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -65,7 +67,7 @@ def caches(pages: int, lines: int, device: str) -> dict[str, cpattn.PagedKV]:
     return dict(zip(FORMS, (cpattn.PagedKV(k, v, table), in_fp8[0], in_fp8[0], in_fp8[1]), strict=True))
 
 
-def calls_of(batch: list[tuple[int, int]], device: str) -> dict[tuple[str, int], Callable[[], Any]]:
+def calls_of(batch: list[tuple[int, int]], device: str, forms: Sequence[str] = FORMS) -> dict[tuple[str, int], Callable[[], Any]]:
     """Each call of this rank, with what "auto" takes: in every form over the cache that is striped over all ranks, and that one GPU
     has whole."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -77,6 +79,8 @@ def calls_of(batch: list[tuple[int, int]], device: str) -> dict[tuple[str, int],
         plan = cpattn.plan(batch, ranks, owner=cpattn.Striped(1) if ranks > 1 else None)
         pages = -(-(longest // ranks + 1) // PAGE_SIZE)
         for form, cache in caches(pages, len(batch), device).items():
+            if form not in forms:
+                continue
             # What is prepared is kept with the metadata.
             meta = plan.metadata(rank if ranks > 1 else 0, device=device)
             shapes = ((meta.rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -92,9 +96,14 @@ def _call(form: str, call: Callable[[], Any]) -> Any:
         return call()
 
 
-def rank_times(batch: list[tuple[int, int]], rounds: int) -> dict[tuple[str, int], list[float]]:
+def rank_times(batch: list[tuple[int, int]], rounds: int, forms: Sequence[str]) -> dict[tuple[str, int], list[float]]:
     """In us of a call in a graph on this rank; ranks in step, calls in random order."""
-    replays = {name: _graph(call) for name, call in calls_of(batch, "cuda").items()}
+    replays = {}
+    for (form, gpus), call in calls_of(batch, "cuda", forms).items():
+        began = time.monotonic()
+        replays[form, gpus] = _graph(call)
+        if dist.get_rank() == 0:
+            print(f"{form}, GPUs {gpus}: the first call, compiling included, took {time.monotonic() - began:.1f} s", flush=True)
     times: dict[tuple[str, int], list[float]] = {name: [] for name in replays}
     for round_ in range(rounds):
         # The same order on every rank.
@@ -143,6 +152,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--check", action="store_true", help="on CPUs, over small batches")
     options = parser.parse_args()
     if options.check:
@@ -150,17 +160,17 @@ def main() -> None:
             for name, batch in CHECKED_CASES.items():
                 print(name, *ranks.run(tried, batch)[0], sep="\n  ")
         return
-    measure(options.ranks, options.rounds, options.results)
+    measure(options.ranks, options.rounds, options.results, options.forms)
 
 
-def measure(num_ranks: int, rounds: int, results: Path) -> None:
+def measure(num_ranks: int, rounds: int, results: Path, forms: Sequence[str]) -> None:
     """Prints what is known after each case, and writes all of it."""
     from gpu_report import write_gpu_report
 
     rows, medians = [], {}
     with ProcessRanks(num_ranks, timeout=120, transport="nccl") as ranks:
         for case, batch in CASES.items():
-            by_rank = ranks.run(rank_times, batch, rounds)
+            by_rank = ranks.run(rank_times, batch, rounds, forms)
             for form, gpus in by_rank[0]:
                 # A call is over when its slowest rank is.
                 slowest = np.max([times[form, gpus] for times in by_rank], axis=0)
@@ -171,8 +181,11 @@ def measure(num_ranks: int, rounds: int, results: Path) -> None:
         f"{', '.join(map(str, goal.time))}, takes {medians[goal.time] / medians[goal.of]:.3f} of {', '.join(map(str, goal.of))}; it is to "
         f"take at most {goal.most:.2f}."
         for goal in goals(num_ranks)
+        if goal.time in medians and goal.of in medians
     ]
     print("\n".join(lines), flush=True)
+    if list(forms) != FORMS:
+        return
     notes = (
         f"bf16 queries, {HEADS} query and {KV_HEADS} key/value heads, D = {HEAD_DIM}, pages of {PAGE_SIZE}, one rank a GPU, every token on "
         f"the rank of its position. One layer's `cp_attention` with what auto takes, in CUDA graphs of {LAYERS}; the slowest rank counts; "
