@@ -30,13 +30,12 @@ from cpattn.call.in_graph import (
 )
 from cpattn.call.other_words import refuse_words
 from cpattn.call.prepared import PreparedCall, on_device_of
-from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.all_gather import ALL_GATHER, explain_gathered
 from cpattn.exchange.divided_heads import DividedHeads, explain_across, explain_heads
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.pass_q_with_new_keys import brings_new_keys, explain_beside_keys
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import explain_ring_keys
-from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.exchange.traveling_queries import explain_queries
 from cpattn.exchange.two_level import TwoLevel, explain_levels
 from cpattn.expansion import ExpandFunction
@@ -454,7 +453,7 @@ def explain(
     explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
     if choice.strategy in (ALL_GATHER, RING):
         gathers = choice.strategy is ALL_GATHER
-        keys = (explain_keys if gathers else explain_ring_keys)(choice.problem, meta.plan)
+        keys = (explain_gathered if gathers else explain_ring_keys)(choice.problem, meta.plan)
         explained = explained | {"keys": keys + (explain_arrival(choice, meta.plan) if gathers else "")}
     elif choice.strategy is PASS_Q and brings_new_keys(choice.problem, meta.plan):
         explained = explained | {"queries": explain_beside_keys(choice.problem, meta.plan)}

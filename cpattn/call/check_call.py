@@ -11,6 +11,7 @@ from cpattn.call.cache_checks import check_cache
 from cpattn.call.expand_checks import check_expand
 from cpattn.call.page_checks import check_attend, check_writable
 from cpattn.call.tensor_kinds import check_no_fp8
+from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.strategy import Strategy
@@ -37,18 +38,31 @@ def check_arguments(arguments: Arguments, meta: CPMetadata, *, with_cache: bool 
         if with_cache:
             check_cache(cache, k, v, meta, _own_heads(arguments, meta))
         checks.check_overlap(arguments.overlap, k)
-    options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks)
+    wants_window = _brings_what_windows_reach(arguments, meta)
+    options = checks.parse_options(q, meta, arguments.scale, arguments.window, arguments.softcap, arguments.sinks, wants_window)
     if arguments.out is not None:
         v_like = v if v is not None else cache.v_pages if k is None and isinstance(cache, PagedKV) else None
         checks.check_out(arguments.out, q, int(arguments.v_dim or 0) if v_like is None else v_like.shape[-1])
     return options
 
 
-def _own_heads(arguments: Arguments, meta: CPMetadata) -> int | None:
-    """How many KV heads this rank has, where the strategy that is asked for divides them: a cache may have those alone."""
+def _asked_for(arguments: Arguments) -> Strategy | None:
+    """The strategy of that name, or that is given; None for "auto", and for what is none."""
     given: Any = arguments.strategy
     strategy = STRATEGIES.get(given) if isinstance(given, str) else given
-    if not isinstance(strategy, Strategy) or arguments.k is None:
+    return strategy if isinstance(strategy, Strategy) else None
+
+
+def _brings_what_windows_reach(arguments: Arguments, meta: CPMetadata) -> bool:
+    """Whether the strategy that is asked for brings that much of a sharded cache, and no more."""
+    strategy = _asked_for(arguments)
+    return meta.plan.sharded and strategy is not None and strategy.served_by(meta.plan) is ALL_GATHER
+
+
+def _own_heads(arguments: Arguments, meta: CPMetadata) -> int | None:
+    """How many KV heads this rank has, where the strategy that is asked for divides them: a cache may have those alone."""
+    strategy = _asked_for(arguments)
+    if strategy is None or arguments.k is None:
         return None
     return strategy.cached_heads(arguments.q.shape[1], arguments.k.shape[1], meta.plan.cp_size, meta.cp_rank)
 

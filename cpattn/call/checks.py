@@ -224,8 +224,14 @@ def check_out(out: Any, q: Tensor, v_head_dim: int) -> None:
         )
 
 
-def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any) -> AttentionOptions:
-    """Checks the options of a call and puts them into the form that backends take."""
+def parse_options(
+    q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap: Any, sinks: Any, wants_window: bool = False
+) -> AttentionOptions:
+    """Checks the options of a call and puts them into the form that backends take.
+
+    Args:
+        wants_window: whether a window that reaches all keys is kept, as one of the longest request.
+    """
     if scale is not None and not _is_factor(scale):
         raise OptionError(f"scale={shown(scale)}; {_FACTOR_RULE}, or None for 1 / sqrt(head_dim)")
     if window is not None and (not is_integer(window) or int(window) < 1):
@@ -255,9 +261,11 @@ def parse_options(q: Tensor, meta: CPMetadata, scale: Any, window: Any, softcap:
         )
     # A window as long as the longest request changes nothing, and without it any backend can serve the call.
     longest = meta.longest_request
+    if window is not None and window >= longest:
+        window = max(1, longest) if wants_window else None
     return AttentionOptions(
         scale=scale,
-        window=int(window) if window is not None and window < longest else None,
+        window=None if window is None else int(window),
         softcap=softcap,
         sinks=None if sinks is None else sinks.to(torch.promote_types(result_dtype(q.dtype), torch.float32)),
     )

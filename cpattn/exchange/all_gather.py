@@ -32,8 +32,8 @@ from cpattn.exchange.ring import UNKNOWN_POSITIONS
 from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
-from cpattn.exchange.traveling_keys import counted, traveling_keys
-from cpattn.exchange.window_over_shards import WindowOverShards, window_schedule
+from cpattn.exchange.traveling_keys import counted, explain_keys, traveling_keys
+from cpattn.exchange.window_over_shards import WindowOverShards, explain_reached, window_schedule
 from cpattn.keys import Keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
@@ -49,6 +49,11 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
     travels = traveling_keys(problem, plan)
     sent = (travels.sent + travels.rest_sent) * problem.key_bytes
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sent),)
+
+
+def explain_gathered(problem: Problem, plan: Layout) -> str:
+    """What travels, in words."""
+    return explain_reached(problem, plan) if plan.sharded else explain_keys(problem, plan)
 
 
 def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards:
@@ -158,11 +163,7 @@ def _why_not(problem: Problem, plan: Layout) -> str | None:
     if not plan.knows_positions:
         return "it would bring the whole of a sharded cache to every rank" if problem.window is None else UNKNOWN_POSITIONS
     if problem.window is None:
-        # A longer window is left out of a call.
-        return (
-            "it would bring the whole of a sharded cache to every rank, as no window is shorter than the longest request of this batch; "
-            "'auto' takes for each batch what can serve it"
-        )
+        return "it would bring the whole of a sharded cache to every rank, as there is no window"
     return None if problem.overlap == 1 else "of a sharded cache it brings all heads at once; leave overlap out"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cpattn.errors import UnsupportedError
+from cpattn.exchange.all_gather import explain_gathered
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.head_shares import HeadShare, head_shares
 from cpattn.exchange.heads_message import HeadsBack, HeadsThere, Widths
@@ -25,7 +26,6 @@ from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import explain_ring_keys
 from cpattn.exchange.schedule import Schedule, sends
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
-from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import UnitedRows, united_layout
@@ -53,10 +53,15 @@ class DividedHeads(Strategy):
         """The ranks of a group, of a plan's."""
         return self.within or plan.cp_size
 
+    def served_by(self, plan: Layout) -> Strategy:
+        """What serves the groups, where these have one rank and nothing to divide."""
+        return self.across if self.across is not None and self.group_size(plan) == 1 else self
+
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
-        """As of any strategy, with the reason for what all of this kind refuse. Groups of one rank have nothing to divide."""
-        if self.across is not None and self.group_size(plan) == 1:
-            return self.across.refusal(problem, plan)
+        """As of any strategy, with the reason for what all of this kind refuse."""
+        served_by = self.served_by(plan)
+        if served_by is not self:
+            return served_by.refusal(problem, plan)
         if problem.stored_dtype != problem.dtype and not plan.all_queries:
             return (
                 "new heads travel in q's dtype, since who sends one has no scales of the pages that it goes to; pass pages in "
@@ -102,7 +107,7 @@ def explain_across(strategy: DividedHeads, problem: Problem, plan: Layout) -> st
     if size == plan.cp_size:
         return None
     busiest = max(shares_of(problem, size), key=lambda share: share.sizes)
-    in_words = explain_ring_keys if across is RING else explain_keys
+    in_words = explain_ring_keys if across is RING else explain_gathered
     return f"across groups, of its heads, {in_words(share_of(problem, plan, size, busiest), united_layout(plan, size))}"
 
 

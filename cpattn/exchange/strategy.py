@@ -121,6 +121,10 @@ class Strategy:
     queries: str = "rows"
     expands: bool = False
 
+    def served_by(self, plan: Layout) -> Strategy:
+        """The strategy whose calls its own are: another one, where one of its two levels has a single rank."""
+        return self
+
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
         """The reason why it cannot serve a problem and plan, or None."""
         if plan.all_queries and self.queries == "rows":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpattn.byte_sizes import in_words
 from cpattn.errors import OptionError, UnsupportedError, shown
-from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.all_gather import ALL_GATHER, explain_gathered
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import WholePages
 from cpattn.exchange.keys_in_order import OrderedKeys
@@ -22,7 +22,7 @@ from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.seen_keys import gathered_rows_seen
 from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
-from cpattn.exchange.traveling_keys import explain_keys, traveling_keys
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.batch import is_integer
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -47,6 +47,10 @@ class TwoLevel(Strategy):
 
     def __repr__(self) -> str:
         return self.name
+
+    def served_by(self, plan: Layout) -> Strategy:
+        """An all-gather, where there is one host, or each has one rank."""
+        return ALL_GATHER if self.within in (1, plan.cp_size) else self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made from: the same object again."""
@@ -136,7 +140,7 @@ def explain_levels(strategy: TwoLevel, problem: Problem, plan: Layout) -> str:
     """How many keys cross hosts, and how many come from ranks of one's own, with the bytes of the rank that receives the most."""
     within = strategy.within
     if not _has_levels(within, problem, plan):
-        return explain_keys(problem, plan)
+        return explain_gathered(problem, plan)
     needed, why = needed_on_hosts(within, problem, plan), traveling_keys(problem, plan).why
     if needed is None:
         hosts, row = plan.cp_size // within, problem.rows * problem.key_bytes

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cpattn.byte_sizes import in_words
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_rows import read_rows, write_rows
@@ -28,10 +29,20 @@ from cpattn.transports.transfer import Transfer
 
 def window_schedule(problem: Problem, plan: Layout) -> Schedule:
     """The one hop of a call."""
-    assert problem.window is not None
-    rows = problem.rows + reach_rows(plan, problem.window, problem.max_requests)
-    sent = (plan.cp_size - 1) * rows * problem.key_bytes
+    sent = (plan.cp_size - 1) * (problem.rows + _reached(problem, plan)) * problem.key_bytes
     return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, sent)),)
+
+
+def _reached(problem: Problem, plan: Layout) -> int:
+    """Cached rows that each rank sends."""
+    assert problem.window is not None
+    return reach_rows(plan, problem.window, problem.max_requests)
+
+
+def explain_reached(problem: Problem, plan: Layout) -> str:
+    """What travels in words, with the bytes that each rank receives."""
+    new, cached = ((plan.cp_size - 1) * rows * problem.key_bytes for rows in (problem.rows, _reached(problem, plan)))
+    return f"a rank receives all new ones, {in_words(new)}, and of the cached ones what the window reaches, {in_words(cached)}"
 
 
 class WindowOverShards(NamedTuple):

@@ -16,6 +16,7 @@ from strategies import Batch, batches, non_empty_batches
 from torch import Tensor
 
 import cpattn
+from cpattn.byte_sizes import in_words
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.schedule import hop_pairs
 from cpattn.testing import oracle_attention, run_loopback
@@ -103,6 +104,23 @@ def test_auto_brings_what_a_window_reaches_but_to_decode() -> None:
         case = AttentionCase(batch, cache="striped", window=9)
         plan = case.plan(2)
         assert candidate_strategies("auto", case.problem(plan), plan)[0][0].name == first
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", cpattn.two_level(2)], ids=str)
+def test_explain_says_what_a_window_reaches(strategy: Any) -> None:
+    """8 keys of each prefix, of which either rank holds half; in bytes what a call sends."""
+    case = AttentionCase([(90, 12), (30, 4)], cache="striped", window=9, page_size=4)
+    plan = case.plan(2)
+
+    def program(group: cpattn.Transport) -> tuple[str, int]:
+        meta, cache = plan.metadata(group.rank), case.pages(plan, group.rank).cache
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=cache, window=9, strategy=strategy)
+        return cpattn.explain(q, k, v, meta, kv_cache=cache, window=9, strategy=strategy)["keys"], group.bytes_sent
+
+    new, cached = (rows * 2 * 2 * 16 * 4 for rows in (8, 8))
+    said = f"a rank receives all new ones, {in_words(new)}, and of the cached ones what the window reaches, {in_words(cached)}"
+    assert run_loopback(program, 2) == [(said, new + cached)] * 2
 
 
 def test_in_decoding_a_window_puts_no_keys_in_order() -> None:
@@ -333,6 +351,22 @@ def test_plans_with_a_rule_are_told_apart() -> None:
         plans[0].metadata(0, bucket=cpattn.Bucket(2, 8, 4)).copy_(plans[1])
 
 
+@pytest.mark.parametrize("strategy", ["all_gather", cpattn.two_level(1), cpattn.hybrid(1, "all_gather"), "pass_q", "auto"], ids=str)
+@pytest.mark.parametrize(("cache", "window"), [("striped", 21), ("striped", 4096), ("ranked", 2**40)])
+def test_a_window_of_a_model_goes_with_short_batches_too(strategy: Any, cache: str, window: int) -> None:
+    """It reaches everything there, and what is asked for by name serves each batch, or none."""
+    case = AttentionCase([(9, 12), (3, 1), (0, 2)], cache=cache, window=window)
+    for fixed in (False, True):
+        plan = case.plan(2)
+        bucket = cpattn.Bucket(4, plan.rows + 1, 8, 64) if fixed else None
+
+        def program(group: cpattn.Transport, plan: cpattn.Plan = plan, bucket: cpattn.Bucket | None = bucket) -> tuple[Tensor, Tensor]:
+            meta = plan.metadata(group.rank, bucket=bucket)
+            return case.on_rank(plan, group.rank, group, strategy, "reference", meta=meta)
+
+        case.check(run_loopback(program, 2), plan, "pass_q", "reference")
+
+
 def test_what_a_striped_cache_cannot_do_is_said() -> None:
     case = AttentionCase([(9, 12)], cache="striped")
     plan = case.plan(2)
@@ -347,8 +381,10 @@ def test_what_a_striped_cache_cannot_do_is_said() -> None:
     for options, message in (
         ({"strategy": "ring", "window": 4}, "no window is a range of keys there; 'all_gather', 'pass_q' could"),
         ({"strategy": "pass_q_ring", "window": 4}, "no window is a range of keys there; 'all_gather', 'pass_q' could"),
-        # No request has more than 21 tokens, so that such a window is none.
-        ({"strategy": "all_gather", "window": 21}, "no window is shorter than the longest request of this batch; 'auto' takes"),
+        (
+            {"strategy": "all_gather"},
+            "it would bring the whole of a sharded cache to every rank, as there is no window; 'ring', 'pass_q', 'pass_q_ring' could",
+        ),
         ({"strategy": "all_gather", "window": 4, "overlap": 2}, "of a sharded cache it brings all heads at once; leave overlap out"),
     ):
         with pytest.raises(cpattn.UnsupportedError, match=message):
