@@ -2,9 +2,9 @@
 
 PYTHONPATH=. python benchmarks/bench_fp8_striped.py [--ranks 2] [--results FOLDER]
 
-It compiles some 40 kernels first, 13 of them for attention, and says of each form how long its first call took: two to three minutes in all
-on two GPUs of a host. --forms takes some alone, and writes no
-results then. --check tries everything on CPUs over small batches, in seconds.
+It compiles some 40 kernels first, 13 of them for attention, and says of each form how long its first call took: two to three minutes in
+all on two GPUs of a host. --forms takes some alone, and writes no results then. --check tries everything on CPUs over small batches, in
+seconds.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from cpattn.current import is_capturing
 from cpattn.device_tables import exclusive_cumsum, expand_all
+from cpattn.errors import CPError
 from cpattn.spans import Spans, SpanTable
 
 
@@ -64,6 +66,8 @@ def _seen_rows(spans: Spans, window: int | None, num_keys: int) -> SeenRows:
     k_start = np.where(sees, first + (exclusive_cumsum(lengths) - run_begins)[run], 0)
     table = SpanTable(host.q_len, k_start, k_len, host.diagonal - unseen, host.request, spans.alignment)
     device = spans.cu_seqlens_q.device
+    if is_capturing(device):
+        raise CPError("the first launch over these spans would be captured with its tables; make the same call once before capturing it")
     rows: slice | Tensor = slice(int(run_begins[0]), int(run_ends[0]))
     if len(lengths) > 1:
         rows = expand_all({"rows": (run_begins, lengths)}, device)["rows"]

@@ -30,7 +30,7 @@ def in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def call(case: LatentCase, meta: cpattn.CPMetadata, **given: Any) -> Tensor:
     q, latent = (cpattn.shard(x, meta) for x in (case.q, case.k))
-    out: Tensor = cpattn.cp_attention(q, latent, None, meta, v_dim=128, expand=case.expand, **given)
+    out: Tensor = cpattn.cp_attention(q, latent, None, meta, v_dim=128, expand=case.expand, window=case.window, **given)
     return out
 
 
@@ -67,6 +67,17 @@ def test_as_exact_as_on_one_device(strategy: str, cache: str, backend: str) -> N
 
 
 @pytest.mark.usefixtures("in_groups")
+@pytest.mark.parametrize(
+    ("strategy", "cache"), [("all_gather", "packed"), ("all_gather", "paged"), ("ring", "packed"), ("pass_q", "striped")]
+)
+def test_what_a_window_reaches_is_expanded_alone(strategy: str, cache: str) -> None:
+    """On the stream beside, of rows that were taken for it."""
+    case = deepseek(BATCH, cache=cache, window=150)
+    plan = case.plan(3, pad_to=8)
+    case.check(run_loopback(lambda c: case.on_rank(plan, c.rank, c, strategy, "triton"), 3), plan, strategy, "triton")
+
+
+@pytest.mark.usefixtures("in_groups")
 @pytest.mark.parametrize("backend", ["triton", "flash_attn3", "flash_attn4"])
 def test_a_stream_of_its_own_changes_no_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do groups that are written to their places. Many calls in a row: memory that is used again too early would show."""
@@ -86,9 +97,10 @@ def test_a_stream_of_its_own_changes_no_bit(backend: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("in_groups")
+@pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize("cache", ["packed", "paged"])
-def test_graphs_capture_both_streams(cache: str) -> None:
-    case = deepseek([(300, 700), (0, 40)], cache=cache)
+def test_graphs_capture_both_streams(cache: str, window: int | None) -> None:
+    case = deepseek([(300, 700), (900, 40)], cache=cache, window=window)
     plan = cpattn.plan(case.batch, 1)
     meta = plan.metadata(0, "cuda")
     pages = case.pages(plan, 0).cache if cache == "paged" else case.prefix
@@ -143,13 +155,15 @@ def test_two_groups_are_held_at_most() -> None:
     assert 128 * expansion.bytes_of_head(case.problem(cpattn.plan(case.batch, 1)), 16384) > 4 * expansion.MOST_BYTES
 
 
-def test_nothing_waits_for_the_device() -> None:
-    case = deepseek([(0, 2000)])
-    meta = cpattn.plan(case.batch, 1).metadata(0, "cuda")
-    call(case, meta)
+@pytest.mark.parametrize("window", [None, 150])
+def test_nothing_waits_for_the_device(window: int | None) -> None:
+    case = deepseek([(700, 1000), (900, 1000)], window=window)
+    metas = [cpattn.plan(case.batch, 1).metadata(0, "cuda") for _ in range(2)]
+    call(case, metas[0], kv_cache=case.prefix)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(case, meta)
+        for meta in metas:
+            call(case, meta, kv_cache=case.prefix)
     finally:
         torch.cuda.set_sync_debug_mode("default")
