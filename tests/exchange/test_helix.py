@@ -166,6 +166,31 @@ def test_what_travels_is_what_the_schedule_says(cp_size: int) -> None:
     assert bytes_sent(schedule).tolist() == [(cp_size - 1) * plan.rows * (6 // cp_size) * (16 + 17) * 4] * cp_size
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_an_exchange_a_launch_and_an_exchange(window: int | None) -> None:
+    """Of queries, of all heads over the rank's keys, and of partial results."""
+    case = AttentionCase([(9, 8), (20, 1)], 6, 2, cache="striped", page_size=4, window=window)
+    plan = case.plan(3, queries="all")
+    reference = cpattn.BACKENDS["reference"]
+
+    def program(group: cpattn.Transport) -> list[str]:
+        done: list[str] = []
+
+        def attend(q: Tensor, keys: Any, spans: Any, options: Any, out_dtype: Any) -> tuple[Tensor, Tensor]:
+            done.append(f"{q.shape[1]} heads")
+            return reference.attend(q, keys, spans, options, out_dtype)
+
+        def start(transfer: Any, original: Any = group.start) -> Any:
+            done.append("exchange")
+            return original(transfer)
+
+        group.start = start  # type: ignore[method-assign]
+        call(case, plan.metadata(group.rank), group, backend=replace(reference, attend=attend, accumulate=None))
+        return done
+
+    assert run_loopback(program, 3) == [["exchange", "6 heads", "exchange"]] * 3
+
+
 def test_explain_and_estimate_say_it() -> None:
     case = AttentionCase([(900, 1)] * 8, 8, 2, 64, cache="striped")
     plan = case.plan(4, queries="all")

@@ -123,6 +123,23 @@ def test_explain_says_what_a_window_reaches(strategy: Any) -> None:
     assert run_loopback(program, 2) == [(said, new + cached)] * 2
 
 
+@pytest.mark.parametrize("strategy", ["pass_q", "pass_q_ring", "ring"])
+def test_new_keys_travel_in_the_messages_that_there_are_anyway(strategy: str) -> None:
+    """As many as where each rank keeps what it computes."""
+    counts = []
+    for cache in ("sharded", "striped"):
+        case = AttentionCase([(40, 9), (9, 1)], cache=cache)
+        plan = case.plan(3)
+
+        def program(group: cpattn.Transport, case: AttentionCase = case, plan: cpattn.Plan = plan) -> int:
+            meta, pages = plan.metadata(group.rank), case.pages(plan, group.rank).cache
+            q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+            return len(cpattn.prepare(q, k, v, meta, kv_cache=pages, strategy=strategy, group=group).transfers())
+
+        counts.append(run_loopback(program, 3))
+    assert counts[0] == counts[1]
+
+
 def test_in_decoding_a_window_puts_no_keys_in_order() -> None:
     """There are many of them, and tables of them would cost more than the attention."""
     case = AttentionCase([(90, 1), (30, 1)], cache="striped", window=9)
