@@ -41,7 +41,7 @@ class Row:
 
     @property
     def even_by_rows(self) -> float | None:
-        """The same without what divides heads, which ``auto`` does not compare."""
+        """The same beside an all-gather and a ring alone."""
         return self._over(AUTO, [choice for choice in FIXED if choice.keeps_even and choice.strategy != "ulysses"])
 
     @property
@@ -109,7 +109,7 @@ def summary(rows: list[Row]) -> str:
     """How many of the batches are within what."""
     lines = [
         _shares("auto over the best of zigzag and whole", [row.even for row in rows]),
-        _shares("the same, without ulysses, which auto does not compare", [row.even_by_rows for row in rows]),
+        _shares("the same, beside all_gather and ring alone", [row.even_by_rows for row in rows]),
         _shares("auto, where a token costs nothing, over the best of all", [row.uneven for row in rows]),
         _shares(f"the same less {ALLOWED:g} us, over one GPU", [row.beyond_one_gpu for row in rows]),
     ]

@@ -80,4 +80,5 @@ def choose(arguments: Arguments, problem: Problem, plan: Layout, transport: Tran
     name = "peer_memory" if over_peers and machine.link("peer_memory", plan.cp_size) is not None else "collectives"
     groups = candidate_strategies(arguments.strategy, problem, plan)
     decision = Setting(plan, problem, machine, name).decide(groups, arguments.backend)
-    return Choice(problem, *decision.way, decision)
+    way = decision.way
+    return Choice(problem, way.strategy, way.schedule, way.backend, decision)

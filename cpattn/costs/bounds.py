@@ -46,12 +46,23 @@ class Bounds:
     def at_least(self, number: int) -> float:
         """Seconds of the launch over all keys on the slowest rank, no less than on an average one: of tiles that are full, or of reading
         the keys."""
-        kernel, tokens = self._costs.kernels[number], self._plan.num_tokens
-        if not tokens:
+        kernel = self._costs.kernels[number]
+        if not self._plan.num_tokens:
             return 0.0
+        return kernel.overhead + max(self._computing(number), self._bytes / kernel.read) / self._plan.cp_size * (1 - _ROUNDING)
+
+    def at_least_by_heads(self, number: int) -> float:
+        """Seconds of a launch over whole requests with an even share of the heads."""
+        kernel, plan = self._costs.kernels[number], self._plan
+        if not plan.num_tokens:
+            return 0.0
+        read = int(plan.total_lens @ (plan.extend_lens > 0)) * self._problem.key_bytes / kernel.read
+        return kernel.overhead + max(self._computing(number), read) / plan.cp_size * (1 - _ROUNDING)
+
+    def _computing(self, number: int) -> float:
+        """Seconds of all tiles, full ones."""
         # A key block takes no less for each row of a tile than in the largest tile that is full.
-        computing = (self._blocks + kernel.tile * tokens) * self._of_block(number)
-        return kernel.overhead + max(computing, self._bytes / kernel.read) / self._plan.cp_size * (1 - _ROUNDING)
+        return (self._blocks + self._costs.kernels[number].tile * self._plan.num_tokens) * self._of_block(number)
 
     def at_least_by_tiles(self, number: int) -> float:
         """The same more closely, on the rank that takes longest: full tiles visit no fewer keys than they see."""

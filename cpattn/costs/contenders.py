@@ -1,7 +1,7 @@
 """Which ways to make a call may be the fastest, by bounds of what they take: most others are told without an estimate.
 
-It holds for what every rank can see whole, without a window. Other ways are all left. Bounds have a margin, so that what is taken hangs on
-no last bit of them, and is the same on every rank.
+It holds for all-gathers, rings, and ranks that divide heads, of what every rank can see whole, without a window. Other ways are all left.
+Bounds have a margin, so that what is taken hangs on no last bit of them, and is the same on every rank.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from cpattn.costs.launches import Given
 from cpattn.costs.tile_costs import TileCosts
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
+from cpattn.exchange.divided_heads import busiest_share, shares_of
+from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.exchange.ulysses import ULYSSES
+from cpattn.metadata.united import united_layout
 
 # Seconds: estimates are compared to a ns.
 _MARGIN = 2e-9
-_BOUNDED = {ALL_GATHER.name, RING.name}
+_BOUNDED = {ALL_GATHER.name, RING.name, ULYSSES.name}
 
 
 def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
@@ -35,15 +39,18 @@ def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
         return list(ways)
     floors = _Floors(call, ways)
     likely, most = floors.likely()
-    left = [number for number in range(len(ways)) if floors.least[number] <= most]
     # What takes longer to work out comes later.
+    heads = {number for number, way in enumerate(ways) if way.strategy is ULYSSES and floors.least[number] <= most}
+    heads = {number for number in heads if floors.closer(number) <= most}
+    most = min([most, *(floors.most(number) for number in heads)])
+    left = [number for number in range(len(ways)) if floors.least[number] <= most]
     gathers = {number for number in left if number == likely or (ways[number].strategy is ALL_GATHER and floors.closer(number) <= most)}
     rings = {number for number in left if ways[number].strategy is RING and floors.with_copies(number) <= most}
     rings = {number for number in rings if floors.by_hops(number) <= most}
     # A ring is compared with its all-gather.
     of_rings = {ways[number].backend.name for number in rings}
     gathers |= {number for number, way in enumerate(ways) if way.strategy is ALL_GATHER and way.backend.name in of_rings}
-    return [ways[number] for number in sorted(gathers | rings)]
+    return [ways[number] for number in sorted(gathers | heads | rings)]
 
 
 class _Floors:
@@ -62,16 +69,23 @@ class _Floors:
         names = list(call.kernels)
         self._numbers = [names.index(way.backend.name) for way in ways]
         compute = [self._bounds.at_least(number) for number in range(len(names))]
-        self.least = [self._of(way, compute[number]) for way, number in enumerate(self._numbers)]
+        self.least = [
+            self._beside_heads(way) if ways[way].strategy is ULYSSES else self._of(way, compute[number])
+            for way, number in enumerate(self._numbers)
+        ]
 
     def likely(self) -> tuple[int, float]:
         """The all-gather that is likely to be the fastest, and what it takes at most."""
         _, number = min((floor, number) for number, floor in enumerate(self.least) if self._ways[number].strategy is ALL_GATHER)
-        return number, self._of(number, self._bounds.at_most(self._numbers[number])) + _MARGIN
+        return number, self.most(number)
+
+    def most(self, number: int) -> float:
+        """What it takes at most, of one launch."""
+        return self._of(number, self._bounds_of(number).at_most(self._numbers[number])) + _MARGIN
 
     def closer(self, number: int) -> float:
-        """A floor of an all-gather, worked out from more."""
-        return self._of(number, self._bounds.at_least_by_tiles(self._numbers[number]))
+        """A floor of what has one launch, worked out from more."""
+        return self._of(number, self._bounds_of(number).at_least_by_tiles(self._numbers[number]))
 
     def with_copies(self, number: int) -> float:
         """A floor of a ring, with what it does beside its launches."""
@@ -93,7 +107,7 @@ class _Floors:
     def _of(self, number: int, compute: float) -> float:
         """With launches that take so many seconds: the more they take, the more it all does."""
         way, kernel, call = self._ways[number], self._kernels[number], self._call
-        if way.strategy is ALL_GATHER:
+        if way.strategy is not RING:
             tally = call.tally(way, kernel, Given(compute))
             return call.seconds(way, tally.seconds, tally.host)
         exposed, host = self._messages
@@ -110,3 +124,28 @@ class _Floors:
         seconds = [link.shift_seconds(nbytes, others) for nbytes in sent if nbytes]
         exposed = sum(one - link.hides_shift * max(0.0, one - link.latency_of_shift) for one in seconds)
         return exposed, len(seconds) * link.host_shift
+
+    def _beside_heads(self, number: int) -> float:
+        """Of ranks that divide heads: the messages, and the launch over whole requests."""
+        call, kernel = self._call, self._kernels[number]
+        exposed, host = self._messages_of_heads
+        compute = self._bounds.at_least_by_heads(self._numbers[number])
+        return call.seconds(self._ways[number], compute + exposed, host + kernel.host)
+
+    @cached_property
+    def _messages_of_heads(self) -> tuple[float, float]:
+        """Of the device and the host."""
+        problem, link, others = self._call.problem, self._call.link, self._call.plan.cp_size - 1
+        widths = Widths.of(problem, shares_of(problem, others + 1))
+        seconds = [link.gather_seconds(others * problem.rows * width) for width in (widths.there, widths.back)]
+        return sum(seconds), len(seconds) * link.host_shift
+
+    def _bounds_of(self, number: int) -> Bounds:
+        return self._of_heads if self._ways[number].strategy is ULYSSES else self._bounds
+
+    @cached_property
+    def _of_heads(self) -> Bounds:
+        """Of whole requests, with the heads of the busiest rank."""
+        call, size = self._call, self._call.plan.cp_size
+        problem = busiest_share(call.problem, call.plan, size).attended
+        return Bounds(united_layout(call.plan, size), problem, TileCosts.of(problem, call.machine, tuple(call.kernels.values())))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 from cpattn.attention.auto import able_backends
 from cpattn.attention.backend import Backend
@@ -18,8 +18,10 @@ from cpattn.costs.estimate import why_unknown
 from cpattn.costs.known_machine import knows_backends
 from cpattn.costs.ways import Call, Way
 from cpattn.errors import UnsupportedError
+from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.schedule import alignments
 from cpattn.exchange.strategy import Strategy
+from cpattn.exchange.ulysses import ULYSSES
 from cpattn.machine import KernelCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -60,13 +62,16 @@ class Setting:
         for strategies in groups:
             ways: list[Way] = []
             for strategy in strategies:
-                schedule = strategy.schedule(self.problem, self.plan)
+                # Its one launch is over whole requests, as of an all-gather; the rest of its schedule takes longer to work out.
+                launches = ALL_GATHER if strategy is ULYSSES else strategy
+                make = cache(partial(strategy.schedule, self.problem, self.plan))
+                schedule = make() if launches is strategy else launches.schedule(self.problem, self.plan)
                 try:
                     able = able_backends(backend, self.problem, alignments(schedule))
                 except UnsupportedError as error:
                     refusal = error
                 else:
-                    ways += [Way(strategy, schedule, one) for one in able]
+                    ways += [Way(strategy, make, one) for one in able]
             if ways:
                 return self._fastest(ways)
         assert refusal is not None  # there is at least one strategy

@@ -65,6 +65,10 @@ class Given(Launches):
     def __init__(self, seconds: float) -> None:
         self._given = seconds
 
+    def of(self, plan: Layout, problem: Problem) -> Launches:
+        """As many of any."""
+        return self
+
     def seconds(self, hop: Hop, kernel: KernelCosts, groups: int = 1, over_pages: bool = False) -> FloatArray:
         """As many for every hop."""
         return np.array([self._given])

@@ -16,7 +16,7 @@ import numpy as np
 from cpattn.attention.backend import Backend
 from cpattn.costs.hop_spans import sample
 from cpattn.costs.launches import Launches
-from cpattn.exchange.divided_heads import DividedHeads, share_of, shares_of
+from cpattn.exchange.divided_heads import DividedHeads, busiest_share, shares_of
 from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.helix import HELIX, RESIDENT_HELIX
 from cpattn.exchange.late_pages import may_come_late
@@ -515,7 +515,7 @@ def divided_heads(choice: Choice, strategy: DividedHeads) -> Tally:
     if size == 1:
         return STEPS[across.name](choice)
     shares, united = shares_of(problem, size), united_layout(plan, size)
-    busiest = share_of(problem, plan, size, max(shares, key=lambda share: share.sizes))
+    busiest = busiest_share(problem, plan, size)
     transport = choice.transport if size == plan.cp_size else "collectives"
     link, outer = _link_within(machine, transport, size), _link_across(machine, size, plan.cp_size)
     schedule = across.schedule(busiest, united)

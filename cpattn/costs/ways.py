@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,11 +19,20 @@ from cpattn.problem import Problem
 
 
 class Way(NamedTuple):
-    """In which a call can be made."""
+    """In which a call can be made.
+
+    Attributes:
+        make: works the strategy's schedule out, once for all backends: many a way is passed over without it.
+    """
 
     strategy: Strategy
-    schedule: Schedule
+    make: Callable[[], Schedule]
     backend: Backend
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the strategy."""
+        return self.make()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +60,7 @@ class Call:
 
     def tally(self, way: Way, kernel: KernelCosts, attention: Launches) -> Tally:
         """What a way adds up to, with launches that take so long."""
-        _, schedule, backend = way
+        schedule, backend = way.schedule, way.backend
         choice = Choice(
             self.plan, self.problem, self.machine, schedule, self.transport, self.link, backend, kernel, attention, num_results(schedule)
         )

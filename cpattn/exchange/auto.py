@@ -8,6 +8,8 @@ from cpattn.byte_sizes import in_words
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.decodes import DECODE_TOKENS, only_decodes
+from cpattn.exchange.divided_heads import shares_of
+from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.helix import HELIX
 from cpattn.exchange.new_keys_alone import nothing_is_cached
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
@@ -16,6 +18,7 @@ from cpattn.exchange.registry import able_strategies, find_strategy, strategies_
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.exchange.ulysses import ULYSSES
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
 from cpattn.problem import Problem
@@ -71,7 +74,7 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
                 [[RING], [ALL_GATHER]], f"a rank's keys and values are {in_words(gathered)}, above {in_words(AUTO_GATHER_LIMIT)}"
             )
         held = f"a rank's keys and values are {in_words(gathered)}, within {in_words(AUTO_GATHER_LIMIT)}"
-        return Candidates([[ALL_GATHER, RING]], held)
+        return Candidates([[ALL_GATHER, RING, *_by_heads(problem, plan)]], held)
     if problem.window is not None:
         # The model does not know what a window leaves of pass_q. Where no cached key has to travel, none does.
         if only_decodes(plan):
@@ -93,6 +96,14 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
     if fits:
         return Candidates([[PASS_Q, PASS_Q_RING, *rings]], held)
     return Candidates([[PASS_Q_RING, *rings], [PASS_Q]], held)
+
+
+def _by_heads(problem: Problem, plan: Layout) -> list[Strategy]:
+    """What divides heads, where its messages fit. A cache in pages has all heads of its tokens, so that a rank would want all of those."""
+    if problem.q_heads < plan.cp_size or problem.cache == "paged" or problem.expands:
+        return []
+    widths = Widths.of(problem, shares_of(problem, plan.cp_size))
+    return [ULYSSES] if plan.cp_size * problem.rows * (widths.there + widths.back) <= AUTO_GATHER_LIMIT else []
 
 
 def _rows_of_gather(problem: Problem, plan: Layout) -> int:

@@ -106,9 +106,8 @@ def explain_across(strategy: DividedHeads, problem: Problem, plan: Layout) -> st
     size, across = strategy.group_size(plan), strategy.across
     if size == plan.cp_size:
         return None
-    busiest = max(shares_of(problem, size), key=lambda share: share.sizes)
     in_words = explain_ring_keys if across is RING else explain_gathered
-    return f"across groups, of its heads, {in_words(share_of(problem, plan, size, busiest), united_layout(plan, size))}"
+    return f"across groups, of its heads, {in_words(busiest_share(problem, plan, size), united_layout(plan, size))}"
 
 
 def share_of(problem: Problem, plan: Layout, within: int, share: HeadShare) -> Problem:
@@ -118,9 +117,19 @@ def share_of(problem: Problem, plan: Layout, within: int, share: HeadShare) -> P
     return replace(problem, rows=rows, q_heads=share.q_heads, kv_heads=share.kv_heads, overlap=1, own_heads=False)
 
 
+def busiest_share(problem: Problem, plan: Layout, within: int) -> Problem:
+    """The same of the rank with the most heads."""
+    return share_of(problem, plan, within, max(shares_of(problem, within), key=lambda share: share.sizes))
+
+
 def shares_of(problem: Problem, within: int) -> tuple[HeadShare, ...]:
     """Of each rank of a group."""
     return head_shares(problem.q_heads, problem.kv_heads, within)
+
+
+def _unlike(shares: tuple[HeadShare, ...]) -> list[HeadShare]:
+    """Of those that have as many heads one."""
+    return list({share.sizes: share for share in shares}.values())
 
 
 def _schedule(within: int | None, across: Strategy, problem: Problem, plan: Layout) -> Schedule:
@@ -128,8 +137,7 @@ def _schedule(within: int | None, across: Strategy, problem: Problem, plan: Layo
     if size == 1:
         return across.schedule(problem, plan)
     shares, united = shares_of(problem, size), united_layout(plan, size)
-    # Of those that are alike once.
-    schedules = {share.sizes: across.schedule(share_of(problem, plan, size, share), united) for share in shares}
+    schedules = {share.sizes: across.schedule(share_of(problem, plan, size, share), united) for share in _unlike(shares)}
     widths = Widths.of(problem, shares)
     hops = []
     for number, hop in enumerate(schedules[shares[0].sizes]):
@@ -254,6 +262,9 @@ def _why_not(within: int | None, across: Strategy, problem: Problem, plan: Layou
             f"pages of all {problem.kv_heads} KV heads want all heads of new tokens, and a rank gets {mine} of them; pass pages of a "
             "rank's own heads"
         )
+    if size == plan.cp_size:
+        # One group, across which nothing goes.
+        return None
     united = united_layout(plan, size)
     if across is RING and united.is_callers and problem.fixed and problem.window is not None:
         # What its ranks' chunks make of a request depends on how the batch is cut.
@@ -261,7 +272,7 @@ def _why_not(within: int | None, across: Strategy, problem: Problem, plan: Layou
             "with a window a ring across groups takes a launch for each chunk that a group has of a request; those change in number from "
             "batch to batch, and a bucket's graph cannot"
         )
-    reasons = (across.why_not(share_of(problem, plan, size, share), united) for share in shares)
+    reasons = (across.why_not(share_of(problem, plan, size, share), united) for share in _unlike(shares))
     reason = next((reason for reason in reasons if reason is not None), None)
     return None if reason is None else f"across its groups: {reason}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -21,6 +22,32 @@ class Request(NamedTuple):
 
     prefix_len: int
     extend_len: int
+
+
+class CheckedBatch(tuple[Request, ...]):
+    """Requests that were checked, as a layout has them: another layout of the same batch need not look at them again.
+
+    Attributes:
+        pairs: the same as int64 ``[num_requests, 2]``, never written to.
+    """
+
+    pairs: IntArray
+
+    @classmethod
+    def of(cls, batch: Any) -> CheckedBatch:
+        """Raises BatchError as :func:`parse_batch`."""
+        if type(batch) is cls:
+            return batch
+        pairs = parse_batch(batch)
+        pairs.setflags(write=False)
+        # What Request._make does, without a Python call for each.
+        made = cls(map(tuple.__new__, repeat(Request), pairs.tolist()))
+        made.pairs = pairs
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as a plain tuple: of the array a copy could be written to."""
+        return tuple, (list(self),)
 
 
 def is_integer(value: Any) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from cpattn.device_tables import IntArray
 from cpattn.errors import PlanError, shown
 from cpattn.memo import Memo
-from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch, parse_prefix_shards
+from cpattn.metadata.batch import MAX_TOKENS, CheckedBatch, Request, is_integer, parse_prefix_shards
 from cpattn.metadata.callers_partition import CallersPartition
 from cpattn.metadata.chunks import ByRank, Chunks, most_of_a_share, pairs_of, tokens_by_rank
 from cpattn.metadata.partition import MOST_CHUNKS, OWNERS, PARTITIONS, REMAINDERS, Partition, remainders_of
@@ -59,7 +58,8 @@ class Layout:
     queries: str = "rows"
 
     def __post_init__(self) -> None:
-        pairs = parse_batch(self.batch)
+        checked = CheckedBatch.of(self.batch)
+        pairs = checked.pairs
         for name in ("cp_size", "pad_to"):
             value: Any = getattr(self, name)
             if not is_size(name, value):
@@ -77,10 +77,7 @@ class Layout:
         if not callers:
             _choose(self, "partition", tuple(PARTITIONS), _OTHER_PARTITIONS)
         _choose(self, "remainder", REMAINDERS)
-        # What Request._make does, without a Python call for each.
-        object.__setattr__(self, "batch", tuple(map(tuple.__new__, repeat(Request), pairs.tolist())))
-        # Seeds the cached property, which would make the same array from the tuple again.
-        self.__dict__["_pairs"] = frozen(pairs)
+        object.__setattr__(self, "batch", checked)
         if self.prefix_shards is not None:
             shards = parse_prefix_shards(self.prefix_shards, pairs[:, 0], self.cp_size)
             object.__setattr__(self, "prefix_shards", tuple(map(tuple, shards.tolist())))
@@ -290,9 +287,10 @@ class Layout:
         """What others have worked out of it, by keys of their own."""
         return Memo(_MOST_REMEMBERED)
 
-    @cached_property
+    @property
     def _pairs(self) -> IntArray:
-        return frozen(np.array(self.batch, dtype=np.int64).reshape(-1, 2))
+        pairs: IntArray = self.batch.pairs  # type: ignore[attr-defined]  # of a CheckedBatch, as any layout has
+        return pairs
 
     @property
     def prefix_lens(self) -> IntArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from cpattn.costs.tile_costs import TileCosts
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.ring import RING
+from cpattn.exchange.ulysses import ULYSSES
 from cpattn.machine import A100, H100, Machine
 
 RAGGED = [(0, 5000), (700, 1), (3, 130), (9000, 800), (64, 16), (0, 0), (300, 77), (12, 5), (4096, 2048), (0, 33)]
@@ -32,14 +34,16 @@ BATCHES = {
 
 
 def calls(batch: str, machine: Machine, cp_size: int, **changes: Any) -> tuple[Call, list[Way]]:
-    """A call, and its ways by all-gather and ring with all backends that the machine knows."""
+    """A call, and its ways with all backends that the machine knows: by all-gather first, and by ring last."""
     plan = cpattn.plan(BATCHES[batch], cp_size, partition=changes.pop("partition", "zigzag"))
     cache: Any = changes.pop("cache", "packed") if plan.num_prefix_tokens else None
     page_size = 64 if cache == "paged" else None
     problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, 128, 128, cache=cache, page_size=page_size)
     problem = replace(problem, **changes)
     call = Call(plan, problem, machine, "peer_memory", {kernel.backend: kernel for kernel in machine.kernels})
-    ways = [Way(one, one.schedule(problem, plan), BACKENDS[name]) for one in (ALL_GATHER, RING) for name in call.kernels]
+    by_heads = [ULYSSES] if ULYSSES.refusal(problem, plan) is None else []
+    strategies = (ALL_GATHER, *by_heads, RING)
+    ways = [Way(one, partial(one.schedule, problem, plan), BACKENDS[name]) for one in strategies for name in call.kernels]
     return call, ways
 
 
@@ -71,6 +75,9 @@ def test_launches_lie_between_their_bounds(batch: str, case: dict[str, Any]) -> 
                 assert most < 1.1 * least
             hops = sum(exact.slowest(hop, kernel, over_pages=over_pages and hop.keys == "prefix") for hop in ways[-1].schedule)
             assert bounds.ring_at_least(number) <= hops
+            by_heads = [way for way in ways if way.strategy is ULYSSES]
+            if by_heads:
+                assert bounds.at_least_by_heads(number) <= call.tally(by_heads[number], kernel, exact).compute
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -141,6 +141,11 @@ def decided(
     return Setting(plan, problem, machine, transport).decide(candidate_strategies("auto", problem, plan), "auto")
 
 
+def choice_of(decision: Decision) -> Choice:
+    way = decision.way
+    return Choice(decision.call.problem, way.strategy, way.schedule, way.backend, decision)
+
+
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("batch", ["1 x 1k", "1 x 8k", "8 x (8k + 2k)", "1 x (120k + 2k)"])
 @pytest.mark.parametrize("fixed", [False, True])
@@ -150,7 +155,7 @@ def test_it_is_the_least_of_all_that_are_estimated(batch: str, fixed: bool) -> N
     column = "graph" if fixed else "eager"
     every = {
         (strategy, backend): seconds(Way(batch, 4, strategy, "peer_memory", backend), H100, column)
-        for strategy in ("all_gather", "ring")
+        for strategy in ("all_gather", "ring", "ulysses")
         for backend in ("triton", "flash_attn3", "flash_attn4")
     }
     assert len(decision.compared) == len(every)
@@ -200,6 +205,18 @@ def test_over_slow_links_a_ring_hides_what_travels() -> None:
     assert decided("1 x 32k", 4, fixed=True).way.strategy.name == "all_gather"
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_heads_are_divided_where_that_is_clearly_faster_by_the_model() -> None:
+    """A long prompt over eight ranks, whose keys all would read of one after the other; not where it takes the host longer, nor over pages,
+    which want all heads, nor of fewer heads than ranks."""
+    assert decided("1 x 32k", 8, fixed=True).way.strategy.name == "ulysses"
+    assert decided("1 x 1k", 8, fixed=False).way.strategy.name == "all_gather"
+    assert decided("1 x 32k", 8, fixed=True, q_heads=4, kv_heads=1).way.strategy.name != "ulysses"
+    assert decided("1 x 32k", 8, fixed=True, cache="paged", page_size=64).way.strategy.name != "ulysses"
+    # As it was not measured, it has to be better by more than nothing.
+    assert corrected("ulysses", 1.0, 0.0, as_graph=True) > corrected("all_gather", 1.0, 0.0, as_graph=True)
+
+
 def test_a_gpu_that_is_not_known_takes_the_first_of_its_order(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (auto, known_machine):
         monkeypatch.setattr(module, "capability", lambda device: (10, 0))
@@ -207,7 +224,7 @@ def test_a_gpu_that_is_not_known_takes_the_first_of_its_order(on_hopper: None, m
     assert machine.name == "h100-nvlink, as this machine is unknown"
     decision = decided("1 x 8k", 2, fixed=False, machine=machine)
     assert decision.way.backend.name == "flash_attn4"
-    assert [one.way.strategy.name for one in decision.compared] == ["all_gather", "ring"]
+    assert [one.way.strategy.name for one in decision.compared] == ["all_gather", "ring", "ulysses"]
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -215,7 +232,7 @@ def test_explain_names_what_was_compared() -> None:
     plan = cpattn.plan(batch_of("8 x (8k + 2k)"), 2)
     problem = problem_of(plan, None)
     decision = Setting(plan, problem, H100, "peer_memory").decide(candidate_strategies("auto", problem, plan), "auto")
-    choice = Choice(problem, *decision.way, decision)
+    choice = choice_of(decision)
     backends, strategies = explain_backend(choice), explain_strategy(choice, plan)
     assert list(backends)[:3] == ["triton", "flash_attn3", "flash_attn4"]
     assert re.fullmatch(r"chosen, estimated [\d,]+ us", backends["triton"])
@@ -231,9 +248,10 @@ def test_explain_names_what_was_compared() -> None:
 def test_explain_says_where_the_model_has_collectives_faster(batch: str, cp_size: int, said: str) -> None:
     """Where ranks share memory it is taken, whatever the model says of more of them than were measured."""
     plan = cpattn.plan(batch_of(batch), cp_size)
-    problem = replace(problem_of(plan, None), fixed=True)
+    # Of fewer heads than ranks none can be divided.
+    problem = replace(problem_of(plan, None), q_heads=4, kv_heads=1, fixed=True)
     decision = Setting(plan, problem, H100, "peer_memory").decide(candidate_strategies("auto", problem, plan), "auto")
-    text = explain_strategy(Choice(problem, *decision.way, decision), plan)[decision.way.strategy.name]
+    text = explain_strategy(choice_of(decision), plan)[decision.way.strategy.name]
     expected = (
         rf"{said} it is estimated at \d+ us, and the memory of peers is taken wherever ranks share it: more than 4 GPUs were not measured, "
         "and how they crowd at one of them is a guess"

@@ -23,6 +23,7 @@ from cpattn.exchange.auto import AUTO_GATHER_LIMIT, candidate_strategies
 from cpattn.exchange.decodes import DECODE_TOKENS
 from cpattn.exchange.schedule import Schedule, alignments, bytes_sent, hop_pairs, num_results
 from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.ulysses import ULYSSES
 from cpattn.keys import Keys
 from cpattn.problem import Problem
 from cpattn.spans import Spans, find_alignment
@@ -160,9 +161,20 @@ def candidates(plan: cpattn.Plan, name: Any = "auto", **changes: Any) -> list[li
 
 def test_auto_takes_the_ring_where_gathered_keys_would_not_fit() -> None:
     most = AUTO_GATHER_LIMIT // problem_of(cpattn.plan([], 1)).key_bytes
-    assert candidates(cpattn.plan([(most - 8, 8)], 2)) == [["all_gather", "ring"]]
+    assert candidates(cpattn.plan([(most - 8, 8)], 2)) == [["all_gather", "ring", "ulysses"]]
     assert candidates(cpattn.plan([(most - 7, 8)], 2)) == [["ring"], ["all_gather"]]
     assert candidates(cpattn.plan([(most - 7, 8)], 1)) == [["all_gather"], ["ring"]]
+
+
+def test_auto_divides_heads_where_it_can_and_the_messages_fit() -> None:
+    plan = cpattn.plan([(0, 64)], 4)
+    assert candidates(plan, q_heads=4, kv_heads=1) == [["all_gather", "ring", "ulysses"]]
+    assert ULYSSES.refusal(problem_of(plan, q_heads=4, kv_heads=1), plan) is None
+    for refused in ({"q_heads": 3, "kv_heads": 1}, {"cache": "paged", "page_size": 16}):
+        assert candidates(plan, **{"q_heads": 4, "kv_heads": 4} | refused) == [["all_gather", "ring"]]
+    # Queries and outputs of all heads travel, beside few keys.
+    long = cpattn.plan([(0, 2**21)], 4)
+    assert candidates(long, q_heads=128, kv_heads=1, head_dim=128, v_head_dim=128) == [["all_gather", "ring"]]
 
 
 def test_auto_does_not_count_pages_that_stay_where_they_are() -> None:
