@@ -19,6 +19,7 @@ from strategies import batches, non_empty_batches
 import cpattn
 from cpattn.exchange.head_shares import head_shares
 from cpattn.exchange.schedule import bytes_sent, hop_pairs
+from cpattn.machine import H100
 from cpattn.metadata.united import united_layout
 from cpattn.testing import run_loopback
 from cpattn.transports.transfer import Transfer
@@ -321,3 +322,24 @@ def test_who_has_how_many_heads_is_explained(heads: tuple[int, int], cp_size: in
     meta = cpattn.build_metadata([(0, 12)], cp_size, 0)
     q, k = torch.zeros(meta.rows, heads[0], 8), torch.zeros(meta.rows, heads[1], 8)
     assert cpattn.explain(q, k, k, meta, strategy=strategy)["heads"].endswith(said)
+
+
+def test_auto_divides_heads_over_links_so_slow_that_bytes_decide() -> None:
+    """A request cut among all ranks: each row goes to them once, and not to each of them."""
+    links = replace(H100.collectives, gather=1e3, shift=1e3, shift_of_many=None)
+    slow = replace(H100, kernels=H100.kernels[:1], collectives=links)
+    case = AttentionCase([(0, 40), (0, 9), (0, 64)], heads=8, kv_heads=8, head_dim=16)
+    plan = case.plan(4)
+
+    def program(group: cpattn.Transport) -> tuple[Any, list[int]]:
+        group.machine = slow
+        outputs, sent = [], [group.bytes_sent]
+        for strategy in ("auto", "ulysses", "all_gather"):
+            outputs.append(case.on_rank(plan, group.rank, group, strategy, "reference"))
+            sent.append(group.bytes_sent)
+        return outputs[0], np.diff(sent).tolist()
+
+    outputs, sent = zip(*run_loopback(program, 4), strict=True)
+    case.check(list(outputs), plan, "ulysses", "reference")
+    for by_auto, by_heads, all_keys in sent:
+        assert by_auto == by_heads < all_keys
