@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cpattn.call.forward_context import ForwardContext, forward_context
     from cpattn.call.prepared import PreparedCall
     from cpattn.costs.estimate import Estimate, Estimates, estimate
+    from cpattn.costs.known_machine import machine_for
     from cpattn.costs.links import measure_links
     from cpattn.errors import (
         BackendError,
@@ -124,6 +125,7 @@ __all__ = [
     "gather_kv",
     "hybrid",
     "latent_expansion",
+    "machine_for",
     "measure_links",
     "plan",
     "prepare",
@@ -149,6 +151,7 @@ _NAMES = {
     "call.forward_context": "ForwardContext forward_context",
     "call.prepared": "PreparedCall",
     "costs.estimate": "Estimate Estimates estimate",
+    "costs.known_machine": "machine_for",
     "costs.links": "measure_links",
     "machine": "MACHINES KernelCosts LinkCosts Machine",
     "errors": "BackendError BatchError CPError DisagreementError GroupError HeadCountError OptionError PageTableError PlanError "

@@ -14,7 +14,7 @@ from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
 from cpattn.call.explain_arrival import explain_arrival
-from cpattn.call.explain_choice import comparison, explain_backend, explain_expansion, explain_strategy
+from cpattn.call.explain_choice import compared_on, comparison, explain_backend, explain_expansion, explain_strategy
 from cpattn.call.find import check_contents, check_numbers, prepare_call
 from cpattn.call.in_graph import (
     are_options,
@@ -450,7 +450,7 @@ def explain(
     by_auto = isinstance(strategy, str) and strategy == "auto"
     why = explain_strategy(choice, meta.plan)[choice.strategy.name] if by_auto else f"asked for, {comparison(choice) or 'as it is'}"
     explained = explain_backend(choice) | {"strategy": f"{choice.strategy.name}: {why}"}
-    explained = explained | {"partition": explain_partition(meta.plan, choice.problem)}
+    explained = explained | {"partition": explain_partition(meta.plan, choice.problem, compared_on(choice))}
     if choice.strategy in (ALL_GATHER, RING):
         gathers = choice.strategy is ALL_GATHER
         keys = (explain_gathered if gathers else explain_ring_keys)(choice.problem, meta.plan)

@@ -219,6 +219,22 @@ class Machine:
             return self.collectives if cp_size <= self.ranks_per_host else self.across
         return self.peer_memory if cp_size <= self.ranks_per_host else None
 
+    def only(self, *backends: str) -> Machine:
+        """The same with the constants of these backends alone, in its own order, such as those that are installed.
+
+        >>> import cpattn
+        >>> h100 = cpattn.MACHINES["h100-nvlink"]
+        >>> [kernel.backend for kernel in h100.only("flash_attn3", "triton").kernels]
+        ['triton', 'flash_attn3']
+
+        Raises UnknownNameError for one that it has no constants of, and OptionError for none.
+        """
+        known = [kernel.backend for kernel in self.kernels]
+        for name in backends:
+            if name not in known:
+                raise UnknownNameError(f"{self.name!r} has no constants of {shown(name)}; it has those of {', '.join(map(repr, known))}")
+        return replace(self, kernels=tuple(kernel for kernel in self.kernels if kernel.backend in backends))
+
     def rested(self) -> Machine:
         """The same for a call after a rest, as a benchmark makes it: a card at its power limit is slower."""
         return replace(self, kernels=tuple(replace(kernel, flops=kernel.flops * self.boost) for kernel in self.kernels), boost=1.0)

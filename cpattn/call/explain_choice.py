@@ -15,6 +15,7 @@ from cpattn.exchange.auto import auto_candidates
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments
 from cpattn.expansion import bytes_of_head, head_groups
+from cpattn.machine import Machine
 from cpattn.metadata.layout import Layout
 
 # Of the ways that were compared so many are named.
@@ -77,6 +78,15 @@ def explain_expansion(choice: Choice, plan: Layout) -> str:
     return (
         f"{problem.latent_dim} numbers a token are expanded to {problem.head_dim} and {problem.v_head_dim} a head, {many}, {at_a_time} each"
     )
+
+
+def compared_on(choice: Choice) -> Machine | None:
+    """By what a partition is compared for such calls: their machine, with the backends that serve them; None on a CPU, which has none."""
+    call = choice.decision.call
+    if choice.problem.device.type != "cuda":
+        return None
+    kernels = list(call.kernels.values()) or [kernel for kernel in call.machine.kernels if kernel.backend == choice.backend.name]
+    return call.machine.only(*(kernel.backend for kernel in kernels or call.machine.kernels[:1]))
 
 
 def comparison(choice: Choice) -> str:

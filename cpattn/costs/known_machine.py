@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from cpattn.attention.auto import able_backends
 from cpattn.attention.flash_varlen import capability
 from cpattn.machine import A100, H100, H200, Machine
+from cpattn.metadata.problem_checks import check_is_problem, check_problem
+from cpattn.problem import Problem
 
 # How strategies compare there is taken from a machine that was measured; how long they take will differ.
 UNKNOWN = replace(H100, name="h100-nvlink, as this machine is unknown", measured=False)
@@ -31,3 +35,40 @@ def machine_of(device: torch.device) -> Machine:
 def knows_backends(machine: Machine, device: torch.device) -> bool:
     """Whether a machine's constants for backends hold for such a device."""
     return device.type == "cuda" and capability(device)[0] == machine.capability[0]
+
+
+def machine_for(problem: Problem) -> Machine:
+    """The machine that a problem's device is taken to be, with the backends that can serve the problem here: what ``cpattn.plan`` takes
+    as ``machine=`` for ``partition="auto"``.
+
+    >>> import cpattn, torch
+    >>> problem = cpattn.Problem(torch.device("cpu"), torch.float32, rows=0, q_heads=8, kv_heads=2, head_dim=64, v_head_dim=64)
+    >>> machine = cpattn.machine_for(problem)
+    >>> machine.name, [kernel.backend for kernel in machine.kernels]
+    ('h100-nvlink, as this machine is unknown', ['triton'])
+    >>> cpattn.plan([(0, 900)] * 8, cp_size=2, partition="auto", problem=problem, machine=machine).partition
+    'whole'
+
+    It is the same on every rank where ranks have GPUs of one kind and the same packages, as calls with ``"auto"`` need as well; else choose
+    one machine for all. It asks for the packages that are installed, which takes long the first time.
+
+    Args:
+        problem: what the calls ask for; ``rows`` does not count.
+
+    Returns:
+        H100, H200 or A100 of :data:`cpattn.MACHINES` with the constants of those backends. For any other device, or where it has constants
+        of none of them, an H100 with its first backend, by which ``"auto"`` compares there too.
+
+    Raises:
+        OptionError: problem is something else, or asks for what no call could. HeadCountError: query heads are no multiple of key/value
+            heads. UnsupportedError: no backend can serve it here.
+    """
+    given: Any = problem
+    check_is_problem(given)
+    check_problem(problem)
+    machine = machine_of(problem.device)
+    names = []
+    if knows_backends(machine, problem.device):
+        able = {backend.name for backend in able_backends("auto", problem, frozenset({"bottom_right"}))}
+        names = [kernel.backend for kernel in machine.kernels if kernel.backend in able]
+    return machine.only(*names or [machine.kernels[0].backend])

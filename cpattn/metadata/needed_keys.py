@@ -28,7 +28,13 @@ class Gaps(NamedTuple):
 
     @classmethod
     def of(cls, plan: Layout, window: int | None) -> Gaps:
-        """For queries that see ``window`` keys, or all."""
+        """For queries that see ``window`` keys, or all; worked out once."""
+        key = "gaps", window
+        found: Gaps | None = plan.memo.get(key)
+        return plan.memo.keep(key, cls._of(plan, window)) if found is None else found
+
+    @classmethod
+    def _of(cls, plan: Layout, window: int | None) -> Gaps:
         request, _, length, rank = plan.chunk_table
         begins, order = exclusive_cumsum(length), plan.by_rank.order
         first = exclusive_cumsum(plan.extend_lens)[request]
@@ -69,9 +75,15 @@ def lacking_rows(plan: Layout, window: int | None) -> Lacking:
     # Each token is lacked as often as it lies in a gap: by a rank that has its chunk later.
     bounds = np.append(gaps.end, plan.num_tokens)
     lacked_before = _sum_below(np.sort(gaps.first), bounds) - _sum_below(gaps.end, bounds)
-    made = Lacking(plan.by_rank.sums(gaps.end - gaps.first), plan.by_rank.sums(np.diff(lacked_before)))
+    made = Lacking(received_rows(plan, window), plan.by_rank.sums(np.diff(lacked_before)))
     plan.memo.keep(key, made)
     return made
+
+
+def received_rows(plan: Layout, window: int | None) -> IntArray:
+    """``[cp_size]`` how many rows of new keys each rank lacks."""
+    gaps = Gaps.of(plan, window)
+    return plan.by_rank.sums(gaps.end - gaps.first)
 
 
 def _sum_below(ascending: IntArray, token: IntArray) -> IntArray:

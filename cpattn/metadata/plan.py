@@ -16,7 +16,7 @@ from cpattn.errors import PlanError, RankError, shown
 from cpattn.graphs import leaves_graph
 from cpattn.machine import Machine
 from cpattn.metadata.auto_partition import AUTO, CANDIDATES, AutoChoice
-from cpattn.metadata.batch import MAX_TOKENS, Request, is_integer, parse_batch
+from cpattn.metadata.batch import MAX_TOKENS, CheckedBatch, Request, is_integer, parse_batch
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.devices import parse_device
@@ -217,7 +217,11 @@ def plan(
         raise PlanError(f"remainder={shown(remainder)} beside partition='auto', which goes with 'balanced' alone; leave it out")
     choice = AutoChoice.of(problem, machine, token_cost)
     names = choice.names(any(given is not None for given in (prefix_shards, prefix_ranks, owner)))
-    return choice.cheapest([Plan(batch, cp_size, name, remainder, pad_to, prefix_shards, owner, prefix_ranks, queries) for name in names])  # type: ignore[arg-type]
+    checked = CheckedBatch.of(batch)
+    return choice.cheapest(
+        names,
+        lambda name: Plan(checked, cp_size, name, remainder, pad_to, prefix_shards, owner, prefix_ranks, queries),  # type: ignore[arg-type]
+    )
 
 
 @leaves_graph

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.costs.known_machine import machine_for
 from cpattn.device_tables import IntArray
 from cpattn.errors import CPError
 from cpattn.graphs import leaves_graph
@@ -213,9 +214,10 @@ class KVPool:
         token_cost: int | None = None,
     ) -> Plan:
         """The plan of a step in which each request gets so many new tokens, and the pages to write them to. The partition is
-        ``"auto"`` unless another is asked for; without a ``problem`` it goes by the pool's own heads, four query heads for each. With
-        ``owner="computed"`` it is ``"zigzag"``, as the partition then says where tokens stay: a rank that computes a whole request
-        would hold it, and decode it alone. The rest is as in :func:`cpattn.plan`.
+        ``"auto"`` unless another is asked for; without a ``problem`` it goes by the pool's own heads, four query heads for each, and
+        without a ``machine`` by that of the pages (:func:`cpattn.machine_for`), which is the same on every rank where ranks have GPUs of
+        one kind. With ``owner="computed"`` it is ``"zigzag"``, as the partition then says where tokens stay: a rank that computes a
+        whole request would hold it, and decode it alone. The rest is as in :func:`cpattn.plan`.
 
         Where new tokens go to a part-filled page that other requests share, the request gets a page of its own with a copy of
         the tokens in it. So compute a step, or put it into the device's queue, before the next is planned.
@@ -233,7 +235,7 @@ class KVPool:
         if partition is None:
             partition = "zigzag" if self.owner == "computed" and problem is None and machine is None and token_cost is None else AUTO
         if isinstance(partition, str) and partition == AUTO and problem is None:
-            problem = self._usual_problem
+            problem, machine = self._usual_problem, machine or self._usual_machine
         held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
         # An array of owners is never written to: a request that changes gets another one.
         ranks = PrefixRanks([request.owners for request in requests], held) if self.owner == "computed" else None
@@ -267,6 +269,11 @@ class KVPool:
         if self.scales is not None:
             kind["kv_dtype"], dtype = dtype, torch.bfloat16
         return Problem(self.k_pages.device, dtype, 0, **of_heads, **kind)
+
+    @cached_property
+    def _usual_machine(self) -> Machine:
+        """Where these pages lie, with the backends that can serve such calls."""
+        return machine_for(self._usual_problem)
 
     def undo(self, plan: Plan) -> None:
         """Takes the last step back: its requests have the tokens and pages that they had before it. Call it on every rank after a

@@ -39,6 +39,7 @@ from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
 from cpattn.machine import H100, H200
+from cpattn.metadata.auto_partition import USUAL
 
 MOST_LOSS = 0.02
 # Lines on which more is lost: by so much at most.
@@ -271,6 +272,18 @@ def test_machines_are_known_by_name(name: str, machine: str, on_hopper: None, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert known_machine.machine_of(torch.device("cuda")).name == machine
+
+
+def test_a_machine_for_a_problem_has_the_backends_that_can_serve_it(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(**changes: Any) -> list[str]:
+        return [kernel.backend for kernel in cpattn.machine_for(replace(USUAL, **changes)).kernels]
+
+    assert names() == ["triton", "flash_attn4", "flash_attn3"]
+    assert names(dtype=torch.float32) == ["triton"]
+    missing = replace(BACKENDS["flash_attn3"], unavailable=lambda: "it is not installed")
+    monkeypatch.setitem(BACKENDS, "flash_attn3", missing)
+    assert names() == ["triton", "flash_attn4"]
+    assert names(device=torch.device("cpu")) == ["triton"]
 
 
 def test_choosing_is_pure(on_hopper: None) -> None:

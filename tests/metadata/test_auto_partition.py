@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from strategies import Batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Batch, batches
 
 import cpattn
 from cpattn.kernels.tile_shapes import tile_shapes
 from cpattn.kernels.tiles import block_costs
-from cpattn.metadata import auto_partition
+from cpattn.machine import H100
+from cpattn.metadata import pair_costs
 from cpattn.metadata.auto_partition import CANDIDATES, USUAL
+from cpattn.metadata.laid_out import LaidOut, Zigzag
+from cpattn.metadata.layout_costs import attention_pairs, least_pairs, transfer_pairs
+from cpattn.metadata.pair_costs import PairCosts
 
 SHORT = [(0, 900)] * 40
 LONG = [(0, 65536)]
@@ -67,11 +74,62 @@ def test_what_is_taken_is_nearly_the_fastest_by_the_full_estimate(seed: int) -> 
     assert seconds(cpattn.plan(batch, cp_size, partition="auto", problem=replace(USUAL, **cache))) <= 1.02 * best
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_backends_that_a_machine_has_count(seed: int) -> None:
+    """FlashAttention-3 splits long rows of decodes, whose packed prefixes a ring need not copy."""
+    rng = np.random.default_rng(seed)
+    cp_size = int(rng.choice([2, 4, 8]))
+    batch = [(0, int(np.exp(rng.normal(7, 1.5))) + 2)] + [(int(prefix), 1) for prefix in rng.integers(1, 30000, 25)]
+    problem = replace(USUAL, cache="packed")
+
+    def seconds(plan: cpattn.Plan) -> float:
+        found = cpattn.estimate(plan, replace(problem, rows=plan.rows), H100)
+        return min(one.graph for one in found if one.strategy in ("all_gather", "ring") and one.overlap == 1)
+
+    best = min(seconds(cpattn.plan(batch, cp_size, partition=name)) for name in CANDIDATES)
+    assert seconds(cpattn.plan(batch, cp_size, partition="auto", problem=problem, machine=H100)) <= 1.02 * best
+
+
+def test_a_machine_with_some_of_its_backends() -> None:
+    assert [kernel.backend for kernel in H100.only("flash_attn3").kernels] == ["flash_attn3"]
+    with pytest.raises(cpattn.UnknownNameError, match="'h100-nvlink' has no constants of 'torch_flash'; it has those of 'triton'"):
+        H100.only("torch_flash")
+    with pytest.raises(cpattn.OptionError, match="pass a KernelCosts for each backend, one at least"):
+        H100.only()
+
+
+@given(batch=batches(), cp_size=st.integers(2, 6), pad_to=st.sampled_from([1, 4]))
+@settings(max_examples=60, deadline=None)
+def test_zigzag_in_closed_form_is_what_its_plan_has(batch: Batch, cp_size: int, pad_to: int) -> None:
+    plan = cpattn.plan(batch, cp_size, pad_to=pad_to)
+    planned, closed = LaidOut(plan), Zigzag(cpattn.plan(batch, cp_size, partition="whole", pad_to=pad_to))
+    assert (planned.rows, planned.most_tokens) == (closed.rows, closed.most_tokens)
+    assert planned.received(None, True) == closed.received(None, True)
+    for mine, other in zip((*planned.view, planned.chunks.bounds), (*closed.view, closed.chunks.bounds), strict=True):
+        assert mine.tolist() == other.tolist()
+    for first, end in pairwise(planned.chunks.bounds.tolist()):
+        chunks = [sorted(zip(of.chunks.length[first:end], of.chunks.before[first:end], strict=True)) for of in (planned, closed)]
+        assert chunks[0] == chunks[1]
+
+
+@given(batch=batches(), cp_size=st.integers(2, 6), cache=st.sampled_from(["packed", "paged"]))
+@settings(max_examples=60, deadline=None)
+def test_no_partition_takes_less_than_its_floor(batch: Batch, cp_size: int, cache: Any) -> None:
+    problem = replace(USUAL, cache=cache, page_size=64 if cache == "paged" else None)
+    costs = PairCosts.of(problem, H100, cp_size)
+    for name in (*CANDIDATES, "uncut"):
+        plan = cpattn.plan(batch, cp_size, partition=name)
+        laid_out = LaidOut(plan)
+        taken = np.add(attention_pairs(laid_out, problem, costs), transfer_pairs(laid_out, problem, costs))
+        # Whole may cut nothing.
+        assert (taken >= least_pairs(plan, problem, costs, cuts=name == "zigzag")).all() or name == "whole"
+
+
 def test_tiles_are_those_of_the_kernel() -> None:
     full, half = tile_shapes(128, 128, torch.bfloat16, (9, 0), specialized=True)
-    assert (full.block_m, full.block_n, half.block_m) == (auto_partition._TILE_ROWS, auto_partition._TILE_KEYS, full.block_m // 2)
+    assert (full.block_m, full.block_n, half.block_m) == (pair_costs.TILE_ROWS, pair_costs.TILE_KEYS, full.block_m // 2)
     of_full, of_half = block_costs(np.array([full.block_m, half.block_m]), full)
-    assert round(10 * of_half / of_full) == auto_partition._HALF_FULL
+    assert round(pair_costs.FULL * of_half / of_full) == pair_costs.HALF_FULL
 
 
 @pytest.mark.parametrize(

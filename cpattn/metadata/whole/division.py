@@ -50,6 +50,8 @@ class Division:
 
     def assign(self, requests: IntArray, ranks: IntArray) -> None:
         """Whole requests to the ranks given."""
+        if not len(requests):
+            return
         self.rank_of[requests] = ranks
         work = self.work
         for had, gets, sign in ((self.room, work.tokens, -1), (self.token_load, work.token_part, 1), (self.pair_load, work.pair_part, 1)):

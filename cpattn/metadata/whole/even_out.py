@@ -6,6 +6,7 @@ tokens adds its own pairs less theirs: one number for each, and those are balanc
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -121,5 +122,12 @@ def _of_sets(values: IntArray, sets: IntArray) -> IntArray:
 def _couples(requests: IntArray, gains: IntArray) -> IntArray:
     """``[s, 2]`` none, one or two of the requests."""
     some = np.concatenate([_widest(requests, gains, _MOST_IN_COUPLES), _NONE])
-    first, second = np.triu_indices(len(some), 1)
+    first, second = _pairs_of(len(some))
     return np.concatenate([np.stack([some[first], some[second]], axis=1), [[-1, -1]]])
+
+
+@lru_cache(maxsize=_MOST_IN_COUPLES + 1)
+def _pairs_of(many: int) -> tuple[IntArray, IntArray]:
+    """Of so many numbers each two, the lesser first."""
+    first, second = np.triu_indices(many, 1)
+    return first, second
