@@ -10,7 +10,7 @@ from cpattn.byte_sizes import in_words
 from cpattn.call.choose import Choice
 from cpattn.costs.compare import Compared, compared
 from cpattn.costs.decide import Decision
-from cpattn.costs.steps import latents_of
+from cpattn.costs.steps.tally import latents_of
 from cpattn.exchange.auto import auto_candidates
 from cpattn.exchange.registry import strategies_for
 from cpattn.exchange.schedule import alignments

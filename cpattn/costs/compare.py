@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cpattn.costs.launches import Launches
-from cpattn.costs.steps import Tally
+from cpattn.costs.steps.tally import Tally
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING

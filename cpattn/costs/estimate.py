@@ -12,7 +12,8 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.byte_sizes import in_words
 from cpattn.costs.launches import Launches
-from cpattn.costs.steps import STEPS, Choice, tally_of
+from cpattn.costs.steps.of_strategies import STEPS, tally_of
+from cpattn.costs.steps.tally import Choice
 from cpattn.errors import OptionError, PrefixError, UnknownNameError, UnsupportedError, shown
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import DividedHeads
@@ -196,7 +197,7 @@ def _of_backend(
 
 
 def estimate_of(strategy: Strategy, choice: Choice) -> Estimate:
-    """One way of making a call, by a strategy that :func:`cpattn.costs.steps.steps_of` knows."""
+    """One way of making a call, by a strategy that :func:`cpattn.costs.steps.of_strategies.steps_of` knows."""
     tally = tally_of(strategy, choice)
     return Estimate(
         strategy.name,

@@ -10,7 +10,8 @@ from cpattn.attention.backend import Backend
 from cpattn.attention.registry import BACKENDS
 from cpattn.costs.corrections import corrected
 from cpattn.costs.launches import Given, Launches
-from cpattn.costs.steps import Choice, Tally, tally_of
+from cpattn.costs.steps.of_strategies import tally_of
+from cpattn.costs.steps.tally import Choice, Tally
 from cpattn.exchange.schedule import Schedule, num_results
 from cpattn.exchange.strategy import Strategy
 from cpattn.machine import H100, KernelCosts, LinkCosts, Machine

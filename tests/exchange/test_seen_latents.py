@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.attention.seen_rows import SeenRows
-from cpattn.costs.steps import latents_of
+from cpattn.costs.steps.tally import latents_of
 from cpattn.device_tables import IntArray
 from cpattn.exchange.registry import find_strategy
 from cpattn.metadata.needed_keys import View

@@ -1,0 +1,63 @@
+"""What strategies do that divide heads: among all ranks, in groups, or of queries alone."""
+
+from __future__ import annotations
+
+from cpattn.costs.steps.links_of_groups import link_across, link_within
+from cpattn.costs.steps.pieces import attend_and_merge, copy_pages, finished, put
+from cpattn.costs.steps.tally import Choice, Steps, Tally
+from cpattn.exchange.divided_heads import DividedHeads, busiest_share, shares_of
+from cpattn.exchange.heads_message import Widths
+from cpattn.exchange.schedule import num_results
+from cpattn.metadata.united import united_layout
+
+
+def helix(choice: Choice, writes: bool = True) -> Tally:
+    """Gather the queries of all heads, attend with them to one's own keys, send each head's results to its rank, merge them."""
+    plan, problem = choice.plan, choice.problem
+    tally, size = Tally(choice), plan.cp_size
+    queries, results = problem.rows * problem.query_bytes, problem.rows * problem.result_bytes
+    if writes:
+        tally.move(2 * problem.rows * problem.key_bytes // size)
+    copy_pages(tally, int(plan.held_lens.sum(axis=0).max()))
+    if size > 1 and problem.rows:
+        tally.move(2 * queries // size)
+        tally.gather((size - 1) * queries // size)
+        tally.move(2 * queries)
+    attend_and_merge(tally, choice.schedule, merges=False, over_pages=problem.cache == "paged")
+    if size > 1 and problem.rows:
+        put(tally, results)
+        tally.gather_parts((size - 1) * results // size)
+        tally.move((size + 2) * results // size)
+    return finished(tally)
+
+
+def divided_heads(choice: Choice, strategy: DividedHeads, across_groups: Steps) -> Tally:
+    """Rows are exchanged for heads within a group, put in order, and attended to with another strategy across groups; results go back."""
+    plan, problem, machine = choice.plan, choice.problem, choice.machine
+    size, across = strategy.group_size(plan), strategy.across
+    assert across is not None  # of all that divide heads
+    if size == 1:
+        return across_groups(choice)
+    shares, united = shares_of(problem, size), united_layout(plan, size)
+    busiest = busiest_share(problem, plan, size)
+    transport = choice.transport if size == plan.cp_size else "collectives"
+    link, outer = link_within(machine, transport, size), link_across(machine, size, plan.cp_size)
+    schedule = across.schedule(busiest, united)
+    of_groups = choice._replace(
+        plan=united,
+        problem=busiest,
+        schedule=schedule,
+        results=num_results(schedule),
+        transport=transport,
+        link=outer,
+        attention=choice.attention.of(united, busiest),
+    )
+    tally, exchanged = across_groups(of_groups), Tally(choice._replace(link=link))
+    widths = Widths.of(problem, shares)
+    for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
+        # All of a group's rows: into the message, and out of it.
+        exchanged.move(2 * size * problem.rows * width, launches=into)
+        exchanged.gather_parts((size - 1) * problem.rows * width)
+        exchanged.move(2 * size * problem.rows * width, launches=out_of)
+    tally.add(exchanged, 1)
+    return tally
