@@ -25,7 +25,9 @@ from measured_tables import (
 )
 
 import cpattn
+from cpattn.costs.bounds import Bounds
 from cpattn.costs.launches import Launches
+from cpattn.costs.tile_costs import TileCosts
 from cpattn.machine import H100, H200
 
 # From here on estimates are held to 10%.
@@ -122,6 +124,27 @@ def test_requests_left_whole() -> None:
                 one = next(one for one in found if (one.strategy, one.backend, one.overlap) == ("all_gather", "triton", 1))
                 estimated = (one.graph if partition == "zigzag" else one.compute) * 1e6
                 assert abs(estimated - measured) <= max(0.1 * measured, 8), (batch, cp_size, partition, estimated)
+
+
+def test_what_bounds_requests_left_whole() -> None:
+    """The table below it, of what is left to gain: parts of what was measured, and estimates."""
+    page = (RESULTS.parents[1] / "docs" / "choosing.md").read_text().partition("| batch, of two GPUs |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[2:]]
+    assert len(lines) == 4
+    timed = [row for row in table("partitions_2_gpus") if row["graph, p50, us"]]
+    machine, measured = H100.rested(), {(row["batch"], row["variant"]): number(row["graph, p50, us"]) for row in timed}
+    (kernel,) = machine.only("triton").kernels
+    for batch, *cells in lines:
+        zigzag, auto = (measured[batch, f"cpattn {name}"] for name in ("zigzag", "auto"))
+        alone = min(measured[batch, f"one GPU, {name}"] for name in ("triton", "flash_attn4"))
+        assert cells[:2] == [f"{alone / 2 / zigzag:.2f}", f"{auto / zigzag:.2f}"]
+        plans = [cpattn.plan(batch_of(batch), 2, partition=name) for name in ("whole", "uncut")]
+        whole, uncut = (estimate(Way(batch, 2, "all_gather", "peer_memory", "triton", partition=plan.kind), machine) for plan in plans)
+        problem = problem_of(plans[0], None)
+        full = Bounds(plans[0], problem, TileCosts.of(problem, machine, [kernel])).at_least(0)
+        assert cells[2:] == [f"{us * 1e6:,.0f}" for us in (full, whole.compute, whole.moves, whole.exposed, uncut.graph)]
+        assert cpattn.plan(batch_of(batch), 2, partition="auto").partition == "whole"
+    assert cpattn.plan(batch_of(lines[0][0]), 2, partition="auto", token_cost=1000).partition == "uncut"
 
 
 def test_no_line_is_excused_that_is_not_there() -> None:
