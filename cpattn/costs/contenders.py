@@ -12,6 +12,7 @@ from functools import cached_property
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.hop_spans import MOST_OFFSETS
 from cpattn.costs.launches import Given
+from cpattn.costs.steps.links_of_groups import link_within
 from cpattn.costs.tile_costs import TileCosts
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
@@ -135,9 +136,9 @@ class _Floors:
     @cached_property
     def _messages_of_heads(self) -> tuple[float, float]:
         """Of the device and the host."""
-        problem, link, others = self._call.problem, self._call.link, self._call.plan.cp_size - 1
-        widths = Widths.of(problem, shares_of(problem, others + 1))
-        seconds = [link.gather_seconds(others * problem.rows * width) for width in (widths.there, widths.back)]
+        problem, size = self._call.problem, self._call.plan.cp_size
+        link, widths = link_within(self._call.machine, self._call.transport, size), Widths.of(problem, shares_of(problem, size))
+        seconds = [link.gather_seconds((size - 1) * problem.rows * width) for width in (widths.there, widths.back)]
         return sum(seconds), len(seconds) * link.host_shift
 
     def _bounds_of(self, number: int) -> Bounds:
