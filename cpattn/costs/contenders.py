@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from cpattn.attention.registry import BACKENDS
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.hop_spans import MOST_OFFSETS
 from cpattn.costs.launches import Given
+from cpattn.costs.steps.heads import exchange_of_heads
 from cpattn.costs.steps.links_of_groups import link_within
+from cpattn.costs.steps.tally import Choice, Tally
 from cpattn.costs.tile_costs import TileCosts
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
-from cpattn.exchange.divided_heads import busiest_share, shares_of
-from cpattn.exchange.heads_message import Widths
+from cpattn.exchange.divided_heads import busiest_share
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.traveling_keys import traveling_keys
@@ -127,19 +129,19 @@ class _Floors:
         return exposed, len(seconds) * link.host_shift
 
     def _beside_heads(self, number: int) -> float:
-        """Of ranks that divide heads: the messages, and the launch over whole requests."""
-        call, kernel = self._call, self._kernels[number]
-        exposed, host = self._messages_of_heads
+        """Of ranks that divide heads: the exchange of rows, and the launch over whole requests."""
+        call, kernel, exchange = self._call, self._kernels[number], self._exchange
         compute = self._bounds.at_least_by_heads(self._numbers[number])
-        return call.seconds(self._ways[number], compute + exposed, host + kernel.host)
+        return call.seconds(self._ways[number], compute + exchange.moves + exchange.exposed, exchange.host + kernel.host)
 
     @cached_property
-    def _messages_of_heads(self) -> tuple[float, float]:
-        """Of the device and the host."""
-        problem, size = self._call.problem, self._call.plan.cp_size
-        link, widths = link_within(self._call.machine, self._call.transport, size), Widths.of(problem, shares_of(problem, size))
-        seconds = [link.gather_seconds((size - 1) * problem.rows * width) for width in (widths.there, widths.back)]
-        return sum(seconds), len(seconds) * link.host_shift
+    def _exchange(self) -> Tally:
+        call, size = self._call, self._call.plan.cp_size
+        link, kernel = link_within(call.machine, call.transport, size), self._kernels[0]
+        choice = Choice(
+            call.plan, call.problem, call.machine, (), call.transport, link, BACKENDS[kernel.backend], kernel, Given(0.0), results=1
+        )
+        return exchange_of_heads(choice, size)
 
     def _bounds_of(self, number: int) -> Bounds:
         return self._of_heads if self._ways[number].strategy is ULYSSES else self._bounds

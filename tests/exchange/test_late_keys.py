@@ -393,9 +393,10 @@ def test_explain_says_whether_keys_come_beside_the_attention(
     plan = cpattn.plan(batch, 2, partition="whole" if len(batch) == 2 else "zigzag")
     problem = replace(problem_like("cpu", rows=plan.rows), **changes)
     backend = replace(BACKENDS["reference"], name="some", waits_for_keys=lambda problem: waits, reads_prefix=lambda problem: True)
-    way = Way(ALL_GATHER, ALL_GATHER.schedule(problem, plan), backend)
+    schedule = ALL_GATHER.schedule(problem, plan)
+    way = Way(ALL_GATHER, lambda: schedule, backend)
     for transport in ("peer_memory", "collectives"):
-        choice = Choice(problem, *way, Decision(way, Call(plan, problem, H100, transport, {}), ()))
+        choice = Choice(problem, ALL_GATHER, schedule, backend, Decision(way, Call(plan, problem, H100, transport, {}), ()))
         assert explain_arrival(choice, plan) == (said if transport == "peer_memory" else "")
 
 

@@ -38,8 +38,7 @@ def divided_heads(choice: Choice, strategy: DividedHeads, across_groups: Steps) 
     assert across is not None  # of all that divide heads
     if size == 1:
         return across_groups(choice)
-    shares, united = shares_of(problem, size), united_layout(plan, size)
-    busiest = busiest_share(problem, plan, size)
+    united, busiest = united_layout(plan, size), busiest_share(problem, plan, size)
     transport = choice.transport if size == plan.cp_size else "collectives"
     link, outer = link_within(machine, transport, size), link_across(machine, size, plan.cp_size)
     schedule = across.schedule(busiest, united)
@@ -52,12 +51,18 @@ def divided_heads(choice: Choice, strategy: DividedHeads, across_groups: Steps) 
         link=outer,
         attention=choice.attention.of(united, busiest),
     )
-    tally, exchanged = across_groups(of_groups), Tally(choice._replace(link=link))
-    widths = Widths.of(problem, shares)
+    tally = across_groups(of_groups)
+    tally.add(exchange_of_heads(choice._replace(link=link), size), 1)
+    return tally
+
+
+def exchange_of_heads(choice: Choice, size: int) -> Tally:
+    """Rows go to those of a group who have their heads, and results come back."""
+    tally, rows = Tally(choice), choice.problem.rows
+    widths = Widths.of(choice.problem, shares_of(choice.problem, size))
     for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
         # All of a group's rows: into the message, and out of it.
-        exchanged.move(2 * size * problem.rows * width, launches=into)
-        exchanged.gather_parts((size - 1) * problem.rows * width)
-        exchanged.move(2 * size * problem.rows * width, launches=out_of)
-    tally.add(exchanged, 1)
+        tally.move(2 * size * rows * width, launches=into)
+        tally.gather_parts((size - 1) * rows * width)
+        tally.move(2 * size * rows * width, launches=out_of)
     return tally
