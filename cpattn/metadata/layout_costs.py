@@ -78,7 +78,7 @@ def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts) -> lis
     """Of each kernel, in its own pairs: what is received and copied before the attention, of an all-gather; or, where prefixes would be
     copied, what a ring takes more. The same of every partition where all keys travel anyway."""
     plan = laid_out.plan
-    if not is_counted(plan, problem):
+    if not is_counted(plan, problem, costs):
         return [0] * len(costs.parts)
     received, rows = laid_out.received(problem.window, costs.reads_peers), laid_out.rows
     # They crowd while they read the largest request, and have drifted apart then.
@@ -108,9 +108,10 @@ def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts) -> lis
     return list(map(of_kernel, costs.messages))
 
 
-def is_counted(plan: Layout, problem: Problem) -> bool:
-    """Whether what travels hangs on the partition."""
-    return not (plan.cp_size == 1 or plan.sharded or problem.fixed or problem.cache == "paged")
+def is_counted(plan: Layout, problem: Problem, costs: PairCosts) -> bool:
+    """Whether what travels hangs on the partition. Over collectives a bucket's messages have its size, whatever the batch."""
+    has_sizes_of_bucket = problem.fixed and not costs.reads_peers
+    return not (plan.cp_size == 1 or plan.sharded or has_sizes_of_bucket or problem.cache == "paged")
 
 
 def least_pairs(plan: Layout, problem: Problem, costs: PairCosts, cuts: bool) -> list[int]:
@@ -129,6 +130,6 @@ def least_pairs(plan: Layout, problem: Problem, costs: PairCosts, cuts: bool) ->
         largest = int(pairs.argmax())
         of_largest, length = int(pairs[largest]), int(extends[largest])
         return [max(even, of_largest + length * more) for even, more in zip(least, beside, strict=True)]
-    if is_counted(plan, problem) and int(extends.max()) > 1:
+    if is_counted(plan, problem, costs) and int(extends.max()) > 1:
         least = [even + messages.message for even, messages in zip(least, costs.messages, strict=True)]
     return least

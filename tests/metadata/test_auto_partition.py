@@ -159,6 +159,14 @@ def test_that_ranks_crowd_at_one_counts() -> None:
     assert taken == ["uncut", "whole"]
 
 
+def test_in_a_bucket_what_ranks_read_of_each_other_counts() -> None:
+    """Over collectives messages have the bucket's size whatever is cut, and then a short prompt is faster on all ranks."""
+    h100, problem = cpattn.MACHINES["h100-nvlink"].only("triton"), replace(USUAL, fixed=True)
+    machines = h100, replace(h100, peer_memory=None)
+    options: dict[str, Any] = {"partition": "auto", "token_cost": 0, "problem": problem}
+    assert [cpattn.plan([(0, 1024)], 4, machine=machine, **options).partition for machine in machines] == ["uncut", "whole"]
+
+
 def test_uncut_requests_go_where_there_is_least() -> None:
     plan = cpattn.plan([(0, 10), (0, 3), (5, 0), (0, 4), (5, 1)], 2, partition="uncut")
     assert [tuple(chunk) for chunk in plan.chunks] == [(0, 0, 10, 0), (1, 0, 3, 1), (3, 0, 4, 1), (4, 0, 1, 1)]
