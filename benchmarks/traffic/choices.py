@@ -13,6 +13,7 @@ from peers.variants import Variant
 from peers.work import Call, Heads, Work
 
 import cpattn
+from cpattn.costs.corrections import corrected
 from cpattn.exchange.auto import auto_candidates
 from traffic.batches import Batch
 
@@ -45,7 +46,8 @@ class Choice(NamedTuple):
 
     def plan(self, batch: Batch, size: int) -> cpattn.Plan:
         """Of the batch."""
-        return cpattn.plan(batch, size, partition=self.partition, token_cost=self.token_cost)
+        machine = ours.machine_here() if self.is_auto else None
+        return cpattn.plan(batch, size, partition=self.partition, token_cost=self.token_cost, machine=machine)
 
 
 AUTO = Choice("auto", "auto")
@@ -120,7 +122,8 @@ def strategy_of(choice: Choice, plan: cpattn.Plan, batch: Batch, heads: Heads, m
         return choice.strategy
     problem = problem_of(batch, plan.rows, heads)
     names = {strategy.name for strategy in auto_candidates(problem, plan).groups[0]}
-    return next(one.strategy for one in _estimates(plan, problem, machine) if one.strategy in names and one.overlap == 1)
+    ways = [one for one in _estimates(plan, problem, machine) if one.strategy in names and one.overlap == 1]
+    return min(ways, key=lambda one: corrected(one.strategy, one.graph, one.host, as_graph=True)).strategy
 
 
 def exposed_us(strategy: str, backend: str, plan: cpattn.Plan, batch: Batch, heads: Heads, machine: cpattn.Machine) -> float:
