@@ -89,7 +89,7 @@ class AutoChoice(NamedTuple):
         without = costs.fastest(attention) + tokens
         if most is not None and without >= most:
             return without
-        transfers = transfer_pairs(laid_out, self.problem, costs)
+        transfers = transfer_pairs(laid_out, self.problem, costs, attention)
         return costs.fastest([sum(of_kernel) for of_kernel in zip(attention, transfers, strict=True)]) + tokens
 
     def _floor(self, like: Layout, name: str, costs: PairCosts) -> int:

@@ -74,9 +74,9 @@ def _loads(chunks: RankChunks, reading: IntArray, costs: PairCosts, window: int 
     return loads, most
 
 
-def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts) -> list[int]:
-    """Of each kernel, in its own pairs: what is received and copied before the attention, of an all-gather; or, where prefixes would be
-    copied, what a ring takes more. The same of every partition where all keys travel anyway."""
+def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts, attention: list[int]) -> list[int]:
+    """Of each kernel, in its own pairs, with an attention of so many: what of an all-gather's messages and copies that does not hide; or,
+    where prefixes would be copied, what a ring takes more. The same of every partition where all keys travel anyway."""
     plan = laid_out.plan
     if not is_counted(plan, problem, costs):
         return [0] * len(costs.parts)
@@ -84,28 +84,29 @@ def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts) -> lis
     # They crowd while they read the largest request, and have drifted apart then.
     crowd = received * int(plan.extend_lens.max(initial=0))
 
-    def of_kernel(messages: Messages) -> int:
+    def of_kernel(messages: Messages, beside: int) -> int:
         if not received and not plan.num_prefix_tokens:
             # All is attended to where it lies.
             return 0
         if messages.in_place or not laid_out.view.prefix.any():
-            return gathered(messages, 0)
+            return gathered(messages, beside, 0)
         # Hop by hop prefixes are not copied: they, a rank's own keys, and those of each other rank.
         hops = plan.cp_size if received else 1
         by_hops = hops * (messages.hop + rows * messages.merged)
         if received:
             by_hops += received * messages.shifted + (plan.cp_size - 1) * messages.shift
-        return min(gathered(messages, int(laid_out.view.prefix.max())), by_hops)
+        return min(gathered(messages, beside, int(laid_out.view.prefix.max())), by_hops)
 
-    def gathered(messages: Messages, copied: int) -> int:
+    def gathered(messages: Messages, beside: int, copied: int) -> int:
         if not received:
             return (copied + int(laid_out.view.new.max()) * bool(laid_out.view.prefix.any())) * messages.copied
         # Where others' rows come late a rank's own are put in order alone; else they are packed, and all of them put in order.
         copied += rows if messages.comes_late else rows + int(laid_out.view.new.max())
-        crowding = crowd * messages.crowded // plan.num_tokens
-        return received * messages.received + crowding + copied * messages.copied + messages.message
+        travels = received * messages.received + crowd * messages.crowded // plan.num_tokens
+        travels -= min(travels, beside) * messages.hidden // 100
+        return travels + copied * messages.copied + messages.message
 
-    return list(map(of_kernel, costs.messages))
+    return list(map(of_kernel, costs.messages, attention))
 
 
 def is_counted(plan: Layout, problem: Problem, costs: PairCosts) -> bool:

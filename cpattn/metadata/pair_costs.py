@@ -24,10 +24,11 @@ class Messages(NamedTuple):
     """What keys and values cost that come from other ranks, and copies, by one kernel: each in its pairs.
 
     Attributes:
-        received: of the K and V of a token that come from another rank, as far as attention does not hide it; crowded: so much more
-            where all ranks read the same rank's; copied: that are copied on a rank.
+        received: of the K and V of a token that come from another rank; crowded: so much more where all ranks read the same rank's;
+            copied: that are copied on a rank.
         message: of a message of no bytes.
-        comes_late: whether they come while the attention runs; in_place: whether packed prefixes are read where they lie.
+        comes_late: whether they come while the attention runs; hidden: how much that hides of what comes beside it, in hundredths.
+        in_place: whether packed prefixes are read where they lie.
         hop: of a launch more, over a part of the keys; merged: of a row of its result, which is merged; shifted: of the K and V of a
             token that come beside such launches; shift: of a message of those, of no bytes.
     """
@@ -37,6 +38,7 @@ class Messages(NamedTuple):
     copied: int
     message: int
     comes_late: bool
+    hidden: int
     in_place: bool
     hop: int
     merged: int
@@ -131,14 +133,14 @@ def _messages(problem: Problem, machine: Machine, cp_size: int, kernel: KernelCo
     assert link is not None  # every machine has collectives
     reads_where_they_lie = not problem.v_in_k and not problem.expands
     comes_late = peers is not None and kernel.waits_for_keys and reads_where_they_lie
-    exposed = problem.key_bytes * (1 - link.hides_late * comes_late)
     crowding = 0.0 if link.from_one is None else max(0.0, (cp_size - 1) / link.from_one - 1 / link.gather)
     return Messages(
-        received=_at_least_1(exposed / link.gather / pair),
-        crowded=round(exposed * crowding / pair),
+        received=_at_least_1(problem.key_bytes / link.gather / pair),
+        crowded=round(problem.key_bytes * crowding / pair),
         copied=_at_least_1(2 * problem.key_bytes / machine.copy / pair),
         message=_at_least_1((link.latency + link.late_latency * comes_late) / pair),
         comes_late=comes_late,
+        hidden=round(100 * link.hides_late * comes_late),
         in_place=kernel.reads_prefix and reads_where_they_lie,
         hop=_at_least_1((kernel.overhead + _KERNELS_OF_MERGE * machine.launch) / pair),
         merged=_at_least_1(problem.q_heads * problem.v_head_dim * _BYTES_OF_MERGE / machine.copy / pair),
