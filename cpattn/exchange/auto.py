@@ -99,8 +99,9 @@ def auto_candidates(problem: Problem, plan: Layout) -> Candidates:
 
 
 def _by_heads(problem: Problem, plan: Layout) -> list[Strategy]:
-    """What divides heads, where its messages fit. A cache in pages has all heads of its tokens, so that a rank would want all of those."""
-    if problem.q_heads < plan.cp_size or problem.cache == "paged" or problem.expands:
+    """What divides heads, where its messages fit. A cache in pages has all heads of its tokens, so that a rank would want all of those; and
+    who asks for groups of heads asks for an all-gather."""
+    if problem.q_heads < plan.cp_size or problem.cache == "paged" or problem.expands or problem.overlap > 1:
         return []
     widths = Widths.of(problem, shares_of(problem, plan.cp_size))
     return [ULYSSES] if plan.cp_size * problem.rows * (widths.there + widths.back) <= AUTO_GATHER_LIMIT else []

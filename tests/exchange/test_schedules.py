@@ -170,7 +170,7 @@ def test_auto_divides_heads_where_it_can_and_the_messages_fit() -> None:
     plan = cpattn.plan([(0, 64)], 4)
     assert candidates(plan, q_heads=4, kv_heads=1) == [["all_gather", "ring", "ulysses"]]
     assert ULYSSES.refusal(problem_of(plan, q_heads=4, kv_heads=1), plan) is None
-    for refused in ({"q_heads": 3, "kv_heads": 1}, {"cache": "paged", "page_size": 16}):
+    for refused in ({"q_heads": 3, "kv_heads": 1}, {"cache": "paged", "page_size": 16}, {"overlap": 2}):
         assert candidates(plan, **{"q_heads": 4, "kv_heads": 4} | refused) == [["all_gather", "ring"]]
     # Queries and outputs of all heads travel, beside few keys.
     long = cpattn.plan([(0, 2**21)], 4)
