@@ -199,8 +199,9 @@ def plan(
             nothing to move, and what the partition says is who keeps which new token, unless the owner does.
         problem: of ``"auto"`` alone: what the calls ask for, the same on every rank; ``device``, ``dtype`` and ``rows`` count only for
             sizes. None for 32 query and 8 key/value heads of 128 in bf16, with keys and values in order or packed.
-        machine: of ``"auto"`` alone: a :class:`Machine`, or the name of one of :data:`cpattn.MACHINES`, the same on every rank. None
-            for ``"h100-nvlink"``.
+        machine: of ``"auto"`` alone: a :class:`Machine`, or the name of one of :data:`cpattn.MACHINES`, the same on every rank. All
+            backends count that it has constants for: :func:`machine_for` has those that can serve here. None for ``"h100-nvlink"``
+            with ``triton``.
         token_cost: of ``"auto"`` alone: what the rest of a layer pays for a token, in query-key pairs, an integer of at least 0. With it
             evenness in tokens gives way where that is faster, and ``"uncut"`` is one more to choose from, but over sharded caches.
 
