@@ -197,11 +197,17 @@ def peers_ways(cp_size: int) -> Iterator[tuple[Way, dict[str, str]]]:
             yield Way(row["batch"], cp_size, strategy, transport, backend), row
 
 
+def peers_machine(cp_size: int) -> cpattn.Machine:
+    """What such a table was measured on."""
+    return H200 if cp_size == 2 else before_late_keys(H100)
+
+
 def peers_lines(cp_size: int) -> Iterator[Line]:
+    machine = peers_machine(cp_size)
     for way, row in peers_ways(cp_size):
         measured = number(row["graph, p50, us"])
         key = f"peers_{cp_size}_gpus", way.batch, f"{way.strategy}, {way.transport}, {way.backend}"
-        yield Line(key, way, measured, graph_us(way, before_late_keys(H100.rested() if measured < LONG_RUN_US else H100)))
+        yield Line(key, way, measured, graph_us(way, machine.rested() if measured < LONG_RUN_US else machine))
 
 
 def scaling_ways() -> Iterator[tuple[Way, dict[str, str]]]:

@@ -13,15 +13,11 @@ HOST = 2.0
 # An eager ring is slower than its graph also where the device takes longer than the host: with triton by 3 to 7% over two H100 and by 9 to
 # 15% over four, from 8 x (8k + 2k) on, and an all-gather by 1 to 3% (peers_2_gpus.csv, peers_4_gpus.csv).
 EAGER_RING = 1.06
-# Calls that divide heads were not measured: that they take less is no more than what the model says, which is within 10% elsewhere. What
-# others have published is told in its order, and within 15% (tests/costs/test_estimated_heads.py).
-UNMEASURED_HEADS = 1.05
 
 
 def corrected(strategy: str, graph: float, host: float, *, as_graph: bool) -> float:
     """Seconds by which ``auto`` compares ways to make a call, in a CUDA graph or eagerly: of what a strategy is estimated to take on the
     device, and on the host."""
-    factor = UNMEASURED_HEADS if strategy == "ulysses" else 1.0
     if as_graph:
-        return factor * graph
-    return factor * max(graph, HOST * host) * (EAGER_RING if strategy.endswith("ring") else 1.0)
+        return graph
+    return max(graph, HOST * host) * (EAGER_RING if strategy.endswith("ring") else 1.0)

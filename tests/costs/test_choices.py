@@ -21,6 +21,7 @@ from measured_tables import (
     estimate,
     late_keys_ways,
     number,
+    peers_machine,
     peers_ways,
     problem_of,
     scaling_ways,
@@ -47,8 +48,8 @@ EXCUSED = {
     # A few us, of graphs whose 20th and 80th percentiles overlap.
     ("transports_2_gpus", "1 x 1k", "graph"): 0.15,
     ("peers_4_gpus", "1 x 1k", "graph"): 0.06,
-    # Prefixes were copied in every call then, and a ring that copied none took less than was estimated. Now they are read in place.
-    ("peers_2_gpus", "1 x (8k + 1k)", "graph"): 0.14,
+    # The kernels are estimated to be 0.1% apart.
+    ("peers_2_gpus", "1 x 2k", "graph"): 0.13,
     # The two are estimated to be 1% apart, and were 3%; with late keys neither is taken.
     ("peers_4_gpus", "8 x (8k + 2k)", "graph"): 0.04,
 }
@@ -69,7 +70,7 @@ class Timed(NamedTuple):
 def tables() -> Iterator[tuple[str, cpattn.Machine, Way, dict[str, str]]]:
     for cp_size in (2, 4):
         for way, row in peers_ways(cp_size):
-            yield f"peers_{cp_size}_gpus", before_late_keys(H100.rested()), way, row
+            yield f"peers_{cp_size}_gpus", peers_machine(cp_size).rested(), way, row
     for way, row in transports_ways():
         yield "transports_2_gpus", before_late_keys(H200.rested()), way, row
     for way, row in scaling_ways():
@@ -214,8 +215,6 @@ def test_heads_are_divided_where_that_is_clearly_faster_by_the_model() -> None:
     assert decided("1 x 1k", 8, fixed=False).way.strategy.name == "all_gather"
     assert decided("1 x 32k", 8, fixed=True, q_heads=4, kv_heads=1).way.strategy.name != "ulysses"
     assert decided("1 x 32k", 8, fixed=True, cache="paged", page_size=64).way.strategy.name != "ulysses"
-    # As it was not measured, it has to be better by more than nothing.
-    assert corrected("ulysses", 1.0, 0.0, as_graph=True) > corrected("all_gather", 1.0, 0.0, as_graph=True)
 
 
 def test_a_gpu_that_is_not_known_takes_the_first_of_its_order(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

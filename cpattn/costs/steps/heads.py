@@ -10,6 +10,10 @@ from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.schedule import num_results
 from cpattn.metadata.united import united_layout
 
+# By how much longer than a copy within a GPU it takes to put some of a row's heads into a message, and out of it; and than keys to read
+# them of peers. Between two H200, from 2k to 64k tokens (peers_2_gpus.csv).
+_MOVED, _READ_OF_PEERS = 2.0, 1.4
+
 
 def helix(choice: Choice, writes: bool = True) -> Tally:
     """Gather the queries of all heads, attend with them to one's own keys, send each head's results to its rank, merge them."""
@@ -60,9 +64,10 @@ def exchange_of_heads(choice: Choice, size: int) -> Tally:
     """Rows go to those of a group who have their heads, and results come back."""
     tally, rows = Tally(choice), choice.problem.rows
     widths = Widths.of(choice.problem, shares_of(choice.problem, size))
+    read = _READ_OF_PEERS if choice.transport == "peer_memory" else 1.0
     for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
         # All of a group's rows: into the message, and out of it.
-        tally.move(2 * size * rows * width, launches=into)
-        tally.gather_parts((size - 1) * rows * width)
-        tally.move(2 * size * rows * width, launches=out_of)
+        tally.move(int(_MOVED * 2 * size * rows * width), launches=into)
+        tally.gather_parts(int(read * (size - 1) * rows * width))
+        tally.move(int(_MOVED * 2 * size * rows * width), launches=out_of)
     return tally
