@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
@@ -20,6 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # torch's compiler would start processes to compile in, which takes longer than the few kernels here.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # Processes of ranks come from one that has imported what they need, which takes each of them two seconds of a core.
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["cpattn.testing"])
 
 # The files that take longest, the longest first. Of several processes one would else run such a file alone at the end.
 LONGEST = [

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +114,9 @@ class ProcessRanks:
         with ProcessRanks(4) as ranks:
             results = ranks.run(program, arguments)
 
-    The processes are spawned, so a script must guard its own start with ``if __name__ == "__main__":``.
+    The processes are spawned, so a script must guard its own start with ``if __name__ == "__main__":``. A program that calls
+    ``multiprocessing.set_start_method("forkserver")`` gets them from a server, which may have torch imported (see
+    ``multiprocessing.set_forkserver_preload``): they then start at once, with the environment that it began with.
 
     Args:
         size: number of processes.
@@ -128,7 +130,9 @@ class ProcessRanks:
     def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo", patience: float | None = None) -> None:
         self.size = size
         self._patience = 2 * timeout if patience is None else patience
-        context = get_context("spawn")
+        # A fork of this process would have neither its threads nor its GPU.
+        is_served = get_start_method(allow_none=True) == "forkserver"
+        context = get_context("forkserver") if is_served else get_context("spawn")
         self._directory = tempfile.TemporaryDirectory(prefix="cpattn-ranks-")
         store = str(Path(self._directory.name) / "store")
         self._pipes: list[Connection] = []
