@@ -182,14 +182,26 @@ def test_a_long_line_is_broken_between_words() -> None:
 
 
 @pytest.mark.parametrize("batch", named_batches())
-@pytest.mark.parametrize("cp_size", [1, 3, 70])
-def test_any_plan_can_be_drawn(tmp_path: Path, batch: Batch, cp_size: int) -> None:
-    plan = cpattn.plan(batch, cp_size)
-    if cp_size < 70 or len(batch) < 4:
-        draw_plan_picture(plan, tmp_path / "plan.svg")
-        draw_work_picture([plan], tmp_path / "work.svg")
-    if cp_size < 70:
-        draw_ring_picture(ring_schedule(plan), tmp_path / "ring.svg")
+def test_any_plan_can_be_drawn(tmp_path: Path, batch: Batch) -> None:
+    _draw_all(cpattn.plan(batch, 3), tmp_path)
+
+
+@pytest.mark.parametrize("batch", named_batches(["no requests", "nothing new", "one token", "one long beside 63 short"]))
+def test_any_plan_of_one_rank_can_be_drawn(tmp_path: Path, batch: Batch) -> None:
+    _draw_all(cpattn.plan(batch, 1), tmp_path)
+
+
+@pytest.mark.parametrize("batch", named_batches(["no requests", "one token after a prefix", "divides evenly"]))
+def test_plans_of_many_ranks_can_be_drawn(tmp_path: Path, batch: Batch) -> None:
+    """But for their ring, which is refused."""
+    _draw_all(cpattn.plan(batch, 70), tmp_path, ring=False)
+
+
+def _draw_all(plan: cpattn.Plan, folder: Path, ring: bool = True) -> None:
+    draw_plan_picture(plan, folder / "plan.svg")
+    draw_work_picture([plan], folder / "work.svg")
+    if ring:
+        draw_ring_picture(ring_schedule(plan), folder / "ring.svg")
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
