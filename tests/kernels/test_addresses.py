@@ -111,12 +111,15 @@ def test_attention(name: str, axis: int, is_small: bool, reach: int, device: str
 def test_attention_over_pages(page_size: int, name: str, axis: int, reach: int, device: str) -> None:
     """Pages that are smaller than a block of keys, and in the interpreter as large."""
     dim = 16 if device == "cpu" else 128
-    tensors = attention_inputs(41, 64, dim, device)
+    # Of three pages or more: a stride between two is itself of more than 32 bits.
+    num_queries, num_keys = (33, 48) if device == "cpu" else (41, 64)
+    tensors = attention_inputs(num_queries, num_keys, dim, device)
     for key in ("k", "v"):
         tensors[key] = tensors[key].view(-1, page_size, KV_HEADS, dim)
     num_pages = len(tensors["k"])
     tensors["page_table"] = torch.stack([torch.arange(num_pages - 1, -1, -1), torch.arange(num_pages)]).int().to(device)
-    q_len, k_len, diagonal = np.array([1, 40]), np.array([50, 61]), np.array([50, 22])
+    q_len, k_len = np.array([1, num_queries - 1]), np.array([num_keys - 14, num_keys - 3])
+    diagonal = k_len - q_len + 1
     rows = RaggedRows.build(q_len, np.zeros_like(q_len), k_len, diagonal, device, request=np.array([0, 1]))
     for shape, scale in kernels(dim, device):
         if shape.specialized and page_size % 16:

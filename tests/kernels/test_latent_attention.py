@@ -15,7 +15,11 @@ from cpattn.kernels.tile_shapes import packs_for, padded_dims
 from cpattn.keys import Keys
 
 
-@pytest.mark.parametrize("options", [AttentionOptions(0.04), AttentionOptions(-0.04, window=50, softcap=20.0)], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(AttentionOptions(0.04), marks=compiled_only), AttentionOptions(-0.04, window=50, softcap=20.0)],
+    ids=["plain", "options"],
+)
 @pytest.mark.parametrize("dims", [(576, 512), pytest.param((300, 256), marks=compiled_only)], ids=str)
 @pytest.mark.parametrize("v_in_k", [True, pytest.param(False, marks=compiled_only)], ids=["v in k", "v apart"])
 def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptions, device: str) -> None:
@@ -29,7 +33,7 @@ def test_wide_heads(dims: tuple[int, int], v_in_k: bool, options: AttentionOptio
     check(q, k, v, rows, options, out, lse)
 
 
-@pytest.mark.parametrize("page_size", [pytest.param(1, marks=compiled_only), 16, 64])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=compiled_only), 16, pytest.param(64, marks=compiled_only)])
 def test_absorbed_over_pages(page_size: int, device: str) -> None:
     """The same bits as with keys side by side; heads packed as many as fit a tile, though the group is wider."""
     rows = make_rows([3, 1], [0, 0], [100, 90], [98, 90], device)
