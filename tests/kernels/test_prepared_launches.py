@@ -427,8 +427,6 @@ WRAPPERS = {
     ("strategy", "cache", "used"),
     [
         ("all_gather", "packed", {"pack", "gather", "attention"}),
-        ("all_gather", "paged", {"pack", "pages", "attention"}),
-        ("ring", "packed", {"pack", "merge", "attention"}),
         ("ring", "paged", {"pack", "pages", "merge", "attention"}),
     ],
 )

@@ -67,7 +67,7 @@ def assert_as_defined(meta: CPMetadata) -> None:
 
 class TestAgainstTheDefinition:
     @given(batches(max_requests=6, max_prefix=40, max_extend=40), any_plan_options())
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=300, deadline=None)
     def test_any_batch(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         for cp_rank in range(plan.cp_size):
@@ -166,7 +166,7 @@ class TestAgainstTheDefinition:
 
 class TestThereAndBack:
     @given(batches(), any_plan_options())
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=300, deadline=None)
     def test_shards_restore_to_the_original(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         metas = [plan.metadata(cp_rank) for cp_rank in range(plan.cp_size)]

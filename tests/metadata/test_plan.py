@@ -65,7 +65,7 @@ def chunk_lengths(batch: Batch, partition: str, cp_size: int, remainder: str) ->
 
 class TestLayout:
     @given(batches(), any_plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_chunks_cover_each_request_in_order(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         assert all(type(chunk) is Chunk and chunk.length > 0 for chunk in plan.chunks)
@@ -79,14 +79,14 @@ class TestLayout:
             assert end == extend_len
 
     @given(batches(), plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_each_token_belongs_to_exactly_one_rank(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         owned = [(c.request, c.start + i) for rank in range(plan.cp_size) for c in plan.chunks if c.rank == rank for i in range(c.length)]
         assert sorted(owned) == [(i, token) for i, (_, extend_len) in enumerate(batch) for token in range(extend_len)]
 
     @given(batches(), plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_chunk_owners_are_those_of_the_partition(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         owner = chunk_owner(str(plan.partition), plan.cp_size)
@@ -100,7 +100,7 @@ class TestLayout:
                 assert len(ranks) == extend_len
 
     @given(batches(), plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_chunk_lengths_of_a_request_differ_by_at_most_one(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         num_chunks = len(chunk_owner(str(plan.partition), plan.cp_size))
@@ -109,7 +109,7 @@ class TestLayout:
             assert set(lengths) <= {extend_len // num_chunks, -(-extend_len // num_chunks)}
 
     @given(batches(max_extend=40), plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_lengths_equal_their_definition(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         expected = []
@@ -129,7 +129,7 @@ class TestLayout:
         assert plan.rank_tokens == tuple(sum(c.length for c in plan.chunks if c.rank == rank) for rank in range(cp_size))
 
     @given(batches(), any_plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_rows_hold_the_fullest_rank_and_no_more(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         assert plan.rows % plan.pad_to == 0
@@ -144,7 +144,7 @@ class TestLayout:
 
 class TestBalance:
     @given(batches(max_requests=24), cp_sizes, partitions)
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_balanced_ranks_differ_by_at_most_one_token(self, batch: Batch, cp_size: int, partition: str) -> None:
         tokens = cpattn.plan(batch, cp_size, partition=partition).rank_tokens
         assert max(tokens) - min(tokens) <= 1
@@ -165,7 +165,7 @@ class TestBalance:
         assert drift["balanced"] <= 1
 
     @given(batches(max_extend=24), any_plan_options())
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     def test_rank_pairs_count_what_each_query_sees(self, batch: Batch, options: dict[str, Any]) -> None:
         plan = cpattn.plan(batch, **options)
         pairs = [0] * plan.cp_size
