@@ -134,7 +134,13 @@ def find_build() -> Build:
 
 
 def _names() -> Names | None:
-    return next((names for names in NAMES if is_installed(names.interface)), None)
+    return _installed(NAMES)
+
+
+@cache
+def _installed(all_names: tuple[Names, ...]) -> Names | None:
+    """To look through the folders of all packages takes longer than all else that the choice of a backend does."""
+    return next((names for names in all_names if is_installed(names.interface)), None)
 
 
 @cache
