@@ -115,36 +115,43 @@ class TilesOfSpans(NamedTuple):
     @classmethod
     def of(cls, host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> TilesOfSpans:
         tiles_of_span = -(-host.q_len // tokens_per_tile)
-        span = np.repeat(np.arange(len(host.q_len)), tiles_of_span)
-        first = (np.arange(len(span)) - np.repeat(exclusive_cumsum(tiles_of_span), tiles_of_span)) * tokens_per_tile
+        span = np.arange(len(host.q_len)).repeat(tiles_of_span)
+        first = (np.arange(len(span)) - exclusive_cumsum(tiles_of_span).repeat(tiles_of_span)) * tokens_per_tile
         tokens = np.minimum(tokens_per_tile, host.q_len[span] - first)
         sees = host.diagonal[span] + first
-        end = np.clip(sees + tokens - 1, 0, host.k_len[span])
-        begin = np.zeros_like(end) if window is None else np.maximum(0, sees - window) // block_n * block_n
-        return cls(span, first, tokens, np.maximum(0, -(-(end - begin) // block_n)))
+        end = np.minimum(np.maximum(sees + tokens - 1, 0), host.k_len[span])
+        keys = end if window is None else np.maximum(0, end - np.maximum(0, sees - window) // block_n * block_n)
+        return cls(span, first, tokens, -(-keys // block_n))
 
 
 def cut(host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> tuple[Tiles, IntArray]:
     """Returns the tiles and how many key blocks each visits."""
-    span, first, q_count, blocks = TilesOfSpans.of(host, tokens_per_tile, block_n, window)
+    return in_runs(host, TilesOfSpans.of(host, tokens_per_tile, block_n, window))
+
+
+def in_runs(host: HostSpans, tiles: TilesOfSpans) -> tuple[Tiles, IntArray]:
+    """The same of tiles in the order of their spans."""
+    span, first, q_count, blocks = tiles
     # Tiles of one span and length class stay side by side and share its keys in the cache.
     length_class = blocks * LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     order = np.lexsort((-blocks, span, -length_class))
+    span, first, length_class = span[order], first[order], length_class[order]
     is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (np.diff(span[order]) != 0) | (np.diff(length_class[order]) != 0)
-    run_begin = np.flatnonzero(is_first)
-    run_tiles = np.diff(run_begin, append=len(order))
-    tiles = Tiles(
-        q_begin=(host.q_start[span] + first)[order],
+    is_first[1:] = (span[1:] != span[:-1]) | (length_class[1:] != length_class[:-1])
+    run_begin = is_first.nonzero()[0]
+    run_tiles = np.empty_like(run_begin)
+    run_tiles[:-1], run_tiles[-1:] = run_begin[1:] - run_begin[:-1], len(order) - run_begin[-1:]
+    in_order = Tiles(
+        q_begin=host.q_start[span] + first,
         q_count=q_count[order],
-        k_start=host.k_start[span][order],
-        k_len=host.k_len[span][order],
-        sees=(host.diagonal[span] + first)[order],
-        request=host.request[span][order],
+        k_start=host.k_start[span],
+        k_len=host.k_len[span],
+        sees=host.diagonal[span] + first,
+        request=host.request[span],
         run_begin=run_begin.repeat(run_tiles),
         run_tiles=run_tiles.repeat(run_tiles),
     )
-    return tiles, blocks[order]
+    return in_order, blocks[order]
 
 
 def block_costs(rows: IntArray, shape: TileShape) -> IntArray:
@@ -163,19 +170,20 @@ def choose(
     the tensor cores best. Small ones waste less on short query ranges, and spread few queries over more processors.
     Packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
     """
-    best: tuple[float, TileShape, int, Tiles, IntArray] | None = None
+    best: tuple[float, TileShape, int, TilesOfSpans] | None = None
     for pack in packs:
         for shape in shapes:
             if shape.block_m < pack:
                 continue
-            tiles, blocks = cut(host, shape.block_m // pack, shape.block_n, window)
-            cost = (blocks + _TILE_OVERHEAD) * block_costs(tiles.q_count * pack, shape)
+            tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, window)
+            cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
             load = cost.sum() * (num_heads // pack) / num_processors
             time = float(max(load, cost.max(initial=0)))
             if best is None or time < best[0] * (1 - _MARGIN):
-                best = time, shape, pack, tiles, blocks
+                best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape
-    return best[1:]
+    _, shape, pack, tiles = best
+    return shape, pack, *in_runs(host, tiles)
 
 
 def _share(num_items: int, blocks: float, num_processors: int, fixed: bool) -> tuple[int, int]:
@@ -214,5 +222,6 @@ def _make_launch(
 
 def _on_device(tiles: Tiles, num_tiles: int, quota: int, device: torch.device) -> DeviceTables:
     table = np.zeros((num_tiles, TILE_FIELDS), dtype=np.int64)
-    table[: len(tiles.q_begin)] = np.stack(tiles, axis=1)
+    for field, column in enumerate(tiles):
+        table[: len(column), field] = column
     return DeviceTables({"tiles": table.reshape(-1), "limits": np.array([len(tiles.q_begin), quota])}, device)
