@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+# What is sent to a device.
+Table: TypeAlias = "IntArray | Int32Array"
+
+# Up to so many numbers runs are expanded in numpy, which takes it a nanosecond each. On a GPU it takes eight launches, of 5 us of the
+# host each, whatever there is.
+MOST_ON_HOST = 2**16
 
 # Each table begins on a 16-byte boundary, so that kernels may load it with vector instructions.
 _ALIGN = 4
@@ -24,23 +31,23 @@ class DeviceTables:
 
     # Tables made under inference_mode could not be used outside of it later.
     @torch.inference_mode(False)
-    def __init__(self, tables: dict[str, IntArray], device: torch.device) -> None:
+    def __init__(self, tables: Mapping[str, Table], device: torch.device) -> None:
         self._sizes = []
         for table in tables.values():
             self._sizes += [len(table), -len(table) % _ALIGN]
         on_host = self._packed(tables, device)
         self._buffer = on_host if device.type == "cpu" else on_host.to(device, non_blocking=True)
         # Every other piece is what fills a table up to its boundary.
-        self._views = dict(zip(tables, torch.split(self._buffer, self._sizes)[::2], strict=True))
+        self._views = dict(zip(tables, self._buffer.split_with_sizes(self._sizes)[::2], strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def copy_(self, tables: dict[str, IntArray]) -> None:
+    def copy_(self, tables: Mapping[str, Table]) -> None:
         """Puts tables of the same sizes in the place of these."""
         self._buffer.copy_(self._packed(tables, self._buffer.device), non_blocking=True)
 
-    def _packed(self, tables: dict[str, IntArray], device: torch.device) -> Tensor:
+    def _packed(self, tables: Mapping[str, Table], device: torch.device) -> Tensor:
         on_host = torch.empty(sum(self._sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         packed = on_host.numpy()
         offset = 0
@@ -50,24 +57,24 @@ class DeviceTables:
         return on_host
 
 
-def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int, step: int = 1) -> Tensor:
-    """Concatenates the runs first[i], first[i] + step, ... of lengths[i]: int32 ``[total]`` on the CPU; total = lengths.sum().
+def expand_runs_on_host(first: IntArray, lengths: IntArray, total: int, step: int = 1) -> Int32Array:
+    """Concatenates the runs first[i], first[i] + step, ... of lengths[i]: ``[total]``; total = lengths.sum().
 
     In numpy, which works on the calling thread: torch would wake its thread pool for it, which costs milliseconds
     where cores are busy.
 
     >>> expand_runs_on_host(np.array([7, 0]), np.array([2, 3]), 5)
-    tensor([7, 8, 0, 1, 2], dtype=torch.int32)
+    array([7, 8, 0, 1, 2], dtype=int32)
 
     Args:
         step: 1 or 0.
     """
     # Where a run begins in the result is subtracted, so that one arange serves all runs.
     shift = first + lengths - lengths.cumsum() if step else first
-    expanded = shift.astype(np.int32).repeat(lengths)
+    expanded: Int32Array = shift.astype(np.int32).repeat(lengths)
     if step:
         expanded += np.arange(total, dtype=np.int32)
-    return torch.from_numpy(expanded)
+    return expanded
 
 
 def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int, step: int = 1) -> Tensor:
@@ -78,21 +85,49 @@ def expand_runs_on_device(first: Tensor, lengths: Tensor, total: int, step: int 
     return expanded.add_(torch.arange(total, dtype=torch.int32, device=first.device)) if step else expanded
 
 
-def expand_all(runs: dict[str, tuple[IntArray, IntArray]], device: torch.device, repeated: Collection[str] = ()) -> dict[str, Tensor]:
+def are_expanded_on_host(total: int, device: torch.device) -> bool:
+    """Whether so many numbers are sent as they are, and not expanded on the device."""
+    return device.type == "cpu" or total <= MOST_ON_HOST
+
+
+def expand_all(
+    runs: Mapping[str, tuple[IntArray, IntArray]],
+    device: torch.device,
+    repeated: Collection[str] = (),
+    size: int | None = None,
+    fill: int = -1,
+) -> dict[str, Tensor]:
     """Each ``(first, lengths)`` expanded, int32 on the device, which gets all of them in one copy.
 
-    >>> expand_all({"rows": (np.array([7, 0]), np.array([2, 3]))}, torch.device("cpu"))
-    {'rows': tensor([7, 8, 0, 1, 2], dtype=torch.int32)}
+    >>> expand_all({"rows": (np.array([7, 0]), np.array([2, 3]))}, torch.device("cpu"), size=6)
+    {'rows': tensor([ 7,  8,  0,  1,  2, -1], dtype=torch.int32)}
 
     Args:
         repeated: names of those whose runs are of one number each, as with a step of 0.
+        size: how long each is to be, filled with ``fill`` after its runs; if None, no longer than those.
     """
     totals = {name: (int(lengths.sum()), int(name not in repeated)) for name, (_, lengths) in runs.items()}
-    if device.type == "cpu":
-        return {name: expand_runs_on_host(*runs[name], *total) for name, total in totals.items()}
+    missing = {name: 0 if size is None else size - total for name, (total, _) in totals.items()}
+    if are_expanded_on_host(sum(total + missing[name] for name, (total, _) in totals.items()), device):
+        on_host = {name: expand_runs_on_host(*runs[name], *total) for name, total in totals.items()}
+        on_host = {name: np.append(run, np.full(missing[name], fill, np.int32)) if missing[name] else run for name, run in on_host.items()}
+        tables = DeviceTables(on_host, device)
+        return {name: tables[name] for name in runs}
     halves = {f"{name} {half}": column for name, columns in runs.items() for half, column in enumerate(columns)}
     tables = DeviceTables(halves, device)
-    return {name: expand_runs_on_device(tables[f"{name} 0"], tables[f"{name} 1"], *total) for name, total in totals.items()}
+    on_device = {name: expand_runs_on_device(tables[f"{name} 0"], tables[f"{name} 1"], *total) for name, total in totals.items()}
+    return {name: torch.cat([run, run.new_full((missing[name],), fill)]) if missing[name] else run for name, run in on_device.items()}
+
+
+def send(tables: Sequence[Table], device: torch.device) -> tuple[Tensor, ...]:
+    """int32 on the device, in one copy.
+
+    >>> send([np.array([3, 1]), np.array([2])], torch.device("cpu"))
+    (tensor([3, 1], dtype=torch.int32), tensor([2], dtype=torch.int32))
+    """
+    named = {str(i): table for i, table in enumerate(tables)}
+    sent = DeviceTables(named, device)
+    return tuple(sent[name] for name in named)
 
 
 def exclusive_cumsum(lengths: IntArray) -> IntArray:

@@ -127,7 +127,7 @@ def _entries(meta: CPMetadata, page_size: int, width: int) -> _Entries:
 
 
 def _runs(first: IntArray, lengths: IntArray) -> IntArray:
-    return expand_runs_on_host(first, lengths, int(lengths.sum())).numpy().astype(np.int64)
+    return expand_runs_on_host(first, lengths, int(lengths.sum())).astype(np.int64)
 
 
 def _new_tokens(meta: CPMetadata) -> tuple[IntArray, IntArray]:

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all
+from cpattn.exchange.seen_keys import seen_keys
 from cpattn.keys import PREFIX_UNIT
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import SeenKeys
 
 
 class Ordered(IntEnum):
@@ -46,7 +46,13 @@ class RequestRows(NamedTuple):
 
     @classmethod
     def of(cls, meta: CPMetadata, ordered: Ordered) -> RequestRows:
-        """Of one rank. A bucket's messages are of its size, and so is this: all new keys have rows, and there are no cached ones."""
+        """Of one rank, worked out once for a batch. A bucket's messages are of its size, and so is this: all new keys have rows, and
+        there are no cached ones."""
+        found: RequestRows | None = meta.memo.get(("request rows", ordered))
+        return found or meta.memo.keep(("request rows", ordered), cls._of(meta, ordered))
+
+    @classmethod
+    def _of(cls, meta: CPMetadata, ordered: Ordered) -> RequestRows:
         plan: Layout = meta.plan
         if meta.bucket is not None:
             none = np.zeros_like(plan.extend_lens)
@@ -54,7 +60,7 @@ class RequestRows(NamedTuple):
         if ordered is Ordered.ALL_NEW:
             prefix, new = plan.prefix_lens * (plan.extend_lens > 0), plan.extend_lens
         else:
-            seen = SeenKeys.of(plan, meta.cp_rank, window=None)
+            seen = seen_keys(meta, window=None)
             prefix, new = seen.prefix_len, seen.new_len
         put = _put_of(prefix, ordered)
         return cls(prefix - put, put, new, exclusive_cumsum(put + new))
@@ -84,6 +90,11 @@ class RowsOfRanks(NamedTuple):
     @classmethod
     def of(cls, meta: CPMetadata, ordered: Ordered) -> RowsOfRanks:
         """See :meth:`RequestRows.of`."""
+        found: RowsOfRanks | None = meta.memo.get(("rows of ranks", ordered))
+        return found or meta.memo.keep(("rows of ranks", ordered), cls._of(meta, ordered))
+
+    @classmethod
+    def _of(cls, meta: CPMetadata, ordered: Ordered) -> RowsOfRanks:
         plan: Layout = meta.plan
         if meta.bucket is not None or ordered is Ordered.ALL_NEW:
             # The same on all ranks.

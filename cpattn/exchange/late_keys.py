@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, int32
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, Int32Array, IntArray, exclusive_cumsum, expand_runs_on_host
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, puts_cached_keys
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
+from cpattn.exchange.seen_keys import seen_keys
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.tiles import LENGTH_CLASSES
@@ -141,7 +142,7 @@ def _flags(meta: CPMetadata, transport: Transport, pieces: int) -> Tensor:
 
 def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str, IntArray]:
     plan = meta.plan
-    seen, rows = SeenKeys.of(plan, meta.cp_rank, window), RequestRows.of(meta, ordered)
+    seen, rows = seen_keys(meta, window), RequestRows.of(meta, ordered)
     num_rows = int((rows.put + rows.new).sum()) if meta.bucket is None else meta.whole_rows
     pieces = max(1, -(-num_rows // PIECE_ROWS))
     own_rows, source = np.full(meta.rows, -1, dtype=np.int64), np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
@@ -174,7 +175,7 @@ def _by_need(meta: CPMetadata, seen: SeenKeys, rows: RequestRows) -> IntArray:
     length_class = blocks * LENGTH_CLASSES // max(1, int(blocks.max(initial=0)))
     first = begin // PIECE_ROWS
     many = (begin + length - 1) // PIECE_ROWS - first + 1
-    piece, of = _runs(first, many), request.repeat(many)
+    piece, of = _runs(first, many).astype(np.int64), request.repeat(many)
     piece = piece[np.lexsort((-piece, of, -length_class[of]))]
     _, where = np.unique(piece, return_index=True)
     needed: IntArray = piece[np.sort(where)]
@@ -187,7 +188,6 @@ def _where(plan: Layout, pieces: Pieces) -> tuple[IntArray, IntArray, IntArray]:
     return request, plan.chunk_table.rank[pieces.entry], pieces.token - exclusive_cumsum(plan.extend_lens)[request]
 
 
-def _runs(first: IntArray, lengths: IntArray) -> IntArray:
+def _runs(first: IntArray, lengths: IntArray) -> Int32Array:
     """One run of numbers after another."""
-    found: IntArray = expand_runs_on_host(first, lengths, int(lengths.sum())).numpy()
-    return found
+    return expand_runs_on_host(first, lengths, int(lengths.sum()))

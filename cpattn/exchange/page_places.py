@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, expand_runs_on_host, send
 from cpattn.exchange.key_order import Ordered, RequestRows
-from cpattn.exchange.seen_keys import arrivals
+from cpattn.exchange.seen_keys import arrivals, seen_keys
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import Pieces, SeenKeys, unseen_tokens
+from cpattn.metadata.needed_keys import Pieces, unseen_tokens
 
 Places: TypeAlias = tuple[Tensor, Tensor]
 
@@ -35,14 +35,15 @@ class Parted(NamedTuple):
 def parted_places(meta: CPMetadata, window: int | None) -> Parted:
     """For queries that see ``window`` keys, or all. It holds for any batch of a bucket, as offsets lie on the device."""
 
-    def build() -> tuple[Tensor, Tensor]:
-        _, position = meta.gathered_places
+    def build() -> tuple[Tensor, ...]:
+        _, position = meta.gathered_places_on_host
         plan: Layout = meta.plan
-        pieces = SeenKeys.of(plan, meta.cp_rank, window).pieces
+        pieces = seen_keys(meta, window).pieces
         rows = plan.chunk_table.rank[pieces.entry] * meta.rows + pieces.rows(plan)
-        index = expand_all({"rows": (rows, pieces.length)}, meta.device)["rows"].long()
-        seen = torch.full_like(position, -1).index_copy_(0, index, position[index])
-        return seen, position.clone().index_fill_(0, index, -1)
+        index = expand_runs_on_host(rows, pieces.length, int(pieces.length.sum()))
+        seen, rest = np.full_like(position, -1), position.copy()
+        seen[index], rest[index] = position[index], -1
+        return send([seen, rest], meta.device)
 
     request = meta.gathered_places[0]
     seen, rest = meta.derive(("parted places", window), build)
@@ -54,12 +55,11 @@ def hole_places(meta: CPMetadata, window: int) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
-        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        seen = seen_keys(meta, window)
         request, position, _ = _in_pages(plan, seen.pieces)
-        places = _expanded(request, position - seen.holes, seen.holes, meta.device)
         # A bucket's batch may have one for each token of another rank.
-        missing = 0 if meta.bucket is None else meta.plan.cp_size * meta.rows - len(places[0])
-        return tuple(torch.nn.functional.pad(place, (0, missing), value=-1) for place in places)  # type: ignore[return-value]
+        most = None if meta.bucket is None else plan.cp_size * meta.rows
+        return _expanded(request, position - seen.holes, seen.holes, meta.device, most)
 
     return meta.derive(("hole places", window), build)
 
@@ -70,7 +70,7 @@ def ordered_places(meta: CPMetadata, window: int | None) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
-        rows, seen = RequestRows.of(meta, Ordered.SEEN), SeenKeys.of(plan, meta.cp_rank, window)
+        rows, seen = RequestRows.of(meta, Ordered.SEEN), seen_keys(meta, window)
         cached = rows.put.nonzero()[0]
         request, position, length = _in_pages(plan, seen.pieces)
         holes = seen.holes
@@ -89,7 +89,7 @@ def needed_places(meta: CPMetadata, window: int | None) -> Places:
 
     def build() -> Places:
         plan: Layout = meta.plan
-        chunks, seen = meta.chunk_host, SeenKeys.of(plan, meta.cp_rank, window)
+        chunks, seen = meta.chunk_host, seen_keys(meta, window)
         request, position, length = _in_pages(plan, seen.pieces.take(arrivals(plan, seen, meta.cp_rank)))
         own = chunks.request, chunks.k_len - chunks.q_len, chunks.q_len
         request, position, length = (np.concatenate(columns) for columns in zip(own, (request, position, length), strict=True))
@@ -118,7 +118,7 @@ def places_in_order(meta: CPMetadata) -> PlacesInOrder:
     def build() -> PlacesInOrder:
         plan: Layout = meta.plan
         rows, requests = RequestRows.of(meta, Ordered.ALL_NEW), np.arange(len(plan.batch))
-        put = rows.put * (SeenKeys.of(plan, meta.cp_rank, window=None).new_len > 0)
+        put = rows.put * (seen_keys(meta, window=None).new_len > 0)
         # Rows of cached tokens are in the pages already.
         positions = np.stack([-rows.put, plan.prefix_lens], axis=1).ravel()
         new = _expanded(requests.repeat(2), positions, np.stack([rows.put, rows.new], axis=1).ravel(), meta.device)
@@ -170,7 +170,7 @@ def _in_pages(plan: Layout, pieces: Pieces) -> tuple[IntArray, IntArray, IntArra
     return request, pieces.token + (plan.prefix_lens - exclusive_cumsum(plan.extend_lens))[request], pieces.length
 
 
-def _expanded(request: IntArray, position: IntArray, length: IntArray, device: torch.device) -> Places:
-    """Of each token of runs of tokens."""
-    tables = expand_all({"request": (request, length), "position": (position, length)}, device, repeated=("request",))
+def _expanded(request: IntArray, position: IntArray, length: IntArray, device: torch.device, size: int | None = None) -> Places:
+    """Of each token of runs of tokens; filled up to ``size``."""
+    tables = expand_all({"request": (request, length), "position": (position, length)}, device, repeated=("request",), size=size)
     return tables["request"], tables["position"]

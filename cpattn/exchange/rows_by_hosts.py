@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
-from cpattn.exchange.seen_keys import with_holes
+from cpattn.exchange.seen_keys import seen_keys, with_holes
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_by_hosts import providers, seen_by_hosts
-from cpattn.metadata.needed_keys import Pieces, SeenKeys
+from cpattn.metadata.needed_keys import Pieces
 
 
 class RowsByHosts(NamedTuple):
@@ -64,7 +64,7 @@ def _rows_by_hosts(meta: CPMetadata, window: int | None, within: int) -> RowsByH
     to, provider = rank[all_seen.seen_by], providers(plan, all_seen, within)
     passes = _sorted(((provider == me) & (to != me)).nonzero()[0], to)
     passed = all_seen.take(passes)
-    seen = SeenKeys.of(plan, me, window)
+    seen = seen_keys(meta, window)
     provider_of = providers(plan, seen.pieces, within)
     arrives = _sorted((provider_of != me).nonzero()[0], provider_of)
     first = at_hand(seen.pieces)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, expand_runs_on_host, send
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Pieces, SeenKeys
+
+
+def seen_keys(meta: CPMetadata, window: int | None) -> SeenKeys:
+    """Of queries that see ``window`` keys, or all; worked out once for a batch."""
+    found: SeenKeys | None = meta.memo.get(("seen keys", window))
+    return found or meta.memo.keep(("seen keys", window), SeenKeys.of(meta.plan, meta.cp_rank, window))
 
 
 def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
@@ -20,13 +25,14 @@ def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
 
     def build() -> Tensor:
         plan: Layout = meta.plan
-        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        seen = seen_keys(meta, window)
         first = plan.chunk_table.rank[seen.pieces.entry] * meta.rows + seen.pieces.rows(plan)
         if meta.bucket is None:
             return expand_all({"rows": with_holes(seen, first)}, meta.device)["rows"]
-        tables = expand_all({"rows": (first, seen.pieces.length), "tokens": (seen.pieces.token, seen.pieces.length)}, meta.device)
-        rows = torch.full((meta.whole_rows,), -1, dtype=torch.int32, device=meta.device)
-        return rows.index_copy_(0, tables["tokens"].long(), tables["rows"])
+        total = int(seen.pieces.length.sum())
+        rows = np.full(meta.whole_rows, -1, dtype=np.int32)
+        rows[expand_runs_on_host(seen.pieces.token, seen.pieces.length, total)] = expand_runs_on_host(first, seen.pieces.length, total)
+        return send([rows], meta.device)[0]
 
     rows: Tensor = meta.derive(("gathered rows seen", window), build)
     return rows
@@ -52,7 +58,7 @@ def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
 
     def build() -> ExchangedRows:
         plan: Layout = meta.plan
-        seen = SeenKeys.of(plan, meta.cp_rank, window)
+        seen = seen_keys(meta, window)
         first, owner = seen.pieces.rows(plan), plan.chunk_table.rank[seen.pieces.entry]
         arrives = arrivals(plan, seen, meta.cp_rank)
         first[arrives] = meta.num_tokens + exclusive_cumsum(seen.pieces.length[arrives])

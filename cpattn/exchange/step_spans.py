@@ -425,11 +425,11 @@ def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges, most
     missing = 0 if meta.bucket is None else (most or meta.bucket.max_chunks) - len(chunks.q_len)
     padding = meta.rows - int(chunks.q_len.sum())
     more = missing + (1 if padding or meta.bucket is not None else 0)
-    q_len, k_start, k_len, diagonal, request = (
-        np.pad(column, (0, more)) for column in (chunks.q_len, ranges.k_start, ranges.k_len, ranges.diagonal, chunks.request)
-    )
+    columns = np.zeros((5, len(chunks.q_len) + more), dtype=np.int64)
+    columns[:, : len(chunks.q_len)] = chunks.q_len, ranges.k_start, ranges.k_len, ranges.diagonal, chunks.request
     if padding:
-        q_len[-1] = padding
+        columns[0, -1] = padding
+    q_len, k_start, k_len, diagonal, request = columns
     return SpanTable(q_len, k_start, k_len, diagonal, request, ranges.alignment)
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
+from cpattn.device_tables import (
+    DeviceTables,
+    Int32Array,
+    IntArray,
+    exclusive_cumsum,
+    expand_all,
+    expand_runs_on_host,
+    send,
+)
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.handles import new_handle, resolve
@@ -258,7 +266,7 @@ class CPMetadata:
     @property
     def extend_key_rows(self) -> Tensor:
         """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
-        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.plan.num_tokens, self.whole_rows))
+        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.whole_rows))
 
     def _require_no_bucket(self) -> None:
         if self.bucket is not None:
@@ -269,21 +277,27 @@ class CPMetadata:
         """``[plan.num_prefix_tokens]`` the row of each prefix token's key in the order that ``k_start`` speaks of."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens
-        return self.derive("prefix_key_rows", lambda: self._expand("prefix_key", "prefix_len", total, total))
+        return self.derive("prefix_key_rows", lambda: self._expand("prefix_key", "prefix_len", total))
 
     @property
     def gathered_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of each row of the gathered buffer, ``[cp_size * rows]`` each; -1 on padding."""
 
-        def build() -> tuple[Tensor, Tensor]:
-            total = self.plan.num_tokens
-            rows = self.restore_index[:total].to(torch.int64)
-            places = torch.full((2, self.plan.cp_size * self.rows), -1, dtype=torch.int32, device=self.device)
-            places[0].index_copy_(0, rows, self._expand("request", "extend_len", total, total, step=0))
-            places[1].index_copy_(0, rows, self._expand("prefix_len", "extend_len", total, total))
-            return places[0], places[1]
+        request, position = self.derive("gathered_places", lambda: send(self.gathered_places_on_host, self.device))
+        return request, position
 
-        return self.derive("gathered_places", build)
+    @property
+    def gathered_places_on_host(self) -> tuple[Int32Array, Int32Array]:
+        """The same, worked out once for a batch."""
+        found: tuple[Int32Array, Int32Array] | None = self.memo.get("gathered places")
+        if found is None:
+            total = self.plan.num_tokens
+            rows = self._runs("gathered_start", "chunk_length", total)
+            request, position = np.full((2, self.plan.cp_size * self.rows), -1, dtype=np.int32)
+            request[rows] = self._runs("request", "extend_len", total, step=0)
+            position[rows] = self._runs("prefix_len", "extend_len", total)
+            found = self.memo.keep("gathered places", (request, position))
+        return found
 
     @property
     def gathered_places_by_rank(self) -> list[tuple[Tensor, Tensor]]:
@@ -300,33 +314,28 @@ class CPMetadata:
         """The request of each local row, and its number among the request's tokens that this rank holds, ``[rows]`` each;
         -1 on padding. What is cached comes first, then the new tokens in local order."""
 
-        def build() -> tuple[Tensor, Tensor]:
-            request = self._expand("chunk_request", "q_len", self.num_tokens, self.rows, step=0)
-            return request, self._expand("held_start", "q_len", self.num_tokens, self.rows)
-
-        return self.derive("held_places", build)
+        return self.derive("held_places", lambda: self._numbered("chunk_request", "held_start", "q_len", self.rows))
 
     @property
     def key_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all keys, prefixes and extends, in the order that ``k_start`` speaks of."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens + self.plan.num_tokens
-        return self.derive("key_places", lambda: self._runs_of_requests("total_len", total, total))
+        return self.derive("key_places", lambda: self._numbered("request", "zero", "total_len", total))
 
     @property
     def prefix_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all prefix tokens, request after request."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens
-        return self.derive("prefix_places", lambda: self._runs_of_requests("prefix_len", total, total))
+        return self.derive("prefix_places", lambda: self._numbered("request", "zero", "prefix_len", total))
 
     @property
     def shard_places(self) -> tuple[Tensor, Tensor]:
         """Of each token that this rank holds, cached and new, request after request: its request, and its number among the
         tokens of that. Then -1, up to the number of the rank that holds the most."""
         self._require_no_bucket()
-        total = int(self.plan.shard_totals[self.cp_rank])
-        return self.derive("shard_places", lambda: self._runs_of_requests("shard_len", total, self.plan.largest_shard))
+        return self.derive("shard_places", lambda: self._numbered("request", "zero", "shard_len", self.plan.largest_shard))
 
     @property
     def k_starts(self) -> IntArray:
@@ -353,25 +362,26 @@ class CPMetadata:
             # What makes them refers to this, and so do they then: kept only where copy_ will ask for it.
             self._derived[key] = build if self.bucket is not None else None, build()
 
-    def _expand(self, first: str, lengths: str, total: int, capacity: int, *, step: int = 1, fill: int = -1) -> Tensor:
-        """Token-level numbers from two of the small tables: runs, in steps of 1 or 0, filled up to ``capacity``."""
-        if self.device.type == "cpu":
-            expanded = expand_runs_on_host(self._host[first], self._host[lengths], total, step)
-        else:
-            expanded = expand_runs_on_device(self._tables[first], self._tables[lengths], total, step)
-        missing = capacity - total
-        return torch.cat([expanded, expanded.new_full((missing,), fill)]) if missing else expanded
+    def _runs(self, first: str, lengths: str, total: int, step: int = 1) -> Int32Array:
+        """Token-level numbers from two of the small tables, on the host."""
+        return expand_runs_on_host(self._host[first], self._host[lengths], total, step)
 
-    def _runs_of_requests(self, lengths: str, total: int, capacity: int) -> tuple[Tensor, Tensor]:
-        request = self._expand("request", lengths, total, capacity, step=0)
-        return request, self._expand("zero", lengths, total, capacity)
+    def _expand(self, first: str, lengths: str, capacity: int, fill: int = -1) -> Tensor:
+        """The same on the device, filled up to ``capacity``."""
+        return expand_all({"": (self._host[first], self._host[lengths])}, self.device, size=capacity, fill=fill)[""]
+
+    def _numbered(self, first: str, numbers: str, lengths: str, capacity: int) -> tuple[Tensor, Tensor]:
+        """Of each token one number of its run, as it is, and another that grows within the run; filled up to ``capacity``."""
+        runs = {name: (self._host[name], self._host[lengths]) for name in (first, numbers)}
+        expanded = expand_all(runs, self.device, repeated=(first,), size=capacity)
+        return expanded[first], expanded[numbers]
 
 
 # What models read of the metadata, also in compiled graphs.
 _TABLES: dict[str, Callable[[CPMetadata], Tensor]] = {
-    "token_index": lambda meta: meta._expand("token_start", "q_len", meta.num_tokens, meta.rows),
-    "position_ids": lambda meta: meta._expand("position_start", "q_len", meta.num_tokens, meta.rows, fill=0).to(torch.int64),
-    "restore_index": lambda meta: meta._expand("gathered_start", "chunk_length", meta.plan.num_tokens, meta.whole_rows),
+    "token_index": lambda meta: meta._expand("token_start", "q_len", meta.rows),
+    "position_ids": lambda meta: meta._expand("position_start", "q_len", meta.rows, fill=0).to(torch.int64),
+    "restore_index": lambda meta: meta._expand("gathered_start", "chunk_length", meta.whole_rows),
 }
 
 

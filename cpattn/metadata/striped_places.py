@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.device_tables import Int32Array, IntArray, exclusive_cumsum, expand_runs_on_host, send
 from cpattn.metadata.chunk_tables import chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
@@ -27,9 +27,11 @@ def owned_places(meta: CPMetadata) -> Places:
                 place[meta.cp_rank] = own
             request, number = places.flatten(1)
             return request, number
-        request, position = meta.gathered_places
+        request, position = (place.astype(np.int64) for place in meta.gathered_places_on_host)
         is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
-        return torch.where(is_own, request, -1), torch.where(is_own, plan.owner.numbers(position, plan.cp_size), -1)
+        numbers = plan.owner.numbers(position, plan.cp_size)
+        own_request, own_number = send([np.where(is_own, request, -1), np.where(is_own, numbers, -1)], meta.device)
+        return own_request, own_number
 
     return meta.derive("owned places", build)
 
@@ -49,10 +51,10 @@ def kept_places(meta: CPMetadata) -> Places:
             is_own = plan.chunk_table.rank.repeat(plan.chunk_table.length) == rank
             kept = plan.rank_extends[:, rank]
             number = is_own.cumsum() - 1 + (plan.shard_lens[:, rank] - exclusive_cumsum(kept))[request]
-        tables = {"request": np.where(is_own, request, -1), "number": np.where(is_own, number, -1)}
-        padded = {name: np.pad(table, (0, meta.rows - len(table)), constant_values=-1) for name, table in tables.items()}
-        on_device = DeviceTables(padded, meta.device)
-        return on_device["request"], on_device["number"]
+        places = np.full((2, meta.rows), -1)
+        places[0, : len(request)], places[1, : len(request)] = np.where(is_own, request, -1), np.where(is_own, number, -1)
+        own_request, own_number = send(list(places), meta.device)
+        return own_request, own_number
 
     return meta.derive("kept places", build)
 
@@ -92,29 +94,29 @@ def new_rows_in_shards(meta: CPMetadata) -> list[Tensor]:
     """Of each rank the rows ``[rows]`` of its new tokens, in its local order, within its shard; -1 on padding."""
 
     def build() -> list[Tensor]:
-        tables = {str(rank): _new_rows(meta, rank) for rank in range(meta.plan.cp_size)}
-        on_device = DeviceTables(tables, meta.device)
-        return [on_device[name] for name in tables]
+        return list(send([_new_rows(meta, rank) for rank in range(meta.plan.cp_size)], meta.device))
 
     return meta.derive("new rows in shards", build)
 
 
 def _places_in_shard(meta: CPMetadata, cached: IntArray, lengths: IntArray, size: int) -> Places:
     total = int(lengths.sum())
-    request = expand_runs_on_host(np.arange(len(lengths)), lengths, total, step=0).numpy()
-    number = expand_runs_on_host(np.zeros_like(lengths), lengths, total).numpy()
-    number = np.where(number < cached[request], number, -1)
-    tables = {"request": request.astype(np.int64), "number": number.astype(np.int64)}
-    on_device = DeviceTables({name: np.pad(table, (0, size - total), constant_values=-1) for name, table in tables.items()}, meta.device)
-    return on_device["request"], on_device["number"]
+    places = np.full((2, size), -1, dtype=np.int32)
+    places[0, :total] = expand_runs_on_host(np.arange(len(lengths)), lengths, total, step=0)
+    number = expand_runs_on_host(np.zeros_like(lengths), lengths, total)
+    places[1, :total] = np.where(number < cached[places[0, :total]], number, -1)
+    request, number_held = send(list(places), meta.device)
+    return request, number_held
 
 
-def _new_rows(meta: CPMetadata, rank: int) -> IntArray:
+def _new_rows(meta: CPMetadata, rank: int) -> Int32Array:
     plan: Layout = meta.plan
     chunks = chunk_tables(plan, rank)
     cached, extends = plan.shard_lens[:, rank], plan.rank_extends[:, rank]
     # A rank's rows are its requests' new tokens one after another; before each request's lie as many cached ones more.
     shift = (exclusive_cumsum(cached) + cached)[chunks.request]
     rows = exclusive_cumsum(chunks.q_len) + shift
-    expanded = expand_runs_on_host(rows, chunks.q_len, int(extends.sum())).numpy().astype(np.int64)
-    return np.pad(expanded, (0, meta.rows - len(expanded)), constant_values=-1)
+    total = int(extends.sum())
+    padded = np.full(meta.rows, -1, dtype=np.int32)
+    padded[:total] = expand_runs_on_host(rows, chunks.q_len, total)
+    return padded

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_runs_on_device, expand_runs_on_host
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all, expand_runs_on_device, expand_runs_on_host
 from cpattn.errors import PlanError
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
@@ -125,11 +125,9 @@ def seen_places(meta: CPMetadata, window: int) -> Places:
 
 def _runs_on_device(meta: CPMetadata, first: IntArray, counts: IntArray, most: int) -> Places:
     """Of each request so many numbers from the first on; padded with -1."""
-    runs = DeviceTables({"request": np.arange(len(counts)), "first": first, "counts": counts}, meta.device)
-    total = int(counts.sum())
-    request = expand_runs_on_device(runs["request"], runs["counts"], total, step=0)
-    number = expand_runs_on_device(runs["first"], runs["counts"], total)
-    return _padded(request, most), _padded(number, most)
+    runs = {"request": (np.arange(len(counts)), counts), "number": (first, counts)}
+    expanded = expand_all(runs, meta.device, repeated=("request",), size=most)
+    return expanded["request"], expanded["number"]
 
 
 class WindowPlaces(NamedTuple):
@@ -217,7 +215,7 @@ def _rows_of_computed(plan: Layout, reach: Reach, rows: int, size: int) -> IntAr
         mine = (is_cached & (reach.ranks == rank)).nonzero()[0]
         in_order[mine] = rank * size + rows + np.arange(len(mine))
     first = chunks.rank * size + plan.chunk_rows
-    in_order[~is_cached] = expand_runs_on_host(first, chunks.length, plan.num_tokens).numpy()
+    in_order[~is_cached] = expand_runs_on_host(first, chunks.length, plan.num_tokens)
     return in_order
 
 
