@@ -72,6 +72,7 @@ class Compiled(NamedTuple):
         threads, shared_bytes: of a program.
         is_dependent: whether it may begin before the launch before it in the stream has ended.
         encodings: of each descriptor, in order.
+        parameters: what it is given: the name of each argument, in order.
     """
 
     kernel: Any
@@ -80,6 +81,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     is_dependent: bool
     encodings: list[Encoding]
+    parameters: list[str]
 
 
 def compiled_form(kernel: Any, arguments: dict[str, Any], roles: dict[str, str]) -> Compiled:
@@ -98,7 +100,9 @@ def compiled_form(kernel: Any, arguments: dict[str, Any], roles: dict[str, str])
         if any(each["fp4_padded"] or each.get("is_im2col", False) for each in descriptors):
             raise NotAsExpectedError("it wants descriptors of another kind")
         encodings = [Encoding(each["swizzle"], tuple(each["block_size"])) for each in descriptors]
-        compiled = Compiled(kernel, int(kernel.function), 32 * metadata.num_warps, metadata.shared, bool(metadata.launch_pdl), encodings)
+        sizes = 32 * metadata.num_warps, metadata.shared
+        parameters = [name for name, _ in _passed(arguments, roles)]
+        compiled = Compiled(kernel, int(kernel.function), *sizes, bool(metadata.launch_pdl), encodings, parameters)
     except (AttributeError, KeyError, TypeError) as error:
         raise NotAsExpectedError(f"Triton does not say what a launch needs: {type(error).__name__} {error}") from error
     has = parameter_sizes(compiled.function)
@@ -184,12 +188,12 @@ class _Layout:
 
 
 def again_form(
-    compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], roles: dict[str, str], tensors: dict[str, int]
+    compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int]
 ) -> Again:
     """What launches this kernel again.
 
     Args:
-        arguments: all of the kernel's, in its order, of some launch of this kind.
+        arguments: all of the kernel's, of some launch of this kind.
         tensors: which address belongs to which of them; the others stay.
     """
     parameters: list[int | None] = []
@@ -197,15 +201,19 @@ def again_form(
     # The parameters that change: which address each is given, and what makes a descriptor of it.
     changing: list[tuple[int, int, Callable[[int], memoryview] | None]] = []
     encodings = iter(compiled.encodings)
-    for name, value in _passed(arguments, roles):
-        encoded = _encoder(next(encodings), value) if type(value) is Blocks else None
-        if name in tensors:
-            changing.append((len(parameters), tensors[name], encoded))
-        if encoded is None:
-            parameters.append(_word(value))
-        else:
+    for name in compiled.parameters:
+        value, tensor = arguments[name], tensors.get(name)
+        if type(value) is Blocks:
+            encoded = _encoder(next(encodings), value)
+            if tensor is not None:
+                changing.append((len(parameters), tensor, encoded))
             filled.append(encoded(value.source.data_ptr()))
             parameters += [None, *value.shape, *value.strides]
+        elif tensor is not None:
+            changing.append((len(parameters), tensor, None))
+            parameters.append(0)
+        else:
+            parameters.append(_word(value))
     parameters += [0] * _NUM_SCRATCH
 
     config = LaunchConfig(*grid, 1, compiled.threads, 1, 1, compiled.shared_bytes)
@@ -243,6 +251,8 @@ def again_form(
 
 def _word(value: Any) -> int:
     """What a pointer or number is in memory, which begins with its lowest byte."""
+    if type(value) is int:
+        return value % _TWO_64
     if isinstance(value, float):
         bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
         return bits

@@ -116,13 +116,12 @@ class _Prepared:
         """Launches where there is nothing yet to launch again, and remembers how."""
         launcher = self._launcher
         arguments = self._filled(tensors)
-        ordered = {name: arguments[name] for name in launcher.roles}
-        kind = device, *self._options.values(), *(_kind(ordered[name], role) for name, role in launcher.roles.items())
+        kind = device, *self._options.values(), *_kinds(arguments, launcher.roles)
         if kind not in launcher.compiled:
             kernel = self._ordinary(tensors)
             launcher.kernels[id(kernel)] = kernel
             if DIRECT_LAUNCH.is_open(torch.device("cuda", device)):
-                launcher.compiled[kind] = _form_or_none(kernel, ordered, launcher.roles)
+                launcher.compiled[kind] = _form_or_none(kernel, {name: arguments[name] for name in launcher.roles}, launcher.roles)
             elif DIRECT_LAUNCH.verdict().used is False:
                 launcher.compiled[kind] = None
             # Else it is asked again later: nothing can be tried out while a graph captures.
@@ -133,7 +132,7 @@ class _Prepared:
             self._may_skip_binder = False
             self._ordinary(tensors)
         else:
-            again = again_form(compiled, device, self._grid, ordered, launcher.roles, self._tensors)
+            again = again_form(compiled, device, self._grid, arguments, self._tensors)
             again(torch._C._cuda_getCurrentRawStream(device), [x.data_ptr() for x in tensors])
             self._again[key] = again
 
@@ -161,28 +160,31 @@ def _is_hooked() -> bool:
     return bool((enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)))
 
 
-def _kind(value: Any, role: str) -> Any:
-    """What Triton specializes on of an argument.
+def _kinds(arguments: dict[str, Any], roles: dict[str, str]) -> list[Any]:
+    """What Triton specializes on of each argument. In one loop, as a kernel has dozens of them, of which each batch has some of its own.
 
     Args:
-        role: "constant", "number" (what Triton specializes on where it is an integer: whether it is 1, a multiple of 16,
+        roles: "constant", "number" (what Triton specializes on where it is an integer: whether it is 1, a multiple of 16,
             and how wide), or "free" (its width alone).
     """
-    if type(value) is Blocks:
-        return value.source.dtype, value.block
-    if type(value) is Words:
-        return value.dtype, value.source.data_ptr() % _ALIGNMENT == 0
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % _ALIGNMENT == 0
-    if role == "constant":
-        return value
-    if isinstance(value, float):
-        # All are fp32.
-        return "float"
-    is_short = -(2**31) <= value < 2**31
-    if role == "free":
-        return is_short
-    return 1 if value == 1 else 2 + (value % _ALIGNMENT == 0) + 2 * is_short
+    kinds: list[Any] = []
+    for name, role in roles.items():
+        value = arguments[name]
+        if role == "constant":
+            kinds.append(value)
+        elif type(value) is int or not isinstance(value, (Blocks, Words, Tensor, float)):
+            is_short = -(2**31) <= value < 2**31
+            kinds.append(is_short if role == "free" else 1 if value == 1 else 2 + (value % _ALIGNMENT == 0) + 2 * is_short)
+        elif isinstance(value, Blocks):
+            kinds.append((value.source.dtype, value.block))
+        elif isinstance(value, Words):
+            kinds.append((value.dtype, value.source.data_ptr() % _ALIGNMENT == 0))
+        elif isinstance(value, float):
+            # All are fp32.
+            kinds.append("float")
+        else:
+            kinds.append((value.dtype, value.data_ptr() % _ALIGNMENT == 0))
+    return kinds
 
 
 def _problem(device: torch.device) -> str | None:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from cpattn.kernels import launch
 from cpattn.kernels.arguments import Blocks, Words
-from cpattn.kernels.launch import Launcher, _kind
+from cpattn.kernels.launch import Launcher, _kinds
 from cpattn.kernels.release import Gate
 
 
@@ -348,16 +348,20 @@ def test_threads_share_a_launch(recorder: Recorder) -> None:
 
 
 def test_kinds_are_what_triton_specializes_on() -> None:
+    def kind_of(value: Any, role: str) -> Any:
+        (kind,) = _kinds({"value": value}, {"value": role})
+        return kind
+
     x = torch.zeros(64)
     blocks = Blocks(x, [64], [1], (16,), lambda *_: None)
-    assert _kind(x, "number") == _kind(x[4:], "number")
-    assert len({_kind(each, "number") for each in (x, x[1:], x.half(), Words(x, torch.int8), Words(x[1:], torch.int8))}) == 5
-    assert _kind(Words(x, torch.int32), "number") == _kind(x.int(), "number")
+    assert kind_of(x, "number") == kind_of(x[4:], "number")
+    assert len({kind_of(each, "number") for each in (x, x[1:], x.half(), Words(x, torch.int8), Words(x[1:], torch.int8))}) == 5
+    assert kind_of(Words(x, torch.int32), "number") == kind_of(x.int(), "number")
     described = [blocks, blocks._replace(block=(32,)), blocks._replace(source=x.half())]
-    assert len({_kind(each, "number") for each in described}) == 3
-    assert _kind(2, "number") == _kind(2**31 - 1, "number")
-    assert _kind(16, "number") == _kind(0, "number") == _kind(2**30, "number")
-    assert len({_kind(n, "number") for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
-    assert _kind(1, "free") == _kind(16, "free") == _kind(3, "free") != _kind(2**31, "free")
-    assert _kind(0.5, "number") == _kind(1.0, "number")
-    assert _kind(5, "constant") != _kind(6, "constant")
+    assert len({kind_of(each, "number") for each in described}) == 3
+    assert kind_of(2, "number") == kind_of(2**31 - 1, "number")
+    assert kind_of(16, "number") == kind_of(0, "number") == kind_of(2**30, "number")
+    assert len({kind_of(n, "number") for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
+    assert kind_of(1, "free") == kind_of(16, "free") == kind_of(3, "free") != kind_of(2**31, "free")
+    assert kind_of(0.5, "number") == kind_of(1.0, "number")
+    assert kind_of(5, "constant") != kind_of(6, "constant")

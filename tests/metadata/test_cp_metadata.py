@@ -325,7 +325,8 @@ class TestTables:
         expected = [begin + i for begin, length in runs for i in range(length)]
         on_host = expand_runs_on_host(first, lengths, len(expected))
         on_device = expand_runs_on_device(torch.tensor(first, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), len(expected))
-        assert (on_host.dtype, on_device.dtype) == (np.int32, torch.int32)
+        assert on_host.dtype == np.int32
+        assert on_device.dtype == torch.int32
         assert on_host.tolist() == on_device.tolist() == expected
 
     @given(batches(max_requests=6), any_plan_options())
