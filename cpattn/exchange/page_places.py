@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, expand_runs_on_host, send
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, send
 from cpattn.exchange.key_order import Ordered, RequestRows
 from cpattn.exchange.seen_keys import arrivals, seen_keys
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -36,14 +36,11 @@ def parted_places(meta: CPMetadata, window: int | None) -> Parted:
     """For queries that see ``window`` keys, or all. It holds for any batch of a bucket, as offsets lie on the device."""
 
     def build() -> tuple[Tensor, ...]:
-        _, position = meta.gathered_places_on_host
-        plan: Layout = meta.plan
-        pieces = seen_keys(meta, window).pieces
-        rows = plan.chunk_table.rank[pieces.entry] * meta.rows + pieces.rows(plan)
-        index = expand_runs_on_host(rows, pieces.length, int(pieces.length.sum()))
-        seen, rest = np.full_like(position, -1), position.copy()
-        seen[index], rest[index] = position[index], -1
-        return send([seen, rest], meta.device)
+        runs, seen = meta.gathered_runs, seen_keys(meta, window).pieces
+        # Of each chunk its first tokens.
+        unseen = meta.plan.chunk_table.length.copy()
+        unseen[seen.entry] -= seen.length
+        return send([runs.part(unseen, first=False), runs.part(unseen, first=True)], meta.device)
 
     request = meta.gathered_places[0]
     seen, rest = meta.derive(("parted places", window), build)

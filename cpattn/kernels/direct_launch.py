@@ -187,9 +187,7 @@ class _Layout:
         return _Frame(words, ctypes.c_void_p(begin), ctypes.c_void_p(begin + 8 * self._pointers))
 
 
-def again_form(
-    compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int]
-) -> Again:
+def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int]) -> Again:
     """What launches this kernel again.
 
     Args:

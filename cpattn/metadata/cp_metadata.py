@@ -10,21 +10,14 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.device_tables import (
-    DeviceTables,
-    Int32Array,
-    IntArray,
-    exclusive_cumsum,
-    expand_all,
-    expand_runs_on_host,
-    send,
-)
+from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all, send
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.handles import new_handle, resolve
 from cpattn.memo import Memo
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
+from cpattn.metadata.gathered_runs import GatheredRuns
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.notebook import rank_html
 from cpattn.ops import implements
@@ -283,21 +276,17 @@ class CPMetadata:
     def gathered_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of each row of the gathered buffer, ``[cp_size * rows]`` each; -1 on padding."""
 
-        request, position = self.derive("gathered_places", lambda: send(self.gathered_places_on_host, self.device))
+        def build() -> tuple[Tensor, ...]:
+            return send([self.gathered_runs.request(), self.gathered_runs.position()], self.device)
+
+        request, position = self.derive("gathered_places", build)
         return request, position
 
     @property
-    def gathered_places_on_host(self) -> tuple[Int32Array, Int32Array]:
-        """The same, worked out once for a batch."""
-        found: tuple[Int32Array, Int32Array] | None = self.memo.get("gathered places")
-        if found is None:
-            total = self.plan.num_tokens
-            rows = self._runs("gathered_start", "chunk_length", total)
-            request, position = np.full((2, self.plan.cp_size * self.rows), -1, dtype=np.int32)
-            request[rows] = self._runs("request", "extend_len", total, step=0)
-            position[rows] = self._runs("prefix_len", "extend_len", total)
-            found = self.memo.keep("gathered places", (request, position))
-        return found
+    def gathered_runs(self) -> GatheredRuns:
+        """What it is made of, worked out once for a batch."""
+        found: GatheredRuns | None = self.memo.get("gathered runs")
+        return found or self.memo.keep("gathered runs", GatheredRuns.of(self.plan, self.rows))
 
     @property
     def gathered_places_by_rank(self) -> list[tuple[Tensor, Tensor]]:
@@ -362,12 +351,8 @@ class CPMetadata:
             # What makes them refers to this, and so do they then: kept only where copy_ will ask for it.
             self._derived[key] = build if self.bucket is not None else None, build()
 
-    def _runs(self, first: str, lengths: str, total: int, step: int = 1) -> Int32Array:
-        """Token-level numbers from two of the small tables, on the host."""
-        return expand_runs_on_host(self._host[first], self._host[lengths], total, step)
-
     def _expand(self, first: str, lengths: str, capacity: int, fill: int = -1) -> Tensor:
-        """The same on the device, filled up to ``capacity``."""
+        """Token-level numbers from two of the small tables, filled up to ``capacity``."""
         return expand_all({"": (self._host[first], self._host[lengths])}, self.device, size=capacity, fill=fill)[""]
 
     def _numbered(self, first: str, numbers: str, lengths: str, capacity: int) -> tuple[Tensor, Tensor]:

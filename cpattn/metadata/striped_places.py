@@ -27,7 +27,7 @@ def owned_places(meta: CPMetadata) -> Places:
                 place[meta.cp_rank] = own
             request, number = places.flatten(1)
             return request, number
-        request, position = (place.astype(np.int64) for place in meta.gathered_places_on_host)
+        request, position = meta.gathered_runs.request(), meta.gathered_runs.position().astype(np.int64)
         is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
         numbers = plan.owner.numbers(position, plan.cp_size)
         own_request, own_number = send([np.where(is_own, request, -1), np.where(is_own, numbers, -1)], meta.device)
