@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 # What is sent to a device.
 Table: TypeAlias = "IntArray | Int32Array"
+
+T = TypeVar("T")
 
 # Up to so many numbers runs are expanded in numpy, which takes it a nanosecond each. On a GPU it takes eight launches, of 5 us of the
 # host each, whatever there is.
@@ -90,6 +93,43 @@ def are_expanded_on_host(total: int, device: torch.device) -> bool:
     return device.type == "cpu" or total <= MOST_ON_HOST
 
 
+@dataclass(frozen=True)
+class Unsent(Generic[T]):
+    """Tables that are not on a device yet, and what is made of them there. Several may be sent in one copy.
+
+    >>> Unsent({"a": np.array([3, 1])}, lambda tables: tables["a"]).sent(torch.device("cpu"))
+    tensor([3, 1], dtype=torch.int32)
+    """
+
+    tables: Mapping[str, Table]
+    finish: Callable[[Mapping[str, Tensor]], T]
+
+    def sent(self, device: torch.device) -> T:
+        """By itself."""
+        (made,) = send_all([self], device)
+        return made  # type: ignore[no-any-return]
+
+
+def send_all(parts: Sequence[Unsent[Any]], device: torch.device) -> list[Any]:
+    """What each becomes; in one copy."""
+    sent = DeviceTables({f"{number} {name}": table for number, part in enumerate(parts) for name, table in part.tables.items()}, device)
+    return [part.finish({name: sent[f"{number} {name}"] for name in part.tables}) for number, part in enumerate(parts)]
+
+
+def send(tables: Sequence[Table], device: torch.device) -> tuple[Tensor, ...]:
+    """int32 on the device, in one copy.
+
+    >>> send([np.array([3, 1]), np.array([2])], torch.device("cpu"))
+    (tensor([3, 1], dtype=torch.int32), tensor([2], dtype=torch.int32))
+    """
+    return unsent(tables).sent(device)
+
+
+def unsent(tables: Sequence[Table]) -> Unsent[tuple[Tensor, ...]]:
+    """The same before they are sent."""
+    return Unsent({str(i): table for i, table in enumerate(tables)}, lambda sent: tuple(sent.values()))
+
+
 def expand_all(
     runs: Mapping[str, tuple[IntArray, IntArray]],
     device: torch.device,
@@ -106,28 +146,29 @@ def expand_all(
         repeated: names of those whose runs are of one number each, as with a step of 0.
         size: how long each is to be, filled with ``fill`` after its runs; if None, no longer than those.
     """
+    return unsent_runs(runs, device, repeated, size, fill).sent(device)
+
+
+def unsent_runs(
+    runs: Mapping[str, tuple[IntArray, IntArray]],
+    device: torch.device,
+    repeated: Collection[str] = (),
+    size: int | None = None,
+    fill: int = -1,
+) -> Unsent[dict[str, Tensor]]:
+    """The same before they are sent."""
     totals = {name: (int(lengths.sum()), int(name not in repeated)) for name, (_, lengths) in runs.items()}
     missing = {name: 0 if size is None else size - total for name, (total, _) in totals.items()}
     if are_expanded_on_host(sum(total + missing[name] for name, (total, _) in totals.items()), device):
         on_host = {name: expand_runs_on_host(*runs[name], *total) for name, total in totals.items()}
         on_host = {name: np.append(run, np.full(missing[name], fill, np.int32)) if missing[name] else run for name, run in on_host.items()}
-        tables = DeviceTables(on_host, device)
-        return {name: tables[name] for name in runs}
-    halves = {f"{name} {half}": column for name, columns in runs.items() for half, column in enumerate(columns)}
-    tables = DeviceTables(halves, device)
-    on_device = {name: expand_runs_on_device(tables[f"{name} 0"], tables[f"{name} 1"], *total) for name, total in totals.items()}
-    return {name: torch.cat([run, run.new_full((missing[name],), fill)]) if missing[name] else run for name, run in on_device.items()}
+        return Unsent(on_host, dict)
 
+    def expanded(sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        on_device = {name: expand_runs_on_device(sent[f"{name} 0"], sent[f"{name} 1"], *total) for name, total in totals.items()}
+        return {name: torch.cat([run, run.new_full((missing[name],), fill)]) if missing[name] else run for name, run in on_device.items()}
 
-def send(tables: Sequence[Table], device: torch.device) -> tuple[Tensor, ...]:
-    """int32 on the device, in one copy.
-
-    >>> send([np.array([3, 1]), np.array([2])], torch.device("cpu"))
-    (tensor([3, 1], dtype=torch.int32), tensor([2], dtype=torch.int32))
-    """
-    named = {str(i): table for i, table in enumerate(tables)}
-    sent = DeviceTables(named, device)
-    return tuple(sent[name] for name in named)
+    return Unsent({f"{name} {half}": column for name, columns in runs.items() for half, column in enumerate(columns)}, expanded)
 
 
 def exclusive_cumsum(lengths: IntArray) -> IntArray:

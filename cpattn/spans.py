@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.device_tables import DeviceTables, IntArray, expand_runs_on_device
+from cpattn.device_tables import IntArray, Unsent, exclusive_cumsum, expand_runs_on_device
 from cpattn.memo import Memo
 
 # How spans lie to their diagonal; a kernel that knows only some of these is kept away from the others.
@@ -214,28 +214,36 @@ class Spans:
         Args:
             fixed_lengths: if the spans are to be fixed, the ``max_seqlen_q`` and ``max_seqlen_k`` that they may grow to.
         """
-        hosts = [HostSpans(np.cumsum(table.q_len) - table.q_len, *table[:-1]) for table in tables]
+        return cls.unsent(tables, fixed_lengths).sent(torch.device(device))
+
+    @classmethod
+    def unsent(cls: type[S], tables: list[SpanTable], fixed_lengths: tuple[int, int] | None = None) -> Unsent[list[S]]:
+        """The same before they are sent."""
+        hosts = [HostSpans(exclusive_cumsum(table.q_len), *table[:-1]) for table in tables]
         packed: dict[str, IntArray] = {}
         for i, host in enumerate(hosts):
             packed[f"cu_seqlens_q {i}"] = np.append(host.q_start, host.q_len.sum())
             packed[f"k_start_padded {i}"] = np.append(host.k_start, 0)
             packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal", "request")}
-        on_device = DeviceTables(packed, torch.device(device))
-        return [
-            cls(
-                cu_seqlens_q=on_device[f"cu_seqlens_q {i}"],
-                k_start_padded=on_device[f"k_start_padded {i}"],
-                k_len=on_device[f"k_len {i}"],
-                diagonal=on_device[f"diagonal {i}"],
-                request=on_device[f"request {i}"],
-                max_seqlen_q=fixed_lengths[0] if fixed_lengths else int(host.q_len.max(initial=0)),
-                max_seqlen_k=fixed_lengths[1] if fixed_lengths else int(host.k_len.max(initial=0)),
-                alignment=table.alignment,
-                host=host,
-                fixed=fixed_lengths is not None,
-            )
-            for i, (host, table) in enumerate(zip(hosts, tables, strict=True))
-        ]
+
+        def finish(on_device: Mapping[str, Tensor]) -> list[S]:
+            return [
+                cls(
+                    cu_seqlens_q=on_device[f"cu_seqlens_q {i}"],
+                    k_start_padded=on_device[f"k_start_padded {i}"],
+                    k_len=on_device[f"k_len {i}"],
+                    diagonal=on_device[f"diagonal {i}"],
+                    request=on_device[f"request {i}"],
+                    max_seqlen_q=fixed_lengths[0] if fixed_lengths else int(host.q_len.max(initial=0)),
+                    max_seqlen_k=fixed_lengths[1] if fixed_lengths else int(host.k_len.max(initial=0)),
+                    alignment=table.alignment,
+                    host=host,
+                    fixed=fixed_lengths is not None,
+                )
+                for i, (host, table) in enumerate(zip(hosts, tables, strict=True))
+            ]
+
+        return Unsent(packed, finish)
 
     @classmethod
     def build(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cpattn.exchange.gathered_rows import gathered_rows
 from cpattn.exchange.key_order import key_order
-from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
-from cpattn.exchange.late_keys import LateInOrder, LateKeys
+from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace, drafts_in_order
+from cpattn.exchange.late_keys import LateInOrder, LateKeys, late_draft
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.needed_rows import needed_rows
 from cpattn.exchange.rows_of_peers import rows_of_peers
@@ -25,13 +25,15 @@ def keys_in_order(
     """What is brought of each group of KV heads, and what is attended to of it. Others' rows come late where they can, and where what is
     attended to is one group in one launch."""
     problem, meta = setup.problem, setup.meta
-    order = key_order(meta, setup.ordered)
     peers = rows_of_peers(setup, kv) if travels.what != "nothing" else []
     if peers and setup.waits_for_keys and problem.overlap == 1:
         # All ranks do the same: what one posts the others read.
+        meta.derive_together(late_draft(meta, problem.window, setup.ordered), *drafts_in_order(setup))
         late = LateKeys.of(setup, kv)
         if late is not None:
             return [late], LateInOrder.of(setup, late)
+    meta.derive_together(*drafts_in_order(setup))
+    order = key_order(meta, setup.ordered)
     rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
     if order.are_own:
         return rows, OwnInPlace.of(setup)

@@ -6,16 +6,18 @@ they lie. A query's own keys lie as they would among all keys, one after another
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all
+from cpattn.device_tables import IntArray, Unsent, exclusive_cumsum, unsent_runs
 from cpattn.exchange.seen_keys import seen_keys
 from cpattn.keys import PREFIX_UNIT
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 
 
@@ -145,11 +147,15 @@ def key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
     """See :meth:`RequestRows.of`."""
     if meta.bucket is not None:
         return KeyOrder(meta.whole_rows, False, False, None, None, None)
-    order: KeyOrder = meta.derive(("key order", ordered), lambda: _key_order(meta, ordered))
-    return order
+    return meta.derive_sent(key_order_draft(meta, ordered))
 
 
-def _key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
+def key_order_draft(meta: CPMetadata, ordered: Ordered) -> Draft[KeyOrder]:
+    """The same, to be sent with other tables."""
+    return Draft(("key order", ordered), lambda: _key_order(meta, ordered))
+
+
+def _key_order(meta: CPMetadata, ordered: Ordered) -> Unsent[KeyOrder]:
     plan: Layout = meta.plan
     kept, put, new, begins = rows = RequestRows.of(meta, ordered)
     num_put, num_new = int(put.sum()), int(new.sum())
@@ -159,11 +165,16 @@ def _key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
         # Those without a place, kept or not seen, come first in each request.
         others = plan.prefix_lens - put
         runs["prefix"] = np.stack([-others, begins], axis=1).ravel(), np.stack([others, put], axis=1).ravel()
-    places = expand_all(runs, meta.device)
-    kept_places = None
+    places = unsent_runs(runs, meta.device)
+    kept_places = {}
     if kept.any():
         cached = exclusive_cumsum(plan.prefix_lens)
-        kept_places = DeviceTables({"kept": np.stack([kept, cached], axis=1).ravel()}, meta.device)["kept"]
+        kept_places["kept"] = np.stack([kept, cached], axis=1).ravel()
     new_are_own = num_new == meta.num_tokens
-    are_own = new_are_own and not num_put and kept_places is None
-    return KeyOrder(num_put + num_new, are_own, new_are_own, places.get("new"), places.get("prefix"), kept_places)
+    are_own = new_are_own and not num_put and not kept_places
+
+    def finish(sent: Mapping[str, Tensor]) -> KeyOrder:
+        found = places.finish({name: sent[name] for name in places.tables})
+        return KeyOrder(num_put + num_new, are_own, new_are_own, found.get("new"), found.get("prefix"), sent.get("kept"))
+
+    return Unsent({**places.tables, **kept_places}, finish)

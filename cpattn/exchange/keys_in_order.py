@@ -4,18 +4,19 @@ backend reads where they lie stay there."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from cpattn.exchange.key_order import KeyOrder, key_order
+from cpattn.exchange.key_order import KeyOrder, key_order, key_order_draft
 from cpattn.exchange.keys_at_hand import OwnKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
-from cpattn.exchange.step_spans import spans_in_order
+from cpattn.exchange.step_spans import in_order_draft, spans_in_order
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.keys import Keys, PrefixKeys, is_aligned
 from cpattn.kv_cache import PackedKV, PagedKV
+from cpattn.metadata.draft import Draft
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.spans import Spans
 from cpattn.transports.rows_of_all import RowsInOrder, SentRows
@@ -59,6 +60,13 @@ class OrderedKeys(NamedTuple):
         if kept is None:
             return keys
         return keys._replace(prefix=_prefix_of(io.cache, heads, kept))
+
+
+def drafts_in_order(setup: Setup) -> list[Draft[Any]]:
+    """Of the tables of :class:`OrderedKeys`, to be sent together, and with others."""
+    meta, ordered = setup.meta, setup.ordered
+    order = [] if meta.bucket is not None else [key_order_draft(meta, ordered)]
+    return [*order, in_order_draft(meta, ordered)]
 
 
 class InOrder(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, int32
 
-from cpattn.device_tables import DeviceTables, Int32Array, IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.device_tables import Int32Array, IntArray, Table, Unsent, exclusive_cumsum, expand_runs_on_host
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, puts_cached_keys
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
@@ -18,6 +18,7 @@ from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
 from cpattn.kernels.tiles import LENGTH_CLASSES
 from cpattn.keys import Arrivals, Keys
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Pieces, SeenKeys
 from cpattn.moves.late_rows import LateRows
@@ -107,13 +108,12 @@ class LateTables(NamedTuple):
 def late_tables(meta: CPMetadata, window: int | None, ordered: Ordered) -> LateTables:
     """For keys in the order of :func:`cpattn.exchange.key_order.key_order`, and queries that see ``window`` of them, or all: what none
     of them sees is not waited for, and comes last, where it has a place at all."""
+    return meta.derive_sent(late_draft(meta, window, ordered))
 
-    def build() -> LateTables:
-        tables = DeviceTables(_on_host(meta, window, ordered), meta.device)
-        return LateTables(*(tables[name] for name in LateTables._fields))
 
-    tables: LateTables = meta.derive(("late keys", window, ordered), build)
-    return tables
+def late_draft(meta: CPMetadata, window: int | None, ordered: Ordered) -> Draft[LateTables]:
+    """The same, to be sent with other tables."""
+    return Draft(("late keys", window, ordered), lambda: Unsent(_on_host(meta, window, ordered), lambda sent: LateTables(**sent)))
 
 
 class _Flags(NamedTuple):
@@ -140,7 +140,7 @@ def _flags(meta: CPMetadata, transport: Transport, pieces: int) -> Tensor:
     return flags.words
 
 
-def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str, IntArray]:
+def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str, Table]:
     plan = meta.plan
     seen, rows = seen_keys(meta, window), RequestRows.of(meta, ordered)
     num_rows = int((rows.put + rows.new).sum()) if meta.bucket is None else meta.whole_rows

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpattn.exchange.attend import Attend
-from cpattn.exchange.late_keys import LateInOrder, LateKeys
-from cpattn.exchange.page_places import PlacesInOrder, places_in_order
+from cpattn.exchange.keys_in_order import drafts_in_order
+from cpattn.exchange.late_keys import LateInOrder, LateKeys, late_draft
+from cpattn.exchange.page_places import PlacesInOrder, places_in_order, places_in_order_draft
 from cpattn.exchange.page_rows import read_rows, write_rows
 from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.strategy import IO, Setup
@@ -71,6 +72,8 @@ class LateIntoPages(NamedTuple):
             return None
         if not rows_of_peers(setup, kv):
             return None
+        late_rows = late_draft(meta, problem.window, setup.ordered)
+        meta.derive_together(late_rows, *drafts_in_order(setup), places_in_order_draft(meta))
         late = LateKeys.of(setup, kv)
         if late is None:
             return None

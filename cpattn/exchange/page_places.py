@@ -5,16 +5,18 @@ A place is the request of a row and its absolute position; a negative position s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, send
+from cpattn.device_tables import Int32Array, IntArray, Unsent, exclusive_cumsum, expand_all, unsent, unsent_runs
 from cpattn.exchange.key_order import Ordered, RequestRows
 from cpattn.exchange.seen_keys import arrivals, seen_keys
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Pieces, unseen_tokens
 
@@ -34,17 +36,22 @@ class Parted(NamedTuple):
 
 def parted_places(meta: CPMetadata, window: int | None) -> Parted:
     """For queries that see ``window`` keys, or all. It holds for any batch of a bucket, as offsets lie on the device."""
-
-    def build() -> tuple[Tensor, ...]:
-        runs, seen = meta.gathered_runs, seen_keys(meta, window).pieces
-        # Of each chunk its first tokens.
-        unseen = meta.plan.chunk_table.length.copy()
-        unseen[seen.entry] -= seen.length
-        return send([runs.part(unseen, first=False), runs.part(unseen, first=True)], meta.device)
-
-    request = meta.gathered_places[0]
-    seen, rest = meta.derive(("parted places", window), build)
+    meta.derive_together(*parted_drafts(meta, window))
+    (request, _), (seen, rest) = (meta.derive_sent(draft) for draft in parted_drafts(meta, window))
     return Parted((request, seen), (request, rest))
+
+
+def parted_drafts(meta: CPMetadata, window: int | None) -> tuple[Draft[tuple[Tensor, ...]], ...]:
+    """What they are made of, to be sent with other tables."""
+    return meta.gathered_places_draft, Draft(("parted places", window), lambda: unsent(_parted(meta, window)))
+
+
+def _parted(meta: CPMetadata, window: int | None) -> list[Int32Array]:
+    runs, seen = meta.gathered_runs, seen_keys(meta, window).pieces
+    # Of each chunk its first tokens.
+    unseen = meta.plan.chunk_table.length.copy()
+    unseen[seen.entry] -= seen.length
+    return [runs.part(unseen, first=False), runs.part(unseen, first=True)]
 
 
 def hole_places(meta: CPMetadata, window: int) -> Places:
@@ -111,20 +118,33 @@ class PlacesInOrder(NamedTuple):
 
 def places_in_order(meta: CPMetadata) -> PlacesInOrder:
     """The rows are the same on all ranks."""
+    return meta.derive_sent(places_in_order_draft(meta))
 
-    def build() -> PlacesInOrder:
-        plan: Layout = meta.plan
-        rows, requests = RequestRows.of(meta, Ordered.ALL_NEW), np.arange(len(plan.batch))
-        put = rows.put * (seen_keys(meta, window=None).new_len > 0)
-        # Rows of cached tokens are in the pages already.
-        positions = np.stack([-rows.put, plan.prefix_lens], axis=1).ravel()
-        new = _expanded(requests.repeat(2), positions, np.stack([rows.put, rows.new], axis=1).ravel(), meta.device)
-        if not put.any():
+
+def places_in_order_draft(meta: CPMetadata) -> Draft[PlacesInOrder]:
+    """The same, to be sent with other tables."""
+    return Draft("places in order", lambda: _places_in_order(meta))
+
+
+def _places_in_order(meta: CPMetadata) -> Unsent[PlacesInOrder]:
+    plan: Layout = meta.plan
+    rows, requests = RequestRows.of(meta, Ordered.ALL_NEW), np.arange(len(plan.batch))
+    put = rows.put * (seen_keys(meta, window=None).new_len > 0)
+    # Rows of cached tokens are in the pages already.
+    positions, lengths = np.stack([-rows.put, plan.prefix_lens], axis=1).ravel(), np.stack([rows.put, rows.new], axis=1).ravel()
+    runs = {"new request": (requests.repeat(2), lengths), "new position": (positions, lengths)}
+    if put.any():
+        runs |= {"request": (requests, put), "position": (rows.kept, put), "rows": (rows.begins, put)}
+    places = unsent_runs(runs, meta.device, repeated=("new request", "request"))
+
+    def finish(sent: Mapping[str, Tensor]) -> PlacesInOrder:
+        found = places.finish(sent)
+        new = found["new request"], found["new position"]
+        if "rows" not in found:
             return PlacesInOrder(new, None, None)
-        cached = _expanded(requests, rows.kept, put, meta.device)
-        return PlacesInOrder(new, cached, expand_all({"rows": (rows.begins, put)}, meta.device)["rows"])
+        return PlacesInOrder(new, (found["request"], found["position"]), found["rows"])
 
-    return meta.derive("places in order", build)
+    return Unsent(places.tables, finish)
 
 
 class RestRows(NamedTuple):

@@ -11,10 +11,11 @@ from torch import Tensor
 from cpattn.exchange.gathered_rows import gathered_rows, put_in_pages
 from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.needed_rows import NeededRows, group_buffers, needed_rows
-from cpattn.exchange.page_places import Parted, Places, needed_places, parted_places, rest_rows
+from cpattn.exchange.page_places import Parted, Places, needed_places, parted_drafts, parted_places, rest_rows
 from cpattn.exchange.page_rows import as_bytes, write_rows
 from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.seen_keys import exchanged_rows
+from cpattn.exchange.step_spans import causal_draft
 from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
 from cpattn.kv_cache import PagedKV
@@ -160,12 +161,18 @@ def rows_into_pages(setup: Setup, kv: KVFormat, travels: Traveling) -> Sequence[
     """Of each group of KV heads; ``kv`` is of one of them."""
     meta, window = setup.meta, setup.problem.window
     peers = rows_of_peers(setup, kv)
+    # Those whose queries see them in pages are sent along.
+    spans = [causal_draft(meta, paged=True)] if setup.reads_pages else []
     if travels.what == "nothing":
+        meta.derive_together(*parted_drafts(meta, window), *spans)
         own, rest = meta.gathered_places_by_rank[meta.cp_rank], parted_places(meta, window).rest
         return [AllAfter(kv, rows, own, rest) for rows in peers or _gathered(setup, kv)]
     if peers and (travels.what == "needed" or meta.bucket is not None):
+        meta.derive_together(*parted_drafts(meta, window), *spans)
         return [ReadTwice(kv, rows, parted_places(meta, window)) for rows in peers]
     sent_twice = [] if peers or travels.what == "all" else _sent_twice(setup, kv)
+    if not sent_twice:
+        meta.derive_together(meta.gathered_places_draft, *spans)
     return sent_twice or [AllBefore(kv, rows, meta.gathered_places) for rows in peers or _gathered(setup, kv)]
 
 

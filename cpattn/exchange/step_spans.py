@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpattn.device_tables import exclusive_cumsum
+from cpattn.device_tables import Unsent, exclusive_cumsum
 from cpattn.exchange.key_order import Ordered, RequestRows
 from cpattn.metadata.batch import IntArray
 from cpattn.metadata.chunk_tables import ChunkTables, chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import unseen_tokens
 from cpattn.metadata.needed_queries import queries_that_see
@@ -40,20 +41,31 @@ class KeyRanges(NamedTuple):
 
 def causal_spans(meta: CPMetadata, paged: bool) -> Spans:
     """This rank's queries over all keys of the batch: the last query of a chunk sees the range's last key."""
-    return meta.derive(("causal spans", paged), lambda: _causal(meta, meta.k_starts, paged))
+    return meta.derive_sent(causal_draft(meta, paged))
+
+
+def causal_draft(meta: CPMetadata, paged: bool) -> Draft[Spans]:
+    """Of :func:`causal_spans`, to be sent with other tables."""
+    return Draft(("causal spans", paged), lambda: _causal(meta, meta.k_starts, paged))
 
 
 def spans_in_order(meta: CPMetadata, ordered: Ordered) -> Spans:
     """The same over keys in the order of :class:`cpattn.exchange.key_order.KeyOrder`, where each request's begin elsewhere."""
+    return meta.derive_sent(in_order_draft(meta, ordered))
+
+
+def in_order_draft(meta: CPMetadata, ordered: Ordered) -> Draft[Spans]:
+    """Of :func:`spans_in_order`, to be sent with other tables."""
     if meta.bucket is not None:
-        return causal_spans(meta, paged=False)
-    return meta.derive(("spans in order", ordered), lambda: _causal(meta, RequestRows.of(meta, ordered).k_starts, paged=False))
+        return causal_draft(meta, paged=False)
+    return Draft(("spans in order", ordered), lambda: _causal(meta, RequestRows.of(meta, ordered).k_starts, paged=False))
 
 
-def _causal(meta: CPMetadata, starts: IntArray, paged: bool) -> Spans:
+def _causal(meta: CPMetadata, starts: IntArray, paged: bool) -> Unsent[Spans]:
     chunks = meta.chunk_host
     ranges = KeyRanges(starts[chunks.request], chunks.k_len, chunks.k_len - chunks.q_len + 1, "bottom_right")
-    return _build(meta, [_own_table(meta, ranges)], paged)[0]
+    spans = _unsent(meta, [_own_table(meta, ranges)], paged)
+    return Unsent(spans.tables, lambda sent: spans.finish(sent)[0])
 
 
 def all_causal_spans(meta: CPMetadata) -> Spans:
@@ -434,6 +446,10 @@ def _with_padding(meta: CPMetadata, chunks: ChunkTables, ranges: KeyRanges, most
 
 
 def _build(meta: CPMetadata, tables: list[SpanTable], paged: bool, reached: int = 0) -> list[Spans]:
+    return _unsent(meta, tables, paged, reached).sent(meta.device)
+
+
+def _unsent(meta: CPMetadata, tables: list[SpanTable], paged: bool, reached: int = 0) -> Unsent[list[Spans]]:
     if paged:
         tables = [table._replace(k_start=np.zeros_like(table.k_start)) for table in tables]
     fixed_lengths = None
@@ -441,7 +457,7 @@ def _build(meta: CPMetadata, tables: list[SpanTable], paged: bool, reached: int 
         # Without pages a bucket has no prefixes but what is reached of them, and all ranks' rows are the most that there can be.
         longest = meta.bucket.max_seqlen if paged else min(meta.bucket.max_seqlen, reached + meta.plan.cp_size * meta.rows)
         fixed_lengths = meta.bucket.max_rows, longest
-    return Spans.build_all(tables, meta.device, fixed_lengths)
+    return Spans.unsent(tables, fixed_lengths)
 
 
 def _by_launch(spans: list[Spans], launches: int) -> list[list[Spans]]:

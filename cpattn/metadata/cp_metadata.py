@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum, expand_all, send
+from cpattn.device_tables import DeviceTables, IntArray, Unsent, exclusive_cumsum, send_all, unsent, unsent_runs
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.handles import new_handle, resolve
 from cpattn.memo import Memo
 from cpattn.metadata.bucket import Bucket
 from cpattn.metadata.chunk_tables import chunk_tables
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.gathered_runs import GatheredRuns
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.notebook import rank_html
@@ -59,7 +60,7 @@ class CPMetadata:
         self.cp_rank = cp_rank
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
-        self._derived: dict[Hashable, tuple[Callable[[], Any] | None, Any]] = {}
+        self._derived: dict[Hashable, tuple[Callable[[], Any] | Draft[Any] | None, Any]] = {}
         # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
         self._checks: dict[Callable[[Any], None], None] = {}
         self._work_out(plan)
@@ -158,9 +159,14 @@ class CPMetadata:
         self._check_next(plan)
         self._work_out(plan)
         self._tables.copy_(self._host)
+        drafts = [(draft, derived) for draft, derived in self._derived.values() if isinstance(draft, Draft)]
+        sent = send_all([draft.make() for draft, _ in drafts], self.device)
+        for (_, derived), new in zip(drafts, sent, strict=True):
+            _refill(derived, new)
         for build, derived in self._derived.values():
-            assert build is not None  # there is a bucket
-            _refill(derived, build())
+            if not isinstance(build, Draft):
+                assert build is not None  # there is a bucket
+                _refill(derived, build())
 
     def why_not(self, other: Layout | CPMetadata) -> str | None:
         """Why :meth:`copy_` could not put another batch into this bucket, or None where it could; the same on every rank.
@@ -254,12 +260,12 @@ class CPMetadata:
             size = whole_rows if name == "restore_index" else rows
             made: Tensor = torch.ops.cpattn.table.default(self.handle, name, size, self.device)
             return made
-        return self.derive(name, lambda: _TABLES[name](self))
+        return self.derive_sent(Draft(name, lambda: _TABLES[name](self)))
 
     @property
     def extend_key_rows(self) -> Tensor:
         """``[plan.num_tokens]`` the row of each original token's key in the order that ``k_start`` speaks of."""
-        return self.derive("extend_key_rows", lambda: self._expand("extend_key", "extend_len", self.whole_rows))
+        return self.derive_sent(Draft("extend_key_rows", lambda: self._runs("extend_key", "extend_len", self.whole_rows)))
 
     def _require_no_bucket(self) -> None:
         if self.bucket is not None:
@@ -270,16 +276,12 @@ class CPMetadata:
         """``[plan.num_prefix_tokens]`` the row of each prefix token's key in the order that ``k_start`` speaks of."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens
-        return self.derive("prefix_key_rows", lambda: self._expand("prefix_key", "prefix_len", total))
+        return self.derive_sent(Draft("prefix_key_rows", lambda: self._runs("prefix_key", "prefix_len", total)))
 
     @property
     def gathered_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of each row of the gathered buffer, ``[cp_size * rows]`` each; -1 on padding."""
-
-        def build() -> tuple[Tensor, ...]:
-            return send([self.gathered_runs.request(), self.gathered_runs.position()], self.device)
-
-        request, position = self.derive("gathered_places", build)
+        request, position = self.derive_sent(self.gathered_places_draft)
         return request, position
 
     @property
@@ -303,28 +305,28 @@ class CPMetadata:
         """The request of each local row, and its number among the request's tokens that this rank holds, ``[rows]`` each;
         -1 on padding. What is cached comes first, then the new tokens in local order."""
 
-        return self.derive("held_places", lambda: self._numbered("chunk_request", "held_start", "q_len", self.rows))
+        return self._numbered("held_places", "chunk_request", "held_start", "q_len", self.rows)
 
     @property
     def key_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all keys, prefixes and extends, in the order that ``k_start`` speaks of."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens + self.plan.num_tokens
-        return self.derive("key_places", lambda: self._numbered("request", "zero", "total_len", total))
+        return self._numbered("key_places", "request", "zero", "total_len", total)
 
     @property
     def prefix_places(self) -> tuple[Tensor, Tensor]:
         """The request and the absolute position of all prefix tokens, request after request."""
         self._require_no_bucket()
         total = self.plan.num_prefix_tokens
-        return self.derive("prefix_places", lambda: self._numbered("request", "zero", "prefix_len", total))
+        return self._numbered("prefix_places", "request", "zero", "prefix_len", total)
 
     @property
     def shard_places(self) -> tuple[Tensor, Tensor]:
         """Of each token that this rank holds, cached and new, request after request: its request, and its number among the
         tokens of that. Then -1, up to the number of the rank that holds the most."""
         self._require_no_bucket()
-        return self.derive("shard_places", lambda: self._numbered("request", "zero", "shard_len", self.plan.largest_shard))
+        return self._numbered("shard_places", "request", "zero", "shard_len", self.plan.largest_shard)
 
     @property
     def k_starts(self) -> IntArray:
@@ -339,35 +341,73 @@ class CPMetadata:
         value: T = self._derived[key][1]
         return value
 
+    def derive_together(self, *drafts: Draft[Any]) -> None:
+        """Makes what is not there yet of some tables, in one copy to the device. :meth:`derive_sent` then finds them."""
+        missing = [draft for draft in drafts if draft.key not in self._derived]
+        if missing:
+            self._send(missing)
+
+    def derive_sent(self, draft: Draft[T]) -> T:
+        """What becomes of a draft, the same object ever after, as of :meth:`derive`."""
+        self.derive_together(draft)
+        value: T = self._derived[draft.key][1]
+        return value
+
     @leaves_graph
     def _make(self, key: Hashable, build: Callable[[], Any]) -> None:
-        if is_capturing(self.token_count.device):
-            raise CPError(
-                f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and again by every replay; "
-                "make the same call once with the same metadata before capturing it"
-            )
+        self._refuse_capture(key)
         # Tensors made under inference_mode could not be refilled outside of it.
         with torch.inference_mode(False):
             # What makes them refers to this, and so do they then: kept only where copy_ will ask for it.
             self._derived[key] = build if self.bucket is not None else None, build()
 
-    def _expand(self, first: str, lengths: str, capacity: int, fill: int = -1) -> Tensor:
-        """Token-level numbers from two of the small tables, filled up to ``capacity``."""
-        return expand_all({"": (self._host[first], self._host[lengths])}, self.device, size=capacity, fill=fill)[""]
+    @leaves_graph
+    def _send(self, drafts: list[Draft[Any]]) -> None:
+        self._refuse_capture(drafts[0].key)
+        with torch.inference_mode(False):
+            made = send_all([draft.make() for draft in drafts], self.device)
+        for draft, value in zip(drafts, made, strict=True):
+            self._derived[draft.key] = draft if self.bucket is not None else None, value
 
-    def _numbered(self, first: str, numbers: str, lengths: str, capacity: int) -> tuple[Tensor, Tensor]:
+    def _refuse_capture(self, key: Hashable) -> None:
+        if is_capturing(self.token_count.device):
+            raise CPError(
+                f"the tables {key!r} of this metadata would be made while a CUDA graph is captured, and again by every replay; "
+                "make the same call once with the same metadata before capturing it"
+            )
+
+    def _runs(self, first: str, lengths: str, capacity: int, fill: int = -1) -> Unsent[Tensor]:
+        """Token-level numbers from two of the small tables, filled up to ``capacity``."""
+        runs = unsent_runs({"": (self._host[first], self._host[lengths])}, self.device, size=capacity, fill=fill)
+        return Unsent(runs.tables, lambda sent: runs.finish(sent)[""])
+
+    def _numbered(self, key: str, first: str, numbers: str, lengths: str, capacity: int) -> tuple[Tensor, Tensor]:
         """Of each token one number of its run, as it is, and another that grows within the run; filled up to ``capacity``."""
-        runs = {name: (self._host[name], self._host[lengths]) for name in (first, numbers)}
-        expanded = expand_all(runs, self.device, repeated=(first,), size=capacity)
-        return expanded[first], expanded[numbers]
+
+        def make() -> Unsent[tuple[Tensor, ...]]:
+            tables = {name: (self._host[name], self._host[lengths]) for name in (first, numbers)}
+            runs = unsent_runs(tables, self.device, repeated=(first,), size=capacity)
+            return Unsent(runs.tables, lambda sent: tuple(runs.finish(sent).values()))
+
+        repeated, growing = self.derive_sent(Draft(key, make))
+        return repeated, growing
+
+    @property
+    def gathered_places_draft(self) -> Draft[tuple[Tensor, ...]]:
+        """Of :attr:`gathered_places`, to be sent with others."""
+        return Draft("gathered_places", lambda: unsent([self.gathered_runs.request(), self.gathered_runs.position()]))
 
 
 # What models read of the metadata, also in compiled graphs.
-_TABLES: dict[str, Callable[[CPMetadata], Tensor]] = {
-    "token_index": lambda meta: meta._expand("token_start", "q_len", meta.rows),
-    "position_ids": lambda meta: meta._expand("position_start", "q_len", meta.rows, fill=0).to(torch.int64),
-    "restore_index": lambda meta: meta._expand("gathered_start", "chunk_length", meta.whole_rows),
+_TABLES: dict[str, Callable[[CPMetadata], Unsent[Tensor]]] = {
+    "token_index": lambda meta: meta._runs("token_start", "q_len", meta.rows),
+    "position_ids": lambda meta: _as_int64(meta._runs("position_start", "q_len", meta.rows, fill=0)),
+    "restore_index": lambda meta: meta._runs("gathered_start", "chunk_length", meta.whole_rows),
 }
+
+
+def _as_int64(runs: Unsent[Tensor]) -> Unsent[Tensor]:
+    return Unsent(runs.tables, lambda sent: runs.finish(sent).to(torch.int64))
 
 
 @implements("table")
