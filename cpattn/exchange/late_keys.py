@@ -145,21 +145,26 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     seen, rows = seen_keys(meta, window), RequestRows.of(meta, ordered)
     num_rows = int((rows.put + rows.new).sum()) if meta.bucket is None else meta.whole_rows
     pieces = max(1, -(-num_rows // PIECE_ROWS))
-    own_rows, source = np.full(meta.rows, -1, dtype=np.int64), np.full(pieces * PIECE_ROWS, -1, dtype=np.int64)
     placed = Pieces.whole(plan) if ordered is Ordered.ALL_NEW else seen.pieces
     request, owner, place = _where(plan, placed)
     begin, length = place + rows.new_starts[request], placed.length
     is_own = owner == meta.cp_rank
-    own_rows[_runs(placed.rows(plan)[is_own], length[is_own])] = _runs(begin[is_own], length[is_own])
     theirs = RowsOfRanks.of(meta, ordered)
     there = owner * theirs.most + theirs.new_starts[owner, request] + place
-    source[_runs(begin[~is_own], length[~is_own])] = _runs(there[~is_own], length[~is_own])
+    # All in order: before each piece what nobody brings, and its own rows, are runs that end at -1.
+    between = begin.copy()
+    between[1:] -= begin[:-1] + length[:-1]
+    first = np.stack([-between, np.where(is_own, -length, there)], axis=1).ravel()
+    brought_rows = _runs(first, np.stack([between, length], axis=1).ravel())
+    own_rows, source = np.full(meta.rows, -1, dtype=np.int32), np.full(pieces * PIECE_ROWS, -1, dtype=np.int32)
+    own_rows[: meta.num_tokens] = _runs(begin[is_own], length[is_own])
+    np.maximum(brought_rows, -1, out=source[: len(brought_rows)])
     awaited = _by_need(meta, seen, rows)
-    late = np.zeros(pieces, dtype=np.int64)
+    late = np.zeros(pieces, dtype=np.int32)
     late[awaited] = 1
     brought = (source.reshape(-1, PIECE_ROWS) >= 0).any(axis=1)
-    in_turn = np.concatenate([awaited, np.flatnonzero(brought & (late == 0))])
-    order = np.full(1 + pieces, -1, dtype=np.int64)
+    in_turn = np.concatenate([awaited, (brought & (late == 0)).nonzero()[0]])
+    order = np.full(1 + pieces, -1, dtype=np.int32)
     order[0] = len(in_turn)
     order[1 : 1 + len(in_turn)] = in_turn
     return {"own_rows": own_rows, "source": source, "order": order, "late": late}

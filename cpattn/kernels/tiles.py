@@ -169,16 +169,19 @@ def choose(
     The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
     the tensor cores best. Small ones waste less on short query ranges, and spread few queries over more processors.
     Packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
+    (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where the longest tile is what takes long.)
     """
     best: tuple[float, TileShape, int, TilesOfSpans] | None = None
     for pack in packs:
+        is_shared = False
         for shape in shapes:
-            if shape.block_m < pack:
+            if shape.block_m < pack or (is_shared and shape.specialized):
                 continue
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, window)
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
             load = cost.sum() * (num_heads // pack) / num_processors
-            time = float(max(load, cost.max(initial=0)))
+            longest = cost.max(initial=0)
+            time, is_shared = float(max(load, longest)), bool(load >= longest)
             if best is None or time < best[0] * (1 - _MARGIN):
                 best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape
