@@ -43,10 +43,10 @@ def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
     floors = _Floors(call, ways)
     likely, most = floors.likely()
     # What takes longer to work out comes later.
-    heads = {number for number, way in enumerate(ways) if way.strategy is ULYSSES and floors.least[number] <= most}
+    heads = {number for number, way in enumerate(ways) if way.strategy is ULYSSES and floors.least(number) <= most}
     heads = {number for number in heads if floors.closer(number) <= most}
     most = min([most, *(floors.most(number) for number in heads)])
-    left = [number for number in range(len(ways)) if floors.least[number] <= most]
+    left = [number for number in range(len(ways)) if number == likely or floors.least(number) <= most]
     gathers = {number for number in left if number == likely or (ways[number].strategy is ALL_GATHER and floors.closer(number) <= most)}
     rings = {number for number in left if ways[number].strategy is RING and floors.with_copies(number) <= most}
     rings = {number for number in rings if floors.by_hops(number) <= most}
@@ -57,11 +57,7 @@ def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
 
 
 class _Floors:
-    """Seconds that ways take at least, each by its number.
-
-    Attributes:
-        least: a floor of each.
-    """
+    """Seconds that ways take at least, each by its number."""
 
     def __init__(self, call: Call, ways: Sequence[Way]) -> None:
         self._call, self._ways = call, ways
@@ -71,15 +67,19 @@ class _Floors:
         self._bounds = Bounds(call.plan, problem, costs)
         names = list(call.kernels)
         self._numbers = [names.index(way.backend.name) for way in ways]
-        compute = [self._bounds.at_least(number) for number in range(len(names))]
-        self.least = [
-            self._beside_heads(way) if ways[way].strategy is ULYSSES else self._of(way, compute[number])
-            for way, number in enumerate(self._numbers)
-        ]
+        self._least: dict[int, float] = {}
+
+    def least(self, number: int) -> float:
+        """A floor of one; worked out once."""
+        if number not in self._least:
+            divides_heads, kernel = self._ways[number].strategy is ULYSSES, self._numbers[number]
+            self._least[number] = self._beside_heads(number) if divides_heads else self._of(number, self._bounds.at_least(kernel))
+        return self._least[number]
 
     def likely(self) -> tuple[int, float]:
         """The all-gather that is likely to be the fastest, and what it takes at most."""
-        _, number = min((floor, number) for number, floor in enumerate(self.least) if self._ways[number].strategy is ALL_GATHER)
+        gathers = [number for number, way in enumerate(self._ways) if way.strategy is ALL_GATHER]
+        number = gathers[0] if len(gathers) == 1 else min(gathers, key=self.least)
         return number, self.most(number)
 
     def most(self, number: int) -> float:
