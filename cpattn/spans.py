@@ -222,9 +222,11 @@ class Spans:
         hosts = [HostSpans(exclusive_cumsum(table.q_len), *table[:-1]) for table in tables]
         packed: dict[str, IntArray] = {}
         for i, host in enumerate(hosts):
-            packed[f"cu_seqlens_q {i}"] = np.append(host.q_start, host.q_len.sum())
-            packed[f"k_start_padded {i}"] = np.append(host.k_start, 0)
-            packed |= {f"{name} {i}": getattr(host, name) for name in ("k_len", "diagonal", "request")}
+            ends = np.zeros((2, len(host.q_len) + 1), dtype=np.int64)
+            host.q_len.cumsum(out=ends[0, 1:])
+            ends[1, :-1] = host.k_start
+            packed |= {f"cu_seqlens_q {i}": ends[0], f"k_start_padded {i}": ends[1]}
+            packed |= {f"k_len {i}": host.k_len, f"diagonal {i}": host.diagonal, f"request {i}": host.request}
 
         def finish(on_device: Mapping[str, Tensor]) -> list[S]:
             return [

@@ -93,7 +93,7 @@ def check_page_table(table: Any, page_size: int, meta: CPMetadata) -> None:
 def _most_held(meta: CPMetadata) -> IntArray:
     """The tokens that pages hold of each request after the call, on the rank that holds the most."""
     plan: Layout = meta.plan
-    most: IntArray = plan.held_lens.max(axis=1, initial=0)
+    most: IntArray = plan.held_lens.max(axis=1, initial=0) if plan.sharded else plan.total_lens
     return most
 
 

@@ -75,7 +75,7 @@ def lacking_rows(plan: Layout, window: int | None) -> Lacking:
     # Each token is lacked as often as it lies in a gap: by a rank that has its chunk later.
     bounds = np.append(gaps.end, plan.num_tokens)
     lacked_before = _sum_below(np.sort(gaps.first), bounds) - _sum_below(gaps.end, bounds)
-    made = Lacking(received_rows(plan, window), plan.by_rank.sums(np.diff(lacked_before)))
+    made = Lacking(received_rows(plan, window), plan.by_rank.sums(lacked_before[1:] - lacked_before[:-1]))
     plan.memo.keep(key, made)
     return made
 
@@ -88,7 +88,8 @@ def received_rows(plan: Layout, window: int | None) -> IntArray:
 
 def _sum_below(ascending: IntArray, token: IntArray) -> IntArray:
     """The sum of ``token - value`` over all values below it."""
-    sums = np.append(0, ascending.cumsum())
+    sums = np.zeros(len(ascending) + 1, dtype=np.int64)
+    ascending.cumsum(out=sums[1:])
     count = ascending.searchsorted(token)
     below: IntArray = token * count - sums[count]
     return below
