@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,7 +88,7 @@ class CPMetadata:
         self.rows = plan.rows if self.bucket is None else self.bucket.max_rows
         # What a call worked out for this batch, on the host.
         self.memo: Memo[Hashable, Any] = Memo(_MOST_REMEMBERED)
-        _, request, chunk_start, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
+        _, request, _, q_len, k_len = self.chunk_host = chunk_tables(plan, self.cp_rank)
         cu_seqlens_q = np.zeros(len(q_len) + 1, dtype=np.int64)
         q_len.cumsum(out=cu_seqlens_q[1:])
 
@@ -96,50 +97,11 @@ class CPMetadata:
         self.max_seqlen_k = int(k_len.max(initial=0))
         # What a window is compared with: the longest request, prefix included, that this metadata may come to hold.
         self.longest_request = int(plan.total_lens.max(initial=0)) if self.bucket is None else self.bucket.max_seqlen
-        # Where each chunk's tokens go among those that this rank holds of the request: after the cached ones. (Not where each rank has
-        # queries of all tokens: kept_places are of those.)
-        extends = np.bincount(request, q_len, minlength=len(plan.batch)).astype(np.int64)
-        if plan.all_queries:
-            extends = plan.rank_extends[:, self.cp_rank]
-        held = cu_seqlens_q[:-1] + (plan.shard_lens[:, self.cp_rank] - exclusive_cumsum(extends))[request]
-        k_starts = self.k_starts
-        of_chunks = {
-            "chunk_request": request,
-            "q_len": q_len,
-            "k_len": k_len,
-            "k_start": k_starts[request],
-            "token_start": exclusive_cumsum(plan.extend_lens)[request] + chunk_start,
-            "position_start": k_len - q_len,
-            "held_start": held,
-        }
-        # Runs over the whole batch: where its chunks lie in the gathered buffer, and where each request's extend and
-        # prefix lie among the keys in order.
-        of_gathered = {
-            "gathered_start": plan.chunk_table.rank * self.rows + plan.chunk_rows,
-            "chunk_length": plan.chunk_table.length,
-        }
-        if plan.all_queries:
-            of_gathered = {"gathered_start": np.zeros(1, dtype=np.int64), "chunk_length": np.array([plan.num_tokens])}
-        of_requests = {
-            "request": np.arange(len(plan.batch)),
-            "extend_key": k_starts + plan.prefix_lens,
-            "extend_len": plan.extend_lens,
-            "prefix_key": k_starts,
-            "prefix_len": plan.prefix_lens,
-            "total_len": plan.total_lens,
-            "shard_len": plan.shard_lens[:, self.cp_rank] + extends,
-            "zero": np.zeros(len(plan.batch), dtype=np.int64),
-        }
+        tables = {"chunk_request": request, "k_len": k_len, "k_start": self.k_starts[request], "cu_seqlens_q": cu_seqlens_q}
         if self.bucket is not None:
-            of_chunks = _padded(of_chunks, self.bucket.max_chunks)
-            most = self.bucket.max_chunks
-            if not plan.is_callers:
-                most = min(most, self.bucket.max_requests * plan.chunks_of_share(fixed=True))
-            of_gathered = _padded(of_gathered, plan.cp_size * most)
-            of_requests = _padded(of_requests, self.bucket.max_requests)
-            cu_seqlens_q = np.pad(cu_seqlens_q, (0, self.bucket.max_chunks + 1 - len(cu_seqlens_q)), mode="edge")
-        token_count = np.array([self.num_tokens])
-        self._host = {"cu_seqlens_q": cu_seqlens_q, "token_count": token_count, **of_chunks, **of_gathered, **of_requests}
+            tables = {name: np.pad(table, (0, self.bucket.max_chunks - len(request))) for name, table in tables.items()}
+            tables["cu_seqlens_q"][len(cu_seqlens_q) :] = self.num_tokens
+        self._host = {**tables, "token_count": np.array([self.num_tokens])}
 
     @leaves_graph
     def copy_(self, other: Layout | CPMetadata) -> None:
@@ -260,7 +222,9 @@ class CPMetadata:
             size = whole_rows if name == "restore_index" else rows
             made: Tensor = torch.ops.cpattn.table.default(self.handle, name, size, self.device)
             return made
-        return self.derive_sent(Draft(name, lambda: _TABLES[name](self)))
+        if name in _OF_INPUT:
+            self.derive_together(*(Draft(each, partial(_TABLES[each], self)) for each in _OF_INPUT))
+        return self.derive_sent(Draft(name, partial(_TABLES[name], self)))
 
     @property
     def extend_key_rows(self) -> Tensor:
@@ -377,20 +341,35 @@ class CPMetadata:
             )
 
     def _runs(self, first: str, lengths: str, capacity: int, fill: int = -1) -> Unsent[Tensor]:
-        """Token-level numbers from two of the small tables, filled up to ``capacity``."""
-        runs = unsent_runs({"": (self._host[first], self._host[lengths])}, self.device, size=capacity, fill=fill)
+        """Token-level numbers from two of the small :data:`_COLUMNS`, filled up to ``capacity``."""
+        runs = unsent_runs({"": (_COLUMNS[first](self), _COLUMNS[lengths](self))}, self.device, size=capacity, fill=fill)
         return Unsent(runs.tables, lambda sent: runs.finish(sent)[""])
 
     def _numbered(self, key: str, first: str, numbers: str, lengths: str, capacity: int) -> tuple[Tensor, Tensor]:
         """Of each token one number of its run, as it is, and another that grows within the run; filled up to ``capacity``."""
 
         def make() -> Unsent[tuple[Tensor, ...]]:
-            tables = {name: (self._host[name], self._host[lengths]) for name in (first, numbers)}
-            runs = unsent_runs(tables, self.device, repeated=(first,), size=capacity)
+            columns = {name: (_COLUMNS[name](self), _COLUMNS[lengths](self)) for name in (first, numbers)}
+            runs = unsent_runs(columns, self.device, repeated=(first,), size=capacity)
             return Unsent(runs.tables, lambda sent: tuple(runs.finish(sent).values()))
 
         repeated, growing = self.derive_sent(Draft(key, make))
         return repeated, growing
+
+    @property
+    def _held_starts(self) -> IntArray:
+        """Where each chunk's tokens go among those that this rank holds of the request: after the cached ones. (Not where each rank has
+        queries of all tokens: kept_places are of those.)"""
+        plan, chunks = self.plan, self.chunk_host
+        before = plan.shard_lens[:, self.cp_rank] - exclusive_cumsum(plan.rank_extends[:, self.cp_rank])
+        held: IntArray = exclusive_cumsum(chunks.q_len) + before[chunks.request]
+        return held
+
+    @property
+    def _shard_lens(self) -> IntArray:
+        """Of each request the tokens that this rank holds, new ones included."""
+        lens: IntArray = self.plan.shard_lens[:, self.cp_rank] + self.plan.rank_extends[:, self.cp_rank]
+        return lens
 
     @property
     def gathered_places_draft(self) -> Draft[tuple[Tensor, ...]]:
@@ -398,12 +377,37 @@ class CPMetadata:
         return Draft("gathered_places", lambda: unsent([self.gathered_runs.request(), self.gathered_runs.position()]))
 
 
+# What token-level tables are expanded from: of each chunk here, of each of the batch in the gathered buffer, or of each request.
+_COLUMNS: dict[str, Callable[[CPMetadata], IntArray]] = {
+    "chunk_request": lambda meta: meta.chunk_host.request,
+    "q_len": lambda meta: meta.chunk_host.q_len,
+    "token_start": lambda meta: exclusive_cumsum(meta.plan.extend_lens)[meta.chunk_host.request] + meta.chunk_host.start,
+    "position_start": lambda meta: meta.chunk_host.k_len - meta.chunk_host.q_len,
+    "held_start": lambda meta: meta._held_starts,
+    "gathered_start": lambda meta: (
+        np.zeros(1, dtype=np.int64) if meta.plan.all_queries else meta.plan.chunk_table.rank * meta.rows + meta.plan.chunk_rows
+    ),
+    "chunk_length": lambda meta: np.array([meta.plan.num_tokens]) if meta.plan.all_queries else meta.plan.chunk_table.length,
+    "request": lambda meta: np.arange(len(meta.plan.batch)),
+    "zero": lambda meta: np.zeros(len(meta.plan.batch), dtype=np.int64),
+    "extend_key": lambda meta: meta.k_starts + meta.plan.prefix_lens,
+    "extend_len": lambda meta: meta.plan.extend_lens,
+    "prefix_key": lambda meta: meta.k_starts,
+    "prefix_len": lambda meta: meta.plan.prefix_lens,
+    "total_len": lambda meta: meta.plan.total_lens,
+    "shard_len": lambda meta: meta._shard_lens,
+}
+
 # What models read of the metadata, also in compiled graphs.
 _TABLES: dict[str, Callable[[CPMetadata], Unsent[Tensor]]] = {
     "token_index": lambda meta: meta._runs("token_start", "q_len", meta.rows),
     "position_ids": lambda meta: _as_int64(meta._runs("position_start", "q_len", meta.rows, fill=0)),
     "restore_index": lambda meta: meta._runs("gathered_start", "chunk_length", meta.whole_rows),
 }
+
+
+# Of the rows that go into a model: whoever asks for one of them mostly wants both.
+_OF_INPUT = ("token_index", "position_ids")
 
 
 def _as_int64(runs: Unsent[Tensor]) -> Unsent[Tensor]:
@@ -415,10 +419,6 @@ def _copied_table(meta: Tensor, name: str, size: int, device: torch.device) -> T
     """A copy: the memory of what an operator returns belongs to the graph, which may write to it."""
     table: Tensor = getattr(resolve(meta, CPMetadata), name)
     return table.clone()
-
-
-def _padded(tables: dict[str, IntArray], size: int) -> dict[str, IntArray]:
-    return {name: np.pad(table, (0, size - len(table))) for name, table in tables.items()}
 
 
 def _refill(old: Any, new: Any) -> None:
