@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from cpattn.exchange.gathered_rows import gathered_rows
-from cpattn.exchange.key_order import key_order
+from cpattn.exchange.key_order import RequestRows, key_order
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace, drafts_in_order
 from cpattn.exchange.late_keys import LateInOrder, LateKeys, late_draft
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.needed_rows import needed_rows
 from cpattn.exchange.rows_of_peers import rows_of_peers
-from cpattn.exchange.seen_keys import exchanged_rows, gathered_rows_seen
+from cpattn.exchange.seen_keys import exchanged_rows, exchanged_rows_draft, gathered_rows_draft, gathered_rows_seen
 from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
+from cpattn.metadata.draft import Draft
 from cpattn.transports.rows_of_all import RowsInOrder, SentRows
 
 
@@ -32,7 +34,8 @@ def keys_in_order(
         late = LateKeys.of(setup, kv)
         if late is not None:
             return [late], LateInOrder.of(setup, late)
-    meta.derive_together(*drafts_in_order(setup))
+    new_are_own = meta.bucket is None and int(RequestRows.of(meta, setup.ordered).new.sum()) == meta.num_tokens
+    meta.derive_together(*drafts_in_order(setup), *_source_drafts(setup, travels, new_are_own, reads_peers=bool(peers)))
     order = key_order(meta, setup.ordered)
     rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
     if order.are_own:
@@ -44,6 +47,14 @@ def keys_in_order(
         # Who reads others' memory reads no more than is in the index. A bucket's gathered rows are all there, and have a table already.
         source = meta.restore_index if meta.bucket is not None and not peers else gathered_rows_seen(meta, problem.window)
     return rows, InOrder(ordered, source)
+
+
+def _source_drafts(setup: Setup, travels: Traveling, new_are_own: bool, *, reads_peers: bool) -> list[Draft[Any]]:
+    """Of the table by which what arrives is put in order, to be sent with others: mostly one of these is asked for."""
+    meta, window = setup.meta, setup.problem.window
+    if not reads_peers and travels.what != "all":
+        return [exchanged_rows_draft(meta, window)]
+    return [] if new_are_own or (meta.bucket is not None and not reads_peers) else [gathered_rows_draft(meta, window)]
 
 
 def _arriving(setup: Setup, kv: KVFormat, travels: Traveling, new_are_own: bool) -> tuple[Sequence[RowsInOrder], Tensor | None]:

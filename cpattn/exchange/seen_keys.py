@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all, expand_runs_on_host, send
+from cpattn.device_tables import IntArray, Unsent, exclusive_cumsum, expand_runs_on_host, unsent_runs
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Pieces, SeenKeys
 
@@ -22,20 +23,25 @@ def seen_keys(meta: CPMetadata, window: int | None) -> SeenKeys:
 def gathered_rows_seen(meta: CPMetadata, window: int | None) -> Tensor:
     """Of each new token that has a place in this rank's order, its row among all ranks' rows, rank after rank: int32 ``[n]`` on the
     device. A negative entry stands for zeros, where queries that see ``window`` keys see none. In a bucket all new tokens have a place."""
+    return meta.derive_sent(gathered_rows_draft(meta, window))
 
-    def build() -> Tensor:
-        plan: Layout = meta.plan
-        seen = seen_keys(meta, window)
-        first = plan.chunk_table.rank[seen.pieces.entry] * meta.rows + seen.pieces.rows(plan)
-        if meta.bucket is None:
-            return expand_all({"rows": with_holes(seen, first)}, meta.device)["rows"]
-        total = int(seen.pieces.length.sum())
-        rows = np.full(meta.whole_rows, -1, dtype=np.int32)
-        rows[expand_runs_on_host(seen.pieces.token, seen.pieces.length, total)] = expand_runs_on_host(first, seen.pieces.length, total)
-        return send([rows], meta.device)[0]
 
-    rows: Tensor = meta.derive(("gathered rows seen", window), build)
-    return rows
+def gathered_rows_draft(meta: CPMetadata, window: int | None) -> Draft[Tensor]:
+    """The same, to be sent with other tables."""
+    return Draft(("gathered rows seen", window), lambda: _gathered_rows_seen(meta, window))
+
+
+def _gathered_rows_seen(meta: CPMetadata, window: int | None) -> Unsent[Tensor]:
+    plan: Layout = meta.plan
+    seen = seen_keys(meta, window)
+    first = plan.chunk_table.rank[seen.pieces.entry] * meta.rows + seen.pieces.rows(plan)
+    if meta.bucket is None:
+        runs = unsent_runs({"rows": with_holes(seen, first)}, meta.device)
+        return Unsent(runs.tables, lambda sent: runs.finish(sent)["rows"])
+    total = int(seen.pieces.length.sum())
+    rows = np.full(meta.whole_rows, -1, dtype=np.int32)
+    rows[expand_runs_on_host(seen.pieces.token, seen.pieces.length, total)] = expand_runs_on_host(first, seen.pieces.length, total)
+    return Unsent({"rows": rows}, lambda sent: sent["rows"])
 
 
 class ExchangedRows(NamedTuple):
@@ -55,25 +61,30 @@ class ExchangedRows(NamedTuple):
 
 def exchanged_rows(meta: CPMetadata, window: int | None) -> ExchangedRows:
     """For queries that see ``window`` keys, or all."""
+    return meta.derive_sent(exchanged_rows_draft(meta, window))
 
-    def build() -> ExchangedRows:
-        plan: Layout = meta.plan
-        seen = seen_keys(meta, window)
-        first, owner = seen.pieces.rows(plan), plan.chunk_table.rank[seen.pieces.entry]
-        arrives = arrivals(plan, seen, meta.cp_rank)
-        first[arrives] = meta.num_tokens + exclusive_cumsum(seen.pieces.length[arrives])
-        # What others see of this rank's chunks, theirs in the order in which they take them.
-        seen_by_others = Pieces.of(plan, window)
-        viewer = plan.chunk_table.rank[seen_by_others.seen_by]
-        leaves = ((plan.chunk_table.rank[seen_by_others.entry] == meta.cp_rank) & (viewer != meta.cp_rank)).nonzero()[0]
-        leaves = leaves[viewer[leaves].argsort(kind="stable")]
-        leaving = seen_by_others.take(leaves)
-        tables = expand_all({"outgoing": (leaving.rows(plan), leaving.length), "source": with_holes(seen, first)}, meta.device)
-        sent = _rows_of_ranks(viewer[leaves], leaving.length, plan.cp_size)
-        received = _rows_of_ranks(owner[arrives], seen.pieces.length[arrives], plan.cp_size)
-        return ExchangedRows(sent, received, tables["outgoing"], tables["source"])
 
-    return meta.derive(("exchanged rows", window), build)
+def exchanged_rows_draft(meta: CPMetadata, window: int | None) -> Draft[ExchangedRows]:
+    """The same, to be sent with other tables."""
+    return Draft(("exchanged rows", window), lambda: _exchanged_rows(meta, window))
+
+
+def _exchanged_rows(meta: CPMetadata, window: int | None) -> Unsent[ExchangedRows]:
+    plan: Layout = meta.plan
+    seen = seen_keys(meta, window)
+    first, owner = seen.pieces.rows(plan), plan.chunk_table.rank[seen.pieces.entry]
+    arrives = arrivals(plan, seen, meta.cp_rank)
+    first[arrives] = meta.num_tokens + exclusive_cumsum(seen.pieces.length[arrives])
+    # What others see of this rank's chunks, theirs in the order in which they take them.
+    seen_by_others = Pieces.of(plan, window)
+    viewer = plan.chunk_table.rank[seen_by_others.seen_by]
+    leaves = ((plan.chunk_table.rank[seen_by_others.entry] == meta.cp_rank) & (viewer != meta.cp_rank)).nonzero()[0]
+    leaves = leaves[viewer[leaves].argsort(kind="stable")]
+    leaving = seen_by_others.take(leaves)
+    runs = unsent_runs({"outgoing": (leaving.rows(plan), leaving.length), "source": with_holes(seen, first)}, meta.device)
+    sent_rows = _rows_of_ranks(viewer[leaves], leaving.length, plan.cp_size)
+    received = _rows_of_ranks(owner[arrives], seen.pieces.length[arrives], plan.cp_size)
+    return Unsent(runs.tables, lambda sent: ExchangedRows(sent_rows, received, **runs.finish(sent)))
 
 
 def arrivals(plan: Layout, seen: SeenKeys, cp_rank: int) -> IntArray:
