@@ -14,11 +14,11 @@ from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows, put_in_pa
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_rows import Places
 from cpattn.exchange.schedule import Hop, Schedule, sends
-from cpattn.exchange.step_spans import new_token_spans
+from cpattn.exchange.step_spans import new_token_draft, new_token_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.striped_places import owned_places
+from cpattn.metadata.striped_places import owned_places, owned_places_draft
 from cpattn.problem import Problem
 from cpattn.spans import Spans
 from cpattn.transports.transfer import Transfer
@@ -58,6 +58,7 @@ class NewKeysAlone(NamedTuple):
         """What one call needs."""
         meta, transport, kv = setup.meta, setup.transport, setup.kv
         (rows,) = gathered_rows(transport, kv, setup.problem.rows)
+        meta.derive_together(meta.restore_index_draft, owned_places_draft(meta), new_token_draft(meta))
         return cls(
             transfers=(rows.transfer,) if transport.size > 1 else (),
             rows=rows,

@@ -10,7 +10,7 @@ travel.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
 from cpattn.exchange.results import Results
 from cpattn.exchange.schedule import Hop, Schedule, sends
-from cpattn.exchange.step_spans import cached_spans, new_token_spans, reached_spans
+from cpattn.exchange.step_spans import cached_draft, cached_spans, new_token_draft, new_token_spans, reached_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kv_cache import PagedKV
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.striped_places import cached_places, owned_places
+from cpattn.metadata.striped_places import cached_places, owned_places, owned_places_draft
 from cpattn.metadata.window_reach import reached_places, require_positions
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
@@ -98,12 +99,15 @@ class PassQWithNewKeys(NamedTuple):
             gather = transport.prepare_all_gather(everyone.whole, own.whole)._replace(fill_missing=own.fill_missing)
             back = transport.prepare_all_to_all(received.message, sent.message)
             transfers = gather, back._replace(fill_missing=partial(sent.message.fill_, torch.nan))
+        drafts: list[Draft[Any]] = [meta.restore_index_draft, owned_places_draft(meta), new_token_draft(meta)]
         if problem.window is None:
+            meta.derive_together(*drafts, cached_draft(meta, paged=setup.reads_pages))
             places = None if setup.reads_pages else cached_places(meta)
             own_spans, other_spans = cached_spans(meta, paged=setup.reads_pages)
         else:
             # A range of a window's keys begins anywhere, and ranges in pages do not.
             meta.on_copy(require_positions)
+            meta.derive_together(*drafts)
             places = reached_places(meta, problem.window)
             own_spans, other_spans = reached_spans(meta, problem.window)
         cached = PagedKeys.as_they_are(kv)

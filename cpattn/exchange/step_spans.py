@@ -175,8 +175,14 @@ def gathered_source_spans(meta: CPMetadata, window: int | None, paged: bool) -> 
 def cached_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
     """Over what this rank holds of the prefixes: its own queries, and those of all other ranks, rank after rank. New tokens lie
     apart."""
+    own, others = meta.derive_sent(cached_draft(meta, paged))
+    return own, others
 
-    def build() -> list[Spans]:
+
+def cached_draft(meta: CPMetadata, paged: bool) -> Draft[list[Spans]]:
+    """The same, to be sent with other tables."""
+
+    def make() -> Unsent[list[Spans]]:
         own = _cached_ranges(meta, meta.chunk_host)
         parts = []
         for source in range(meta.plan.cp_size):
@@ -184,22 +190,27 @@ def cached_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:
             if source == meta.cp_rank:
                 ranges = ranges._replace(k_len=np.zeros_like(ranges.k_len))
             parts.append(_table(meta, source, ranges))
-        return _build(meta, [_own_table(meta, own), _one_after_another(parts)], paged)
+        return _unsent(meta, [_own_table(meta, own), _one_after_another(parts)], paged)
 
-    own, others = meta.derive(("cached spans", paged), build)
-    return own, others
+    return Draft(("cached spans", paged), make)
 
 
 def new_token_spans(meta: CPMetadata) -> Spans:
     """This rank's queries over the new tokens of all ranks, request after request, without the prefixes."""
+    (spans,) = meta.derive_sent(new_token_draft(meta))
+    return spans
 
-    def build() -> Spans:
+
+def new_token_draft(meta: CPMetadata) -> Draft[list[Spans]]:
+    """The same, to be sent with other tables."""
+
+    def make() -> Unsent[list[Spans]]:
         chunks = meta.chunk_host
         begins = exclusive_cumsum(meta.plan.extend_lens)[chunks.request]
         ranges = KeyRanges(begins, chunks.start + chunks.q_len, chunks.start + 1, "bottom_right")
-        return _build(meta, [_own_table(meta, ranges)], paged=False)[0]
+        return _unsent(meta, [_own_table(meta, ranges)], paged=False)
 
-    return meta.derive("new token spans", build)
+    return Draft("new token spans", make)
 
 
 def window_spans(meta: CPMetadata, window: int) -> Spans:

@@ -223,8 +223,16 @@ class CPMetadata:
             made: Tensor = torch.ops.cpattn.table.default(self.handle, name, size, self.device)
             return made
         if name in _OF_INPUT:
-            self.derive_together(*(Draft(each, partial(_TABLES[each], self)) for each in _OF_INPUT))
-        return self.derive_sent(Draft(name, partial(_TABLES[name], self)))
+            self.derive_together(*map(self._table_draft, _OF_INPUT))
+        return self.derive_sent(self._table_draft(name))
+
+    def _table_draft(self, name: str) -> Draft[Tensor]:
+        return Draft(name, partial(_TABLES[name], self))
+
+    @property
+    def restore_index_draft(self) -> Draft[Tensor]:
+        """Of :attr:`restore_index`, to be sent with other tables."""
+        return self._table_draft("restore_index")
 
     @property
     def extend_key_rows(self) -> Tensor:
@@ -357,7 +365,7 @@ class CPMetadata:
         return repeated, growing
 
     @property
-    def _held_starts(self) -> IntArray:
+    def held_starts(self) -> IntArray:
         """Where each chunk's tokens go among those that this rank holds of the request: after the cached ones. (Not where each rank has
         queries of all tokens: kept_places are of those.)"""
         plan, chunks = self.plan, self.chunk_host
@@ -383,7 +391,7 @@ _COLUMNS: dict[str, Callable[[CPMetadata], IntArray]] = {
     "q_len": lambda meta: meta.chunk_host.q_len,
     "token_start": lambda meta: exclusive_cumsum(meta.plan.extend_lens)[meta.chunk_host.request] + meta.chunk_host.start,
     "position_start": lambda meta: meta.chunk_host.k_len - meta.chunk_host.q_len,
-    "held_start": lambda meta: meta._held_starts,
+    "held_start": lambda meta: meta.held_starts,
     "gathered_start": lambda meta: (
         np.zeros(1, dtype=np.int64) if meta.plan.all_queries else meta.plan.chunk_table.rank * meta.rows + meta.plan.chunk_rows
     ),

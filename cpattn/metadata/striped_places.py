@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpattn.device_tables import Int32Array, IntArray, exclusive_cumsum, expand_runs_on_host, send
+from cpattn.device_tables import Int32Array, IntArray, Table, exclusive_cumsum, expand_runs_on_host, send, unsent
 from cpattn.metadata.chunk_tables import chunk_tables
 from cpattn.metadata.cp_metadata import CPMetadata
+from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 
 Places = tuple[Tensor, Tensor]
@@ -18,22 +19,27 @@ def owned_places(meta: CPMetadata) -> Places:
     """Of each row of the gathered buffer ``[cp_size * rows]``: its request, and its number among the request's tokens that this
     rank holds; -1 where another rank holds it, and on padding."""
 
-    def build() -> Places:
-        plan: Layout = meta.plan
-        if plan.owner is None:
-            # Each rank keeps what it computes.
-            places = torch.full((2, plan.cp_size, meta.rows), -1, dtype=torch.int32, device=meta.device)
-            for place, own in zip(places, meta.held_places, strict=True):
-                place[meta.cp_rank] = own
-            request, number = places.flatten(1)
-            return request, number
-        request, position = meta.gathered_runs.request(), meta.gathered_runs.position().astype(np.int64)
-        is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
-        numbers = plan.owner.numbers(position, plan.cp_size)
-        own_request, own_number = send([np.where(is_own, request, -1), np.where(is_own, numbers, -1)], meta.device)
-        return own_request, own_number
+    request, number = meta.derive_sent(owned_places_draft(meta))
+    return request, number
 
-    return meta.derive("owned places", build)
+
+def owned_places_draft(meta: CPMetadata) -> Draft[tuple[Tensor, ...]]:
+    """The same, to be sent with other tables."""
+    return Draft("owned places", lambda: unsent(_owned_places(meta)))
+
+
+def _owned_places(meta: CPMetadata) -> list[Table]:
+    plan: Layout = meta.plan
+    if plan.owner is None:
+        # Each rank keeps what it computes.
+        places = np.full((2, plan.cp_size, meta.rows), -1, dtype=np.int32)
+        q_len = meta.chunk_host.q_len
+        places[0, meta.cp_rank, : meta.num_tokens] = expand_runs_on_host(meta.chunk_host.request, q_len, meta.num_tokens, step=0)
+        places[1, meta.cp_rank, : meta.num_tokens] = expand_runs_on_host(meta.held_starts, q_len, meta.num_tokens)
+        return [places[0].ravel(), places[1].ravel()]
+    request, position = meta.gathered_runs.request(), meta.gathered_runs.position().astype(np.int64)
+    is_own = (position >= 0) & (plan.owner.ranks(position, plan.cp_size) == meta.cp_rank)
+    return [np.where(is_own, request, -1), np.where(is_own, plan.owner.numbers(position, plan.cp_size), -1)]
 
 
 def kept_places(meta: CPMetadata) -> Places:
