@@ -28,7 +28,7 @@ import cpattn
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 16, 8, 128, 256
 PACKAGE = str(Path(cpattn.__file__).parent)
-BATCHES, WARM_UPS, LATER = 32, 4, 3
+BATCHES, WARM_UPS, LATER = 24, 4, 3
 
 
 class Case(NamedTuple):

@@ -70,23 +70,23 @@ class OnDevice(Tensor):
 
     # What torch would ask CUDA about before anyone else is.
     def __getitem__(self, index: Any) -> Any:
-        with _disable_current_modes():
+        with _not_counted():
             found = self.held[_held(index)]
-        is_view = found.untyped_storage().data_ptr() == self.held.untyped_storage().data_ptr()
-        _count("launches", not is_view)
-        return OnDevice.of(found)
+            is_view = found.untyped_storage().data_ptr() == self.held.untyped_storage().data_ptr()
+            _count("launches", not is_view)
+            return OnDevice.of(found)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _count("launches")
-        with _disable_current_modes():
+        with _not_counted():
+            _count("launches")
             self.held[_held(index)] = _held(value)
 
     def copy_(self, other: Tensor, non_blocking: bool = False) -> Tensor:
-        _count("launches" if type(other) is OnDevice else "copies")
-        if self.held.numel() <= _MOST_COPIED:
-            with _disable_current_modes():
+        with _not_counted():
+            _count("launches" if type(other) is OnDevice else "copies")
+            if self.held.numel() <= _MOST_COPIED:
                 self.held.copy_(_held(other))
-        return self
+            return self
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
@@ -159,6 +159,15 @@ class StandIn(TorchDispatchMode):
 
 
 _active: list[StandIn] = []
+
+
+@contextmanager
+def _not_counted() -> Iterator[None]:
+    """The device's time."""
+    begin = time.thread_time()
+    with _disable_current_modes():
+        yield
+    _active[-1].seconds += time.thread_time() - begin
 
 
 def _count(what: str, many: int = 1) -> None:

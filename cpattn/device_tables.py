@@ -50,6 +50,10 @@ class DeviceTables:
         """Puts tables of the same sizes in the place of these."""
         self._buffer.copy_(self._packed(tables, self._buffer.device), non_blocking=True)
 
+    def are_like(self, tables: Mapping[str, Table]) -> bool:
+        """Whether these could be put there."""
+        return [len(table) for table in tables.values()] == self._sizes[::2]
+
     def _packed(self, tables: Mapping[str, Table], device: torch.device) -> Tensor:
         on_host = torch.empty(sum(self._sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         packed = on_host.numpy()
@@ -106,14 +110,31 @@ class Unsent(Generic[T]):
 
     def sent(self, device: torch.device) -> T:
         """By itself."""
-        (made,) = send_all([self], device)
+        (made,) = SentTogether([self], device).made([self])
         return made  # type: ignore[no-any-return]
 
 
-def send_all(parts: Sequence[Unsent[Any]], device: torch.device) -> list[Any]:
-    """What each becomes; in one copy."""
-    sent = DeviceTables({f"{number} {name}": table for number, part in enumerate(parts) for name, table in part.tables.items()}, device)
-    return [part.finish({name: sent[f"{number} {name}"] for name in part.tables}) for number, part in enumerate(parts)]
+class SentTogether:
+    """Several that went to the device in one copy."""
+
+    def __init__(self, parts: Sequence[Unsent[Any]], device: torch.device) -> None:
+        self._tables = DeviceTables(self._named(parts), device)
+
+    def copy_(self, parts: Sequence[Unsent[Any]]) -> bool:
+        """Puts others there, if they are of the same sizes. Returns whether they are."""
+        tables = self._named(parts)
+        if not self._tables.are_like(tables):
+            return False
+        self._tables.copy_(tables)
+        return True
+
+    def made(self, parts: Sequence[Unsent[Any]]) -> list[Any]:
+        """What each of those becomes that are there."""
+        return [part.finish({name: self._tables[f"{number} {name}"] for name in part.tables}) for number, part in enumerate(parts)]
+
+    @staticmethod
+    def _named(parts: Sequence[Unsent[Any]]) -> dict[str, Table]:
+        return {f"{number} {name}": table for number, part in enumerate(parts) for name, table in part.tables.items()}
 
 
 def send(tables: Sequence[Table], device: torch.device) -> tuple[Tensor, ...]:

@@ -198,7 +198,10 @@ class Spans:
     def copy_(self, other: Spans) -> None:
         """Takes over the other's work at the addresses of this; both are fixed, for the same sizes."""
         for name in ("cu_seqlens_q", "k_start_padded", "k_len", "diagonal", "request"):
-            getattr(self, name).copy_(getattr(other, name))
+            mine, theirs = getattr(self, name), getattr(other, name)
+            # They may have been put there already.
+            if mine.data_ptr() != theirs.data_ptr():
+                mine.copy_(theirs)
         self.host = other.host
         self.view = None
         self._remade.clear()

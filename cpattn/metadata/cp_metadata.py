@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_capturing
-from cpattn.device_tables import DeviceTables, IntArray, Unsent, exclusive_cumsum, send_all, unsent, unsent_runs
+from cpattn.device_tables import DeviceTables, IntArray, SentTogether, Unsent, exclusive_cumsum, unsent, unsent_runs
 from cpattn.errors import CPError, PlanError
 from cpattn.graphs import leaves_graph
 from cpattn.handles import new_handle, resolve
@@ -61,7 +61,9 @@ class CPMetadata:
         self.cp_rank = cp_rank
         self.bucket = bucket
         # Tables on the device that are made when first asked for, each with what makes it.
-        self._derived: dict[Hashable, tuple[Callable[[], Any] | Draft[Any] | None, Any]] = {}
+        self._derived: dict[Hashable, tuple[Callable[[], Any] | None, Any]] = {}
+        # Those that went there together, where copy_ will put others in their place.
+        self._sent: list[tuple[SentTogether, list[Draft[Any]]]] = []
         # What others want to ask of a plan before it is copied into this bucket; a dict, for their order.
         self._checks: dict[Callable[[Any], None], None] = {}
         self._work_out(plan)
@@ -121,13 +123,13 @@ class CPMetadata:
         self._check_next(plan)
         self._work_out(plan)
         self._tables.copy_(self._host)
-        drafts = [(draft, derived) for draft, derived in self._derived.values() if isinstance(draft, Draft)]
-        sent = send_all([draft.make() for draft, _ in drafts], self.device)
-        for (_, derived), new in zip(drafts, sent, strict=True):
-            _refill(derived, new)
+        for sent, drafts in self._sent:
+            parts = [draft.make() for draft in drafts]
+            there = sent if sent.copy_(parts) else SentTogether(parts, self.device)
+            for draft, new in zip(drafts, there.made(parts), strict=True):
+                _refill(self._derived[draft.key][1], new)
         for build, derived in self._derived.values():
-            if not isinstance(build, Draft):
-                assert build is not None  # there is a bucket
+            if build is not None:
                 _refill(derived, build())
 
     def why_not(self, other: Layout | CPMetadata) -> str | None:
@@ -337,9 +339,13 @@ class CPMetadata:
     def _send(self, drafts: list[Draft[Any]]) -> None:
         self._refuse_capture(drafts[0].key)
         with torch.inference_mode(False):
-            made = send_all([draft.make() for draft in drafts], self.device)
+            parts = [draft.make() for draft in drafts]
+            sent = SentTogether(parts, self.device)
+            made = sent.made(parts)
+        if self.bucket is not None:
+            self._sent.append((sent, drafts))
         for draft, value in zip(drafts, made, strict=True):
-            self._derived[draft.key] = draft if self.bucket is not None else None, value
+            self._derived[draft.key] = None, value
 
     def _refuse_capture(self, key: Hashable) -> None:
         if is_capturing(self.token_count.device):
@@ -433,5 +439,5 @@ def _refill(old: Any, new: Any) -> None:
     if isinstance(old, (tuple, list)):
         for one, other in zip(old, new, strict=True):
             _refill(one, other)
-    else:
+    elif not isinstance(old, Tensor) or old.data_ptr() != new.data_ptr():
         old.copy_(new)
