@@ -1,4 +1,4 @@
-"""The host's time of a new batch: its first call, beside later ones, as on a GPU but without one.
+"""The host's time of a new batch: its first call, beside later ones, and what puts it into a bucket; as on a GPU but without one.
 
 python benchmarks/bench_first_call.py --tree NAME [--json FILE]
 python benchmarks/bench_first_call.py --report FILE FILE ... [--name first_call_cpu] [--results FOLDER]
@@ -60,6 +60,12 @@ CASES = [
     Case(64, "striped pages", 2, prefixes=True),
     Case(64, "striped pages", 2, prefixes=True, over="collectives"),
 ]
+# Steps of a decoding engine, whose graphs are replayed: what a step does is to put its batch into the bucket.
+STEPS = [
+    Case(64, "pages", 2, prefixes=True),
+    Case(64, "striped pages", 2, prefixes=True, over="collectives"),
+    Case(256, "striped pages", 4, prefixes=True),
+]
 
 
 def main() -> None:
@@ -80,8 +86,12 @@ def main() -> None:
     for case in CASES:
         found[str(case)] = measured(case)
         print(case, found[str(case)], flush=True)
+    steps: dict[str, Any] = {}
+    for case in STEPS:
+        steps[str(case)] = stepped(case)
+        print(case, steps[str(case)], flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"tree": options.tree, "machine": machine(), "cases": found}, indent=1))
+        options.json.write_text(json.dumps({"tree": options.tree, "machine": machine(), "cases": found, "steps": steps}, indent=1))
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -105,6 +115,43 @@ def measured(case: Case) -> dict[str, Any]:
     # The least that most of them take: others on the machine only add to it.
     times = {"first": float(np.percentile(first, 20)), "later": float(np.percentile(later, 20))}
     return {**times, **counted._asdict(), "calls": calls, "strategy": how}
+
+
+def stepped(case: Case) -> dict[str, Any]:
+    """Of putting another batch of decodes into a bucket, once a call has been made over it."""
+    rng = np.random.default_rng(0)
+
+    def next_plan() -> cpattn.Plan:
+        batch = [(int(rng.integers(1, 8000)), 1) for _ in range(case.requests - int(rng.integers(4)))]
+        return cpattn.plan(batch, case.cp_size, owner=cpattn.Striped(PAGE_SIZE) if case.cache == "striped pages" else None)
+
+    most = case.requests
+    bucket = cpattn.Bucket(max_requests=most, max_rows=most, max_chunks=2 * most, max_seqlen=8192)
+    times = []
+    group = transport(case.over, case.cp_size // 2, case.cp_size)
+    with cuda_stand_in() as device, torch.no_grad():
+        meta = next_plan().metadata(case.cp_size // 2, "cuda", bucket=bucket)
+        q, k, v = (empty(most, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        k_pages, v_pages = (empty(4, PAGE_SIZE, KV_HEADS, HEAD_DIM) for _ in range(2))
+        cache = cpattn.PagedKV(k_pages, v_pages, page_table(most, 8192 // PAGE_SIZE))
+        cpattn.cp_attention(q, k, v, meta, group=group, kv_cache=cache)
+        for _ in range(BATCHES):
+            plan = next_plan()
+            plan.fingerprint, plan.by_rank  # noqa: B018 - an engine has made it
+            device.take()
+            times.append(seconds(device, lambda plan=plan: meta.copy_(plan)))  # type: ignore[misc]
+            counted = device.take()
+    return {"step": float(np.percentile(times, 20)), **counted._asdict()}
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """On the device."""
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def page_table(requests: int, pages: int) -> torch.Tensor:
+    """Whose pages are not looked at."""
+    return torch.zeros(requests, pages, dtype=torch.int32, device="cuda")
 
 
 def seconds(device: StandIn, call: Callable[[], Any]) -> float:
@@ -149,14 +196,10 @@ def call_of(case: Case, batch: list[tuple[int, int]], group: cpattn.Transport) -
         owner=cpattn.Striped(PAGE_SIZE) if striped else None,
     )
     meta = plan.metadata(case.cp_size // 2, "cuda")
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-
     q, k, v = (empty(meta.rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     cache: cpattn.PagedKV | cpattn.PackedKV | None = None
     if case.cache != "packed":
-        table = torch.zeros(len(batch), -(-max(map(sum, batch)) // PAGE_SIZE), dtype=torch.int32, device="cuda")
+        table = page_table(len(batch), -(-max(map(sum, batch)) // PAGE_SIZE))
         cache = cpattn.PagedKV(empty(4, PAGE_SIZE, KV_HEADS, HEAD_DIM), empty(4, PAGE_SIZE, KV_HEADS, HEAD_DIM), table)
     elif plan.num_prefix_tokens:
         cache = cpattn.PackedKV(*(empty(plan.num_prefix_tokens, KV_HEADS, HEAD_DIM) for _ in range(2)))
@@ -170,6 +213,7 @@ COLUMNS = {
     "copies": "copies",
     "launches": "launches of torch",
 }
+OF_STEPS = {"step": "another batch into a bucket, us", "copies": "its copies", "launches": "its launches of torch"}
 
 
 def report(trees: list[dict[str, Any]]) -> str:
@@ -180,17 +224,18 @@ def report(trees: list[dict[str, Any]]) -> str:
         "The first call of each of some batches, whose lengths differ, on a device that is stood in for: kernels are launched into "
         "nothing, and the driver takes no time. Time of the thread, without what stands for the device: what a fifth of the batches take "
         "at most. Copies are to the device, launches are of torch's kernels, and Python calls are starts of functions under cpattn/, in a "
-        "first call.",
+        "first call. Last come steps of a decoding engine over a bucket, with a token of each request, whose graph has been captured.",
         "",
     ]
-    for key, title in COLUMNS.items():
-        lines += [f"## {title[0].upper()}{title[1:]}", "", "| batches | " + " | ".join(tree["tree"] for tree in trees) + " |"]
-        lines += ["|" + "---|" * (1 + len(trees))]
-        for case, found in trees[-1]["cases"].items():
-            values = [tree["cases"][case][key] for tree in trees]
-            shown = [f"{1e6 * value:,.0f}" if isinstance(value, float) else str(value) for value in values]
-            lines.append(f"| {case} ({found['strategy']}) | " + " | ".join(shown) + " |")
-        lines.append("")
+    for part, columns in (("cases", COLUMNS), ("steps", OF_STEPS)):
+        for key, title in columns.items():
+            lines += [f"## {title[0].upper()}{title[1:]}", "", "| batches | " + " | ".join(tree["tree"] for tree in trees) + " |"]
+            lines += ["|" + "---|" * (1 + len(trees))]
+            for case in trees[-1][part]:
+                values = [tree[part][case][key] for tree in trees]
+                shown = [f"{1e6 * value:,.0f}" if isinstance(value, float) else str(value) for value in values]
+                lines.append(f"| {case} | " + " | ".join(shown) + " |")
+            lines.append("")
     return "\n".join(lines)
 
 

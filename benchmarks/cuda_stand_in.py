@@ -88,6 +88,11 @@ class OnDevice(Tensor):
                 self.held.copy_(_held(other))
             return self
 
+    def tolist(self) -> Any:
+        _count("waits")
+        with _disable_current_modes():
+            return self.held.tolist()
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
@@ -187,20 +192,19 @@ class SoloPeer(PeerTransport, SoloCommunicator):  # type: ignore[misc]
     def _exchange(self, send: Any, receive: Any) -> Work:
         return Work(lambda: None)
 
-    def _told_by_all(self, what: Any) -> list[Any]:
+    def told_by_all(self, what: Any) -> list[Any]:
         return [what] * self.size
 
     def _why_not_shared(self, device: torch.device) -> str | None:
         return None
 
-    def _allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def _make_heap(self, memory: Tensor) -> PeerHeap:
+    def make_heap(self, memory: Tensor, seal: int) -> PeerHeap:
         # Zeros that no page has been written for.
         with patch.object(Tensor, "zero_", lambda x: x):
-            empty_heap(memory, self.limit)
+            empty_heap(memory, self.limit, seal)
         return PeerHeap(memory, [memory.view(1, -1)] * self.size)
 
 
