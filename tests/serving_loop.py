@@ -67,7 +67,9 @@ def serve(loop: Loop, steps: int) -> Counter[str]:
 
 def serve_on_loopback(loop: Loop, steps: int = STEPS) -> Counter[str]:
     """All ranks as threads; what was done, by kind of step."""
-    return run_loopback(lambda group: Server(loop, group).run(steps), loop.form.cp_size)[0]
+    # On a GPU kernels are compiled in the midst of it, while others wait.
+    timeout = 60.0 if loop.form.device == "cpu" else 300.0
+    return run_loopback(lambda group: Server(loop, group).run(steps), loop.form.cp_size, timeout)[0]
 
 
 def main() -> int:
