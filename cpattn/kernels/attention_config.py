@@ -110,8 +110,8 @@ class HopperConfig(AttentionConfig):
 
     @property
     def REGISTERS(self) -> list[int]:
-        """Of a thread of the second consumer, and of the producer. A multiprocessor has 504 for a thread of each, of which eight
-        warps take theirs twice, and the first consumer's gets what is left."""
+        """Of a thread of the second consumer, and of the producer. A multiprocessor has 512, or 504 with one producer warp or four, for a
+        thread of each group of four warps; the first consumer's gets what is left."""
         if not self.STORED:
             return [232, 40]
         return [184, 64] if self.DV_PADDED <= 128 else [224, 56]

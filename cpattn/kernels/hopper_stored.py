@@ -220,7 +220,7 @@ def _start(i, block, item, pages, stored, C: gl.constexpr):
 
 @gluon.constexpr_function
 def _keys_of_a_part(C, dim):
-    """Of what is converted at a time: with fp8 32 or 64 numbers for each thread, half as many registers, and two blocks of 64 KiB."""
+    """Of what is converted at a time: with fp8 32 numbers for a thread of eight warps, 64 for one of four; else half as many."""
     return min(C.BLOCK_N, (8192 if C.FP8 else 4096) // dim)
 
 
