@@ -56,7 +56,7 @@ def divided_heads(choice: Choice, strategy: DividedHeads, across_groups: Steps) 
         attention=choice.attention.of(united, busiest),
     )
     tally = across_groups(of_groups)
-    tally.add(exchange_of_heads(choice._replace(link=link), size), 1)
+    tally.add(exchange_of_heads(choice._replace(link=link, transport=transport), size), 1)
     return tally
 
 
