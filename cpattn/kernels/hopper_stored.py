@@ -130,9 +130,11 @@ def _pages(item, block, layout: gl.constexpr, C: gl.constexpr):
     """The page of each key of a block."""
     PAGE_SIZE: gl.constexpr = C.PAGE_SIZE
     key_N = _keys(item, block, layout, C)
+    page_N = key_N * 0
     if PAGE_SIZE:
-        return gl.load(page_entry(item.line, key_N, PAGE_SIZE))
-    return key_N * 0
+        # Tables are of int32 or int64, and what is carried from one block to the next is of one type.
+        page_N = gl.load(page_entry(item.line, key_N, PAGE_SIZE)).to(gl.int32)
+    return page_N
 
 
 @gluon.jit

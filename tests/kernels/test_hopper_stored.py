@@ -102,7 +102,9 @@ def test_bits_are_those_over_a_copy(
     n = rows.num_queries
     check(q, *copy, rows, options_of(options, q.device), want, want_lse)
     paged_keys, paged = in_their_pages(keys, rows, LENS, page_size)
-    for given, spans in ((keys, rows), (in_a_message(keys), rows), (paged_keys, paged)):
+    assert paged_keys.page_table is not None
+    of_int64 = paged_keys._replace(page_table=paged_keys.page_table.long())
+    for given, spans in ((keys, rows), (in_a_message(keys), rows), (paged_keys, paged), (of_int64, paged)):
         attend(monkeypatch, q, given, spans, options)
         for _ in range(3):
             out, lse = ragged_attention(q, given, spans, options_of(options, q.device))
