@@ -54,8 +54,7 @@ def all_variants(device_type: str) -> dict[str, Variant]:
             make = partial(ours.cp_attention, strategy="auto", transport=transport, backend="auto", partition=partition)
             kind: Kind = "auto" if transport == "auto" else "fixed"
             found[_name(partition, transport)] = Variant(make, kind)
-    backends = ("triton", "flash_attn4") if device_type == "cuda" else ("cpu",)
-    for backend in backends:
+    for backend in ours.backends_here(device_type):
         found[f"one GPU, {backend}"] = Variant(partial(ours.one_gpu, backend=backend), "one GPU")
     return found | {
         "SGLang's form": Variant(sglang_form, "peer"),

@@ -20,6 +20,13 @@ NO_TRANSFER = "no transfer"
 PAGE_SIZE = 64
 
 
+def backends_here(device_type: str) -> tuple[str, ...]:
+    """Those that are compared: the fastest on a GPU, as far as they are installed, and on a CPU the one that there is."""
+    if device_type != "cuda":
+        return ("cpu",)
+    return tuple(name for name in ("triton", "flash_attn3", "flash_attn4") if cpattn.BACKENDS[name].unavailable() is None)
+
+
 class _Layout(NamedTuple):
     """One rank's part of the batch as a partition has it, which all of its calls share."""
 

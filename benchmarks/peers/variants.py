@@ -38,7 +38,7 @@ STRATEGIES = ("all_gather", "ring", "ulysses")
 def all_variants(device_type: str, strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Variant]:
     """On GPUs or, to try it, on a CPU."""
     is_gpu = device_type == "cuda"
-    backends = ("triton", "flash_attn4") if is_gpu else ("cpu",)
+    backends = ours.backends_here(device_type)
     kinds = ("peer_memory", "collectives") if is_gpu else ("collectives",)
     found = {}
     for label, transport in (("auto", "auto"), (f"auto, {NO_TRANSFER}", NO_TRANSFER)):

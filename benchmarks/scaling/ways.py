@@ -95,7 +95,7 @@ def ways_of(case: Case, sizes: list[int], device_type: str) -> list[Way]:
     On fewer GPUs, and of those that send queries where no cache is sharded, the backend is left to ``"auto"``.
     """
     is_gpu = device_type == "cuda"
-    backends = ("triton", "flash_attn4") if is_gpu else ("cpu",)
+    backends = ours.backends_here(device_type)
     transports = ("peer_memory", "collectives") if is_gpu else ("collectives",)
     top = max(sizes)
     used = sizes if case.all_sizes else [top]
