@@ -60,11 +60,11 @@ $(ENGINES)/sglang/.installed: $(VENV)/.installed
 
 # Of vLLM's and SGLang's wheels, which are 400 MB, what is in Python is kept, or the few files that say where a token lies.
 test-engines: $(ENGINES)/.installed $(ENGINES)/sglang/.installed
-	PYTHONPATH=.:$(ENGINES) $(BIN)/python -m pytest tests/test_nano_vllm.py
-	$(BIN)/python tests/engine_functions.py $(ENGINES)/layouts
+	PYTHONPATH=.:$(ENGINES) $(BIN)/python -m pytest tests/examples/test_nano_vllm.py
+	$(BIN)/python tests/engines/engine_functions.py $(ENGINES)/layouts
 	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_engine_layouts.py
 	CPATTN_ENGINES=$(ENGINES)/layouts $(BIN)/python -m pytest tests/serving/test_vllm_steps.py
-	CPATTN_SGLANG=$(ENGINES)/sglang $(BIN)/python -m pytest -s tests/test_sglang_engine.py
+	CPATTN_SGLANG=$(ENGINES)/sglang $(BIN)/python -m pytest -s tests/integrations/test_sglang_engine.py
 
 MINUTES ?= 5
 fuzz: $(VENV)/.installed

@@ -19,9 +19,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import sglang_standin
 import torch
-from sglang_batches import Case, Layer, backend_of, forward_batch_of, parallel_of
+from engines import sglang_standin
+from engines.sglang_batches import Case, Layer, backend_of, forward_batch_of, parallel_of
 from timing import percentiles, write_report
 from torch import Tensor
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from inputs.cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
 
 import cpattn
 from cpattn.testing import ProcessRanks

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from gpu_workers import rotated
+from devices.gpu_workers import rotated
 
 # The tensors here are small, and many ranks run as threads of one process: a thread pool under each would only contend.
 torch.set_num_threads(1)

@@ -18,9 +18,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import fault_programs
 import torch
-from fault_programs import Seen
+from programs import fault_programs
+from programs.fault_programs import Seen
 
 import cpattn
 from cpattn.testing import ProcessRanks

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 import torch
-from drawn_batches import KINDS, PARTITIONS, Drawn, Kind, draw, run_all
+from programs.drawn_batches import KINDS, PARTITIONS, Drawn, Kind, draw, run_all
 
 from cpattn.metadata.draw import text_table
 from cpattn.testing import ProcessRanks, run_loopback

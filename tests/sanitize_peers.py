@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 
 import cpattn
 from cpattn.testing import ProcessRanks, run_loopback

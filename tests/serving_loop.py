@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cache_model import CacheForm
-from serving_rank import LONGEST, Loop, Server
+from engines.serving_rank import LONGEST, Loop, Server
+from references.cache_model import CacheForm
 
 import cpattn
 from cpattn.testing import ProcessRanks, run_loopback

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CAUSAL, problem
+from inputs.problems import CAUSAL, problem
 from torch import Tensor
 
 from cpattn.attention.auto import able_backends, explain_backends

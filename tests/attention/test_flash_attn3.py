@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
-from problems import CAUSAL, problem
+from devices.fa3_builds import FORWARD_LACKS, FULL_LACKS, SCHEMA, FakeBuild, installed
+from inputs.problems import CAUSAL, problem
 
 import cpattn
 from cpattn.attention import fa3_build, flash_attn3

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from measured_tables import (
+from references.measured_tables import (
     Way,
     backends_lines,
     batch_of,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from measured_tables import (
+from references.measured_tables import (
     RESULTS,
     TABLES,
     Line,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import mistake_cases
 import pytest
 import torch
-from mistake_cases import MISTAKES, Mistake
+from inputs import mistake_cases
+from inputs.mistake_cases import MISTAKES, Mistake
 
 import cpattn
 from cpattn.testing import run_loopback

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from problems import CAUSAL, problem
+from inputs.problems import CAUSAL, problem
 
 import cpattn
 from cpattn.attention.auto import able_backends

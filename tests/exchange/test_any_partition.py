@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
-from own_partitions import OwnPartition
-from strategies import Batch
+from inputs.cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import Batch
 
 import cpattn
 from cpattn.testing import run_loopback

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import HEAD_EXCHANGES, AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from own_partitions import OwnPartition
-from strategies import batches, non_empty_batches
+from inputs.cases import HEAD_EXCHANGES, AttentionCase
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import batches, non_empty_batches
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 
 import cpattn
 from cpattn.exchange.head_shares import head_shares

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXCHANGES, AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed, with_fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import non_empty_batches
+from inputs.cases import EXCHANGES, AttentionCase
+from inputs.strategies import non_empty_batches
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed, with_fault
 from torch import Tensor
 
 import cpattn

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXCHANGES, AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs.cases import EXCHANGES, AttentionCase
 from torch import Tensor
 
 import cpattn

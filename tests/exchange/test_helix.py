@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, with_fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from split_heads import call, check, heads_of
-from strategies import Batch, batches
+from inputs.cases import AttentionCase
+from inputs.strategies import Batch, batches
+from programs.failed_calls import Faults, with_fault
+from programs.split_heads import call, check, heads_of
 from torch import Tensor
 
 import cpattn

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cases import AttentionCase
-from own_partitions import OwnPartition
-from peers_on_host import let_read
+from devices.peers_on_host import let_read
+from inputs.cases import AttentionCase
+from inputs.own_partitions import OwnPartition
 from torch import Tensor
 
 import cpattn

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem as problem_like
-from strategies import Batch, lengths
+from inputs.cases import AttentionCase
+from inputs.problems import problem as problem_like
+from inputs.strategies import Batch, lengths
 from torch import Tensor
 
 import cpattn

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latent_cases import LatentCase
-from peers_on_host import let_read
+from devices.peers_on_host import let_read
+from inputs.latent_cases import LatentCase
 from torch import Tensor
 
 import cpattn

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
-from needed_by_hand import Needed
-from own_partitions import OwnPartition
-from split_programs import bytes_across_groups
+from inputs.cases import EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from inputs.own_partitions import OwnPartition
+from programs.split_programs import bytes_across_groups
+from references.needed_by_hand import Needed
 from torch import Tensor
 
 import cpattn

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from own_partitions import OwnPartition
-from strategies import Batch, any_plan_options, batches
+from inputs.cases import AttentionCase
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn

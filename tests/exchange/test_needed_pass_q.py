@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import AttentionCase
-from own_partitions import OwnPartition
-from peers_on_host import let_read
+from devices.peers_on_host import let_read
+from inputs.cases import AttentionCase
+from inputs.own_partitions import OwnPartition
 
 import cpattn
 from cpattn.exchange.traveling_queries import traveling_queries

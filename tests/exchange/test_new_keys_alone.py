@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, lengths
+from inputs.cases import AttentionCase
+from inputs.strategies import Batch, lengths
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 
 import cpattn
 from cpattn.byte_sizes import in_words

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXCHANGES, AttentionCase
-from first_strategy import ulysses
+from inputs.cases import EXCHANGES, AttentionCase
+from inputs.first_strategy import ulysses
 from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, profile
 

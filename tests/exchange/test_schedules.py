@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, non_empty_batches
+from inputs.strategies import Batch, non_empty_batches
 from torch import Tensor
 
 import cpattn

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_cases import LatentCase
-from strategies import Batch, any_plan_options, batches
+from inputs.latent_cases import LatentCase
+from inputs.strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn

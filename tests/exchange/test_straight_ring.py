@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import AttentionCase
-from own_partitions import OwnPartition
+from inputs.cases import AttentionCase
+from inputs.own_partitions import OwnPartition
 
 import cpattn
 from cpattn.exchange.ring_keys import explain_ring_keys, ring_keys

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from latent_cases import LatentCase
-from problems import problem
-from stored_cases import StoredCase
+from inputs.latent_cases import LatentCase
+from inputs.problems import problem
+from inputs.stored_cases import StoredCase
 
 import cpattn
 from cpattn.exchange.registry import find_strategy

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import STRIPED_EXCHANGES, AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches, non_empty_batches
+from inputs.cases import STRIPED_EXCHANGES, AttentionCase
+from inputs.strategies import Batch, batches, non_empty_batches
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 from torch import Tensor
 
 import cpattn

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from needed_by_hand import received_by_hosts
-from own_partitions import OwnPartition
-from split_programs import bytes_across_groups
-from strategies import batches, non_empty_batches
+from inputs.cases import AttentionCase
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import batches, non_empty_batches
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
+from programs.split_programs import bytes_across_groups
+from references.needed_by_hand import received_by_hosts
 
 import cpattn
 from cpattn.exchange.schedule import bytes_sent

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
-from paged_caches import RankPages, random_ranks, random_shards
+from inputs.cases import AttentionCase
+from inputs.paged_caches import RankPages, random_ranks, random_shards
 from torch import Tensor
 
 import cpattn

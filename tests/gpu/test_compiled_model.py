@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import compiled_model
 import torch
+from programs import compiled_model
 
 from cpattn.testing import ProcessRanks
 

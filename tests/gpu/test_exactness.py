@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import split_heads
 import torch
-from cases import STRIPED_EXCHANGES, AttentionCase
+from inputs.cases import STRIPED_EXCHANGES, AttentionCase
+from programs import split_heads
 from torch import Tensor
 
 import cpattn

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from paged_caches import RankPages
-from problems import CAUSAL, problem
+from inputs.cases import AttentionCase
+from inputs.paged_caches import RankPages
+from inputs.problems import CAUSAL, problem
 
 import cpattn
 from cpattn.attention import fa3_build, flash_attn3

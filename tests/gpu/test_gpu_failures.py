@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import fault_programs as programs
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
+from inputs.cases import AttentionCase
+from programs import fault_programs as programs
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 from torch import Tensor
 
 import cpattn

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import peer_programs as programs
 import pytest
-import rank_programs
-import split_heads
 import torch
-from stored_cases import StoredCase
+from inputs.stored_cases import StoredCase
+from programs import peer_programs as programs
+from programs import rank_programs, split_heads
 
 import cpattn
 from cpattn.call.arguments import StrategyChoice

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent_cases import LatentCase
+from inputs.latent_cases import LatentCase
 from torch import Tensor
 
 import cpattn

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_stand_in
-from vllm_programs import check_steps
+from engines import vllm_stand_in
+from engines.vllm_programs import check_steps
 
 from cpattn.integrations.vllm import custom
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import graph_cases
 import pytest
-from graph_cases import CASES, Place, check_counts, run_case
+from programs import graph_cases
+from programs.graph_cases import CASES, Place, check_counts, run_case
 
 from cpattn.testing import ProcessRanks
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import hf_cases
 import pytest
 import torch
+from programs import hf_cases
 from torch import Tensor
 
 import cpattn

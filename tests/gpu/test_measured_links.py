@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import rank_programs as programs
 import torch
+from programs import rank_programs as programs
 
 import cpattn
 from cpattn.testing import ProcessRanks

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-import page_programs
 import pytest
-import rank_programs as programs
-import split_heads
-import split_programs
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
+from programs import page_programs, split_heads, split_programs
+from programs import rank_programs as programs
 from torch import Tensor
 
 import cpattn

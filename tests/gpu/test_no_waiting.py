@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 
 import cpattn
 from cpattn.testing import SoloCommunicator

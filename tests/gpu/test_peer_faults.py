@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import fault_programs as programs
 import pytest
 import torch
+from programs import fault_programs as programs
 
 from cpattn.testing import ProcessRanks
 

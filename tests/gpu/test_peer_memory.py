@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import page_programs
-import peer_programs as programs
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
+from programs import page_programs
+from programs import peer_programs as programs
 
 from cpattn.testing import ProcessRanks
 

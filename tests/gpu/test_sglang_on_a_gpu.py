@@ -1,4 +1,4 @@
-"""The plugin for SGLang over cpattn's own kernels, in SGLang's own classes: as tests/test_sglang_engine.py, in bf16.
+"""The plugin for SGLang over cpattn's own kernels, in SGLang's own classes: as tests/integrations/test_sglang_engine.py, in bf16.
 
 Needs SGLang's files: ``make test-engines`` fetches them, and ``CPATTN_SGLANG=FOLDER`` names where they are.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from sglang_batches import compare_with_oracle, random_case, run_rank
-from sglang_standin import standing_in
+from engines.sglang_batches import compare_with_oracle, random_case, run_rank
+from engines.sglang_standin import standing_in
 
 from cpattn.integrations.sglang.plugin import strategy_over
 from cpattn.testing import run_loopback

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import peer_programs as programs
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
+from programs import peer_programs as programs
 
 from cpattn.testing import ProcessRanks
 

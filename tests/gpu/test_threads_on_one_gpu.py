@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 
 import cpattn
 from cpattn.testing import run_loopback

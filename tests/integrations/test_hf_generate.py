@@ -6,11 +6,11 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import hf_cases
 import numpy as np
 import pytest
 import torch
 import transformers
+from programs import hf_cases
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
+from programs import hf_cases
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.library import opcheck

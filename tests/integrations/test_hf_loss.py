@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
 import transformers
+from programs import hf_cases
 from torch import Tensor, nn
 
 import cpattn

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
 import transformers
+from programs import hf_cases
 from torch import Tensor
 
 import cpattn

@@ -1,6 +1,6 @@
 """The plugin for SGLang without SGLang: from a forward batch to a plan, what a layer asks for, and what is refused.
 
-``tests/test_sglang_engine.py`` runs it in SGLang's own classes.
+``tests/integrations/test_sglang_engine.py`` runs it in SGLang's own classes.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import vllm_stand_in
-from vllm_programs import BATCH, BLOCK_SIZE, CONFIG, HEAD_DIM, HEADS, KV_HEADS, SCALE, check_steps, common_of, table_of
+from engines import vllm_stand_in
+from engines.vllm_programs import BATCH, BLOCK_SIZE, CONFIG, HEAD_DIM, HEADS, KV_HEADS, SCALE, check_steps, common_of, table_of
 
 import cpattn
 from cpattn.integrations import vllm as cpattn_vllm

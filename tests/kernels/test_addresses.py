@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from far_memory import LIMIT, far
-from ragged_inputs import compiled_only, launch_attention, make_rows
+from devices.far_memory import LIMIT, far
+from inputs.ragged_inputs import compiled_only, launch_attention, make_rows
 from torch import Tensor
 
 from cpattn.attention.ragged_rows import RaggedRows

@@ -7,7 +7,7 @@ from threading import Lock
 
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 from torch import Tensor
 
 pytest.importorskip("triton")

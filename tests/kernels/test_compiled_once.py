@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_keys import in_pages, make_case
-from ragged_inputs import compiled_only, make_qkv
-from stored_inputs import BF16, E4M3, options_of, stored_keys
+from inputs.paged_keys import in_pages, make_case
+from inputs.ragged_inputs import compiled_only, make_qkv
+from inputs.stored_inputs import BF16, E4M3, options_of, stored_keys
 
 from cpattn.keys import Keys
 

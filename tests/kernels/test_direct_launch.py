@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import DESCRIPTORS, NUM_WARPS, SHARED_BYTES, FakeCuda, Launched, compiled_kernel, descriptor_of
+from devices.fake_cuda import DESCRIPTORS, NUM_WARPS, SHARED_BYTES, FakeCuda, Launched, compiled_kernel, descriptor_of
 
 from cpattn.kernels import cuda_driver
 from cpattn.kernels.arguments import Blocks, Words

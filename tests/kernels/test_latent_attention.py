@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows
+from inputs.ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.triton import triton_attend_into

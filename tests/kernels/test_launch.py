@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import DESCRIPTORS, FakeCuda, Launched, compiled_kernel, descriptor_of
+from devices.fake_cuda import DESCRIPTORS, FakeCuda, Launched, compiled_kernel, descriptor_of
 from torch import Tensor
 
 pytest.importorskip("triton")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paged_keys import in_pages, make_case
-from ragged_inputs import check, compiled_only, launch_attention, make_qkv
+from inputs.paged_keys import in_pages, make_case
+from inputs.ragged_inputs import check, compiled_only, launch_attention, make_qkv
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions

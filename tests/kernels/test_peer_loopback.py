@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, attend_with_faults, check_partly_failed
-from stored_cases import StoredCase
+from inputs.cases import AttentionCase
+from inputs.stored_cases import StoredCase
+from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 
 import cpattn
 from cpattn.metadata import needed_keys

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import torch
-from ragged_inputs import make_rows
+from inputs.ragged_inputs import make_rows
 from torch import Tensor
 
 import cpattn

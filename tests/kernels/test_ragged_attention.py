@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows, random_rows
+from inputs.ragged_inputs import check, compiled_only, launch_attention, make_qkv, make_rows, random_rows
 
 from cpattn.attention.backend import AttentionOptions
 from cpattn.attention.merge import merge_

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import problem
+from inputs.problems import problem
 
 from cpattn.attention import triton as backend
 from cpattn.kernels import release

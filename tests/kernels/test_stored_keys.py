@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from paged_keys import in_pages, make_case
-from ragged_inputs import check, compiled_only, make_qkv
-from stored_inputs import BF16, E4M3, E5M2, FP16, FP32, options_of, stored_keys
+from inputs.paged_keys import in_pages, make_case
+from inputs.ragged_inputs import check, compiled_only, make_qkv
+from inputs.stored_inputs import BF16, E4M3, E5M2, FP16, FP32, options_of, stored_keys
 from torch import Tensor
 
 from cpattn.keys import Keys

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ragged_inputs import launch_attention
+from inputs.ragged_inputs import launch_attention
 from torch import Tensor
 
 pytest.importorskip("triton")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches
+from inputs.strategies import Batch, batches
 
 import cpattn
 from cpattn.kernels.tile_shapes import tile_shapes

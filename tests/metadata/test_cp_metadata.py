@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, any_plan_options, batches, named_batches
+from inputs.strategies import Batch, any_plan_options, batches, named_batches
 from torch import Tensor
 
 import cpattn

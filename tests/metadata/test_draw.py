@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, any_plan_options, batches, cp_sizes, named_batches
+from inputs.strategies import Batch, any_plan_options, batches, cp_sizes, named_batches
 
 import cpattn
 from cpattn import Plan

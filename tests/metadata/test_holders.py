@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches
+from inputs.strategies import Batch, batches
 
 import cpattn
 from cpattn.metadata.holders import holder_of

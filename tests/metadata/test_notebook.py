@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from hypothesis import given, settings
-from own_partitions import OwnPartition
-from strategies import Batch, any_plan_options, batches
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import Batch, any_plan_options, batches
 
 import cpattn
 from cpattn.metadata.batch import IntArray

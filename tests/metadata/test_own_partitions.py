@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from own_partitions import OwnPartition
-from strategies import Batch, batches, named_plan_options
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import Batch, batches, named_plan_options
 
 import cpattn
 from cpattn import Chunk, Chunks, PlanError

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import random_shards
-from strategies import Batch, any_plan_options, batches
+from inputs.paged_caches import random_shards
+from inputs.strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
+from inputs.strategies import (
     NAMED_BATCHES,
     Batch,
     any_plan_options,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import random_ranks
-from strategies import Batch, batches
+from inputs.paged_caches import random_ranks
+from inputs.strategies import Batch, batches
 
 import cpattn
 from cpattn.metadata.window_reach import Reach

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import random_shards
-from strategies import Batch, any_plan_options, batches, named_plan_options, plan_options
+from inputs.paged_caches import random_shards
+from inputs.strategies import Batch, any_plan_options, batches, named_plan_options, plan_options
 
 import cpattn
 from cpattn import Plan, PlanError

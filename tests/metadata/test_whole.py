@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import Batch, batches, named_batches, non_empty_batches
-from whole_reference import fewest_cuts, larger_than_a_share, serving_batch
+from inputs.strategies import Batch, batches, named_batches, non_empty_batches
+from references.whole_reference import fewest_cuts, larger_than_a_share, serving_batch
 
 import cpattn
 from cpattn.metadata.chunks import steps_off

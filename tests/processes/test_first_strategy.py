@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from first_strategy import attend, ulysses
+from inputs.cases import AttentionCase
+from inputs.first_strategy import attend, ulysses
 from torch import Tensor
 
 import cpattn

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import group_programs
 import pytest
-import rank_programs as programs
-import split_heads
 import torch
-from cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from inputs.cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
+from inputs.stored_cases import StoredCase
+from inputs.strategies import Batch
 from peers.work import Work
-from stored_cases import StoredCase
-from strategies import Batch
+from programs import group_programs, split_heads
+from programs import rank_programs as programs
 
 import cpattn
 from cpattn.exchange.traveling_keys import traveling_keys

@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import fault_programs as programs
 import pytest
-from cases import EXCHANGES, AttentionCase
-from failed_calls import Faults, check_partly_failed
+from inputs.cases import EXCHANGES, AttentionCase
+from programs import fault_programs as programs
+from programs.failed_calls import Faults, check_partly_failed
 
 from cpattn.testing import ProcessRanks
 

@@ -6,9 +6,9 @@ from itertools import cycle
 
 import pytest
 import torch
+from engines.model_engine import ModelEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_engine import ModelEngine
 
 import cpattn
 

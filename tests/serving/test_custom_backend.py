@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 from torch import Tensor
 
 import cpattn

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
-import engine_functions
 import numpy as np
 import pytest
 import torch
+from engines import engine_functions
 from torch import Tensor
 
 import cpattn

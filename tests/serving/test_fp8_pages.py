@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import split_heads
 import torch
-from stored_cases import StoredCase
+from inputs.stored_cases import StoredCase
+from programs import split_heads
 from torch import Tensor
 
 import cpattn

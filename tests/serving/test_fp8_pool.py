@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stored_cases import StoredCase
+from inputs.stored_cases import StoredCase
 from torch import Tensor
 
 import cpattn

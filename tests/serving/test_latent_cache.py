@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import AttentionCase
+from inputs.cases import AttentionCase
 
 import cpattn
 from cpattn.exchange.registry import find_strategy

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import random_shards
+from inputs.paged_caches import random_shards
 
 import cpattn
 from cpattn.call.page_contents import check_page_contents

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
 from hypothesis import given, settings
-from strategies import Batch, any_plan_options, batches
+from inputs.cases import AttentionCase
+from inputs.strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn

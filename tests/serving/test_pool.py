@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_engine import bookkeeping
+from engines.model_engine import bookkeeping
 
 import cpattn
 

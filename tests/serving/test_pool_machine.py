@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from engines.model_engine import LONGEST, ModelEngine, Step, bookkeeping
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from model_engine import LONGEST, ModelEngine, Step, bookkeeping
 
 import cpattn
 

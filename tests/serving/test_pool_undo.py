@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_engine import ModelEngine, bookkeeping
+from engines.model_engine import ModelEngine, bookkeeping
 
 import cpattn
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, with_fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_caches import RankPages, random_ranks
+from inputs.cases import AttentionCase
+from inputs.paged_caches import RankPages, random_ranks
+from programs.failed_calls import Faults, with_fault
 
 import cpattn
 from cpattn.exchange.message import message_buffer

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import serving_loop
 import torch
-from cache_books import EngineBooks
-from cache_model import CacheForm, CacheModel, Tokens
+from engines.cache_books import EngineBooks
+from references.cache_model import CacheForm, CacheModel, Tokens
 
 import cpattn
 

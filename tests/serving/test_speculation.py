@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cache_model import CacheForm
-from serving_rank import Loop, Server
+from engines.serving_rank import Loop, Server
+from references.cache_model import CacheForm
 from torch import Tensor
 
 import cpattn

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import engine_functions
 import numpy as np
 import pytest
 import torch
+from engines import engine_functions
+from engines.vllm_modules import import_vllm
+from engines.vllm_random_steps import HEAD_DIM, STEPS, Step, steps
 from torch import Tensor
-from vllm_modules import import_vllm
-from vllm_random_steps import HEAD_DIM, STEPS, Step, steps
 
 import cpattn
 from cpattn.integrations import vllm as cpattn_vllm

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import split_programs as programs
 import torch
 import torch.distributed as dist
-from cases import AttentionCase
-from failed_calls import Faults, check_partly_failed
-from needed_by_hand import Needed
+from inputs.cases import AttentionCase
+from programs import split_programs as programs
+from programs.failed_calls import Faults, check_partly_failed
+from references.needed_by_hand import Needed
 from torch.distributed.device_mesh import DeviceMesh
 
 import cpattn

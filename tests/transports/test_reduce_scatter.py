@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import split_programs as programs
 import torch
+from programs import split_programs as programs
 from torch import Tensor
 
 import cpattn

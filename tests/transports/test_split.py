@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import split_programs as programs
 import torch
-from cases import AttentionCase
-from failed_calls import Faults, check_partly_failed
+from inputs.cases import AttentionCase
+from programs import split_programs as programs
+from programs.failed_calls import Faults, check_partly_failed
 
 import cpattn
 from cpattn.testing import SoloCommunicator, run_loopback

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from own_partitions import OwnPartition
-from strategies import Batch, named_batches
+from inputs.own_partitions import OwnPartition
+from inputs.strategies import Batch, named_batches
 
 import cpattn
 from cpattn import Chunks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, any_plan_options, batches
+from inputs.strategies import Batch, any_plan_options, batches
 
 import cpattn
 from cpattn.exchange.schedule import prefix_pairs, shard_pairs
