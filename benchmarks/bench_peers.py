@@ -15,7 +15,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from peers import report
+from peers import ours, report
 from peers.batches import ragged
 from peers.bench import MOST_LAYERS, WRONG, Bench, Task
 from peers.variants import STRATEGIES, all_variants
@@ -69,7 +69,7 @@ def main() -> None:
     else:
         if not options.draw:
             measure(path, options.ranks, options.batches, options.rounds, strategies, options.seconds)
-        variants = all_variants("cuda", strategies)
+        variants = all_variants("cuda", ours.ON_GPUS, strategies)
         report.draw(path, report.read(path), BATCHES, lambda name: variants[name].beside if name in variants else "")
 
 
@@ -78,7 +78,7 @@ def measure(path: Path, num_ranks: int, names: list[str], rounds: int, strategie
     from gpu_timing import gpu_machine
 
     bench = Bench("cuda", num_ranks, rounds, time.monotonic() + seconds)
-    variants = all_variants("cuda", strategies)
+    variants = all_variants("cuda", ours.backends_here("cuda"), strategies)
     for_speedup = {variant: made for variant, made in variants.items() if made.is_of_speedup}
     machine = gpu_machine()
 
@@ -120,7 +120,7 @@ def check(num_ranks: int, strategies: tuple[str, ...]) -> None:
     bench = Bench("cpu", num_ranks, 1, time.monotonic() + 60)
     try:
         for name, batch in CHECKED_BATCHES.items():
-            bench.measure(Task(name, batch, CHECKED_HEADS, all_variants("cpu", strategies), seconds=1.0))
+            bench.measure(Task(name, batch, CHECKED_HEADS, all_variants("cpu", ("cpu",), strategies), seconds=1.0))
     finally:
         bench.close()
     for line in bench.lines:

@@ -37,6 +37,7 @@ BATCHES = {
     "8 x (64 + 16)": [(64, 16)] * 8,
     "32 x 8": [(0, 8)] * 32,
 }
+ON_A_CPU = "On a CPU cpattn moves rows by torch, and looks at what a page table holds, in every layer. "
 # How they are named in the table, in a forward's order.
 CALLS = ("build_metadata", "shard_hidden_states", "shard_position_ids", "a layer", "gather_hidden_states")
 
@@ -153,8 +154,8 @@ def main() -> None:
     notes = (
         f"Host time of one rank of {CP_SIZE}, us, on {where}. SGLang {release}; {HEADS} and {KV_HEADS} heads of {HEAD_DIM} in bf16, "
         "without attention kernels. What would travel is copied. build_metadata has SGLang's padding with it. A layer is SGLang's "
-        "RadixAttention with its own backend and pool around the strategy; SGLang's writes to the pool are torch's here. On a CPU cpattn "
-        f"moves rows by torch, and looks at what a page table holds, in every layer. Load average at the start: {load:.1f}."
+        "RadixAttention with its own backend and pool around the strategy; SGLang's writes to the pool are torch's here. "
+        f"{ON_A_CPU if device == 'cpu' else ''}Load average at the start: {load:.1f}."
     )
     header = ["batch", "call", "SGLang", "cpattn"]
     write_report(f"sglang_host_{device}", "Host time of SGLang's strategy and of cpattn's", header, rows, notes)

@@ -24,6 +24,7 @@ import first_token
 import speedup
 import trace_layer
 from peers import report
+from peers.ours import ON_GPUS
 from peers.variants import all_variants
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +49,7 @@ class Figure(NamedTuple):
 
 
 def draw_peers(results: Path) -> None:
-    variants = all_variants("cuda")
+    variants = all_variants("cuda", ON_GPUS)
     path = results / "peers_2_gpus"
     report.draw(path, report.read(path), bench_peers.BATCHES, lambda name: variants[name].beside if name in variants else "")
 

@@ -16,15 +16,14 @@ from cpattn.testing import SoloCommunicator
 from peers.work import Call, Work
 
 NO_TRANSFER = "no transfer"
+ON_GPUS = ("triton", "flash_attn3", "flash_attn4")
 # Tokens of a page of a sharded cache.
 PAGE_SIZE = 64
 
 
 def backends_here(device_type: str) -> tuple[str, ...]:
-    """Those that are compared: the fastest on a GPU, as far as they are installed, and on a CPU the one that there is."""
-    if device_type != "cuda":
-        return ("cpu",)
-    return tuple(name for name in ("triton", "flash_attn3", "flash_attn4") if cpattn.BACKENDS[name].unavailable() is None)
+    """Those that are compared: on a GPU the fastest, as far as they are installed, and on a CPU the one that there is."""
+    return tuple(name for name in ON_GPUS if cpattn.BACKENDS[name].unavailable() is None) if device_type == "cuda" else ("cpu",)
 
 
 class _Layout(NamedTuple):

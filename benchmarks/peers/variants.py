@@ -35,10 +35,9 @@ class Variant(NamedTuple):
 STRATEGIES = ("all_gather", "ring", "ulysses")
 
 
-def all_variants(device_type: str, strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Variant]:
+def all_variants(device_type: str, backends: tuple[str, ...], strategies: tuple[str, ...] = STRATEGIES) -> dict[str, Variant]:
     """On GPUs or, to try it, on a CPU."""
     is_gpu = device_type == "cuda"
-    backends = ours.backends_here(device_type)
     kinds = ("peer_memory", "collectives") if is_gpu else ("collectives",)
     found = {}
     for label, transport in (("auto", "auto"), (f"auto, {NO_TRANSFER}", NO_TRANSFER)):

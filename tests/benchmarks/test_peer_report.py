@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from peers import report
 from peers.bench import last_words
+from peers.ours import ON_GPUS
 from peers.report import Line
 from peers.session import Times
 from peers.variants import Kind, all_variants
@@ -26,7 +27,7 @@ TIMES: dict[str, tuple[float | None, float]] = {
 
 @pytest.fixture(scope="module")
 def lines() -> list[Line]:
-    variants, made = all_variants("cuda"), []
+    variants, made = all_variants("cuda", ON_GPUS), []
     for batch in BATCHES:
         for name, (graph, eager) in TIMES.items():
             line = Line(batch, name, variants[name].kind, variants[name].beside)
