@@ -156,24 +156,31 @@ class _Layout:
     Args:
         config: of the launch.
         descriptors: in order.
-        parameters: what each is: a word, or the number of a descriptor after all words.
+        parameters: what each is: a word, or None for the next descriptor.
+        given: of parameters that change with every launch which of its addresses they are.
+        num_addresses: that a launch is given. They lie one after another: to write them one by one would take twice as long.
     """
 
-    def __init__(self, config: LaunchConfig, descriptors: list[memoryview], parameters: list[int | None]) -> None:
+    def __init__(
+        self, config: LaunchConfig, descriptors: list[memoryview], parameters: list[int | None], given: dict[int, int], num_addresses: int
+    ) -> None:
         filled = memoryview(config).cast("B").cast("Q")
         self._words = array("Q", [*filled, *[0] * (_LINE - len(filled))])
         for descriptor in descriptors:
             self._words.extend(descriptor)
         self._pointers = len(self._words)
         first = self._pointers + len(parameters)
-        # Where each parameter is.
+        # Where the addresses are that a launch is given, and each parameter.
+        self.addresses = first + len(parameters)
         self.places: list[int] = []
         next_descriptor = _LINE
         for i, word in enumerate(parameters):
-            self.places.append(first + i if word is not None else next_descriptor)
+            own_place = first + i if word is not None else next_descriptor
+            self.places.append(self.addresses + given[i] if i in given else own_place)
             next_descriptor += DESCRIPTOR_WORDS * (word is None)
         self._words.extend([0] * len(parameters))
         self._words.extend([word or 0 for word in parameters])
+        self._words.extend([0] * num_addresses)
 
     def make(self) -> _Frame:
         """Memory for one launch, filled but for the stream and what changes."""
@@ -187,8 +194,10 @@ class _Layout:
         return _Frame(words, ctypes.c_void_p(begin), ctypes.c_void_p(begin + 8 * self._pointers))
 
 
-def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int]) -> Again:
-    """What launches this kernel again.
+def again_form(
+    compiled: Compiled, device: int, grid: tuple[int, int], arguments: dict[str, Any], tensors: dict[str, int], num_addresses: int
+) -> Again:
+    """What launches this kernel again, given so many addresses.
 
     Args:
         arguments: all of the kernel's, of some launch of this kind.
@@ -196,8 +205,9 @@ def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments
     """
     parameters: list[int | None] = []
     filled: list[memoryview] = []
-    # The parameters that change: which address each is given, and what makes a descriptor of it.
-    changing: list[tuple[int, int, Callable[[int], memoryview] | None]] = []
+    # Of the parameters that change, which address each is; and of descriptors, what makes one of it.
+    given: dict[int, int] = {}
+    changing: list[tuple[int, int, Callable[[int], memoryview]]] = []
     encodings = iter(compiled.encodings)
     for name in compiled.parameters:
         value, tensor = arguments[name], tensors.get(name)
@@ -208,7 +218,7 @@ def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments
             filled.append(encoded(value.source.data_ptr()))
             parameters += [None, *value.shape, *value.strides]
         elif tensor is not None:
-            changing.append((len(parameters), tensor, None))
+            given[len(parameters)] = tensor
             parameters.append(0)
         else:
             parameters.append(_word(value))
@@ -217,9 +227,9 @@ def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments
     config = LaunchConfig(*grid, 1, compiled.threads, 1, 1, compiled.shared_bytes)
     if compiled.is_dependent:
         config.attributes, config.num_attributes = AS_DEPENDENT, 1
-    layout = _Layout(config, filled, parameters)
-    pointers = [(layout.places[i], tensor) for i, tensor, encoded in changing if encoded is None]
-    descriptors = [(layout.places[i], layout.places[i] + DESCRIPTOR_WORDS, tensor, encoded) for i, tensor, encoded in changing if encoded]
+    layout = _Layout(config, filled, parameters, given, num_addresses)
+    put, at_addresses = struct.Struct(f"{num_addresses}Q").pack_into, 8 * layout.addresses
+    descriptors = [(layout.places[i], layout.places[i] + DESCRIPTOR_WORDS, tensor, encoded) for i, tensor, encoded in changing]
     launch, function = driver().cuLaunchKernelEx, ctypes.c_void_p(compiled.function)
     free: list[_Frame] = []
 
@@ -231,8 +241,7 @@ def again_form(compiled: Compiled, device: int, grid: tuple[int, int], arguments
             frame = layout.make()
         words, at_config, at_pointers = frame
         words[_STREAM] = stream
-        for place, i in pointers:
-            words[place] = addresses[i]
+        put(words, at_addresses, *addresses)
         for begin, end, i, encoded in descriptors:
             words[begin:end] = encoded(addresses[i])
         result = launch(at_config, function, at_pointers, None)

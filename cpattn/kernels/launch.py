@@ -132,7 +132,7 @@ class _Prepared:
             self._may_skip_binder = False
             self._ordinary(tensors)
         else:
-            again = again_form(compiled, device, self._grid, arguments, self._tensors)
+            again = again_form(compiled, device, self._grid, arguments, self._tensors, len(tensors))
             again(torch._C._cuda_getCurrentRawStream(device), [x.data_ptr() for x in tensors])
             self._again[key] = again
 

@@ -40,7 +40,7 @@ def expected(blocks: int, x: int, words: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("release", DESCRIPTORS)
 def test_all_that_a_launch_is_given(cuda: FakeCuda, release: str) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS[release]]), ARGUMENTS, ROLES)
-    again = again_form(compiled, 0, (3, 2), ARGUMENTS, TENSORS)
+    again = again_form(compiled, 0, (3, 2), ARGUMENTS, TENSORS, 3)
     for stream, base in ((0, 2**46), (2**47 + 8, 1 << 40), (5, 2**46)):
         addresses = [base, base + 16, base + 32]
         again(stream, addresses)
@@ -54,7 +54,7 @@ def test_all_that_a_launch_is_given(cuda: FakeCuda, release: str) -> None:
 
 def test_threads_do_not_share_memory(cuda: FakeCuda) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]]), ARGUMENTS, ROLES)
-    again = again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS)
+    again = again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS, 3)
 
     def run(n: int) -> None:
         for _ in range(300):
@@ -73,7 +73,7 @@ def test_threads_do_not_share_memory(cuda: FakeCuda) -> None:
 
 def test_a_thread_without_a_context_gets_the_device_s(cuda: FakeCuda) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]]), ARGUMENTS, ROLES)
-    again = again_form(compiled, 3, (1, 1), ARGUMENTS, TENSORS)
+    again = again_form(compiled, 3, (1, 1), ARGUMENTS, TENSORS, 3)
     cuda.has_context = False
     again(0, [1024, 2048, 4096])
     again(0, [1024, 2048, 4096])
@@ -84,14 +84,14 @@ def test_a_thread_without_a_context_gets_the_device_s(cuda: FakeCuda) -> None:
 @pytest.mark.parametrize("is_dependent", [False, True])
 def test_a_dependent_may_begin_before_the_launch_before_it_has_ended(cuda: FakeCuda, is_dependent: bool) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]], launch_pdl=is_dependent), ARGUMENTS, ROLES)
-    again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS)(0, [1024, 2048, 4096])
+    again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS, 3)(0, [1024, 2048, 4096])
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     assert cuda.launched[0].attributes == (((6, 1),) if is_dependent else ())
 
 
 def test_errors_say_what_cuda_says(cuda: FakeCuda) -> None:
     compiled = compiled_form(compiled_kernel([DESCRIPTORS["3.8"]]), ARGUMENTS, ROLES)
-    again = again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS)
+    again = again_form(compiled, 0, (1, 1), ARGUMENTS, TENSORS, 3)
     again(0, [1024, 2048, 4096])
     cuda.result = 2
     with pytest.raises(RuntimeError, match="CUDA error 2 launching a kernel: out of everything"):
