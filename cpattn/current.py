@@ -12,6 +12,12 @@ def is_on_current_device(x: Tensor) -> bool:
     return not x.is_cuda or x.get_device() == torch._C._cuda_getDevice()
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether a CUDA device that has tensors is the current one."""
+    index: int = torch._C._cuda_getDevice()
+    return index == device.index
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph captures what is launched on the current stream of a device like this."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -59,7 +59,7 @@ class GroupState:
         """
         if self.failure is not None:
             raise self.error()
-        if not self._under_way.acquire(blocking=False):
+        if not self._under_way.acquire(False):
             self.give_up("two calls were made on it at once, from two threads, or one from within the other")
             raise GroupError(
                 "another call is under way on this group; calls on a group follow each other, in the same order on every rank. Give "

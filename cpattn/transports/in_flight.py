@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -86,7 +86,7 @@ class InFlight:
             counts: whether they begin a call, which ranks compare with ``check=True``.
         """
         if not self._is_ready:
-            self._on_all_alike(lambda: self.transport.ready(self.device, self.captures))
+            self._on_all_alike(self.transport.ready, self.device, self.captures)
             self._is_ready = True
         self.transport.state.calls[self.transport.part] += counts
         try:
@@ -113,16 +113,16 @@ class InFlight:
     def _placed(self, make: Callable[[], Sequence[Transfer]]) -> list[Transfer]:
         """All that the call sends, with what comes next: each message in its place."""
         transfers = [*self._expected, *make()]
-        if self._on_all_alike(lambda: self.transport.place(transfers)):
+        if self._on_all_alike(self.transport.place, transfers):
             return transfers
         # It makes prepared calls forget theirs.
         self.transport.release()
         return [*self._expected, *make()]
 
-    def _on_all_alike(self, step: Callable[[], T]) -> T:
+    def _on_all_alike(self, step: Callable[..., T], *arguments: Any) -> T:
         """What all ranks do together before they send. What they refuse they refuse alike; who fails alone leaves the others waiting."""
         try:
-            return step()
+            return step(*arguments)
         except BaseException as failure:
             self._is_refused = True
             if not isinstance(failure, CPError):
@@ -131,9 +131,10 @@ class InFlight:
 
     def start(self) -> Work:
         """Starts the next transfer. Raises GroupError where it cannot be sent, which gives the group up."""
-        if len(self._works) == len(self._expected):
+        number = len(self._works)
+        if number == len(self._expected):
             raise AssertionError("a strategy has started more transfers than it announced")
-        transfer = self._expected[len(self._works)]
+        transfer = self._expected[number]
         self._is_starting = True
         try:
             work = _ExpectedWork(self._begin(transfer), self, transfer)
@@ -245,6 +246,8 @@ class InFlight:
 
 class _ExpectedWork(Work):
     """A transfer of a call. To wait for it again does nothing; where it cannot be finished the group is given up."""
+
+    __slots__ = ("_in_flight", "_transfer", "_work", "is_done")
 
     def __init__(self, work: Work, in_flight: InFlight, transfer: Transfer) -> None:
         self._work = work

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from cpattn.current import is_current
 from cpattn.errors import GroupError, UnsupportedError
 from cpattn.kernels.peer_layout import WORD_BYTES, WORDS
 from cpattn.log import logger
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # How long the device waits for another rank before the group is given up.
 DEFAULT_LIMIT_SECONDS = 30.0
 _ALIGNMENT = 256
+_HERE = nullcontext()
 _HEADER = -(-WORDS * WORD_BYTES // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -74,7 +76,9 @@ class PeerTransport(PairwiseTransport):
         self._shares = False
         self._is_first = True
         self._captures = False
-        self._placed: list[Posted] = []
+        self._placed: Collection[Posted] = ()
+        # Those of earlier calls, which layers and batches use again.
+        self._boards: Memo[Hashable, Board] = Memo(64)
         # The stream that copies run on.
         self._beside: torch.cuda.Stream | None = None
         # Where hosts wait for each other, and not devices.
@@ -135,7 +139,7 @@ class PeerTransport(PairwiseTransport):
     def check_usable(self) -> None:
         """Raises GroupError once the process group is destroyed, or where a rank did not come in time."""
         super().check_usable()
-        self.look_for_fault()
+        self.shared.look_for_fault(self)
 
     def look_for_fault(self) -> None:
         """See :meth:`Transport.look_for_fault`."""
@@ -150,6 +154,11 @@ class PeerTransport(PairwiseTransport):
         self._is_first, self._captures, self._shares = True, captures, False
         if self.size == 1:
             return
+        shared = self.shared
+        if self._why_not is None and shared.heap is not None and device == shared.device:
+            # As in every call but the first.
+            self._shares = True
+            return
         if device.type != self._device_type:
             why_not: str | None = f"it is for CUDA tensors, and this call's are on {device}"
         else:
@@ -160,8 +169,8 @@ class PeerTransport(PairwiseTransport):
 
     def _why_not_on(self, device: torch.device) -> str | None:
         """Why ranks whose tensors are on their GPUs cannot share memory, or None."""
-        if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
         if self.shared.heap is None and self._why_not is None:
             if self._captures:
                 raise GroupError(
@@ -195,7 +204,7 @@ class PeerTransport(PairwiseTransport):
             if message is not None and message not in offsets:
                 offsets[message] = end
                 end += -(-message.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._placed = []
+        self._placed = ()
         if not offsets:
             return True
         heap = self._heap_for(offsets, end)
@@ -205,11 +214,15 @@ class PeerTransport(PairwiseTransport):
                 message.board = message.memory = None
             self._shares = False
             return False
-        from cpattn.moves.peer_moves import Board
-
-        self._placed = list(offsets)
+        self._placed = offsets
         for number, (message, offset) in enumerate(offsets.items()):
-            message.board = Board(heap.table, self.rank, self.size, number, offset, message.nbytes, message.form)
+            key = number, offset, message.nbytes, message.form
+            board = self._boards.get(key)
+            if board is None or board.table is not heap.table:
+                from cpattn.moves.peer_moves import Board
+
+                board = self._boards.keep(key, Board(heap.table, self.rank, self.size, *key))
+            message.board = board
             message.memory = heap.own_memory(offset, message.nbytes) if message.form else None
             message.turns = self._turns
         return True
@@ -251,13 +264,13 @@ class PeerTransport(PairwiseTransport):
         """See :meth:`Transport.forget`."""
         for message in self._placed:
             message.board, message.memory, message.is_pulled = None, None, True
-        self._placed = []
+        self._placed = ()
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Kernels are launched on the current device, which need not be that of the messages."""
         device = self.shared.device
-        if device is None or device.type != "cuda" or torch.cuda.current_device() == device.index:
-            return nullcontext()
+        if device is None or device.type != "cuda" or is_current(device):
+            return _HERE
         return torch.cuda.device(device)
 
     def begin_post(self, message: Posted) -> tuple[Board, bool]:

@@ -4,7 +4,8 @@ has it copied beside what else runs."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,14 @@ class Bringer(Poster, Protocol):
 
     def bring_beside(self, message: Posted, out: Tensor, source: int) -> Work:
         """Copies another rank's message while this stream goes on, as far as ``out`` has room for it."""
+
+
+@cache
+def _moves() -> ModuleType:
+    """What launches the kernels: Triton need not be there. An import that finds all there takes 0.6 us, in each transfer."""
+    from cpattn.moves import peer_moves
+
+    return peer_moves
 
 
 def through_memory(transfer: Transfer, x: Tensor, bring: partial[Work]) -> Transfer:
@@ -41,22 +50,19 @@ def _post(transport: Any, message: Posted, x: Tensor, bring: Callable[..., Work]
         # Only within a call a message has a place.
         assert isinstance(transport, Transport)
         return message.otherwise.begin(transport, *message.otherwise.arguments)
-    from cpattn.moves.peer_moves import post_words
-
     board, is_first = transport.begin_post(message)
     with transport.on_device():
-        post_words(board, x, is_first)
+        _moves().post_words(board, x, is_first)
         message.end_post()
         return bring(transport, message)
 
 
 def pull_later(transport: Bringer, message: Posted, out: Tensor, first: int, many: int, skip: int) -> Work:
     """Whoever waits pulls: messages of ``many`` ranks from ``first`` on, each from ``skip`` bytes on."""
-    from cpattn.moves.peer_moves import pull_words
 
     def wait() -> None:
         with transport.on_device():
-            pull_words(message.begin_pull(first, many), out, first, many, skip)
+            _moves().pull_words(message.begin_pull(first, many), out, first, many, skip)
             message.end_pull()
 
     return Work(wait)

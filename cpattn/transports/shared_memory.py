@@ -86,7 +86,10 @@ class SharedMemory:
 
     def look_for_fault(self, ranks: Sharers) -> None:
         """See :meth:`Transport.look_for_fault`."""
-        fault = next((heap.fault for heap in self.heaps() if heap.fault), 0)
+        # In every call, in which there is one heap as a rule.
+        fault = 0 if self.heap is None else self.heap.fault
+        if not fault and self.captured:
+            fault = next((heap.fault for heap in self.captured if heap.fault), 0)
         if fault:
             # What waits within graphs over other memory ends, too.
             for heap in self.heaps():
@@ -103,7 +106,7 @@ class SharedMemory:
 
         Raises as :meth:`grow`, and UnsupportedError where they are too many or too large.
         """
-        largest = max(message.nbytes for message in messages)
+        largest = max([message.nbytes for message in messages])
         if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
             raise UnsupportedError(
                 f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "

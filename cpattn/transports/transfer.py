@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 class Work:
     """A transfer in flight. Neither its source may be written nor its destination read before :meth:`wait`."""
 
+    __slots__ = ("_wait",)
+
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
 
