@@ -5,6 +5,9 @@ Triton is imported when the backend is first used. ``import triton`` means the p
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,25 +24,28 @@ _MAX_HEAD_DIM = 256
 _MAX_LATENT_DIMS = (576, 512)
 
 
+@cache
+def _kernels() -> Any:
+    """What launches them. An import that finds all there takes 0.6 us, in each launch."""
+    from cpattn.kernels import ragged_attention
+
+    return ragged_attention
+
+
 def triton_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :class:`cpattn.attention.backend.AttentionFunction`."""
-    from cpattn.kernels.ragged_attention import ragged_attention
-
-    return ragged_attention(q, keys, spans, options, out_dtype)
+    result: tuple[Tensor, Tensor] = _kernels().ragged_attention(q, keys, spans, options, out_dtype)
+    return result
 
 
 def triton_accumulate(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, acc: Tensor, lse: Tensor) -> None:
     """See :class:`cpattn.attention.backend.AccumulateFunction`: the kernel merges where it would write its result."""
-    from cpattn.kernels.ragged_attention import ragged_attention
-
-    ragged_attention(q, keys, spans, options, into=(acc, lse))
+    _kernels().ragged_attention(q, keys, spans, options, into=(acc, lse))
 
 
 def triton_attend_into(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor, lse: Tensor) -> None:
     """See :class:`cpattn.attention.backend.AttendIntoFunction`."""
-    from cpattn.kernels.ragged_attention import ragged_attention
-
-    ragged_attention(q, keys, spans, options, result=(out, lse))
+    _kernels().ragged_attention(q, keys, spans, options, result=(out, lse))
 
 
 def _unavailable() -> str | None:
@@ -68,9 +74,7 @@ def _has_hopper_kernel(problem: Problem) -> bool:
         or not has_specialized(problem.head_dim, problem.v_head_dim, problem.dtype, capability(problem.device), problem.page_size or 0)
     ):
         return False
-    from cpattn.kernels.ragged_attention import specialized_kernel
-
-    return specialized_kernel(problem.device) is not None
+    return _kernels().specialized_kernel(problem.device) is not None
 
 
 def _how(problem: Problem) -> str:

@@ -165,7 +165,8 @@ class Attend:
             # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
             part_lse = lse_with_nan(part, part_lse)
         if out is None or lse is None:
-            return part.to(how.merged) if how.merges else part, part_lse
+            # As in result().
+            return part.to(how.merged) if how.merges and part.dtype != how.merged else part, part_lse
         merge_for(out.device, out.dtype)(out, lse, part, part_lse)
         return out, lse
 

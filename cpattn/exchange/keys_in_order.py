@@ -14,7 +14,7 @@ from cpattn.exchange.keys_at_hand import OwnKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
 from cpattn.exchange.step_spans import in_order_draft, spans_in_order
 from cpattn.exchange.strategy import IO, Setup
-from cpattn.keys import Keys, PrefixKeys, is_aligned
+from cpattn.keys import Arrivals, Keys, PrefixKeys, is_aligned
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.draft import Draft
 from cpattn.moves.moves import Moves, moves_for
@@ -54,12 +54,14 @@ class OrderedKeys(NamedTuple):
         assert places is not None  # or there is nothing to put
         self.moves.pack(self.memory().whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
 
-    def keys(self, io: IO, heads: slice | None) -> Keys:
-        """What lies there, and what is read where it lies."""
+    def keys(self, io: IO, heads: slice | None, arrivals: Arrivals | None = None) -> Keys:
+        """What lies there, and what is read where it lies; with what says which are there, where some come late."""
         keys, kept = self.memory().keys, self.order.kept
-        if kept is None:
+        if kept is None and arrivals is None:
             return keys
-        return keys._replace(prefix=_prefix_of(io.cache, heads, kept))
+        k, v, page_table, k_scale, v_scale, *_ = keys
+        # Written out, as _replace() takes three times as long.
+        return Keys(k, v, page_table, k_scale, v_scale, arrivals, None if kept is None else _prefix_of(io.cache, heads, kept))
 
 
 def drafts_in_order(setup: Setup) -> list[Draft[Any]]:

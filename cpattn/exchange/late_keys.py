@@ -93,7 +93,7 @@ class LateInOrder(NamedTuple):
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order, with what says which are there."""
-        return self.ordered.keys(io, heads)._replace(arrivals=self.late.arrivals)
+        return self.ordered.keys(io, heads, self.late.arrivals)
 
 
 class LateTables(NamedTuple):

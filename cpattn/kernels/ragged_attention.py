@@ -62,8 +62,10 @@ def ragged_attention(
         out, lse = result
     else:
         num_queries, num_heads, _ = q.shape
-        out = q.new_empty((num_queries, num_heads, v.shape[-1]), dtype=out_dtype)
-        lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
+        width, device = v.shape[-1], q.device
+        # With strides, as new_empty() takes half a microsecond more.
+        out = torch.empty_strided((num_queries, num_heads, width), (num_heads * width, width, 1), dtype=out_dtype or q.dtype, device=device)
+        lse = torch.empty_strided((num_queries, num_heads), (num_heads, 1), dtype=torch.float32, device=device)
     sinks = options.sinks
     # All that decides the launch, beside the spans and the tensors' addresses; of these, what a descriptor can take, and
     # whether V is K's first columns.
