@@ -228,6 +228,7 @@ class PreparedCall:
         """
         if not self._is_ours:
             return self._run(arguments, in_flight, problems)
+        # As _without_modes(), which a call need not ask.
         with torch._C.DisableTorchFunction():
             return self._run(arguments, in_flight, problems)
 

@@ -229,6 +229,11 @@ def _places() -> dict[str, Any]:
     transport.place([*transfers, _transfer(later)])
     boards = [message.board for message in messages]
     said: dict[str, Any] = {"again": boards == first, "places": [(b.number, b.offset) for b in (*boards, later.board) if b is not None]}
+    # Places are kept from call to call, but not in a heap that has taken the place of theirs.
+    transport.shared.heap = grown = _Heap(2**20)  # type: ignore[assignment]
+    transport.place(transfers)
+    said["moved"] = all(message.board is not None and message.board.table is grown.table for message in messages)
+    transport.shared.heap = heap  # type: ignore[assignment]
     said["too many"] = _refusal(lambda: transport.place([_transfer(Posted(1)) for _ in range(BOARDS + 1)]))
     said["captured"] = _refusal(lambda: _grow_in_capture(transport))
     transport.limit = 2
@@ -258,6 +263,7 @@ def test_places_are_those_of_the_transfers_in_their_order(ranks: ProcessRanks) -
     mine, other = ranks.run(_in_group_of_its_own)
     assert mine == other
     assert mine["again"]
+    assert mine["moved"]
     (zero, begin), (one, second), (two, third) = mine["places"]
     assert (zero, one, two) == (0, 1, 2)
     assert begin >= WORDS * WORD_BYTES
