@@ -2,20 +2,21 @@
 
 Those with few cuts come first:
 
-1. Requests larger than a rank's share are cut among as few ranks as can take them. Of the others the middling ones are
+1. Of several requests larger than a rank's share, each rank takes what it lacks, dense tokens and sparse ones
+   (:mod:`cpattn.metadata.whole.share_out`); the others are placed whole, where that can come out at all
+   (:mod:`cpattn.metadata.whole.completion`).
+2. Requests larger than a rank's share are cut among as few ranks as can take them. Of the others the middling ones are
    dealt in turn; the largest and then the smallest are placed one by one, each where there is least yet (the rule of
    Graham, Bounds on Multiprocessing Timing Anomalies, 1969, for tokens and pairs in sum). In the end decodes make tokens
    even where no request is cut, and else the longest one that is. Before that, requests change ranks so that this will
    make pairs even as well.
-2. The others are placed whole, and each rank takes from those larger than a share what it lacks, dense tokens and sparse
-   ones: :mod:`cpattn.metadata.whole.share_out`.
-3. As 1, with the largest of the others cut as well, and each cut one in a piece for every rank.
-4. As 2, with more requests cut: those with the most pairs for their tokens, and those with the fewest.
+3. As 2, with the largest of the others cut as well, and each cut one in a piece for every rank.
+4. As 1, with more requests cut: those with the most pairs for their tokens, and those with the fewest.
 5. As 3, with as many cut as in 4.
-6. As 2, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
+6. As 1, with all requests cut: pairs come out even whatever the batch, as far as whole tokens allow.
 7. Where requests and ranks are few and whole tokens did not allow it, all divisions are looked at.
 
-Where ranks are many, 1, 3 and 5 would take too long. Where all requests are decodes there is nothing to cut, and one division.
+Where ranks are many, 2, 3 and 5 would take too long. Where all requests are decodes there is nothing to cut, and one division.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from functools import partial
 import numpy as np
 
 from cpattn.device_tables import IntArray
+from cpattn.metadata.whole.completion import may_come_out
 from cpattn.metadata.whole.division import Division
 from cpattn.metadata.whole.even_out import Filler, even_out
 from cpattn.metadata.whole.few_requests import MOST_BINS, MOST_DIVISIONS, MOST_REQUESTS, FewRequests
@@ -48,16 +50,11 @@ def candidates(work: Work) -> Iterator[tuple[int, Callable[[], Made]]]:
     num_ranks, num_prompts = len(work.room), len(work.prompts)
     most = min(num_ranks - 1, num_prompts)
     are_many = num_ranks > _MOST_RANKS
-    without_further_cuts: list[Callable[[], Made]] = []
-    if not are_many and (work.oversized or _may_need_no_cut(work)):
-        without_further_cuts.append(partial(_placed, work, 0))
-    if len(work.oversized) > 1 or (are_many and (work.oversized or _may_need_no_cut(work))):
-        without_further_cuts.append(partial(_completed, work))
-    if 2 * len(work.oversized) >= num_ranks:
-        # Of so many there are dense and sparse ones enough, and then the second seldom fails.
-        without_further_cuts.reverse()
-    for make in without_further_cuts:
-        yield 0, make
+    if work.oversized or _may_need_no_cut(work):
+        if len(work.oversized) > 1 or are_many:
+            yield 0, partial(_completed, work)
+        if not are_many:
+            yield 0, partial(_placed, work, 0)
     if not len(work.oversized) + num_prompts:
         return
     if most and not are_many:
@@ -123,14 +120,17 @@ def _filler(work: Work, requests: IntArray | list[int]) -> Filler:
 
 def _completed(work: Work) -> Made:
     """Cuts those alone that are larger than a share, if there are any; else decodes make tokens even."""
+    # Of a single one there is nothing to choose, but its zigzag may still make pairs even.
+    must_be_even = len(work.oversized) > 1
+    if must_be_even and not may_come_out(work, work.prompts, _TOLERANCE):
+        return None
     division = Division(work)
     if work.oversized:
         division.deal(work.decodes)
     if division.place(work.prompts):
         return None
     if work.oversized:
-        # Of a single one there is nothing to choose, but its zigzag may still make pairs even.
-        return _complete(division, work.oversized, must_be_even=len(work.oversized) > 1)
+        return _complete(division, work.oversized, must_be_even)
     division.deal_into_rooms(work.decodes)
     return None if any(division.room) else (division.rank_of, {})
 

@@ -58,21 +58,55 @@ class _Tried(NamedTuple):
 def _best(work: Work) -> _Tried:
     """The best of several divisions, of which each is only made where those before are not good enough."""
     best: _Tried | None = None
+    uneven = []
     for needless_at, make in candidates(work):
         if best is not None and not best.uneven and best.cuts <= needless_at:
-            break
+            return best
         made = make()
-        if made is not None:
-            tried = _judged(work, *made)
-            best = tried if best is None else min(best, tried, key=lambda tried: tried[:3])
+        if made is None:
+            continue
+        if _must_be_uneven(work, *made):
+            # Whatever is even is better, and cutting takes as long as dividing.
+            uneven.append(made)
+        else:
+            best = _better(best, _judged(work, *made))
+    if best is None or best.uneven:
+        for made in uneven:
+            best = _better(best, _judged(work, *made))
     assert best is not None
     return best
 
 
+def _better(best: _Tried | None, tried: _Tried) -> _Tried:
+    return tried if best is None else min(best, tried, key=lambda tried: tried[:3])
+
+
+def _whole_loads(work: Work, rank_of: IntArray) -> IntArray:
+    """The pairs of each rank's whole requests, and of those that no rank has whole."""
+    loads = np.zeros(len(work.room) + 1, dtype=np.int64)
+    np.add.at(loads, rank_of, work.pairs)
+    return loads
+
+
+def _must_be_uneven(work: Work, rank_of: IntArray, pieces: Pieces) -> bool:
+    """Whether pairs of a rank are off by more than 2% however requests are cut."""
+    if sum(map(len, pieces.values())) > _MANY_PIECES:
+        return False
+    loads = _whole_loads(work, rank_of)[:-1].tolist()
+    changes = [0] * len(loads)
+    for request, of_request in pieces.items():
+        length, pairs = work.token_list[request], work.pair_list[request]
+        for rank, tokens in of_request:
+            loads[rank] += pairs * tokens // length
+            # From the middle of the request to its end.
+            changes[rank] += tokens * (length - tokens) // 2
+    share = work.all_pairs // len(loads)
+    # A little more than 2%, which rounding stays within.
+    return any(49 * (abs(load - share) - change) > share for load, change in zip(loads, changes, strict=True))
+
+
 def _judged(work: Work, rank_of: IntArray, pieces: Pieces) -> _Tried:
-    # One more, for requests that no rank has whole: number -1.
-    sums = np.zeros(len(work.room) + 1, dtype=np.int64)
-    np.add.at(sums, rank_of, work.pairs)
+    sums = _whole_loads(work, rank_of)
     loads, cut, off = sums[:-1].tolist(), None, 0
     if sum(map(len, pieces.values())) > _MANY_PIECES:
         cut = in_halves(pieces)

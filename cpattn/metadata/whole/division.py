@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import accumulate
 
 import numpy as np
 
@@ -70,15 +71,18 @@ class Division:
     def deal_into_rooms(self, decodes: IntArray) -> None:
         """Requests of one token, as many as ranks have room for: each to the one with the fewest pairs."""
         parts, ranks = self.work.pair_part[decodes].tolist(), []
-        heap = [(self.pair_load[rank], rank) for rank, room in enumerate(self.room) if room]
+        # As in :meth:`place`.
+        bits = len(self.room).bit_length()
+        mask, room, pair_load = (1 << bits) - 1, self.room, self.pair_load
+        heap = [pair_load[rank] << bits | rank for rank, free in enumerate(room) if free]
         heapify(heap)
         for of_pairs in parts:
-            load, rank = heap[0]
+            rank = heap[0] & mask
             ranks.append(rank)
-            self.room[rank] -= 1
-            self.pair_load[rank] += of_pairs
-            if self.room[rank]:
-                heapreplace(heap, (load + of_pairs, rank))
+            room[rank] -= 1
+            pair_load[rank] += of_pairs
+            if room[rank]:
+                heapreplace(heap, heap[0] + (of_pairs << bits))
             else:
                 heappop(heap)
         self.rank_of[decodes] = ranks
@@ -92,27 +96,40 @@ class Division:
             Requests for which there is no room on any of the ranks that were looked at, 64 at most.
         """
         work, space = self.work, self._space(filler)
-        lengths, parts = work.tokens[requests].tolist(), (work.token_part + work.pair_part)[requests].tolist()
-        heap = [(tokens + pairs, rank) for rank, (tokens, pairs) in enumerate(zip(self.token_load, self.pair_load, strict=True))]
+        # A load and its rank in one number, which is quicker to compare than two.
+        bits = len(space).bit_length()
+        mask = (1 << bits) - 1
+        heap = [(tokens + pairs) << bits | rank for rank, (tokens, pairs) in enumerate(zip(self.token_load, self.pair_load, strict=True))]
         heapify(heap)
-        ranks = []
+        lengths = work.tokens[requests].tolist()
+        parts = ((work.token_part + work.pair_part)[requests] << bits).tolist()
         # Of each request the shortest that is still to come, itself among them: ranks without that room are done with.
-        shortest = np.minimum.accumulate(lengths[::-1])[::-1].tolist() if lengths else []
+        shortest = list(accumulate(reversed(lengths), min))[::-1]
+        ranks = []
         for length, part, least in zip(lengths, parts, shortest, strict=True):
-            aside: list[tuple[int, int]] = []
-            while heap and space[heap[0][1]] < length and len(aside) < _MOST_LOOKED_AT:
+            aside: list[int] = []
+            while heap:
+                rank = heap[0] & mask
+                left = space[rank] - length
+                if left >= 0:
+                    heapreplace(heap, heap[0] + part)
+                    space[rank] = left
+                    break
+                if len(aside) == _MOST_LOOKED_AT:
+                    rank = -1
+                    break
                 passed = heappop(heap)
-                if space[passed[1]] >= least:
+                if space[rank] >= least:
                     aside.append(passed)
-            found = bool(heap) and space[heap[0][1]] >= length
-            rank = heap[0][1] if found else -1
-            if found:
-                heapreplace(heap, (heap[0][0] + part, rank))
-                space[rank] -= length
+            else:
+                rank = -1
+            ranks.append(rank)
             for passed in aside:
                 heappush(heap, passed)
-            ranks.append(rank)
         placed = np.array(ranks, dtype=np.int64)
+        if -1 not in ranks:
+            self.assign(requests, placed)
+            return []
         self.assign(requests[placed >= 0], placed[placed >= 0])
         misfits: list[int] = requests[placed < 0].tolist()
         return misfits

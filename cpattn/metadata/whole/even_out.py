@@ -6,8 +6,10 @@ tokens adds its own pairs less theirs: one number for each, and those are balanc
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from bisect import bisect_left
+from itertools import combinations
+from operator import add
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,10 +30,10 @@ class Filler(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    """Requests of the rank that gives and of the rank that takes, and what moves from one to the other by it."""
+    """Requests of the rank that gives and of the rank that takes, and the pairs that move from one to the other by it."""
 
-    given: list[int]
-    taken: list[int]
+    given: tuple[int, ...]
+    taken: tuple[int, ...]
     gain: int
 
 
@@ -45,14 +47,12 @@ def even_out(division: Division, filler: Filler, least_room: list[int], most_roo
         most_room: likewise, at most; None for as many as there are.
     """
     work, num_ranks = division.work, len(division.room)
-    # One more, for no request: number -1.
-    gains = np.append(work.pair_part * filler.token_part - work.token_part * filler.pair_part, 0)
-    lengths = np.append(work.tokens, 0)
     off = [
         (pairs - work.share) * filler.token_part - (tokens - work.share) * filler.pair_part
         for tokens, pairs in zip(division.token_load, division.pair_load, strict=True)
     ]
     goal = work.share * filler.token_part // _GOAL
+    moves: _Moves = _FewMoves(division, filler) if work.is_few else _ManyMoves(division, filler)
     for _ in range(4 * num_ranks):
         order = sorted(range(num_ranks), key=off.__getitem__)
         most, least = order[-1], order[0]
@@ -65,7 +65,7 @@ def even_out(division: Division, filler: Filler, least_room: list[int], most_roo
             lower, upper = least_room[giver] - division.room[giver], division.room[taker] - least_room[taker]
             if most_room is not None:
                 lower, upper = max(lower, division.room[taker] - most_room[taker]), min(upper, most_room[giver] - division.room[giver])
-            found = _find_exchange(division, (giver, taker), off[giver] - off[taker], (gains, lengths), (lower, upper))
+            found = moves.exchange(giver, taker, off[giver] - off[taker], lower, upper)
             if found is not None:
                 break
         else:
@@ -75,59 +75,134 @@ def even_out(division: Division, filler: Filler, least_room: list[int], most_roo
         for requests, source, target in ((found.given, giver, taker), (found.taken, taker, giver)):
             for request in requests:
                 division.move(request, source, target)
+        moves.forget(giver, taker)
 
 
-def _find_exchange(
-    division: Division, ranks: tuple[int, int], gap: int, of_requests: tuple[IntArray, IntArray], bounds: tuple[int, int]
-) -> _Exchange | None:
-    """Requests of the giver, of the taker, or both, whose exchange about halves the gap; None without any."""
-    if gap <= 0:
+class _Moves(Protocol):
+    """What may leave each rank, remembered until something does."""
+
+    def exchange(self, giver: int, taker: int, gap: int, lower: int, upper: int) -> _Exchange | None:
+        """What the giver gives for what the taker gives, so that the gap is about halved; None without any.
+
+        From ``lower`` to ``upper`` more tokens leave the giver than come.
+        """
+
+    def forget(self, giver: int, taker: int) -> None:
+        """Ranks whose requests are others now."""
+
+
+class _ManyMoves:
+    """One request at a time, in arrays."""
+
+    def __init__(self, division: Division, filler: Filler) -> None:
+        work = division.work
+        self._rank_of = division.rank_of
+        # One more, for none of the requests.
+        self._none = len(work.tokens)
+        self._gains = np.zeros(self._none + 1, dtype=np.int64)
+        self._gains[:-1] = work.pair_part * filler.token_part - work.token_part * filler.pair_part
+        self._lengths = np.zeros(self._none + 1, dtype=np.int64)
+        self._lengths[:-1] = work.tokens
+        self._is_there = np.ones(self._none + 1, dtype=bool)
+        self._of_rank: dict[int, tuple[IntArray, IntArray, IntArray]] = {}
+
+    def exchange(self, giver: int, taker: int, gap: int, lower: int, upper: int) -> _Exchange | None:
+        if gap <= 0 or upper < lower:
+            return None
+        (given, doubled, lengths), (taken, other_doubled, other_lengths) = self._of(giver), self._of(taker)
+        missed = np.abs(doubled[:, None] - (other_doubled + gap))
+        # As numbers without a sign, those below the lower bound are above all others.
+        above = ((lengths - lower)[:, None] - other_lengths).view(np.uint64)
+        missed[above > upper - lower] = gap
+        row, column = divmod(int(missed.argmin()), len(taken))
+        if not _is_worth(int(missed[row, column]), gap):
+            return None
+        of_giver, of_taker = ((int(request),) if request < self._none else () for request in (given[row], taken[column]))
+        return _Exchange(of_giver, of_taker, int(doubled[row] - other_doubled[column]) // 2)
+
+    def forget(self, giver: int, taker: int) -> None:
+        self._of_rank.pop(giver)
+        self._of_rank.pop(taker)
+
+    def _of(self, rank: int) -> tuple[IntArray, IntArray, IntArray]:
+        """Requests and none, twice what each gains, and their tokens."""
+        if rank not in self._of_rank:
+            np.equal(self._rank_of, rank, out=self._is_there[:-1])
+            requests = self._is_there.nonzero()[0]
+            if len(requests) > _MOST_TRIED + 1:
+                widest = (-np.abs(self._gains[requests[:-1]])).argsort(kind="stable")[:_MOST_TRIED]
+                requests = requests[np.concatenate([widest, [-1]])]
+            self._of_rank[rank] = requests, 2 * self._gains[requests], self._lengths[requests]
+        return self._of_rank[rank]
+
+
+class _Move(NamedTuple):
+    """Requests that may leave a rank together, none among them: what they gain in pairs, and their tokens."""
+
+    gain: int
+    length: int
+    requests: tuple[int, ...]
+
+
+class _FewMoves:
+    """One request at a time or, where none will do, two; in lists, as ranks have hardly any."""
+
+    def __init__(self, division: Division, filler: Filler) -> None:
+        self._division, self._filler = division, filler
+        self._of_rank: dict[tuple[int, int], list[_Move]] = {}
+
+    def exchange(self, giver: int, taker: int, gap: int, lower: int, upper: int) -> _Exchange | None:
+        if gap <= 0:
+            return None
+        for at_once in (1, 2):
+            found = _halving(self._of(giver, at_once), self._of(taker, at_once), gap, lower, upper)
+            if found is not None:
+                return found
         return None
-    (gains, lengths), (lower, upper) = of_requests, bounds
-    given, taken = ((division.rank_of == rank).nonzero()[0] for rank in ranks)
-    for sets_of in (_singles, _couples) if division.work.is_few else (_singles,):
-        givens, takens = sets_of(given, gains), sets_of(taken, gains)
-        swapped = _of_sets(gains, givens)[:, None] - _of_sets(gains, takens)
-        moved = _of_sets(lengths, givens)[:, None] - _of_sets(lengths, takens)
-        missed = np.where((moved >= lower) & (moved <= upper), np.abs(2 * swapped - gap), gap)
-        row, column = divmod(int(missed.argmin()), len(takens))
-        # What gains next to nothing would go on for long.
-        if 20 * int(missed[row, column]) < 19 * gap:
-            of_giver, of_taker = ([request for request in each.tolist() if request >= 0] for each in (givens[row], takens[column]))
-            return _Exchange(of_giver, of_taker, int(swapped[row, column]))
-    return None
+
+    def forget(self, giver: int, taker: int) -> None:
+        self._of_rank = {key: moves for key, moves in self._of_rank.items() if key[0] not in (giver, taker)}
+
+    def _of(self, rank: int, at_once: int) -> list[_Move]:
+        """By gain, moves of so many requests at most, 1 or 2."""
+        if (rank, at_once) not in self._of_rank:
+            self._of_rank[rank, at_once] = self._made(rank) if at_once == 1 else _with_couples(self._of(rank, 1))
+        return self._of_rank[rank, at_once]
+
+    def _made(self, rank: int) -> list[_Move]:
+        work, (token_part, pair_part) = self._division.work, self._filler
+        moves = [
+            _Move(work.pair_parts[request] * token_part - work.token_parts[request] * pair_part, work.token_list[request], (request,))
+            for request in (self._division.rank_of == rank).nonzero()[0].tolist()
+        ]
+        return sorted([_Move(0, 0, ()), *moves])
 
 
-_NONE = np.array([-1])
+def _with_couples(moves: list[_Move]) -> list[_Move]:
+    """Adds each two of those that change the most."""
+    singles = sorted((move for move in moves if move.requests), key=lambda move: -abs(move.gain))[:_MOST_IN_COUPLES]
+    together = [_Move(*map(add, one, other)) for one, other in combinations(singles, 2)]
+    return sorted([*moves, *together])
 
 
-def _widest(requests: IntArray, gains: IntArray, most: int) -> IntArray:
-    """At most some of the requests, those that change the most."""
-    if len(requests) <= most:
-        return requests
-    return requests[(-np.abs(gains[requests])).argsort(kind="stable")[:most]]
+def _halving(givens: list[_Move], takens: list[_Move], gap: int, lower: int, upper: int) -> _Exchange | None:
+    """The exchange whose gain is nearest to half the gap, of moves by gain."""
+    best, found, gains = gap, None, [taken.gain for taken in takens]
+    for gain, length, given in givens:
+        wanted = 2 * gain - gap
+        middle = bisect_left(gains, wanted / 2)
+        # From there on both ways, what comes first and leaves tokens within bounds is the nearest.
+        for ats in (range(middle, len(gains)), range(middle - 1, -1, -1)):
+            for at in ats:
+                missed = abs(2 * gains[at] - wanted)
+                if missed >= best:
+                    break
+                if lower <= length - takens[at].length <= upper:
+                    best, found = missed, _Exchange(given, takens[at].requests, gain - gains[at])
+                    break
+    return found if _is_worth(best, gap) else None
 
 
-def _singles(requests: IntArray, gains: IntArray) -> IntArray:
-    """``[s, 1]`` none or one of the requests; -1 is none."""
-    return np.concatenate([_widest(requests, gains, _MOST_TRIED), _NONE])[:, None]
-
-
-def _of_sets(values: IntArray, sets: IntArray) -> IntArray:
-    """The sum of the values of each set."""
-    sums: IntArray = values[sets[:, 0]] if sets.shape[1] == 1 else values[sets].sum(axis=1)
-    return sums
-
-
-def _couples(requests: IntArray, gains: IntArray) -> IntArray:
-    """``[s, 2]`` none, one or two of the requests."""
-    some = np.concatenate([_widest(requests, gains, _MOST_IN_COUPLES), _NONE])
-    first, second = _pairs_of(len(some))
-    return np.concatenate([np.stack([some[first], some[second]], axis=1), [[-1, -1]]])
-
-
-@lru_cache(maxsize=_MOST_IN_COUPLES + 1)
-def _pairs_of(many: int) -> tuple[IntArray, IntArray]:
-    """Of so many numbers each two, the lesser first."""
-    first, second = np.triu_indices(many, 1)
-    return first, second
+def _is_worth(missed: int, gap: int) -> bool:
+    """Whether an exchange leaves enough less of a gap: what gains next to nothing would go on for long."""
+    return 20 * missed < 19 * gap

@@ -53,28 +53,29 @@ class _Ends:
 
     def take(self, tokens: int, goal: int) -> tuple[list[tuple[int, int]], int]:
         """Exactly so many tokens, with pairs as near to a goal as can be: ``(request, tokens)`` of each, and their pairs."""
-        sparse, got = self._sparsest(tokens)
+        left, sparse, got = self._left, *self._sparsest(tokens)
         dense, at = [], self._last
         while sparse and got < goal:
             moved, got = self._replace(sparse, at, got, goal)
             if moved:
                 dense.append((at, moved))
-            if moved < self._left[at]:
+            if moved < left[at]:
                 break
             at -= 1
-        taken = sparse + dense
-        for at, part in taken:
-            self._left[at] -= part
-        while self._first < self._last and not self._left[self._first]:
+        taken, requests = [], self._requests
+        for at, part in (*sparse, *dense):
+            left[at] -= part
+            taken.append((requests[at], part))
+        while self._first < self._last and not left[self._first]:
             self._first += 1
-        while self._first < self._last and not self._left[self._last]:
+        while self._first < self._last and not left[self._last]:
             self._last -= 1
-        return [(self._requests[at], part) for at, part in taken], got
+        return taken, got
 
     def _sparsest(self, tokens: int) -> tuple[list[tuple[int, int]], int]:
-        taken, got, at = [], 0, self._first
+        taken, got, at, left = [], 0, self._first, self._left
         while tokens:
-            part = min(self._left[at], tokens)
+            part = left[at] if left[at] < tokens else tokens
             if part:
                 taken.append((at, part))
                 got += self._pairs[at] * part // self._tokens[at]
@@ -88,22 +89,23 @@ class _Ends:
         Returns:
             How many tokens it took, and the pairs of all.
         """
-        tokens, pairs, moved = self._tokens[at], self._pairs[at], 0
-        while sparse and moved < self._left[at]:
+        tokens, pairs, left, moved = self._tokens[at], self._pairs[at], self._left[at], 0
+        while sparse and moved < left:
             other, had = sparse.pop()
             if other == at:
                 moved += had
                 continue
-            more = min(had, self._left[at] - moved)
+            other_tokens, other_pairs = self._tokens[other], self._pairs[other]
+            more = most = had if had < left - moved else left - moved
             # Of a token of each: the pairs of the one less those of the other, over a common denominator.
-            gain = pairs * self._tokens[other] - self._pairs[other] * tokens
-            enough = (goal - got) * tokens * self._tokens[other] // gain if gain > 0 else more
-            is_enough = enough < more
-            more = min(more, enough)
-            got += pairs * more // tokens - self._pairs[other] * more // self._tokens[other]
+            gain = pairs * other_tokens - other_pairs * tokens
+            if gain > 0:
+                more = (goal - got) * tokens * other_tokens // gain
+                more = more if more < most else most
+            got += pairs * more // tokens - other_pairs * more // other_tokens
             moved += more
             if more < had:
                 sparse.append((other, had - more))
-            if is_enough:
+            if more < most:
                 break
         return moved, got
