@@ -16,7 +16,10 @@ from references.whole_reference import fewest_cuts, larger_than_a_share, serving
 
 import cpattn
 from cpattn.metadata.chunks import steps_off
-from cpattn.metadata.whole import division, few_requests
+from cpattn.metadata.whole import candidates, division, few_requests
+from cpattn.metadata.whole.completion import may_come_out
+from cpattn.metadata.whole.divide import _judged, _must_be_uneven
+from cpattn.metadata.whole.even_out import Filler, _FewMoves, _ManyMoves
 from cpattn.metadata.whole.work import Work
 
 CP_SIZES = [1, 2, 3, 5, 7, 8, 64]
@@ -258,3 +261,47 @@ def test_ranks_without_room_are_passed_over_once(monkeypatch: pytest.MonkeyPatch
     assert placed.place(np.arange(101)) == []
     assert placed.rank_of[1:101].tolist() == [499] * 100
     assert pop.call_count == 499
+
+
+def work_of(batch: Batch, cp_size: int) -> Work:
+    share, more = divmod(sum(extend for _, extend in batch), cp_size)
+    return Work(np.array(batch), [share + (rank < more) for rank in range(cp_size)])
+
+
+@pytest.mark.parametrize("cp_size", [4, 16, 64])
+def test_the_bound_spares_no_division_that_would_have_come_out(cp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = [work_of(serving_batch(seed, most_requests), cp_size) for seed in range(40) for most_requests in (12, 96)]
+    works = [work for work in works if len(work.oversized) > 1]
+    spared = [work for work in works if not may_come_out(work, work.prompts, candidates._TOLERANCE)]
+    assert len(spared) >= 3
+    monkeypatch.setattr(candidates, "may_come_out", Mock(return_value=True))
+    assert all(candidates._completed(work) is None for work in spared)
+
+
+@pytest.mark.parametrize("cp_size", [2, 8])
+def test_what_must_be_uneven_is_so_however_it_is_cut(cp_size: int) -> None:
+    found = 0
+    for seed in range(40):
+        work = work_of(serving_batch(seed, 24), cp_size)
+        for _, make in candidates.candidates(work):
+            made = make()
+            if made is not None and _must_be_uneven(work, *made):
+                found += 1
+                assert _judged(work, *made).uneven
+    assert found >= 10
+
+
+@given(st.integers(0, 10**6), st.integers(0, 2000), st.integers(0, 2000))
+@settings(max_examples=100, deadline=None)
+def test_exchanges_are_as_good_in_lists_as_in_arrays(seed: int, fewer: int, more: int) -> None:
+    """One request for one: what halves the gap best, within bounds on the tokens that move."""
+    work = work_of(serving_batch(seed, 24), 2)
+    divided = division.Division(work)
+    divided.deal(np.arange(len(work.tokens)))
+    filler, ranks = Filler(int(work.token_part.max()), int(work.pair_part.max())), (0, 1)
+    few, many = _FewMoves(divided, filler), _ManyMoves(divided, filler)
+    gap = abs(divided.pair_load[0] - divided.pair_load[1]) * filler.token_part
+    in_lists, in_arrays = (moves.exchange(*ranks, gap, -fewer, more) for moves in (few, many))
+    if in_arrays is not None and len(work.tokens) < 48:
+        assert in_lists is not None
+        assert abs(2 * in_lists.gain - gap) == abs(2 * in_arrays.gain - gap)
