@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from cpattn.attention.backend import AttentionOptions
 from cpattn.call import checks
 from cpattn.call.arguments import Arguments
@@ -15,7 +17,7 @@ from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.registry import STRATEGIES
 from cpattn.exchange.resident_shards import is_resident
 from cpattn.exchange.strategy import Strategy
-from cpattn.kv_cache import PagedKV
+from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 
 
@@ -60,11 +62,19 @@ def _brings_what_windows_reach(arguments: Arguments, meta: CPMetadata) -> bool:
 
 
 def _own_heads(arguments: Arguments, meta: CPMetadata) -> int | None:
-    """How many KV heads this rank has, where the strategy that is asked for divides them: a cache may have those alone."""
+    """How many KV heads this rank has, where the strategy that is asked for divides them: a cache may have those alone.
+
+    As many as there are where it cannot divide them so, which is refused later, with the reason.
+    """
     strategy = _asked_for(arguments)
     if strategy is None or arguments.k is None:
         return None
-    return strategy.cached_heads(arguments.q.shape[1], arguments.k.shape[1], meta.plan.cp_size, meta.cp_rank)
+    heads = strategy.cached_heads(arguments.q.shape[1], arguments.k.shape[1], meta.plan.cp_size, meta.cp_rank)
+    cache: Any = arguments.kv_cache
+    if heads is None and strategy.divides_heads and isinstance(cache, PackedKV | PagedKV):
+        first = cache.k_pages if isinstance(cache, PagedKV) else cache.k
+        return int(first.shape[-2]) if isinstance(first, Tensor) and first.ndim > 1 else None
+    return heads
 
 
 def check_written(arguments: Arguments) -> None:

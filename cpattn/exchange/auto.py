@@ -57,7 +57,8 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     reason = strategy.refusal(problem, plan)
     if reason is not None:
         able = ", ".join(repr(other.name) for other in able_strategies(problem, plan))
-        raise UnsupportedError(f"strategy={strategy.name!r} cannot serve this call: {reason}; {able or 'none'} could")
+        others = f"; {able} could" if able else ""
+        raise UnsupportedError(f"strategy={strategy.name!r} cannot serve this call: {reason}{others}")
     return [[strategy]]
 
 

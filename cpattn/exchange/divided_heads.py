@@ -49,6 +49,11 @@ class DividedHeads(Strategy):
     def __repr__(self) -> str:
         return self.name
 
+    @property
+    def divides_heads(self) -> bool:
+        """It does."""
+        return True
+
     def group_size(self, plan: Layout) -> int:
         """The ranks of a group, of a plan's."""
         return self.within or plan.cp_size
@@ -245,16 +250,14 @@ def _cached_heads(within: int | None, q_heads: int, kv_heads: int, cp_size: int,
 def _why_not(within: int | None, across: Strategy, problem: Problem, plan: Layout) -> str | None:
     size = within or plan.cp_size
     if plan.cp_size % size:
-        return f"it has groups of {size} ranks, and cp_size={plan.cp_size} is no multiple of that"
+        return f"it has groups of {size} ranks, and cp_size={plan.cp_size} is no multiple of that; pass a divisor of it as within="
     if size == 1:
         return across.why_not(problem, plan)
-    if plan.sharded:
-        return "it divides heads, of all cached tokens, and a sharded cache has all heads of some; keep each rank's KV heads of all tokens"
     if problem.q_heads < size:
         few = f"{problem.q_heads} query head{'s' * (problem.q_heads > 1)}"
-        return (
-            f"each rank gets a query head at least, and {few} cannot be divided among {size} ranks; divide them among fewer: cpattn.hybrid"
-        )
+        return f"each rank gets a query head at least, and {few} cannot be divided among {size} ranks; {_fewer(problem, plan)}"
+    if plan.sharded:
+        return "it divides heads, of all cached tokens, and a sharded cache has all heads of some; keep each rank's KV heads of all tokens"
     shares = shares_of(problem, size)
     if problem.cache == "paged" and not problem.own_heads and any(share.kv_heads < problem.kv_heads for share in shares):
         mine = " or ".join(map(str, sorted({share.kv_heads for share in shares})))
@@ -275,6 +278,15 @@ def _why_not(within: int | None, across: Strategy, problem: Problem, plan: Layou
     reasons = (across.why_not(share_of(problem, plan, size, share), united) for share in _unlike(shares))
     reason = next((reason for reason in reasons if reason is not None), None)
     return None if reason is None else f"across its groups: {reason}"
+
+
+def _fewer(problem: Problem, plan: Layout) -> str:
+    """What to do where query heads are fewer than the ranks of a group."""
+    within = max(size for size in range(1, problem.q_heads + 1) if plan.cp_size % size == 0)
+    if within > 1:
+        return f"divide them among {within}: cpattn.hybrid({within})"
+    cache = ", and a cache of all KV heads" * problem.own_heads
+    return f"cp_size={plan.cp_size} has no divisor for cpattn.hybrid that is as small; pass a strategy that divides no heads{cache}"
 
 
 def _why_not_over(within: int | None, transport: Transport) -> str | None:

@@ -125,6 +125,11 @@ class Strategy:
         """The strategy whose calls its own are: another one, where one of its two levels has a single rank."""
         return self
 
+    @property
+    def divides_heads(self) -> bool:
+        """Whether a cache may have a rank's own heads alone."""
+        return False
+
     def refusal(self, problem: Problem, plan: Layout) -> str | None:
         """The reason why it cannot serve a problem and plan, or None."""
         if plan.all_queries and self.queries == "rows":
@@ -133,4 +138,9 @@ class Strategy:
             return f"it takes pages in q's dtype alone, {problem.dtype}, not {problem.stored_dtype}"
         if not self.expands and problem.expands:
             return "it divides heads, and a latent has one; leave expand out, and pass queries and the latent in the absorbed form"
+        if problem.own_heads and not self.divides_heads:
+            return (
+                "it attends to all KV heads, and the cache has a rank's own alone; pass a cache of all heads, or a strategy that divides "
+                "them, such as 'ulysses'"
+            )
         return self.why_not(problem, plan)

@@ -188,7 +188,15 @@ def refusal(heads: tuple[int, int] = (4, 2), cache: str = "packed", cp_size: int
 
 
 def test_what_is_refused_says_why() -> None:
-    assert "4 query heads cannot be divided among 5 ranks; divide them among fewer: cpattn.hybrid" in refusal(cp_size=5)
+    few = "4 query heads cannot be divided among {} ranks; {}"
+    assert few.format(6, "divide them among 3: cpattn.hybrid(3)") in refusal(cp_size=6)
+    assert few.format(5, "cp_size=5 has no divisor for cpattn.hybrid that is as small; pass a strategy that divides no") in refusal(
+        cp_size=5
+    )
+    few = few.replace("4 query", "2 query")
+    assert few.format(4, "divide them among 2: cpattn.hybrid(2)") in refusal((2, 2), cp_size=4, cached=1)
+    assert few.format(5, "cp_size=5 has no divisor") in refusal((2, 2), cp_size=5, cached=1)
+    assert "pass a strategy that divides no heads, and a cache of all KV heads" in refusal((2, 2), cp_size=5, cached=1)
     assert "pages of all 2 KV heads want all heads of new tokens, and a rank gets 1 of them" in refusal(cache="paged")
     assert "a sharded cache has all heads of some; keep each rank's KV heads of all tokens" in refusal(cache="sharded")
     assert "a sharded cache has all heads of some" in refusal(cache="striped")
