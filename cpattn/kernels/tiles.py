@@ -18,6 +18,7 @@ from torch import Tensor
 from cpattn.current import is_capturing
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum
 from cpattn.errors import CPError
+from cpattn.kernels.rounds import makespan
 from cpattn.kernels.tile_shapes import TileShape
 from cpattn.spans import HostSpans, Spans
 
@@ -44,7 +45,7 @@ _PROGRAM_BLOCKS = 2048
 _NO_QUOTA = 2**30
 
 # By how much an estimate must be better than that of what stands before it.
-_MARGIN = 0.02
+MARGIN = 0.02
 
 
 class Tiles(NamedTuple):
@@ -166,10 +167,10 @@ def choose(
 ) -> tuple[TileShape, int, Tiles, IntArray]:
     """The shape and packing that finish first by estimate, and their tiles with the key blocks that each visits.
 
-    The estimate is the larger of the mean load of a processor and the longest single tile. Large tiles use
-    the tensor cores best. Small ones waste less on short query ranges, and spread few queries over more processors.
+    It is estimated when the processors, which take tiles in turn, have computed all. Large tiles use the tensor cores
+    best. Small ones waste less on short query ranges, and spread few queries over more processors.
     Packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
-    (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where the longest tile is what takes long.)
+    (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where processors wait for others.)
     """
     best: tuple[float, TileShape, int, TilesOfSpans] | None = None
     for pack in packs:
@@ -179,10 +180,10 @@ def choose(
                 continue
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, window)
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
-            load = cost.sum() * (num_heads // pack) / num_processors
-            longest = cost.max(initial=0)
-            time, is_shared = float(max(load, longest)), bool(load >= longest)
-            if best is None or time < best[0] * (1 - _MARGIN):
+            heads = num_heads // pack
+            time = float(makespan(cost, heads, num_processors))
+            is_shared = cost.sum() * heads / num_processors >= time * (1 - MARGIN)
+            if best is None or time < best[0] * (1 - MARGIN):
                 best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape
     _, shape, pack, tiles = best
