@@ -5,8 +5,9 @@ PYTHONPATH=. python benchmarks/bench_serving_batches.py --one-rank-of 4 [--secon
 PYTHONPATH=. python benchmarks/bench_serving_batches.py --first 120
 
 Batches are taken in order, and it ends by the time that is given, having said how many were measured. --first goes on with that batch,
-and adds to what earlier runs have written. --one-rank-of needs one GPU: it times what the rank with the most work would do, with
-local copies in place of messages, and adds what the model says of those. --check tries both on a CPU over small batches, in seconds.
+and adds to what earlier runs have written. --one-rank-of needs one GPU: it times what the rank with the most work would do, and any
+other that may take longer, without messages, and adds what the model says of those. --check tries both on a CPU over small batches, in
+seconds.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from peers.bench import MOST_LAYERS, Bench, Task
+from peers.ours import machine_here
 from peers.report import Line, markdown
-from peers.variants import Variant
 from peers.work import Heads
 from traffic.batches import Batch, serving_batches
-from traffic.choices import ONE_GPU, Choice, exposed_us, measured_variants, one_rank_variants, strategy_of
+from traffic.choices import CHOICES, ONE_GPU, Choice, Timed, messages_us, of_all_ranks, of_one_rank, strategy_of
 from traffic.results import HEADER, Row, read, row_of, summary
 
 import cpattn
-from cpattn.costs.known_machine import machine_of
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, CHECKED_HEADS = Heads(32, 8, 128), Heads(8, 4, 16)
@@ -55,7 +54,7 @@ def main() -> None:
     path, end = options.results / name, time.monotonic() + options.seconds
     kept = [row for row in read(path) if row.number < options.first]
     bench = Bench("cuda", 1 if options.one_rank_of else size, options.rounds, end, eagerly=False, frees=False)
-    run = Run(bench, size, HEADS, machine(), bool(options.one_rank_of))
+    run = Run(bench, size, HEADS, machine_here(), bool(options.one_rank_of))
     batches = dict(enumerate(serving_batches(MANY)[options.first :], start=options.first))
     try:
         bench.wait()
@@ -80,22 +79,24 @@ class Run:
     def measure(self, batches: dict[int, Batch], write: Callable[[list[Row]], object]) -> None:
         """One after another, as long as there is time; ``write`` is given what is known every now and then, and at the end."""
         names = list(map(str, batches))
+        timed: dict[str, Timed] = {}
 
         def task(name: str) -> Task:
-            return Task(name, batches[int(name)], self.heads, self._variants(batches[int(name)]))
+            timed[name] = self._timed(batches[int(name)])
+            return Task(name, batches[int(name)], self.heads, timed[name].variants)
 
         def take(left: list[str]) -> None:
             name = names[len(names) - len(left) - 1]
             lines, batch = [line for line in self.bench.lines if line.batch == name], batches[int(name)]
-            self.rows.append(row_of(int(name), batch, self.size, lines, partial(self._messages, batch)))
+            self.rows.append(row_of(int(name), batch, self.size, lines, timed[name].of, partial(self._messages, batch)))
             if len(self.rows) % EVERY == 0:
                 write(self.rows)
 
         self.bench.measure_all(names, task, take)
         write(self.rows)
 
-    def _variants(self, batch: Batch) -> dict[str, Variant]:
-        return one_rank_variants(batch, self.size, self.heads, self.machine) if self.is_one_rank else measured_variants()
+    def _timed(self, batch: Batch) -> Timed:
+        return of_one_rank(batch, self.size, self.heads, self.machine) if self.is_one_rank else of_all_ranks()
 
     def _messages(self, batch: Batch, choice: Choice, line: Line) -> float:
         """Of one rank that was timed alone, what it waits for messages, in us."""
@@ -103,7 +104,7 @@ class Run:
             return 0.0
         plan = choice.plan(batch, self.size)
         strategy = strategy_of(choice, plan, batch, self.heads, self.machine)
-        return exposed_us(strategy, line.way.rpartition(", ")[2], plan, batch, self.heads, self.machine)
+        return messages_us(strategy, line.way.rpartition(", ")[2], plan, batch, self.heads, self.machine)
 
 
 def check(ranks: int) -> None:
@@ -111,7 +112,7 @@ def check(ranks: int) -> None:
     batches, wrong = dict(enumerate(serving_batches(CHECKED, scale=CHECKED_SCALE))), []
     for size, is_one_rank in ((ranks, False), (4, True)):
         bench = Bench("cpu", 1 if is_one_rank else ranks, 1, time.monotonic() + 60, least_rounds=1, eagerly=False, frees=False)
-        run = Run(bench, size, CHECKED_HEADS, cpattn.MACHINES["h100-nvlink"], is_one_rank)
+        run = Run(bench, size, CHECKED_HEADS, machine_here(), is_one_rank)
         try:
             run.measure(batches, lambda rows: None)
         finally:
@@ -119,14 +120,9 @@ def check(ranks: int) -> None:
         print(markdown(HEADER, [row.cells for row in run.rows]), summary(run.rows), sep="\n\n")
         compared = [line for line in bench.lines if line.error is not None or (is_one_rank and line.variant != ONE_GPU)]
         wrong += [f"{line.batch}, {line.variant}: {line.note}" for line in bench.lines if line.note or line not in compared]
-        wrong += [f"{row.number}: {len(row.times)} times" for row in run.rows if len(row.times) < len(bench.lines) // len(batches)]
+        wrong += [f"{row.number}: {len(row.times)} times" for row in run.rows if len(row.times) < len(CHOICES) + 1]
     if wrong:
         sys.exit("\n".join(wrong))
-
-
-def machine() -> cpattn.Machine:
-    """By whose constants the model counts messages."""
-    return machine_of(torch.device("cuda"))
 
 
 def write(path: Path, size: int, rows: list[Row], is_one_rank: bool) -> None:
@@ -134,8 +130,10 @@ def write(path: Path, size: int, rows: list[Row], is_one_rank: bool) -> None:
     from gpu_report import write_gpu_report
 
     how = (
-        f"The rank with the most work of {size}, on one GPU, with local copies in place of messages; to its time is added what the model "
-        "says of messages that attention does not hide, between ranks that read each other's memory or by collectives, whichever is less."
+        f"One rank's work of {size}, on one GPU, without messages: of the rank with the most query-key pairs, and of the one that reads "
+        "the most keys, or is estimated to take longest, where they have over 2% more; the slowest counts. To its time is added what the "
+        "model says of messages that attention does not hide, between ranks that read each other's memory or by collectives, whichever is "
+        "less."
         if is_one_rank
         else f"{size} GPUs, the slowest rank counts; each result was compared with cpattn's over collectives before it was timed."
     )

@@ -13,9 +13,13 @@ from cpattn.attention.backend import AttentionOptions
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 from cpattn.testing import SoloCommunicator
+from cpattn.transports.transfer import Transfer
+from cpattn.transports.transfer import Work as TransferWork
 from peers.work import Call, Work
 
 NO_TRANSFER = "no transfer"
+# The same, whose graphs have no copies in place of messages either: what these take is to be added.
+NO_MESSAGE = "no message"
 ON_GPUS = ("triton", "flash_attn3", "flash_attn4")
 # Tokens of a page of a sharded cache.
 PAGE_SIZE = 64
@@ -45,15 +49,17 @@ def cp_attention(
     sharded: bool = False,
     token_cost: int | None = None,
 ) -> Call:
-    """A call by a strategy, a backend, and a kind of transport or ``"no transfer"``: what others would send is a local copy.
+    """A call by a strategy, a backend, and a kind of transport or ``"no transfer"``: what others would send is a local copy, which graphs
+    of ``"no message"`` leave out.
 
     With ``sharded`` each rank holds its share of every prefix, in pages; otherwise each holds all prefixes, in order. ``token_cost`` is
     for ``partition="auto"``, as of :func:`cpattn.plan`.
     """
     meta, q, k, v, kv_cache = _laid_out(work, partition, sharded, token_cost)
     group: Any = None
-    if transport == NO_TRANSFER:
-        group = _alone(work.rank, work.size)
+    is_alone = transport in (NO_TRANSFER, NO_MESSAGE)
+    if is_alone:
+        group = _alone(_Unheard if transport == NO_MESSAGE else SoloCommunicator, work.rank, work.size)
     elif work.size > 1:
         group = cpattn.transport(work.group, kind=transport)  # type: ignore[arg-type]
     named: dict[str, Any] = {"group": group, "kv_cache": kv_cache, "strategy": strategy, "backend": backend}
@@ -63,14 +69,23 @@ def cp_attention(
             chosen = cpattn.prepare(q, k, v, meta, **named)
         way = f"{chosen.strategy.name}, {chosen.backend.name}"
     attend = partial(cpattn.cp_attention, q, k, v, meta, **named)
-    tokens = None if transport == NO_TRANSFER else meta.token_index[: meta.num_tokens].long()
+    tokens = None if is_alone else meta.token_index[: meta.num_tokens].long()
     return Call(lambda: attend()[: meta.num_tokens], tokens, way=way)
 
 
+class _Unheard(SoloCommunicator):
+    """Copies messages but where a graph captures the call: its layers find what came the last time."""
+
+    def start(self, transfer: Transfer) -> TransferWork:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return TransferWork(lambda: None)
+        return super().start(transfer)
+
+
 @cache
-def _alone(rank: int, size: int) -> SoloCommunicator:
+def _alone(kind: type[SoloCommunicator], rank: int, size: int) -> SoloCommunicator:
     """One for all variants, as they share a group's transport and its memory as well."""
-    return SoloCommunicator(rank, size)
+    return kind(rank, size)
 
 
 @cache
@@ -81,7 +96,7 @@ def machine_here() -> cpattn.Machine:
 
 
 def _laid_out(work: Work, partition: str, sharded: bool, token_cost: int | None = None) -> _Layout:
-    key = partition, sharded, work.size, token_cost
+    key = partition, sharded, work.rank, work.size, token_cost
     if key not in work.kept:
         shards = prefix_shards(work.batch, work.size) if sharded else None
         machine = machine_here() if partition == "auto" else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from peers import ours
-from peers.ours import NO_TRANSFER
+from peers.ours import NO_MESSAGE
 from peers.variants import Variant
 from peers.work import Call, Heads, Work
 
@@ -16,6 +16,7 @@ import cpattn
 from cpattn.costs.corrections import corrected
 from cpattn.exchange.auto import auto_candidates
 from traffic.batches import Batch
+from traffic.slowest import slowest_ranks
 
 ONE_GPU = "one GPU"
 
@@ -71,7 +72,19 @@ def problem_of(batch: Batch, rows: int, heads: Heads) -> cpattn.Problem:
     return cpattn.Problem(torch.device("cuda"), torch.bfloat16, rows, heads.query, heads.kv, heads.dim, heads.dim, cache=cache)  # type: ignore[arg-type]
 
 
-def measured_variants() -> dict[str, Variant]:
+class Timed(NamedTuple):
+    """What is timed of the choices over a batch.
+
+    Attributes:
+        variants: by their names.
+        of: each choice's, by name, of which the slowest counts.
+    """
+
+    variants: dict[str, Variant]
+    of: dict[Choice, tuple[str, ...]]
+
+
+def of_all_ranks() -> Timed:
     """Over all ranks, each with the backend and the transport that ``auto`` takes; and the whole batch on each GPU."""
     found = {
         str(choice): Variant(
@@ -87,7 +100,7 @@ def measured_variants() -> dict[str, Variant]:
         )
         for choice in CHOICES
     }
-    return found | {ONE_GPU: one_gpu()}
+    return Timed(found | {ONE_GPU: one_gpu()}, {choice: (str(choice),) for choice in CHOICES})
 
 
 def one_gpu() -> Variant:
@@ -95,25 +108,33 @@ def one_gpu() -> Variant:
     return Variant(partial(ours.cp_attention, strategy="auto", transport="auto", backend="auto"), "one GPU", ranks=1)
 
 
-def one_rank_variants(batch: Batch, size: int, heads: Heads, machine: cpattn.Machine) -> dict[str, Variant]:
-    """What the rank with the most work does of each choice, with local copies in place of what others would send."""
-    found = {}
-    for choice in CHOICES:
+def of_one_rank(batch: Batch, size: int, heads: Heads, machine: cpattn.Machine) -> Timed:
+    """What each rank does that may be the slowest, by itself, without messages. Calls that are the same are timed once."""
+    variants: dict[str, Variant] = {}
+    names: dict[tuple[bytes, str, int], str] = {}
+    of: dict[Choice, tuple[str, ...]] = {}
+    for choice in (*FIXED, AUTO, AUTO_UNEVEN):
         plan = choice.plan(batch, size)
-        make = partial(
-            _one_rank,
-            size=size,
-            rank=int(np.argmax(plan.rank_pairs)),
-            choice=choice,
-            strategy=strategy_of(choice, plan, batch, heads, machine),
-        )
-        found[str(choice)] = Variant(make, "auto" if choice.is_auto else "fixed")
-    return found | {ONE_GPU: one_gpu()}
+        strategy = strategy_of(choice, plan, batch, heads, machine)
+        calls = [(plan_bytes(plan), strategy, rank) for rank in slowest_ranks(strategy, plan, problem_of(batch, plan.rows, heads), machine)]
+        for call in calls:
+            if call not in names:
+                rank = call[-1]
+                names[call] = f"{choice}, rank {rank}"
+                make = partial(_one_rank, size=size, rank=rank, choice=choice, strategy=strategy)
+                variants[names[call]] = Variant(make, "auto" if choice.is_auto else "fixed")
+        of[choice] = tuple(names[call] for call in calls)
+    return Timed(variants | {ONE_GPU: one_gpu()}, of)
+
+
+def plan_bytes(plan: cpattn.Plan) -> bytes:
+    """The same for plans that cut a batch alike."""
+    return np.stack(plan.chunk_table).tobytes()
 
 
 def _one_rank(work: Work, size: int, rank: int, choice: Choice, strategy: str) -> Call:
     mine = work.over(None, rank, size)
-    return ours.cp_attention(mine, strategy, NO_TRANSFER, "auto", partition=choice.partition, token_cost=choice.token_cost)
+    return ours.cp_attention(mine, strategy, NO_MESSAGE, "auto", partition=choice.partition, token_cost=choice.token_cost)
 
 
 def strategy_of(choice: Choice, plan: cpattn.Plan, batch: Batch, heads: Heads, machine: cpattn.Machine) -> str:
@@ -126,13 +147,15 @@ def strategy_of(choice: Choice, plan: cpattn.Plan, batch: Batch, heads: Heads, m
     return min(ways, key=lambda one: corrected(one.strategy, one.graph, one.host, as_graph=True)).strategy
 
 
-def exposed_us(strategy: str, backend: str, plan: cpattn.Plan, batch: Batch, heads: Heads, machine: cpattn.Machine) -> float:
-    """What the model says of the messages that attention does not hide, by the faster transport; of a backend that it does not know,
-    what it says of the fastest."""
+def messages_us(strategy: str, backend: str, plan: cpattn.Plan, batch: Batch, heads: Heads, machine: cpattn.Machine) -> float:
+    """What the model says of messages that attention does not hide, by the faster transport, with what is copied around them beyond what a
+    rank by itself copies, as over collectives. Of a backend that it does not know, what it says of the fastest."""
     if plan.cp_size == 1:
         return 0.0
     ways = [one for one in _estimates(plan, problem_of(batch, plan.rows, heads), machine) if one.strategy == strategy and one.overlap == 1]
-    return 1e6 * next((one for one in ways if one.backend == backend), ways[0]).exposed
+    ways = [one for one in ways if one.backend == backend] or [one for one in ways if one.backend == ways[0].backend]
+    by_itself = next(one for one in ways if one.transport == "collectives")
+    return 1e6 * (ways[0].exposed + ways[0].moves - by_itself.moves)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from peers.report import Line, markdown
 
 from traffic.batches import Batch, in_words
-from traffic.choices import AUTO, AUTO_UNEVEN, CHOICES, FIXED, ONE_GPU, Choice
+from traffic.choices import AUTO, AUTO_UNEVEN, CHOICES, FIXED, ONE_GPU, Choice, plan_bytes
 
 # What a layer may take beyond one GPU's time, in us.
 ALLOWED = 10.0
@@ -73,29 +73,41 @@ class Row:
         return cls(int(cells["batch"]), cells["what"], (cells["partition of auto"], cells["way of auto"]), times, cells["note"])
 
 
-def row_of(number: int, batch: Batch, size: int, lines: list[Line], beside: Callable[[Choice, Line], float]) -> Row:
+def row_of(
+    number: int, batch: Batch, size: int, lines: list[Line], of: Mapping[Choice, tuple[str, ...]], beside: Callable[[Choice, Line], float]
+) -> Row:
     """A batch's, by its lines.
 
     Choices that come to the same call, with the same chunks, are one: their times are taken together, so that they do not differ by
     chance.
 
     Args:
+        of: the lines of each choice, by their variants, of which the slowest counts.
         beside: what is to be added to each, in us.
     """
-    of = {line.variant: line for line in lines}
+    named = {line.variant: line for line in lines}
     plans = {choice: choice.plan(batch, size) for choice in CHOICES}
-    samples: dict[tuple[bytes, str], list[float]] = {}
-    calls: dict[Choice, tuple[bytes, str]] = {}
-    for choice, plan in plans.items():
-        line = of.get(str(choice))
-        if line is not None and (timed := _timed(line)):
-            calls[choice] = np.stack(plan.chunk_table).tobytes(), line.way
-            samples.setdefault(calls[choice], []).extend(timed)
-    times = {str(choice): float(np.median(samples[call])) + beside(choice, of[str(choice)]) for choice, call in calls.items()}
-    alone = of.get(ONE_GPU)
-    if alone is not None and (timed := _timed(alone)):
-        times[ONE_GPU] = float(np.median(timed))
-    way = of[str(AUTO)].way if str(AUTO) in of else ""
+    timed = {choice: [named[name] for name in names if name in named and _timed(named[name])] for choice, names in of.items()}
+    # One that lacks a rank is not known.
+    timed = {choice: found for choice, found in timed.items() if found and len(found) == len(of[choice])}
+    together: dict[tuple[bytes, str, int], dict[str, list[float]]] = {}
+    for choice, found in timed.items():
+        for place, line in enumerate(found):
+            together.setdefault((plan_bytes(plans[choice]), line.way, place), {})[line.variant] = _timed(line)
+
+    def median(choice: Choice, place: int, line: Line) -> float:
+        of_call = together[plan_bytes(plans[choice]), line.way, place]
+        return float(np.median([time for times in of_call.values() for time in times]))
+
+    times = {
+        str(choice): max(median(choice, place, line) for place, line in enumerate(timed[choice])) + beside(choice, timed[choice][0])
+        for choice in CHOICES
+        if choice in timed
+    }
+    alone = named.get(ONE_GPU)
+    if alone is not None and (of_one := _timed(alone)):
+        times[ONE_GPU] = float(np.median(of_one))
+    way = next((named[name].way for name in of.get(AUTO, ()) if name in named), "")
     notes = dict.fromkeys(f"{line.variant}: {line.note}" for line in lines if line.note)
     return Row(number, in_words(batch), (plans[AUTO].kind, way), times, "; ".join(notes))
 
