@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpattn.costs.hop_spans import RankSpans
+from cpattn.costs.last_tiles import until_last
 from cpattn.costs.tile_costs import FloatArray, TileCosts
 from cpattn.device_tables import IntArray
 from cpattn.metadata.layout import Layout
@@ -82,7 +84,7 @@ class Bounds:
             longest = (int(self._tiles.last_blocks.max()) + kernel.tile) * costs.full_cost[number] * self._of_row(number)
         # Where tiles and blocks do not divide each other, half a block more is counted.
         load = self._load(number, 1.0 if costs.are_even else 1.5)
-        return kernel.overhead + max(load, longest) * (1 + _ROUNDING)
+        return kernel.overhead + max(load, longest, self._until_last[number]) * (1 + _ROUNDING)
 
     def ring_at_least(self, number: int) -> float:
         """Seconds of the launches of a ring: chunks see the shards of as many ranks as have earlier chunks of their request, and of each
@@ -116,6 +118,16 @@ class Bounds:
         full = (self._length - 1) // tokens
         keys = full * (self._before + (full + 1) * (tokens / 2))
         return _Tiles(full, keys / self._costs.block_n, self._length - full * tokens, -(-self._keys // self._costs.block_n))
+
+    @cached_property
+    def _until_last(self) -> list[float]:
+        """Of each kernel the seconds until the last tile of the leading form ends, where that is counted."""
+        costs, problem, by_rank = self._costs, self._problem, self._plan.by_rank
+        columns = self._rank, self._length, self._keys, self._before + 1
+        spans = RankSpans._make([column.take(by_rank.order) for column in columns])
+        begins = by_rank.bounds[:-1][by_rank.bounds[1:] > by_rank.bounds[:-1]]
+        found: list[float] = until_last(spans, begins, problem, costs.of_leading, 1, problem.cache == "paged").max(axis=(1, 2)).tolist()
+        return found
 
     @cached_property
     def _of_ring(self) -> tuple[int, FloatArray, IntArray]:

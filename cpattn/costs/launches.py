@@ -1,4 +1,5 @@
-"""How long attention launches take: by tiles, as :mod:`cpattn.kernels.tiles` cuts them, by the longest of them, and by the keys read."""
+"""How long attention launches take: by tiles, as :mod:`cpattn.kernels.tiles` cuts them, by when the last of them ends, and by the keys
+read."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from cpattn.costs.hop_spans import RankSpans, over_shards, spans_of
+from cpattn.costs.last_tiles import until_last
 from cpattn.costs.tile_costs import FloatArray, TileCosts
 from cpattn.costs.tile_sums import TileSums
 from cpattn.device_tables import IntArray
 from cpattn.exchange.schedule import Hop
+from cpattn.kernels.tiles import MARGIN
 from cpattn.machine import KernelCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -99,7 +102,7 @@ def seconds_of(
 ) -> FloatArray:
     """``[kernels, size]`` seconds of launches on so many ranks: of spans by rank, where each rank's begin, and how often they count.
 
-    The multiprocessors share the tiles of a launch, and it is not over before its longest tile. A span takes the time of its tiles, or
+    The multiprocessors share the tiles of a launch, and it is not over before its last tile. A span takes the time of its tiles, or
     where its queries are few, of reading its keys.
     """
     parts = [part for part in parts if len(part[0].rank)]
@@ -110,19 +113,20 @@ def seconds_of(
         return np.zeros((len(costs.kernels), size))
     least = None
     for forms in costs.parts if problem.window is None else [costs]:
-        load, longest = _load_and_longest(parts, size, problem, forms, groups, over_pages)
-        seconds = np.where(costs.splits, load, np.maximum(load, longest)).min(axis=1)
+        load, last = _load_and_last(parts, size, problem, forms, groups, over_pages)
+        seconds = np.where(costs.splits, load, np.maximum(load, last)).min(axis=1)
         least = seconds if least is None else np.minimum(least, seconds)
-        if (least <= load.min(axis=1)).all():
+        # Others are not taken for less than that, nor are they less work.
+        if (least * (1 - MARGIN) <= load.min(axis=1)).all():
             break
     launch: FloatArray = np.where(works, costs.overhead + least, 0.0)
     return launch
 
 
-def _load_and_longest(
+def _load_and_last(
     parts: list[tuple[RankSpans, IntArray, int]], size: int, problem: Problem, costs: TileCosts, groups: int, over_pages: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """``[kernels, forms, size]`` seconds of all tiles together, and of the longest one."""
+    """``[kernels, forms, size]`` seconds of all tiles together, and until the last one ends, which is no less than the longest takes."""
     load, longest = np.zeros((2, len(costs.kernels), len(costs.forms), size))
     for spans, begins, count in parts:
         # Of a window's keys none are read before those of the first query.
@@ -132,9 +136,11 @@ def _load_and_longest(
         # In ps, whose sums are exact, and so the same on every rank.
         each = np.rint(np.maximum(computing, reading) * 1e12)
         sums, most = count * np.add.reduceat(each, begins, axis=-1), np.maximum.reduceat(of_longest, begins, axis=-1)
-        if len(parts) == 1 and len(begins) == size:
-            return sums * 1e-12, most
         ranks = spans.rank[begins]
+        if len(parts) == 1 and count == 1:
+            most = np.maximum(most, until_last(spans, begins, problem, costs, groups, over_pages))
+            if len(begins) == size:
+                return sums * 1e-12, most
         load[..., ranks] += sums
         longest[..., ranks] = np.maximum(longest[..., ranks], most)
     return load * 1e-12, longest

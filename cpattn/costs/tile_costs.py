@@ -52,6 +52,7 @@ class TileCosts:
         leading: the number of the form whose tiles have the most rows and the fewest tokens, and so waste least. Only where there are
             few tiles may others be faster.
         leads: whether no other form ever does with less work. parts: the same of that form, and of all others, if so.
+        of_leading: the same of that form alone.
         full_cost, last_costs: ``full`` and ``last`` of that form; full_of_row: what a row of a full tile costs at least.
     """
 
@@ -82,7 +83,8 @@ class TileCosts:
         self.leading, self.leads = self.forms.index(TileForm(shapes[0], packs[-1])), shared
         self.full_cost, self.last_costs = self.full[:, self.leading, 0].tolist(), self.last[:, self.leading]
         others = [number for number in range(len(self.forms)) if number != self.leading]
-        self.parts = [self._part([self.leading]), self._part(others)] if shared and others else [self]
+        self.of_leading = self._part([self.leading])
+        self.parts = [self.of_leading, self._part(others)] if shared and others else [self]
 
     def _part(self, numbers: list[int]) -> TileCosts:
         """Of forms of those numbers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -99,6 +99,17 @@ class Launch:
         self.limits.copy_(tables["limits"])
 
 
+class _Lengths(Protocol):
+    """What tiles are cut by: see :class:`cpattn.spans.Spans`."""
+
+    @property
+    def q_len(self) -> IntArray: ...
+    @property
+    def k_len(self) -> IntArray: ...
+    @property
+    def diagonal(self) -> IntArray: ...
+
+
 class TilesOfSpans(NamedTuple):
     """The tiles of spans, in their order.
 
@@ -114,7 +125,7 @@ class TilesOfSpans(NamedTuple):
     blocks: IntArray
 
     @classmethod
-    def of(cls, host: HostSpans, tokens_per_tile: int, block_n: int, window: int | None) -> TilesOfSpans:
+    def of(cls, host: _Lengths, tokens_per_tile: int, block_n: int, window: int | None) -> TilesOfSpans:
         tiles_of_span = -(-host.q_len // tokens_per_tile)
         span = np.arange(len(host.q_len)).repeat(tiles_of_span)
         first = (np.arange(len(span)) - exclusive_cumsum(tiles_of_span).repeat(tiles_of_span)) * tokens_per_tile
