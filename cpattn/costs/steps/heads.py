@@ -10,9 +10,12 @@ from cpattn.exchange.heads_message import Widths
 from cpattn.exchange.schedule import num_results
 from cpattn.metadata.united import united_layout
 
-# By how much longer than a copy within a GPU it takes to put some of a row's heads into a message, and out of it; and than keys to read
-# them of peers. Between two H200, from 2k to 64k tokens (peers_2_gpus.csv).
-_MOVED, _READ_OF_PEERS = 2.0, 1.4
+# Bytes a second that are read and written where some of a row's heads go into a message, and out of it: half of what a copy within an H200
+# does (between two of them, from 2k to 64k tokens: peers_2_gpus.csv), and seven tenths of one within an H100, whose memory is slower. So
+# it is not memory that bounds it.
+_MOVED = 2.13e12
+# By how much longer than keys it takes to read heads of peers (the same table).
+_READ_OF_PEERS = 1.4
 
 
 def helix(choice: Choice, writes: bool = True) -> Tally:
@@ -64,10 +67,11 @@ def exchange_of_heads(choice: Choice, size: int) -> Tally:
     """Rows go to those of a group who have their heads, and results come back."""
     tally, rows = Tally(choice), choice.problem.rows
     widths = Widths.of(choice.problem, shares_of(choice.problem, size))
+    slower = max(1.0, choice.machine.copy / _MOVED)
     read = _READ_OF_PEERS if choice.transport == "peer_memory" else 1.0
     for width, into, out_of in ((widths.there, 3, 1), (widths.back, 2, 2)):
         # All of a group's rows: into the message, and out of it.
-        tally.move(int(_MOVED * 2 * size * rows * width), launches=into)
+        tally.move(int(slower * 2 * size * rows * width), launches=into)
         tally.gather_parts(int(read * (size - 1) * rows * width))
-        tally.move(int(_MOVED * 2 * size * rows * width), launches=out_of)
+        tally.move(int(slower * 2 * size * rows * width), launches=out_of)
     return tally
