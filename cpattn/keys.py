@@ -44,6 +44,21 @@ class PrefixKeys(NamedTuple):
         return 0 if self.page_table is None else self.k.shape[1]
 
 
+class OwnRows(NamedTuple):
+    """A rank's new keys that are read in its own rows, as they lie: the last ones of a key range, after those that lie elsewhere.
+
+    Attributes:
+        k, v: ``[T, Hkv, D]`` and ``[T, Hkv, Dv]``; rows after the tokens may hold anything.
+        places: int32 ``[2 * num_requests]``: of each request from which key of a range on they are read here, a multiple of
+            :data:`PREFIX_UNIT`, and in which row its first key would lie: key ``s`` is in row ``places[2 * request + 1] + s``. From
+            :data:`NOT_HERE` on for a request of which none is.
+    """
+
+    k: Tensor
+    v: Tensor
+    places: Tensor
+
+
 def is_aligned(x: Tensor) -> bool:
     """Whether pages, rows and heads are at multiples of 16 bytes, as kernels take cached keys."""
     numbers = x.data_ptr()
@@ -54,6 +69,9 @@ def is_aligned(x: Tensor) -> bool:
 
 PREFIX_UNIT = 128
 """Kernels load blocks of so many keys, or a divisor of it, and none of a block's keys may lie elsewhere."""
+
+NOT_HERE = 2**30
+"""A key that no range has; a multiple of the above."""
 
 
 # A named tuple, as one is made in every call.
@@ -73,6 +91,7 @@ class Keys(NamedTuple):
         arrivals: what tells a kernel that runs beside the one that brings them which are there, or None where all are. Only a
             launch that begins before the one before it in the stream has ended has to look at it.
         prefix: where the first keys of each span lie, if not in k and v; ``s`` of a span is row ``k_start + s`` there all the same.
+        own: where the last keys of some lie, if not in k and v; the same holds of those between.
     """
 
     k: Tensor
@@ -82,6 +101,7 @@ class Keys(NamedTuple):
     v_scale: Tensor | None = None
     arrivals: Arrivals | None = None
     prefix: PrefixKeys | None = None
+    own: OwnRows | None = None
 
     @property
     def page_size(self) -> int:

@@ -119,7 +119,7 @@ class KernelCosts:
         least_rows: that its smallest query tile computes, however few queries it has.
         host: seconds that the host takes to launch it.
         waits_for_keys: whether it attends to keys in order while they still come, where it has its kernel for Hopper.
-        reads_prefix: whether that kernel reads prefixes where they lie, packed or in pages, beside keys in order.
+        reads_in_place: whether that kernel reads prefixes where they lie, packed or in pages, and a rank's own rows, beside keys in order.
         stored: by how much it is slower over keys in another dtype than q's, where computing takes the time; None if it is given a copy
             of them in q's dtype.
     """
@@ -136,7 +136,7 @@ class KernelCosts:
     least_rows: int
     host: float
     waits_for_keys: bool = False
-    reads_prefix: bool = False
+    reads_in_place: bool = False
     stored: float | None = None
 
     def __post_init__(self) -> None:
@@ -270,7 +270,7 @@ _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 _H100_KERNELS = (
     KernelCosts(
         "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US, waits_for_keys=True,
-        reads_prefix=True, stored=1.5,
+        reads_in_place=True, stored=1.5,
     ),
     KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 2.95e12, stays=False, splits=False, least_rows=128, host=280 * US),
     KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, (), 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),

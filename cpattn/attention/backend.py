@@ -71,7 +71,8 @@ class Backend:
             packed copy in q's dtype.
         fp8_queries: whether it takes queries in fp8 over keys in fp8 whose heads have scales; its result is then in bf16.
         waits_for_keys: whether its launches over keys in order may run while :attr:`cpattn.keys.Keys.arrivals` still come.
-        reads_prefix: whether it attends to :class:`cpattn.keys.PrefixKeys`.
+        reads_in_place: whether it attends to keys where they lie, beside those in order, in one launch: :class:`cpattn.keys.PrefixKeys` and
+            :class:`cpattn.keys.OwnRows`.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
@@ -106,7 +107,7 @@ class Backend:
     reads_stored: Callable[[Problem], bool] = lambda problem: False
     fp8_queries: Callable[[Problem], bool] = lambda problem: False
     waits_for_keys: Callable[[Problem], bool] = lambda problem: False
-    reads_prefix: Callable[[Problem], bool] = lambda problem: False
+    reads_in_place: Callable[[Problem], bool] = lambda problem: False
     loops_on_host: bool = False
     propagates_nan: bool = True
     accumulate: AccumulateFunction | None = None

@@ -48,7 +48,7 @@ def describe(call: PreparedCall, meta: CPMetadata, cache: PackedKV | PagedKV | N
     rank's own affair, but where ranks read each other's memory: how keys lie there is the kernel's."""
     problem = call.problem
     # A backend may differ, and so may the alignment of pools.
-    shared = f", keys late={call.waits_for_keys}/{call.reads_prefix}" if call.transport.shares_memory else ""
+    shared = f", keys late={call.waits_for_keys}/{call.reads_in_place}" if call.transport.shares_memory else ""
     own = " of own heads" if problem.own_heads else ""
     return (
         f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "

@@ -59,7 +59,7 @@ class PreparedCall:
         schedule: the hops of one call as data.
         decision: with what they were compared.
         transport: over which it goes.
-        waits_for_keys, reads_prefix: whether keys may come late, and prefixes stay where they lie; a pool that no kernel can address does
+        waits_for_keys, reads_in_place: whether keys may come late, and some stay where they lie; a pool that no kernel can address does
             not stay.
     """
 
@@ -88,7 +88,7 @@ class PreparedCall:
         cache = arguments.kv_cache
         # Packed prefixes are copied where they are not, and pools are too large for that.
         pages = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedKV) else ()
-        self.reads_prefix = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_prefix(problem)
+        self.reads_in_place = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_in_place(problem)
         self.waits_for_keys = not problem.expands and backend.waits_for_keys(problem)
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # No function of a caller's runs in the midst of it, which may count on modes that are set, as for a default device.
@@ -205,7 +205,7 @@ class PreparedCall:
                     self.transport,
                     self._reads_pages,
                     waits_for_keys=self.waits_for_keys,
-                    reads_prefix=self.reads_prefix,
+                    reads_in_place=self.reads_in_place,
                 )
             )
         if not hasattr(self._exchange, "transfers"):

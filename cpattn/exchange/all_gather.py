@@ -21,7 +21,7 @@ from cpattn.exchange.attend import Attend
 from cpattn.exchange.brought_keys import keys_in_order
 from cpattn.exchange.gather_into_pages import GatherIntoPages
 from cpattn.exchange.head_groups import HeadGroup, attend_to_group, head_groups
-from cpattn.exchange.key_order import key_order
+from cpattn.exchange.key_order import Ordered, key_order
 from cpattn.exchange.keys_at_hand import OwnKeys, WholePages
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInOrder, OwnInPlace
 from cpattn.exchange.late_keys import LateInOrder
@@ -128,7 +128,8 @@ class _Alone(NamedTuple):
     def of(cls, setup: Setup) -> _Alone:
         own = OwnKeys.of(setup)
         if setup.problem.cache != "paged":
-            return cls(own, None, None, spans_in_order(setup.meta, setup.ordered))
+            # They lie in the order of all that is seen.
+            return cls(own, None, None, spans_in_order(setup.meta, Ordered.SEEN))
         pages = WholePages.of(setup, setup.kv)
         return cls(own, pages, setup.meta.gathered_places, pages.spans)
 

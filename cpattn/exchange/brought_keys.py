@@ -34,8 +34,9 @@ def keys_in_order(
         late = LateKeys.of(setup, kv)
         if late is not None:
             return [late], LateInOrder.of(setup, late)
-    new_are_own = meta.bucket is None and int(RequestRows.of(meta, setup.ordered).new.sum()) == meta.num_tokens
-    meta.derive_together(*drafts_in_order(setup), *_source_drafts(setup, travels, new_are_own, reads_peers=bool(peers)))
+    here = RequestRows.of(meta, setup.ordered)
+    drafts = drafts_in_order(setup, as_they_lie=here.are_own)
+    meta.derive_together(*drafts, *_source_drafts(setup, travels, here.all_own, reads_peers=bool(peers)))
     order = key_order(meta, setup.ordered)
     rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
     if order.are_own:
@@ -45,24 +46,25 @@ def keys_in_order(
         return rows, OwnInOrder(ordered, meta.num_tokens)
     if source is None:
         # Who reads others' memory reads no more than is in the index. A bucket's gathered rows are all there, and have a table already.
-        source = meta.restore_index if meta.bucket is not None and not peers else gathered_rows_seen(meta, problem.window)
+        all_are_there = meta.bucket is not None and not peers
+        source = meta.restore_index if all_are_there else gathered_rows_seen(meta, problem.window, setup.ordered.leaves_own)
     return rows, InOrder(ordered, source)
 
 
 def _source_drafts(setup: Setup, travels: Traveling, new_are_own: bool, *, reads_peers: bool) -> list[Draft[Any]]:
     """Of the table by which what arrives is put in order, to be sent with others: mostly one of these is asked for."""
-    meta, window = setup.meta, setup.problem.window
+    meta, window, leaves_own = setup.meta, setup.problem.window, setup.ordered.leaves_own
     if not reads_peers and travels.what != "all":
-        return [exchanged_rows_draft(meta, window)]
-    return [] if new_are_own or (meta.bucket is not None and not reads_peers) else [gathered_rows_draft(meta, window)]
+        return [exchanged_rows_draft(meta, window, leaves_own)]
+    return [] if new_are_own or (meta.bucket is not None and not reads_peers) else [gathered_rows_draft(meta, window, leaves_own)]
 
 
 def _arriving(setup: Setup, kv: KVFormat, travels: Traveling, new_are_own: bool) -> tuple[Sequence[RowsInOrder], Tensor | None]:
     """Over collectives: those that are needed, and where they are among what arrives; or, without such a table, all."""
     problem, meta = setup.problem, setup.meta
     if travels.what != "all":
-        table = exchanged_rows(meta, problem.window)
-        own = 0 if new_are_own and not any(table.sent) else meta.num_tokens
+        table = exchanged_rows(meta, problem.window, setup.ordered.leaves_own)
+        own = 0 if new_are_own and not any(table.sent) else table.own
         rows = needed_rows(setup.transport, kv, table, own, problem.overlap, travels.what == "needed")
         if rows is not None:
             return rows, table.source

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cpattn.exchange.key_order import KeyOrder, key_order, key_order_draft
+from cpattn.exchange.key_order import KeyOrder, Ordered, key_order, key_order_drafts
 from cpattn.exchange.keys_at_hand import OwnKeys
 from cpattn.exchange.message import KVFormat, Message, heads_of, message_buffer
 from cpattn.exchange.step_spans import in_order_draft, spans_in_order
 from cpattn.exchange.strategy import IO, Setup
-from cpattn.keys import Arrivals, Keys, PrefixKeys, is_aligned
+from cpattn.keys import Arrivals, Keys, OwnRows, PrefixKeys, is_aligned
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.draft import Draft
 from cpattn.moves.moves import Moves, moves_for
@@ -38,7 +38,8 @@ class OrderedKeys(NamedTuple):
     @classmethod
     def of(cls, setup: Setup, kv: KVFormat) -> OrderedKeys:
         """Of what this rank's queries see; ``kv`` is of one group of heads."""
-        message = message_buffer(setup.transport.arena, "ordered", kv, key_order(setup.meta, setup.ordered).rows)
+        # A kernel is not told of memory that is not there, even where it reads nothing of it.
+        message = message_buffer(setup.transport.arena, "ordered", kv, max(1, key_order(setup.meta, setup.ordered).rows))
         return cls.within(setup, lambda: message)
 
     @classmethod
@@ -56,19 +57,22 @@ class OrderedKeys(NamedTuple):
 
     def keys(self, io: IO, heads: slice | None, arrivals: Arrivals | None = None) -> Keys:
         """What lies there, and what is read where it lies; with what says which are there, where some come late."""
-        keys, kept = self.memory().keys, self.order.kept
-        if kept is None and arrivals is None:
+        keys, kept, rows = self.memory().keys, self.order.kept, self.order.own
+        if kept is None and rows is None and arrivals is None:
             return keys
         k, v, page_table, k_scale, v_scale, *_ = keys
+        own = None
+        if rows is not None:
+            assert io.v is not None  # it is not a part of K, or the backend would not read it there
+            own = OwnRows(_aligned(heads_of(io.k, heads)), _aligned(heads_of(io.v, heads)), rows)
         # Written out, as _replace() takes three times as long.
-        return Keys(k, v, page_table, k_scale, v_scale, arrivals, None if kept is None else _prefix_of(io.cache, heads, kept))
+        return Keys(k, v, page_table, k_scale, v_scale, arrivals, None if kept is None else _prefix_of(io.cache, heads, kept), own)
 
 
-def drafts_in_order(setup: Setup) -> list[Draft[Any]]:
-    """Of the tables of :class:`OrderedKeys`, to be sent together, and with others."""
+def drafts_in_order(setup: Setup, *, as_they_lie: bool = False) -> list[Draft[Any]]:
+    """Of the tables of :class:`OrderedKeys`, or of :class:`OwnInPlace`, to be sent together, and with others."""
     meta, ordered = setup.meta, setup.ordered
-    order = [] if meta.bucket is not None else [key_order_draft(meta, ordered)]
-    return [*order, in_order_draft(meta, ordered)]
+    return [*key_order_drafts(meta, ordered), in_order_draft(meta, Ordered.SEEN if as_they_lie else ordered)]
 
 
 class InOrder(NamedTuple):
@@ -94,7 +98,8 @@ class InOrder(NamedTuple):
 
 
 class OwnInOrder(NamedTuple):
-    """This rank's own rows, which are all new keys that its queries see, put beside cached ones from where they lie."""
+    """This rank's own rows, which are all new keys that its queries see: those that share a block with cached ones, or all, are put beside
+    these from where they lie."""
 
     ordered: OrderedKeys
     num_tokens: int
@@ -106,8 +111,9 @@ class OwnInOrder(NamedTuple):
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """In order; nothing of what may have arrived is looked at."""
-        moves, places = self.ordered.moves, self.ordered.order.new_places
-        moves.pack(self.ordered.memory().whole, heads_of(io.k, heads), heads_of(io.v, heads), self.num_tokens, places)
+        moves, places = self.ordered.moves, self.ordered.order.own_places
+        if places is not None:
+            moves.pack(self.ordered.memory().whole, heads_of(io.k, heads), heads_of(io.v, heads), self.num_tokens, places)
         return self.ordered.keys(io, heads)
 
 
@@ -119,7 +125,8 @@ class OwnInPlace(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup) -> OwnInPlace:
-        return cls(OwnKeys.of(setup), spans_in_order(setup.meta, setup.ordered))
+        # They lie in the order of all that is seen.
+        return cls(OwnKeys.of(setup), spans_in_order(setup.meta, Ordered.SEEN))
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """As they are; nothing of what may have arrived is looked at."""

@@ -54,7 +54,7 @@ class LateKeys(NamedTuple):
         shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
         # All ranks launch once, or all of them twice.
         between = meta.bucket is None and puts_cached_keys(meta.plan, setup.ordered)
-        late = LateRows(tables.own_rows, tables.source, tables.order, flags, setup.ordered, between)
+        late = LateRows(meta.rows, tables.own_rows, tables.places, tables.source, tables.order, flags, setup.ordered, between)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)
         return None if peers is None else cls(peers, kv, shape, Arrivals(flags, tables.late))
@@ -100,6 +100,7 @@ class LateTables(NamedTuple):
     """Of one rank; see :class:`LateRows` and :class:`Arrivals`."""
 
     own_rows: Tensor
+    places: Tensor
     source: Tensor
     order: Tensor
     late: Tensor
@@ -146,9 +147,12 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     num_rows = int((rows.put + rows.new).sum()) if meta.bucket is None else meta.whole_rows
     pieces = max(1, -(-num_rows // PIECE_ROWS))
     placed = Pieces.whole(plan) if ordered is Ordered.ALL_NEW else seen.pieces
+    # What is read where it lies has no place, or none that is filled.
+    put = rows.tokens_put(plan, placed)
+    filled = put.nonzero()[0]
+    placed, length = placed.take(filled), put[filled]
     request, owner, place = _where(plan, placed)
-    begin, length = place + rows.new_starts[request], placed.length
-    is_own = owner == meta.cp_rank
+    begin, is_own = place + rows.new_starts[request], owner == meta.cp_rank
     theirs = RowsOfRanks.of(meta, ordered)
     there = owner * theirs.most + theirs.new_starts[owner, request] + place
     # All in order: before each piece what nobody brings, and its own rows, are runs that end at -1.
@@ -156,8 +160,11 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     between[1:] -= begin[:-1] + length[:-1]
     first = np.stack([-between, np.where(is_own, -length, there)], axis=1).ravel()
     brought_rows = _runs(first, np.stack([between, length], axis=1).ravel())
-    own_rows, source = np.full(meta.rows, -1, dtype=np.int32), np.full(pieces * PIECE_ROWS, -1, dtype=np.int32)
-    own_rows[: meta.num_tokens] = _runs(begin[is_own], length[is_own])
+    num_own = int(length[is_own].sum())
+    own_rows, places = np.full((2, num_own if meta.bucket is None else meta.rows), -1, dtype=np.int32)
+    own_rows[:num_own] = _runs(placed.rows(plan)[is_own], length[is_own])
+    places[:num_own] = _runs(begin[is_own], length[is_own])
+    source = np.full(pieces * PIECE_ROWS, -1, dtype=np.int32)
     np.maximum(brought_rows, -1, out=source[: len(brought_rows)])
     awaited = _by_need(meta, seen, rows)
     late = np.zeros(pieces, dtype=np.int32)
@@ -167,7 +174,7 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     order = np.full(1 + pieces, -1, dtype=np.int32)
     order[0] = len(in_turn)
     order[1 : 1 + len(in_turn)] = in_turn
-    return {"own_rows": own_rows, "source": source, "order": order, "late": late}
+    return {"own_rows": np.append(np.int32(num_own), own_rows), "places": places, "source": source, "order": order, "late": late}
 
 
 def _by_need(meta: CPMetadata, seen: SeenKeys, rows: RequestRows) -> IntArray:

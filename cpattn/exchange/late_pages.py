@@ -68,7 +68,7 @@ class LateIntoPages(NamedTuple):
     def of(cls, setup: Setup, travels: Traveling) -> LateIntoPages | None:
         """None where they cannot come late, or had better not."""
         problem, meta, kv = setup.problem, setup.meta, setup.kv
-        if not (setup.waits_for_keys and setup.reads_prefix and may_come_late(problem, meta.plan, travels)):
+        if not (setup.waits_for_keys and setup.reads_in_place and may_come_late(problem, meta.plan, travels)):
             return None
         if not rows_of_peers(setup, kv):
             return None

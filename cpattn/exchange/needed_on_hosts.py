@@ -40,7 +40,7 @@ class NeededOnHosts(NamedTuple):
     def of(cls, setup: Setup, within: int) -> NeededOnHosts | None:
         """Of hosts of so many ranks; None where parts of the transport cannot send such messages."""
         meta, transport, kv = setup.meta, setup.transport, setup.kv
-        table = rows_by_hosts(meta, setup.problem.window, within)
+        table = rows_by_hosts(meta, setup.problem.window, within, setup.ordered.leaves_own)
         across, inner = transport.split(transport.size // within, within)
 
         def buffer(name: str, rows: int) -> Tensor:

@@ -15,14 +15,14 @@ from cpattn.transports.transport import Transport
 
 class NeededRows:
     """:class:`cpattn.transports.rows_of_all.RowsInOrder` of what a rank's queries see. Rows are numbered as in
-    :class:`ExchangedRows`: this rank's tokens, and then what it has received.
+    :class:`ExchangedRows`: this rank's own, and then what it has received.
 
     Attributes:
         memory: of the rows; own: of this rank's among them.
 
     Args:
         kv: of one group of heads.
-        memory: ``[tokens + received, heads, width]`` for those, or for what is received alone where a rank neither sends nor gathers
+        memory: ``[own + received, heads, width]`` for those, or for what is received alone where a rank neither sends nor gathers
             its own; message: ``[sent, heads, width]`` for the others.
         transfer: that brings the rows; None where none travel, on no rank.
     """
@@ -30,14 +30,14 @@ class NeededRows:
     def __init__(self, kv: KVFormat, table: ExchangedRows, memory: Tensor, message: Tensor, transfer: Transfer | None) -> None:
         self.memory = memory
         self.own = memory[: len(memory) - sum(table.received)]
-        self._message, self._outgoing = message, table.outgoing
+        self._message, self._outgoing, self._numbers = message, table.outgoing, table.numbers
         self._moves = moves_for(kv.device)
         self.transfer = transfer
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         """See :class:`RowsInOrder`, as for the others."""
         if len(self.own):
-            self._moves.pack(self.own, k, v, num_tokens)
+            self._moves.pack(self.own, k, v, num_tokens, self._numbers)
         if len(self._message):
             self._moves.gather_rows(self._message, self.own, self._outgoing)
 
@@ -50,7 +50,7 @@ def needed_rows(transport: Transport, kv: KVFormat, table: ExchangedRows, own: i
     """Of ``groups`` groups of KV heads; ``kv`` is of one of them. None where the transport cannot send such messages.
 
     Args:
-        own: rows of this rank that are sent or gathered: its tokens, or 0.
+        own: rows of this rank that are sent or gathered: those of the table, or 0.
         travel: whether any rank lacks a row.
     """
     memory = group_buffers(transport, "needed", kv, groups, own + sum(table.received))

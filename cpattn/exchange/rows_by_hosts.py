@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from cpattn.device_tables import IntArray, exclusive_cumsum, expand_all
-from cpattn.exchange.seen_keys import seen_keys, with_holes
+from cpattn.exchange.seen_keys import seen_keys, tokens_put, with_holes
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_by_hosts import providers, seen_by_hosts
@@ -35,13 +35,15 @@ class RowsByHosts(NamedTuple):
     source: Tensor
 
 
-def rows_by_hosts(meta: CPMetadata, window: int | None, within: int) -> RowsByHosts:
-    """For queries that see ``window`` keys, or all, and hosts of so many ranks."""
-    made: RowsByHosts = meta.derive(("rows by hosts", window, within), lambda: _rows_by_hosts(meta, window, within))
+def rows_by_hosts(meta: CPMetadata, window: int | None, within: int, leaves_own: bool) -> RowsByHosts:
+    """For queries that see ``window`` keys, or all, and hosts of so many ranks; ``leaves_own`` as of
+    :func:`cpattn.exchange.seen_keys.gathered_rows_seen`."""
+    key = "rows by hosts", window, within, leaves_own
+    made: RowsByHosts = meta.derive(key, lambda: _rows_by_hosts(meta, window, within, leaves_own))
     return made
 
 
-def _rows_by_hosts(meta: CPMetadata, window: int | None, within: int) -> RowsByHosts:
+def _rows_by_hosts(meta: CPMetadata, window: int | None, within: int, leaves_own: bool) -> RowsByHosts:
     plan: Layout = meta.plan
     rank, me = plan.chunk_table.rank, meta.cp_rank
     my_host, my_place = divmod(me, within)
@@ -75,7 +77,7 @@ def _rows_by_hosts(meta: CPMetadata, window: int | None, within: int) -> RowsByH
         {
             "outgoing": (leaving.rows(plan), leaving.length),
             "passed": (at_hand(passed), passed.length),
-            "source": with_holes(seen, first),
+            "source": with_holes(seen, first, tokens_put(meta, seen.pieces, leaves_own)),
         },
         meta.device,
     )

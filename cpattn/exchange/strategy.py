@@ -33,7 +33,8 @@ class Setup(NamedTuple):
         transport: over which the call goes; its ``arena`` has the memory.
         reads_pages: whether the backend attends to pages of the cache as they are.
         waits_for_keys: whether its launches wait for keys that come while they run (:class:`cpattn.keys.Arrivals`).
-        reads_prefix: whether they read prefixes where those lie, beside new keys in order (:class:`cpattn.keys.PrefixKeys`).
+        reads_in_place: whether they read keys where those lie, beside others in order: prefixes (:class:`cpattn.keys.PrefixKeys`), and a
+            rank's own new ones (:class:`cpattn.keys.OwnRows`).
     """
 
     problem: Problem
@@ -41,7 +42,7 @@ class Setup(NamedTuple):
     transport: Transport
     reads_pages: bool
     waits_for_keys: bool = False
-    reads_prefix: bool = False
+    reads_in_place: bool = False
 
     @property
     def kv(self) -> KVFormat:
@@ -51,9 +52,9 @@ class Setup(NamedTuple):
     @property
     def ordered(self) -> Ordered:
         """Which keys have rows where a rank puts them in order."""
-        if not self.reads_prefix:
+        if not self.reads_in_place:
             return Ordered.SEEN
-        return Ordered.ALL_NEW if self.problem.cache == "paged" else Ordered.BESIDE_PREFIX
+        return Ordered.ALL_NEW if self.problem.cache == "paged" else Ordered.NOT_IN_PLACE
 
     @property
     def num_tokens(self) -> int | Tensor:

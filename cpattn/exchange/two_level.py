@@ -191,14 +191,16 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     own = memory[transport.rank % within, transport.rank // within]
     transfer = prepare_two_level_all_gather(transport, within, memory)._replace(fill_missing=partial(kv.fill_missing_, own))
     is_paged = problem.cache == "paged"
-    window = problem.window
+    window, leaves_own = problem.window, setup.ordered.leaves_own
     return _TwoLevels(
         transfers=(transfer,),
         own=own,
         all=Message.of(memory.flatten(0, 2), kv),
         num_tokens=setup.num_tokens,
         ordered=None if is_paged else OrderedKeys.of(setup, kv),
-        source=None if is_paged else meta.derive(("two levels", within, window), lambda: _source(meta, window, within)),
+        source=None
+        if is_paged
+        else meta.derive(("two levels", within, window, leaves_own), lambda: _source(meta, window, within, leaves_own)),
         pages=WholePages.of(setup, kv) if is_paged else None,
         places=meta.derive(("places in two levels", within), lambda: _places(meta, within)) if is_paged else None,
         kv=kv,
@@ -206,9 +208,9 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     )
 
 
-def _source(meta: CPMetadata, window: int | None, within: int) -> Tensor:
+def _source(meta: CPMetadata, window: int | None, within: int, leaves_own: bool) -> Tensor:
     """Where each row that is seen lies; a negative entry stands for zeros."""
-    index = gathered_rows_seen(meta, window)
+    index = gathered_rows_seen(meta, window, leaves_own)
     rank, row = index // max(1, meta.rows), index % max(1, meta.rows)
     hosts = meta.plan.cp_size // within
     place: Tensor = ((rank % within) * hosts + rank // within) * meta.rows + row

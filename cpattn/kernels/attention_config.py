@@ -88,6 +88,7 @@ class HopperConfig(AttentionConfig):
         PAGE_KEYS: keys of a block that lie in one page for certain.
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
         PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`); pages are those of them then.
+        OWN: the last ones may (:class:`cpattn.keys.OwnRows`).
         RAW: with STORED, of how many blocks shared memory holds the bytes.
         COPIED: with STORED, how many of these are copied at a time: 16, or 8 where rows begin at multiples of those alone.
     """
@@ -97,6 +98,7 @@ class HopperConfig(AttentionConfig):
     PAGE_KEYS: int
     WAITS: bool
     PREFIX: bool
+    OWN: bool
     RAW: int
     COPIED: int
 

@@ -32,7 +32,7 @@ def launch(
     k and v must suit a tensor descriptor, and :func:`cpattn.kernels.tile_shapes.has_specialized` say that there is a kernel. Keys that are
     stored in another dtype than q's are given by pointers, and 8-byte alignment is enough for them.
     """
-    k, v, arrivals, prefix = keys.k, keys.v, keys.arrivals, keys.prefix
+    k, v, arrivals, prefix, own = keys.k, keys.v, keys.arrivals, keys.prefix, keys.own
     waits = arrivals is not None
     # What is not there is not looked at.
     none = work.limits
@@ -56,9 +56,12 @@ def launch(
         k_prefix=none if prefix is None else _blocks(prefix.k, block_n, d_padded, page_keys),
         v_prefix=none if prefix is None else _blocks(prefix.v, block_n, dv_padded, page_keys),
         prefix_places=none if prefix is None else prefix.places,
+        k_own=none if own is None else _blocks(own.k, block_n, d_padded, block_n),
+        v_own=none if own is None else _blocks(own.v, block_n, dv_padded, block_n),
+        own_places=none if own is None else own.places,
         C=HopperConfig(
             **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None,
-            RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
+            OWN=own is not None, RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
             COPIED=min(alignment(k), alignment(v)) if is_stored else 0,
         ),
         **arguments,

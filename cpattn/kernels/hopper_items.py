@@ -25,8 +25,8 @@ _CAN_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpre
 class Sources(NamedTuple):
     """Where queries and keys lie: tensor descriptors, and the page table with its strides. q is one with C.Q_TMA. With C.STORED k is a
     :class:`cpattn.kernels.hopper_stored.StoredKeys`, and v is not looked at. With C.WAITS what has arrived of the keys, as
-    :mod:`cpattn.kernels.arrivals` says; with C.PREFIX other keys and values, and for each request how many of its first keys lie there,
-    and from where on."""
+    :mod:`cpattn.kernels.arrivals` says. With C.PREFIX and C.OWN other keys and values, and for each request which of its keys lie
+    there, and where: see :class:`cpattn.keys.PrefixKeys` and :class:`cpattn.keys.OwnRows`."""
 
     q: Any
     k: Any
@@ -39,6 +39,9 @@ class Sources(NamedTuple):
     k_prefix: Any
     v_prefix: Any
     prefix_places: Any
+    k_own: Any
+    v_own: Any
+    own_places: Any
 
 
 class Queue(NamedTuple):
@@ -52,7 +55,7 @@ class Queue(NamedTuple):
 
 class Item(NamedTuple):
     """What is brought for an item: where its queries begin and how many there are, its heads, and its keys, those before
-    ``prefix_end`` from the prefixes."""
+    ``prefix_end`` from the prefixes, and those from ``own_begin`` on from a rank's own rows."""
 
     q_begin: Any
     q_count: Any
@@ -63,6 +66,8 @@ class Item(NamedTuple):
     line: Any
     prefix_end: Any
     prefix_start: Any
+    own_begin: Any
+    own_start: Any
 
 
 class Brought(NamedTuple):

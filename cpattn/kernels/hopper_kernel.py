@@ -59,7 +59,7 @@ def _make_channels(DTYPE: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["window", "page_table_stride_request"])
 def hopper_attention_kernel(
-    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late, k_prefix, v_prefix, prefix_places,
+    q, q_pointer, k, v, out, lse, sinks, tiles, limits, counter, arrived, late, k_prefix, v_prefix, prefix_places, k_own, v_own, own_places,
     page_table, page_table_stride_request, page_table_stride_page,
     q_stride_row, q_stride_head, out_stride_row, out_stride_head, lse_stride_row, lse_stride_head,
     tanh_scale, exponent_scale, window, k_scale, v_scale, k_page_stride, k_stride_row, k_stride_head, v_page_stride, v_stride_row,
@@ -77,8 +77,9 @@ def hopper_attention_kernel(
         v_scales = Source(v_scale, v_scale_page_stride, v_scale_stride_row, v_scale_stride_head)
         k = StoredKeys(k_source, v_source, k_scales, v_scales, raw)
     sources = Sources(
-        q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late, k_prefix, v_prefix, prefix_places
-    )
+        q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late, k_prefix, v_prefix, prefix_places, k_own,
+        v_own, own_places,
+    )  # fmt: skip
     queries = QueryRows(q_pointer, q_stride_row, q_stride_head)
     output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
     scoring = Scoring(tanh_scale, exponent_scale)

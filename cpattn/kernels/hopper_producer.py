@@ -61,10 +61,22 @@ def _load_pages(source, item, block, stage, smem, full, PADDED: gl.constexpr, C:
 
 
 @gluon.jit
-def _load_block(source, prefix, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
+def _load_block(source, prefix, own, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
     """Brings a block of K or of V into a stage; once it is there, ``full`` says so."""
     BYTES: gl.constexpr = C.BLOCK_N * PADDED * smem.dtype.primitive_bitwidth // 8
     mbarrier.expect(full, BYTES)
+    if C.OWN:
+        if block >= item.own_begin:
+            tma_load(own, [item.kv_head, item.own_start + block, 0], full, smem.index(stage))
+        else:
+            _load_others(source, prefix, item, block, stage, smem, full, PADDED, C)
+    else:
+        _load_others(source, prefix, item, block, stage, smem, full, PADDED, C)
+
+
+@gluon.jit
+def _load_others(source, prefix, item, block, stage, smem, full, PADDED: gl.constexpr, C: gl.constexpr):
+    """The same of a block that is not in a rank's own rows."""
     if C.PREFIX:
         if block >= item.prefix_end:
             tma_load(source, [item.kv_head, item.k_start + block, 0], full, smem.index(stage))
@@ -135,7 +147,10 @@ def _await_block(brought, block, item, sources, C: gl.constexpr):
     """Waits until a key block of the item is there, if not all are."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
     all_here = brought.all_here
-    if (all_here == 0) & (block >= item.prefix_end):
+    may_come = block >= item.prefix_end
+    if C.OWN:
+        may_come = may_come & (block < item.own_begin)
+    if (all_here == 0) & may_come:
         first = item.k_start + gl.maximum(block, item.keys.first)
         all_here = _await_rows(first, item.k_start + gl.minimum(block + BLOCK_N, item.keys.end), sources)
     return Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, all_here)
@@ -165,7 +180,9 @@ def _bring_block(brought, block, item, sources, channels, C: gl.constexpr):
         brought = _await_block(brought, block, item, sources, C)
     wait_empty(channels.k, i, STAGES)
     # K may hold anything outside of the range: its scores are masked.
-    _load_block(sources.k, sources.k_prefix, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C)
+    _load_block(
+        sources.k, sources.k_prefix, sources.k_own, item, block, stage, channels.k.smem, channels.k.full.index(stage), C.D_PADDED, C
+    )
     if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
         # After the first keys, which need not wait until the warpgroups are done with the last queries.
         if block == last:
@@ -178,9 +195,11 @@ def _bring_block(brought, block, item, sources, channels, C: gl.constexpr):
     wait_empty(channels.v, i, STAGES)
     is_edge = block < item.keys.first or block + BLOCK_N > item.keys.end
     if is_edge:
-        _load_block(sources.v, sources.v_prefix, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
+        _load_block(sources.v, sources.v_prefix, sources.v_own, item, block, stage, channels.v.smem, channels.v_edge, C.DV_PADDED, C)
     else:
-        _load_block(sources.v, sources.v_prefix, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C)
+        _load_block(
+            sources.v, sources.v_prefix, sources.v_own, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C
+        )
     return Brought(i + 1, brought.queries0, brought.queries1, edges, brought.all_here)
 
 
@@ -233,8 +252,16 @@ def _item_of(number, tile, k_start, sources, tiles, window, C: gl.constexpr):
         places = sources.prefix_places + 2 * load_request(tiles, number // C.HEADS)
         prefix_end = gl.load(places)
         prefix_start = gl.load(places + 1)
+    own_begin = 0
+    own_start = 0
+    if C.OWN:
+        places = sources.own_places + 2 * load_request(tiles, number // C.HEADS)
+        own_begin = gl.load(places)
+        own_start = gl.load(places + 1)
     keys = keys_seen(tile, window, C)
-    return Item(tile.q_begin, tile.q_count, first_head, first_head // C.GROUP, k_start, keys, line, prefix_end, prefix_start)
+    return Item(
+        tile.q_begin, tile.q_count, first_head, first_head // C.GROUP, k_start, keys, line, prefix_end, prefix_start, own_begin, own_start
+    )
 
 
 @gluon.jit

@@ -60,20 +60,19 @@ def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constex
     return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "own_rows", "num_tokens", "num_rows", "few"])
+@triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "few"])
 def exchange_rows_kernel(
-    table, k, v, like, places, source, order, flags, rank, board, offset, size, own_rows, num_tokens, num_rows, few,
+    table, k, v, like, own_rows, places, source, order, flags, rank, board, offset, size, num_rows, few,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT_ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr,
-    TOGETHER: tl.constexpr, POSTS: tl.constexpr, PULLS: tl.constexpr, SHARES: tl.constexpr, WORLD: tl.constexpr,
-    FLAGS: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, TOGETHER: tl.constexpr, POSTS: tl.constexpr,
+    PULLS: tl.constexpr, SHARES: tl.constexpr, WORLD: tl.constexpr, FLAGS: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Own rows and pieces of others' in this rank's message ``[num_rows, HEADS, D + DV]``, whose rows are of WIDTH words too; ``like`` is
     of the words that are pulled.
 
-    With POSTS row i of K and V goes to row ``places[i]``, and none for a negative one; zeros after the tokens. DV is 0 where V is in K.
-    Then a new round of arrivals begins.
+    With POSTS those rows of K and V go there that stand in ``own_rows`` after how many they are: the i-th to row ``places[i]``. DV is 0
+    where V is in K. Then a new round of arrivals begins.
 
     With PULLS the first ``few`` programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order
     that follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. Each piece is announced once it is there,
@@ -91,28 +90,27 @@ def exchange_rows_kernel(
         posts += 1
         turn += 1
         can_write = is_all_read(heap)
+        num_own = tl.load(own_rows)
         posting = tl.where(can_write, tl.num_programs(0), few)
         if (can_write == 0) & (tl.program_id(0) < few):
             can_write = await_readers(table, heap, board, True, WORLD, FLAGS, THREADS)
-        if COUNT_ON_DEVICE:
-            num_tokens = tl.load(num_tokens)
         message = at(table, rank, offset, k)
         column_1D = tl.arange(0, D_PADDED)[None, :]
         column_1DV = tl.arange(0, DV_PADDED)[None, :]
-        for first in range(tl.program_id(0) * BLOCK_R, tl.where(can_write, own_rows, 0) * HEADS, posting * BLOCK_R):
+        for first in range(tl.program_id(0) * BLOCK_R, tl.where(can_write, num_own, 0) * HEADS, posting * BLOCK_R):
             pair_R = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-            row_R = pair_R // HEADS
             head_R = pair_R % HEADS
-            place_R = tl.load(places + row_R, mask=row_R < own_rows, other=-1).to(tl.int64)
-            is_put_R1 = (place_R >= 0)[:, None]
-            is_token_R1 = is_put_R1 & (row_R < num_tokens)[:, None]
+            is_put_R = pair_R < num_own * HEADS
+            row_R = tl.load(own_rows + 1 + pair_R // HEADS, mask=is_put_R, other=0).to(tl.int64)
+            place_R = tl.load(places + pair_R // HEADS, mask=is_put_R, other=0).to(tl.int64)
+            is_put_R1 = is_put_R[:, None]
             from_R = k + (row_R * k_stride_row + head_R * k_stride_head)
-            k_RD = tl.load(from_R[:, None] + column_1D, mask=is_token_R1 & (column_1D < D), other=0)
+            k_RD = tl.load(from_R[:, None] + column_1D, mask=is_put_R1 & (column_1D < D), other=0)
             to_R = message + (place_R * HEADS + head_R) * (D + DV)
             if DV:
                 # Both are on their way before either is written.
                 from_R = v + (row_R * v_stride_row + head_R * v_stride_head)
-                v_RD = tl.load(from_R[:, None] + column_1DV, mask=is_token_R1 & (column_1DV < DV), other=0)
+                v_RD = tl.load(from_R[:, None] + column_1DV, mask=is_put_R1 & (column_1DV < DV), other=0)
                 tl.store((to_R + D)[:, None] + column_1DV, v_RD, mask=is_put_R1 & (column_1DV < DV))
             tl.store(to_R[:, None] + column_1D, k_RD, mask=is_put_R1 & (column_1D < D))
         # The attention reads them by copies while this kernel runs.

@@ -55,7 +55,7 @@ def ragged_attention(
     Returns:
         ``(out [T, Hq, Dv], lse fp32 [T, Hq])``, or ``into``, or ``result``. Rows of q beyond the last query range are not written.
     """
-    k, v, page_table, k_scale, v_scale, arrivals, prefix = keys
+    k, v, page_table, k_scale, v_scale, arrivals, prefix, own = keys
     if into is not None:
         out, lse = into
     elif result is not None:
@@ -79,7 +79,7 @@ def ragged_attention(
             prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride(),
             None if prefix.page_table is None else (prefix.page_table.stride(), prefix.page_table.dtype),
         ),
-        shapes, packs,
+        None if own is None else (own.k.shape, own.k.stride(), own.v.shape, own.v.stride()), shapes, packs,
         None if k_scale is None or v_scale is None else (k_scale.stride(), v_scale.stride(), k_scale.data_ptr() == v_scale.data_ptr()),
     )  # fmt: skip
     launch = spans.derive(key, _prepare, q, keys, spans, options, out, lse, into is not None, shapes, packs)
@@ -92,6 +92,8 @@ def ragged_attention(
         tensors += prefix.k, prefix.v, prefix.places
         if prefix.page_table is not None:
             tensors += (prefix.page_table,)
+    if own is not None:
+        tensors += own
     if k_scale is not None and v_scale is not None:
         tensors += k_scale, v_scale
     if is_on_current_device(q):
@@ -121,6 +123,7 @@ def _tensors_of(keys: Keys) -> dict[str, int]:
     more += [] if keys.arrivals is None else ["arrived", "late"]
     more += [] if keys.prefix is None else ["k_prefix", "v_prefix", "prefix_places"]
     more += [] if keys.prefix is None or keys.prefix.page_table is None else ["page_table"]
+    more += [] if keys.own is None else ["k_own", "v_own", "own_places"]
     more += [] if keys.k_scale is None else ["k_scale", "v_scale"]
     return _TENSORS | {name: len(_TENSORS) - 1 + i for i, name in enumerate(more)}
 
@@ -142,8 +145,9 @@ def _prepare(
     if shapes is None:
         specialized = specialized_kernel(q.device) is not None and (not is_stored or (is_aligned and _may_specialize(q, keys)))
         shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
-    if keys.prefix is not None:
-        # The only kernel that has two sources.
+    has_sources = keys.prefix is not None or keys.own is not None
+    if has_sources:
+        # The only kernel that has several.
         shapes = tuple(shape for shape in shapes if shape.specialized)
     if packs is None:
         packs = packs_for(num_heads // k.shape[-2], shapes[0].block_m)
@@ -159,8 +163,8 @@ def _prepare(
     tensors = _tensors_of(keys)
     arguments = _arguments(q, keys, options, out, lse, work) | _sources(keys, work)
     config = _config(q, keys, options, into, work)
-    if keys.prefix is not None and hopper_kernel is None:
-        raise AssertionError("keys with a prefix elsewhere, for which no kernel is there")
+    if has_sources and hopper_kernel is None:
+        raise AssertionError("keys in several places, for which no kernel is there")
     if hopper_kernel is not None:
         launch: LaunchFunction = hopper_kernel.launch(work, q, keys, tensors=tensors, arguments=arguments, config=config)
         return launch

@@ -13,6 +13,7 @@ import numpy as np
 from cpattn.device_tables import IntArray
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View, lacking_rows, received_rows
+from cpattn.metadata.own_keys import beside_cached, rows_put
 from cpattn.metadata.partition import chunk_lengths, zigzag_owners
 
 
@@ -60,6 +61,11 @@ class LaidOut:
     def view(self) -> View:
         """Rows that each rank's queries have in view."""
         return View.of(self.plan)
+
+    @property
+    def put(self) -> int:
+        """Rows of the rank that puts the most of its own in order, where it reads all others as they lie."""
+        return int(rows_put(self.plan).max())
 
     def received(self, window: int | None, by_peers: bool) -> int:
         """Rows that the busiest rank receives: those that it lacks, where each reads them of its peers; and else nearly all of all
@@ -114,6 +120,13 @@ class Zigzag(LaidOut):
         (front, back), (at_front, at_back) = (column.swapaxes(0, 1) for column in self._halves)
         seen = np.where(back > 0, at_back + back, (at_front + front) * (front > 0))
         return View((self.plan.prefix_lens * (seen > 0)).sum(axis=1), seen.sum(axis=1))
+
+    @property
+    def put(self) -> int:
+        """All but those of requests of so few tokens that one rank has them."""
+        tokens = self._halves[0].sum(axis=1)
+        is_whole = tokens == self.plan.extend_lens
+        return int(np.where(is_whole, np.minimum(tokens, beside_cached(self.plan)), tokens).sum(axis=1).max())
 
     def received(self, window: int | None, by_peers: bool) -> int:
         """All before a rank's last chunk, but for its first one."""

@@ -99,9 +99,14 @@ def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts, attent
 
     def gathered(messages: Messages, beside: int, copied: int) -> int:
         if not received:
-            return (copied + int(laid_out.view.new.max()) * bool(laid_out.view.prefix.any())) * messages.copied
-        # Where others' rows come late a rank's own are put in order alone; else they are packed, and all of them put in order.
-        copied += rows if messages.comes_late else rows + int(laid_out.view.new.max())
+            beside_cached = laid_out.put if messages.in_place else int(laid_out.view.new.max())
+            return (copied + beside_cached * bool(laid_out.view.prefix.any())) * messages.copied
+        # Where others' rows come late a rank's own are put in order alone, or those that it cannot read as they lie; else they are packed,
+        # and all of them put in order.
+        if messages.comes_late:
+            copied += laid_out.put if messages.in_place else rows
+        else:
+            copied += rows + int(laid_out.view.new.max())
         travels = received * messages.received + crowd * messages.crowded // plan.num_tokens
         travels -= min(travels, beside) * messages.hidden // 100
         return travels + copied * messages.copied + messages.message

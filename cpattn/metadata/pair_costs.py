@@ -28,7 +28,7 @@ class Messages(NamedTuple):
             copied: that are copied on a rank.
         message: of a message of no bytes.
         comes_late: whether they come while the attention runs; hidden: how much that hides of what comes beside it, in hundredths.
-        in_place: whether packed prefixes are read where they lie.
+        in_place: whether packed prefixes are read where they lie, and own rows of requests that are whole on a rank.
         hop: of a launch more, over a part of the keys; merged: of a row of its result, which is merged; shifted: of the K and V of a
             token that come beside such launches; shift: of a message of those, of no bytes.
     """
@@ -141,7 +141,7 @@ def _messages(problem: Problem, machine: Machine, cp_size: int, kernel: KernelCo
         message=_at_least_1((link.latency + link.late_latency * comes_late) / pair),
         comes_late=comes_late,
         hidden=round(100 * link.hides_late * comes_late),
-        in_place=kernel.reads_prefix and reads_where_they_lie,
+        in_place=kernel.reads_in_place and reads_where_they_lie,
         hop=_at_least_1((kernel.overhead + _KERNELS_OF_MERGE * machine.launch) / pair),
         merged=_at_least_1(problem.q_heads * problem.v_head_dim * _BYTES_OF_MERGE / machine.copy / pair),
         shifted=_at_least_1(problem.key_bytes * (1 - link.hides_shift) / link.shift / pair),

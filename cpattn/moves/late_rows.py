@@ -12,7 +12,9 @@ class LateRows(NamedTuple):
     piece by piece, while the attention runs that reads them. All tables are int32, on the device.
 
     Attributes:
-        own_rows: ``[rows]``: the row of the message that each of this rank's rows goes to; -1 for none.
+        rows: of this rank.
+        own_rows: ``[1 + n]``: how many of these go to the message, then those; places: ``[n]``: the row of the message that each of them
+            goes to. Nobody reads the others there.
         source: ``[pieces * PIECE_ROWS]``: which row of all ranks' messages, rank after rank, comes to each; -1 for those that are not
             brought.
         order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
@@ -21,7 +23,9 @@ class LateRows(NamedTuple):
         between: whether cached keys are put in rows of the message after this rank's own, and before others' come.
     """
 
+    rows: int
     own_rows: Tensor
+    places: Tensor
     source: Tensor
     order: Tensor
     flags: Tensor

@@ -35,20 +35,19 @@ _exchange_rows = Launcher(exchange_rows_kernel)
 
 
 def exchange_rows(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part = "all", *, shares: bool = False) -> None:
-    """Puts K and V side by side in this rank's message ``[rows, Hkv, width]``, zeros after the tokens, once everybody has read the last
-    one, and brings what comes late of it from the others' messages, once those lie there. The kernel leaves most multiprocessors to one
-    that is launched next as a dependent, which may begin as soon as they lie there.
+    """Puts rows of K and V side by side in this rank's message ``[rows, Hkv, width]``, once everybody has read the last one, and brings
+    what comes late of it from the others' messages, once those lie there. The kernel leaves most multiprocessors to one that is launched
+    next as a dependent, which may begin as soon as they lie there.
 
     Args:
         like: of a row.
         late: says in which rows of the message this rank's go, and which ones of others'.
         shares: whether all ranks launch on one stream, one part after another.
     """
-    k, v, num_tokens = given
-    counted = (num_tokens,) if isinstance(num_tokens, Tensor) else ()
-    key = *board[1:], part, shares, rows, like.shape, *kind_of_rows(*given), late.order.shape
+    k, v, _ = given
+    key = *board[1:], part, shares, rows, like.shape, *kind_of_rows(k, v), late.places.shape, late.order.shape
     launch = _exchange_rows.prepared.get(key) or _exchange_rows.prepared.keep(key, _prepare(board, like, rows, given, late, part, shares))
-    launch(board.table, k, k if v is None else v, like, late.own_rows, late.source, late.order, late.flags, *counted)
+    launch(board.table, k, k if v is None else v, like, late.own_rows, late.places, late.source, late.order, late.flags)
 
 
 @lru_cache
@@ -57,20 +56,19 @@ def _processors(device: torch.device) -> int:
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_TENSORS = ("table", "k", "v", "like", "places", "source", "order", "flags")
+_TENSORS = ("table", "k", "v", "like", "own_rows", "places", "source", "order", "flags")
 
 
 def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part, shares: bool) -> LaunchFunction:
-    own: dict[str, Any] = arguments_of_rows(*given)
-    own_rows = late.own_rows.shape[0]
+    own: dict[str, Any] = arguments_of_rows(given[0], given[1])
     word, width, _, unit = row_words(like)
     few = max(1, min(_FEW, _processors(like.device) // _SHARE, late.order.shape[0] - 1))
-    programs = few if part == "pull" else max(few, min(_PROGRAMS, triton.cdiv(own_rows * own["HEADS"], own["BLOCK_R"])))
-    tensors = (*_TENSORS, "num_tokens") if own["COUNT_ON_DEVICE"] else _TENSORS
+    programs = few if part == "pull" else max(few, min(_PROGRAMS, triton.cdiv(late.places.shape[0] * own["HEADS"], own["BLOCK_R"])))
     return _exchange_rows.prepare(
-        (programs, 1), {"num_warps": _WARPS}, {name: i for i, name in enumerate(tensors)},
-        table=board.table, like=Words(like, word), places=late.own_rows, source=late.source, order=late.order, flags=late.flags,
-        offset=board.offset, size=board.size_word, own_rows=own_rows, num_rows=rows, few=few,
+        (programs, 1), {"num_warps": _WARPS}, {name: i for i, name in enumerate(_TENSORS)},
+        table=board.table, like=Words(like, word), own_rows=late.own_rows, places=late.places, source=late.source,
+        order=late.order, flags=late.flags,
+        offset=board.offset, size=board.size_word, num_rows=rows, few=few,
         WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)), TOGETHER=_PIECES_TOGETHER,
         POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(_WARPS, True), **own, **board.place(_WARPS),
     )  # fmt: skip

@@ -119,24 +119,24 @@ def post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: 
     await_readers(board, first)
     values = k if v is None else v
     counted = (num_tokens,) if isinstance(num_tokens, Tensor) else ()
-    key = *board[1:], rows, *kind_of_rows(k, v, num_tokens)
+    key = *board[1:], rows, *kind_of_rows(k, v), None if counted else num_tokens
     launch = _post_rows.prepared.get(key) or _post_rows.prepared.keep(key, _prepare_post_rows(board, rows, k, v, num_tokens))
     launch(board.table, k, values, *counted)
 
 
-def kind_of_rows(k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> tuple[Any, ...]:
+def kind_of_rows(k: Tensor, v: Tensor | None) -> tuple[Any, ...]:
     """What of rows that are posted decides a launch."""
     values = k if v is None else v
-    return k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None, None if isinstance(num_tokens, Tensor) else num_tokens
+    return k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None
 
 
-def arguments_of_rows(k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> dict[str, Any]:
+def arguments_of_rows(k: Tensor, v: Tensor | None) -> dict[str, Any]:
     """What a kernel takes of rows that it posts."""
     _, heads, dim = k.shape
     values, v_dim = k if v is None else v, 0 if v is None else v.shape[2]
     block = max(1, _BYTES // (k.element_size() * triton.next_power_of_2(max(dim, v_dim))))
     return {
-        "k": k, "v": values, "num_tokens": num_tokens, "COUNT_ON_DEVICE": isinstance(num_tokens, Tensor),
+        "k": k, "v": values,
         "k_stride_row": k.stride(0), "k_stride_head": k.stride(1), "v_stride_row": values.stride(0), "v_stride_head": values.stride(1),
         "HEADS": heads, "D": dim, "DV": v_dim, "D_PADDED": triton.next_power_of_2(dim),
         "DV_PADDED": triton.next_power_of_2(max(1, v_dim)), "BLOCK_R": block,
@@ -144,11 +144,13 @@ def arguments_of_rows(k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> 
 
 
 def _prepare_post_rows(board: Board, rows: int, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> LaunchFunction:
-    given = arguments_of_rows(k, v, num_tokens)
-    tensors = {"table": 0, "k": 1, "v": 2} | ({"num_tokens": 3} if given["COUNT_ON_DEVICE"] else {})
+    given: dict[str, Any] = arguments_of_rows(k, v)
+    is_counted = isinstance(num_tokens, Tensor)
+    tensors = {"table": 0, "k": 1, "v": 2} | ({"num_tokens": 3} if is_counted else {})
     return _post_rows.prepare(
         (min(_POSTING_PROGRAMS, max(1, triton.cdiv(rows * given["HEADS"], given["BLOCK_R"]))), 1), {"num_warps": _POSTING_WARPS}, tensors,
-        table=board.table, offset=board.offset, size=board.size_word, num_rows=rows, **given, **board.place(_POSTING_WARPS),
+        table=board.table, offset=board.offset, size=board.size_word, num_rows=rows, num_tokens=num_tokens, COUNT_ON_DEVICE=is_counted,
+        **given, **board.place(_POSTING_WARPS),
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class PeerRowsInOrder(_PostedRows):
     def __init__(
         self, message: Posted, nbytes: int, rows: int, like: Tensor, fill_missing: Callable[[Tensor], None], late: LateRows
     ) -> None:
-        super().__init__(message, nbytes, late.own_rows.shape[0], like, fill_missing)
+        super().__init__(message, nbytes, late.rows, like, fill_missing)
         self._rows_in_order = rows
         self._late = late
 

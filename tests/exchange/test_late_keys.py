@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from inputs.cases import AttentionCase
 from inputs.problems import problem as problem_like
 from inputs.strategies import Batch, lengths
+from references.keys_in_place import in_place_backend
 from torch import Tensor
 
 import cpattn
-from cpattn.attention.reference import reference_attention
 from cpattn.attention.registry import BACKENDS
 from cpattn.call.choose import Choice
 from cpattn.call.explain_arrival import explain_arrival
@@ -27,7 +27,7 @@ from cpattn.exchange import late_pages
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.gathered_rows import GatheredRows
 from cpattn.exchange.key_order import Ordered, RequestRows, RowsOfRanks, key_order
-from cpattn.exchange.late_keys import LateKeys, late_tables
+from cpattn.exchange.late_keys import LateKeys, LateTables, late_tables
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.message import KVFormat
 from cpattn.exchange.page_places import places_in_order
@@ -35,13 +35,11 @@ from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.keys import PREFIX_UNIT, Keys, PrefixKeys
+from cpattn.keys import NOT_HERE, PREFIX_UNIT, Keys
 from cpattn.machine import H100
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.moves import moves_for
-from cpattn.options import AttentionOptions
-from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 from cpattn.transports.posted import OwnMemory
 from cpattn.transports.transfer import Work
@@ -55,8 +53,18 @@ def token(request: Any, position: Any) -> Any:
     return np.asarray(request) * 10**5 + position
 
 
-def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[np.ndarray, np.ndarray]:
-    """Which token is in each row of a rank's memory at last, -1 for none, and which of them come late. No row is put twice."""
+def put_rows(meta: CPMetadata, tables: LateTables) -> tuple[np.ndarray, np.ndarray]:
+    """Of a rank's rows those that it puts in its message, and where: a bucket's tables have room for all."""
+    count, *rows = tables.own_rows.tolist()
+    places = tables.places.tolist()
+    assert len(rows) == len(places) == (count if meta.bucket is None else meta.rows)
+    assert set(rows[count:]) | set(places[count:]) <= {-1}
+    return np.array(rows[:count], dtype=int), np.array(places[:count], dtype=int)
+
+
+def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which token is in each row of a rank's memory at last, -1 for none, which of them come late, and which token is in each of its own
+    rows. No row is put twice."""
     plan, order, tables = meta.plan, key_order(meta, ordered), late_tables(meta, window, ordered)
     gathered = np.full((plan.cp_size, meta.rows), -1)
     for chunk, first in zip(plan.chunks, plan.chunk_rows, strict=True):
@@ -66,24 +74,25 @@ def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[n
     # Each rank's message has its rows in its own order.
     messages = np.full((plan.cp_size, RowsOfRanks.of(meta, ordered).most), -1)
     for rank, there in enumerate(gathered):
-        own = late_tables(plan.metadata(rank, bucket=meta.bucket), window, ordered).own_rows.numpy()
-        messages[rank, own[own >= 0]] = there[own >= 0]
+        theirs = plan.metadata(rank, bucket=meta.bucket)
+        rows, to = put_rows(theirs, late_tables(theirs, window, ordered))
+        messages[rank, to] = there[rows]
     memory, source = np.full(order.rows, -1), tables.source.numpy()
     is_late = np.zeros(order.rows, dtype=bool)
     # What comes lies in the memory.
     assert (source[order.rows :] == -1).all()
     is_late[:] = source[: order.rows] >= 0
     memory[is_late] = messages.ravel()[source[: order.rows][is_late]]
-    own, there = tables.own_rows.numpy(), gathered[meta.cp_rank]
-    assert ((own >= 0) == (there >= 0)).all()
-    assert (memory[own[own >= 0]] == -1).all()
-    memory[own[own >= 0]] = there[own >= 0]
+    assert (memory[is_late] >= 0).all()
+    rows, to = put_rows(meta, tables)
+    assert (memory[to] == -1).all()
+    memory[to] = gathered[meta.cp_rank][rows]
     if order.prefix_places is not None:
         cached = np.concatenate([token(i, np.arange(prefix)) for i, (prefix, _) in enumerate(plan.batch)])
         places = order.prefix_places.numpy()
         assert (memory[places[places >= 0]] == -1).all()
         memory[places[places >= 0]] = cached[places >= 0]
-    return memory, is_late
+    return memory, is_late, gathered[meta.cp_rank]
 
 
 def in_pieces(is_late: np.ndarray, source: Tensor) -> np.ndarray:
@@ -115,14 +124,24 @@ def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
     for rank in range(cp_size):
         meta = plan.metadata(rank, bucket=cpattn.Bucket(8, plan.rows + 8, 64) if bucket else None)
         order, tables = key_order(meta, ordered), late_tables(meta, window, ordered)
-        memory, is_late = memory_of(meta, window, ordered)
+        memory, is_late, own_rows = memory_of(meta, window, ordered)
         reached = np.zeros(order.rows, dtype=bool)
         kept = np.zeros((len(batch), 2), dtype=int) if order.kept is None else order.kept.numpy().reshape(-1, 2)
+        own = np.full((len(batch), 2), NOT_HERE) if order.own is None else order.own.numpy().reshape(-1, 2)
+        whole = (plan.rank_extends[:, rank] == plan.extend_lens) & (plan.extend_lens > 0)
         for _, q_len, k_start, k_len, diagonal, request in zip(*spans_in_order(meta, ordered).host, strict=True):
             # Each query sees the keys before the next one's own, and those form one range for the chunk.
             first = 0 if window is None else max(0, diagonal - window)
             keys = np.arange(first, min(k_len, diagonal + q_len - 1) if q_len else 0)
-            here = keys[keys >= kept[request, 0]]
+            in_own = keys[keys >= own[request, 0]]
+            assert (own_rows[own[request, 1] + in_own] == token(request, in_own)).all()
+            # Of a request that no other rank has a part of no more has rows than what shares a block with cached keys.
+            assert (
+                ordered is not Ordered.NOT_IN_PLACE
+                or not whole[request]
+                or (keys[: len(keys) - len(in_own)] < next_unit(plan, request)).all()
+            )
+            here = keys[(keys >= kept[request, 0]) & (keys < own[request, 0])]
             assert (memory[k_start + here] == token(request, here)).all()
             reached[k_start + here] = True
             # All others are where they lie in the cache.
@@ -130,6 +149,8 @@ def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
             assert not len(stay) or kept[request, 1] == starts[request]
             assert (stay < plan.prefix_lens[request]).all()
         assert (kept[:, 0] % PREFIX_UNIT == 0).all()
+        assert (own[:, 0] % PREFIX_UNIT == 0).all()
+        assert ordered is Ordered.NOT_IN_PLACE or order.own is None
         assert ordered is not Ordered.SEEN or not kept.any()
         # What nobody sees is not waited for, and does not come but for the pages.
         brought, awaited = in_pieces(is_late, tables.source), in_pieces(is_late & reached, tables.source)
@@ -144,6 +165,11 @@ def test_what_a_span_reaches_is_there_and_nothing_else_is_waited_for(
             assert (reached | ~is_late).all()
             # Of other requests, and behind its queries, a rank's memory has nothing.
             assert bucket or window is not None or reached.sum() == order.rows
+
+
+def next_unit(plan: cpattn.Plan, request: int) -> int:
+    """The first key behind the cached ones of a request at which a block begins."""
+    return -(-int(plan.prefix_lens[request]) // PREFIX_UNIT) * PREFIX_UNIT
 
 
 def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
@@ -190,13 +216,13 @@ def test_what_says_which_keys_are_there_is_made_with_the_metadata() -> None:
 
 
 def test_prefixes_in_place() -> None:
-    """What shares a block with new tokens is put before them, and all else is read where it lies; of a request without new tokens
+    """What shares a block with keys of the other kind is put in order, and all else is read where it lies; of a request without new tokens
     nothing is put."""
     batch = [(300, 5), (0, 7), (256, 3), (40, 0)]
     meta = cpattn.plan(batch, 1).metadata(0)
-    order = key_order(meta, Ordered.BESIDE_PREFIX)
-    assert order.rows == 44 + 5 + 7 + 3
-    assert RequestRows.of(meta, Ordered.BESIDE_PREFIX).k_starts.tolist() == [-256, 49, 56 - 256, 59]
+    order = key_order(meta, Ordered.NOT_IN_PLACE)
+    assert order.rows == 44 + 5
+    assert RequestRows.of(meta, Ordered.NOT_IN_PLACE).k_starts.tolist() == [-256, 49, 49 - 256, 49]
     assert order.kept is not None
     assert order.kept.tolist() == [256, 0, 0, 300, 256, 300, 0, 556]
     assert order.prefix_places is not None
@@ -204,7 +230,14 @@ def test_prefixes_in_place() -> None:
     assert rows[256:300] == [*range(44)]
     assert all(row < 0 for row in [*rows[:256], *rows[300:]])
     assert order.new_places is not None
-    assert order.new_places.tolist() == [*range(44, 49), *range(49, 56), *range(56, 59)]
+    assert order.new_places.tolist() == [*range(44, 49)]
+    assert order.own_places is not None
+    rows = order.own_places.tolist()
+    assert rows[:5] == [*range(44, 49)]
+    assert all(row < 0 for row in rows[5:])
+    # From which key on rows are read, and where key 0 would be: that of rows 0, 5, 12 and 15 is the first new one.
+    assert order.own is not None
+    assert order.own.tolist() == [384, -300, 0, 5, 256, 12 - 256, NOT_HERE, 0]
 
 
 class RowsReadLate(GatheredRows):
@@ -219,40 +252,15 @@ class RowsReadLate(GatheredRows):
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         self._own.fill_(torch.nan)
-        moves_for(k.device).pack(self._own, k, v, num_tokens, self._late.own_rows)
+        assert v is not None
+        count = int(self._late.own_rows[0])
+        rows, places = self._late.own_rows[1 : 1 + count].long(), self._late.places[:count]
+        moves_for(k.device).pack(self._own, k[rows], v[rows], count, places)
 
     def _bring(self, gathering: Work) -> None:
         gathering.wait()
         source = self._late.source[: len(self._own)]
         self._own[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
-
-
-def slots(prefix: PrefixKeys, request: int, count: int) -> Tensor:
-    """Of a request's first keys in pages."""
-    assert prefix.page_table is not None
-    key = torch.arange(count)
-    return prefix.page_table[request].long()[key // prefix.page_size] * prefix.page_size + key % prefix.page_size
-
-
-def attend_late(
-    seen: list[tuple[bool, bool]], q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Copies each span's keys together from wherever they are, and notes whether any have come late or stayed in the cache."""
-    seen.append((keys.arrivals is not None, keys.prefix is not None))
-    ks, vs, host = [], [], spans.host
-    for k_start, k_len, request in zip(host.k_start, host.k_len, host.request, strict=True):
-        kept = 0
-        if keys.prefix is not None:
-            most, row = keys.prefix.places.view(-1, 2)[request].tolist()
-            kept = min(k_len, most)
-            rows = range(row, row + kept) if keys.prefix.page_table is None else slots(keys.prefix, request, kept)
-            ks.append(keys.prefix.k.flatten(0, -3)[rows])
-            vs.append(keys.prefix.v.flatten(0, -3)[rows])
-        ks.append(keys.k[k_start + kept : k_start + k_len])
-        vs.append(keys.v[k_start + kept : k_start + k_len])
-    begins = np.cumsum(host.k_len) - host.k_len
-    copied = Spans.build(host.q_len, begins, host.k_len, host.diagonal, request=host.request)
-    return reference_attention(q, Keys(torch.cat(ks), torch.cat(vs)), copied, options, dtype)
 
 
 def late_rows(transport: Transport, rows: int, like: Tensor, late: LateRows, fill_missing: Any) -> RowsReadLate:
@@ -277,13 +285,8 @@ def test_attention_over_late_keys_and_prefixes_in_place(
     prefixes = (300, 0, 7, 128, 0, 129) if bucket is None else (0,) * 6
     case = AttentionCase([*zip(prefixes, (54, 5, 0, 50, 6, 1), strict=True)], window=window)
     plan = case.plan(3, partition=partition, pad_to=4)
-    seen: list[tuple[bool, bool]] = []
-    backend = replace(
-        cpattn.BACKENDS["reference"],
-        attend=partial(attend_late, seen),
-        waits_for_keys=lambda problem: True,
-        reads_prefix=lambda problem: True,
-    )
+    seen: list[Keys] = []
+    backend = in_place_backend(seen, waits=True)
 
     def attend(group: cpattn.Communicator, backend: Any) -> tuple[Tensor, Tensor]:
         meta = plan.metadata(group.rank, bucket=bucket)
@@ -299,9 +302,12 @@ def test_attention_over_late_keys_and_prefixes_in_place(
     for mine, theirs in zip(run_loopback(lambda group: attend(group, backend), 3), expected, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])
-    assert any(in_place for _, in_place in seen) == (bucket is None)
+    assert any(keys.prefix is not None for keys in seen) == (bucket is None)
     # A bucket's are of its size, whatever they hold.
-    assert any(late for late, _ in seen) == (partition != "uncut" or bucket is not None)
+    assert any(keys.arrivals is not None for keys in seen) == (partition != "uncut" or bucket is not None)
+    # A bucket's launches are alike, and else those that have some beside cached keys or others'.
+    in_own = [keys.own is not None for keys in seen]
+    assert all(in_own) if bucket is not None else any(in_own) == (partition in ("whole", "uncut"))
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -314,13 +320,8 @@ def test_late_keys_and_prefixes_in_pages(
     extends = (54, 5, 0, 50, 6, 1)
     case = AttentionCase([*zip(prefixes, extends, strict=True)], window=window, cache="paged")
     plan = case.plan(3, partition=partition, pad_to=4)
-    seen: list[tuple[bool, bool]] = []
-    backend = replace(
-        cpattn.BACKENDS["reference"],
-        attend=partial(attend_late, seen),
-        waits_for_keys=lambda problem: True,
-        reads_prefix=lambda problem: True,
-    )
+    seen: list[Keys] = []
+    backend = in_place_backend(seen, waits=True)
 
     def results(backend: Any) -> list[tuple[Tensor, Tensor]]:
         return run_loopback(lambda group: case.on_rank(plan, group.rank, group, "all_gather", backend), 3)
@@ -333,8 +334,8 @@ def test_late_keys_and_prefixes_in_pages(
     for mine, theirs in zip(results(backend), expected, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])
-    assert {late for late, _ in seen} == {True}
-    assert any(in_place for _, in_place in seen) == any(prefix >= PREFIX_UNIT for prefix in prefixes)
+    assert all(keys.arrivals is not None and keys.own is None for keys in seen)
+    assert any(keys.prefix is not None for keys in seen) == any(prefix >= PREFIX_UNIT for prefix in prefixes)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,7 @@ def test_explain_says_whether_keys_come_beside_the_attention(
 ) -> None:
     plan = cpattn.plan(batch, 2, partition="whole" if len(batch) == 2 else "zigzag")
     problem = replace(problem_like("cpu", rows=plan.rows), **changes)
-    backend = replace(BACKENDS["reference"], name="some", waits_for_keys=lambda problem: waits, reads_prefix=lambda problem: True)
+    backend = replace(BACKENDS["reference"], name="some", waits_for_keys=lambda problem: waits, reads_in_place=lambda problem: True)
     schedule = ALL_GATHER.schedule(problem, plan)
     way = Way(ALL_GATHER, lambda: schedule, backend)
     for transport in ("peer_memory", "collectives"):

@@ -17,7 +17,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 TABLE = {"table": "*i64"}
 WIDTHS = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 64}
 ORDER = {"out": "*i64", "index": "*i64", "slots": "*i64", **TABLE}
-LATE = {"places": "*i32", "flags": "*i32", "like": "*i64", "source": "*i32", "order": "*i32"}
+LATE = {"own_rows": "*i32", "places": "*i32", "flags": "*i32", "like": "*i64", "source": "*i32", "order": "*i32"}
 PAGES = {"k_pages": "*bf16", "v_pages": "*bf16", "page_table": "*i32", "request": "*i64", "position": "*i64", **TABLE}
 WORDS = {"UNIT": 2, "BLOCK_W": 4096}
 
@@ -41,11 +41,10 @@ if __name__ == "__main__":
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
     compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True}, 4)
     pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, "FLAGS": 1024, "SHARES": False}
-    exchange = WIDTHS | pieces | {"COUNT_ON_DEVICE": False, "POSTS": True, "PULLS": True}
-    compile_it(peer_exchange.exchange_rows_kernel, given | LATE | {"num_tokens": "i32"}, exchange, 32, is_wide=True)
-    for posts in (True, False):
-        parts = exchange | {"COUNT_ON_DEVICE": True, "POSTS": posts, "PULLS": not posts}
-        compile_it(peer_exchange.exchange_rows_kernel, given | LATE, parts, 32, is_wide=not posts)
+    late = TABLE | LATE | {"k": "*bf16", "v": "*bf16"}
+    for posts, pulls in ((True, True), (True, False), (False, True)):
+        parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls}
+        compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=pulls)
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True, "ENDS": False}, 8)

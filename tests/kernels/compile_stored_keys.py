@@ -60,16 +60,15 @@ def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: 
     constants = HopperConfig(
         NUM_HEADS=32, GROUP=4, PACK=4, D=dims[0], DV=dims[1], D_PADDED=padded.d, DV_PADDED=padded.dv, BLOCK_N=shape.block_n, Q_SIGN=1,
         WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=True, OF_TOKENS=of_tokens,
-        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, PREFIX=False, RAW=stored_blocks(*dims, stored),
+        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, PREFIX=False, OWN=False, RAW=stored_blocks(*dims, stored),
         COPIED=copied,
     )  # fmt: skip
     block = [16, 4, padded.d]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     pointers = {"q": f"tensordesc<bf16{block},{layout!r}>", "q_pointer": "*bf16", "out": "*bf16", "k": "*u8", "v": "*u8"}
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
-    pointers |= dict.fromkeys(
-        ("tiles", "limits", "counter", "arrived", "late", "page_table", "prefix_places", "k_prefix", "v_prefix"), "*i32"
-    )
+    unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places")
+    pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", "page_table", *unused), "*i32")
     unaligned = () if copied == 16 else ("k_stride_head", "v_stride_head")
     return compile_it(hopper_attention_kernel, HOPPER, pointers, {"C": constants}, GluonASTSource, unaligned, num_warps=4)
 

@@ -39,7 +39,7 @@ def test_heads_that_are_divided_have_the_bits_of_an_all_gather(device: str) -> N
         unavailable=lambda: None,
         refuses=lambda problem: None,
         waits_for_keys=lambda problem: False,
-        reads_prefix=lambda problem: False,
+        reads_in_place=lambda problem: False,
     )
     plan = case.plan(4, pad_to=8)
 

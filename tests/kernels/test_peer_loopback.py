@@ -159,7 +159,7 @@ def test_who_is_interrupted_as_it_posts_does_not_post_again(monkeypatch: pytest.
     none, like = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 4)
     message = Posted(16, form=1)
     message.board = Board(none, 0, 1, 0, 0, 16, 1)
-    rows = PeerRowsInOrder(message, 0, 1, like, lambda row: None, LateRows(none, none, none, none, 1))
+    rows = PeerRowsInOrder(message, 0, 1, like, lambda row: None, LateRows(1, none, none, none, none, none, 1))
     peers = PeerLoopbackTransport(cpattn.LoopbackGroup(1), 0)
 
     def call() -> None:

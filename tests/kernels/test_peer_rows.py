@@ -118,6 +118,14 @@ def test_rows_that_come_late(
     # Each rank has its rows where it likes; the last one's last row has no place.
     places = [torch.randperm(num_rows, device=device)[:rows].int() for _ in range(size)]
     places[2][-1] = -1
+    # Those that have one in any order; a bucket's table is as long as ever.
+    own_rows = []
+    for to in places:
+        listed = torch.randperm(rows, device=device)
+        listed = listed[to[listed] >= 0]
+        more = torch.full((rows - len(listed),), -1, dtype=torch.int32, device=device)
+        count = torch.tensor([len(listed)], dtype=torch.int32, device=device)
+        own_rows.append((torch.cat([count, listed.int(), more]), torch.cat([to[listed], more])))
     # Of the others' rows some come, to where this rank has none of its own; none come to piece 2.
     free = torch.tensor([row for row in range(num_rows) if row not in places[mine].tolist() and row // PIECE_ROWS != 2], device=device)
     theirs = torch.cat([rank * num_rows + places[rank][:-1] for rank in (0, 2)])
@@ -143,7 +151,8 @@ def test_rows_that_come_late(
             has_place = places[rank] >= 0
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
         # Each has flags of its own.
-        lates = [LateRows(places[rank], source, order, flags if rank == mine else torch.zeros_like(flags), form=1) for rank in range(size)]
+        each_flags = [flags if rank == mine else torch.zeros_like(flags) for rank in range(size)]
+        lates = [LateRows(rows, *own_rows[rank], source, order, each_flags[rank], form=1) for rank in range(size)]
 
         def exchange(rank: int, part: peer_exchange.Part, *, shares: bool) -> None:
             board = ranks.board(rank, nbytes=nbytes)

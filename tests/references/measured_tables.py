@@ -14,7 +14,9 @@ import torch
 from bench_partitions import BATCHES
 
 import cpattn
+from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.machine import H100, H200, LinkCosts
+from cpattn.metadata.own_keys import rows_put
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Of layers that bench_transports.py captures in a graph.
@@ -110,7 +112,7 @@ def graph_us(way: Way, machine: cpattn.Machine) -> float:
 
 def before_late_keys(machine: cpattn.Machine) -> cpattn.Machine:
     """As the library was when some tables were measured: all keys were in order, and prefixes copied, before any attention began."""
-    return replace(machine, kernels=tuple(replace(one, waits_for_keys=False, reads_prefix=False) for one in machine.kernels))
+    return replace(machine, kernels=tuple(replace(one, waits_for_keys=False, reads_in_place=False) for one in machine.kernels))
 
 
 def with_local_copies(machine: cpattn.Machine) -> cpattn.Machine:
@@ -261,7 +263,18 @@ def partitions_lines() -> Iterator[Line]:
         found = re.fullmatch(r"cpattn (zigzag|whole)(, collectives)?", row["variant"])
         if found and row["batch"] != "32 x 2k":
             way = Way(row["batch"], 2, "all_gather", "collectives" if found[2] else "peer_memory", "triton", partition=found[1])
-            yield Line(("partitions_2_gpus", way.batch, row["variant"]), way, number(row["graph, p50, us"]), graph_us(way, H100.rested()))
+            estimated = graph_us(way, H100.rested()) + all_rows_us(way, H100)
+            yield Line(("partitions_2_gpus", way.batch, row["variant"]), way, number(row["graph, p50, us"]), estimated)
+
+
+def all_rows_us(way: Way, machine: cpattn.Machine) -> float:
+    """What calls took more when that table was measured: where anything travelled, a rank put all of its rows in order, and over
+    collectives it packed them first; now those of cut requests alone."""
+    plan = cpattn.plan(batch_of(way.batch), way.cp_size, partition=way.partition)
+    if traveling_keys(problem_of(plan, None), plan).what == "nothing":
+        return 0.0
+    rows = int((plan.rank_tokens - rows_put(plan)).min())
+    return (1 + (way.transport == "collectives")) * 2 * rows * problem_of(plan, None).key_bytes / machine.copy * 1e6
 
 
 _TABLES: dict[str, Callable[[], Iterator[Line]]] = {

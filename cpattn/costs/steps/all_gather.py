@@ -29,7 +29,7 @@ def all_gather(choice: Choice) -> Tally:
             _collect_into_pages(tally, traveling)
             copy_pages(tally, Most.of(plan).both // groups)
         else:
-            _collect(tally, traveling, Most.of(plan).new, comes_late=comes_late)
+            _collect(tally, traveling, comes_late=comes_late)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
         rows = (
             traveling.needed if choice.transport == "peer_memory" and not over_pages else max(traveling.needed, int(traveling.sent.max()))
@@ -63,7 +63,7 @@ def keys_come_late(choice: Choice, traveling: Traveling) -> bool:
     if choice.transport != "peer_memory" or not (kernel.waits_for_keys and _has_hopper_kernel(choice)):
         return False
     if problem.cache == "paged":
-        return kernel.reads_prefix and may_come_late(problem, choice.plan, traveling)
+        return kernel.reads_in_place and may_come_late(problem, choice.plan, traveling)
     return traveling.what != "nothing" and problem.overlap == 1
 
 
@@ -90,14 +90,18 @@ def _late_into_pages(tally: Tally, hop: Hop) -> Tally:
 
 def _copied_prefix(choice: Choice) -> int:
     """Tokens of packed prefixes that a rank copies in order: all that it sees, or what shares a block with new tokens."""
-    if not (choice.kernel.reads_prefix and _has_hopper_kernel(choice)):
-        return Most.of(choice.plan).prefix
-    return Most.of(choice.plan).beyond_units
+    return Most.of(choice.plan).beyond_units if _reads_in_place(choice) else Most.of(choice.plan).prefix
 
 
-def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) -> None:
-    """New keys of a group of heads into and out of messages, and so many of them to their places."""
-    choice, groups = tally.choice, tally.choice.problem.overlap
+def _reads_in_place(choice: Choice) -> bool:
+    return choice.kernel.reads_in_place and _has_hopper_kernel(choice)
+
+
+def _collect(tally: Tally, traveling: Traveling, *, comes_late: bool) -> None:
+    """New keys of a group of heads into and out of messages, and to their places, those of requests that are whole on a rank only where it
+    cannot read them as they lie."""
+    choice, groups, most = tally.choice, tally.choice.problem.overlap, Most.of(tally.choice.plan)
+    own, new = (most.put, most.new_put) if _reads_in_place(choice) else (choice.problem.rows, most.new)
     if traveling.what == "nothing":
         if choice.problem.cache is not None:
             tally.move_rows(new, groups)
@@ -105,12 +109,12 @@ def _collect(tally: Tally, traveling: Traveling, new: int, *, comes_late: bool) 
     if comes_late:
         # One launch puts a rank's own rows where they are attended to, and others read them, and brings theirs. The attention is launched
         # as a dependent, and its first tiles wait.
-        tally.move(2 * choice.problem.rows * choice.problem.key_bytes)
+        tally.move(2 * own * choice.problem.key_bytes)
         return
-    tally.move_rows(choice.problem.rows, groups)
+    tally.move_rows(own if traveling.what == "needed" and choice.transport != "peer_memory" else choice.problem.rows, groups)
     if choice.transport == "peer_memory":
         # What arrives goes straight to its place, and so do a rank's own rows.
-        tally.move_rows(choice.problem.rows, groups, launches=2)
+        tally.move_rows(own, groups, launches=2)
         return
     if traveling.what == "needed":
         tally.move_rows(int(traveling.sent.max()), groups)

@@ -16,6 +16,7 @@ from cpattn.keys import PREFIX_UNIT
 from cpattn.machine import KernelCosts, LinkCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
+from cpattn.metadata.own_keys import rows_put
 from cpattn.problem import Problem
 
 # Kernels that expand a group of heads: of the keys, of the values, and of the part of a key that heads share.
@@ -166,6 +167,8 @@ class Most(NamedTuple):
     Attributes:
         prefix, new, both: tokens that a rank has in view; see :class:`cpattn.metadata.needed_keys.View`.
         beyond_units: of prefixes the tokens that share a block with new ones.
+        put: of a rank's own new tokens those that are put in order where the others are read as they lie; new_put: the same of all that it
+            has in view.
         share: of the batch's new tokens those of its largest request: by what ranks, which all read keys in the same order, crowd at one
             of them. After the first request they have drifted apart.
     """
@@ -174,6 +177,8 @@ class Most(NamedTuple):
     new: int
     both: int
     beyond_units: int
+    put: int
+    new_put: int
     share: float
 
     @classmethod
@@ -183,7 +188,9 @@ class Most(NamedTuple):
         if found is None:
             view, share = View.of(plan), int(plan.extend_lens.max(initial=0)) / max(1, plan.num_tokens)
             prefix, new, both = (int(tokens.max()) for tokens in (view.prefix, view.new, view.prefix + view.new))
-            found = plan.memo.keep("most", cls(prefix, new, both, int((plan.prefix_lens % PREFIX_UNIT).sum()), share))
+            beyond_units, put = int((plan.prefix_lens % PREFIX_UNIT).sum()), rows_put(plan)
+            new_put = int((view.new - plan.rank_tokens + put).max())
+            found = plan.memo.keep("most", cls(prefix, new, both, beyond_units, int(put.max()), new_put, share))
         return found
 
 
