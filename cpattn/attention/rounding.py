@@ -63,8 +63,9 @@ def rounding_bounds(
 
     - A number below the smallest normal one has an absolute error of up to g, its distance to the next.
     - A score errs by at most ``d = (r + D E) S + g sum |k|``, where ``S = sum |q k scale|``: D sums, and r for what a kernel
-      rounds before it multiplies. That is q times the scale, so r = e / 2; in TF32 it is q and k, so r = 2 e. A softcap has a
-      slope of at most 1, and its tanh an error of its own, in proportion to ``C = min(S, softcap)``.
+      rounds before it multiplies. That is q times the scale, so r = e / 2; in TF32 it is q and k, so r = 2 e. Or it is stored keys
+      times their scale, which are rounded in the right result, and need not be by a kernel that rounds no q. A softcap has a slope of
+      at most 1, and its tanh an error of its own, in proportion to ``C = min(S, softcap)``.
     - An LSE changes by at most as much as the scores do. N terms are summed. What goes into and out of exp and log, of size C
       and LSE, is rounded, twice each, in each of L launches that are merged:
       ``l = d + E (N + 2 C + L (4 + 2 |LSE|))``.

@@ -103,6 +103,12 @@ class HopperConfig(AttentionConfig):
     COPIED: int
 
     @property
+    def HALF(self) -> bool:
+        """Whether products are those of fp16: all numbers of fp8 are exact in it, and their scales can wait until after the products.
+        With a scale for each token they cannot."""
+        return self.FP8 > 0 and not self.OF_TOKENS
+
+    @property
     def PRODUCER_WARPS(self) -> int:
         """Warps that bring key blocks: one lets the memory accelerator copy them, eight convert them, or four where consumers need more
         registers."""
@@ -116,4 +122,7 @@ class HopperConfig(AttentionConfig):
         thread of each group of four warps; the first consumer's gets what is left."""
         if not self.STORED:
             return [232, 40]
-        return [184, 64] if self.DV_PADDED <= 128 else [224, 56]
+        if self.DV_PADDED > 128:
+            return [224, 56]
+        # What converts to fp16 needs fewer, and consumers more, for a scale of each row.
+        return [200, 56] if self.HALF else [184, 64]

@@ -16,7 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from cpattn.kernels.hopper_channels import release, take_item, wait_full
-from cpattn.kernels.online_softmax import mask, tanh, weigh, write
+from cpattn.kernels.hopper_half import halve_queries, in_half_place, load_factors, with_scales
+from cpattn.kernels.online_softmax import mask, tanh, weigh, weigh_in_half, write
 from cpattn.kernels.tile_keys import Bounds, TileRows, bounds_of, keys_seen, last_block, load_tile, rows_of, whole_blocks
 from cpattn.kernels.tiles import WARPGROUP_ROWS
 
@@ -107,12 +108,16 @@ def _start_values(acc_MV, weight_MN, v, i, C: gl.constexpr):
 def _softmax(score_MN, state, block, bounds, scoring, MASKED: gl.constexpr, C: gl.constexpr):
     """The weights of a block, what the state before it decays by, and the new sum and maximum."""
     if C.SOFTCAP:
-        score_MN = tanh(score_MN * scoring.tanh_scale)
+        score_MN = tanh(score_MN * (scoring.tanh_scale[:, None] if C.HALF else scoring.tanh_scale))
     if MASKED:
         # Compared with constants, as key numbers cost registers and instructions.
         key_1N = gl.arange(0, C.BLOCK_N, gl.SliceLayout(0, _score_layout(C)))[None, :]
         score_MN = mask(score_MN, key_1N, Bounds(bounds.from_M - block, bounds.to_M - block), C)
-    return weigh(score_MN, state.sum_M, state.max_M, scoring.exponent_scale, MASKED)
+    if C.HALF:
+        weighed = weigh_in_half(score_MN, state.sum_M, state.max_M, scoring.exponent_scale)
+    else:
+        weighed = weigh(score_MN, state.sum_M, state.max_M, scoring.exponent_scale, MASKED)
+    return weighed
 
 
 @gluon.jit
@@ -158,7 +163,7 @@ def _attend(state, i, q_smem, channels, begin, end, bounds, scoring, MASKED: gl.
 
 
 @gluon.jit
-def _attend_all(taken, q_smem, channels, tile, window, scoring, PART: gl.constexpr, C: gl.constexpr):
+def _attend_all(taken, q_smem, channels, tile, window, scoring, factors, PART: gl.constexpr, C: gl.constexpr):
     """The state after all of a tile's key blocks, weighted values of the last included; and what has been taken."""
     DV_PADDED: gl.constexpr = C.DV_PADDED
     s_row: gl.constexpr = gl.SliceLayout(1, _score_layout(C))
@@ -173,14 +178,19 @@ def _attend_all(taken, q_smem, channels, tile, window, scoring, PART: gl.constex
     if seen.end > seen.begin:
         if C.Q_TMA:
             mbarrier.wait(channels.q.full.index(PART), queries & 1)
+        operand = q_smem
+        of_rows = scoring
+        if C.HALF:
+            operand = in_half_place(channels.q.smem, PART, C)
+            of_rows = halve_queries(q_smem, operand, scoring, factors.k, s_row, C)
         none = State(acc_MV, acc_MV, sum_M, max_M)
         last = last_block(seen, C)
-        state = _attend_first(none, i, q_smem, channels, last, bounds, scoring, C)
+        state = _attend_first(none, i, operand, channels, last, bounds, of_rows, C)
         i += 1
-        state, i = _attend(state, i, q_smem, channels, gl.minimum(whole_end, last), last, bounds, scoring, True, C)
-        state, i = _attend(state, i, q_smem, channels, whole_begin, gl.minimum(whole_end, last), bounds, scoring, False, C)
+        state, i = _attend(state, i, operand, channels, gl.minimum(whole_end, last), last, bounds, of_rows, True, C)
+        state, i = _attend(state, i, operand, channels, whole_begin, gl.minimum(whole_end, last), bounds, of_rows, False, C)
         if C.WINDOW:
-            state, i = _attend(state, i, q_smem, channels, seen.begin, gl.minimum(whole_begin, last), bounds, scoring, True, C)
+            state, i = _attend(state, i, operand, channels, seen.begin, gl.minimum(whole_begin, last), bounds, of_rows, True, C)
         if C.Q_TMA:
             mbarrier.arrive(channels.q.empty.index(PART), count=1)
             queries += 1
@@ -189,6 +199,8 @@ def _attend_all(taken, q_smem, channels, tile, window, scoring, PART: gl.constex
         release(channels.v, i - 1, C.STAGES)
         sum_M = state.sum_M
         max_M = state.max_M
+        if C.HALF:
+            acc_MV, sum_M, max_M = with_scales(acc_MV, sum_M, max_M, of_rows, factors.v)
     return acc_MV, sum_M, max_M, Taken(i, queries)
 
 
@@ -231,7 +243,7 @@ def _take_tile(tiles, items, n, C: gl.constexpr):
 
 
 @gluon.jit
-def consume(q, output, tiles, channels, scoring, window, PART: gl.constexpr, C: gl.constexpr):
+def consume(q, output, tiles, channels, scoring, scales, window, PART: gl.constexpr, C: gl.constexpr):
     """The warpgroup of the rows from ``PART * _ROWS`` of each tile on."""
     D_PADDED: gl.constexpr = C.D_PADDED
     q_smem = channels.q.smem.index(PART).reshape([_ROWS, D_PADDED])
@@ -244,7 +256,8 @@ def consume(q, output, tiles, channels, scoring, window, PART: gl.constexpr, C: 
         if tile.q_count > PART * _ROWS // C.PACK:
             if not C.Q_TMA:
                 _load_queries(q_smem, q, tile, first_head, PART, C)
-            acc_MV, sum_M, max_M, taken = _attend_all(taken, q_smem, channels, tile, window, scoring, PART, C)
+            factors = load_factors(scales, first_head, C)
+            acc_MV, sum_M, max_M, taken = _attend_all(taken, q_smem, channels, tile, window, scoring, factors, PART, C)
             # The next tile's fields arrive while this one's result is written.
             next_item, next_tile = _take_tile(tiles, channels.items, n, C)
             _write(acc_MV, sum_M, max_M, tile, window, first_head, output, PART, C)

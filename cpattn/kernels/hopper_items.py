@@ -82,6 +82,12 @@ class Brought(NamedTuple):
 
 
 @gluon.jit
+def looked_at_as(smem, DTYPE: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory in another shape or dtype."""
+    return smem.reinterpret(DTYPE, shape, layout) if _CAN_REINTERPRET else smem._reinterpret(DTYPE, shape, layout)
+
+
+@gluon.jit
 def parts_of(smem, COUNT: gl.constexpr, KEYS: gl.constexpr, LEADING: gl.constexpr):
     """Buffers of key blocks as ``COUNT`` parts ``[KEYS, PART_DIMS]``, with two unit axes before them if LEADING.
 
@@ -89,16 +95,10 @@ def parts_of(smem, COUNT: gl.constexpr, KEYS: gl.constexpr, LEADING: gl.constexp
     """
     if LEADING:
         paged_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, KEYS, PART_DIMS], smem.dtype)
-        if _CAN_REINTERPRET:
-            parts = smem.reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
-        else:
-            parts = smem._reinterpret(smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
+        parts = looked_at_as(smem, smem.dtype, [COUNT, 1, 1, KEYS, PART_DIMS], paged_layout)
     else:
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, PART_DIMS], smem.dtype)
-        if _CAN_REINTERPRET:
-            parts = smem.reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
-        else:
-            parts = smem._reinterpret(smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
+        parts = looked_at_as(smem, smem.dtype, [COUNT, KEYS, PART_DIMS], layout)
     return parts
 
 

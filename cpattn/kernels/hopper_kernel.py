@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from cpattn.kernels.hopper_channels import ITEMS, Channels, allocate, initialize
 from cpattn.kernels.hopper_consumer import QueryRows, consume
+from cpattn.kernels.hopper_half import Scales
 from cpattn.kernels.hopper_items import Queue, Sources
 from cpattn.kernels.hopper_producer import produce
 from cpattn.kernels.hopper_stored import StoredKeys, allocate_raw
@@ -37,12 +38,13 @@ def _make_channels(DTYPE: gl.constexpr, C: gl.constexpr):
     # With a descriptor, rows of whole tokens.
     TOKENS: gl.constexpr = _ROWS // C.PACK if C.Q_TMA else _ROWS
     HEADS: gl.constexpr = C.PACK if C.Q_TMA else 1
+    KEY_DTYPE: gl.constexpr = gl.float16 if C.HALF else DTYPE
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEADS, D_PADDED], DTYPE)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, D_PADDED], DTYPE)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, DV_PADDED], DTYPE)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, D_PADDED], KEY_DTYPE)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, DV_PADDED], KEY_DTYPE)
     q_smem = gl.allocate_shared_memory(DTYPE, [2, TOKENS, HEADS, D_PADDED], q_layout)
-    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, D_PADDED], k_layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, DV_PADDED], v_layout)
+    k_smem = gl.allocate_shared_memory(KEY_DTYPE, [STAGES, 1, BLOCK_N, D_PADDED], k_layout)
+    v_smem = gl.allocate_shared_memory(KEY_DTYPE, [STAGES, 1, BLOCK_N, DV_PADDED], v_layout)
     items = allocate(gl.allocate_shared_memory(gl.int32, [ITEMS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])), ITEMS)
     q = allocate(q_smem, 2)
     v_edge = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -69,12 +71,12 @@ def hopper_attention_kernel(
     """One of the programs that share all items, ``tile * heads + head`` each. ``counter``, numbers drawn and
     programs that have ended, is 0 before and after a launch. C is a :class:`cpattn.kernels.attention_config.HopperConfig`."""
     channels = _make_channels(q_pointer.dtype.element_ty, C)
+    k_scales = Source(k_scale, k_scale_page_stride, k_scale_stride_row, k_scale_stride_head)
+    v_scales = Source(v_scale, v_scale_page_stride, v_scale_stride_row, v_scale_stride_head)
     if C.STORED:
         raw = allocate_raw(k.dtype.element_ty, C)
         k_source = Source(k, k_page_stride, k_stride_row, k_stride_head)
         v_source = Source(v, v_page_stride, v_stride_row, v_stride_head)
-        k_scales = Source(k_scale, k_scale_page_stride, k_scale_stride_row, k_scale_stride_head)
-        v_scales = Source(v_scale, v_scale_page_stride, v_scale_stride_row, v_scale_stride_head)
         k = StoredKeys(k_source, v_source, k_scales, v_scales, raw)
     sources = Sources(
         q, k, v, page_table, page_table_stride_request, page_table_stride_page, arrived, late, k_prefix, v_prefix, prefix_places, k_own,
@@ -83,10 +85,11 @@ def hopper_attention_kernel(
     queries = QueryRows(q_pointer, q_stride_row, q_stride_head)
     output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
     scoring = Scoring(tanh_scale, exponent_scale)
+    scales = Scales(k_scales, v_scales)
     gl.warp_specialize(
         [
-            (consume, (queries, output, tiles, channels, scoring, window, 0, C)),
-            (consume, (queries, output, tiles, channels, scoring, window, 1, C)),
+            (consume, (queries, output, tiles, channels, scoring, scales, window, 0, C)),
+            (consume, (queries, output, tiles, channels, scoring, scales, window, 1, C)),
             (produce, (sources, Queue(tiles, limits, counter), channels, window, C)),
         ],
         [4, C.PRODUCER_WARPS],

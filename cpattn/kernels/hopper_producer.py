@@ -281,7 +281,7 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     BLOCK_N: gl.constexpr = C.BLOCK_N
     n = 0
     brought = Brought(0, 0, 0, 0, 0)
-    waiting = Waiting(0, 0, 1.0, 1.0, 0, 0, 0, 0)
+    waiting = Waiting(0, 0, 0, 0, 0, 0)
     if C.STORED:
         waiting = nothing_yet(sources.k, C)
     # Fixed spans have tiles to spare.

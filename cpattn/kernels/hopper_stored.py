@@ -1,8 +1,12 @@
 """Device code for Hopper: how the producer brings key blocks that are stored in other numbers than queries have.
 
-Tensor cores multiply what lies in shared memory, in q's dtype. So warps copy bytes, as they are stored, beside what is being
-computed; then they read them, multiply them by their scales, and write what :func:`cpattn.kernels.stored_numbers.in_dtype` makes of
-them where the consumers expect a block. The products are of the same numbers as the plain kernel's, to the bit.
+Tensor cores multiply what lies in shared memory, in one dtype of 16 bits. So warps copy bytes, as they are stored, beside what is being
+computed; then they read them, and write what they stand for where the consumers expect a block. There are two ways:
+
+- C.HALF: fp8 with one scale or one a head becomes fp16, exactly and by one instruction for two numbers. Queries become fp16 as well,
+  and scales wait until after the products (:mod:`cpattn.kernels.hopper_half`).
+- Else numbers are multiplied by their scales, if they have any, and rounded to q's dtype. The products are of the same numbers as the
+  plain kernel's, to the bit.
 
 A block is copied while the one before it is converted, if shared memory has room for the bytes of two: C.RAW. Which pages it lies in is
 read a block earlier, as copies would wait for that.
@@ -22,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from cpattn.kernels.hopper_channels import wait_empty
 from cpattn.kernels.hopper_items import Brought, bring_queries
-from cpattn.kernels.stored_numbers import in_dtype, meant
+from cpattn.kernels.stored_numbers import in_dtype, in_half, meant
 from cpattn.kernels.tile_keys import last_block, page_entry
 
 # Triton 3.6 has it under another name than later ones.
@@ -69,15 +73,12 @@ class Waiting(NamedTuple):
 
     Attributes:
         there: 1 if there is one; is_first: whether queries come with it, as with each item's first.
-        k_factor, v_factor: the scales of its head.
         q_begin, q_count, first_head: of its item's queries.
         pages: of the item's next block.
     """
 
     there: Any
     is_first: Any
-    k_factor: Any
-    v_factor: Any
     q_begin: Any
     q_count: Any
     first_head: Any
@@ -161,7 +162,7 @@ def nothing_yet(stored, C: gl.constexpr):
         v_N = gl.zeros([BLOCK_N], gl.int32, gl.SliceLayout(1, _copy_layout(C, stored.raw.k.dtype, C.DV_PADDED)))
     if C.OF_TOKENS:
         scale_N = gl.zeros([BLOCK_N], gl.int32, _scale_layout(C))
-    return Waiting(0, 0, 1.0, 1.0, 0, 0, 0, Pages(k_N, v_N, scale_N))
+    return Waiting(0, 0, 0, 0, 0, Pages(k_N, v_N, scale_N))
 
 
 @gluon.jit
@@ -209,15 +210,9 @@ def _start(i, block, item, pages, stored, C: gl.constexpr):
         _copy_async(raw.k_scale.index(slot), _rows(stored.k_scale, item, of_tokens, 1), of_tokens.inside_N)
         _copy_async(raw.v_scale.index(slot), _rows(stored.v_scale, item, of_tokens, 1), of_tokens.inside_N)
     async_copy.commit_group()
-    k_factor = 1.0
-    v_factor = 1.0
-    if C.SCALED and not C.OF_TOKENS:
-        head = item.kv_head.to(gl.int64)
-        k_factor = gl.load(stored.k_scale.at + head * stored.k_scale.stride_head)
-        v_factor = gl.load(stored.v_scale.at + head * stored.v_scale.stride_head)
     is_first = (block == last_block(item.keys, C)).to(gl.int32)
     pages = _all_pages(item, block - C.BLOCK_N, raw.k.dtype, C)
-    return Waiting(1, is_first, k_factor, v_factor, item.q_begin, item.q_count, item.first_head, pages)
+    return Waiting(1, is_first, item.q_begin, item.q_count, item.first_head, pages)
 
 
 @gluon.constexpr_function
@@ -227,20 +222,25 @@ def _keys_of_a_part(C, dim):
 
 
 @gluon.jit
-def _convert_part(raw, scale, factor, block, BEGIN: gl.constexpr, KEYS: gl.constexpr, PADDED: gl.constexpr, C: gl.constexpr):
+def _convert_part(
+    raw, scale, block, SATURATED: gl.constexpr, BEGIN: gl.constexpr, KEYS: gl.constexpr, PADDED: gl.constexpr, C: gl.constexpr
+):
     """Writes the keys of a block from BEGIN on as consumers expect them."""
     # Eight threads write 128 bytes of a row, one after another: no two to the same bank.
     layout: gl.constexpr = _layout(8, PADDED, C)
-    x_ND = meant(raw.slice(BEGIN, KEYS).load(layout), C.FP8, True)
-    if C.OF_TOKENS:
-        x_ND = x_ND * scale.slice(BEGIN, KEYS).load(gl.SliceLayout(1, layout))[:, None]
-    elif C.SCALED:
-        x_ND = x_ND * factor
-    block.slice(BEGIN, KEYS).store(in_dtype(x_ND, block.dtype))
+    stored_ND = raw.slice(BEGIN, KEYS).load(layout)
+    if C.HALF:
+        x_ND = in_half(stored_ND, C.FP8, SATURATED)
+    else:
+        x_ND = meant(stored_ND, C.FP8, True)
+        if C.OF_TOKENS:
+            x_ND = x_ND * scale.slice(BEGIN, KEYS).load(gl.SliceLayout(1, layout))[:, None]
+        x_ND = in_dtype(x_ND, block.dtype)
+    block.slice(BEGIN, KEYS).store(x_ND)
 
 
 @gluon.jit
-def _convert(i, raw, scale, factor, channel, PADDED: gl.constexpr, C: gl.constexpr):
+def _convert(i, raw, scale, channel, SATURATED: gl.constexpr, PADDED: gl.constexpr, C: gl.constexpr):
     """Puts the ``i``-th block of K or of V where the consumers expect it, and says so."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
     STAGES: gl.constexpr = C.STAGES
@@ -249,7 +249,7 @@ def _convert(i, raw, scale, factor, channel, PADDED: gl.constexpr, C: gl.constex
     block = channel.smem.index(i % STAGES).reshape([BLOCK_N, PADDED])
     KEYS: gl.constexpr = _keys_of_a_part(C, PADDED)
     for part in gl.static_range(BLOCK_N // KEYS):
-        _convert_part(raw.index(slot), scale.index(slot), factor, block, part * KEYS, KEYS, PADDED, C)
+        _convert_part(raw.index(slot), scale.index(slot), block, SATURATED, part * KEYS, KEYS, PADDED, C)
     fence_async_shared()
     mbarrier.arrive(channel.full.index(i % STAGES), count=1)
 
@@ -258,13 +258,15 @@ def _convert(i, raw, scale, factor, channel, PADDED: gl.constexpr, C: gl.constex
 def _finish(brought, i, waiting, sources, channels, C: gl.constexpr):
     """Hands the consumers the ``i``-th block, whose bytes are there, and the queries that come with it."""
     raw = sources.k.raw
-    _convert(i, raw.k, raw.k_scale, waiting.k_factor, channels.k, C.D_PADDED, C)
+    # As fp16 queries have it of all keys.
+    SATURATED: gl.constexpr = channels.q.smem.dtype == gl.float16
+    _convert(i, raw.k, raw.k_scale, channels.k, SATURATED, C.D_PADDED, C)
     if C.Q_TMA:  # noqa: SIM102, as this one is for the compiler
         # After the first keys, which need not wait until the warpgroups are done with the last queries. Those are done with only when
         # all blocks before this one have been handed over.
         if waiting.is_first > 0:
             brought = bring_queries(brought, waiting, sources, channels.q, C)
-    _convert(i, raw.v, raw.v_scale, waiting.v_factor, channels.v, C.DV_PADDED, C)
+    _convert(i, raw.v, raw.v_scale, channels.v, SATURATED, C.DV_PADDED, C)
     return brought
 
 
@@ -280,9 +282,7 @@ def finish_stored(brought, waiting, sources, channels, C: gl.constexpr):
 @gluon.jit
 def _nothing_waits(waiting):
     """After a block has been handed over."""
-    return Waiting(
-        0, waiting.is_first, waiting.k_factor, waiting.v_factor, waiting.q_begin, waiting.q_count, waiting.first_head, waiting.pages
-    )
+    return Waiting(0, waiting.is_first, waiting.q_begin, waiting.q_count, waiting.first_head, waiting.pages)
 
 
 @gluon.jit

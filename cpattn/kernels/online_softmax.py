@@ -16,8 +16,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from cpattn.kernels.stored_numbers import in_dtype
+
 _LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 _TWO_LOG2_E: tl.constexpr = tl.constexpr(2.0 * math.log2(math.e))
+# Weights of up to 2 ** 15, with the largest number of fp16 at just under 2 ** 16.
+WEIGHT_BITS: tl.constexpr = tl.constexpr(15)
 
 
 class Scoring(NamedTuple):
@@ -26,6 +30,8 @@ class Scoring(NamedTuple):
     Attributes:
         tanh_scale: with a softcap, what a score is multiplied by before tanh.
         exponent_scale: what makes a score an exponent of 2.
+
+    With products in fp16 that of the two which scores are multiplied by first has a value for each row.
     """
 
     tanh_scale: Any
@@ -85,6 +91,21 @@ def weigh(score_MN, sum_M, max_M, exponent_scale, MASKED: tl.constexpr):
 
 
 @triton.jit
+def weigh_in_half(score_MN, sum_M, max_M, exponent_scale_M):
+    """As :func:`weigh`, for products in fp16: weights and sums are 2 ** WEIGHT_BITS times as large, and the maximum is that of scores.
+
+    So what fp16 rounds to a multiple of 2 ** -24 is 2 ** -39 of the largest weight, where a million small ones count. And the
+    largest exponent is 0 exactly, however large scores are: nothing overflows.
+    """
+    new_max_M = tl.maximum(max_M, tl.max(score_MN, 1))
+    base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+    decay_M = tl.exp2((max_M - base_M) * exponent_scale_M)
+    weight_MN = tl.exp2(tl.fma(score_MN - base_M[:, None], exponent_scale_M[:, None], WEIGHT_BITS * 1.0))
+    sum_M = tl.fma(sum_M, decay_M, tl.sum(weight_MN, 1))
+    return weight_MN, decay_M, sum_M, new_max_M
+
+
+@triton.jit
 def add_sinks(acc_MV, sum_M, max_M, sinks, rows):
     """One more logit, added last, so that it takes part in the same way wherever the keys come from."""
     sink_M = tl.load(sinks + rows.head_M, mask=rows.is_token_M, other=float("-inf")).to(tl.float32) * (1.0 / _LN_2)
@@ -129,5 +150,7 @@ def write(acc_MV, sum_M, max_M, row_M, rows, dim_1V, output, C: tl.constexpr):
     is_out_MV = rows.is_token_M[:, None] & (dim_1V < C.DV)
     if C.INTO:
         result_MV, lse_M = merge(result_MV, lse_M, out_MV, lse_at_M, rows.is_token_M, is_out_MV)
-    tl.store(out_MV, result_MV.to(output.out.dtype.element_ty), mask=is_out_MV)
+    DTYPE: tl.constexpr = output.out.dtype.element_ty
+    # A stored number times its scale may be more than fp16 has.
+    tl.store(out_MV, in_dtype(result_MV, DTYPE) if C.FP8 else result_MV.to(DTYPE), mask=is_out_MV)
     tl.store(lse_at_M, lse_M, mask=rows.is_token_M)

@@ -46,6 +46,19 @@ def meant(x, FP8: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def in_half(x, FP8: tl.constexpr, SATURATED: tl.constexpr):
+    """The numbers in fp16 that bytes of fp8 stand for, which has all of them; with SATURATED its largest for infinities."""
+    if FP8 == E5M2:
+        x = x.to(tl.float8e5, bitcast=True).to(tl.float16)
+        if SATURATED:
+            x = in_dtype(x, tl.float16)
+    else:
+        # There are no infinities in e4m3.
+        x = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return x
+
+
+@triton.jit
 def in_dtype(x, like: tl.constexpr):
     """fp32 numbers in the dtype ``like``: for fp16 what overflows becomes its largest."""
     if like == tl.float16:

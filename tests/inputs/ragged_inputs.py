@@ -75,11 +75,15 @@ def launch_attention(
     return ragged_attention(q, Keys(k, v, rows.page_table), rows, AttentionOptions(scale, window, softcap, sinks), **how)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out: Tensor, lse: Tensor) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionOptions, out: Tensor, lse: Tensor,
+    weights: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Element by element: the error that rounding the weights and the result to their dtypes can make.
 
     With unit roundoff u each rounding of a weight p errs by at most u p, so that the sum errs by u times
-    sum(p |v|). Scores and sums in fp32 err by some units of it; 64 covers the dims and scores of these tests.
+    sum(p |v|). Scores and sums in fp32 err by some units of it; 64 covers the dims and scores of these tests. Weights are of q's dtype,
+    or of the one that is given.
     """
     n = rows.num_queries
     q64, k64, v64 = (x.detach().cpu().double() for x in (q, k, v))
@@ -89,7 +93,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, options: AttentionO
     want, want_lse = reference_attention(q64, Keys(k64, v64, rows.page_table), rows, options64, torch.float64)
     spread, _ = reference_attention(q64, Keys(k64, v64.abs(), rows.page_table), rows, options64, torch.float64)
     unit = torch.finfo(torch.float32).eps / 2
-    roundoff = _unit_roundoff(q.dtype, q.device) + _unit_roundoff(out.dtype, q.device) + 64 * unit
+    roundoff = _unit_roundoff(weights or q.dtype, q.device) + _unit_roundoff(out.dtype, q.device) + 64 * unit
     error = (out[:n].cpu().double() - want[:n]).abs()
     # fp16 weights below its smallest normal number have an absolute error instead.
     assert (error <= roundoff * spread[:n] + (1e-6 if q.dtype == torch.float16 else 1e-30)).all(), f"largest error {error.max():.2e}"

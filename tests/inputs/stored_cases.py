@@ -29,8 +29,9 @@ class StoredCase(AttentionCase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # So that nothing of these overflows, and a wrong head's scale is noticed.
-        k_scale = torch.linspace(6 / 448, 9 / 448, self.kv_heads, device=self.device)
+        # So that nothing of these overflows, and a wrong head is noticed. Of powers of two the products are numbers of bf16 as well:
+        # kernels that multiply scales in afterwards compute with the same numbers as those over a copy.
+        k_scale = 2.0 ** (torch.arange(self.kv_heads, device=self.device) % 8 - 6)
         v_scale = k_scale.flip(0) * 2
         self.of_heads: tuple[Tensor, Tensor] | None = None
         if self.scales == "one":

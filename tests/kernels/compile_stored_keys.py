@@ -1,7 +1,7 @@
 """Compiles what converts stored numbers, and attention over stored keys, for GPUs that need not be there; prints each one's name.
 
 It runs without Triton's interpreter, in a process of its own, and fails where keys are not copied 16 bytes at a time, or 8 where they
-lie so.
+lie so; or where products are not of the dtype that they should be.
 """
 
 from __future__ import annotations
@@ -68,22 +68,25 @@ def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: 
     pointers = {"q": f"tensordesc<bf16{block},{layout!r}>", "q_pointer": "*bf16", "out": "*bf16", "k": "*u8", "v": "*u8"}
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
     unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places")
-    pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", "page_table", *unused), "*i32")
+    pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
+    # What is carried from one block to the next has to be of one type with that, too.
+    pointers["page_table"] = "*i64"
     unaligned = () if copied == 16 else ("k_stride_head", "v_stride_head")
     return compile_it(hopper_attention_kernel, HOPPER, pointers, {"C": constants}, GluonASTSource, unaligned, num_warps=4)
 
 
-def check_copies(ptx: str, copied: int) -> None:
-    """That so many bytes are copied at a time, and of scales alone less."""
+def check_hopper(ptx: str, copied: int, products: str) -> None:
+    """That so many bytes are copied at a time, and of scales alone less; and that products are of this dtype."""
+    assert set(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(\w+)\.", ptx)) == {products}
     copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global[^;]*, (0x\w+)", ptx)
     assert {int(size, 16) for _, size in copies} - {4} == {copied}, copies
 
 
 if __name__ == "__main__":
-    for case in ((1, False, (128, 128), 64), (1, True, (128, 128), 1), (2, True, (192, 128), 16), (1, False, (256, 256), 64)):
-        check_copies(compile_hopper(*case), 16)
+    check_hopper(compile_hopper(1, False, (128, 128), 64), 16, "f16")
+    check_hopper(compile_hopper(2, True, (192, 128), 16), 16, "bf16")
     # Of a message with scales of tokens.
-    check_copies(compile_hopper(1, True, (128, 128), 0, copied=8), 8)
+    check_hopper(compile_hopper(1, True, (128, 128), 0, copied=8), 8, "bf16")
     both = ("plain_k", "plain_v")
     rows = dict.fromkeys(both, "*bf16") | {"stored_k": "*u8", "stored_v": "*u8", "k_scale": "*fp32", "v_scale": "*fp32"}
     sizes = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 32}
@@ -104,11 +107,8 @@ if __name__ == "__main__":
         "sinks": "*fp32",
     }
     pointers |= {"tiles": "*i32", "page_table": "*i32"}
-    for fp8 in (1, 2):
-        for block_m, stages in ((128, 2), (64, 3)):
-            compile_it(
-                ragged_attention_kernel, HOPPER, pointers, {"C": config(fp8, True, fp8 == 1, block_m)}, num_warps=4, num_stages=stages
-            )
+    for fp8, block_m, stages in ((1, 128, 2), (2, 64, 3)):
+        compile_it(ragged_attention_kernel, HOPPER, pointers, {"C": config(fp8, True, fp8 == 1, block_m)}, num_warps=4, num_stages=stages)
     compile_it(ragged_attention_kernel, AMPERE, pointers, {"C": config(1, False, True, 64)}, num_warps=4, num_stages=2)
     half = pointers | {"q": "*fp16", "k": "*bf16", "v": "*bf16", "out": "*fp16"}
     compile_it(ragged_attention_kernel, HOPPER, half, {"C": config(0, False, False, 64)}, num_warps=4, num_stages=3)

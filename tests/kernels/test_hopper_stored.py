@@ -1,7 +1,16 @@
-"""The attention kernel for Hopper over keys that are stored in other numbers: the bits that it gives over a copy in q's dtype."""
+"""The attention kernel for Hopper over keys that are stored in other numbers.
+
+With scales of tokens, and of half precision, it gives the bits that it gives over a copy in q's dtype. Other fp8 it multiplies in fp16
+without scales: closer to what the stored numbers mean, and with the same bits wherever they lie.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +64,7 @@ def in_a_message(keys: Keys) -> Keys:
 
 
 def attend(
-    monkeypatch: pytest.MonkeyPatch, q: Tensor, keys: Keys, spans: Spans, options: dict[str, Any], into: tuple[Tensor, Tensor] | None = None
+    monkeypatch: pytest.MonkeyPatch, q: Tensor, keys: Keys, spans: Spans, options: dict[str, Any], **how: Any
 ) -> tuple[Tensor, Tensor]:
     """By the kernel for Hopper, or it fails: a launch over these spans that is prepared here."""
     module = specialized_kernel(q.device)
@@ -66,7 +75,7 @@ def attend(
         return original(*given, **named)
 
     monkeypatch.setattr(module, "launch", launch)
-    result = ragged_attention(q, keys, spans, options_of(options, q.device), into=into)
+    result = ragged_attention(q, keys, spans, options_of(options, q.device), **how)
     monkeypatch.undo()
     assert launched, "the plain kernel ran"
     return result
@@ -76,13 +85,12 @@ def attend(
 @pytest.mark.parametrize(
     ("stored", "scales", "dtype", "dims", "page_size", "options"),
     [
-        (E4M3, "head", BF16, (128, 128), 64, {}),
         (E4M3, "token", BF16, (128, 128), 1, {}),
         (E4M3, "token", FP16, (128, 128), 48, {"window": 200}),
-        (E5M2, "head", FP16, (64, 64), 3, {"softcap": 5.0, "sinks": SINKS}),
+        (E5M2, "token", FP16, (64, 64), 3, {"softcap": 5.0, "sinks": SINKS}),
         (E5M2, "token", BF16, (192, 128), 128, {"window": 33}),
         (E4M3, "token", BF16, (256, 256), 16, {}),
-        (E4M3, "head", BF16, (80, 96), 256, {}),
+        (E4M3, "token", BF16, (80, 96), 256, {}),
         (BF16, "none", FP16, (128, 128), 16, {"sinks": SINKS}),
         (FP16, "none", BF16, (64, 128), 5, {"window": 129}),
         (BF16, "none", FP16, (72, 72), 16, {}),
@@ -118,6 +126,127 @@ def test_bits_are_those_over_a_copy(
     assert torch.equal(got_lse[:n], acc_lse[:n])
 
 
+def meant_by(keys: Keys) -> tuple[Tensor, Tensor]:
+    """The stored numbers times their scales, in float64."""
+    numbers = keys.k.float().double(), keys.v.float().double()
+    if keys.k_scale is None or keys.v_scale is None:
+        return numbers
+    k_scale, v_scale = (scale.double()[..., None] for scale in (keys.k_scale, keys.v_scale))
+    return numbers[0] * k_scale, numbers[1] * v_scale
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("stored", "scales", "dtype", "dims", "page_size", "options"),
+    [
+        (E4M3, "head", BF16, (128, 128), 64, {}),
+        (E4M3, "head", FP16, (128, 128), 1, {"window": 200}),
+        (E5M2, "head", FP16, (64, 64), 3, {"softcap": 5.0, "sinks": SINKS}),
+        (E5M2, "none", BF16, (192, 128), 128, {"window": 33}),
+        (E4M3, "head", BF16, (256, 256), 16, {"softcap": 2.0}),
+        (E4M3, "none", BF16, (80, 96), 256, {"sinks": SINKS}),
+        (E4M3, "head", BF16, (64, 128), 5, {"window": 129}),
+    ],
+    ids=str,
+)
+def test_products_in_half_precision(
+    stored: torch.dtype, scales: str, dtype: torch.dtype, dims: tuple[int, int], page_size: int, options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Weights in fp16 and a result in fp32, beside which nothing is rounded: not keys, as a copy in bf16 would be."""
+    rows = make_case(LENS, Q_LEN, REQUEST, SEES, "cuda")
+    q, k, v = make_qkv(rows, sum(LENS), (8, 2), dims, dtype, "cuda", 1)
+    # Of all magnitudes that do not change what is seen: a row of q times a power of two is a row of scores times it.
+    q[::3] *= 2.0**-9 if dtype == FP16 else 2.0**-60
+    q[1::5] = 0
+    keys = stored_keys(k, v, stored, scales)
+    given_options = options_of(options, q.device)
+    n = rows.num_queries
+    want, want_lse = attend(monkeypatch, q, keys, rows, options, out_dtype=torch.float32)
+    check(q, *meant_by(keys), rows, given_options, want, want_lse, weights=FP16)
+    paged_keys, paged = in_their_pages(keys, rows, LENS, page_size)
+    for given, spans in ((in_a_message(keys), rows), (paged_keys, paged)):
+        attend(monkeypatch, q, given, spans, options, out_dtype=torch.float32)
+        for _ in range(3):
+            out, lse = ragged_attention(q, given, spans, given_options, torch.float32)
+            assert torch.equal(out[:n], want[:n])
+            assert torch.equal(lse[:n], want_lse[:n])
+    # Queries that no descriptor can take, with the other sign: that of the scale is their own.
+    apart = torch.cat([-q, -q, -q[..., :1]], dim=2)[..., : dims[0]]
+    opposite = replace(given_options, scale=-given_options.scale)
+    out, lse = ragged_attention(apart, paged_keys, paged, opposite, torch.float32)
+    assert torch.equal(out[:n], want[:n])
+    assert torch.equal(lse[:n], want_lse[:n])
+    rounded, _ = ragged_attention(q, paged_keys, paged, given_options)
+    assert torch.equal(rounded[:n], want[:n].to(dtype))
+    acc, acc_lse = torch.zeros(len(q), 8, dims[1], device="cuda"), torch.full((len(q), 8), -torch.inf, device="cuda")
+    ragged_attention(q, paged_keys, paged, given_options, into=(acc, acc_lse))
+    assert torch.equal(acc[:n], want[:n])
+    assert torch.equal(acc_lse[:n], want_lse[:n])
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_scales_of_any_sign_and_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = [300, 40]
+    rows = make_case(lens, [100, 40], [0, 1], lens, "cuda")
+    q, k, v = make_qkv(rows, sum(lens), (8, 4), (128, 128), dtype, "cuda", 3, padding=0)
+    of_k, of_v = ([-0.02, 0.0, 1e-44, 0.03], [0.03, -0.5, 1e-3, 0.0])
+    keys = stored_keys(k, v, E4M3, "none")._replace(k_scale=torch.tensor(of_k, device="cuda"), v_scale=torch.tensor(of_v, device="cuda"))
+    q[5:50] = 0
+    out, lse = attend(monkeypatch, q, keys, rows, {}, out_dtype=torch.float32)
+    check(q, *meant_by(keys), rows, options_of({}, q.device), out, lse, weights=FP16)
+
+
+@on_hopper
+def test_queries_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one key the value is the result, to the bit, however large the score; and nothing overflows between keys of large scores."""
+    n = 64
+    rows = make_case([1] * n, [1] * n, list(range(n)), [1] * n, "cuda")
+    q, k, v = make_qkv(rows, n, (8, 2), (128, 128), BF16, "cuda", 4, padding=0)
+    q *= (2.0 ** torch.linspace(-126, 110, n, device="cuda")).to(BF16)[:, None, None]
+    keys = stored_keys(k, v, E4M3, "head")
+    out, lse = attend(monkeypatch, q, keys, rows, {}, out_dtype=torch.float32)
+    assert keys.v_scale is not None
+    want = (keys.v.float() * keys.v_scale[:, None]).repeat_interleave(4, 1)
+    assert torch.equal(out, want)
+    k64 = meant_by(keys)[0].repeat_interleave(4, 1)
+    scores = 0.2 * (q.double() * k64).sum(2)
+    # fp32 sums of 128 products.
+    assert ((lse - scores).abs() <= 128 * 2.0**-24 * 0.2 * (q.double() * k64).abs().sum(2) + 2.0**-21).all()
+
+
+@on_hopper
+def test_many_small_weights_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 keys of 2 ** -25 of the largest weight each: in fp16 without more bits all of them would be 0."""
+    many = 100_000
+    rows = make_case([many], [1], [0], [many], "cuda")
+    q = torch.zeros(1, 8, 128, dtype=BF16, device="cuda")
+    q[:, :, 0] = 1
+    k, v = (torch.zeros(many, 2, 128, device="cuda") for _ in range(2))
+    # The scale of scores is 0.2.
+    k[0, :, 0], v[1:] = 88.0, 448.0
+    keys = Keys(k.to(E4M3), v.to(E4M3))
+    out, lse = attend(monkeypatch, q, keys, rows, {}, out_dtype=torch.float32)
+    check(q, *meant_by(keys), rows, options_of({}, q.device), out, lse, weights=FP16)
+    assert float(out.min()) > 0
+
+
+def test_it_compiles_for_hopper() -> None:
+    """Keys are copied 16 bytes at a time, and products of fp8 are in fp16, wherever there is a compiler."""
+    script = Path(__file__).parent / "compile_stored_keys.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=script.parents[2],
+        env=environment | {"PYTHONPATH": "."},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @on_hopper
 @pytest.mark.parametrize("scales", ["head", "token"])
 def test_many_short_items_after_each_other(scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +256,11 @@ def test_many_short_items_after_each_other(scales: str, monkeypatch: pytest.Monk
     rows = make_case(lens, q_len, list(range(400)), lens, "cuda")
     q, k, v = make_qkv(rows, sum(lens), (8, 2), (128, 128), BF16, "cuda", 2)
     keys = stored_keys(k, v, E4M3, scales)
+    want, want_lse = attend(monkeypatch, q, keys, rows, {})
+    # All but the weights and the result is exact with scales of heads; with those of tokens keys and values are rounded as well.
     copy = torch.empty_like(k), torch.empty_like(v)
     triton_moves.dequantize(*copy, StoredRows(keys.k, keys.v, keys.k_scale, keys.v_scale))
-    want, want_lse = attend(monkeypatch, q, Keys(*copy), rows, {})
+    check(q, *(copy if scales == "token" else meant_by(keys)), rows, options_of({}, q.device), want, want_lse)
     given, paged = in_their_pages(keys, rows, lens, 16)
     attend(monkeypatch, q, given, paged, {})
     for _ in range(5):
