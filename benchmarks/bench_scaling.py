@@ -22,7 +22,7 @@ from peers.bench import MOST_LAYERS, Bench, Task
 from peers.report import MODES
 from peers.work import Heads
 from scaling.documents import in_words, packed_documents
-from scaling.published import HEADER, beside_published, rates_drawn
+from scaling.published import HEADER, beside_published, draw_published
 from scaling.results import EVERYTHING, SUMMARY, Results
 from scaling.ways import USUAL_FLOPS, Case, Way, expected_seconds, ways_of
 
@@ -196,7 +196,7 @@ def _left_over(results: Results, left_out: list[str]) -> str:
 
 def draw(path: Path, results: Results, sizes: list[int]) -> None:
     """Efficiency by length, and the published setting."""
-    from gpu_report import draw_bars, draw_lines
+    from gpu_report import draw_lines
 
     curves: dict[str, dict[int, float]] = {}
     for name, case in results.cases.items():
@@ -210,8 +210,7 @@ def draw(path: Path, results: Results, sizes: list[int]) -> None:
         draw_lines(path.with_name(f"{path.name}_efficiency.png"), "Efficiency of cpattn auto", axes, dict(sorted(curves.items())))
     if not {CAUSAL, *PACKS} & set(results.cases):
         return
-    bars = rates_drawn(beside_published(results, [[CAUSAL], list(PACKS)], sizes[-1]))
-    draw_bars(path.with_name(f"{path.name}_published.png"), "64k tokens, 64/8 heads, D = 128, forward", {"TFLOP/s a GPU": bars})
+    draw_published(path.with_name(f"{path.name}_published"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import trace_layer
 from peers import report
 from peers.ours import ON_GPUS
 from peers.variants import all_variants
+from scaling.published import draw_published
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,6 +59,7 @@ def _draw_engine(table: str, results: Path) -> None:
     first_token.draw(results / table)
 
 
+DOCUMENTS = "scaling_4_h200_documents_published"
 _PEERS = ("eager", "eager_exposed", "graph", "graph_exposed", "speedup")
 FIGURES = [
     Figure(["attention_gpu"], ["attention_gpu"], bench_attention.draw),
@@ -70,6 +72,7 @@ FIGURES = [
     ),
     Figure([f"peers_2_gpus_{kind}" for kind in _PEERS], ["peers_2_gpus"], draw_peers),
     Figure(["speedup"], ["peers_2_gpus", "peers_4_gpus"], speedup.draw),
+    Figure([DOCUMENTS], [DOCUMENTS], lambda results: draw_published(results / DOCUMENTS)),
     Figure(["cache_memory"], ["cache_memory"], cache_memory.draw),
     Figure(["choosing_model"], ["choosing_model"], choosing_model.draw),
     *(

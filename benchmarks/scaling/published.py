@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from peers.report import Line
@@ -48,6 +50,15 @@ def rates_drawn(rows: list[list[str]]) -> dict[str, dict[str, float]]:
             if cell:
                 found[mask][f"{what}, {ranks} GPUs"] = float(cell.replace(",", ""))
     return found
+
+
+def draw_published(path: Path) -> None:
+    """Bars of the table in ``path.csv``."""
+    from gpu_report import draw_bars
+
+    with path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    draw_bars(path.with_suffix(".png"), "64k tokens, 64/8 heads, D = 128, forward", {"TFLOP/s a GPU": rates_drawn(rows)})
 
 
 def _autos(results: Results, partition: str) -> Callable[[Line], bool]:
