@@ -52,9 +52,9 @@ import cpattn
 check_interface()
 repair()  # in the processes of the other ranks, too, which import this file
 
-# From how many new tokens on a prefill is split. On two H200 one of 16k took 105 ms in place of 86 on one, and one of 64k 531 in place
-# of 917: up to there the host takes the time, which has more to do.
-SPLIT_FROM = 24576
+# From how many new tokens on a prefill is split. On two H100 one of 16k took 75 ms in place of 89 on one, and one of 64k 498 in place of
+# 884. Of 8k and less it is the host's time, which has more to do.
+SPLIT_FROM = 12288
 
 
 class Split(NamedTuple):
