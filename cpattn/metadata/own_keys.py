@@ -51,7 +51,7 @@ def rows_put(plan: Layout) -> IntArray:
 
     >>> import cpattn
     >>> rows_put(cpattn.plan([(0, 8), (0, 500), (120, 500)], cp_size=2, partition="uncut"))
-    array([0, 8])
+    array([8, 0])
     """
     found: IntArray | None = plan.memo.get("rows put")
     return plan.memo.keep("rows put", _rows_put(plan)) if found is None else found
