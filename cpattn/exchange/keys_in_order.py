@@ -55,6 +55,12 @@ class OrderedKeys(NamedTuple):
         assert places is not None  # or there is nothing to put
         self.moves.pack(self.memory().whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
 
+    def put_new(self, rows: Tensor, source: Tensor) -> None:
+        """New keys, those that have a place: of each its row among these."""
+        # Where nothing has one there is memory all the same.
+        if len(source):
+            self.moves.gather_rows(self.memory().whole, rows, source, self.order.new_places)
+
     def keys(self, io: IO, heads: slice | None, arrivals: Arrivals | None = None) -> Keys:
         """What lies there, and what is read where it lies; with what says which are there, where some come late."""
         keys, kept, rows = self.memory().keys, self.order.kept, self.order.own

@@ -83,7 +83,7 @@ class NeededOnHosts(NamedTuple):
         crossing.wait()
         _gather(self.moves, *self.passed)
         io.start().wait()
-        self.moves.gather_rows(ordered.memory().whole, self.rows, self.source, ordered.order.new_places)
+        ordered.put_new(self.rows, self.source)
         attend(ordered.keys(io, None), ordered.spans)
 
 

@@ -240,7 +240,7 @@ def _forward(held: _TwoLevels | NeededOnHosts | Prepared, io: IO, attend: Attend
     work.wait()
     if ordered is not None:
         assert held.source is not None  # beside it
-        held.moves.gather_rows(ordered.memory().whole, held.all.whole, held.source, ordered.order.new_places)
+        ordered.put_new(held.all.whole, held.source)
         attend(ordered.keys(io, None), ordered.spans)
         return
     cache = io.cache

@@ -7,6 +7,7 @@ import re
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from inputs.own_partitions import OwnPartition
 from inputs.strategies import batches, non_empty_batches
 from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 from programs.split_programs import bytes_across_groups
+from references.keys_in_place import in_place_backend
 from references.needed_by_hand import received_by_hosts
 
 import cpattn
@@ -171,6 +173,24 @@ def test_nothing_is_sent_where_no_rank_needs_anything() -> None:
     assert traveling_keys(problem, plan).what == "nothing"
     assert not bytes_sent(cpattn.two_level(2).schedule(problem, plan)).any()
     case.check_loopback(plan, cpattn.two_level(2), "cpu")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["reference", in_place_backend([])], ids=["in order", "in place"])
+@pytest.mark.parametrize(
+    ("batch", "chunks"),
+    [
+        ([(128, 300), (0, 40)], [(0, 0, 100, 0), (0, 100, 200, 2), (1, 0, 40, 1)]),
+        ([(0, 300), (0, 40), (0, 64)], [(0, 0, 100, 0), (0, 100, 200, 1), (1, 0, 40, 2), (2, 0, 64, 3)]),
+        ([(128, 300), (0, 40), (256, 64)], [(0, 0, 100, 0), (0, 100, 200, 2), (1, 0, 40, 3), (2, 0, 64, 3)]),
+    ],
+    ids=["a rank without tokens", "whole requests alone", "whole requests beside cached keys"],
+)
+def test_where_a_rank_puts_nothing_in_order(batch: Any, chunks: Any, backend: Any) -> None:
+    """While others have keys to put, and read, and memory for nothing has a row all the same."""
+    case = AttentionCase(batch)
+    plan = case.plan(4, partition=lambda batch, cp_size: cpattn.Chunks(*np.array(chunks).T))
+    case.check_loopback(plan, cpattn.two_level(2), backend)
 
 
 def test_what_is_made_and_refused() -> None:
