@@ -72,7 +72,7 @@ class Backend:
         fp8_queries: whether it takes queries in fp8 over keys in fp8 whose heads have scales; its result is then in bf16.
         waits_for_keys: whether its launches over keys in order may run while :attr:`cpattn.keys.Keys.arrivals` still come.
         reads_in_place: whether it attends to keys where they lie, beside those in order, in one launch: :class:`cpattn.keys.PrefixKeys` and
-            :class:`cpattn.keys.OwnRows`.
+            :class:`cpattn.keys.OwnRows`. Where V is a part of K, or keys are stored in another dtype than q's, they lie in one place.
         loops_on_host: whether its launches follow from the spans' lengths, which a CUDA graph would freeze.
         propagates_nan: whether the LSE of a query whose scores are NaN is NaN. FlashAttention kernels say for it what they
             say for a query without keys.
@@ -145,6 +145,11 @@ class Backend:
     def attends_to_pages(self, problem: Problem) -> bool:
         """Whether it is given the pages of a call as they are."""
         return self.reads_pages(problem) and (problem.stored_dtype == problem.dtype or self.reads_stored(problem))
+
+    def takes_several_places(self, problem: Problem) -> bool:
+        """Whether it is given keys of a call where they lie, beside those in order: never a V that is a part of K, nor stored keys."""
+        is_plain = not (problem.v_in_k or problem.expands) and problem.stored_dtype == problem.dtype
+        return is_plain and self.reads_in_place(problem)
 
     def why_not(self, problem: Problem, alignments: frozenset[Alignment]) -> str | None:
         """The reason why this backend cannot serve a call with spans of these alignments, or None if it can."""

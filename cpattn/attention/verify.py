@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
+from cpattn.attention.keys_together import keys_together
 from cpattn.attention.reference import keys_of, reference_attention
 from cpattn.attention.rounding import Sizes, rounding_bounds
 from cpattn.device_tables import IntArray
@@ -76,7 +77,7 @@ def _difference(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, 
     if not len(queries):
         return None
     index = torch.from_numpy(queries).to(q.device)
-    alone = _alone(spans, queries)
+    keys, alone = keys_together(keys, _alone(spans, queries))
     # Of queries in fp8 the weights are rounded to it as well.
     rounded = q.dtype
     q = q.to(result_dtype(rounded))

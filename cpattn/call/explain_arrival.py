@@ -20,6 +20,6 @@ def explain_arrival(choice: Choice, plan: Layout) -> str:
         return "; before the attention to each group of heads, as overlap= divides them"
     why_not = None
     if problem.cache == "paged":
-        reads_pages = backend.reads_in_place(problem)
+        reads_pages = backend.takes_several_places(problem)
         why_not = why_not_late(problem, plan, travels) if reads_pages else f"{backend.name!r} does not read prefixes in such pages"
     return "; beside the attention" if why_not is None else f"; into the pages before the attention, as {why_not}"

@@ -88,7 +88,7 @@ class PreparedCall:
         cache = arguments.kv_cache
         # Packed prefixes are copied where they are not, and pools are too large for that.
         pages = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedKV) else ()
-        self.reads_in_place = not problem.expands and all(x is None or is_aligned(x) for x in pages) and backend.reads_in_place(problem)
+        self.reads_in_place = all(x is None or is_aligned(x) for x in pages) and backend.takes_several_places(problem)
         self.waits_for_keys = not problem.expands and backend.waits_for_keys(problem)
         attended = [arguments.q, arguments.k, arguments.v, *((cache.k, cache.v) if isinstance(cache, PackedKV) else ())]
         # No function of a caller's runs in the midst of it, which may count on modes that are set, as for a default device.

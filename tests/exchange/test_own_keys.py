@@ -3,6 +3,7 @@ that is copied."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from cpattn.keys import PREFIX_UNIT, Keys
 from cpattn.metadata.laid_out import LaidOut, Zigzag
 from cpattn.metadata.own_keys import only_owners, rows_put
 from cpattn.moves import torch_moves
+from cpattn.options import AttentionOptions
+from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -66,6 +69,45 @@ def test_results_have_the_bits_of_keys_in_one_order(data: st.DataObject, cp_size
     case.check([got for _, got in results], plan, strategy, "reference")
     for expected, got in results:
         assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("offset", [0.0, 0.5], ids=["right", "wrong"])
+def test_what_a_backend_returns_is_compared(window: int | None, offset: float) -> None:
+    """By check=True, wherever the keys lie: cached ones, those of cut requests, and own rows."""
+    case = AttentionCase([(0, 300), (130, 41), (0, 37), (128, 90), (259, 140)], window=window)
+    plan = case.plan(2, partition="whole")
+    seen: list[Keys] = []
+    right = in_place_backend(seen)
+
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, lse = right.attend(q, keys, spans, options, out_dtype)
+        return out, lse + offset
+
+    def program(group: cpattn.Transport) -> None:
+        case.on_rank(plan, group.rank, group, "all_gather", replace(right, attend=attend), check=True)
+
+    if offset:
+        with pytest.raises(cpattn.BackendError, match="differs from the reference"):
+            run_loopback(program, 2)
+    else:
+        run_loopback(program, 2)
+        assert all(keys.own is not None and keys.prefix is not None for keys in seen)
+
+
+def test_values_in_keys_lie_in_one_place() -> None:
+    """A backend that takes several places is not asked to take V from any of them."""
+    case = AttentionCase([(0, 300), (130, 41), (0, 37), (128, 90)], v_in_k=True)
+    plan = case.plan(2, partition="whole")
+    seen: list[Keys] = []
+
+    def program(group: cpattn.Transport) -> list[tuple[Tensor, Tensor]]:
+        return [case.on_rank(plan, group.rank, group, "all_gather", one) for one in ("reference", in_place_backend(seen))]
+
+    for expected, got in run_loopback(program, 2):
+        assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert seen
+    assert all(keys.own is None and keys.prefix is None for keys in seen)
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["before the attention", "beside it"])
