@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from cpattn.costs.hop_spans import RankSpans
 from cpattn.costs.tile_costs import FloatArray, TileCosts
@@ -12,11 +13,19 @@ from cpattn.kernels.tiles import TilesOfSpans
 from cpattn.problem import Problem
 
 
-def until_last(spans: RankSpans, begins: IntArray, problem: Problem, costs: TileCosts, groups: int, over_pages: bool) -> FloatArray:
+def until_last(
+    spans: RankSpans,
+    begins: IntArray,
+    problem: Problem,
+    costs: TileCosts,
+    groups: int,
+    over_pages: bool,
+    asked: npt.NDArray[np.bool_] | None = None,
+) -> FloatArray:
     """``[kernels, forms, ranks]`` seconds until the last tile ends, of spans by rank, where each rank's begin.
 
     0 where a rank has one round of tiles, or many; and of kernels whose programs do not stay: those were measured to take what their load
-    and their longest tile take.
+    and their longest tile take. Likewise where nobody has ``asked`` of any kernel, ``[kernels, forms, ranks]``.
     """
     found = np.zeros((len(costs.kernels), len(costs.forms), len(begins)))
     stays = [number for number, kernel in enumerate(costs.kernels) if kernel.stays]
@@ -26,6 +35,8 @@ def until_last(spans: RankSpans, begins: IntArray, problem: Problem, costs: Tile
     heads = problem.q_heads // groups // costs.pack
     rounds = -(-many * heads // costs.multiprocessors)
     is_few = (rounds > 1) & (rounds <= MOST_ROUNDS)
+    if asked is not None:
+        is_few &= asked[stays].any(axis=0)
     place = np.zeros(len(spans.rank), dtype=np.int64)
     place[begins[1:]] = 1
     place = place.cumsum()

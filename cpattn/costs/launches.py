@@ -113,7 +113,7 @@ def seconds_of(
         return np.zeros((len(costs.kernels), size))
     least = None
     for forms in costs.parts if problem.window is None else [costs]:
-        load, last = _load_and_last(parts, size, problem, forms, groups, over_pages)
+        load, last = _load_and_last(parts, size, problem, forms, groups, over_pages, least)
         seconds = np.where(costs.splits, load, np.maximum(load, last)).min(axis=1)
         least = seconds if least is None else np.minimum(least, seconds)
         # Others are not taken for less than that, nor are they less work.
@@ -124,9 +124,18 @@ def seconds_of(
 
 
 def _load_and_last(
-    parts: list[tuple[RankSpans, IntArray, int]], size: int, problem: Problem, costs: TileCosts, groups: int, over_pages: bool
+    parts: list[tuple[RankSpans, IntArray, int]],
+    size: int,
+    problem: Problem,
+    costs: TileCosts,
+    groups: int,
+    over_pages: bool,
+    least: FloatArray | None,
 ) -> tuple[FloatArray, FloatArray]:
-    """``[kernels, forms, size]`` seconds of all tiles together, and until the last one ends, which is no less than the longest takes."""
+    """``[kernels, forms, size]`` seconds of all tiles together, and until the last one ends, which is no less than the longest takes.
+
+    Where other forms take ``least``, ``[kernels, size]``, what takes no less before that is looked at has none of its last tile.
+    """
     load, longest = np.zeros((2, len(costs.kernels), len(costs.forms), size))
     for spans, begins, count in parts:
         # Of a window's keys none are read before those of the first query.
@@ -138,7 +147,9 @@ def _load_and_last(
         sums, most = count * np.add.reduceat(each, begins, axis=-1), np.maximum.reduceat(of_longest, begins, axis=-1)
         ranks = spans.rank[begins]
         if len(parts) == 1 and count == 1:
-            most = np.maximum(most, until_last(spans, begins, problem, costs, groups, over_pages))
+            # To look at takes longer than all else.
+            asked = None if least is None else np.maximum(sums * 1e-12, most) < least[:, None, ranks]
+            most = np.maximum(most, until_last(spans, begins, problem, costs, groups, over_pages, asked))
             if len(begins) == size:
                 return sums * 1e-12, most
         load[..., ranks] += sums

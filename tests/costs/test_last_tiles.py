@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cpattn
+from cpattn.costs import launches
 from cpattn.costs.hop_spans import RankSpans, spans_of
 from cpattn.costs.last_tiles import until_last
 from cpattn.costs.launches import Launches
@@ -77,3 +78,26 @@ def test_a_few_tiles_too_many_take_a_round_more() -> None:
         (hop,) = cpattn.STRATEGIES["all_gather"].schedule(problem, plan)
         seconds[name] = float(Launches(plan, problem, H100).slowest(hop, H100.kernels[0]))
     assert 1.2 < seconds["whole"] / seconds["zigzag"] < 1.6
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+@pytest.mark.parametrize("batch", [[(34_563, 1_388)], [(0, 262_144)], [(30_602, 814), (2_791, 9_530), (0, 187), (17, 1)]])
+def test_forms_that_take_no_less_before_are_not_looked_at(batch: list[tuple[int, int]], size: int, monkeypatch: Any) -> None:
+    plan = cpattn.plan(batch, size)
+    cache: Any = "packed" if plan.num_prefix_tokens else None
+    problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, 128, 128, cache=cache)
+    looked_at: dict[bool, int] = {}
+
+    def estimated(heeds: bool) -> list[cpattn.Estimate]:
+        def counted(*arguments: Any) -> Any:
+            found = until_last(*(arguments if heeds else arguments[:-1]))
+            looked_at[heeds] = looked_at.get(heeds, 0) + int((found > 0).sum())
+            return found
+
+        monkeypatch.setattr(launches, "until_last", counted)
+        return list(cpattn.estimate(plan, problem, H100))
+
+    assert estimated(True) == estimated(False)
+    assert looked_at[True] <= looked_at[False]
+    # A long request's rings would have thousands of them.
+    assert (size, batch) != (64, [(0, 262_144)]) or 2_000 < looked_at[True] < 0.75 * looked_at[False]
