@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from heapq import heappop
 from itertools import pairwise
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -276,6 +276,37 @@ def test_the_bound_spares_no_division_that_would_have_come_out(cp_size: int, mon
     assert len(spared) >= 3
     monkeypatch.setattr(candidates, "may_come_out", Mock(return_value=True))
     assert all(candidates._completed(work) is None for work in spared)
+
+
+@pytest.mark.parametrize(
+    ("batch", "cp_size"),
+    [
+        ([(982, 78), (66, 5), (139, 213), (217, 102), (343, 84)], 4),
+        ([(858, 11), (216, 20), (62, 42), (640, 62), (564, 287), (859, 41), (501, 7), (92, 2), (145, 503), (500, 164)], 33),
+        ([(0, 1), (0, 4), (0, 1), (0, 2), (0, 3)], 4),
+    ],
+)
+def test_the_bound_knows_that_ranks_have_whole_tokens(batch: Batch, cp_size: int) -> None:
+    """A rank may have nearly a token more than its share, or fewer, in which a request fits, or what it lacks."""
+    assert counted_cuts(whole(batch, cp_size)) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 40)), min_size=4, max_size=16), st.sampled_from([2, 3, 4, 8]))
+@settings(max_examples=200, deadline=None)
+def test_the_bound_spares_no_division_of_few_tokens_that_would_have_come_out(batch: Batch, cp_size: int) -> None:
+    work = work_of(batch, cp_size)
+    if len(work.oversized) < 2 or may_come_out(work, work.prompts, candidates._TOLERANCE):
+        return
+    with patch.object(candidates, "may_come_out", return_value=True):
+        made = candidates._completed(work)
+    if made is None:
+        return
+    rank_of, pieces = made
+    loads = [sum(work.pair_list[request] for request in (rank_of == rank).nonzero()[0]) for rank in range(cp_size)]
+    for request, of_request in pieces.items():
+        for rank, tokens in of_request:
+            loads[rank] += work.even(request, tokens)
+    assert candidates._TOLERANCE * max(abs(load * cp_size - work.all_pairs) for load in loads) > work.all_pairs
 
 
 @pytest.mark.parametrize("cp_size", [2, 8])

@@ -16,8 +16,10 @@ from cpattn.metadata.whole.work import BITS, Work
 def may_come_out(work: Work, whole: IntArray, tolerance: int) -> bool:
     """False where ranks that have these requests whole must be off by more than a part of their share in pairs: one in ``tolerance``.
 
-    Other requests may be cut, and pairs of a piece are in proportion to its tokens.
+    Other requests may be cut, and pairs of a piece are in proportion to its tokens. Ranks have whole tokens, less than one more or fewer
+    than their share.
     """
+    token = -(-(1 << BITS) // max(work.all_tokens, 1))
     # What takes hardly any tokens has a density all the same.
     by_density = ((work.pair_part << BITS) // np.maximum(work.token_part, 1)).argsort(kind="stable")
     tokens, pairs = (np.concatenate([[0], parts[by_density].cumsum()]) for parts in (work.token_part, work.pair_part))
@@ -31,19 +33,20 @@ def may_come_out(work: Work, whole: IntArray, tolerance: int) -> bool:
 
     for parts, others in ((work.pair_part, work.token_part), (work.token_part, work.pair_part)):
         # Two that take more than this do not fit on one rank, though pairs may be off.
-        large = whole[2 * parts[whole] > work.share + work.share // tolerance]
+        large = whole[2 * parts[whole] > work.share + max(work.share // tolerance, token)]
         if not len(large):
             continue
         # By how little of the one goes with the other, as many together as want the most.
         large = large[(others[large] - parts[large]).argsort(kind="stable")]
         together = np.arange(1, len(large) + 1)
-        room = np.maximum(work.share * together - work.token_part[large].cumsum(), 0)
+        room = work.share * together - work.token_part[large].cumsum()
         lacking = work.share * together - work.pair_part[large].cumsum()
         slack = work.share // tolerance * together
         if parts is work.pair_part:
-            comes_out = sparsest(room) <= lacking + slack
+            comes_out = sparsest(np.maximum(room - token * together, 0)) <= lacking + slack
         else:
-            comes_out = pairs[-1] - sparsest(tokens[-1] - room) >= lacking - slack
+            others_room = np.maximum(tokens[-1] - np.maximum(room + token * together, 0), 0)
+            comes_out = pairs[-1] - sparsest(others_room) >= lacking - slack
         if not comes_out.all():
             return False
     return True
