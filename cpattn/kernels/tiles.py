@@ -178,9 +178,10 @@ def choose(
 ) -> tuple[TileShape, int, Tiles, IntArray]:
     """The shape and packing that finish first by estimate, and their tiles with the key blocks that each visits.
 
-    It is estimated when the processors, which take tiles in turn, have computed all. Large tiles use the tensor cores
-    best. Small ones waste less on short query ranges, and spread few queries over more processors.
-    Packing the heads of a group fills a tile where there are few tokens. What is about as good goes to what stands first.
+    Of the kernel for Hopper it is estimated when its programs, which take tiles in turn, have computed all; of the plain one by the
+    mean load of a processor, or the longest tile. Large tiles use the tensor cores best. Small ones waste less on short query
+    ranges, and spread few queries over more processors. Packing the heads of a group fills a tile where there are few tokens.
+    What is about as good goes to what stands first.
     (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where processors wait for others.)
     """
     best: tuple[float, TileShape, int, TilesOfSpans] | None = None
@@ -192,8 +193,10 @@ def choose(
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, window)
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
             heads = num_heads // pack
-            time = float(makespan(cost, heads, num_processors))
-            is_shared = cost.sum() * heads / num_processors >= time * (1 - MARGIN)
+            load = cost.sum() * heads / num_processors
+            # Several programs of the plain kernel share a processor, which so is not left alone with its last one.
+            time = float(makespan(cost, heads, num_processors) if shape.specialized else max(load, cost.max(initial=0)))
+            is_shared = load >= time * (1 - MARGIN)
             if best is None or time < best[0] * (1 - MARGIN):
                 best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape

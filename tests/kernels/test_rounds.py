@@ -66,3 +66,12 @@ def test_tiles_are_larger_where_small_ones_take_a_round_more(q_len: list[int], k
     if block_m == 64:
         assert len(tiles.q_begin) * heads // pack <= 132
     assert len(TilesOfSpans.of(spans, shape.block_m // pack, shape.block_n, None).span) == len(tiles.q_begin)
+
+
+def test_the_plain_kernel_is_told_by_its_load() -> None:
+    """176 small tiles on 132 processors, each of which has several at a time, are no second round."""
+    queries, ends = np.array([174, 173]), np.array([34737, 35951])
+    spans = HostSpans(queries.cumsum() - queries, queries, 0 * ends, ends, ends - queries + 1, np.arange(2))
+    shapes = tile_shapes(128, 128, torch.bfloat16, (9, 0), True)
+    plain = tuple(shape._replace(specialized=False) for shape in shapes)
+    assert [choose(spans, each, (1,), 32, None, 132)[0].block_m for each in (shapes, plain)] == [128, 64]
