@@ -19,7 +19,7 @@ from cpattn.testing import run_loopback
 BATCH = [(5, 7), (0, 2)]
 HEADS = [(1, 1), (2, 2), (3, 3), (4, 2), (6, 2)]
 CACHES = [None, "packed", "own packed", "pages", "own pages", "striped", "own striped"]
-CP_SIZES = [2, 3, 4]
+CP_SIZES = [3, 4]
 STRATEGIES: list[Any] = ["ulysses", "helix", cpattn.hybrid(2), cpattn.hybrid(3)]
 PAGE_SIZE, PAGES = 4, 4
 
