@@ -6,9 +6,6 @@ without scales: closer to what the stored numbers mean, and with the same bits w
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 from inputs.paged_keys import in_pages, make_case
 from inputs.ragged_inputs import check, make_qkv
 from inputs.stored_inputs import BF16, E4M3, E5M2, FP16, options_of, stored_keys
+from programs.compiling import said_by_compiling
 from torch import Tensor
 
 from cpattn.exchange.message import KVFormat
@@ -234,17 +232,7 @@ def test_many_small_weights_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_compiles_for_hopper() -> None:
     """Keys are copied 16 bytes at a time, and products of fp8 are in fp16, wherever there is a compiler."""
-    script = Path(__file__).parent / "compile_stored_keys.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=script.parents[2],
-        env=environment | {"PYTHONPATH": "."},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said_by_compiling(Path(__file__).parent / "compile_stored_keys.py")
 
 
 @on_hopper

@@ -5,14 +5,12 @@ What ranks do side by side is tested on GPUs that read each other's memory (test
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from programs.compiling import said_by_compiling
 from torch import Tensor
 
 from cpattn.kernels.peer_layout import ALL_READ, BOARDS, FAULT, LIMIT, OTHER_MESSAGE, READY, WAITING, WORD_BYTES, WORDS
@@ -355,15 +353,5 @@ def test_launches_are_of_the_addresses_alignment(device: str) -> None:
 
 def test_they_compile_for_hopper() -> None:
     """The interpreter takes what the compiler does not; and a compiler that cannot see alignment makes accesses narrow."""
-    script = Path(__file__).parent / "compile_peer_kernels.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=script.parents[2],
-        env=environment | {"PYTHONPATH": "."},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 12
+    said = said_by_compiling(Path(__file__).parent / "compile_peer_kernels.py")
+    assert len(said.split()) == 12
