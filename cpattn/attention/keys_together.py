@@ -31,14 +31,13 @@ def keys_together(keys: Keys, spans: Spans) -> tuple[Keys, Spans]:
 
 def _pieces(keys: Keys, k_start: int, k_len: int, request: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys of a span: of a prefix, in order, and in own rows."""
-    _, _, _, _, _, _, prefix, own = keys
-    kept, near = 0, k_len
+    prefix, own = keys.prefix, keys.own
+    kept, near, row = 0, k_len, 0
     if prefix is not None:
-        most, row = _places(prefix.places, request)
+        most, first_row = _places(prefix.places, request)
         kept = min(k_len, most)
-        begin = row if prefix.page_table is None else 0
+        begin = first_row if prefix.page_table is None else 0
         yield keys_of(Keys(prefix.k, prefix.v, prefix.page_table), request, begin, begin + kept)
-    row = 0
     if own is not None:
         first, row = _places(own.places, request)
         near = min(k_len, first)
