@@ -4,8 +4,8 @@ python benchmarks/bench_nano_vllm.py
 python benchmarks/bench_nano_vllm.py --draw  # anew, from the table in results/, where there is matplotlib
 
 The engines are those of ``examples/nano_vllm.py``, which says what they need: a Qwen3 in the shape of Qwen3-0.6B with random weights.
-They run one after another, as each takes the process group; a kind of prompt runs once before it counts. Without GPUs it is a trial
-with a small model, and writes nothing.
+All are there at once, each in processes of its own, and take turns with every prompt, as a host is not equally fast for minutes. A kind
+of prompt runs once before it counts. Without GPUs it is a trial with a small model, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import argparse
 import random
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from first_token import FIRST, MIX, draw
 from gpu_report import RESULTS, write_gpu_report
 from nano_engine.random_model import SMALL, Shape, write_model
-from nano_engine.serve import Request, random_tokens, serve
+from nano_engine.serve import Answer, Request, random_tokens, serve
 from nano_engine.stand_ins import ON_CPU, attention_in_words
 from nano_vllm import SPLIT_FROM, running
 
 NEW_TOKENS = 32
-REPEATS, LONG_REPEATS = (2, 2) if ON_CPU else (7, 3)
+REPEATS, LONG_REPEATS, MIXES = (2, 2, 1) if ON_CPU else (9, 5, 3)
+# Of a GPU's memory, for the pages of one engine more.
+MEMORY = 0.25
 PER_SECOND = 20.0
 ONE, TP, CP, SPLIT = "one GPU", "tp", "cp", "cp, all split"
 
@@ -62,34 +69,118 @@ def mixed_requests(count: int, longest: int, vocab: int) -> list[Request]:
     return requests
 
 
-def measure_alone(engine: Any, length: int, vocab: int) -> Measured:
-    """Prompts of one length, one at a time."""
-    repeats = LONG_REPEATS if length > 32768 else REPEATS
-    serve(engine, [Request(random_tokens(length, length, vocab), new_tokens=2)])
-    answers = [serve(engine, [Request(random_tokens(length + n, length, vocab), NEW_TOKENS)])[0] for n in range(1, repeats + 1)]
+class EngineProcess:
+    """An engine in a process of its own, and those of its other ranks.
+
+    Args:
+        kind, ranks, folder, options: see :func:`nano_vllm.running`.
+    """
+
+    def __init__(self, kind: str, ranks: int, folder: Path, options: dict[str, Any]) -> None:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, kind, ranks, folder, options))
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def serve(self, requests: Sequence[Request], split_from: int) -> list[Answer]:
+        """Prefills of so many tokens are split, if it is an engine that does."""
+        self._pipe.send((list(requests), split_from))
+        answers: list[Answer] = self._answer()
+        return answers
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("an engine's process has ended; what it printed says why") from None
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _run(pipe: Connection, kind: str, ranks: int, folder: Path, options: dict[str, Any]) -> None:
+    """Of the engine's process: until nobody asks any more."""
+    with running(kind, ranks, folder, **options) as engine:
+        pipe.send(None)
+        split_before = None
+        while True:
+            try:
+                requests, split_from = pipe.recv()
+            except EOFError:
+                return
+            if kind == "cp" and split_from != split_before:
+                engine.model_runner.call("set_split_from", split_from)
+                split_before = split_from
+            pipe.send(serve(engine, requests))
+
+
+class Served(NamedTuple):
+    """An engine, and which prefills it splits.
+
+    Attributes:
+        longest: tokens of a prompt up to which it is measured.
+    """
+
+    engine: EngineProcess
+    split_from: int
+    longest: int
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        return self.engine.serve(requests, self.split_from)
+
+
+def measure_alone(served: dict[str, Served], length: int, vocab: int) -> dict[str, Measured]:
+    """Prompts of one length, one at a time, by each in turn."""
+    answers: dict[str, list[Answer]] = defaultdict(list)
+    for name in served:
+        served[name]([Request(random_tokens(length, length, vocab), new_tokens=2)])
+    for n in range(1, 1 + (LONG_REPEATS if length > 32768 else REPEATS)):
+        request = Request(random_tokens(length + n, length, vocab), NEW_TOKENS)
+        for name in random.Random(n).sample(list(served), len(served)):
+            answers[name] += served[name]([request])
+    return {name: _of_prompts(answers[name]) for name in served}
+
+
+def _of_prompts(answers: list[Answer]) -> Measured:
     first = [1e3 * answer.first for answer in answers]
     return Measured(median(first), max(first), median((NEW_TOKENS - 1) / (answer.last - answer.first) for answer in answers))
 
 
-def measure_mix(engine: Any, requests: Sequence[Request]) -> Measured:
-    """Requests that come by themselves."""
-    serve(engine, [request._replace(new_tokens=2) for request in requests])
-    answers = serve(engine, requests)
+def measure_mix(served: dict[str, Served], requests: Sequence[Request]) -> dict[str, Measured]:
+    """Requests that come by themselves, to each in turn."""
+    found: dict[str, list[Measured]] = defaultdict(list)
+    for name in served:
+        served[name]([request._replace(new_tokens=2) for request in requests])
+    for n in range(MIXES):
+        for name in random.Random(n).sample(list(served), len(served)):
+            found[name].append(_of_mix(requests, served[name](requests)))
+    return {name: Measured(*map(median, zip(*found[name], strict=True))) for name in served}
+
+
+def _of_mix(requests: Sequence[Request], answers: Sequence[Answer]) -> Measured:
     first = sorted(1e3 * answer.first for answer in answers)
     seconds = max(request.arrival + answer.last for request, answer in zip(requests, answers, strict=True))
     return Measured(median(first), first[-1 - len(first) // 10], sum(len(answer.tokens) for answer in answers) / seconds)
 
 
-def measure(name: str, engine: Any, lengths: Sequence[int], requests: Sequence[Request], vocab: int) -> dict[str, Measured]:
-    """By prompt."""
-    found = {}
-    for length in lengths:
-        found[in_words(length)] = measure_alone(engine, length, vocab)
+def measure(served: dict[str, Served], lengths: Sequence[int], requests: Sequence[Request], vocab: int) -> dict[str, dict[str, Measured]]:
+    """By engine, and by prompt."""
+    found: dict[str, dict[str, Measured]] = {name: {} for name in served}
+    kinds = {in_words(length): (length, partial(measure_alone, length=length, vocab=vocab)) for length in lengths}
     if requests:
-        found[MIX] = measure_mix(engine, requests)
-    for prompt, (first, slow, speed) in found.items():
-        times = f"{first:9.2f} ms to the first token, {slow:9.2f} at most or in one of ten"
-        print(f"{name:>14} {prompt:>6}: {times}; {speed:8.1f} tokens/s", flush=True)
+        kinds[MIX] = 0, partial(measure_mix, requests=requests)
+    for prompt, (length, measure_kind) in kinds.items():
+        for name, measured in measure_kind({name: each for name, each in served.items() if length <= each.longest}).items():
+            found[name][prompt] = measured
+            first, slow, speed = measured
+            times = f"{first:9.2f} ms to the first token, {slow:9.2f} at most or in one of ten"
+            print(f"{name:>14} {prompt:>6}: {times}; {speed:8.1f} tokens/s", flush=True)
     return found
 
 
@@ -143,20 +234,18 @@ def main() -> None:
     longest = max(arguments.lengths)
     requests = mixed_requests(arguments.mix, longest // 2, shape.vocab)
     most = longest + 256
-    options = {"max_model_len": most, "max_num_batched_tokens": most, "max_num_seqs": 64, "gpu_memory_utilization": 0.45}
-    found: dict[str, dict[str, Measured]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    options = {"max_model_len": most, "max_num_batched_tokens": most, "max_num_seqs": 64}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
         write_model(Path(folder), shape, max_length=most)
-        for kind in arguments.engines:
-            with running(kind, arguments.ranks, Path(folder), **options) as engine:
-                if kind == "cp":
-                    engine.model_runner.call("set_split_from", arguments.split_from)
-                label = {"one": ONE, "tp": TP, "cp": CP}[kind]
-                found[label] = measure(label, engine, arguments.lengths, requests, shape.vocab)
-                if kind == "cp":
-                    engine.model_runner.call("set_split_from", 1)
-                    short = [length for length in arguments.lengths if length < arguments.split_from]
-                    found[SPLIT] = measure(SPLIT, engine, short, requests, shape.vocab)
+        served: dict[str, Served] = {}
+        for number, kind in enumerate(arguments.engines, start=1):
+            # An engine counts what others have taken as its own.
+            of_kind = options | {"gpu_memory_utilization": MEMORY * number}
+            engine = engines.enter_context(EngineProcess(kind, arguments.ranks, Path(folder), of_kind))
+            served[{"one": ONE, "tp": TP, "cp": CP}[kind]] = Served(engine, arguments.split_from, longest)
+            if kind == "cp":
+                served[SPLIT] = Served(engine, 1, arguments.split_from - 1)
+        found = measure(served, arguments.lengths, requests, shape.vocab)
     header, rows = table(found, shape.layers)
     if ON_CPU:
         print("\n".join(" | ".join(row) for row in (header, *rows)))
@@ -164,8 +253,9 @@ def main() -> None:
     notes = (
         f"nano-vllm-fork 20260210, a Qwen3 of {shape.layers} layers, width {shape.width}, {shape.heads} query and {shape.kv_heads} "
         f"key/value heads of {shape.head_dim}, {shape.vocab:,} tokens, random weights in {shape.dtype}; {arguments.ranks} ranks, "
-        f"a GPU each. Its own attention is {attention_in_words()}; decodes run in its CUDA graphs. Single prompts one at a time, "
-        f"with {NEW_TOKENS} new tokens: medians of {REPEATS}, above 32k of {LONG_REPEATS}. The mix: {len(requests)} prompts of "
+        f"a GPU each. Its own attention is {attention_in_words()}; decodes run in its CUDA graphs. All engines are there at once, and take "
+        f"turns, in random order. Single prompts one at a time, with {NEW_TOKENS} new tokens: medians of {REPEATS}, above 32k of "
+        f"{LONG_REPEATS}. The mix, {MIXES} times: {len(requests)} prompts of "
         f"{min(len(r.prompt) for r in requests)} to {max(len(r.prompt) for r in requests):,} tokens, half of them with one beginning "
         f"of 1,024, that come at random, {PER_SECOND:.0f} a second, with 32 to 128 new tokens. Slow: the slowest repeat, of the mix "
         f"the slowest tenth. cp splits a prefill from {arguments.split_from:,} tokens on; decodes, and what is shorter, every rank "
