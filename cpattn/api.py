@@ -13,7 +13,7 @@ from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
 from cpattn.call.attention import KEYWORDS, More, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
-from cpattn.call.explain_arrival import explain_arrival
+from cpattn.call.explain_arrival import explain_arrival, explain_pages
 from cpattn.call.explain_choice import compared_on, comparison, explain_backend, explain_expansion, explain_strategy
 from cpattn.call.find import check_contents, check_numbers, prepare_call
 from cpattn.call.in_graph import (
@@ -428,10 +428,11 @@ def explain(
     Under ``"partition"`` it says what the plan's is, and which one ``partition="auto"`` takes for such a batch and why.
     Needs no group and computes nothing. With a group it says under ``"transport"`` what carries its bytes, and why. Where the
     strategy is ``all_gather`` or ``ring`` it says under ``"keys"`` how many keys and values travel before the attention, how many beside it
-    or after it, and why; where ranks read each other's memory also whether an all-gather's come beside the attention. Of a hybrid it says
-    the same across its groups, and of two levels across hosts and within them. Of ``pass_q`` and ``pass_q_ring`` it says under
-    ``"queries"`` the same of queries. Where a strategy divides heads, it says under ``"heads"`` how many each rank has. With ``expand``
-    it says under ``"latent"`` how many heads that is expanded to at a time.
+    or after it, and why; where ranks read each other's memory also whether an all-gather's come beside the attention. It says there as
+    well where they go into pages after the attention, which sees them in order. Of a hybrid it says the same across its groups, and of two
+    levels across hosts and within them. Of ``pass_q`` and ``pass_q_ring`` it says under ``"queries"`` the same of queries. Where a strategy
+    divides heads, it says under ``"heads"`` how many each rank has. With ``expand`` it says under ``"latent"`` how many heads that is
+    expanded to at a time.
 
     >>> import cpattn, torch
     >>> meta = cpattn.build_metadata([(0, 4), (0, 4)], cp_size=2, cp_rank=0, partition="whole")
@@ -460,7 +461,8 @@ def explain(
     elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:
         explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
     elif isinstance(choice.strategy, TwoLevel):
-        explained = explained | {"keys": explain_levels(choice.strategy, choice.problem, meta.plan)}
+        levels = explain_levels(choice.strategy, choice.problem, meta.plan)
+        explained = explained | {"keys": levels + explain_pages(choice, meta.plan)}
     if expand is not None:
         explained = explained | {"latent": explain_expansion(choice, meta.plan)}
     if isinstance(choice.strategy, DividedHeads):

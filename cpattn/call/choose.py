@@ -7,7 +7,8 @@ from typing import NamedTuple
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.call.arguments import Arguments
 from cpattn.costs.decide import Decision, Setting
-from cpattn.costs.known_machine import machine_of
+from cpattn.costs.known_machine import constants_of, machine_of
+from cpattn.costs.pages_after import pages_after
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.strategy import Strategy
@@ -32,6 +33,17 @@ class Choice(NamedTuple):
     schedule: Schedule
     backend: Backend
     decision: Decision
+
+    @property
+    def reads_pages(self) -> bool:
+        """Whether the backend attends to pages of the call as they are."""
+        problem = self.problem
+        return problem.cache == "paged" and not problem.expands and self.backend.attends_to_pages(problem)
+
+    def pages_after(self, problem: Problem, plan: Layout) -> bool:
+        """See :attr:`cpattn.exchange.strategy.Setup.pages_after`."""
+        machine = self.decision.call.machine
+        return pages_after(problem, plan, machine, constants_of(self.backend, machine, problem.device), self.reads_pages)
 
 
 def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions) -> Problem:

@@ -1,4 +1,5 @@
-"""Whether an all-gather's keys come beside the attention where ranks read each other's memory, and if not, why."""
+"""Whether an all-gather's keys come beside the attention where ranks read each other's memory, and if not, why; and whether they go into
+pages after it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,20 @@ from cpattn.metadata.layout import Layout
 
 
 def explain_arrival(choice: Choice, plan: Layout) -> str:
-    """In words, after a semicolon; nothing where none travel before the attention or beside it, or otherwise than through that memory."""
+    """In words, after semicolons; nothing of what comes where none travel before the attention or beside it, or otherwise than through that
+    memory."""
+    return _explain_arrival(choice, plan) + explain_pages(choice, plan)
+
+
+def explain_pages(choice: Choice, plan: Layout) -> str:
+    """In words, after a semicolon; nothing where new keys are attended to in pages, or come late, or there are no pages."""
+    if not choice.pages_after(choice.problem, plan):
+        return ""
+    lie = "as they lie" if traveling_keys(choice.problem, plan).what == "nothing" else "in order"
+    return f"; attended to {lie}, and written to the pages after that"
+
+
+def _explain_arrival(choice: Choice, plan: Layout) -> str:
     problem, backend = choice.problem, choice.backend
     travels = traveling_keys(problem, plan)
     if choice.decision.call.transport != "peer_memory" or plan.sharded or travels.what == "nothing":
@@ -22,4 +36,7 @@ def explain_arrival(choice: Choice, plan: Layout) -> str:
     if problem.cache == "paged":
         reads_pages = backend.takes_several_places(problem)
         why_not = why_not_late(problem, plan, travels) if reads_pages else f"{backend.name!r} does not read prefixes in such pages"
-    return "; beside the attention" if why_not is None else f"; into the pages before the attention, as {why_not}"
+    if why_not is None:
+        return "; beside the attention"
+    into = "" if choice.pages_after(problem, plan) else "into the pages "
+    return f"; {into}before the attention, as {why_not}"

@@ -5,6 +5,7 @@ Ways to make a call mostly differ by more than that, and are then compared in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,10 +33,14 @@ class _Tiles(NamedTuple):
 
 
 class Bounds:
-    """Of launches without a window, by the number of a kernel among those that are compared."""
+    """Of launches without a window, by the number of a kernel among those that are compared.
 
-    def __init__(self, plan: Layout, problem: Problem, costs: TileCosts) -> None:
-        self._plan, self._problem, self._costs = plan, problem, costs
+    Args:
+        over_pages: of each kernel, whether its keys lie in pages.
+    """
+
+    def __init__(self, plan: Layout, problem: Problem, costs: TileCosts, over_pages: Sequence[bool]) -> None:
+        self._plan, self._problem, self._costs, self._over_pages = plan, problem, costs, over_pages
         # Asked for of an all-gather, and then of a ring.
         self._by_tiles: dict[int, float] = {}
         request, start, self._length, self._rank = plan.chunk_table
@@ -126,7 +131,9 @@ class Bounds:
         columns = self._rank, self._length, self._keys, self._before + 1
         spans = RankSpans._make([column.take(by_rank.order) for column in columns])
         begins = by_rank.bounds[:-1][by_rank.bounds[1:] > by_rank.bounds[:-1]]
-        found: list[float] = until_last(spans, begins, problem, costs.of_leading, 1, problem.cache == "paged").max(axis=(1, 2)).tolist()
+        # Of a kernel over keys in order, beside one that pages slow down, no less than that.
+        slowed = any(self._paged(number) > 1 for number in range(len(costs.kernels)))
+        found: list[float] = until_last(spans, begins, problem, costs.of_leading, 1, slowed).max(axis=(1, 2)).tolist()
         return found
 
     @cached_property
@@ -158,5 +165,5 @@ class Bounds:
         return self._costs.unit / self._costs.kernels[number].flops * self._paged(number)
 
     def _paged(self, number: int) -> float:
-        problem, kernel = self._problem, self._costs.kernels[number]
-        return kernel.paged if problem.cache == "paged" and kernel.reads_pages(problem.page_size) else 1.0
+        kernel = self._costs.kernels[number]
+        return kernel.paged if self._over_pages[number] and kernel.reads_pages(self._problem.page_size) else 1.0

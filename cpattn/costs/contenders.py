@@ -13,6 +13,7 @@ from cpattn.attention.registry import BACKENDS
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.hop_spans import MOST_OFFSETS
 from cpattn.costs.launches import Given
+from cpattn.costs.pages_after import attends_over_pages
 from cpattn.costs.steps.heads import exchange_of_heads
 from cpattn.costs.steps.links_of_groups import link_within
 from cpattn.costs.steps.tally import Choice, Tally
@@ -24,7 +25,9 @@ from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.exchange.ulysses import ULYSSES
+from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import united_layout
+from cpattn.problem import Problem
 
 # Seconds: estimates are compared to a ns.
 _MARGIN = 2e-9
@@ -62,9 +65,7 @@ class _Floors:
     def __init__(self, call: Call, ways: Sequence[Way]) -> None:
         self._call, self._ways = call, ways
         self._kernels = [call.kernels[way.backend.name] for way in ways]
-        problem = call.problem.attended
-        costs = TileCosts.of(problem, call.machine, tuple(call.kernels.values()))
-        self._bounds = Bounds(call.plan, problem, costs)
+        self._bounds = self._of_layout(call.plan, call.problem)
         names = list(call.kernels)
         self._numbers = [names.index(way.backend.name) for way in ways]
         self._least: dict[int, float] = {}
@@ -150,5 +151,10 @@ class _Floors:
     def _of_heads(self) -> Bounds:
         """Of whole requests, with the heads of the busiest rank."""
         call, size = self._call, self._call.plan.cp_size
-        problem = busiest_share(call.problem, call.plan, size).attended
-        return Bounds(united_layout(call.plan, size), problem, TileCosts.of(problem, call.machine, tuple(call.kernels.values())))
+        return self._of_layout(united_layout(call.plan, size), busiest_share(call.problem, call.plan, size))
+
+    def _of_layout(self, plan: Layout, problem: Problem) -> Bounds:
+        call, backends = self._call, {way.backend.name: way.backend for way in self._ways}
+        costs = TileCosts.of(problem.attended, call.machine, tuple(call.kernels.values()))
+        in_pages = [attends_over_pages(problem, plan, call.machine, kernel, backends[name]) for name, kernel in call.kernels.items()]
+        return Bounds(plan, problem.attended, costs, in_pages)

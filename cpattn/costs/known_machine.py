@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from cpattn.attention.auto import able_backends
+from cpattn.attention.backend import Backend
 from cpattn.attention.flash_varlen import capability
-from cpattn.machine import A100, H100, H200, Machine
+from cpattn.attention.registry import BACKENDS
+from cpattn.machine import A100, H100, H200, KernelCosts, Machine
 from cpattn.metadata.problem_checks import check_is_problem, check_problem
 from cpattn.problem import Problem
 
@@ -35,6 +37,13 @@ def machine_of(device: torch.device) -> Machine:
 def knows_backends(machine: Machine, device: torch.device) -> bool:
     """Whether a machine's constants for backends hold for such a device."""
     return device.type == "cuda" and capability(device)[0] == machine.capability[0]
+
+
+def constants_of(backend: Backend, machine: Machine, device: torch.device) -> KernelCosts | None:
+    """Of one of the library's backends; None where the machine has none of it for such a device."""
+    if BACKENDS.get(backend.name) is not backend or not knows_backends(machine, device):
+        return None
+    return next((kernel for kernel in machine.kernels if kernel.backend == backend.name), None)
 
 
 def machine_for(problem: Problem) -> Machine:

@@ -2,7 +2,7 @@
 
 Where nearly everything is needed somewhere, and where it has to be there anyway, all ranks receive all of it:
 :mod:`cpattn.exchange.traveling_keys`. Where nothing is needed, nothing is sent. With pages what arrives is written to its slots, and
-attended to there.
+attended to there, or before that in order.
 With ``overlap`` above 1 this is done for so many groups of KV heads, one after another: all their transfers are started
 at once, and over collectives the attention of the first group runs while the next is in flight.
 
@@ -34,7 +34,6 @@ from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.exchange.traveling_keys import counted, explain_keys, traveling_keys
 from cpattn.exchange.window_over_shards import WindowOverShards, explain_reached, window_schedule
-from cpattn.keys import Keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -90,7 +89,7 @@ def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | Windo
         held.forward(io, attend)
         return
     if isinstance(held, _Alone):
-        attend(held.keys(io), held.spans)
+        held.forward(io, attend)
         return
     _, all_rows, groups, num_tokens, order, prefix = held
     works = []
@@ -115,7 +114,8 @@ class _Alone(NamedTuple):
     """A rank whose keys are attended to where they are, in a group in which nothing travels.
 
     Attributes:
-        pages: where they are written first, and attended to there; places: where in them.
+        own: where they are attended to; pages: what is attended to in their place, once they are written there.
+        places: where they are written, before or after the attention; None where there are no pages.
     """
 
     own: OwnKeys
@@ -126,20 +126,29 @@ class _Alone(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup) -> _Alone:
-        own = OwnKeys.of(setup)
-        if setup.problem.cache != "paged":
-            # They lie in the order of all that is seen.
-            return cls(own, None, None, spans_in_order(setup.meta, Ordered.SEEN))
-        pages = WholePages.of(setup, setup.kv)
-        return cls(own, pages, setup.meta.gathered_places, pages.spans)
+        problem, meta = setup.problem, setup.meta
+        own, is_paged = OwnKeys.of(setup), problem.cache == "paged"
+        places = meta.gathered_places if is_paged else None
+        if is_paged and not setup.pages_after(problem, meta.plan):
+            pages = WholePages.of(setup, setup.kv)
+            return cls(own, pages, places, pages.spans)
+        # They lie in the order of all that is seen.
+        return cls(own, None, places, spans_in_order(meta, Ordered.SEEN))
 
-    def keys(self, io: IO) -> Keys:
-        """All there are."""
-        if self.pages is None or self.places is None:
-            return self.own.keys(io)
-        assert isinstance(io.cache, PagedKV)
-        write_rows(self.own.kv, io.cache, self.places, io.k, io.v)
-        return self.pages.keys(io.cache)
+    def forward(self, io: IO, attend: Attend) -> None:
+        """Makes one call."""
+        if self.pages is None:
+            attend(self.own.keys(io), self.spans)
+            self._write(io)
+        else:
+            self._write(io)
+            assert isinstance(io.cache, PagedKV)
+            attend(self.pages.keys(io.cache), self.spans)
+
+    def _write(self, io: IO) -> None:
+        if self.places is not None:
+            assert isinstance(io.cache, PagedKV)
+            write_rows(self.own.kv, io.cache, self.places, io.k, io.v)
 
 
 class _AllGather(NamedTuple):

@@ -41,7 +41,7 @@ def keys_in_order(
     rows, source = (peers, None) if peers else _arriving(setup, kv, travels, order.new_are_own)
     if order.are_own:
         return rows, OwnInPlace.of(setup)
-    ordered = OrderedKeys.of(setup, kv)
+    ordered = OrderedKeys.of(setup, kv, setup.ordered)
     if order.new_are_own:
         return rows, OwnInOrder(ordered, meta.num_tokens)
     if source is None:

@@ -1,4 +1,5 @@
-"""Strategy ``all_gather`` over pages that every rank holds whole: new keys are written to their slots, and attended to there.
+"""Strategy ``all_gather`` over pages that every rank holds whole: new keys are written to their slots, and attended to there, or in order
+before they are written (:mod:`cpattn.exchange.order_into_pages`).
 
 What a rank's queries see is there before its attention. The rest of the new keys travels beside it, or is read after it, and lies in the
 pages before anything that comes later on the stream.
@@ -15,7 +16,9 @@ from torch import Tensor
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.head_groups import HeadGroup, attend_to_group, head_groups
 from cpattn.exchange.keys_at_hand import WholePages
+from cpattn.exchange.keys_in_order import InOrder, OwnInPlace
 from cpattn.exchange.message import KVFormat, heads_of, pages_of_heads
+from cpattn.exchange.order_into_pages import rows_through_order
 from cpattn.exchange.page_places import Places, hole_places
 from cpattn.exchange.page_rows import write_rows
 from cpattn.exchange.rows_into_pages import AllBefore, RowsIntoPages, rows_into_pages
@@ -58,27 +61,34 @@ class GatherIntoPages(NamedTuple):
     Attributes:
         transfers: all that is needed before the attention, and then the rest.
         rows: of each group of heads.
-        holes: what is between keys that are seen and is not there yet.
+        seen: where the attention sees them: in the pages, or in order or in this rank's own rows.
+        holes: what is between keys that are seen in pages and is not there yet.
     """
 
     transfers: tuple[Transfer, ...]
     rows: Sequence[RowsIntoPages]
     groups: Sequence[HeadGroup]
-    pages: WholePages
+    seen: WholePages | InOrder | OwnInPlace
     holes: Holes | None
     num_tokens: int | Tensor
 
     @classmethod
     def of(cls, setup: Setup, travels: Traveling) -> GatherIntoPages:
         kv = setup.kv.group(setup.problem.overlap)
-        rows = rows_into_pages(setup, kv, travels)
+        rows: Sequence[RowsIntoPages]
+        seen: WholePages | InOrder | OwnInPlace
+        if setup.pages_after(setup.problem, setup.meta.plan):
+            rows, seen = rows_through_order(setup, kv, travels)
+        else:
+            rows, seen = rows_into_pages(setup, kv, travels), WholePages.of(setup, kv)
+        reads_pages = setup.reads_pages and isinstance(seen, WholePages)
         in_turn = [*(group.before for group in rows), *(group.after for group in rows)]
-        has_holes = setup.problem.window is not None and setup.reads_pages and not isinstance(rows[0], AllBefore)
+        has_holes = setup.problem.window is not None and reads_pages and not isinstance(rows[0], AllBefore)
         return cls(
             transfers=tuple(counted(transfer, travels, setup) for transfer in in_turn if transfer is not None),
             rows=rows,
             groups=head_groups(setup.problem),
-            pages=WholePages.of(setup, kv),
+            seen=seen,
             holes=Holes.of(setup) if has_holes else None,
             num_tokens=setup.num_tokens,
         )
@@ -97,8 +107,13 @@ class GatherIntoPages(NamedTuple):
             cache = pages_of_heads(io.cache, group.kv_heads)
             if work is not None:
                 work.wait()
-            rows.write_seen(cache, heads_of(io.k, group.kv_heads), heads_of(io.v, group.kv_heads))
-            attend_to_group(attend, self.pages.keys(cache), self.pages.spans, group)
+            own = heads_of(io.k, group.kv_heads), heads_of(io.v, group.kv_heads)
+            if isinstance(self.seen, WholePages):
+                rows.write_seen(cache, *own)
+                attend_to_group(attend, self.seen.keys(cache), self.seen.spans, group)
+            else:
+                attend_to_group(attend, self.seen.keys(io, rows.rows, group.kv_heads), self.seen.spans, group)
+                rows.write_seen(cache, *own)
         for rows, group, work in zip(self.rows, self.groups, after, strict=True):
             if work is not None:
                 work.wait()

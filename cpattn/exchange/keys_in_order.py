@@ -36,17 +36,17 @@ class OrderedKeys(NamedTuple):
     moves: Moves
 
     @classmethod
-    def of(cls, setup: Setup, kv: KVFormat) -> OrderedKeys:
-        """Of what this rank's queries see; ``kv`` is of one group of heads."""
+    def of(cls, setup: Setup, kv: KVFormat, ordered: Ordered) -> OrderedKeys:
+        """Of what this rank's queries see, or more; ``kv`` is of one group of heads."""
         # A kernel is not told of memory that is not there, even where it reads nothing of it.
-        message = message_buffer(setup.transport.arena, "ordered", kv, max(1, key_order(setup.meta, setup.ordered).rows))
-        return cls.within(setup, lambda: message)
+        message = message_buffer(setup.transport.arena, "ordered", kv, max(1, key_order(setup.meta, ordered).rows))
+        return cls.within(setup, lambda: message, ordered)
 
     @classmethod
-    def within(cls, setup: Setup, memory: Callable[[], Message]) -> OrderedKeys:
+    def within(cls, setup: Setup, memory: Callable[[], Message], ordered: Ordered) -> OrderedKeys:
         """The same in memory that is there, of as many rows or more."""
-        order = key_order(setup.meta, setup.ordered)
-        return cls(memory, order, spans_in_order(setup.meta, setup.ordered), moves_for(setup.problem.device))
+        order = key_order(setup.meta, ordered)
+        return cls(memory, order, spans_in_order(setup.meta, ordered), moves_for(setup.problem.device))
 
     def put_prefix(self, io: IO, heads: slice | None) -> None:
         """Cached keys of one group of heads, those that have a place."""
@@ -136,8 +136,10 @@ class OwnInPlace(NamedTuple):
 
     def keys(self, io: IO, arrived: SentRows, heads: slice | None) -> Keys:
         """As they are; nothing of what may have arrived is looked at."""
-        keys = self.own.keys(io)
-        return keys._replace(k=heads_of(keys.k, heads), v=heads_of(keys.v, heads))
+        if heads is not None:
+            # Before it is said what they are: scales of tokens lie behind each head's numbers.
+            io = io._replace(k=heads_of(io.k, heads), v=heads_of(io.v, heads))
+        return self.own.keys(io)
 
 
 def _prefix_of(cache: PackedKV | PagedKV | None, heads: slice | None, kept: Tensor) -> PrefixKeys:

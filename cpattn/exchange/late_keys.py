@@ -84,7 +84,7 @@ class LateInOrder(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup, late: LateKeys) -> LateInOrder:
-        return cls(OrderedKeys.within(setup, late.message), late)
+        return cls(OrderedKeys.within(setup, late.message, setup.ordered), late)
 
     @property
     def spans(self) -> Spans:

@@ -65,7 +65,7 @@ class NeededOnHosts(NamedTuple):
             own=own,
             across=(messages[0], own, table.outgoing),
             passed=passed,
-            ordered=OrderedKeys.of(setup, kv),
+            ordered=OrderedKeys.of(setup, kv, setup.ordered),
             source=table.source,
             num_tokens=setup.num_tokens,
             moves=moves,

@@ -20,13 +20,18 @@ from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
 from cpattn.kv_cache import PagedKV
 from cpattn.moves.moves import Moves, moves_for
-from cpattn.transports.rows_of_all import RowsOfAll, RowsOfPeers
+from cpattn.transports.rows_of_all import RowsOfAll, RowsOfPeers, SentRows
 from cpattn.transports.transfer import Transfer
 
 
 class RowsIntoPages(Protocol):
     """Of one group of heads. One call's use: ``put``, then start ``before`` and ``after``, then wait for ``before`` and
-    ``write_seen``; after the attention wait for ``after`` and ``write_rest``."""
+    ``write_seen``; after the attention wait for ``after`` and ``write_rest``. (Where the attention sees keys in order, ``write_seen`` comes
+    after it: :mod:`cpattn.exchange.order_into_pages`.)"""
+
+    @property
+    def rows(self) -> SentRows:
+        """What this rank sends, and what comes for its attention."""
 
     @property
     def before(self) -> Transfer | None:
@@ -124,13 +129,13 @@ class SentTwice(NamedTuple):
     """One message to each rank of what its queries see, and one of the rest.
 
     Attributes:
-        needed: brings this rank what it needs; seen: that and its own tokens; places: of those.
+        rows: bring this rank what it needs; seen: that and its own tokens; places: of those.
         message: the rest for others; outgoing: which of this rank's tokens it has.
         rest: what it receives then; rest_places: of that.
     """
 
     kv: KVFormat
-    needed: NeededRows
+    rows: NeededRows
     seen: Message
     places: Places
     message: Tensor
@@ -143,12 +148,12 @@ class SentTwice(NamedTuple):
     @property
     def before(self) -> Transfer | None:
         """See :class:`RowsIntoPages`, as for the others."""
-        return self.needed.transfer
+        return self.rows.transfer
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
-        self.needed.put(k, v, num_tokens)
+        self.rows.put(k, v, num_tokens)
         if len(self.message):
-            self.moves.gather_rows(self.message, self.needed.own, self.outgoing)
+            self.moves.gather_rows(self.message, self.rows.own, self.outgoing)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
         write_rows(self.kv, cache, self.places, *self.seen.parts)
@@ -166,21 +171,22 @@ def rows_into_pages(setup: Setup, kv: KVFormat, travels: Traveling) -> Sequence[
     if travels.what == "nothing":
         meta.derive_together(*parted_drafts(meta, window), *spans)
         own, rest = meta.gathered_places_by_rank[meta.cp_rank], parted_places(meta, window).rest
-        return [AllAfter(kv, rows, own, rest) for rows in peers or _gathered(setup, kv)]
+        return [AllAfter(kv, rows, own, rest) for rows in peers or gathered_of(setup, kv)]
     if peers and (travels.what == "needed" or meta.bucket is not None):
         meta.derive_together(*parted_drafts(meta, window), *spans)
         return [ReadTwice(kv, rows, parted_places(meta, window)) for rows in peers]
-    sent_twice = [] if peers or travels.what == "all" else _sent_twice(setup, kv)
+    sent_twice = [] if peers or travels.what == "all" else rows_sent_twice(setup, kv)
     if not sent_twice:
         meta.derive_together(meta.gathered_places_draft, *spans)
-    return sent_twice or [AllBefore(kv, rows, meta.gathered_places) for rows in peers or _gathered(setup, kv)]
+    return sent_twice or [AllBefore(kv, rows, meta.gathered_places) for rows in peers or gathered_of(setup, kv)]
 
 
-def _gathered(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
+def gathered_of(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:
+    """Over collectives."""
     return gathered_rows(setup.transport, kv, setup.meta.rows, setup.problem.overlap)
 
 
-def _sent_twice(setup: Setup, kv: KVFormat) -> Sequence[RowsIntoPages]:
+def rows_sent_twice(setup: Setup, kv: KVFormat) -> Sequence[RowsIntoPages]:
     """None where the transport cannot send such messages."""
     problem, meta, transport, groups = setup.problem, setup.meta, setup.transport, setup.problem.overlap
     needed = needed_rows(transport, kv, exchanged_rows(meta, problem.window), meta.num_tokens, groups, travel=True)

@@ -14,6 +14,7 @@ from cpattn.byte_sizes import in_words
 from cpattn.errors import OptionError, UnsupportedError, shown
 from cpattn.exchange.all_gather import ALL_GATHER, explain_gathered
 from cpattn.exchange.attend import Attend
+from cpattn.exchange.key_order import Ordered
 from cpattn.exchange.keys_at_hand import WholePages
 from cpattn.exchange.keys_in_order import OrderedKeys
 from cpattn.exchange.message import KVFormat, Message
@@ -161,8 +162,8 @@ class _TwoLevels(NamedTuple):
     """
     Attributes:
         own: this rank's rows among all; all: place after place, and of each place host after host.
-        ordered: memory for keys in order, and source: where each comes from; None where they go to pages.
-        pages: with the places of all rows in them.
+        ordered: memory for keys in order, and source: where each comes from; None where they are attended to in pages.
+        pages: those; places: of all rows in pages, where there are any.
     """
 
     transfers: tuple[Transfer, ...]
@@ -191,17 +192,19 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     own = memory[transport.rank % within, transport.rank // within]
     transfer = prepare_two_level_all_gather(transport, within, memory)._replace(fill_missing=partial(kv.fill_missing_, own))
     is_paged = problem.cache == "paged"
-    window, leaves_own = problem.window, setup.ordered.leaves_own
+    in_pages = is_paged and not setup.pages_after(problem, meta.plan)
+    ordered = Ordered.SEEN if is_paged else setup.ordered
+    window, leaves_own = problem.window, ordered.leaves_own
     return _TwoLevels(
         transfers=(transfer,),
         own=own,
         all=Message.of(memory.flatten(0, 2), kv),
         num_tokens=setup.num_tokens,
-        ordered=None if is_paged else OrderedKeys.of(setup, kv),
+        ordered=None if in_pages else OrderedKeys.of(setup, kv, ordered),
         source=None
-        if is_paged
+        if in_pages
         else meta.derive(("two levels", within, window, leaves_own), lambda: _source(meta, window, within, leaves_own)),
-        pages=WholePages.of(setup, kv) if is_paged else None,
+        pages=WholePages.of(setup, kv) if in_pages else None,
         places=meta.derive(("places in two levels", within), lambda: _places(meta, within)) if is_paged else None,
         kv=kv,
         moves=moves_for(problem.device),
@@ -242,13 +245,11 @@ def _forward(held: _TwoLevels | NeededOnHosts | Prepared, io: IO, attend: Attend
         assert held.source is not None  # beside it
         ordered.put_new(held.all.whole, held.source)
         attend(ordered.keys(io, None), ordered.spans)
-        return
-    cache = io.cache
-    assert isinstance(cache, PagedKV)
-    assert held.pages is not None
-    assert held.places is not None
-    write_rows(held.kv, cache, held.places, *held.all.parts)
-    attend(held.pages.keys(cache), held.pages.spans)
+    if held.places is not None:
+        assert isinstance(io.cache, PagedKV)
+        write_rows(held.kv, io.cache, held.places, *held.all.parts)
+        if held.pages is not None:
+            attend(held.pages.keys(io.cache), held.pages.spans)
 
 
 def _why_not(within: int, problem: Problem, plan: Layout) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -113,6 +114,78 @@ def test_no_more_is_there_before_the_attention_than_its_queries_see(
             assert sent == 2 * rows * problem.key_bytes  # to two others
             assert sent == (travels.sent + travels.rest_sent)[rank] * problem.key_bytes
         baseline = [result for result, *_ in results]
+
+
+# First chunks: what is cached is of requests without new tokens.
+FIRST = [(0, 90), (0, 5), (7, 0), (0, 0), (0, 9), (0, 6), (0, 13), (0, 1), (0, 8)]
+FIRST_WHOLE = [(0, 12), (3, 0), (0, 12), (0, 12)]
+
+
+@pytest.mark.parametrize("peers", [False, True], ids=["collectives", "peers"])
+@pytest.mark.parametrize(
+    ("batch", "window", "options"),
+    [
+        (FIRST, None, {"partition": "whole", "pad_to": 4}),
+        (FIRST, 12, {"partition": "whole", "pad_to": 4}),
+        (FIRST, None, {}),
+        (FIRST, 1, {}),  # nothing travels, and yet a rank's own rows do not follow each other
+        (FIRST, 12, {"partition": OwnPartition(3)}),
+        (FIRST_WHOLE, None, {"partition": "whole"}),
+    ],
+    ids=["mixed", "mixed, window", "zigzag", "zigzag, window of 1", "own", "whole"],
+)
+def test_first_chunks_are_attended_to_before_they_are_in_the_pages(
+    batch: Any, options: Any, window: int | None, peers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a kernel that reads no pages. Bits are those of one that does; and then all new keys are in their slots, each read once."""
+    case = AttentionCase(batch, cache="paged", window=window, overlap=2, page_size=5, sinks=True)
+    pages_of: dict[int, cpattn.PagedKV] = {}
+    launches: dict[int, int] = {}
+
+    def note(q: Tensor, keys: Keys, *more: Any) -> tuple[Tensor, Tensor]:
+        thread = threading.get_ident()
+        cache, heads = pages_of[thread], slice(launches[thread], launches[thread] + keys.k.shape[1])
+        assert keys.page_table is None
+        assert not new_tokens_in(cache.k_pages[:, :, heads], case.k[:, heads], case, cache.page_table)
+        launches[thread] += keys.k.shape[1]
+        return attend_to_whole_ranges(q, keys, *more)
+
+    over_pages: Any = replace(reference.BACKEND, attend=cast("AttentionFunction", attend_to_whole_ranges))
+    noting: Any = replace(over_pages, attend=cast("AttentionFunction", note), reads_pages=lambda problem: False)
+
+    def in_pages(plan: cpattn.Plan, group: cpattn.Transport) -> tuple[Tensor, Tensor]:
+        return case.on_rank(plan, group.rank, group, "all_gather", over_pages)
+
+    def attend(plan: cpattn.Plan, group: cpattn.Transport) -> tuple[Tensor, Tensor]:
+        made = let_read(group) if peers else []
+        meta, pages = plan.metadata(group.rank), case.pages(plan, group.rank)
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        for x in (q, k, v):
+            x[meta.num_tokens :] = torch.nan
+        pages_of[threading.get_ident()], launches[threading.get_ident()] = pages.cache, 0
+        out, lse = cpattn.cp_attention(
+            q, k, v, meta, group=group, kv_cache=pages.cache, strategy="all_gather", backend=noting,
+            return_lse=True, overlap=2, **case.options,
+        )  # type: ignore[call-overload]  # fmt: skip
+        pages.check_written()
+        assert launches[threading.get_ident()] == (case.kv_heads if meta.num_tokens else 0)
+        # Of each group of heads.
+        assert {sum(rows.take_read()) for rows in made} <= {plan.num_tokens - meta.num_tokens}
+        assert (out[meta.num_tokens :] == 0).all()
+        return out[: meta.num_tokens], lse[: meta.num_tokens]
+
+    plans = {cp_size: case.plan(cp_size, **options) for cp_size in (1, 2, 3)}
+    for cp_size, most in ((1, 1.0), (2, 1.0), (3, 0.0), (3, 1.0)):
+        monkeypatch.setattr(needed_keys, "MOST_NEEDED", most)
+        plan = plans[cp_size]
+        plan.memo.clear()
+        expected = run_loopback(partial(in_pages, plan), cp_size)
+        for rank, (out, lse) in enumerate(run_loopback(partial(attend, plan), cp_size)):
+            meta = plan.metadata(rank)
+            index = meta.token_index[: meta.num_tokens].long()
+            assert torch.equal(out, expected[rank][0][index])
+            assert torch.equal(lse, expected[rank][1][index])
+    case.check(expected, plan, "all_gather", "reference")
 
 
 def test_a_rank_that_needs_nothing_attends_while_others_have_not_come() -> None:

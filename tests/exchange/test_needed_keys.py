@@ -159,8 +159,11 @@ def test_what_travels_is_explained() -> None:
     assert ", at most 14.0 KiB of 126.0 KiB before the attention, and at most " in explained(mixed, cache=cache)
     assert explained(cpattn.plan([(0, 8)] * 4, 4, partition="whole"), cache=cache) == (
         "none travel before the attention, and all of them, 6.0 KiB, beside it or after it, as every rank's pages hold all: each rank "
-        "holds all that its queries see"
+        "holds all that its queries see; attended to as they lie, and written to the pages after that"
     )
+    assert explained(long, cache=cache).endswith("which is above 67%; attended to in order, and written to the pages after that")
+    # Cached keys lie in pages alone.
+    assert explained(cpattn.plan([(3, 64), (0, 1)], 4), cache=cache).endswith("which is above 67%")
 
 
 def test_a_rank_is_taken_to_hold_what_its_queries_see() -> None:

@@ -122,6 +122,17 @@ def test_caches(backend: str, page_size: int, strategy: str, cache: str) -> None
         case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy != "all_gather")
 
 
+@pytest.mark.parametrize("partition", ["zigzag", "whole"])
+@pytest.mark.parametrize("backend", ["flash_attn4", "flash_attn3", "torch_flash", "triton"])
+def test_first_chunks_over_pages(backend: str, partition: str) -> None:
+    """So long that they are put in order where that is faster, and on one rank as they lie."""
+    sizes = {"heads": 16, "kv_heads": 1, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda", "page_size": 64}
+    case = AttentionCase([(0, 3000), (0, 1), (40, 0), (0, 77)], cache="paged", **sizes)  # type: ignore[arg-type]
+    serving(backend, case, "all_gather")
+    for cp_size in (1, 2):
+        case.check_loopback(case.plan(cp_size, partition=partition, pad_to=8), "all_gather", backend)
+
+
 @pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "paged"), ("pass_q", "sharded"), ("pass_q", "striped"), ("ring", "packed")])
 def test_latent_attention(strategy: str, cache: str) -> None:
     """One KV head of 576, of which the first 512 columns are V."""

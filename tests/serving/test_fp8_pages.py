@@ -25,6 +25,7 @@ from cpattn.testing import run_loopback
 E4M3, E5M2, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
 # Prefill from nothing, a prefix-cache hit with a remainder, idle, decode, idle from nothing, a hit at a page's end.
 MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
+FIRST = [(0, 21), (0, 18), (30, 0), (0, 1), (0, 0), (0, 9)]
 EXCHANGES = [
     ("all_gather", "paged"),
     ("ring", "paged"),
@@ -118,10 +119,13 @@ def test_what_is_needed_comes_first(scales: str, window: int | None) -> None:
     check_on_ranks(case, plan, "all_gather", "reference")
 
 
+@pytest.mark.parametrize(
+    ("batch", "partition"), [(MIXED, "zigzag"), (FIRST, "zigzag"), (FIRST, "uncut")], ids=["mixed", "first chunks", "whole first chunks"]
+)
 @pytest.mark.parametrize("scales", ["one", "head", "token"])
-def test_a_packed_copy_has_the_bits_of_the_pages(scales: str) -> None:
-    """Whatever a backend reads, keys are the same numbers in q's dtype."""
-    case = StoredCase(MIXED, cache="paged", page_size=3, scales=scales, dtype=BF16)
+def test_a_packed_copy_has_the_bits_of_the_pages(scales: str, batch: list[tuple[int, int]], partition: str) -> None:
+    """Whatever a backend reads, keys are the same numbers in q's dtype; also where they are attended to before they are in the pages."""
+    case = StoredCase(batch, cache="paged", page_size=3, scales=scales, dtype=BF16, overlap=2)
     reference = cpattn.BACKENDS["reference"]
     seen = []
 
@@ -130,7 +134,7 @@ def test_a_packed_copy_has_the_bits_of_the_pages(scales: str) -> None:
         return reference.attend(q, keys, spans, options, out_dtype)
 
     copied = replace(reference, name="copied", attend=spy, reads_stored=lambda problem: False)
-    plan = case.plan(2)
+    plan = case.plan(2, partition=partition)
     outputs = [
         run_loopback(partial(lambda backend, c: case.on_rank(plan, c.rank, c, "all_gather", backend), backend), 2)
         for backend in (reference, copied)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cpattn.costs.steps.pieces import copy_pages, outputs
+from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.steps.pieces import copy_pages, copy_stored, outputs
 from cpattn.costs.steps.tally import Choice, Most, Tally
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.schedule import Hop
@@ -21,19 +22,22 @@ def all_gather(choice: Choice) -> Tally:
     comes_late = keys_come_late(choice, traveling)
     if problem.cache == "paged" and comes_late:
         return _late_into_pages(tally, hop)
-    over_pages = problem.cache == "paged"
+    is_paged = problem.cache == "paged"
+    over_pages = attends_over_pages(problem, plan, choice.machine, choice.kernel, choice.backend)
     for group in range(groups):
         if problem.cache == "packed":
             tally.move_rows(_copied_prefix(choice), groups)
         if over_pages:
             _collect_into_pages(tally, traveling)
             copy_pages(tally, Most.of(plan).both // groups)
+        elif is_paged:
+            _collect_into_pages(tally, traveling)
+            _put_in_order_before(tally, traveling)
         else:
             _collect(tally, traveling, comes_late=comes_late)
         (seconds,) = tally.attend(hop, groups=groups, over_pages=over_pages)
-        rows = (
-            traveling.needed if choice.transport == "peer_memory" and not over_pages else max(traveling.needed, int(traveling.sent.max()))
-        )
+        reads_needed = choice.transport == "peer_memory" and not is_paged
+        rows = traveling.needed if reads_needed else max(traveling.needed, int(traveling.sent.max()))
         received = rows * problem.key_bytes // groups
         # What follows another is hidden as far as the attention to that one goes; nobody waits for it to begin.
         tally.gather(received, seconds if group or comes_late else 0.0, comes_late=comes_late)
@@ -119,6 +123,15 @@ def _collect(tally: Tally, traveling: Traveling, *, comes_late: bool) -> None:
     if traveling.what == "needed":
         tally.move_rows(int(traveling.sent.max()), groups)
     tally.move_rows(new, groups)
+
+
+def _put_in_order_before(tally: Tally, traveling: Traveling) -> None:
+    """New keys that go into pages after the attention, in order for that; but not own rows that are all that a rank sees."""
+    choice, groups, most = tally.choice, tally.choice.problem.overlap, Most.of(tally.choice.plan)
+    if traveling.what != "nothing":
+        reads_all = traveling.what == "all" or choice.transport == "peer_memory"
+        tally.move_rows(choice.plan.num_tokens if reads_all else most.new, groups)
+    copy_stored(tally, most.new // groups)
 
 
 def _rest_into_pages(tally: Tally, traveling: Traveling, seconds: float) -> None:

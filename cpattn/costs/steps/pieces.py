@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpattn.costs.pages_after import reads_pages
 from cpattn.costs.steps.tally import Choice, Tally
 from cpattn.exchange.schedule import Hop
 
@@ -66,10 +67,14 @@ def write_own(tally: Tally) -> None:
 
 def copy_pages(tally: Tally, num_tokens: int) -> None:
     """Keys of so many tokens out of their pages, unless the kernel reads them as they are; and stored ones once more, into q's dtype."""
-    problem, kernel = tally.choice.problem, tally.choice.kernel
-    is_stored = problem.stored_dtype != problem.dtype
-    reads_stored = not is_stored or tally.choice.backend.reads_stored(problem)
-    if problem.expands or not (reads_stored and kernel.reads_pages(problem.page_size)):
-        tally.move(2 * num_tokens * problem.key_bytes)
-    if not reads_stored:
+    choice = tally.choice
+    if not reads_pages(choice.problem, choice.kernel, choice.backend):
+        tally.move(2 * num_tokens * choice.problem.key_bytes)
+    copy_stored(tally, num_tokens)
+
+
+def copy_stored(tally: Tally, num_tokens: int) -> None:
+    """Keys of so many tokens into q's dtype, where they are stored in another one that the kernel does not read."""
+    problem = tally.choice.problem
+    if problem.stored_dtype != problem.dtype and not tally.choice.backend.reads_stored(problem):
         tally.move(num_tokens * (problem.key_bytes + problem.copied_key_bytes))

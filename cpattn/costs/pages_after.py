@@ -1,0 +1,43 @@
+"""Whether an all-gather over pages that every rank holds whole has the attention see new keys in order, and writes them to pages after it:
+where that is faster than to attend to them there."""
+
+from __future__ import annotations
+
+from cpattn.attention.backend import Backend
+from cpattn.exchange.order_into_pages import are_first_chunks
+from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.machine import KernelCosts, Machine
+from cpattn.metadata.layout import Layout
+from cpattn.problem import Problem
+
+
+def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts | None, reads_pages: bool) -> bool:
+    """The same for a problem and a plan on every rank.
+
+    Args:
+        kernel: the backend's constants, or None where there are none; reads_pages: whether it attends to pages as they are.
+    """
+    if problem.cache != "paged" or plan.sharded or not are_first_chunks(problem, plan):
+        return False
+    if not reads_pages:
+        # A copy out of the pages takes no less than to put keys in order.
+        return True
+    if kernel is None or kernel.paged <= 1:
+        return False
+    if traveling_keys(problem, plan).what == "nothing":
+        # Own rows are attended to as they lie.
+        return True
+    pairs = max(plan.rank_pairs) if problem.window is None else min(max(plan.rank_pairs), problem.rows * problem.window)
+    spared = (kernel.paged - 1) * 2 * problem.q_heads * (problem.head_dim + problem.v_head_dim) * pairs / kernel.flops
+    return spared > machine.launch + 2 * plan.num_tokens * problem.key_bytes / machine.copy
+
+
+def attends_over_pages(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts, backend: Backend) -> bool:
+    """Whether an all-gather's launch is over what lies in pages, or was copied out of them."""
+    return problem.cache == "paged" and not pages_after(problem, plan, machine, kernel, reads_pages(problem, kernel, backend))
+
+
+def reads_pages(problem: Problem, kernel: KernelCosts, backend: Backend) -> bool:
+    """Whether a backend attends to the pages of a call as they are, by its constants, whatever is installed here."""
+    reads_stored = problem.stored_dtype == problem.dtype or backend.reads_stored(problem)
+    return not problem.expands and reads_stored and kernel.reads_pages(problem.page_size)
