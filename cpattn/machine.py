@@ -250,12 +250,13 @@ _NVLINK_4 = LinkCosts(
 # (late_keys.md, keys first). Flags and the launches around them are in the latency; of a hop they took 16 to 60 us (peers_2_gpus.csv and
 # peers_4_gpus.csv, short rings). The kernel that pulls a gather stands in the call's own stream, and hides nothing but late keys. The copy
 # engine of a shift has a stream of its own: 256 MiB beside 3.4 ms of attention made that 3% longer (measured).
-# Late keys: half of the pull was hidden, by batch between a quarter and all of it, and short calls took 10 to 18 us more (late_keys.md,
-# partitions_2_gpus.csv). From one rank: NVLink 4 carries 450 GB/s each way (data sheet). Between four H100 the keys of a single request
-# came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
+# Late keys: over half of the pull was hidden, by batch between a quarter and all of it, and short calls took 11 us more (late_keys.md,
+# partitions_2_gpus.csv, and peers_2_gpus.csv, where a graph has 32 layers). In a graph of four, ranks that begin up to 150 us apart make
+# each layer seem up to 30 us longer, of which these latencies have a part. From one rank: NVLink 4 carries 450 GB/s each way (data sheet).
+# Between four H100 the keys of a single request came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
 _NVLINK_4_PEERS = LinkCosts(
-    22 * US, 330 * GB, 330 * GB, 0.0, 0.86, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2, hides_late=0.5,
-    from_one=450 * GB, shift_latency=40 * US, late_latency=12 * US,
+    18 * US, 330 * GB, 330 * GB, 0.0, 0.86, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2, hides_late=0.55,
+    from_one=450 * GB, shift_latency=38 * US, late_latency=4 * US,
 )  # fmt: skip
 # Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
 # them, which is more than NVLink carries above, and a message from one rank to the next one.

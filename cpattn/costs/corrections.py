@@ -6,9 +6,9 @@ Each correction names what was measured. Sizes that do not fit, and what the mod
 
 from __future__ import annotations
 
-# The host's time is known within a factor of two, and estimates have the lesser end of it: between H100 a call of flash_attn4 took the host
-# 649 to 854 us (peers_2_gpus.md, scaling_4_gpus_all.csv), where 430 are estimated, and one of triton 320 to 390, where 190 are. So a
-# prompt of 8k over two ranks took flash_attn4 1.22 times as long as triton eagerly, and 0.96 times as a graph.
+# The host's time is known within a factor of two, and estimates have the lesser end of it. Between H100 a call of flash_attn4 took the host
+# 649 to 854 us in runs of four layers (scaling_4_gpus_all.csv), and between H200 385 to 564 in runs of up to 32 (peers_2_gpus.csv), where
+# 430 are estimated; one of triton took 320 to 390 and 135 to 291, where 150 to 190 are.
 HOST = 2.0
 # An eager ring is slower than its graph also where the device takes longer than the host: with triton by 3 to 7% over two H100 and by 9 to
 # 15% over four, from 8 x (8k + 2k) on, and an all-gather by 1 to 3% (peers_2_gpus.csv, peers_4_gpus.csv).

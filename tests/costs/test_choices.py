@@ -48,8 +48,8 @@ EXCUSED = {
     # A few us, of graphs whose 20th and 80th percentiles overlap.
     ("transports_2_gpus", "1 x 1k", "graph"): 0.15,
     ("peers_4_gpus", "1 x 1k", "graph"): 0.06,
-    # The kernels are estimated to be 0.1% apart.
-    ("peers_2_gpus", "1 x 2k", "graph"): 0.13,
+    # In graphs of 4 layers; in those of 32 it is the other way (peers_2_gpus.csv).
+    ("late_keys, 2", "1 x 1k", "graph"): 0.16,
     # The two are estimated to be 1% apart, and were 3%; with late keys neither is taken.
     ("peers_4_gpus", "8 x (8k + 2k)", "graph"): 0.04,
 }
@@ -178,7 +178,7 @@ def test_small_eager_batches_take_the_least_host_time_and_graphs_the_fastest_on_
             taken[batch, fixed] = next(one.way.backend.name for one in compared if one.way.backend.name != "flash_attn3")
     eager, graph = ([taken[batch, fixed] for batch in ("1 x 1k", "1 x 8k", "1 x 32k")] for fixed in (False, True))
     assert eager == ["triton", "triton", "flash_attn4"]
-    assert graph == ["flash_attn4", "triton", "flash_attn4"]
+    assert graph == ["triton", "triton", "flash_attn4"]
 
 
 @pytest.mark.usefixtures("on_hopper")
