@@ -8,9 +8,9 @@ import numpy.typing as npt
 from cpattn.costs.hop_spans import RankSpans
 from cpattn.costs.tile_costs import FloatArray, TileCosts
 from cpattn.device_tables import IntArray, exclusive_cumsum
-from cpattn.kernels.rounds import MOST_ROUNDS, makespan
 from cpattn.kernels.tiles import TilesOfSpans
 from cpattn.problem import Problem
+from cpattn.rounds import MOST_ROUNDS, makespan
 
 
 def until_last(

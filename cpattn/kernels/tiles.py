@@ -18,8 +18,8 @@ from torch import Tensor
 from cpattn.current import is_capturing
 from cpattn.device_tables import DeviceTables, IntArray, exclusive_cumsum
 from cpattn.errors import CPError
-from cpattn.kernels.rounds import makespan
 from cpattn.kernels.tile_shapes import TileShape
+from cpattn.rounds import makespan
 from cpattn.spans import HostSpans, Spans
 
 # Columns of a tile in the table that the kernel reads; see Tiles.

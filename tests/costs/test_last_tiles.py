@@ -15,8 +15,8 @@ from cpattn.costs.hop_spans import RankSpans, spans_of
 from cpattn.costs.last_tiles import until_last
 from cpattn.costs.launches import Launches
 from cpattn.costs.tile_costs import TileCosts
-from cpattn.kernels.rounds import MOST_ROUNDS
 from cpattn.machine import H100
+from cpattn.rounds import MOST_ROUNDS
 
 BATCHES = {
     "long prefix": [(34_563, 1_388)],

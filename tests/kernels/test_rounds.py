@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cpattn.kernels.rounds import MOST_ROUNDS, makespan
 from cpattn.kernels.tile_shapes import tile_shapes
 from cpattn.kernels.tiles import TilesOfSpans, choose
+from cpattn.rounds import MOST_ROUNDS, makespan
 from cpattn.spans import HostSpans
 
 
