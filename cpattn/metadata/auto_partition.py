@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import add
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from cpattn.machine import MACHINES, Machine, find_machine
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
 from cpattn.metadata.laid_out import LaidOut, Zigzag
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.layout_costs import attention_pairs, least_pairs, transfer_pairs
+from cpattn.metadata.layout_costs import Attention, Transfers, least_pairs
 from cpattn.metadata.pair_costs import PairCosts
 from cpattn.metadata.partition import REMAINDERS
 from cpattn.metadata.problem_checks import check_is_problem, check_problem
@@ -85,12 +86,20 @@ class AutoChoice(NamedTuple):
         """What a layer takes on the slowest rank by the fastest kernel, transfers included. Of what takes ``most`` or more it is enough
         to know that: what it sends need not be."""
         tokens = self._tokens(laid_out.most_tokens)
-        attention = attention_pairs(laid_out, self.problem, costs)
-        without = costs.fastest(attention) + tokens
-        if most is not None and without >= most:
-            return without
-        transfers = transfer_pairs(laid_out, self.problem, costs, attention)
-        return costs.fastest([sum(of_kernel) for of_kernel in zip(attention, transfers, strict=True)]) + tokens
+        attention = Attention(laid_out, self.problem, costs)
+        least = costs.fastest(attention.least) + tokens
+        if most is not None and least >= most:
+            return least
+        transfers = Transfers(laid_out, self.problem, costs)
+
+        def together(pairs: list[int]) -> int:
+            return costs.fastest(list(map(add, pairs, transfers.beside(pairs)))) + tokens
+
+        least = together(attention.least)
+        if most is not None and least >= most:
+            return least
+        until_last = attention.until_last()
+        return least if until_last == attention.least else together(until_last)
 
     def _floor(self, like: Layout, name: str, costs: PairCosts) -> int:
         """What a partition takes at least, of a layout of the same batch; worked out in little time."""

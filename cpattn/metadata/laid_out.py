@@ -62,7 +62,7 @@ class LaidOut:
         """Rows that each rank's queries have in view."""
         return View.of(self.plan)
 
-    @property
+    @cached_property
     def put(self) -> int:
         """Rows of the rank that puts the most of its own in order, where it reads all others as they lie."""
         return int(rows_put(self.plan).max())
@@ -121,7 +121,7 @@ class Zigzag(LaidOut):
         seen = np.where(back > 0, at_back + back, (at_front + front) * (front > 0))
         return View((self.plan.prefix_lens * (seen > 0)).sum(axis=1), seen.sum(axis=1))
 
-    @property
+    @cached_property
     def put(self) -> int:
         """All but those of requests of so few tokens that one rank has them."""
         tokens = self._halves[0].sum(axis=1)

@@ -9,109 +9,106 @@ from __future__ import annotations
 import numpy as np
 
 from cpattn.device_tables import IntArray
-from cpattn.metadata.laid_out import LaidOut, RankChunks
+from cpattn.metadata.laid_out import LaidOut
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import View
-from cpattn.metadata.pair_costs import FULL, Messages, PairCosts
+from cpattn.metadata.pair_costs import Messages, PairCosts
+from cpattn.metadata.tile_pairs import Launch, TilePairs
 from cpattn.problem import Problem
 
-
-def attention_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts) -> list[int]:
-    """Of each kernel, in its own pairs."""
-    length, before, _ = laid_out.chunks
-    if not len(length):
-        return [0] * len(costs.parts)
-    # Keys within the windows of a chunk's queries.
-    seen = before if problem.window is None else np.minimum(before, problem.window)
-    reading = (seen + length) * costs.read
-    loads, longest = _loads(laid_out.chunks, reading, costs, problem.window, 1)
-    slowest = np.maximum(loads, longest).min(axis=1)
-    # Tiles of half as many rows are for launches that wait for their longest tile, whichever heads share one.
-    waits = np.all(np.any(longest > loads, axis=2), axis=1)
-    if waits.any():
-        of_halves = np.maximum(*_loads(laid_out.chunks, reading, costs, problem.window, 2)).min(axis=1)
-        slowest = np.where(waits[:, None], np.minimum(slowest, of_halves), slowest)
-    if problem.expands:
-        # Whose queries see a latent expands it.
-        view = laid_out.view if problem.window is None else View.of(laid_out.plan, problem.window)
-        slowest = slowest + costs.expanded[:, 0] * (view.prefix + view.new)
-    of_kernels: list[int] = slowest.max(axis=1).tolist()
-    return of_kernels
+# Tiles of one head are looked at where others end later than they might by more than such a part.
+_MARGIN = 50
 
 
-def _loads(chunks: RankChunks, reading: IntArray, costs: PairCosts, window: int | None, halves: int) -> tuple[IntArray, IntArray]:
-    """``[kernels, packs, cp_size]`` what the tiles of each rank take together, and the longest of them, if they have 1/halves of the rows
-    of full ones."""
-    length, before, bounds = chunks
-    tile = costs.tiles[halves - 1]
-    full = (length - 1) // tile
-    # The first tiles see all keys before them, and each a tile more; from some on a window bounds what they see.
-    growing = full if window is None else np.clip((window + tile - before) // tile, 0, full)
-    keys = growing * (before + (growing + 1) * tile // 2) + full * costs.beside
-    seen = before + length
-    if window is not None:
-        keys += (full - growing) * (window + tile)
-        seen = np.minimum(seen, window + tile)
-    seen = seen + costs.beside
-    of_half_full = seen * costs.half_full // FULL
-    if halves > 1:
-        longest = of_half_full
-        pairs = halves * tile * (keys + seen) * costs.half_full // FULL
-    else:
-        is_half_full = 2 * (length - full * tile) <= tile
-        last = np.where(is_half_full, of_half_full, seen)
-        longest = np.where(is_half_full & (full == 0), last, seen)
-        pairs = tile * (keys + last)
-    ends = np.zeros((*pairs.shape[:-1], len(length) + 1), dtype=np.int64)
-    np.maximum(pairs, reading).cumsum(axis=-1, out=ends[..., 1:])
-    at_bounds = ends.take(bounds, axis=-1)
-    loads = at_bounds[..., 1:] - at_bounds[..., :-1]
-    begins, holds = bounds[:-1], bounds[1:] > bounds[:-1]
-    if holds.all():
-        return loads, np.maximum.reduceat(longest, begins, axis=-1) * costs.tile_key
-    most = np.zeros_like(loads)
-    most[..., holds] = np.maximum.reduceat(longest, begins[holds], axis=-1) * costs.tile_key
-    return loads, most
+class Attention:
+    """A layer's attention on the slowest rank; of each kernel, in its own pairs.
+
+    Attributes:
+        least: what it takes at least, if programs are done at the same time.
+    """
+
+    def __init__(self, laid_out: LaidOut, problem: Problem, costs: PairCosts) -> None:
+        self._laid_out, self._problem, self._costs = laid_out, problem, costs
+        self._launch = Launch.of(laid_out.chunks, problem.window, costs)
+        self._forms = [TilePairs(self._launch, costs.leading)]
+        (leading,) = self._forms
+        self._slowest = leading.least
+        # Tiles of half as many rows are for launches that wait for their longest tile.
+        if (leading.least > leading.loads).any():
+            halves = TilePairs(self._launch, costs.halves)
+            self._forms.append(halves)
+            self._slowest = np.minimum(leading.least, halves.least)
+        self.least = self._of_slowest(self._slowest)
+
+    def until_last(self) -> list[int]:
+        """The same until the last tile ends, of kernels whose programs take tiles in turn."""
+        slowest, unpacked = self._slowest.copy(), self._costs.unpacked
+        for kernel in self._costs.stays:
+            most = int(slowest[kernel].max(initial=0))
+            leading, *others = self._forms
+            found = leading.until_last(kernel, most)
+            if unpacked is not None and int(found.max(initial=0)) - most > most // _MARGIN:
+                others.append(TilePairs(self._launch, unpacked))
+            for form in others:
+                found = np.minimum(found, form.until_last(kernel, most, found))
+            slowest[kernel] = found
+        return self._of_slowest(slowest)
+
+    def _of_slowest(self, pairs: IntArray) -> list[int]:
+        if self._problem.expands:
+            # Whose queries see a latent expands it.
+            view = self._laid_out.view if self._problem.window is None else View.of(self._laid_out.plan, self._problem.window)
+            in_view = view.prefix + view.new
+            pairs = pairs + self._costs.expanded * in_view[in_view > 0]
+        of_kernels: list[int] = pairs.max(axis=1, initial=0).tolist()
+        return of_kernels
 
 
-def transfer_pairs(laid_out: LaidOut, problem: Problem, costs: PairCosts, attention: list[int]) -> list[int]:
-    """Of each kernel, in its own pairs, with an attention of so many: what of an all-gather's messages and copies that does not hide; or,
-    where prefixes would be copied, what a ring takes more. The same of every partition where all keys travel anyway."""
-    plan = laid_out.plan
-    if not is_counted(plan, problem, costs):
-        return [0] * len(costs.parts)
-    received, rows = laid_out.received(problem.window, costs.reads_peers), laid_out.rows
-    # They crowd while they read the largest request, and have drifted apart then.
-    crowd = received * int(plan.extend_lens.max(initial=0))
+class Transfers:
+    """An all-gather's messages and copies; or, where prefixes would be copied, what a ring takes more. The same of every partition where
+    all keys travel anyway."""
 
-    def of_kernel(messages: Messages, beside: int) -> int:
-        if not received and not plan.num_prefix_tokens:
+    def __init__(self, laid_out: LaidOut, problem: Problem, costs: PairCosts) -> None:
+        self._laid_out, self._costs, self._plan = laid_out, costs, laid_out.plan
+        self._is_counted = is_counted(self._plan, problem, costs)
+        self._received = laid_out.received(problem.window, costs.reads_peers) if self._is_counted else 0
+
+    def beside(self, attention: list[int]) -> list[int]:
+        """Of each kernel, in its own pairs, what does not hide behind an attention of so many."""
+        if not self._is_counted:
+            return [0] * len(self._costs.parts)
+        return list(map(self._of_kernel, self._costs.messages, attention))
+
+    def _of_kernel(self, messages: Messages, attention: int) -> int:
+        laid_out, received, rows = self._laid_out, self._received, self._laid_out.rows
+        if not received and not self._plan.num_prefix_tokens:
             # All is attended to where it lies.
             return 0
         if messages.in_place or not laid_out.view.prefix.any():
-            return gathered(messages, beside, 0)
+            return self._gathered(messages, attention, 0)
         # Hop by hop prefixes are not copied: they, a rank's own keys, and those of each other rank.
-        hops = plan.cp_size if received else 1
+        hops = self._plan.cp_size if received else 1
         by_hops = hops * (messages.hop + rows * messages.merged)
         if received:
-            by_hops += received * messages.shifted + (plan.cp_size - 1) * messages.shift
-        return min(gathered(messages, beside, int(laid_out.view.prefix.max())), by_hops)
+            by_hops += received * messages.shifted + (self._plan.cp_size - 1) * messages.shift
+        return min(self._gathered(messages, attention, int(laid_out.view.prefix.max())), by_hops)
 
-    def gathered(messages: Messages, beside: int, copied: int) -> int:
+    def _gathered(self, messages: Messages, attention: int, copied: int) -> int:
+        laid_out, received, plan = self._laid_out, self._received, self._plan
         if not received:
             beside_cached = laid_out.put if messages.in_place else int(laid_out.view.new.max())
             return (copied + beside_cached * bool(laid_out.view.prefix.any())) * messages.copied
         # Where others' rows come late a rank's own are put in order alone, or those that it cannot read as they lie; else they are packed,
         # and all of them put in order.
         if messages.comes_late:
-            copied += laid_out.put if messages.in_place else rows
+            copied += laid_out.put if messages.in_place else laid_out.rows
         else:
-            copied += rows + int(laid_out.view.new.max())
+            copied += laid_out.rows + int(laid_out.view.new.max())
+        # They crowd while they read the largest request, and have drifted apart then.
+        crowd = received * int(plan.extend_lens.max(initial=0))
         travels = received * messages.received + crowd * messages.crowded // plan.num_tokens
-        travels -= min(travels, beside) * messages.hidden // 100
+        travels -= min(travels, attention) * messages.hidden // 100
         return travels + copied * messages.copied + messages.message
-
-    return list(map(of_kernel, costs.messages, attention))
 
 
 def is_counted(plan: Layout, problem: Problem, costs: PairCosts) -> bool:

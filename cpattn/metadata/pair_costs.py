@@ -46,9 +46,24 @@ class Messages(NamedTuple):
     shift: int
 
 
+class Form(NamedTuple):
+    """How queries are cut into tiles.
+
+    Attributes:
+        tokens: of a full tile; of_full: of one with the most rows, which as many heads share.
+        each: how many groups of heads there are, each with a tile of its own.
+        is_half: whether it has half of the rows.
+    """
+
+    tokens: int
+    of_full: int
+    each: int
+    is_half: bool
+
+
 class PairCosts(NamedTuple):
     """By the kernels that may serve a call, each in query-key pairs of all heads as that kernel computes them. Arrays are
-    ``[kernels, 1, 1]``.
+    ``[kernels, 1]``.
 
     Attributes:
         messages: of each kernel.
@@ -58,7 +73,9 @@ class PairCosts(NamedTuple):
         expanded: of a latent that is expanded to keys and values.
         tile_key: of a key of the longest tile, while the rest of the machine waits for it; 0 where several programs share it.
         parts: of each kernel a pair in those of the first, in parts of 2**-20; overhead: of a launch, in pairs of the first.
-        packs: how many query heads may share a tile; tiles: of each ``[packs, 1]`` the queries of a full one, and of one of half the rows.
+        stays: the numbers of the kernels whose programs take tiles in turn; programs: how many there are.
+        leading: the form of tiles that is never more work than others, as all heads that can share one. halves: the same with half of the
+            rows; unpacked: a tile for each head, of which the last one may end earlier. None where that is the same.
         reads_peers: whether ranks read of each other's memory what they need.
         seconds: of a pair of the first kernel.
     """
@@ -71,8 +88,11 @@ class PairCosts(NamedTuple):
     tile_key: IntArray
     parts: tuple[int, ...]
     overhead: tuple[int, ...]
-    packs: tuple[int, ...]
-    tiles: tuple[IntArray, IntArray]
+    stays: tuple[int, ...]
+    programs: int
+    leading: Form
+    halves: Form
+    unpacked: Form | None
     reads_peers: bool
     seconds: float
 
@@ -92,13 +112,14 @@ class PairCosts(NamedTuple):
         pairs = [_seconds_of_pair(problem, kernel) for kernel in kernels]
 
         def column(values: list[int]) -> IntArray:
-            return np.array(values, dtype=np.int64)[:, None, None]
+            return np.array(values, dtype=np.int64)[:, None]
 
         def by_kernel(seconds: list[float]) -> list[int]:
             return [_at_least_1(of_kernel / pair) for of_kernel, pair in zip(seconds, pairs, strict=True)]
 
         operations = 0 if problem.latent_dim is None else _products_of_key(problem)
-        packs = (1,) if group == 1 or group > TILE_ROWS else (1, group)
+        pack = max(heads for heads in range(1, min(group, TILE_ROWS) + 1) if group % heads == 0)
+        each = problem.q_heads // pack
         tile_key = max(1, TILE_ROWS * machine.multiprocessors // problem.q_heads)
         return cls(
             messages=tuple(_messages(problem, machine, cp_size, *of) for of in zip(kernels, pairs, strict=True)),
@@ -109,8 +130,11 @@ class PairCosts(NamedTuple):
             tile_key=column([0 if kernel.splits else tile_key for kernel in kernels]),
             parts=tuple(round(_PARTS * pair / pairs[0]) for pair in pairs),
             overhead=tuple(round(kernel.overhead / pairs[0]) for kernel in kernels),
-            packs=packs,
-            tiles=(_tiles(packs, TILE_ROWS), _tiles(packs, TILE_ROWS // 2)),
+            stays=tuple(number for number, kernel in enumerate(kernels) if kernel.stays),
+            programs=machine.multiprocessors,
+            leading=Form(TILE_ROWS // pack, TILE_ROWS // pack, each, False),
+            halves=Form(max(1, TILE_ROWS // pack // 2), TILE_ROWS // pack, each, True),
+            unpacked=Form(TILE_ROWS, TILE_ROWS, problem.q_heads, False) if pack > 1 else None,
             reads_peers=peers is not None,
             seconds=pairs[0],
         )
@@ -147,10 +171,6 @@ def _messages(problem: Problem, machine: Machine, cp_size: int, kernel: KernelCo
         shifted=_at_least_1(problem.key_bytes * (1 - link.hides_shift) / link.shift / pair),
         shift=_at_least_1(link.latency_of_shift / pair),
     )
-
-
-def _tiles(packs: tuple[int, ...], rows: int) -> IntArray:
-    return np.array([[max(1, rows // pack)] for pack in packs])
 
 
 def _at_least_1(pairs: float) -> int:

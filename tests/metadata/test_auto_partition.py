@@ -21,7 +21,7 @@ from cpattn.machine import H100
 from cpattn.metadata import pair_costs
 from cpattn.metadata.auto_partition import CANDIDATES, USUAL
 from cpattn.metadata.laid_out import LaidOut, Zigzag
-from cpattn.metadata.layout_costs import attention_pairs, least_pairs, transfer_pairs
+from cpattn.metadata.layout_costs import Attention, Transfers, least_pairs
 from cpattn.metadata.pair_costs import PairCosts
 
 SHORT = [(0, 900)] * 40
@@ -34,7 +34,8 @@ LONG = [(0, 65536)]
         pytest.param(LONG, 8, "whole", id="one long"),
         pytest.param(SHORT, 8, "whole", id="many short"),
         pytest.param([*LONG, *SHORT], 4, "whole", id="one long beside short ones"),
-        pytest.param([(0, 1291), (2588, 2620), (0, 2898)], 2, "zigzag", id="no even division"),
+        pytest.param([(7092, 1276), (0, 772)], 2, "zigzag", id="a round of tiles less"),
+        pytest.param([(10523, 1792), (10385, 256)], 4, "zigzag", id="a round less of four"),
         pytest.param([(8192, 1)] * 64, 8, "whole", id="equal decodes"),
         pytest.param(SHORT, 1, "whole", id="one rank"),
         pytest.param([], 4, "whole", id="no requests"),
@@ -120,8 +121,8 @@ def test_no_partition_takes_less_than_its_floor(batch: Batch, cp_size: int, cach
     for name in (*CANDIDATES, "uncut"):
         plan = cpattn.plan(batch, cp_size, partition=name)
         laid_out = LaidOut(plan)
-        attention = attention_pairs(laid_out, problem, costs)
-        taken = np.add(attention, transfer_pairs(laid_out, problem, costs, attention))
+        attention = Attention(laid_out, problem, costs).least
+        taken = np.add(attention, Transfers(laid_out, problem, costs).beside(attention))
         # Whole may cut nothing.
         assert (taken >= least_pairs(plan, problem, costs, cuts=name == "zigzag")).all() or name == "whole"
 
