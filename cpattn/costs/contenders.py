@@ -45,18 +45,23 @@ def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
         return list(ways)
     floors = _Floors(call, ways)
     likely, most = floors.likely()
+    left = [number for number in range(len(ways)) if floors.least(number) <= most]
+    if left != [likely]:
+        most = min(most, floors.most_in_rounds(likely))
+        left = [number for number in left if floors.least(number) <= most]
+    if left == [likely]:
+        return [ways[likely]]
     # What takes longer to work out comes later.
-    heads = {number for number, way in enumerate(ways) if way.strategy is ULYSSES and floors.least(number) <= most}
-    heads = {number for number in heads if floors.closer(number) <= most}
-    most = min([most, *(floors.most(number) for number in heads)])
-    left = [number for number in range(len(ways)) if number == likely or floors.least(number) <= most]
-    gathers = {number for number in left if number == likely or (ways[number].strategy is ALL_GATHER and floors.closer(number) <= most)}
-    rings = {number for number in left if ways[number].strategy is RING and floors.with_copies(number) <= most}
-    rings = {number for number in rings if floors.by_hops(number) <= most}
+    at_once = [number for number in left if ways[number].strategy is not RING and floors.closer(number) <= most]
+    most = min([most, *(floors.most(number) for number in at_once if number != likely)])
+    at_once = [number for number in at_once if floors.closer(number) <= most]
+    rings = [number for number in left if ways[number].strategy is RING and floors.least(number) <= most]
+    rings = [number for number in rings if floors.with_copies(number) <= most]
+    rings = [number for number in rings if floors.by_hops(number) <= most]
     # A ring is compared with its all-gather.
     of_rings = {ways[number].backend.name for number in rings}
-    gathers |= {number for number, way in enumerate(ways) if way.strategy is ALL_GATHER and way.backend.name in of_rings}
-    return [ways[number] for number in sorted(gathers | heads | rings)]
+    gathers = {number for number, way in enumerate(ways) if way.strategy is ALL_GATHER and way.backend.name in of_rings}
+    return [ways[number] for number in sorted({*at_once, *rings, *gathers})]
 
 
 class _Floors:
@@ -69,6 +74,7 @@ class _Floors:
         names = list(call.kernels)
         self._numbers = [names.index(way.backend.name) for way in ways]
         self._least: dict[int, float] = {}
+        self._closer: dict[int, float] = {}
 
     def least(self, number: int) -> float:
         """A floor of one; worked out once."""
@@ -87,9 +93,16 @@ class _Floors:
         """What it takes at most, of one launch."""
         return self._of(number, self._bounds_of(number).at_most(self._numbers[number])) + _MARGIN
 
+    def most_in_rounds(self, number: int) -> float:
+        """The same, by when the last tiles end; what is the same without a look at them is left out."""
+        bounds, kernel = self._bounds_of(number), self._numbers[number]
+        return float("inf") if bounds.is_sharp(kernel) else self._of(number, bounds.at_most_in_rounds(kernel)) + _MARGIN
+
     def closer(self, number: int) -> float:
         """A floor of what has one launch, worked out from more."""
-        return self._of(number, self._bounds_of(number).at_least_by_tiles(self._numbers[number]))
+        if number not in self._closer:
+            self._closer[number] = self._of(number, self._bounds_of(number).at_least_by_tiles(self._numbers[number]))
+        return self._closer[number]
 
     def with_copies(self, number: int) -> float:
         """A floor of a ring, with what it does beside its launches."""

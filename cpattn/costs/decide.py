@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property
 
 from cpattn.attention.auto import able_backends
 from cpattn.attention.backend import Backend
@@ -16,7 +16,7 @@ from cpattn.costs.compare import Compared, compared
 from cpattn.costs.contenders import contenders
 from cpattn.costs.estimate import why_unknown
 from cpattn.costs.known_machine import knows_backends
-from cpattn.costs.ways import Call, Way
+from cpattn.costs.ways import Call, Making, Way
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.schedule import alignments
@@ -25,6 +25,7 @@ from cpattn.exchange.ulysses import ULYSSES
 from cpattn.machine import KernelCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
+from cpattn.spans import Alignment
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,19 +60,22 @@ class Setting:
     def decide(self, groups: Sequence[Sequence[Strategy]], backend: str | Backend | AttentionCallable) -> Decision:
         """Of the first of these groups of strategies that has a way. Raises UnknownNameError or UnsupportedError where none has."""
         refusal: UnsupportedError | None = None
+        able: dict[frozenset[Alignment], list[Backend]] = {}
         for strategies in groups:
             ways: list[Way] = []
+            makes: dict[str, Making] = {}
             for strategy in strategies:
+                make = makes[strategy.name] = Making(strategy, self.problem, self.plan)
                 # Its one launch is over whole requests, as of an all-gather; the rest of its schedule takes longer to work out.
-                launches = ALL_GATHER if strategy is ULYSSES else strategy
-                make = cache(partial(strategy.schedule, self.problem, self.plan))
-                schedule = make() if launches is strategy else launches.schedule(self.problem, self.plan)
+                launches = makes.get(ALL_GATHER.name, Making(ALL_GATHER, self.problem, self.plan)) if strategy is ULYSSES else make
+                needed = alignments(launches())
                 try:
-                    able = able_backends(backend, self.problem, alignments(schedule))
+                    if needed not in able:
+                        able[needed] = able_backends(backend, self.problem, needed)
                 except UnsupportedError as error:
                     refusal = error
                 else:
-                    ways += [Way(strategy, make, one) for one in able]
+                    ways += [Way(strategy, make, one) for one in able[needed]]
             if ways:
                 return self._fastest(ways)
         assert refusal is not None  # there is at least one strategy

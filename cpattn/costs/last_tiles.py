@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from cpattn.costs.hop_spans import RankSpans
 from cpattn.costs.tile_costs import FloatArray, TileCosts
-from cpattn.device_tables import IntArray, exclusive_cumsum
+from cpattn.device_tables import IntArray
 from cpattn.kernels.tiles import TilesOfSpans
 from cpattn.problem import Problem
 from cpattn.rounds import MOST_ROUNDS, makespan
@@ -29,26 +29,25 @@ def until_last(
     """
     found = np.zeros((len(costs.kernels), len(costs.forms), len(begins)))
     stays = [number for number, kernel in enumerate(costs.kernels) if kernel.stays]
-    alone = costs.rates(problem, groups, over_pages)[1][:, 0, 0]
     sees = spans.k_len > 0
     many = np.add.reduceat(-(-spans.q_len // costs.tokens) * sees, begins, axis=-1)
     heads = problem.q_heads // groups // costs.pack
-    rounds = -(-many * heads // costs.multiprocessors)
-    is_few = (rounds > 1) & (rounds <= MOST_ROUNDS)
+    items = many * heads
+    is_few = (items > costs.multiprocessors) & (items <= MOST_ROUNDS * costs.multiprocessors)
     if asked is not None:
         is_few &= asked[stays].any(axis=0)
-    place = np.zeros(len(spans.rank), dtype=np.int64)
-    place[begins[1:]] = 1
-    place = place.cumsum()
     for form in is_few.any(axis=-1).nonzero()[0] if stays else ():
-        taken = (is_few[form][place] & sees).nonzero()[0]
-        of_few = RankSpans._make([column[taken] for column in spans])
+        few, of_few = is_few[form], spans
+        if not (few.all() and sees.all()):
+            taken = (few.repeat(np.diff(begins, append=len(sees))) & sees).nonzero()[0]
+            of_few = RankSpans._make([column[taken] for column in spans])
         tiles = TilesOfSpans.of(of_few, int(costs.tokens[form, 0]), costs.block_n, problem.window)
-        ranks = is_few[form].nonzero()[0]
-        row = (is_few[form].cumsum() - 1)[place[taken]][tiles.span]
-        column = np.arange(len(row)) - exclusive_cumsum(many[form, ranks])[row]
-        work = np.zeros((len(ranks), int(many[form, ranks].max())), dtype=np.int64)
+        # A line of each rank, whose tiles follow each other.
+        of_rank = many[form, few][:, None]
+        is_tile = np.arange(of_rank.max()) < of_rank
         for kernel in stays:
-            work[row, column] = (tiles.blocks + costs.kernels[kernel].tile) * costs.last[kernel, form].take(tiles.tokens)
-            found[kernel, form, ranks] = makespan(work, int(heads[form, 0]), costs.multiprocessors) * alone[kernel]
+            work = np.zeros(is_tile.shape, dtype=np.int64)
+            work[is_tile] = (tiles.blocks + costs.kernels[kernel].tile) * costs.last[kernel, form].take(tiles.tokens)
+            alone = costs.rates(problem, groups, over_pages)[1][kernel, 0, 0]
+            found[kernel, form, few] = makespan(work, int(heads[form, 0]), costs.multiprocessors) * alone
     return found

@@ -41,7 +41,7 @@ class TileSums(NamedTuple):
         # The first tiles see a tile's keys more each, others all that there are.
         growing = np.minimum((k_len - diagonal + 1) // tokens_per_tile, full)
         all_blocks = -(-k_len // block_n)
-        blocks = _growing_blocks(diagonal - 1, growing, tokens_per_tile, block_n) + (full - growing) * all_blocks
+        blocks = growing_blocks(diagonal - 1, growing, tokens_per_tile, block_n) + (full - growing) * all_blocks
         longest = np.minimum(-(-(diagonal - 1 + full * tokens_per_tile) // block_n), all_blocks) * (full > 0)
         last_blocks = all_blocks
         if window is not None:
@@ -53,7 +53,7 @@ class TileSums(NamedTuple):
         return cls(full, blocks, longest, last_tokens, last_blocks)
 
 
-def _growing_blocks(before: IntArray, many: IntArray, tile: IntArray, block_n: int) -> IntArray:
+def growing_blocks(before: IntArray, many: IntArray, tile: IntArray, block_n: int) -> IntArray:
     """The sum of ``ceil((before + i * tile) / block_n)`` over i from 1 to ``many``."""
     first = -(-before // tile)
     parts = np.maximum(block_n // tile, 1)
@@ -70,7 +70,7 @@ def _growing_blocks(before: IntArray, many: IntArray, tile: IntArray, block_n: i
 def _steps(count: IntArray, parts: IntArray) -> IntArray:
     """The sum of ``ceil(j / parts)`` over j from 1 to ``count``."""
     blocks = count // parts
-    total: IntArray = (blocks + 1) * (count - parts * blocks) + parts * (blocks * (blocks + 1) // 2)
+    total: IntArray = (blocks + 1) * (2 * count - parts * blocks) // 2
     return total
 
 
@@ -80,4 +80,4 @@ def _blocks_behind(behind: IntArray, full: IntArray, tile: IntArray, block_n: in
     many = full - begin
     first = behind + begin * tile
     # A floor is the ceiling of what is a block less a token further back.
-    return _growing_blocks(first - tile - block_n + 1, many, tile, block_n)
+    return growing_blocks(first - tile - block_n + 1, many, tile, block_n)

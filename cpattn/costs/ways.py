@@ -19,6 +19,21 @@ from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
 
+class Making:
+    """A strategy's schedule, worked out once, when it is asked for."""
+
+    def __init__(self, strategy: Strategy, problem: Problem, plan: Layout) -> None:
+        self._of = strategy, problem, plan
+        self._made: Schedule | None = None
+
+    def __call__(self) -> Schedule:
+        """That schedule."""
+        if self._made is None:
+            strategy, problem, plan = self._of
+            self._made = strategy.schedule(problem, plan)
+        return self._made
+
+
 class Way(NamedTuple):
     """In which a call can be made.
 

@@ -32,6 +32,8 @@ def test_it_is_about_when_each_takes_the_next_one(programs: int, each: int) -> N
             found, exact = float(makespan(costs, each, programs)), greedy(costs.tolist(), each, programs)
             load, longest = costs.sum() * each / programs, costs.max(initial=0)
             assert max(load, longest) <= found * (1 + 1e-12)
+            # Programs are done within an item's time.
+            assert found <= (load + longest) * (1 + 1e-12)
             if most == 1 and tiles * each <= MOST_ROUNDS * programs:
                 assert found == exact == -(-tiles * each // programs)
             # In rounds each gets one, where in turn who is done early gets several.
