@@ -11,8 +11,11 @@ from functools import cached_property
 from math import inf
 from typing import Any
 
+import torch
+
 from cpattn.errors import OptionError, UnknownNameError, shown
 from cpattn.memo import Memo
+from cpattn.stored import ScaleKind, is_fp8
 
 TRANSPORTS = ("peer_memory", "collectives")
 # Of a machine: by the heads of a call and the backends compared, of which a model has few.
@@ -122,6 +125,8 @@ class KernelCosts:
         reads_in_place: whether that kernel reads prefixes where they lie, packed or in pages, and a rank's own rows, beside keys in order.
         stored: by how much it is slower over keys in another dtype than q's, where computing takes the time; None if it is given a copy
             of them in q's dtype.
+        fp8_of_heads, fp8_of_tokens: the same where that dtype is fp8, with scales of heads, and with one for each token and head; None
+            for ``stored``.
     """
 
     backend: str
@@ -138,13 +143,21 @@ class KernelCosts:
     waits_for_keys: bool = False
     reads_in_place: bool = False
     stored: float | None = None
+    fp8_of_heads: float | None = None
+    fp8_of_tokens: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str):
             raise OptionError(f"KernelCosts.backend={shown(self.backend)}; pass the name of one of cpattn.BACKENDS")
         _check(self, ("flops", "paged", "read"), ("overhead", "tile", "least_rows", "host"))
-        if self.stored is not None:
-            _check(self, ("stored",), ())
+        _check(self, tuple(name for name in ("stored", "fp8_of_heads", "fp8_of_tokens") if getattr(self, name) is not None), ())
+
+    def slower_over(self, dtype: torch.dtype, scales: ScaleKind | None) -> float:
+        """By how much it is slower over keys that are stored in that dtype, with such scales, than over those in q's; 1 over a copy."""
+        if self.stored is None:
+            return 1.0
+        of_fp8 = self.fp8_of_tokens if scales == "token" else self.fp8_of_heads
+        return of_fp8 if is_fp8(dtype) and of_fp8 is not None else self.stored
 
     def reads_pages(self, page_size: int | None) -> bool:
         """Whether there are pages, of a size that it reads as they are."""
@@ -267,11 +280,13 @@ _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 # Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention
 # alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv, and of flash_attn4 in
 # backends_gpu_fa4.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in prepared_calls_gpu.md.
-# Stored keys: 30k + 2k in fp8_striped_2_gpus.csv, with scales of heads; with those of tokens it is 1.7.
+# Stored keys: in fp8, 8 x (8k + 2k) and 1 x 32k in fp8_pages_gpu.csv, where the kernel took 1.36 and 1.38 of its time over bf16 with
+# scales of heads, which products in fp16 leave to the end, and 1.63 and 1.67 with those of tokens. In another half precision: stated, as
+# fp8 with scales of heads took while it was converted to q's dtype (30k + 2k in fp8_striped_2_gpus.csv).
 _H100_KERNELS = (
     KernelCosts(
         "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US, waits_for_keys=True,
-        reads_in_place=True, stored=1.5,
+        reads_in_place=True, stored=1.5, fp8_of_heads=1.37, fp8_of_tokens=1.65,
     ),
     KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 2.95e12, stays=False, splits=False, least_rows=128, host=280 * US),
     KernelCosts("flash_attn3", 702e12, 4 * US, 2, 1.14, (), 3.05e12, stays=False, splits=True, least_rows=128, host=70 * US),

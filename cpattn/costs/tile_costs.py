@@ -20,8 +20,9 @@ from cpattn.problem import Problem
 FloatArray = npt.NDArray[np.float64]
 # Of groups of heads and sizes of pages, of which a model has few.
 _MOST_REMEMBERED = 16
-# By how much a kernel for Hopper is faster than the plain one, which stored keys get that it cannot take (triton_releases.md).
-_AHEAD_OF_PLAIN = 4 / 3
+# By how much the kernel for Hopper is faster over stored keys than the plain one, which those get that it cannot take: prefills with scales
+# of heads took 1.57 times as long, and with those of tokens 1.59 and 1.62 (fp8_pages_gpu.csv).
+_AHEAD_OF_PLAIN = 1.58
 
 
 class TileForm(NamedTuple):
@@ -108,7 +109,7 @@ class TileCosts:
 
     def rates(self, problem: Problem, groups: int, over_pages: bool) -> tuple[FloatArray, FloatArray]:
         """Seconds of what is counted: of all tiles of all heads, which all multiprocessors share; and of one tile."""
-        key = groups, problem.page_size if over_pages else None, problem.stored_dtype
+        key = groups, problem.page_size if over_pages else None, problem.stored_dtype, problem.scales
         found = self._rates.get(key)
         if found is None:
             seconds = self.unit / self.flops * self._of_stored(problem)
@@ -130,9 +131,9 @@ class TileCosts:
         sizes = problem.head_dim, problem.v_head_dim, problem.dtype, self._capability
         # Where no kernel is for keys in q's dtype either, that is counted already.
         is_plain = has_specialized(*sizes, 0) and not has_specialized(*sizes, 0, problem.stored_dtype)
-        return _column(
-            [1.0 if kernel.stored is None else kernel.stored * (_AHEAD_OF_PLAIN if is_plain else 1.0) for kernel in self.kernels]
-        )
+        ahead = _AHEAD_OF_PLAIN if is_plain else 1.0
+        slower = [kernel.slower_over(problem.stored_dtype, problem.scales) for kernel in self.kernels]
+        return _column([one if kernel.stored is None else one * ahead for kernel, one in zip(self.kernels, slower, strict=True)])
 
 
 def _row_costs(rows: IntArray, forms: list[TileForm]) -> IntArray:

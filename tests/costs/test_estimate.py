@@ -217,6 +217,7 @@ def test_a_backend_that_is_no_backend() -> None:
         (H100, "multiprocessors", 0, "Machine.multiprocessors=0; it must be a finite number, more than 0"),
         (H100.kernels[0], "backend", 3, "KernelCosts.backend=3; pass the name of one of cpattn.BACKENDS"),
         (H100.kernels[0], "flops", float("nan"), "KernelCosts.flops=nan; it must be a finite number, more than 0"),
+        (H100.kernels[0], "fp8_of_tokens", 0, "KernelCosts.fp8_of_tokens=0; it must be a finite number, more than 0"),
         (H100.kernels[0], "overhead", -1e-6, "KernelCosts.overhead=-1e-06; it must be a finite number, at least 0"),
         (H100.collectives, "gather", "fast", "LinkCosts.gather='fast'; it must be a finite number, more than 0"),
         (H100.collectives, "hides_shift", 2, "LinkCosts.hides_shift=2; it is a part, of 1 at most"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from references.measured_tables import batch_of, number, table
 
 import cpattn
 
 E4M3 = torch.float8_e4m3fn
 
 
-def of_backend(backend: str, batch: list[tuple[int, int]], **changes: Any) -> cpattn.Estimate:
+def of_backend(backend: str, batch: Sequence[tuple[int, int]], **changes: Any) -> cpattn.Estimate:
     """A call on one GPU over pages of 64."""
     plan = cpattn.plan(batch, 1)
     sizes: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "cache": "paged", "page_size": 64}
@@ -23,12 +25,22 @@ def of_backend(backend: str, batch: list[tuple[int, int]], **changes: Any) -> cp
     )
 
 
-def test_decoding_takes_less_than_with_twice_the_bytes_and_prefill_more() -> None:
-    decode, prefill = [(8192, 1)] * 256, [(30720, 2048)]
-    half, fp8 = (of_backend("triton", decode, kv_dtype=dtype, scales=dtype and "head") for dtype in (None, E4M3))
-    assert fp8.graph / half.graph == pytest.approx(0.67, abs=0.04)
-    half, fp8 = (of_backend("triton", prefill, kv_dtype=dtype, scales=dtype and "token") for dtype in (None, E4M3))
-    assert fp8.compute / half.compute == pytest.approx(1.5, abs=0.05)
+@pytest.mark.parametrize("batch", ["decode 256 x (8k + 1)", "8 x (8k + 2k)", "1 x 32k"])
+@pytest.mark.parametrize("scales", ["head", "token"])
+def test_decoding_takes_less_than_with_twice_the_bytes_and_prefill_more(batch: str, scales: str) -> None:
+    """As measured over pages, by what a scale belongs to."""
+    measured = {row["call"]: number(row["p50"]) for row in table("fp8_pages_gpu") if row["batch"] == batch}
+    half, fp8 = (
+        of_backend("triton", batch_of(batch.removeprefix("decode ")), kv_dtype=dtype, scales=dtype and scales) for dtype in (None, E4M3)
+    )
+    expected = measured[f"attend, triton, fp8, scales of {scales}s"] / measured["attend, triton, bf16"]
+    assert fp8.compute / half.compute == pytest.approx(expected, rel=0.04)
+
+
+def test_keys_in_another_half_precision_are_converted_without_scales() -> None:
+    kernel = cpattn.MACHINES["h100-nvlink"].kernels[0]
+    plain, half = (of_backend("triton", [(0, 32768)], kv_dtype=dtype) for dtype in (None, torch.float16))
+    assert half.compute / plain.compute == pytest.approx(kernel.stored, rel=0.01)
 
 
 def test_a_copy_is_written_and_read_again() -> None:
@@ -41,8 +53,11 @@ def test_a_copy_is_written_and_read_again() -> None:
     assert fp8.moves - half.moves == pytest.approx(moved, rel=0.01)
 
 
-def test_what_the_kernel_for_hopper_cannot_take_costs_as_much_as_the_plain_one() -> None:
+@pytest.mark.parametrize("scales", ["head", "token"])
+def test_what_the_kernel_for_hopper_cannot_take_costs_as_much_as_the_plain_one(scales: str) -> None:
     """Rows of 72 bytes are no whole number of what it copies at a time."""
     batch, dims = [(0, 32768)], {"head_dim": 72, "v_head_dim": 72}
-    half, fp8 = (of_backend("triton", batch, **dims | {"kv_dtype": dtype, "scales": dtype and "head"}) for dtype in (None, E4M3))
-    assert fp8.compute / half.compute == pytest.approx(1.5 * 4 / 3, rel=0.02)
+    half, fp8 = (of_backend("triton", batch, **dims | {"kv_dtype": dtype, "scales": dtype and scales}) for dtype in (None, E4M3))
+    measured = {row["call"]: number(row["p50"]) for row in table("fp8_pages_gpu") if row["batch"] == "1 x 32k"}
+    expected = measured[f"attend, triton's plain kernel, fp8, scales of {scales}s"] / measured["attend, triton, bf16"]
+    assert fp8.compute / half.compute == pytest.approx(expected, rel=0.03)
