@@ -46,13 +46,16 @@ class Factors(NamedTuple):
 
 @gluon.jit
 def load_factors(scales, first_head, C: gl.constexpr):
-    """Those of an item, whose first query head this is."""
+    """Those of an item, whose first query head this is. What is not finite is NaN in all that they are for: scores with a scale that was
+    brought down to the largest number would give a result that looks right."""
     k = 1.0
     v = 1.0
     if C.HALF and C.SCALED:
         head = (first_head // C.GROUP).to(gl.int64)
         k = gl.load(scales.k.at + head * scales.k.stride_head)
         v = gl.load(scales.v.at + head * scales.v.stride_head)
+        k = gl.where(gl.abs(k) <= _MOST, k, float("nan"))
+        v = gl.where((k == k) & (gl.abs(v) <= _MOST), v, float("nan"))
     return Factors(k, v)
 
 

@@ -197,6 +197,36 @@ def test_scales_of_any_sign_and_size(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 @on_hopper
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "sinks": SINKS}], ids=["plain", "softcap and sinks"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_scales_that_are_not_finite_give_nan(dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all results of the heads that they are of, and nowhere else; also where what is merged into is finite."""
+    lens = [300, 40]
+    rows = make_case(lens, [100, 40], [0, 1], lens, "cuda")
+    q, k, v = make_qkv(rows, sum(lens), (8, 4), (128, 128), dtype, "cuda", 3, padding=0)
+    q[5:50] = 0
+    v[::2] = 0
+    stored, n = stored_keys(k, v, E4M3, "head"), rows.num_queries
+    want, want_lse = attend(monkeypatch, q, stored, rows, options)
+    for name in ("k_scale", "v_scale"):
+        for head, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+            scale = getattr(stored, name).clone()
+            scale[head] = bad
+            keys, heads = stored._replace(**{name: scale}), slice(2 * head, 2 * head + 2)
+            fine = [other for other in range(8) if other // 2 != head]
+            out, lse = attend(monkeypatch, q, keys, rows, options)
+            assert out[:n, heads].isnan().all()
+            assert torch.equal(out[:n, fine], want[:n, fine])
+            assert torch.equal(lse[:n, fine], want_lse[:n, fine])
+            # A scale of V has no part in a sum of weights.
+            assert lse[:n, heads].isnan().all() if name == "k_scale" else torch.equal(lse[:n], want_lse[:n])
+            acc, acc_lse = torch.randn(len(q), 8, 128, device="cuda"), torch.randn(len(q), 8, device="cuda")
+            attend(monkeypatch, q, keys, rows, options, into=(acc, acc_lse))
+            assert acc[:n, heads].isnan().all()
+            assert acc[:n, fine].isfinite().all()
+
+
+@on_hopper
 def test_queries_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one key the value is the result, to the bit, however large the score; and nothing overflows between keys of large scores."""
     n = 64
