@@ -35,8 +35,8 @@ from nano_vllm import SPLIT_FROM, running
 
 NEW_TOKENS = 32
 REPEATS, LONG_REPEATS, MIXES = (2, 2, 1) if ON_CPU else (9, 5, 3)
-# Of a GPU's memory, for the pages of one engine more.
-MEMORY = 0.25
+# Of a GPU's memory, for the weights and pages of each engine; what a prefill takes comes on top.
+MEMORY = 0.2
 PER_SECOND = 20.0
 ONE, TP, CP, SPLIT = "one GPU", "tp", "cp", "cp, all split"
 
@@ -234,14 +234,12 @@ def main() -> None:
     longest = max(arguments.lengths)
     requests = mixed_requests(arguments.mix, longest // 2, shape.vocab)
     most = longest + 256
-    options = {"max_model_len": most, "max_num_batched_tokens": most, "max_num_seqs": 64}
+    options = {"max_model_len": most, "max_num_batched_tokens": most, "max_num_seqs": 64, "gpu_memory_utilization": MEMORY}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
         write_model(Path(folder), shape, max_length=most)
         served: dict[str, Served] = {}
-        for number, kind in enumerate(arguments.engines, start=1):
-            # An engine counts what others have taken as its own.
-            of_kind = options | {"gpu_memory_utilization": MEMORY * number}
-            engine = engines.enter_context(EngineProcess(kind, arguments.ranks, Path(folder), of_kind))
+        for kind in arguments.engines:
+            engine = engines.enter_context(EngineProcess(kind, arguments.ranks, Path(folder), options))
             served[{"one": ONE, "tp": TP, "cp": CP}[kind]] = Served(engine, arguments.split_from, longest)
             if kind == "cp":
                 served[SPLIT] = Served(engine, 1, arguments.split_from - 1)
