@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +16,18 @@ from cpattn.cli.demo.setting import setting_for
 from cpattn.cli.main import main, parser
 
 
-def cpattn(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "cpattn", *arguments], capture_output=True, text=True, check=False)
-
-
-def test_demo_runs_and_is_exact(tmp_path: Path) -> None:
+def test_demo_runs_and_is_exact(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     batch = tmp_path / "batch.json"
     batch.write_text('[[0, 60], {"prefix_len": 33, "extend_len": 5, "note": "short"}, [4, 0]]')
-    done = cpattn("demo", "--batch", str(batch), "--cp", "3", "--heads", "4", "--head-dim", "32", "--dtype", "float32", "--seed", "3")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    check_demo(done.stdout, "3 processes over gloo on the CPU")
+    options = ["--cp", "3", "--heads", "4", "--head-dim", "32", "--dtype", "float32", "--seed", "3"]
+    assert main(["demo", "--batch", str(batch), *options]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    check_demo(out, "3 processes over gloo on the CPU")
     for text in ("rank", "query-key pairs", "all_gather", "ring", "relative RMSE", "bytes sent", "as exact as one device's"):
-        assert text in done.stdout
+        assert text in out
     # 22 rows a rank, 1 head of K and V, 32 wide, fp32, to 2 other ranks
-    assert f"{22 * 2 * 32 * 4 * 2:,}" in done.stdout
+    assert f"{22 * 2 * 32 * 4 * 2:,}" in out
 
 
 def test_the_demo_is_the_same_where_ranks_are_threads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

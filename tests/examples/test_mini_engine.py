@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from engine.scheduler import Scheduler, Step
 from engine.workload import Request, make_requests
+from programs.example_runs import alone
 
 import cpattn
 
-ROOT = Path(__file__).parents[2]
 VOCAB = 1000
 
 
@@ -121,15 +117,14 @@ def test_the_requests_are_awkward() -> None:
     assert requests == make_requests(seed=0, vocab_size=VOCAB, new_tokens=6)
 
 
-def test_every_token_equals_that_of_generate() -> None:
+def test_every_token_equals_that_of_generate(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    command = [sys.executable, "examples/mini_engine.py", "--cp", "2", "--new-tokens", "3", "--budget", "256"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("27 of 27 tokens equal those of generate") == 2
-    assert done.stdout.count("  401 of ") >= 2
-    assert done.stdout.count(", and 1 failed and planned again; ") == 2
-    assert " NO" not in done.stdout
+    assert alone("mini_engine", "--cp", "2", "--new-tokens", "3", "--budget", "256") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("27 of 27 tokens equal those of generate") == 2
+    assert printed.count("  401 of ") >= 2
+    assert printed.count(", and 1 failed and planned again; ") == 2
+    assert " NO" not in printed
 
 
 def test_tokens_and_logits_that_differ_are_reported(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from programs.example_runs import together
 
 
 def test_example_checks_itself() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/hugging_face.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("relative RMSE of the logits") == 2
+    for exited, printed in together("hugging_face", 2):
+        assert not exited
+        assert "relative RMSE of the logits" in printed
