@@ -104,10 +104,14 @@ def demo_help(packages: Path) -> str:
     return " ".join(done.stdout.split())
 
 
-def test_help_names_the_batch_that_runs(tmp_path: Path) -> None:
+def test_help_names_the_batch_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A wheel has no examples beside the package."""
     package = Path(cpattn.__file__).parent
-    assert "(default: examples/batches/mixed.json; on GPUs: 0+16k, 8k+4k, 4k+1 x 4, 0+7)" in demo_help(package.parent)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main(["demo", "--help"])
+    beside_examples = " ".join(capsys.readouterr().out.split())
+    assert "(default: examples/batches/mixed.json; on GPUs: 0+16k, 8k+4k, 4k+1 x 4, 0+7)" in beside_examples
     shutil.copytree(package, tmp_path / "cpattn", ignore=shutil.ignore_patterns("__pycache__"))
     text = demo_help(tmp_path)
     assert "mixed.json" not in text

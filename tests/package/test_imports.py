@@ -75,12 +75,31 @@ def imports() -> dict[str, set[str]]:
     return found
 
 
-def test_importing_cpattn_imports_nothing_optional() -> None:
-    # torch itself imports some of these on some machines, so only what cpattn adds counts.
+def test_importing_cpattn_imports_nothing_until_it_is_used() -> None:
+    """And then nothing optional."""
     program = f"""
-import sys, torch, torch.distributed.device_mesh, numpy, einops
-before = set(sys.modules)
+import sys
 import cpattn
+assert not {{"torch", "numpy", "einops"}} & set(sys.modules)
+assert not [name for name in sys.modules if name.startswith("cpattn.")]
+assert {{"plan", "testing"}} < set(dir(cpattn)) and "import_module" not in dir(cpattn)
+try:
+    cpattn.cp_atention
+except AttributeError as error:
+    assert (error.name, error.obj) == ("cp_atention", cpattn)  # from which Python knows what to suggest
+else:
+    raise AssertionError
+assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
+assert "torch" not in sys.modules
+# torch itself imports some of these on some machines, so only what cpattn adds counts.
+import torch, torch.distributed.device_mesh, numpy, einops
+before = set(sys.modules)
+# A module may be the first that is asked for: it asks for others in the same way.
+from cpattn import spans
+assert "cpattn.serving" not in sys.modules
+# What is a folder is there as an attribute, with the modules in it that public names come from.
+assert cpattn.metadata.plan.plan is cpattn.plan is sys.modules["cpattn.metadata.plan"].plan
+assert cpattn.attention.merge.merge_
 
 def absent(step, *names):
     found = [name for name in names if name in set(sys.modules) - before]
@@ -130,31 +149,6 @@ def test_the_oracle_is_not_imported_by_what_it_judges() -> None:
     for file in PACKAGE.rglob("*.py"):
         if "testing" not in file.parts and "cli" not in file.parts:
             assert not re.search(r"^\s*(from|import) cpattn\.testing", file.read_text(), re.MULTILINE), file
-
-
-def test_importing_cpattn_imports_nothing_until_it_is_used() -> None:
-    program = """
-import sys
-import cpattn
-assert not {"torch", "numpy", "einops"} & set(sys.modules)
-assert not [name for name in sys.modules if name.startswith("cpattn.")]
-assert {"plan", "testing"} < set(dir(cpattn)) and "import_module" not in dir(cpattn)
-try:
-    cpattn.cp_atention
-except AttributeError as error:
-    assert (error.name, error.obj) == ("cp_atention", cpattn)  # from which Python knows what to suggest
-else:
-    raise AssertionError
-assert cpattn.__version__ and issubclass(cpattn.PlanError, cpattn.CPError)
-assert "torch" not in sys.modules
-# A module may be the first that is asked for: it asks for others in the same way.
-from cpattn import spans
-assert "cpattn.serving" not in sys.modules
-# What is a folder is there as an attribute, with the modules in it that public names come from.
-assert cpattn.metadata.plan.plan is cpattn.plan is sys.modules["cpattn.metadata.plan"].plan
-assert cpattn.attention.merge.merge_
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_public_names_are_where_type_checkers_are_told() -> None:
