@@ -26,8 +26,8 @@ def makespan(costs: npt.NDArray[np.int64], each: int, programs: int) -> npt.NDAr
     >>> float(makespan(np.array([5, 4, 3, 3, 3]), each=1, programs=2))  # 5 + 3, and 4 + 3 + 3
     10.0
     """
-    # Items of a tile are alike, and so are programs, of which as many do the same as divide both.
-    alike = gcd(each, programs)
+    # Items of a tile are alike, and so are programs, of which as many do the same as divide both, and what is taken at once.
+    alike = gcd(each, programs, -(-programs // _PARTS))
     tiles, each, programs = costs.shape[-1], each // alike, programs // alike
     rounds = -(-tiles * each // programs)
     if not 1 < rounds <= MOST_ROUNDS:

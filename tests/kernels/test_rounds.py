@@ -47,6 +47,14 @@ def test_of_many_rows_at_once_it_is_that_of_each() -> None:
     assert [float(makespan(row, 4, 31)) for row in costs.reshape(-1, 40)] == found.ravel().tolist()
 
 
+@pytest.mark.parametrize("programs", [132, 148])
+@pytest.mark.parametrize("each", [3, 4, 6, 48])
+def test_items_that_are_alike_are_dealt_with_as_one(each: int, programs: int) -> None:
+    """To the bit, also where what is taken at once has no such divisor."""
+    costs = np.random.default_rng(each).integers(1, 1000, size=(20, 5 * programs // each))
+    assert np.array_equal(makespan(costs, each, programs), makespan(costs.repeat(each, axis=-1), 1, programs))
+
+
 @pytest.mark.parametrize(
     ("q_len", "k_len", "heads", "block_m"),
     [
