@@ -95,5 +95,5 @@ class Call:
         return self.beside[name]
 
 
-# A kernel that the host launches for nothing.
-_NO_TIME = replace(H100.kernels[0], host=0.0)
+# A kernel that the host launches for nothing, and that leaves place for kernels that carry messages beside it.
+_NO_TIME = replace(H100.kernels[0], host=0.0, stays=False)

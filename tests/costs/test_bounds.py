@@ -21,7 +21,7 @@ from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.ring import RING
 from cpattn.exchange.ulysses import ULYSSES
-from cpattn.machine import A100, H100, Machine
+from cpattn.machine import A100, H100, MACHINES, Machine
 
 RAGGED = [(0, 5000), (700, 1), (3, 130), (9000, 800), (64, 16), (0, 0), (300, 77), (12, 5), (4096, 2048), (0, 33)]
 BATCHES = {
@@ -92,6 +92,21 @@ def test_what_is_left_has_what_is_estimated_to_be_the_fastest(batch: str, case: 
     left, fastest = contenders(call, ways), compared(call, ways)[0]
     assert any(way is fastest.way for way in left)
     assert compared(call, left)[0] == fastest
+
+
+def test_a_ring_that_hides_its_messages_is_not_left_out() -> None:
+    """They are carried by kernels, beside which some backends leave place and others do not."""
+    machine = MACHINES["h100-infiniband"]
+    plan = cpattn.plan([(0, 20_970)], 2, partition="whole")
+    problem = cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 16, 128, 128)
+    call = Call(plan, problem, machine, "collectives", {kernel.backend: kernel for kernel in machine.kernels if not kernel.stays})
+    ways = [Way(one, partial(one.schedule, problem, plan), BACKENDS[name]) for one in (ALL_GATHER, RING) for name in call.kernels]
+    attention = Launches(plan, problem, machine, tuple(call.kernels.values()))
+    tallies = [call.tally(way, call.kernels[way.backend.name], attention) for way in ways]
+    seconds = [call.seconds(way, tally.seconds, tally.host) for way, tally in zip(ways, tallies, strict=True)]
+    fastest = ways[seconds.index(min(seconds))]
+    assert fastest.strategy is RING
+    assert compared(call, contenders(call, ways))[0].way is fastest
 
 
 def test_most_ways_are_left_out_without_an_estimate() -> None:
