@@ -51,7 +51,8 @@ class Attention:
                 others.append(TilePairs(self._launch, unpacked))
             for form in others:
                 found = np.minimum(found, form.until_last(kernel, most, found))
-            slowest[kernel] = found
+            # A tile of one head may be half full where one that heads share is not: it counts for its rounds alone.
+            slowest[kernel] = np.maximum(found, slowest[kernel])
         return self._of_slowest(slowest)
 
     def _of_slowest(self, pairs: IntArray) -> list[int]:

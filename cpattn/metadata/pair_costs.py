@@ -118,8 +118,12 @@ class PairCosts(NamedTuple):
             return [_at_least_1(of_kernel / pair) for of_kernel, pair in zip(seconds, pairs, strict=True)]
 
         operations = 0 if problem.latent_dim is None else _products_of_key(problem)
-        pack = max(heads for heads in range(1, min(group, TILE_ROWS) + 1) if group % heads == 0)
-        each = problem.q_heads // pack
+
+        def form(rows: int) -> Form:
+            pack = max(heads for heads in range(1, min(group, rows) + 1) if group % heads == 0)
+            return Form(rows // pack, TILE_ROWS // pack, problem.q_heads // pack, rows < TILE_ROWS)
+
+        leading = form(TILE_ROWS)
         tile_key = max(1, TILE_ROWS * machine.multiprocessors // problem.q_heads)
         return cls(
             messages=tuple(_messages(problem, machine, cp_size, *of) for of in zip(kernels, pairs, strict=True)),
@@ -132,9 +136,9 @@ class PairCosts(NamedTuple):
             overhead=tuple(round(kernel.overhead / pairs[0]) for kernel in kernels),
             stays=tuple(number for number, kernel in enumerate(kernels) if kernel.stays),
             programs=machine.multiprocessors,
-            leading=Form(TILE_ROWS // pack, TILE_ROWS // pack, each, False),
-            halves=Form(max(1, TILE_ROWS // pack // 2), TILE_ROWS // pack, each, True),
-            unpacked=Form(TILE_ROWS, TILE_ROWS, problem.q_heads, False) if pack > 1 else None,
+            leading=leading,
+            halves=form(TILE_ROWS // 2),
+            unpacked=Form(TILE_ROWS, TILE_ROWS, problem.q_heads, False) if leading.each < problem.q_heads else None,
             reads_peers=peers is not None,
             seconds=pairs[0],
         )

@@ -113,3 +113,12 @@ def test_a_window_bounds_what_tiles_see() -> None:
     costs = costs_with(50)
     exact = int(costs.tile_key[0, 0]) * one_by_one(tiles, form, 50)
     assert TilePairs(Launch.of(chunks, window, costs), form).until_last(0, 0)[0] == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("group", [1, 4, 40, 71, 128])
+def test_tiles_of_half_as_many_rows_are_no_less_work(group: int) -> None:
+    """Of more heads than those have rows, fewer share one."""
+    costs = PairCosts.of(replace(USUAL, q_heads=2 * group, kv_heads=2), H100, 2)
+    launch = Launch.of(LaidOut(cpattn.plan([(1000, 1000), (0, 1)], 2, partition="whole")).chunks, None, costs)
+    leading, halves = (TilePairs(launch, form) for form in (costs.leading, costs.halves))
+    assert np.all(halves.loads >= leading.loads)
