@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from cpattn.errors import OptionError, shown
+from cpattn.errors import OptionError, PlanError, shown
 from cpattn.machine import MACHINES, Machine, find_machine
 from cpattn.metadata.batch import MAX_TOKENS, is_integer
 from cpattn.metadata.laid_out import LaidOut, Zigzag
@@ -76,7 +76,11 @@ class AutoChoice(NamedTuple):
         for name in names[1:]:
             if self._floor(best, name, costs) >= least:
                 continue
-            plan = None if name == "zigzag" and has_closed_form else make(name)
+            try:
+                plan = None if name == "zigzag" and has_closed_form else make(name)
+            except PlanError:
+                # A request that is not cut may be more rows on a rank than ranks can have; the first one is even.
+                continue
             pairs = self.pairs(Zigzag(best) if plan is None else LaidOut(plan), costs, least)
             if pairs < least:
                 best, least = make(name) if plan is None else plan, pairs

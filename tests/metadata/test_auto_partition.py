@@ -220,3 +220,11 @@ def test_a_pool_takes_it_by_itself() -> None:
     assert pool.plan([(0, 20)], partition="contiguous").partition == "contiguous"
     with pytest.raises(cpattn.PlanError, match="machine= beside partition='zigzag'"):
         pool.plan([(0, 1)], partition="zigzag", machine="h100-nvlink")
+
+
+def test_what_would_have_too_many_rows_is_passed_over() -> None:
+    """Of a request that is not cut 256 ranks would have 8.5 million rows each."""
+    with pytest.raises(cpattn.PlanError):
+        cpattn.plan([(0, 8_500_000)], 256, partition="uncut")
+    problem = replace(USUAL, window=4096)
+    assert cpattn.plan([(0, 8_500_000)], 256, partition="auto", problem=problem, token_cost=0).partition in CANDIDATES
