@@ -19,12 +19,14 @@ def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: Kernel
     """
     if problem.cache != "paged" or plan.sharded or not are_first_chunks(problem, plan):
         return False
+    travels = traveling_keys(problem, plan).what
     if not reads_pages:
-        # A copy out of the pages takes no less than to put keys in order.
-        return True
+        # A copy of all out of the pages takes no less than to put keys in order. One of what a rank needs may take less: over the memory
+        # of peers all new keys would be put in order, and over collectives the rank that needs the most gains nothing.
+        return travels != "needed"
     if kernel is None or kernel.paged <= 1:
         return False
-    if traveling_keys(problem, plan).what == "nothing":
+    if travels == "nothing":
         # Own rows are attended to as they lie.
         return True
     pairs = max(plan.rank_pairs) if problem.window is None else min(max(plan.rank_pairs), problem.rows * problem.window)

@@ -50,6 +50,8 @@ def test_which_kernels_are_slower_over_pages() -> None:
         assert not after(LONG, cp_size, kernel=None)
         for kernel in ("flash_attn4", None):
             assert after([(0, 64)], cp_size, kernel=kernel, reads=False)
+    # Of what a rank needs alone, a copy is less than all new keys in order.
+    assert not after([(0, 8192)] * 8 + [(0, 12000)], 4, kernel=None, reads=False, partition="whole")
 
 
 @pytest.mark.parametrize("partition", ["zigzag", "whole"])
