@@ -208,6 +208,9 @@ class Machine:
     def __post_init__(self) -> None:
         positive = ("multiprocessors", "copy", "boost", "ranks_per_host")
         _check(self, positive, ("launch", "boost_seconds", "host_call", "host_launch"))
+        for name in ("multiprocessors", "ranks_per_host"):
+            if not isinstance(getattr(self, name), int):
+                raise OptionError(f"Machine.{name}={shown(getattr(self, name))}; it must be a whole number")
         if not self.kernels:
             raise OptionError(f"Machine.kernels={shown(self.kernels)}; pass a KernelCosts for each backend, one at least")
         names = [kernel.backend for kernel in self.kernels]

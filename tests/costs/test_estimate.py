@@ -215,6 +215,7 @@ def test_a_backend_that_is_no_backend() -> None:
         (H100, "kernels", (), r"Machine.kernels=\(\); pass a KernelCosts for each backend, one at least"),
         (H100, "kernels", H100.kernels[:1] * 2, "Machine.kernels are of 'triton', 'triton'; pass one of each backend"),
         (H100, "multiprocessors", 0, "Machine.multiprocessors=0; it must be a finite number, more than 0"),
+        (H100, "multiprocessors", 132.5, "Machine.multiprocessors=132.5; it must be a whole number"),
         (H100.kernels[0], "backend", 3, "KernelCosts.backend=3; pass the name of one of cpattn.BACKENDS"),
         (H100.kernels[0], "flops", float("nan"), "KernelCosts.flops=nan; it must be a finite number, more than 0"),
         (H100.kernels[0], "fp8_of_tokens", 0, "KernelCosts.fp8_of_tokens=0; it must be a finite number, more than 0"),
