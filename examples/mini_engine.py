@@ -2,7 +2,7 @@
 
 python examples/mini_engine.py [--cp 4] [--replicated | --sharded] [--model qwen3]
 
-It serves requests that arrive one after another with a transformers model of 10M random parameters in float32, its KV
+It serves requests that arrive one after another with a transformers model of 8M random parameters in float32, its KV
 cache in pages, and compares every generated token with the model's own single-process ``generate``, and its logits. The
 exit code is 1 if any differs. In one step a kernel raises on one rank; all ranks take that step back and plan again.
 Needs transformers (``pip install 'cpattn[transformers]'``); no GPU, and no download. Where there are several GPUs it takes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """About 10M parameters in float32, with 4 query heads to a KV head.
+    """About 8M parameters in float32, with 4 query heads to a KV head.
 
     The weights are larger than a trained model's first ones, so that an answer depends on all of the prompt.
     """
@@ -16,7 +16,7 @@ class ModelShape:
     vocab_size: int = 8192
     hidden_size: int = 256
     intermediate_size: int = 1536
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
     head_dim: int = 32
