@@ -91,6 +91,7 @@ class HopperConfig(AttentionConfig):
         OWN: the last ones may (:class:`cpattn.keys.OwnRows`).
         RAW: with STORED, of how many blocks shared memory holds the bytes.
         COPIED: with STORED, how many of these are copied at a time: 16, or 8 where rows begin at multiples of those alone.
+        CONSUMERS: warpgroups that multiply, 64 rows each.
     """
 
     STAGES: int
@@ -101,6 +102,7 @@ class HopperConfig(AttentionConfig):
     OWN: bool
     RAW: int
     COPIED: int
+    CONSUMERS: int
 
     @property
     def HALF(self) -> bool:
@@ -122,6 +124,8 @@ class HopperConfig(AttentionConfig):
         thread of each group of four warps; the first consumer's gets what is left."""
         if not self.STORED:
             return [232, 40]
+        if self.CONSUMERS == 1:
+            return [128]
         if self.DV_PADDED > 128:
             return [224, 56]
         # What converts to fp16 needs fewer, and consumers more, for a scale of each row.

@@ -62,7 +62,7 @@ def launch(
         C=HopperConfig(
             **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None,
             OWN=own is not None, RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
-            COPIED=min(alignment(k), alignment(v)) if is_stored else 0,
+            COPIED=min(alignment(k), alignment(v)) if is_stored else 0, CONSUMERS=work.shape.warpgroups,
         ),
         **arguments,
     )  # fmt: skip

@@ -113,9 +113,10 @@ def bring_queries(brought, item, sources, q, C: gl.constexpr):
     mbarrier.expect(q.full.index(0), BYTES)
     tma_load(sources.q, [item.q_begin, item.first_head, 0], q.full.index(0), q.smem.index(0))
     queries0 += 1
-    if item.q_count > TOKENS:
-        mbarrier.wait(q.empty.index(1), queries1 & 1 ^ 1)
-        mbarrier.expect(q.full.index(1), BYTES)
-        tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
-        queries1 += 1
+    if C.CONSUMERS == 2:  # noqa: SIM102, as this one is for the compiler
+        if item.q_count > TOKENS:
+            mbarrier.wait(q.empty.index(1), queries1 & 1 ^ 1)
+            mbarrier.expect(q.full.index(1), BYTES)
+            tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
+            queries1 += 1
     return Brought(brought.blocks, queries0, queries1, brought.edges, brought.all_here)

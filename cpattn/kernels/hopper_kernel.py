@@ -3,10 +3,10 @@ the warps.
 
 The arithmetic and its order are those of that kernel, and so are the bits of the result, but over fp8 without scales of tokens
 (:mod:`cpattn.kernels.hopper_half`); what differs is who waits for what. One warp brings queries and key blocks into shared memory;
-two warpgroups own 64 rows of the tile each, so that one's products run during the other's softmax. A program has a multiprocessor to
-itself. It computes one item after another, so that the next one's keys are on their way while a result is written. It draws them from
-a queue, so that all are busy to the end and items that share keys run side by side. In long launches it ends after a while and gives
-way.
+two warpgroups own 64 rows of the tile each, so that one's products run during the other's softmax; or there is one, for tiles of 64 rows
+(:func:`cpattn.kernels.tile_shapes.stored_shapes`). A program has a multiprocessor to itself. It computes one item after another, so that
+the next one's keys are on their way while a result is written. It draws them from a queue, so that all are busy to the end and items that
+share keys run side by side. In long launches it ends after a while and gives way.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -42,19 +42,19 @@ def _make_channels(DTYPE: gl.constexpr, C: gl.constexpr):
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TOKENS, HEADS, D_PADDED], DTYPE)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, D_PADDED], KEY_DTYPE)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, BLOCK_N, DV_PADDED], KEY_DTYPE)
-    q_smem = gl.allocate_shared_memory(DTYPE, [2, TOKENS, HEADS, D_PADDED], q_layout)
+    q_smem = gl.allocate_shared_memory(DTYPE, [C.CONSUMERS, TOKENS, HEADS, D_PADDED], q_layout)
     k_smem = gl.allocate_shared_memory(KEY_DTYPE, [STAGES, 1, BLOCK_N, D_PADDED], k_layout)
     v_smem = gl.allocate_shared_memory(KEY_DTYPE, [STAGES, 1, BLOCK_N, DV_PADDED], v_layout)
     items = allocate(gl.allocate_shared_memory(gl.int32, [ITEMS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])), ITEMS)
-    q = allocate(q_smem, 2)
+    q = allocate(q_smem, C.CONSUMERS)
     v_edge = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k = allocate(k_smem, STAGES)
     v = allocate(v_smem, STAGES)
     mbarrier.init(v_edge.index(0), count=1)
-    initialize(items, ITEMS, 2)
-    initialize(q, 2, 1)
-    initialize(k, STAGES, 2)
-    initialize(v, STAGES, 2)
+    initialize(items, ITEMS, C.CONSUMERS)
+    initialize(q, C.CONSUMERS, 1)
+    initialize(k, STAGES, C.CONSUMERS)
+    initialize(v, STAGES, C.CONSUMERS)
     fence_async_shared()
     return Channels(items, q, k, v, v_edge.index(0))
 
@@ -86,12 +86,23 @@ def hopper_attention_kernel(
     output = Output(out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, sinks)
     scoring = Scoring(tanh_scale, exponent_scale)
     scales = Scales(k_scales, v_scales)
-    gl.warp_specialize(
-        [
-            (consume, (queries, output, tiles, channels, scoring, scales, window, 0, C)),
-            (consume, (queries, output, tiles, channels, scoring, scales, window, 1, C)),
-            (produce, (sources, Queue(tiles, limits, counter), channels, window, C)),
-        ],
-        [4, C.PRODUCER_WARPS],
-        C.REGISTERS,
-    )
+    queue = Queue(tiles, limits, counter)
+    if C.CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (consume, (queries, output, tiles, channels, scoring, scales, window, 0, C)),
+                (produce, (sources, queue, channels, window, C)),
+            ],
+            [C.PRODUCER_WARPS],
+            C.REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (queries, output, tiles, channels, scoring, scales, window, 0, C)),
+                (consume, (queries, output, tiles, channels, scoring, scales, window, 1, C)),
+                (produce, (sources, queue, channels, window, C)),
+            ],
+            [4, C.PRODUCER_WARPS],
+            C.REGISTERS,
+        )

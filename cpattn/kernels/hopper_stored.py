@@ -217,8 +217,9 @@ def _start(i, block, item, pages, stored, C: gl.constexpr):
 
 @gluon.constexpr_function
 def _keys_of_a_part(C, dim):
-    """Of what is converted at a time: with fp8 32 numbers for a thread of eight warps, 64 for one of four; else half as many."""
-    return min(C.BLOCK_N, (8192 if C.FP8 else 4096) // dim)
+    """Of what is converted at a time: with fp8 32 numbers for a thread of eight warps, 64 for one of four; else half as many. Where there
+    are registers, all at once: the warps wait for each other after each part."""
+    return min(C.BLOCK_N, (16384 if C.CONSUMERS == 1 else 8192 if C.FP8 else 4096) // dim)
 
 
 @gluon.jit

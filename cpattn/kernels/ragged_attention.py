@@ -21,7 +21,7 @@ from cpattn.kernels.launch import Launcher, LaunchFunction, launch_nothing
 from cpattn.kernels.ragged_kernel import ragged_attention_kernel
 from cpattn.kernels.release import HOPPER_KERNEL, warn_if_slow
 from cpattn.kernels.stored_numbers import fp8_is_native, fp8_kind
-from cpattn.kernels.tile_shapes import TileShape, has_specialized, packs_for, padded_dims, tile_shapes, warn_of_tile_file
+from cpattn.kernels.tile_shapes import TileShape, has_specialized, packs_for, padded_dims, stored_shapes, tile_shapes, warn_of_tile_file
 from cpattn.kernels.tiles import Launch, launch_for
 from cpattn.keys import Keys
 from cpattn.options import AttentionOptions
@@ -144,7 +144,10 @@ def _prepare(
     is_aligned = min(alignment(k), alignment(v)) >= 8 if is_stored else fits_descriptor(k) and fits_descriptor(v)
     if shapes is None:
         specialized = specialized_kernel(q.device) is not None and (not is_stored or (is_aligned and _may_specialize(q, keys)))
-        shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
+        if is_stored and specialized:
+            shapes = stored_shapes(head_dim, v_head_dim, q.dtype, k.dtype, _are_of_tokens(keys))
+        else:
+            shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
     has_sources = keys.prefix is not None or keys.own is not None
     if has_sources:
         # The only kernel that has several.
@@ -229,8 +232,13 @@ def _config(q: Tensor, keys: Keys, options: AttentionOptions, into: bool, work: 
         "Q_SIGN": (options.scale > 0) - (options.scale < 0),
         "WINDOW": options.window is not None, "SOFTCAP": options.softcap is not None, "SINKS": options.sinks is not None, "INTO": into,
         "PAGE_SIZE": _page_size(keys), "STORED": keys.k.dtype != q.dtype, "FP8": fp8_kind(keys.k.dtype),
-        "SCALED": keys.k_scale is not None, "OF_TOKENS": keys.k_scale is not None and keys.k_scale.ndim > 1,
+        "SCALED": keys.k_scale is not None, "OF_TOKENS": _are_of_tokens(keys),
     }  # fmt: skip
+
+
+def _are_of_tokens(keys: Keys) -> bool:
+    """Whether there is a scale for each token."""
+    return keys.k_scale is not None and keys.k_scale.ndim > 1
 
 
 def _page_size(keys: Keys) -> int:

@@ -35,6 +35,8 @@ LENGTH_CLASSES = 16
 # a second warpgroup mostly fills the gaps of the first, so that half a tile costs 0.7 of a whole one.
 _BLOCK_OVERHEAD = 24
 _SPECIALIZED_BLOCK_OVERHEAD = 90
+# What the same costs tiles of one warpgroup, in what it costs them where a second one rests: over fp8 keys, on an H200.
+_ONE_WARPGROUP = 0.92
 # What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
 _TILE_OVERHEAD = 2
 
@@ -169,7 +171,8 @@ def in_runs(host: HostSpans, tiles: TilesOfSpans) -> tuple[Tiles, IntArray]:
 def block_costs(rows: IntArray, shape: TileShape) -> IntArray:
     """What a key block costs tiles that have so many rows, in rows."""
     if shape.specialized:
-        return -(-rows // WARPGROUP_ROWS) * WARPGROUP_ROWS + _SPECIALIZED_BLOCK_OVERHEAD
+        cost = -(-rows // WARPGROUP_ROWS) * WARPGROUP_ROWS + _SPECIALIZED_BLOCK_OVERHEAD
+        return cost if shape.warpgroups == 2 else (cost * _ONE_WARPGROUP).astype(np.int64)
     return np.full_like(rows, shape.block_m + _BLOCK_OVERHEAD)
 
 
@@ -182,13 +185,14 @@ def choose(
     mean load of a processor, or the longest tile. Large tiles use the tensor cores best. Small ones waste less on short query
     ranges, and spread few queries over more processors. Packing the heads of a group fills a tile where there are few tokens.
     What is about as good goes to what stands first.
-    (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where processors wait for others.)
+    (Smaller tiles of the kernel for Hopper are more work in any batch: they are looked at where processors wait for others, or where they
+    leave out a warpgroup.)
     """
     best: tuple[float, TileShape, int, TilesOfSpans] | None = None
     for pack in packs:
         is_shared = False
         for shape in shapes:
-            if shape.block_m < pack or (is_shared and shape.specialized):
+            if shape.block_m < pack or (is_shared and shape.specialized and shape.warpgroups == 2):
                 continue
             tiles = TilesOfSpans.of(host, shape.block_m // pack, shape.block_n, window)
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)

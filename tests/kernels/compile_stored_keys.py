@@ -47,21 +47,21 @@ def config(fp8: int, native: bool, of_tokens: bool, block_m: int) -> RaggedConfi
     )  # fmt: skip
 
 
-def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: int, copied: int = 16) -> str:
-    """The kernel for Hopper, as its wrapper has it for 32 heads, 8 of K and V."""
+def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: int, copied: int = 16, form: int = 0) -> str:
+    """The kernel for Hopper, as its wrapper has it for 32 heads, 8 of K and V, in one of its forms."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from cpattn.kernels.hopper_kernel import hopper_attention_kernel
-    from cpattn.kernels.tile_shapes import padded_dims, stored_blocks, tile_shapes
+    from cpattn.kernels.tile_shapes import padded_dims, stored_blocks, stored_shapes
 
-    shape, padded = tile_shapes(*dims, torch.bfloat16, (9, 0), specialized=True)[0], padded_dims(*dims)
     stored = {1: torch.float8_e4m3fn, 2: torch.float8_e5m2}[fp8]
+    shape, padded = stored_shapes(*dims, torch.bfloat16, stored, of_tokens)[form], padded_dims(*dims)
     constants = HopperConfig(
         NUM_HEADS=32, GROUP=4, PACK=4, D=dims[0], DV=dims[1], D_PADDED=padded.d, DV_PADDED=padded.dv, BLOCK_N=shape.block_n, Q_SIGN=1,
         WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=True, OF_TOKENS=of_tokens,
         STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, PREFIX=False, OWN=False, RAW=stored_blocks(*dims, stored),
-        COPIED=copied,
+        COPIED=copied, CONSUMERS=shape.warpgroups,
     )  # fmt: skip
     block = [16, 4, padded.d]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
@@ -83,7 +83,7 @@ def check_hopper(ptx: str, copied: int, products: str) -> None:
 
 
 if __name__ == "__main__":
-    check_hopper(compile_hopper(1, False, (64, 64), 64), 16, "f16")
+    check_hopper(compile_hopper(1, False, (64, 64), 64, form=1), 16, "f16")
     # Of a message with scales of tokens.
     check_hopper(compile_hopper(2, True, (192, 128), 0, copied=8), 8, "bf16")
     both = ("plain_k", "plain_v")

@@ -25,7 +25,7 @@ from cpattn.spans import Spans
 
 pytest.importorskip("triton")
 from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
-from cpattn.kernels.tile_shapes import has_specialized, stored_blocks
+from cpattn.kernels.tile_shapes import has_specialized, stored_blocks, stored_shapes
 from cpattn.moves import triton_moves
 
 on_hopper = pytest.mark.skipif(
@@ -175,6 +175,10 @@ def test_products_in_half_precision(
     out, lse = ragged_attention(apart, paged_keys, paged, opposite, torch.float32)
     assert torch.equal(out[:n], want[:n])
     assert torch.equal(lse[:n], want_lse[:n])
+    for shape in stored_shapes(*dims, dtype, stored, of_tokens=False):
+        out, lse = attend(monkeypatch, q, paged_keys, paged, options, out_dtype=torch.float32, shapes=(shape,))
+        assert torch.equal(out[:n], want[:n])
+        assert torch.equal(lse[:n], want_lse[:n])
     rounded, _ = ragged_attention(q, paged_keys, paged, given_options)
     assert torch.equal(rounded[:n], want[:n].to(dtype))
     acc, acc_lse = torch.zeros(len(q), 8, dims[1], device="cuda"), torch.full((len(q), 8), -torch.inf, device="cuda")
@@ -208,20 +212,22 @@ def test_scales_that_are_not_finite_give_nan(dtype: torch.dtype, options: dict[s
     v[::2] = 0
     stored, n = stored_keys(k, v, E4M3, "head"), rows.num_queries
     want, want_lse = attend(monkeypatch, q, stored, rows, options)
+    # What is prepared once is launched again.
+    given_options = options_of(options, q.device)
     for name in ("k_scale", "v_scale"):
         for head, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
             scale = getattr(stored, name).clone()
             scale[head] = bad
             keys, heads = stored._replace(**{name: scale}), slice(2 * head, 2 * head + 2)
             fine = [other for other in range(8) if other // 2 != head]
-            out, lse = attend(monkeypatch, q, keys, rows, options)
+            out, lse = ragged_attention(q, keys, rows, given_options)
             assert out[:n, heads].isnan().all()
             assert torch.equal(out[:n, fine], want[:n, fine])
             assert torch.equal(lse[:n, fine], want_lse[:n, fine])
             # A scale of V has no part in a sum of weights.
             assert lse[:n, heads].isnan().all() if name == "k_scale" else torch.equal(lse[:n], want_lse[:n])
             acc, acc_lse = torch.randn(len(q), 8, 128, device="cuda"), torch.randn(len(q), 8, device="cuda")
-            attend(monkeypatch, q, keys, rows, options, into=(acc, acc_lse))
+            ragged_attention(q, keys, rows, given_options, into=(acc, acc_lse))
             assert acc[:n, heads].isnan().all()
             assert acc[:n, fine].isfinite().all()
 

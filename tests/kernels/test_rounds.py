@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpattn.kernels.tile_shapes import tile_shapes
+from cpattn.kernels.tile_shapes import stored_shapes, tile_shapes
 from cpattn.kernels.tiles import TilesOfSpans, choose
 from cpattn.rounds import MOST_ROUNDS, makespan
 from cpattn.spans import HostSpans
@@ -76,6 +76,16 @@ def test_tiles_are_larger_where_small_ones_take_a_round_more(q_len: list[int], k
     if block_m == 64:
         assert len(tiles.q_begin) * heads // pack <= 132
     assert len(TilesOfSpans.of(spans, shape.block_m // pack, shape.block_n, None).span) == len(tiles.q_begin)
+
+
+def test_a_warpgroup_is_left_out_where_it_has_no_rows() -> None:
+    """Over fp8, in decoding; not where tiles of prompts are most of the work, which twice as many small ones would be."""
+    shapes = stored_shapes(128, 128, torch.bfloat16, torch.float8_e4m3fn, of_tokens=False)
+    for q_len, k_len, warpgroups in ([1] * 48, [4097] * 48, 1), ([2, 16, 5] * 9, [300, 8000, 2000] * 9, 1), ([2048], [2048], 2):
+        queries, ends = np.array(q_len), np.array(k_len)
+        spans = HostSpans(queries.cumsum() - queries, queries, 0 * ends, ends, ends - queries + 1, np.arange(len(queries)))
+        assert choose(spans, shapes, (1, 4), 32, None, 132)[0].warpgroups == warpgroups
+    assert stored_shapes(128, 128, torch.bfloat16, torch.float8_e4m3fn, of_tokens=True)[1].warpgroups == 2
 
 
 def test_the_plain_kernel_is_told_by_its_load() -> None:
