@@ -161,7 +161,8 @@ class KeyOrder(NamedTuple):
             ones among them, which then lie in its order.
         new_places ``[n]``: of each new token that has a place that place; None where new tokens alone have one, in turn.
         own_places ``[meta.num_tokens]``: of each of this rank's tokens its place, where ``new_are_own``; None where none has one.
-        prefix_places ``[plan.num_prefix_tokens]``: of each cached token its place; None where none has one.
+        prefix_rows, prefix_places ``[n]``: of each cached token that has a place its row in the cache, and that place; None where none has
+            one.
         kept ``[2 * num_requests]``: of those that are read where they lie; see :class:`cpattn.keys.PrefixKeys`. None where none is.
         own: of those that are read in own rows; see :class:`cpattn.keys.OwnRows`. None where none is, and none ever will be.
     """
@@ -171,6 +172,7 @@ class KeyOrder(NamedTuple):
     new_are_own: bool
     new_places: Tensor | None
     own_places: Tensor | None
+    prefix_rows: Tensor | None
     prefix_places: Tensor | None
     kept: Tensor | None
     own: Tensor | None
@@ -181,7 +183,7 @@ def key_order(meta: CPMetadata, ordered: Ordered) -> KeyOrder:
     if meta.bucket is None:
         return meta.derive_sent(Draft(("key order", ordered), lambda: _key_order(meta, ordered)))
     own = meta.derive_sent(own_places_draft(meta)) if ordered.leaves_own else None
-    return KeyOrder(meta.whole_rows, False, False, None, None, None, None, own)
+    return KeyOrder(meta.whole_rows, False, False, None, None, None, None, None, own)
 
 
 def key_order_drafts(meta: CPMetadata, ordered: Ordered) -> list[Draft[Any]]:
@@ -205,8 +207,8 @@ def _key_order(meta: CPMetadata, ordered: Ordered) -> Unsent[KeyOrder]:
     if num_put:
         runs["new"] = rows.new_starts, new
         # Those without a place, kept or not seen, come first in each request.
-        others = plan.prefix_lens - put
-        runs["prefix"] = np.stack([-others, begins], axis=1).ravel(), np.stack([others, put], axis=1).ravel()
+        runs["prefix rows"] = exclusive_cumsum(plan.prefix_lens) + plan.prefix_lens - put, put
+        runs["prefix"] = begins, put
     places = unsent_runs(runs, meta.device)
     in_place: dict[str, Table] = {}
     if kept.any():
@@ -217,7 +219,7 @@ def _key_order(meta: CPMetadata, ordered: Ordered) -> Unsent[KeyOrder]:
 
     def finish(sent: Mapping[str, Tensor]) -> KeyOrder:
         found = places.finish({name: sent[name] for name in places.tables})
-        by_kind = found.get("new"), found.get("own"), found.get("prefix")
+        by_kind = found.get("new"), found.get("own"), found.get("prefix rows"), found.get("prefix")
         return KeyOrder(num_put + num_new, are_own, all_own, *by_kind, sent.get("kept"), sent.get("places"))
 
     return Unsent({**places.tables, **in_place}, finish)

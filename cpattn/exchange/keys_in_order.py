@@ -50,10 +50,10 @@ class OrderedKeys(NamedTuple):
 
     def put_prefix(self, io: IO, heads: slice | None) -> None:
         """Cached keys of one group of heads, those that have a place."""
-        cache, places = io.cache, self.order.prefix_places
+        cache, rows, places = io.cache, self.order.prefix_rows, self.order.prefix_places
         assert isinstance(cache, PackedKV)
         assert places is not None  # or there is nothing to put
-        self.moves.pack(self.memory().whole, heads_of(cache.k, heads), heads_of(cache.v, heads), cache.k.shape[0], places)
+        self.moves.pack(self.memory().whole, heads_of(cache.k, heads), heads_of(cache.v, heads), places.shape[0], places, rows)
 
     def put_new(self, rows: Tensor, source: Tensor) -> None:
         """New keys, those that have a place: of each its row among these."""

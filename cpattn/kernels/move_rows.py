@@ -21,10 +21,10 @@ def pack_columns(to_R, from_R, is_row_R, is_token_R, DIM: tl.constexpr, DIM_PADD
 # Counts change from batch to batch, and must not compile anew.
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def pack_kernel(
-    message, k, v, slots, num_rows, num_tokens, message_stride_row, message_stride_head,
+    message, k, v, slots, rows, num_rows, num_tokens, message_stride_row, message_stride_head,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    SLOTS: tl.constexpr, HAS_V: tl.constexpr, COUNT_ON_DEVICE: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, HAS_V: tl.constexpr, COUNT_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_R (row, head) pairs, ``R``."""
     if COUNT_ON_DEVICE:
@@ -40,6 +40,8 @@ def pack_kernel(
         to_row_R = tl.load(slots + row_R, mask=is_row_R, other=-1).to(tl.int64)
         is_row_R = is_row_R & (to_row_R >= 0)
         is_token_R = is_row_R
+    if ROWS:
+        row_R = tl.load(rows + row_R, mask=is_row_R, other=0).to(tl.int64)
     to_R = message + (to_row_R * message_stride_row + head_R * message_stride_head)
     pack_columns(to_R, k + (row_R * k_stride_row + head_R * k_stride_head), is_row_R, is_token_R, D, D_PADDED)
     if HAS_V:

@@ -22,9 +22,18 @@ class Moves(Protocol):
     """:mod:`cpattn.moves.torch_moves` defines what each gives; :mod:`cpattn.moves.triton_moves` gives the same bits, in one launch
     each, in which each row is read once and written once. Neither waits for the device."""
 
-    def pack(self, message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
+    def pack(
+        self,
+        message: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        num_tokens: int | Tensor,
+        slots: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
         """Writes the first ``num_tokens`` rows of K and V into the message, and zeros after them. With ``slots`` row i
-        goes into row slots[i] of the message, where that is not negative, and nothing else is written.
+        goes into row slots[i] of the message, where that is not negative, and nothing else is written. With ``rows`` beside them that is
+        row rows[i] of K and V.
 
         Padding may hold NaN, and a kernel that loads whole tiles would multiply it by a weight of 0, which is NaN.
 
@@ -34,6 +43,7 @@ class Moves(Protocol):
                 V is a part of K; the message is then K's.
             num_tokens: or an int32 tensor of one element on the device, which a replayed CUDA graph reads anew.
             slots: int32 or int64 ``[>= num_tokens]``, those that are not negative all different.
+            rows: int32 or int64 ``[>= num_tokens]``; k and v then have as many rows as these say.
         """
         ...
 

@@ -15,24 +15,28 @@ _INDEXED = frozenset(
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
+def pack(
+    message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None, rows: Tensor | None = None
+) -> None:
     """See :meth:`cpattn.moves.moves.Moves.pack`."""
+    if rows is not None:
+        k, v = k[rows], None if v is None else v[rows]
     parts = [(message[..., : k.shape[2]], k)]
     if v is not None:
         parts.append((message[..., k.shape[2] :], v))
-    rows, is_token = num_tokens, None
+    count, is_token = num_tokens, None
     if isinstance(num_tokens, Tensor):
         # How many there are is known on the device alone: of all rows that may be tokens some are taken.
-        rows = min(len(message) if slots is None else len(slots), *[len(source) for _, source in parts])
-        is_token = torch.arange(rows, device=message.device) < num_tokens
+        count = min(len(message) if slots is None else len(slots), *[len(source) for _, source in parts])
+        is_token = torch.arange(count, device=message.device) < num_tokens
     if slots is not None:
-        slots = slots[:rows]
+        slots = slots[:count]
         is_row = slots >= 0 if is_token is None else (slots >= 0) & is_token
-        _put_rows([(part, source[:rows]) for part, source in parts], (slots.clamp(min=0),), is_row)
+        _put_rows([(part, source[:count]) for part, source in parts], (slots.clamp(min=0),), is_row)
         return
     for part, source in parts:
-        part[:rows] = source[:rows] if is_token is None else torch.where(is_token[:, None, None], source[:rows], 0)
-        part[rows:] = 0
+        part[:count] = source[:count] if is_token is None else torch.where(is_token[:, None, None], source[:count], 0)
+        part[count:] = 0
 
 
 def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:

@@ -26,33 +26,39 @@ _gather = Launcher(gather_kernel)
 _pages = Launcher(pages_kernel)
 
 
-def pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None) -> None:
+def pack(
+    message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None = None, rows: Tensor | None = None
+) -> None:
     """See :meth:`cpattn.moves.moves.Moves.pack`."""
     values = k if v is None else v
     key = (
         message.shape, message.stride(), message.dtype, k.shape, k.stride(), k.dtype,
         values.shape, values.stride(), values.dtype, v is None,
         num_tokens.dtype if isinstance(num_tokens, Tensor) else num_tokens, None if slots is None else (slots.shape, slots.dtype),
+        None if rows is None else rows.dtype,
     )  # fmt: skip
-    launch = _pack.prepared.get(key) or _pack.prepared.keep(key, _prepare_pack(message, k, v, num_tokens, slots))
-    launch(message, k, values, message if slots is None else slots, *((num_tokens,) if isinstance(num_tokens, Tensor) else ()))
+    launch = _pack.prepared.get(key) or _pack.prepared.keep(key, _prepare_pack(message, k, v, num_tokens, slots, rows))
+    counted = (num_tokens,) if isinstance(num_tokens, Tensor) else ()
+    launch(message, k, values, message if slots is None else slots, message if rows is None else rows, *counted)
 
 
-def _prepare_pack(message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None) -> LaunchFunction:
+def _prepare_pack(
+    message: Tensor, k: Tensor, v: Tensor | None, num_tokens: int | Tensor, slots: Tensor | None, rows: Tensor | None
+) -> LaunchFunction:
     heads = message.shape[1]
-    most = message.shape[0] if slots is None else min(slots.shape[0], k.shape[0])
-    rows = most if slots is None or isinstance(num_tokens, Tensor) else num_tokens
+    most = message.shape[0] if slots is None else slots.shape[0] if rows is not None else min(slots.shape[0], k.shape[0])
+    num_rows = most if slots is None or isinstance(num_tokens, Tensor) else num_tokens
     values = k if v is None else v
     d_padded, dv_padded = triton.next_power_of_2(k.shape[2]), triton.next_power_of_2(values.shape[2])
     block = max(1, _BYTES_PER_PROGRAM // (message.element_size() * max(d_padded, dv_padded)))
-    tensors = {"message": 0, "k": 1, "v": 2, "slots": 3}
+    tensors = {"message": 0, "k": 1, "v": 2, "slots": 3, "rows": 4}
     return _pack.prepare(
-        (triton.cdiv(rows * heads, block), 1), {}, tensors | ({"num_tokens": 4} if isinstance(num_tokens, Tensor) else {}),
-        message=message, k=k, v=values, slots=message if slots is None else slots,
-        num_rows=rows, num_tokens=num_tokens, message_stride_row=message.stride(0), message_stride_head=message.stride(1),
+        (triton.cdiv(num_rows * heads, block), 1), {}, tensors | ({"num_tokens": 5} if isinstance(num_tokens, Tensor) else {}),
+        message=message, k=k, v=values, slots=message if slots is None else slots, rows=message if rows is None else rows,
+        num_rows=num_rows, num_tokens=num_tokens, message_stride_row=message.stride(0), message_stride_head=message.stride(1),
         k_stride_row=k.stride(0), k_stride_head=k.stride(1), v_stride_row=values.stride(0), v_stride_head=values.stride(1),
         HEADS=heads, D=k.shape[2], DV=values.shape[2], D_PADDED=d_padded, DV_PADDED=dv_padded, BLOCK_R=block,
-        SLOTS=slots is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
+        SLOTS=slots is not None, ROWS=rows is not None, HAS_V=v is not None, COUNT_ON_DEVICE=isinstance(num_tokens, Tensor),
     )  # fmt: skip
 
 

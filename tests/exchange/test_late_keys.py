@@ -89,9 +89,10 @@ def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[n
     memory[to] = gathered[meta.cp_rank][rows]
     if order.prefix_places is not None:
         cached = np.concatenate([token(i, np.arange(prefix)) for i, (prefix, _) in enumerate(plan.batch)])
+        assert order.prefix_rows is not None
         places = order.prefix_places.numpy()
-        assert (memory[places[places >= 0]] == -1).all()
-        memory[places[places >= 0]] = cached[places >= 0]
+        assert (memory[places] == -1).all()
+        memory[places] = cached[order.prefix_rows.numpy()]
     return memory, is_late, gathered[meta.cp_rank]
 
 
@@ -225,10 +226,10 @@ def test_prefixes_in_place() -> None:
     assert RequestRows.of(meta, Ordered.NOT_IN_PLACE).k_starts.tolist() == [-256, 49, 49 - 256, 49]
     assert order.kept is not None
     assert order.kept.tolist() == [256, 0, 0, 300, 256, 300, 0, 556]
+    assert order.prefix_rows is not None
+    assert order.prefix_rows.tolist() == [*range(256, 300)]
     assert order.prefix_places is not None
-    rows = order.prefix_places.tolist()
-    assert rows[256:300] == [*range(44)]
-    assert all(row < 0 for row in [*rows[:256], *rows[300:]])
+    assert order.prefix_places.tolist() == [*range(44)]
     assert order.new_places is not None
     assert order.new_places.tolist() == [*range(44, 49)]
     assert order.own_places is not None

@@ -159,7 +159,7 @@ def test_rows_copied_are_those_of_requests_that_are_cut(partition: str, cp_size:
             assert exchanged.own == expected[rank]
             order = key_order(meta, Ordered.NOT_IN_PLACE)
             received = sum(exchanged.received)
-            cached = 0 if order.prefix_places is None else int((order.prefix_places >= 0).sum())
+            cached = 0 if order.prefix_places is None else len(order.prefix_places)
             assert order.rows == expected[rank] + received + cached
         if partition == "uncut" and not any(prefix for prefix, _ in batch):
             assert not any(expected)
@@ -171,9 +171,11 @@ def test_a_call_copies_no_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = case.plan(2, partition="whole")
     copied: list[int] = []
 
-    def pack(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None) -> None:
+    def pack(message: Tensor, k: Tensor, v: Tensor, num_tokens: int, slots: Tensor | None = None, rows: Tensor | None = None) -> None:
         copied.append(num_tokens if slots is None else int((slots[:num_tokens] >= 0).sum()))
-        real_pack(message, k, v, num_tokens, slots)
+        # Of a cache, which may be long, no other rows are looked at.
+        assert k.shape[0] == plan.rows or copied[-1] == num_tokens
+        real_pack(message, k, v, num_tokens, slots, rows)
 
     def gather_rows(out: Tensor, source: Tensor, index: Tensor, slots: Tensor | None = None) -> None:
         copied.append(len(index))

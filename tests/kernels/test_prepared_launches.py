@@ -118,6 +118,7 @@ class Watch:
 MESSAGE, K, V = Random((8, 2, 24), (64, 32, 1)), Random((6, 2, 8), (40, 16, 1)), Random((6, 2, 16), (80, 32, 1))
 PACK: Arguments = {"message": MESSAGE, "k": K, "v": V, "num_tokens": 5, "slots": None}
 SLOTS = Given([3, 0, 7, -1, 5, 2])
+FEW_ROWS = Given([5, 1, 4, 2, 0, 3])
 # Of so many rows as the count on the device says.
 COUNTED: Arguments = {"num_tokens": Given([5]), "slots": SLOTS}
 K_9, V_9 = K._replace(shape=(9, 2, 8)), V._replace(shape=(9, 2, 16))
@@ -141,6 +142,9 @@ PACK_CASES: dict[str, Case] = {
     "slots": ({}, {"slots": SLOTS}),
     "number of slots": (COUNTED | {"k": K_9, "v": V_9}, {"slots": Given([3, 0, 7, -1, 5, 2, 1, 6]), "num_tokens": Given([8])}),
     "dtype of slots": ({"slots": SLOTS}, {"slots": SLOTS._replace(dtype=torch.int64)}),
+    "rows": ({"slots": SLOTS}, {"slots": SLOTS, "rows": FEW_ROWS}),
+    "dtype of rows": ({"slots": SLOTS, "rows": FEW_ROWS}, {"slots": SLOTS, "rows": FEW_ROWS._replace(dtype=torch.int64)}),
+    "some of the rows": ({"slots": SLOTS, "rows": FEW_ROWS}, {"slots": SLOTS, "rows": Given([8, 1, 6, 2, 5, 7]), "k": K_9, "v": V_9}),
 }
 
 
