@@ -69,6 +69,29 @@ def test_with_one_cached_token_queries_travel_as_well() -> None:
     assert said.endswith(": each holds a part of almost every request")
 
 
+@pytest.mark.parametrize(
+    ("cache", "window", "strategy"), [("striped", None, "pass_q_ring"), ("striped", 9, "pass_q"), ("ranked", 9, "pass_q")]
+)
+def test_all_that_travels_is_said(cache: str, window: int | None, strategy: str) -> None:
+    """Also where queries go around beside new keys, and where a window reaches few keys of others."""
+    case = AttentionCase([(0, 40), (30, 9)], cache=cache, window=window)
+    plan = case.plan(3)
+
+    def program(group: cpattn.Transport) -> tuple[int, str]:
+        case.on_rank(plan, group.rank, group, strategy, "reference")
+        meta, cache = plan.metadata(group.rank), case.pages(plan, group.rank).cache
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        return group.bytes_sent, cpattn.explain(q, k, v, meta, kv_cache=cache, strategy=strategy, window=window)["queries"]
+
+    problem = case.problem(plan)
+    queries, keys = (in_words(2 * plan.rows * each) for each in (problem.query_bytes, problem.key_bytes))
+    why = "each holds a part of almost every request" if window is None else "it is not worked out which of them see keys elsewhere"
+    said = f"a rank receives all of them, {queries}, beside all new keys and values, {keys}: {why}"
+    assert {text for _, text in run_loopback(program, 3)} == {said}
+    sent = bytes_sent(cpattn.STRATEGIES[strategy].schedule(problem, plan))
+    assert sent.tolist() == [2 * plan.rows * (problem.query_bytes + problem.key_bytes + problem.result_bytes)] * 3
+
+
 def test_a_bucket_takes_batches_with_a_prefix_after_one_without() -> None:
     bucket = cpattn.Bucket(3, 20, 6, 64)
     steps: list[Batch] = [[(0, 30)], [(30, 1), (0, 9)], [(0, 3)]]
