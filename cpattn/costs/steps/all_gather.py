@@ -144,9 +144,10 @@ def _rest_into_pages(tally: Tally, traveling: Traveling, seconds: float) -> None
     choice = tally.choice
     if not traveling.rest:
         return
-    # Each rank receives all that others have, and sends as much: what it has less of before comes now.
+    # Each rank receives all that others have, and sends as much: what it has less of before comes now. Where one has all before, others
+    # have not.
     everything = choice.plan.num_tokens - min(choice.plan.rank_tokens)
-    rows = max(0, everything - max(traveling.needed, int(traveling.sent.max())))
+    rows = max(0, everything - max(traveling.needed, int(traveling.sent.max()))) or traveling.rest
     tally.gather(rows * choice.problem.key_bytes // choice.problem.overlap, seconds)
     latency = choice.link.latency
     if choice.link.hides_gather:
