@@ -147,9 +147,12 @@ def test_evenness_gives_way_where_tokens_cost_little(batch: Batch, token_cost: i
     plan = cpattn.plan(batch, 8, partition="auto", token_cost=token_cost)
     assert plan == cpattn.plan(batch, 8, partition=taken)
     assert cpattn.required_rows(batch, 8, partition="auto", token_cost=token_cost) == plan.rows
-    # With a sharded cache one rank would hold all of a request.
-    shards = [[0] * 8] * len(batch)
-    assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards).partition != "uncut"
+    # With a sharded cache one rank would hold all of a request. Whatever the rule, rows are as many.
+    owner, shards = cpattn.Striped(16), [[0] * 8] * len(batch)
+    sharded = cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards)
+    assert sharded.partition != "uncut"
+    assert cpattn.required_rows(batch, 8, partition="auto", token_cost=token_cost, owner=owner) == sharded.rows
+    assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, owner=owner).rows == sharded.rows
 
 
 def test_that_ranks_crowd_at_one_counts() -> None:
@@ -202,6 +205,8 @@ def test_mistakes(options: dict[str, Any], error: type[Exception], message: str)
     for ask in (cpattn.plan, cpattn.required_rows):
         with pytest.raises(error, match=message):
             ask(SHORT, 2, **{"partition": "auto"} | options)
+        with pytest.raises(cpattn.PlanError, match=r"owner=3; pass cpattn.Striped\(interleave\), or None"):
+            ask(SHORT, 2, owner=3)  # type: ignore[arg-type]
 
 
 def test_explain_says_what_it_takes_and_why() -> None:
