@@ -458,7 +458,9 @@ def explain(
         explained = explained | {"keys": keys + (explain_arrival(choice, meta.plan) if gathers else "")}
     elif choice.strategy is PASS_Q and brings_new_keys(choice.problem, meta.plan):
         explained = explained | {"queries": explain_beside_keys(choice.problem, meta.plan)}
-    elif choice.strategy in (PASS_Q, PASS_Q_RING) and meta.plan.owner is None:
+    elif choice.strategy is PASS_Q_RING and meta.plan.owner is not None:
+        explained = explained | {"queries": explain_beside_keys(choice.problem, meta.plan, hop_by_hop=True)}
+    elif choice.strategy in (PASS_Q, PASS_Q_RING):
         explained = explained | {"queries": explain_queries(choice.problem, meta.plan)}
     elif isinstance(choice.strategy, TwoLevel):
         levels = explain_levels(choice.strategy, choice.problem, meta.plan)

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"plans": [as_json(other, shape, options.machine) for other in plans]}, indent=2))
         else:
-            _print_comparison(plans, shape, options.machine)
+            _print_comparison(plans, shape, options.machine, options.token_cost)
     elif options.json:
         print(json.dumps(as_json(plan, shape, options.machine), indent=2))
     elif options.machine is not None:
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         say(describe_plan(plan))
         print_estimates(found, shape, plan.cp_size)
     else:
-        _print_plan(plan, shape)
+        _print_plan(plan, shape, options.token_cost)
     if options.draw is not None and not options.json:
         print(f"\ndrawn to {options.draw}")
     return 0
@@ -144,7 +144,7 @@ def print_shares(plan: Plan) -> None:
     say(describe_imbalance(plan))
 
 
-def _print_plan(plan: Plan, shape: Shape) -> None:
+def _print_plan(plan: Plan, shape: Shape, token_cost: int | None) -> None:
     print_shares(plan)
     print_title("what each rank sends in one attention call")
     print(f"{shape}\n")
@@ -156,7 +156,7 @@ def _print_plan(plan: Plan, shape: Shape) -> None:
     )
 
     print()
-    _say_and_why(f"partition: {partition_in_words(plan, shape, None)}")
+    _say_and_why(f"partition: {partition_in_words(plan, shape, None, token_cost)}")
     if not plan.sharded:
         _say_and_why(f"keys of an all_gather: {keys_in_words(plan, shape)}")
 
@@ -179,12 +179,11 @@ def print_layout(plan: Plan) -> None:
     print_marks(plan.draw(width).splitlines(), {rank_mark(rank): rank_text_color(rank) for rank in range(plan.cp_size)})
 
 
-def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> None:
+def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None, token_cost: int | None) -> None:
     """Metrics down, plans across."""
     first = plans[0]
     say(f"{describe_plan(first).splitlines()[0]}, {first.cp_size} ranks")
     names = ["remainder", "rows a rank", "padding, all ranks", "tokens, max / mean", "pairs, max / mean"]
-    # Of a sharded cache no rank gets what it does not need.
     names += [
         "keys needed of others",
         *(["the other keys"] if not first.sharded else []),
@@ -197,7 +196,7 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None) -> N
     cells = [_comparison_column(plan, shape, best, machine) for plan in plans]
     print_table(["partition", *(str(plan.partition) for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
     print()
-    _say_and_why(partition_in_words(first, shape, machine).partition("; ")[2])
+    _say_and_why(partition_in_words(first, shape, machine, token_cost).partition("; ")[2])
     say(f"bytes are those of one attention call, {shape}; of the rank with the most")
     say("keys needed of others: those that a rank's queries see and that it does not hold, which travel before the attention")
     if not first.sharded:

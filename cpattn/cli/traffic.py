@@ -13,9 +13,10 @@ import torch
 from cpattn.byte_sizes import in_words as in_words
 from cpattn.exchange.registry import able_strategies
 from cpattn.exchange.schedule import bytes_sent
-from cpattn.exchange.traveling_keys import explain_keys, traveling_keys
+from cpattn.exchange.traveling_keys import explain_keys
 from cpattn.metadata.auto_partition import explain_partition
 from cpattn.metadata.needed_keys import lacking_rows
+from cpattn.metadata.needed_shards import lacking_shards
 from cpattn.metadata.plan import Plan
 from cpattn.problem import Problem
 
@@ -60,22 +61,25 @@ def strategy_bytes(plan: Plan, shape: Shape) -> dict[str, int]:
 
 
 def needed_bytes(plan: Plan, shape: Shape) -> int:
-    """The bytes of new keys and values that a rank's queries see and that it does not hold: of the rank that lacks the most."""
+    """The bytes of keys and values that a rank's queries see and that it does not hold: new ones, and cached ones where caches are
+    sharded. Of the rank that lacks the most."""
     problem = problem_of(plan, shape)
-    return traveling_keys(problem, plan).needed * problem.key_bytes
+    return int(lacking_shards(plan, problem.window).received.max()) * problem.key_bytes
 
 
 def rest_bytes(plan: Plan, shape: Shape) -> int:
-    """The bytes of all other keys and values of others, which pages that every rank holds whole get beside or after the attention: of
-    the rank that gets the most."""
+    """The bytes of all other new keys and values of others, which pages that every rank holds whole get beside or after the attention:
+    of the rank that gets the most. Of a sharded cache no rank gets what it does not need."""
+    if plan.sharded:
+        return 0
     problem = problem_of(plan, shape)
     others = plan.num_tokens - np.array(plan.rank_tokens, dtype=np.int64)
     return int((others - lacking_rows(plan, problem.window).received).max()) * problem.key_bytes
 
 
-def partition_in_words(plan: Plan, shape: Shape, machine: str | None) -> str:
+def partition_in_words(plan: Plan, shape: Shape, machine: str | None, token_cost: int | None) -> str:
     """Its partition, and what ``auto`` takes for its batch."""
-    return explain_partition(plan, problem_of(plan, shape), machine)
+    return explain_partition(plan, problem_of(plan, shape), machine, token_cost)
 
 
 def keys_in_words(plan: Plan, shape: Shape) -> str:

@@ -33,7 +33,9 @@ from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import spans_in_order
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.exchange.traveling_keys import counted, explain_keys, traveling_keys
-from cpattn.exchange.window_over_shards import WindowOverShards, explain_reached, window_schedule
+from cpattn.exchange.traveling_over_shards import explain_over_shards, traveling_over_shards
+from cpattn.exchange.wanted_rows import WantedRows
+from cpattn.exchange.window_over_shards import WindowOverShards, window_schedule
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -52,13 +54,15 @@ def _schedule(problem: Problem, plan: Layout) -> Schedule:
 
 def explain_gathered(problem: Problem, plan: Layout) -> str:
     """What travels, in words."""
-    return explain_reached(problem, plan) if plan.sharded else explain_keys(problem, plan)
+    return explain_over_shards(problem, plan) if plan.sharded else explain_keys(problem, plan)
 
 
-def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards:
+def _prepare(setup: Setup) -> _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards | WantedRows:
     problem, meta = setup.problem, setup.meta
     if meta.plan.sharded:
-        return WindowOverShards.of(setup)
+        brings = traveling_over_shards(problem, meta.plan)
+        wanted = None if brings.what == "all" else WantedRows.of(setup, brings)
+        return wanted or WindowOverShards.of(setup)
     travels = traveling_keys(problem, meta.plan)
     if travels.what == "nothing" and _are_at_hand(setup):
         return _Alone.of(setup)
@@ -84,11 +88,8 @@ def _are_at_hand(setup: Setup) -> bool:
     return key_order(meta, setup.ordered).are_own
 
 
-def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards, io: IO, attend: Attend) -> None:
-    if isinstance(held, (GatherIntoPages, LateIntoPages, WindowOverShards)):
-        held.forward(io, attend)
-        return
-    if isinstance(held, _Alone):
+def _forward(held: _Alone | _AllGather | GatherIntoPages | LateIntoPages | WindowOverShards | WantedRows, io: IO, attend: Attend) -> None:
+    if isinstance(held, (_Alone, GatherIntoPages, LateIntoPages, WindowOverShards, WantedRows)):
         held.forward(io, attend)
         return
     _, all_rows, groups, num_tokens, order, prefix = held

@@ -100,10 +100,11 @@ def explain_heads(strategy: DividedHeads, problem: Problem, plan: Layout) -> str
     size = strategy.group_size(plan)
     shares = shares_of(problem, size)
     q_heads = sorted({share.q_heads for share in shares})
-    counts = " or ".join(sorted({f"{share.q_heads} with {share.kv_heads} KV" for share in shares}))
+    q_all, kv_all = problem.q_heads, problem.kv_heads
+    counts = " or ".join(sorted({f"{share.q_heads} of {q_all} with {share.kv_heads} of {kv_all} KV" for share in shares}))
     uneven = f"; uneven, the busiest has {q_heads[-1] * size / problem.q_heads:.2f} times the mean" if len(q_heads) > 1 else ""
     whole = "" if size in (1, plan.cp_size) else f"; {plan.cp_size // size} such groups, all over collectives"
-    return f"divided among {size} rank{'s' * (size > 1)}: {counts} of {problem.q_heads} with {problem.kv_heads}{uneven}{whole}"
+    return f"divided among {size} rank{'s' * (size > 1)}: {counts}{uneven}{whole}"
 
 
 def explain_across(strategy: DividedHeads, problem: Problem, plan: Layout) -> str | None:

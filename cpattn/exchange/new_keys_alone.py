@@ -1,6 +1,7 @@
 """Strategy ``pass_q`` where new keys would travel beside the queries, and nothing is cached: no query has anything to see elsewhere.
 
-So new keys and values go to all ranks alone. Each rank writes those that it is to hold, and attends to all of them in order.
+So new keys and values travel alone: to the ranks that see them or are to hold them, or, where these are nearly all, to all of them. Each
+rank writes those that it is to hold, and attends to what it has in order.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from cpattn.exchange.attend import Attend
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows, put_in_pages
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_rows import Places
-from cpattn.exchange.schedule import Hop, Schedule, sends
+from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import new_token_draft, new_token_spans
 from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.traveling_over_shards import sent_over_shards, traveling_over_shards
+from cpattn.exchange.wanted_rows import WantedRows
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import owned_places, owned_places_draft
@@ -31,12 +34,18 @@ def nothing_is_cached(problem: Problem, plan: Layout) -> bool:
 
 def new_keys_alone_schedule(problem: Problem, plan: Layout) -> Schedule:
     """The one hop of a call."""
-    sent = (plan.cp_size - 1) * problem.rows * problem.key_bytes
-    return (Hop(0, "new", "bottom_right", 1, sends(problem, plan, sent)),)
+    return (Hop(0, "new", "bottom_right", 1, sent_over_shards(problem, plan)),)
+
+
+def prepare_new_keys_alone(setup: Setup) -> WantedRows | NewKeysAlone:
+    """What one call needs."""
+    travels = traveling_over_shards(setup.problem, setup.meta.plan)
+    return (None if travels.what == "all" else WantedRows.of(setup, travels)) or NewKeysAlone.of(setup)
 
 
 class NewKeysAlone(NamedTuple):
-    """
+    """All of them to all ranks.
+
     Attributes:
         rows: new rows of all ranks.
         places: where those go that this rank holds.
@@ -55,7 +64,7 @@ class NewKeysAlone(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup) -> NewKeysAlone:
-        """What one call needs."""
+        """What one such call needs."""
         meta, transport, kv = setup.meta, setup.transport, setup.kv
         (rows,) = gathered_rows(transport, kv, setup.problem.rows)
         meta.derive_together(meta.restore_index_draft, owned_places_draft(meta), new_token_draft(meta))

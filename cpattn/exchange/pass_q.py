@@ -24,7 +24,7 @@ from cpattn.exchange.attend import Attend
 from cpattn.exchange.keys_at_hand import HeldShard, OwnKeys, OwnShard, Prefixes
 from cpattn.exchange.message import KVFormat, message_buffer
 from cpattn.exchange.needed_pass_q import Held, NeededPassQ, NeededPassQRing
-from cpattn.exchange.new_keys_alone import NewKeysAlone, new_keys_alone_schedule, nothing_is_cached
+from cpattn.exchange.new_keys_alone import NewKeysAlone, new_keys_alone_schedule, nothing_is_cached, prepare_new_keys_alone
 from cpattn.exchange.page_rows import Places, write_rows
 from cpattn.exchange.pass_q_with_new_keys import PassQWithNewKeys, brings_new_keys, new_keys_schedule
 from cpattn.exchange.queries_and_keys import QueriesAndKeys
@@ -35,6 +35,7 @@ from cpattn.exchange.step_spans import gathered_source_spans, source_spans
 from cpattn.exchange.strategy import IO, Setup, Strategy
 from cpattn.exchange.striped_shard import StripedShard
 from cpattn.exchange.traveling_queries import TravelingQueries, traveling_queries
+from cpattn.exchange.wanted_rows import WantedRows
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.striped_places import owned_places_by_rank
@@ -107,10 +108,10 @@ class GatheredQueries(NamedTuple):
         )
 
 
-def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNewKeys | NewKeysAlone:
+def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNewKeys | WantedRows | NewKeysAlone:
     meta, window = setup.meta, setup.problem.window
     if brings_new_keys(setup.problem, meta.plan):
-        return (NewKeysAlone if nothing_is_cached(setup.problem, meta.plan) else PassQWithNewKeys).of(setup)
+        return (prepare_new_keys_alone if nothing_is_cached(setup.problem, meta.plan) else PassQWithNewKeys.of)(setup)
     is_paged = _attends_to_pages(setup)
     travels, keys = traveling_queries(setup.problem, meta.plan), _keys_at_hand(setup)
     if travels.what != "all" and not isinstance(keys, StripedShard):
@@ -122,8 +123,8 @@ def _prepare_gather(setup: Setup) -> GatheredQueries | NeededPassQ | PassQWithNe
     return GatheredQueries.of(setup, keys, Prefixes.of(setup), own_spans, others)
 
 
-def _forward_gather(held: GatheredQueries | NeededPassQ | PassQWithNewKeys | NewKeysAlone, io: IO, attend: Attend) -> None:
-    if isinstance(held, (NeededPassQ, PassQWithNewKeys, NewKeysAlone)):
+def _forward_gather(held: GatheredQueries | NeededPassQ | PassQWithNewKeys | WantedRows | NewKeysAlone, io: IO, attend: Attend) -> None:
+    if isinstance(held, (NeededPassQ, PassQWithNewKeys, WantedRows, NewKeysAlone)):
         held.forward(io, attend)
     else:
         forward_gathered(held, io, attend)

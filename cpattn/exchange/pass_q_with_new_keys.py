@@ -26,6 +26,7 @@ from cpattn.exchange.results import Results
 from cpattn.exchange.schedule import Hop, Schedule, sends
 from cpattn.exchange.step_spans import cached_draft, cached_spans, new_token_draft, new_token_spans, reached_spans
 from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.traveling_over_shards import explain_over_shards
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
@@ -42,15 +43,16 @@ def brings_new_keys(problem: Problem, plan: Layout) -> bool:
     return plan.owner is not None or (plan.sharded and problem.window is not None)
 
 
-def explain_beside_keys(problem: Problem, plan: Layout) -> str:
-    """Which queries travel then, in words, with the bytes that a rank receives."""
+def explain_beside_keys(problem: Problem, plan: Layout, hop_by_hop: bool = False) -> str:
+    """Which queries travel then, in words, with the bytes that a rank receives; also where they go around a ring (``hop_by_hop``)."""
     others = (plan.cp_size - 1) * problem.rows
     if plan.cp_size == 1:
         return "none travel: there is one rank"
-    if nothing_is_cached(problem, plan):
-        return f"none travel: nothing is cached; a rank receives all new keys and values, {in_words(others * problem.key_bytes)}"
+    if nothing_is_cached(problem, plan) and not hop_by_hop:
+        return f"none travel: nothing is cached; of keys and values {explain_over_shards(problem, plan)}"
     queries, keys = in_words(others * problem.query_bytes), in_words(others * problem.key_bytes)
-    return f"a rank receives all of them, {queries}, beside new keys and values, {keys}: each holds a part of almost every request"
+    why = "each holds a part of almost every request" if problem.window is None else "it is not worked out which of them see keys elsewhere"
+    return f"a rank receives all of them, {queries}, beside all new keys and values, {keys}: {why}"
 
 
 def new_keys_schedule(problem: Problem, plan: Layout) -> Schedule:

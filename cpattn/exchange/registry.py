@@ -39,7 +39,10 @@ def find_strategy(given: Any) -> Strategy:
     if isinstance(given, str) and given in named:
         return named[given]
     known = ", ".join(map(repr, ["auto", *named]))
-    raise UnknownNameError(f"strategy={given!r} is unknown; choose one of {known}, or pass a Strategy of your own")
+    raise UnknownNameError(
+        f"strategy={given!r} is unknown; choose one of {known}, or pass cpattn.hybrid(within=), cpattn.two_level(within=) or a Strategy of "
+        "your own"
+    )
 
 
 def is_of_library(strategy: Strategy) -> bool:

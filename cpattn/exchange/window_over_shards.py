@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cpattn.byte_sizes import in_words
 from cpattn.exchange.attend import Attend
 from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.page_rows import read_rows, write_rows
-from cpattn.exchange.schedule import Hop, Schedule, sends
+from cpattn.exchange.schedule import Hop, Schedule
 from cpattn.exchange.step_spans import window_spans
 from cpattn.exchange.strategy import IO, Setup
+from cpattn.exchange.traveling_over_shards import sent_over_shards
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.window_reach import WindowPlaces, reach_rows, require_positions, window_places
+from cpattn.metadata.window_reach import WindowPlaces, require_positions, window_places
 from cpattn.moves.moves import Moves, moves_for
 from cpattn.problem import Problem
 from cpattn.spans import Spans
@@ -29,20 +29,7 @@ from cpattn.transports.transfer import Transfer
 
 def window_schedule(problem: Problem, plan: Layout) -> Schedule:
     """The one hop of a call."""
-    sent = (plan.cp_size - 1) * (problem.rows + _reached(problem, plan)) * problem.key_bytes
-    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sends(problem, plan, sent)),)
-
-
-def _reached(problem: Problem, plan: Layout) -> int:
-    """Cached rows that each rank sends."""
-    assert problem.window is not None
-    return reach_rows(plan, problem.window, problem.max_requests)
-
-
-def explain_reached(problem: Problem, plan: Layout) -> str:
-    """What travels in words, with the bytes that each rank receives."""
-    new, cached = ((plan.cp_size - 1) * rows * problem.key_bytes for rows in (problem.rows, _reached(problem, plan)))
-    return f"a rank receives all new ones, {in_words(new)}, and of the cached ones what the window reaches, {in_words(cached)}"
+    return (Hop(queries=0, keys="all", alignment="bottom_right", results=1, sent=sent_over_shards(problem, plan)),)
 
 
 class WindowOverShards(NamedTuple):

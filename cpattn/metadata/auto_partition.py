@@ -8,6 +8,7 @@ is a coarse form of :func:`cpattn.estimate`, which takes ten times as long: :mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from operator import add
 from typing import Any, NamedTuple, TypeVar
@@ -115,13 +116,21 @@ class AutoChoice(NamedTuple):
         return (self.token_cost or 0) * tokens
 
 
-def explain_partition(plan: Layout, problem: Problem, machine: Machine | str | None = None) -> str:
-    """What a plan's partition is, and what ``auto`` takes for its batch, with the microseconds of a layer that decide."""
+def explain_partition(plan: Layout, problem: Problem, machine: Machine | str | None = None, token_cost: int | None = None) -> str:
+    """What a plan's partition is, and what ``auto`` takes for its batch, with the microseconds of a layer that decide. Of a plan that is
+    uncut those as well, though ``auto`` takes it with a ``token_cost`` alone."""
     if plan.cp_size == 1:
         return f"{plan.kind}: there is one rank"
-    choice = AutoChoice.of(problem, machine)
+    choice = AutoChoice.of(problem, machine, token_cost)
+    names = choice.names(plan.sharded)
+    is_beside = plan.kind == UNEVEN and UNEVEN not in names
+    made: dict[str, Layout] = {}
+    for name in (*names, UNEVEN) if is_beside else names:
+        with suppress(PlanError):  # as in cheapest
+            made[name] = replace(plan, partition=name, remainder=REMAINDERS[0])
     costs = PairCosts.of(problem, choice.machine, plan.cp_size)
-    made = {name: replace(plan, partition=name, remainder=REMAINDERS[0]) for name in CANDIDATES}
-    times = ", ".join(f"{choice.pairs(LaidOut(one), costs) * costs.seconds * 1e6:,.0f} us with {one.kind}" for one in made.values())
-    taken = choice.cheapest(CANDIDATES, made.__getitem__).kind
-    return f"{plan.kind}; 'auto' takes {taken}: a layer's attention on {choice.machine.name} is estimated at {times}"
+    times = ", ".join(f"{choice.pairs(LaidOut(one), costs) * costs.seconds * 1e6:,.0f} us with {name}" for name, one in made.items())
+    taken = choice.cheapest(tuple(name for name in names if name in made), made.__getitem__).kind
+    rest = "" if token_cost is None else f", with token_cost={token_cost} for the rest of it,"
+    without = ", without token_cost" if is_beside and not plan.sharded else ""
+    return f"{plan.kind}; 'auto' takes {taken}{without}: a layer's attention{rest} on {choice.machine.name} is estimated at {times}"

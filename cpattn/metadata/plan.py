@@ -26,7 +26,7 @@ from cpattn.metadata.layout import Chunk as Chunk
 from cpattn.metadata.notebook import plan_html
 from cpattn.metadata.partition import OWNERS, REMAINDERS, Partition, chunk_lengths, first_dealt
 from cpattn.metadata.prefix_ranks import PrefixRanks
-from cpattn.metadata.striped import Striped
+from cpattn.metadata.striped import Striped, parse_owner
 from cpattn.problem import Problem
 
 
@@ -233,6 +233,7 @@ def required_rows(
     partition: str | Partition = "zigzag",
     remainder: str = "balanced",
     pad_to: int = 1,
+    owner: Striped | None = None,
     queries: str = "rows",
     problem: Problem | None = None,
     machine: Machine | str | None = None,
@@ -242,7 +243,8 @@ def required_rows(
 
     With whole and auto, and with the balanced remainder of zigzag and contiguous, it is the batch's new tokens divided by
     ``cp_size``, rounded up, and nothing else is worked out. With ``queries="all"`` they are all new tokens of the batch. How the
-    cache lies on ranks changes nothing. Arguments and errors as in :func:`plan`.
+    cache lies on ranks changes nothing, but that with ``token_cost`` no request is left uncut where it is sharded: ``owner`` says that it
+    is, by whatever rule. Arguments and errors as in :func:`plan`.
 
     >>> import cpattn
     >>> cpattn.required_rows([(0, 10), (64, 1)], cp_size=4, pad_to=8)
@@ -251,6 +253,8 @@ def required_rows(
     16
     """
     sizes = {"cp_size": cp_size, "pad_to": pad_to}
+    if owner is not None:
+        parse_owner(owner)
     even = isinstance(partition, str) and partition in (AUTO, *CANDIDATES, *OWNERS)
     usual = problem is None and machine is None and token_cost is None
     known = isinstance(queries, str) and queries in QUERIES
@@ -265,7 +269,7 @@ def required_rows(
             return rows
     # The plan does what is left, and says what is wrong. Queries of all tokens want a sharded cache, whatever its rule.
     options: dict[str, Any] = {"partition": partition, "remainder": remainder, "pad_to": pad_to, "queries": queries}
-    options |= {"problem": problem, "machine": machine, "token_cost": token_cost, "owner": Striped() if of_all else None}
+    options |= {"problem": problem, "machine": machine, "token_cost": token_cost, "owner": Striped() if of_all else owner}
     return plan(batch, cp_size, **options).rows
 
 

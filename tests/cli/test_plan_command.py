@@ -112,6 +112,18 @@ def test_auto_is_shown_as_what_it_takes(capsys: pytest.CaptureFixture[str]) -> N
     short = "--batch", "300", "--cp", "8", "--token-cost", "1000", "--json"
     assert json.loads(output(capsys, *short, "--partition", "auto"))["partition"] == "uncut"
     assert "'auto' takes whole\n" in output(capsys, "--batch", "900 x 20", "--cp", "4", "--compare")
+    for further in ([], ["--compare"]):
+        text = output(capsys, *short[:-1], "--partition", "auto", *further)
+        assert "'auto' takes uncut\n(a layer's attention, with token_cost=1000 for the rest of it, on h100-nvlink" in text
+
+
+def test_cached_keys_that_lie_on_other_ranks_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside new ones, of which requests that are whole need none."""
+    options = "--batch", "100+8 x 4", "--cp", "4", "--sharded", "--partition", "whole", "--heads", "4/2", "--dtype", "float16"
+    found = json.loads(output(capsys, *options, "--json"))
+    assert found["needed_bytes_per_rank"] == found["strategies"]["ring"]["bytes_sent_per_rank"] == 75 * 2 * 2 * 128 * 2
+    assert found["rest_bytes_per_rank"] == 0
+    assert re.search(r"keys needed of others( +\d[^ ]* \w+){4} +75.0 KiB +75.0 KiB", output(capsys, *options, "--compare"))
 
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import cpattn
 from cpattn.exchange.schedule import bytes_sent
+from cpattn.exchange.traveling_keys import traveling_keys
 
 H100 = cpattn.MACHINES["h100-nvlink"]
 
@@ -105,6 +106,17 @@ def test_one_rank_sends_nothing() -> None:
 def test_an_empty_batch() -> None:
     plan = cpattn.plan([], 2)
     assert all(one.compute == one.transfer == 0 for one in cpattn.estimate(plan, problem_of(plan), "h100-nvlink"))
+
+
+def test_pages_that_one_rank_has_all_keys_for_before_the_attention() -> None:
+    """Others get the rest beside it, which takes no less than nothing."""
+    plan = cpattn.plan([(1724, 0), (244, 2), (1982, 1), (647, 17)], 8, partition="whole", pad_to=8)
+    problem = problem_of(plan, cache="paged", page_size=64)
+    travels = traveling_keys(problem, plan)
+    assert travels.what == "needed"
+    assert max(travels.needed, int(travels.sent.max())) == plan.num_tokens - min(plan.rank_tokens)
+    assert travels.rest > 0
+    assert min(one.exposed for one in cpattn.estimate(plan, problem, "h100-infiniband")) >= 0
 
 
 def test_strategies_that_cannot_serve_are_passed_over() -> None:

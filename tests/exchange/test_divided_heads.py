@@ -315,14 +315,14 @@ def test_a_transport_that_cannot_be_split_is_refused_before_anything_is_sent() -
 @pytest.mark.parametrize(
     ("heads", "cp_size", "strategy", "said"),
     [
-        ((8, 2), 4, "ulysses", "divided among 4 ranks: 2 with 1 KV of 8 with 2"),
+        ((8, 2), 4, "ulysses", "divided among 4 ranks: 2 of 8 with 1 of 2 KV"),
         (
             (8, 4),
             3,
             "ulysses",
-            "divided among 3 ranks: 2 with 1 KV or 4 with 2 KV of 8 with 4; uneven, the busiest has 1.50 times the mean",
+            "divided among 3 ranks: 2 of 8 with 1 of 4 KV or 4 of 8 with 2 of 4 KV; uneven, the busiest has 1.50 times the mean",
         ),
-        ((8, 2), 4, cpattn.hybrid(2), "divided among 2 ranks: 4 with 1 KV of 8 with 2; 2 such groups, all over collectives"),
+        ((8, 2), 4, cpattn.hybrid(2), "divided among 2 ranks: 4 of 8 with 1 of 2 KV; 2 such groups, all over collectives"),
     ],
     ids=["even", "uneven", "hybrid"],
 )

@@ -38,8 +38,8 @@ def test_any_batch(windowed: bool, extends: list[int], cp_size: int, partition: 
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_what_travels(windowed: bool) -> None:
-    case = case_of([40, 9], windowed)
+def test_what_travels_where_nearly_all_is_wanted(windowed: bool) -> None:
+    case = case_of([40, 9], windowed, **({"window": 39} if windowed else {}))
     plan = case.plan(3, pad_to=4)
 
     def program(group: cpattn.Transport) -> tuple[int, str]:
@@ -53,8 +53,11 @@ def test_what_travels(windowed: bool) -> None:
     # K and V of two heads in fp32.
     others = 2 * plan.rows * 2 * (16 + 16) * 4
     assert bytes_sent(schedule).tolist() == [others] * 3
-    said = f"none travel: nothing is cached; a rank receives all new keys and values, {in_words(others)}"
-    assert run_loopback(program, 3) == [(others, said)] * 3
+    said = f"none travel: nothing is cached; of keys and values a rank receives all new ones, {in_words(others)}"
+    for sent, text in run_loopback(program, 3):
+        assert sent == others
+        assert text.startswith(said)
+        assert text.endswith("which is above 67%")
 
 
 def test_with_one_cached_token_queries_travel_as_well() -> None:
@@ -67,6 +70,29 @@ def test_with_one_cached_token_queries_travel_as_well() -> None:
     said = cpattn.explain(q, k, v, meta, kv_cache=case.pages(plan, 0).cache, strategy="pass_q")["queries"]
     assert said.startswith("a rank receives all of them, ")
     assert said.endswith(": each holds a part of almost every request")
+
+
+@pytest.mark.parametrize(
+    ("cache", "window", "strategy"), [("striped", None, "pass_q_ring"), ("striped", 9, "pass_q"), ("ranked", 9, "pass_q")]
+)
+def test_all_that_travels_is_said(cache: str, window: int | None, strategy: str) -> None:
+    """Also where queries go around beside new keys, and where a window reaches few keys of others."""
+    case = AttentionCase([(0, 40), (30, 9)], cache=cache, window=window)
+    plan = case.plan(3)
+
+    def program(group: cpattn.Transport) -> tuple[int, str]:
+        case.on_rank(plan, group.rank, group, strategy, "reference")
+        meta, cache = plan.metadata(group.rank), case.pages(plan, group.rank).cache
+        q, k, v = (cpattn.shard(x, meta) for x in (case.q, case.k, case.v))
+        return group.bytes_sent, cpattn.explain(q, k, v, meta, kv_cache=cache, strategy=strategy, window=window)["queries"]
+
+    problem = case.problem(plan)
+    queries, keys = (in_words(2 * plan.rows * each) for each in (problem.query_bytes, problem.key_bytes))
+    why = "each holds a part of almost every request" if window is None else "it is not worked out which of them see keys elsewhere"
+    said = f"a rank receives all of them, {queries}, beside all new keys and values, {keys}: {why}"
+    assert {text for _, text in run_loopback(program, 3)} == {said}
+    sent = bytes_sent(cpattn.STRATEGIES[strategy].schedule(problem, plan))
+    assert sent.tolist() == [2 * plan.rows * (problem.query_bytes + problem.key_bytes + problem.result_bytes)] * 3
 
 
 def test_a_bucket_takes_batches_with_a_prefix_after_one_without() -> None:

@@ -149,8 +149,9 @@ def test_a_window_over_shards(backend: str, strategy: str, cache: str) -> None:
         MIXED, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda", cache=cache, interleave=3, window=100
     )
     half_only = serving(backend, case, "all_gather")
-    for cp_size in (1, 3):
-        case.check_loopback(case.plan(cp_size, pad_to=16), strategy, backend, rounded_partials=half_only and strategy == "pass_q")
+    for cp_size, partition in ((1, "zigzag"), (3, "zigzag"), (3, "whole")):
+        plan = case.plan(cp_size, partition=partition, pad_to=16)
+        case.check_loopback(plan, strategy, backend, rounded_partials=half_only and strategy == "pass_q")
 
 
 @pytest.mark.parametrize(("cache", "window"), [("striped", None), ("sharded", None), ("ranked", 100), ("striped", 100)])

@@ -64,6 +64,16 @@ def test_only_rows_that_are_needed_are_read(ranks: ProcessRanks, window: int | N
     compare(ranks, cases, "all_gather", "whole")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "cache", "window"), [("all_gather", "ranked", 100), ("all_gather", "striped", 100), ("pass_q", "striped", None)]
+)
+def test_what_is_wanted_over_a_sharded_cache_is_read(ranks: ProcessRanks, strategy: str, cache: str, window: int | None) -> None:
+    """What queries see or a rank is to hold, with a window's reach beside new keys; of the last batch nearly all."""
+    prefix = 130 if window else 0
+    batches = [[(prefix, 1500), *[(prefix, 400)] * 9], [(prefix, 64)] * 8, [(prefix, 40)]]
+    compare(ranks, [replace(case_of(batch, cache), window=window) for batch in batches], strategy, "whole")
+
+
 @pytest.mark.parametrize("strategy", ["ring", "pass_q", "pass_q_ring"])
 @pytest.mark.parametrize("window", [None, 100])
 def test_rings_and_pass_q_read_what_is_needed(ranks: ProcessRanks, strategy: str, window: int | None) -> None:

@@ -12,6 +12,7 @@ from inputs.stored_cases import StoredCase
 from programs.failed_calls import Faults, attend_with_faults, check_partly_failed
 
 import cpattn
+from cpattn.exchange.traveling_over_shards import traveling_over_shards
 from cpattn.metadata import needed_keys
 from cpattn.testing import run_loopback
 
@@ -112,6 +113,25 @@ def test_no_more_than_is_needed_is_read(strategy: str, cache: str, device: str, 
         return same
 
     assert run_loopback(program, 3, timeout=30) == [[True] * 10] * 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache", "window"), [("all_gather", "ranked", 4), ("all_gather", "striped", 4), ("pass_q", "striped", None)]
+)
+def test_of_sharded_caches_no_more_than_is_wanted_is_read(strategy: str, cache: str, window: int | None, device: str) -> None:
+    """A window's reach as well, beside new keys; pages are looked at. Whole requests, of which ranks want no more than some of the keys."""
+    batch = [(9 if window else 0, extend) for extend in (6, 5, 6, 7)]
+    case = case_of(batch, device, cache)
+    case.window = case.options["window"] = window
+    plan = case.plan(3, partition="whole")
+    assert traveling_over_shards(case.problem(plan), plan).what == "wanted"
+
+    def program(group: cpattn.Transport) -> list[Any]:
+        backend = "triton" if device == "cuda" else "reference"
+        results = [case.on_rank(plan, group.rank, transport, strategy, backend) for transport in (peers_of(group), group, peers_of(group))]
+        return [torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True)]
+
+    assert run_loopback(program, 3, timeout=30) == [[True] * 4] * 3
 
 
 @pytest.mark.parametrize(

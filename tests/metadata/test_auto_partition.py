@@ -19,7 +19,7 @@ from cpattn.kernels.tile_shapes import tile_shapes
 from cpattn.kernels.tiles import block_costs
 from cpattn.machine import H100
 from cpattn.metadata import pair_costs
-from cpattn.metadata.auto_partition import CANDIDATES, USUAL
+from cpattn.metadata.auto_partition import CANDIDATES, USUAL, USUAL_MACHINE, explain_partition
 from cpattn.metadata.laid_out import LaidOut, Zigzag
 from cpattn.metadata.layout_costs import Attention, Transfers, least_pairs
 from cpattn.metadata.pair_costs import PairCosts
@@ -147,9 +147,12 @@ def test_evenness_gives_way_where_tokens_cost_little(batch: Batch, token_cost: i
     plan = cpattn.plan(batch, 8, partition="auto", token_cost=token_cost)
     assert plan == cpattn.plan(batch, 8, partition=taken)
     assert cpattn.required_rows(batch, 8, partition="auto", token_cost=token_cost) == plan.rows
-    # With a sharded cache one rank would hold all of a request.
-    shards = [[0] * 8] * len(batch)
-    assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards).partition != "uncut"
+    # With a sharded cache one rank would hold all of a request. Whatever the rule, rows are as many.
+    owner, shards = cpattn.Striped(16), [[0] * 8] * len(batch)
+    sharded = cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, prefix_shards=shards)
+    assert sharded.partition != "uncut"
+    assert cpattn.required_rows(batch, 8, partition="auto", token_cost=token_cost, owner=owner) == sharded.rows
+    assert cpattn.plan(batch, 8, partition="auto", token_cost=token_cost, owner=owner).rows == sharded.rows
 
 
 def test_that_ranks_crowd_at_one_counts() -> None:
@@ -202,6 +205,8 @@ def test_mistakes(options: dict[str, Any], error: type[Exception], message: str)
     for ask in (cpattn.plan, cpattn.required_rows):
         with pytest.raises(error, match=message):
             ask(SHORT, 2, **{"partition": "auto"} | options)
+        with pytest.raises(cpattn.PlanError, match=r"owner=3; pass cpattn.Striped\(interleave\), or None"):
+            ask(SHORT, 2, owner=3)  # type: ignore[arg-type]
 
 
 def test_explain_says_what_it_takes_and_why() -> None:
@@ -210,6 +215,32 @@ def test_explain_says_what_it_takes_and_why() -> None:
     said = cpattn.explain(q, k, k, meta)["partition"]
     assert said.startswith("zigzag; 'auto' takes whole: a layer's attention on h100-nvlink is estimated at ")
     assert cpattn.explain(q[:9], k[:9], k[:9], cpattn.build_metadata([(0, 9)], 1, 0))["partition"] == "zigzag: there is one rank"
+
+
+@pytest.mark.parametrize(
+    ("partition", "sharded", "token_cost", "says", "times"),
+    [
+        ("uncut", False, None, "uncut; 'auto' takes whole, without token_cost: a layer's attention on", 3),
+        ("uncut", False, 0, "uncut; 'auto' takes uncut: a layer's attention, with token_cost=0 for the rest of it, on", 3),
+        ("uncut", True, None, "uncut; 'auto' takes whole: a layer's attention on", 3),
+        ("whole", True, 0, "whole; 'auto' takes whole: a layer's attention, with token_cost=0 for the rest of it, on", 2),
+        ("contiguous", False, None, "contiguous; 'auto' takes whole: a layer's attention on", 2),
+    ],
+)
+def test_what_it_says_of_a_plan_is_what_it_takes(partition: str, sharded: bool, token_cost: int | None, says: str, times: int) -> None:
+    owner = cpattn.Striped() if sharded else None
+    plan = cpattn.plan([(0, 300)], 8, partition=partition, owner=owner)
+    taken = cpattn.plan(plan.batch, 8, partition="auto", owner=owner, token_cost=token_cost).partition
+    said = explain_partition(plan, replace(USUAL, rows=plan.rows), USUAL_MACHINE, token_cost)
+    assert said.startswith(says)
+    assert f"'auto' takes {taken}" in said
+    assert said.count(" us with ") == times
+
+
+def test_it_says_nothing_of_what_would_have_too_many_rows() -> None:
+    plan = cpattn.plan([(0, 8_500_000)], 256)
+    said = explain_partition(plan, replace(USUAL, rows=plan.rows, window=4096), token_cost=0)
+    assert said.count(" us with ") == 2
 
 
 def test_a_pool_takes_it_by_itself() -> None:

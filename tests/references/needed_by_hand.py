@@ -35,6 +35,31 @@ def received_by_hosts(plan: Layout, window: int | None, within: int) -> tuple[li
     return across, inside
 
 
+def wanted_over_shards(plan: Layout, window: int | None) -> list[int]:
+    """Rows of keys, new ones and cached ones, that each rank receives where the plan says which token lies where: those that its queries
+    see, and new ones that it is to hold, but for what it has."""
+    wanted: set[tuple[int, int, int]] = set()
+    owner, _ = seen_keys(plan, None)
+    has: dict[tuple[int, int], int] = {}
+    for request, (prefix, extend) in enumerate(plan.batch):
+        for position in range(prefix + extend):
+            if plan.owner is not None:
+                holder = position // plan.owner.interleave % plan.cp_size
+            else:
+                assert plan.prefix_ranks is not None
+                holder = int(plan.prefix_ranks.ranks[request][position]) if position < prefix else owner[request, position - prefix]
+            has[request, position] = holder if position < prefix else owner[request, position - prefix]
+            if position >= prefix:
+                wanted.add((holder, request, position))
+                rank = owner[request, position - prefix]
+                first = 0 if window is None else max(0, position - window + 1)
+                wanted |= {(rank, request, key) for key in range(first, position + 1)}
+    received = [0] * plan.cp_size
+    for rank, *key in wanted:
+        received[rank] += has[key[0], key[1]] != rank
+    return received
+
+
 class Needed(NamedTuple):
     """By brute force, int64 ``[cp_size, cp_size]``: rows of keys of one rank that another's queries see, ``[owner, viewer]``, and queries
     of one rank that see keys of another, ``[source, owner]``."""

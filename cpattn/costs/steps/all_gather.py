@@ -8,6 +8,7 @@ from cpattn.costs.steps.tally import Choice, Most, Tally
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.schedule import Hop
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
+from cpattn.exchange.traveling_over_shards import rows_brought, traveling_over_shards
 from cpattn.kernels.tile_shapes import has_specialized
 
 
@@ -53,9 +54,13 @@ def all_gather(choice: Choice) -> Tally:
 def new_keys_in_order(choice: Choice) -> Tally:
     """Packed, gathered, written to the pages of those who hold them, put in order: with what a window reaches beside them, or alone."""
     tally, problem, (hop,) = Tally(choice), choice.problem, choice.schedule
-    message = int(hop.sent.max(initial=0))
-    tally.gather(message)
-    tally.move(2 * message, launches=3)
+    travels = traveling_over_shards(problem, choice.plan)
+    # Who reads others' memory reads what it wants alone.
+    received, sent = travels.received * problem.key_bytes, int(hop.sent.max(initial=0))
+    tally.gather(received if choice.transport == "peer_memory" else max(received, sent))
+    # All have a place in the order, also those that do not come.
+    everything = (choice.plan.cp_size - 1) * rows_brought(problem, choice.plan) * problem.key_bytes
+    tally.move(everything + received, launches=3)
     tally.move(2 * problem.rows * problem.key_bytes)
     tally.attend(hop)
     return tally
@@ -139,9 +144,10 @@ def _rest_into_pages(tally: Tally, traveling: Traveling, seconds: float) -> None
     choice = tally.choice
     if not traveling.rest:
         return
-    # Each rank receives all that others have, and sends as much: what it has less of before comes now.
+    # Each rank receives all that others have, and sends as much: what it has less of before comes now. Where one has all before, others
+    # have not.
     everything = choice.plan.num_tokens - min(choice.plan.rank_tokens)
-    rows = max(0, everything - max(traveling.needed, int(traveling.sent.max())))
+    rows = max(0, everything - max(traveling.needed, int(traveling.sent.max()))) or traveling.rest
     tally.gather(rows * choice.problem.key_bytes // choice.problem.overlap, seconds)
     latency = choice.link.latency
     if choice.link.hides_gather:

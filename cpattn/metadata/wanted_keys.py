@@ -1,0 +1,120 @@
+"""Which keys each rank wants of the others over a sharded cache: new ones that its queries see or that it is to hold, and with a window
+the cached ones that this reaches. Token by token, as a rule of positions has it; from the plan alone, so that every rank knows it of all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cpattn.device_tables import IntArray, exclusive_cumsum
+from cpattn.metadata.layout import Layout
+from cpattn.metadata.needed_keys import Lacking
+from cpattn.metadata.window_reach import Reach
+
+# What is worked out for each rank and token may become so much: it takes a few ms.
+_MOST_PAIRS = 2**19
+
+
+class WantedKeys(NamedTuple):
+    """Of each request the cached tokens that a window reaches, and then its new ones; ``[n]`` in all.
+
+    Attributes:
+        request, position: of each token.
+        source: the rank that brings it: that has it cached, or computes it; holder: whose cache is to have it.
+        row: which of the rows it is that ``source`` brings, its new ones and then its cached ones; int64.
+        is_new: whether it is a new one.
+        wanted: bool ``[cp_size, n]``: whether a rank wants it of another.
+        used: the same with what it brings itself.
+    """
+
+    request: IntArray
+    position: IntArray
+    source: IntArray
+    holder: IntArray
+    row: IntArray
+    is_new: npt.NDArray[np.bool_]
+    wanted: npt.NDArray[np.bool_]
+    used: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, plan: Layout, window: int | None) -> WantedKeys | None:
+        """Worked out once; None for so many ranks and tokens that the tables would be too large.
+
+        >>> import cpattn
+        >>> found = WantedKeys.of(cpattn.plan([(0, 4), (0, 2)], 2, partition="whole", owner=cpattn.Striped()), None)
+        >>> found.source.tolist(), found.holder.tolist()
+        ([0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1])
+        """
+        key = "wanted keys", window
+        found: WantedKeys | None = plan.memo.get(key)
+        if found is None:
+            reached = np.zeros_like(plan.extend_lens) if window is None else Reach.of(plan, window).lengths
+            if plan.cp_size * int((reached + plan.extend_lens).sum()) > _MOST_PAIRS:
+                return None
+            found = plan.memo.keep(key, cls._of(plan, window, reached))
+        return found
+
+    @classmethod
+    def _of(cls, plan: Layout, window: int | None, reached: IntArray) -> WantedKeys:
+        size, chunks, lengths = plan.cp_size, plan.chunk_table, reached + plan.extend_lens
+        begins, total = exclusive_cumsum(lengths), int(lengths.sum())
+        request = np.arange(len(lengths)).repeat(lengths)
+        position = np.arange(total) + (plan.prefix_lens - reached - begins)[request]
+        is_new = position >= plan.prefix_lens[request]
+        computed, token = chunks.rank.repeat(chunks.length), np.arange(plan.num_tokens)
+        if plan.owner is not None:
+            holder = plan.owner.ranks(position, size)
+        else:
+            # Each rank keeps what it computes.
+            ranks = None if window is None else Reach.of(plan, window).ranks
+            holder = computed if ranks is None else ranks
+        source, row = holder.copy(), np.empty(total, dtype=np.int64)
+        source[is_new] = computed
+        row[is_new] = token + (plan.chunk_rows - exclusive_cumsum(chunks.length)).repeat(chunks.length)
+        for rank in range(size if total > plan.num_tokens else 0):
+            cached = (~is_new & (source == rank)).nonzero()[0]
+            row[cached] = plan.rows + np.arange(len(cached))
+        used, is_others = _seen(plan, window, reached, begins, total), source != np.arange(size)[:, None]
+        for rank in range(size):
+            used[rank] |= is_new & (holder == rank)
+        wanted = used & is_others
+        return cls(request, position, source, holder, row, is_new, wanted, used)
+
+    def lacking(self) -> Lacking:
+        """How many tokens each rank receives and sends."""
+        between = np.stack([np.bincount(self.source[wanted], minlength=len(self.wanted)) for wanted in self.wanted])
+        return Lacking(between.sum(axis=1), between.sum(axis=0))
+
+    def to_hold(self, plan: Layout, rank: int) -> tuple[IntArray, IntArray]:
+        """Of each token its request, and its number among those of the request that a rank holds; -1 of those that it is not to hold."""
+        held = (self.is_new & (self.holder == rank)).nonzero()[0]
+        request, number = np.full((2, len(self.request)), -1, dtype=np.int64)
+        request[held] = self.request[held]
+        if plan.owner is not None:
+            number[held] = plan.owner.numbers(self.position[held], plan.cp_size)
+        else:
+            # After what it held before.
+            first = plan.shard_lens[:, rank] - exclusive_cumsum(plan.rank_extends[:, rank])
+            number[held] = np.arange(len(held)) + first[request[held]]
+        return request, number
+
+    def sent_to(self, source: int, rank: int) -> IntArray:
+        """Of one rank by another, in order; those of themselves are none."""
+        tokens: IntArray = (self.wanted[rank] & (self.source == source)).nonzero()[0]
+        return tokens
+
+
+def _seen(plan: Layout, window: int | None, reached: IntArray, begins: IntArray, total: int) -> npt.NDArray[np.bool_]:
+    """``[cp_size, total]`` whether a query of a rank sees a token: those of a chunk see one run."""
+    request, start, length, rank = plan.chunk_table
+    before = reached[request] + start
+    first = begins[request] + (0 if window is None else np.maximum(before - window + 1, 0))
+    end = begins[request] + before + length
+    seen = np.zeros((plan.cp_size, total), dtype=bool)
+    # Runs are long, and chunks few beside tokens.
+    for viewer, one, other in zip(rank.tolist(), first.tolist(), end.tolist(), strict=True):
+        seen[viewer, one:other] = True
+    return seen
