@@ -147,7 +147,15 @@ class PeerTransport(PairwiseTransport):
 
     def release_together(self) -> None:
         """See :meth:`Transport.release_together`."""
-        self.shared.release(self)
+        self.shared.release(self, alone=self.state.failure is not None or not self._can_meet())
+
+    def _can_meet(self) -> bool:
+        """Whether there is still a group to meet in: over one that was destroyed torch may end the process."""
+        try:
+            super().check_usable()
+        except GroupError:
+            return False
+        return True
 
     def ready(self, device: torch.device, captures: bool) -> None:
         """A call is about to send. At the first one the ranks find out whether they can share memory: a collective."""
@@ -183,6 +191,9 @@ class PeerTransport(PairwiseTransport):
                 try:
                     self.shared.grow(self, self._least_bytes, captures=False)
                 except UnsupportedError as error:
+                    if self._insists:
+                        # It is asked for again, as memory for a larger call is.
+                        return str(error)
                     self._why_not = str(error)
                     self._warn("calls", error)
             if self.rank == 0:

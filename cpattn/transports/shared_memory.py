@@ -158,8 +158,8 @@ class SharedMemory:
             # Nobody reads the old one any more: all have come here, and have waited for their devices.
             self.heap = heap
 
-    def release(self, ranks: Sharers) -> None:
-        """See :meth:`Transport.release_together`."""
+    def release(self, ranks: Sharers, *, alone: bool) -> None:
+        """See :meth:`Transport.release_together`. ``alone``: where nobody comes any more, and nobody calls."""
         if self.heap is None:
             return
         assert self.device is not None
@@ -167,8 +167,8 @@ class SharedMemory:
             raise GroupError(
                 "a CUDA graph captures, and memory that ranks share is freed once their devices have done their work; release it before"
             )
-        if ranks.state.failure is not None:
-            # Nobody comes any more, and nobody calls. What was launched before may still wait in this memory, no longer than the limit.
+        if alone:
+            # What was launched before may still wait in this memory, no longer than the limit.
             synchronize(self.device)
             self.heap = None
             return

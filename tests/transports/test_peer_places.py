@@ -158,14 +158,13 @@ def test_memory_that_is_made_under_inference_mode_is_written_outside_of_it() -> 
     assert heap.fault_on_device() == 2
 
 
-def test_memory_of_a_group_that_was_given_up_is_freed_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_alone_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has launched may still wait there for others."""
     shared, ranks = SharedMemory(30.0), _Sharers()
     shared.device, shared.heap = torch.device("cpu"), ranks.make_heap(torch.empty(900), 1)
     monkeypatch.setattr(shared_memory, "synchronize", lambda device: done.append(shared.heap is not None))
     done: list[bool] = []
-    ranks.state.give_up("a test gave it up")
-    shared.release(ranks)
+    shared.release(ranks, alone=True)
     assert done == [True]
     assert shared.heap is None
 
@@ -356,6 +355,33 @@ def _released() -> list[bool]:
 
 def test_shared_memory_is_released_by_all_ranks_together(ranks: ProcessRanks) -> None:
     assert ranks.run(_released) == [[True] * 6] * 2
+
+
+def _released_too_late(destroys: bool) -> list[bool]:
+    """One rank alone frees what it had in a group that was given up, or destroyed, however it names that."""
+    left = []
+    for named_by in ("group", "transport"):
+        group = dist.new_group()
+        transport = cpattn.transport(group, kind="peer_memory")
+        assert isinstance(transport, PeerMemoryTransport)
+        transport.shared.device = torch.device("cpu")
+        heap: Any = _Heap(2**20)
+        transport.shared.heap = heap
+        others = cpattn.transport(group, kind="collectives")
+        if destroys:
+            dist.destroy_process_group(group)
+        else:
+            heap.fault = 1
+            _refusal(transport.check_usable)
+        if dist.get_rank():
+            cpattn.release(group if named_by == "group" else transport)
+            left += [transport.shared.heap is None, others.describe() == "collectives: those of torch.distributed, over gloo"]
+    return left
+
+
+@pytest.mark.parametrize("destroys", [False, True], ids=["given up", "destroyed"])
+def test_shared_memory_of_a_group_that_is_over_is_released_by_each_rank(ranks: ProcessRanks, destroys: bool) -> None:
+    assert ranks.run(_released_too_late, destroys)[1] == [True] * 4
 
 
 def _failed_capture() -> list[bool]:
