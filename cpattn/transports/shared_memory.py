@@ -106,12 +106,14 @@ class SharedMemory:
 
         Raises as :meth:`grow`, and UnsupportedError where they are too many or too large.
         """
-        largest = max([message.nbytes for message in messages])
-        if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
-            raise UnsupportedError(
-                f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
-                f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or send it by kind='collectives'"
-            )
+        # None is larger than all of them.
+        if len(messages) > BOARDS or nbytes > MOST_MESSAGE_BYTES:
+            largest = max(message.nbytes for message in messages)
+            if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
+                raise UnsupportedError(
+                    f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
+                    f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or send it by kind='collectives'"
+                )
         assert self.heap is not None  # the first call has made one
         if nbytes > self.heap.capacity:
             self._grow_once(ranks, nbytes, captures=captures, insists=insists)
