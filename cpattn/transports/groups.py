@@ -96,9 +96,10 @@ def _transport_of(group: dist.ProcessGroup | DeviceMesh | None, cp_size: int, ki
                 "or pass group="
             )
         group = dist.group.WORLD
-    if _has_two_axes(group):
-        return _over_mesh(group, kind)
-    group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
+    if not isinstance(group, dist.ProcessGroup):
+        if _has_two_axes(group):
+            return _over_mesh(group, kind)
+        group = _process_group(group)
     kinds = _transports.get(group)
     if kinds is None:
         kinds = _transports.setdefault(group, {})
