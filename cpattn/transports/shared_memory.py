@@ -175,8 +175,13 @@ class SharedMemory:
             self.heap = None
             return
         with ranks.on_device():
-            is_captured = self.heap in self.captured
-            said = ranks.told_by_all((self._fault_on_device(), is_captured))
+            fault, is_captured = self._fault_on_device(), self.heap in self.captured
+            try:
+                said = ranks.told_by_all((fault, is_captured))
+            except BaseException:
+                # Nobody calls any more.
+                self.heap = None
+                raise
         # There may be more of it now.
         self.too_large = None
         # Where a graph replays over it on one rank, the others' are read there.

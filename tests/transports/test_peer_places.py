@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -382,6 +383,35 @@ def _released_too_late(destroys: bool) -> list[bool]:
 @pytest.mark.parametrize("destroys", [False, True], ids=["given up", "destroyed"])
 def test_shared_memory_of_a_group_that_is_over_is_released_by_each_rank(ranks: ProcessRanks, destroys: bool) -> None:
     assert ranks.run(_released_too_late, destroys)[1] == [True] * 4
+
+
+def _missed() -> list[tuple[str, bool, bool]]:
+    """The second rank does not come to the first one's call, or to its release: what that raises, whether the next raises the same at once,
+    and whether memory is freed."""
+    seen: list[tuple[str, bool, bool]] = []
+    for releases in (False, True):
+        transport = PeerMemoryTransport(dist.new_group(timeout=timedelta(seconds=0.5)))
+        transport._device_type, transport.shared.device = "cpu", torch.device("cpu")  # type: ignore[misc]
+        if releases:
+            transport.shared.heap = _Heap(2**20)  # type: ignore[assignment]
+        meta = cpattn.build_metadata([(0, 8)], 2, 0)
+        x = torch.ones(meta.rows, 1, 8)
+        call = partial(cpattn.cp_attention, x, x, x, meta, group=transport)
+        if dist.get_rank() == 0:
+            said = _refusal(partial(cpattn.release, transport) if releases else call)
+            seen.append((said, _refusal(call) == said, transport.shared.heap is None))
+    dist.barrier()
+    return seen
+
+
+def test_a_rank_that_does_not_come_to_agree_is_found_out(ranks: ProcessRanks) -> None:
+    """Within the group's timeout, and once and for all: those who came may have said a half of what they had to."""
+    seen, _ = ranks.run(_missed)
+    assert len(seen) == 2
+    for said, is_same, is_freed in seen:
+        assert said.startswith("GroupError: this group cannot be used any more: its ranks could not agree on the memory that they share (")
+        assert is_same
+        assert is_freed
 
 
 def _failed_capture() -> list[bool]:
