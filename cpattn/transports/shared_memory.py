@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +66,7 @@ class SharedMemory:
     def set_limit(self, seconds: float) -> None:
         """How long devices wait; holds for graphs that are captured already. Raises OptionError."""
         given: Any = seconds
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= _MOST_SECONDS:
+        if isinstance(given, bool) or not isinstance(given, Real) or not 0 < float(given) <= _MOST_SECONDS:
             raise OptionError(f"limit={seconds!r}; pass seconds, more than 0 and at most {_MOST_SECONDS:,}")
         if self.device is not None and is_capturing(self.device):
             raise OptionError("limit= would be set at each replay of the graph that captures; set it before")

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -236,7 +237,7 @@ def _places() -> dict[str, Any]:
     transport.shared.heap = heap  # type: ignore[assignment]
     said["too many"] = _refusal(lambda: transport.place([_transfer(Posted(1)) for _ in range(BOARDS + 1)]))
     said["captured"] = _refusal(lambda: _grow_in_capture(transport))
-    transport.limit = 2
+    transport.limit = np.int64(2)
     said["limits"] = heap.limits
     heap.fault = 2
     said["other"] = transport.shared.in_words(OTHER_MESSAGE)
