@@ -192,7 +192,7 @@ class SoloPeer(PeerTransport, SoloCommunicator):  # type: ignore[misc]
     def _exchange(self, send: Any, receive: Any) -> Work:
         return Work(lambda: None)
 
-    def told_by_all(self, what: Any) -> list[Any]:
+    def _told_by_all(self, what: Any) -> list[Any]:
         return [what] * self.size
 
     def _why_not_shared(self, device: torch.device) -> str | None:

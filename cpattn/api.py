@@ -10,7 +10,7 @@ from torch import Tensor
 from cpattn.call import checks
 from cpattn.call.agreed import describe, validated
 from cpattn.call.arguments import Arguments, BackendChoice, StrategyChoice
-from cpattn.call.attention import KEYWORDS, More, run_attention
+from cpattn.call.attention import KEYWORDS, run_attention
 from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
 from cpattn.call.explain_arrival import explain_arrival, explain_pages
@@ -334,7 +334,7 @@ def cp_attention(
         results = attention_in_graph(arguments, meta, group, {"return_lse": return_lse, "check": check, "label": label, **unknown})
         if results is not NotImplemented:
             return results  # type: ignore[no-any-return]
-    result, lse = run_attention(arguments, meta, More(group, return_lse, check, label), unknown)
+    result, lse = run_attention(arguments, meta, group, unknown, return_lse=return_lse, check=check, label=label)
     return result if lse is None else (result, lse)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -44,23 +44,22 @@ KEYWORDS = (
 )
 
 
-class More(NamedTuple):
-    """What a call takes beside its arguments and its metadata."""
-
-    group: Group = None
-    return_lse: bool = False
-    check: bool = False
-    label: str | None = None
-
-
 @leaves_graph
-def run_attention(arguments: Arguments, meta: CPMetadata | None, more: More, unknown: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def run_attention(
+    arguments: Arguments,
+    meta: CPMetadata | None,
+    group: Group,
+    unknown: dict[str, Any],
+    *,
+    return_lse: bool = False,
+    check: bool = False,
+    label: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """A call of ``cp_attention``: its result, and the LSE where that is asked for.
 
     Args:
         unknown: keywords that there are none of, to be refused.
     """
-    group, return_lse, check, label = more
     context: ForwardContext | None = None
     if meta is None:
         context = current_context()
@@ -115,8 +114,8 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     v_dim, strategy, backend, overlap, scale, window, softcap, return_lse, check, label, group_name = parse_options(options)
     arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, backend, overlap, scale, window, softcap, sinks, out)
-    more = More(group_of(group, group_name), return_lse, check, label)
-    result, lse = run_attention(arguments, None if meta is None else resolve(meta, CPMetadata), more, {})
+    given = None if meta is None else resolve(meta, CPMetadata)
+    result, lse = run_attention(arguments, given, group_of(group, group_name), {}, return_lse=return_lse, check=check, label=label)
     return results_of(result, lse, out)
 
 

@@ -40,7 +40,8 @@ class CapturedCache:
 @dataclass(frozen=True)
 class GroupCheck:
     """A graph has captured a call over a group. Another batch is refused where a rank did not come meanwhile, as far as the host
-    knows; nothing is known of a group that is gone."""
+    knows, or where the group was given up: ranks that are out of step would take each other's messages for those of a replay. Nothing is
+    known of a group that is gone."""
 
     transport: ref[Transport]
 
@@ -48,3 +49,5 @@ class GroupCheck:
         transport = self.transport()
         if transport is not None:
             transport.look_for_fault()
+            if transport.state.failure is not None:
+                raise transport.state.error()

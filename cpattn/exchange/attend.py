@@ -16,6 +16,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_for
 from cpattn.errors import CPError
 from cpattn.keys import Keys
+from cpattn.moves.wide_copy import copy_wide_
 from cpattn.spans import Spans
 
 
@@ -62,12 +63,12 @@ class Attend:
             them.
     """
 
-    __slots__ = ("_accumulate", "_how", "_launch", "_lse", "_options", "_out", "_q", "_scales", "_sinks", "_sinks_after")
+    __slots__ = ("_accumulate", "_attend_into", "_how", "_launch", "_lse", "_options", "_out", "_q", "_scales", "_sinks", "_sinks_after")
 
     def __init__(self, how: Attention, q: Tensor, sinks: Tensor | None, scales: tuple[Tensor, Tensor] | None = None) -> None:
         self._how = how
         self._q = q
-        self._launch, self._accumulate = how.backend.attend, how.backend.accumulate
+        self._launch, self._accumulate, self._attend_into = how.backend.attend, how.backend.accumulate, how.backend.attend_into
         self._scales = scales
         self._options, self._sinks, self._sinks_after = how.options, sinks, sinks
         if sinks is not None and how.native_sinks:
@@ -94,7 +95,12 @@ class Attend:
             scales = self._scales_of(heads)
             if scales is not None:
                 keys = keys._replace(k_scale=scales[0], v_scale=scales[1])
-            self._out[:, heads], self._lse[:, heads] = self._launch(self._q[:, heads], keys, spans, self._options_of(heads), self._how.step)
+            of_heads = self._q[:, heads], keys, spans, self._options_of(heads)
+            if self._attend_into is not None:
+                self._attend_into(*of_heads, self._out[:, heads], self._lse[:, heads])
+            else:
+                part, self._lse[:, heads] = self._launch(*of_heads, self._how.step)
+                copy_wide_(self._out[:, heads], part)
         else:
             self._out[:, heads], self._lse[:, heads] = 0, -torch.inf
 

@@ -36,6 +36,8 @@ class AttendInRanges(Attend):
         self._launch = ranged(launch, self._launch)
         if self._accumulate is not None:
             self._accumulate = ranged(launch, self._accumulate)
+        if self._attend_into is not None:
+            self._attend_into = ranged(launch, self._attend_into)
         self._strategy, self._schedule = strategy, schedule
         # The hop under way, and the results that it has given.
         self._hop = self._given = 0

@@ -118,6 +118,7 @@ class CPMetadata:
         Raises:
             PlanError: this metadata has no bucket, the plan does not fit it, or it is laid out for other ranks; the same
                 on every rank. Or a graph that was captured with this metadata cannot compute it.
+            GroupError: a graph has captured a call over a group that was given up since, or in which a rank did not come.
         """
         plan: Any = other.plan if isinstance(other, CPMetadata) else other
         self._check_next(plan)

@@ -78,9 +78,13 @@ def as_transport(group: Group, cp_size: int, kind: Kind = "auto") -> Transport:
 
     A plan for one rank needs none of them. Raises GroupError where no group can be had.
     """
-    if isinstance(group, Transport):
-        group.check_usable()
-        return group
+    found = group if isinstance(group, Transport) else _transport_of(group, cp_size, kind)
+    found.check_usable()
+    return found
+
+
+def _transport_of(group: dist.ProcessGroup | DeviceMesh | None, cp_size: int, kind: Kind) -> Transport:
+    """The same, also where it cannot be used any more."""
     if group is None and cp_size == 1:
         return _alone_here()
     if group is None:
@@ -92,17 +96,15 @@ def as_transport(group: Group, cp_size: int, kind: Kind = "auto") -> Transport:
                 "or pass group="
             )
         group = dist.group.WORLD
-    if _has_two_axes(group):
-        return _over_mesh(group, kind)
-    group = group if isinstance(group, dist.ProcessGroup) else _process_group(group)
+    if not isinstance(group, dist.ProcessGroup):
+        if _has_two_axes(group):
+            return _over_mesh(group, kind)
+        group = _process_group(group)
     kinds = _transports.get(group)
     if kinds is None:
         kinds = _transports.setdefault(group, {})
     transport = kinds.get(kind)
-    if transport is None:
-        transport = kinds.setdefault(kind, _make(group, kind, kinds))
-    transport.check_usable()
-    return transport
+    return kinds.setdefault(kind, _make(group, kind, kinds)) if transport is None else transport
 
 
 def _make(group: dist.ProcessGroup, kind: Kind, kinds: dict[Kind, Transport]) -> Transport:
@@ -146,7 +148,7 @@ def release(group: Group = None) -> None:
 
     Memory that ranks share is freed where a group is given. Then all its ranks have to do so, between the same calls, and each waits for
     its device and for the others, within the group's timeout. Without a group it stays, and each rank may free the rest by itself; so it
-    may over a group that shares none.
+    may over a group that shares none. Of a group that was given up or destroyed each rank frees its own, and waits for its device alone.
 
     >>> import cpattn
     >>> cpattn.release()
@@ -162,7 +164,7 @@ def release(group: Group = None) -> None:
     if group is None:
         transports = [transport for transport in living_transports() if not transport.state.is_in_use]
     elif isinstance(group, Transport) or _has_two_axes(group):
-        found = as_transport(group, cp_size=0)
+        found = group if isinstance(group, Transport) else _transport_of(group, 0, "auto")
         transports = [found, *found.parts()]
     else:
         state = state_of(_process_group(group))
@@ -184,7 +186,7 @@ def _has_two_axes(group: Any) -> TypeGuard[DeviceMesh]:
 def _over_mesh(mesh: DeviceMesh, kind: Kind) -> Transport:
     """All ranks of a mesh of two axes, the last one innermost: the world, or a part of it, which needs no process group of its own."""
     _check_mesh(mesh)
-    ranks, world = tuple(mesh.mesh.flatten().tolist()), as_transport(dist.group.WORLD, cp_size=0, kind=kind)
+    ranks, world = tuple(mesh.mesh.flatten().tolist()), _transport_of(dist.group.WORLD, 0, kind)
     return world if ranks == tuple(range(world.size)) else world._kept_part(ranks)
 
 

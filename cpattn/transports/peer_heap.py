@@ -99,6 +99,7 @@ class PeerHeap:
         self.capacity = memory.numel()
         self._memory, self._peers, self._held = memory, list(peers), held
         self._places: Memo[tuple[int, int], OwnMemory] = Memo(64)
+        self._messages: Memo[tuple[int, int, int], Tensor] = Memo(64)
         # Pinned memory has one address for the host and for the device.
         self._fault = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=memory.is_cuda)
         # A number of a memoryview takes a quarter of the time of one of an array.
@@ -119,7 +120,9 @@ class PeerHeap:
 
     def message_of(self, rank: int, offset: int, nbytes: int) -> Tensor:
         """Bytes ``[1, nbytes]`` of another rank's heap."""
-        return self._peers[rank].narrow(1, offset, nbytes)
+        key = rank, offset, nbytes
+        found = self._messages.get(key)
+        return self._messages.keep(key, self._peers[rank].narrow(1, offset, nbytes)) if found is None else found
 
     def own_memory(self, offset: int, nbytes: int) -> OwnMemory:
         """Bytes of this rank's."""

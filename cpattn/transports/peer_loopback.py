@@ -50,7 +50,7 @@ class PeerLoopbackTransport(PeerTransport, LoopbackTransport):
                     )
         super().ready(device, captures)
 
-    def told_by_all(self, what: Any) -> list[Any]:
+    def _told_by_all(self, what: Any) -> list[Any]:
         return self.group.meet(self.rank, what)
 
     def _why_not_shared(self, device: torch.device) -> str | None:

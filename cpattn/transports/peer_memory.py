@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cpattn.current import is_current
-from cpattn.errors import GroupError, UnsupportedError
+from cpattn.errors import GroupError, UnsupportedError, in_a_line
 from cpattn.kernels.peer_layout import WORD_BYTES, WORDS
 from cpattn.log import logger
 from cpattn.memo import Memo
@@ -46,7 +46,7 @@ class PeerTransport(PairwiseTransport):
     """Over memory that the ranks share, for calls that can; the others go over what it is mixed with, which comes after it among a
     class's bases and carries what is sent outside of a call.
 
-    A subclass says what the ranks do together on their hosts: ``_why_not_shared``, and all of
+    A subclass says what the ranks do together on their hosts: ``_told_by_all``, ``_why_not_shared``, and the rest of
     :class:`cpattn.transports.shared_memory.Sharers`.
 
     Attributes:
@@ -86,9 +86,20 @@ class PeerTransport(PairwiseTransport):
         # What the log has a warning of.
         self._warned: Memo[Hashable, None] = Memo(64)
 
-    @abstractmethod
     def told_by_all(self, what: Any) -> list[Any]:
-        """See :class:`Sharers`, as for the two below."""
+        """See :class:`Sharers`, as for the two below. Raises GroupError where a rank does not come, or what ranks say is lost."""
+        try:
+            return self._told_by_all(what)
+        except BaseException as failure:
+            # Nobody knows how far the others have come.
+            self.state.give_up(f"its ranks could not agree on the memory that they share ({in_a_line(failure)})")
+            if isinstance(failure, Exception):
+                raise self.state.error() from failure
+            raise
+
+    @abstractmethod
+    def _told_by_all(self, what: Any) -> list[Any]:
+        """How ranks tell each other."""
 
     @abstractmethod
     def allocate_shared(self, nbytes: int, device: torch.device) -> Tensor: ...
@@ -147,7 +158,15 @@ class PeerTransport(PairwiseTransport):
 
     def release_together(self) -> None:
         """See :meth:`Transport.release_together`."""
-        self.shared.release(self)
+        self.shared.release(self, alone=self.state.failure is not None or not self._can_meet())
+
+    def _can_meet(self) -> bool:
+        """Whether there is still a group to meet in: over one that was destroyed torch may end the process."""
+        try:
+            super().check_usable()
+        except GroupError:
+            return False
+        return True
 
     def ready(self, device: torch.device, captures: bool) -> None:
         """A call is about to send. At the first one the ranks find out whether they can share memory: a collective."""
@@ -183,6 +202,9 @@ class PeerTransport(PairwiseTransport):
                 try:
                     self.shared.grow(self, self._least_bytes, captures=False)
                 except UnsupportedError as error:
+                    if self._insists:
+                        # It is asked for again, as memory for a larger call is.
+                        return str(error)
                     self._why_not = str(error)
                     self._warn("calls", error)
             if self.rank == 0:

@@ -30,7 +30,7 @@ class PeerMemoryTransport(PeerTransport, ProcessGroupTransport):
         super().__init__(group)
         self._set_up(limit, insists)
 
-    def told_by_all(self, what: Any) -> list[Any]:
+    def _told_by_all(self, what: Any) -> list[Any]:
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, what, group=self.group)
         return said

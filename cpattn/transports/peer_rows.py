@@ -112,6 +112,8 @@ class PeerRowsInOrder(_PostedRows):
         super().__init__(message, nbytes, late.rows, like, fill_missing)
         self._rows_in_order = rows
         self._late = late
+        # What stands for K and V where nobody looks at them, as nothing is posted.
+        self._nothing: Given = like.expand(late.rows, -1, -1), None, late.rows
 
     @property
     def memory(self) -> OwnMemory:
@@ -134,9 +136,7 @@ class PeerRowsInOrder(_PostedRows):
         self._message.end_pull()
 
     def _pull(self, transport: Poster) -> None:
-        # Where nothing is posted nobody looks at K and V.
-        nothing = self._like.expand(self._rows, -1, -1), None, self._rows
-        self._exchange(transport, self._message.begin_pull(), nothing, "pull")
+        self._exchange(transport, self._message.begin_pull(), self._nothing, "pull")
         self._message.end_pull()
 
     def _exchange(self, transport: Poster, board: Board, given: Given, part: ExchangePart) -> None:

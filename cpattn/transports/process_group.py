@@ -44,6 +44,8 @@ class ProcessGroupTransport(PairwiseTransport):
         self._weak_group = ref(group)
         self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._global_rank = self._global_ranks[self.rank]
+        # Not asked for later, as torch forgets a group that is destroyed.
+        self._backend = dist.get_backend(group)
 
     def check_usable(self) -> None:
         """Raises GroupError once the process group is destroyed.
@@ -59,7 +61,7 @@ class ProcessGroupTransport(PairwiseTransport):
 
     def describe(self) -> str:
         """What carries the bytes, and why, in words."""
-        return f"collectives: those of torch.distributed, over {dist.get_backend(self.group)}"
+        return f"collectives: those of torch.distributed, over {self._backend}"
 
     @property
     def group(self) -> dist.ProcessGroup:

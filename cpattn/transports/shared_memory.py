@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +66,7 @@ class SharedMemory:
     def set_limit(self, seconds: float) -> None:
         """How long devices wait; holds for graphs that are captured already. Raises OptionError."""
         given: Any = seconds
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= _MOST_SECONDS:
+        if isinstance(given, bool) or not isinstance(given, Real) or not 0 < float(given) <= _MOST_SECONDS:
             raise OptionError(f"limit={seconds!r}; pass seconds, more than 0 and at most {_MOST_SECONDS:,}")
         if self.device is not None and is_capturing(self.device):
             raise OptionError("limit= would be set at each replay of the graph that captures; set it before")
@@ -106,12 +107,14 @@ class SharedMemory:
 
         Raises as :meth:`grow`, and UnsupportedError where they are too many or too large.
         """
-        largest = max([message.nbytes for message in messages])
-        if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
-            raise UnsupportedError(
-                f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
-                f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or send it by kind='collectives'"
-            )
+        # None is larger than all of them.
+        if len(messages) > BOARDS or nbytes > MOST_MESSAGE_BYTES:
+            largest = max(message.nbytes for message in messages)
+            if len(messages) > BOARDS or largest > MOST_MESSAGE_BYTES:
+                raise UnsupportedError(
+                    f"a call of {len(messages)} messages, the largest of {largest / 2**30:.1f} GiB; kind='peer_memory' takes {BOARDS} "
+                    f"of at most {MOST_MESSAGE_BYTES // 2**30} GiB: lower overlap=, or send it by kind='collectives'"
+                )
         assert self.heap is not None  # the first call has made one
         if nbytes > self.heap.capacity:
             self._grow_once(ranks, nbytes, captures=captures, insists=insists)
@@ -158,8 +161,8 @@ class SharedMemory:
             # Nobody reads the old one any more: all have come here, and have waited for their devices.
             self.heap = heap
 
-    def release(self, ranks: Sharers) -> None:
-        """See :meth:`Transport.release_together`."""
+    def release(self, ranks: Sharers, *, alone: bool) -> None:
+        """See :meth:`Transport.release_together`. ``alone``: where nobody comes any more, and nobody calls."""
         if self.heap is None:
             return
         assert self.device is not None
@@ -167,14 +170,19 @@ class SharedMemory:
             raise GroupError(
                 "a CUDA graph captures, and memory that ranks share is freed once their devices have done their work; release it before"
             )
-        if ranks.state.failure is not None:
-            # Nobody comes any more, and nobody calls. What was launched before may still wait in this memory, no longer than the limit.
+        if alone:
+            # What was launched before may still wait in this memory, no longer than the limit.
             synchronize(self.device)
             self.heap = None
             return
         with ranks.on_device():
-            is_captured = self.heap in self.captured
-            said = ranks.told_by_all((self._fault_on_device(), is_captured))
+            fault, is_captured = self._fault_on_device(), self.heap in self.captured
+            try:
+                said = ranks.told_by_all((fault, is_captured))
+            except BaseException:
+                # Nobody calls any more.
+                self.heap = None
+                raise
         # There may be more of it now.
         self.too_large = None
         # Where a graph replays over it on one rank, the others' are read there.

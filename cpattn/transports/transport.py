@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpattn.errors import TensorMismatchError, UnsupportedError
 from cpattn.handles import new_handle
-from cpattn.machine import Machine
+from cpattn.machine import Machine, find_machine
 from cpattn.moves.late_rows import LateRows
 from cpattn.transports.arena import Arena
 from cpattn.transports.axes import ranks_of_axes
@@ -51,16 +51,13 @@ class Transport(ABC):
         lasts: whether further calls will use it, so that what is prepared for one can be kept.
         bytes_sent: what this rank has sent to others so far; a broadcast counts once for each receiver.
         handle: by which operators in compiled graphs refer to this transport: int64 without an axis, on the CPU.
-        machine: by whose constants ``"auto"`` compares ways to make a call; None for those of the device. The same on every rank: set it
-            to what :func:`cpattn.measure_links` returns where links are unlike those of :data:`cpattn.MACHINES`. What has been prepared
-            already stays as it is.
     """
 
     kind: str = "custom"
     state: GroupState
     part: tuple[int, ...] = ()
     lasts: bool = True
-    machine: Machine | None = None
+    _machine: Machine | None = None
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -76,6 +73,19 @@ class Transport(ABC):
     def __repr__(self) -> str:
         part = f", ranks {', '.join(map(str, self.part))} of a larger group" if self.part else ""
         return f"{type(self).__name__}(rank {self.rank} of {self.size}{part})"
+
+    @property
+    def machine(self) -> Machine | None:
+        """By whose constants ``"auto"`` compares ways to make a call; None for those of the device.
+
+        The same on every rank: set it to what :func:`cpattn.measure_links` returns where links are unlike those of
+        :data:`cpattn.MACHINES`, or to one of these by its name. What has been prepared already stays as it is.
+        """
+        return self._machine
+
+    @machine.setter
+    def machine(self, machine: Machine | str | None) -> None:
+        self._machine = None if machine is None else find_machine(machine)
 
     def check_usable(self) -> None:  # noqa: B027 - most groups last as long as their transports
         """Raises GroupError where what it sends over is gone, or is known to have failed."""

@@ -133,6 +133,19 @@ def test_estimates_go_by_what_was_measured() -> None:
     assert found.transfer == pytest.approx(machine.collectives.gather_seconds(found.bytes_sent))
 
 
+def test_a_group_s_machine_is_one_or_its_name() -> None:
+    """What is neither is refused as it is set, and not within the next call."""
+    group = cpattn.LoopbackGroup(1).transport(0)
+    group.machine = "h200-nvlink"
+    assert group.machine is cpattn.MACHINES["h200-nvlink"]
+    with pytest.raises(cpattn.UnknownNameError, match="machine='h300' is unknown"):
+        group.machine = "h300"
+    with pytest.raises(cpattn.OptionError, match=r"machine=5; pass a cpattn\.Machine"):
+        group.machine = 5  # type: ignore[assignment]
+    group.machine = None
+    assert group.machine is None
+
+
 def test_one_rank_has_no_links() -> None:
     assert cpattn.measure_links(cpattn.LoopbackGroup(1).transport(0), "h200-nvlink", device="cpu") is cpattn.MACHINES["h200-nvlink"]
 

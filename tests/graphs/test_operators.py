@@ -372,9 +372,9 @@ def test_a_graph_writes_to_the_engines_own_pages(
     """No compiler copies them, as long as a graph does no more than a model does."""
     written: list[tuple[int, ...]] = []
 
-    def call(arguments: Any, *more: Any) -> Any:
+    def call(arguments: Any, *more: Any, **options: Any) -> Any:
         written.append((arguments.kv_cache.k_pages.data_ptr(), arguments.kv_cache.v_pages.data_ptr()))
-        return run_attention(arguments, *more)
+        return run_attention(arguments, *more, **options)
 
     def layers(x: Tensor, caches: list[cpattn.PagedKV]) -> Tensor:
         for cache in caches:

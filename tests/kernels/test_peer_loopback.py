@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,6 +213,9 @@ def test_a_rank_of_another_plan_is_found(device: str) -> None:
         with pytest.raises(cpattn.GroupError):
             # It is one group, however its ranks send.
             attend(8, group, device)
+        # What it had is freed all the same, by each rank.
+        cpattn.release(peers)
+        assert peers.shared.heap is None
         return is_nan, str(raised.value)
 
     for is_nan, said in run_loopback(program, 2):
@@ -243,6 +247,32 @@ def test_memory_grows_and_is_released_together(device: str, monkeypatch: pytest.
         return [memory[0] < memory[1] == memory[2], is_kept_alone, is_kept_for_graph, is_released, peers.shared.heap is not None]
 
     assert run_loopback(program, 2) == [[True] * 5] * 2
+
+
+def test_memory_that_one_rank_had_not_is_asked_for_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next such call, the first one or a larger one; all ranks refuse alike, and what has place goes on."""
+    monkeypatch.setattr(PeerLoopbackTransport, "_least_bytes", 1024)
+    allocate = PeerLoopbackTransport.allocate_shared
+
+    def program(group: cpattn.Transport) -> list[str]:
+        peers, said = peers_of(group), []
+
+        def no_memory(nbytes: int, device: torch.device) -> torch.Tensor:
+            raise torch.OutOfMemoryError("none is left")
+
+        for tokens, has_memory in ((4, False), (4, True), (60, False), (4, False), (60, True)):
+            monkeypatch.setattr(peers, "allocate_shared", partial(allocate, peers) if has_memory or group.rank == 0 else no_memory)
+            try:
+                attend(tokens, peers, device)
+                said.append("")
+            except cpattn.UnsupportedError as error:
+                said.append(str(error))
+        return said
+
+    first, second = run_loopback(program, 2)
+    assert first == second
+    assert ["rank 1 could not make 0 MiB of shared memory" in text for text in first] == [True, False, True, False, False]
+    assert first[1] == first[3] == first[4] == ""
 
 
 def test_a_fault_that_only_the_device_knows_of_is_found_at_release(device: str) -> None:
@@ -287,7 +317,7 @@ def test_a_rank_that_stays_away_is_waited_for_as_long_as_the_group_says(device: 
     def program(group: cpattn.Transport) -> str:
         if group.rank == 1:
             return ""
-        with pytest.raises(TimeoutError, match=r"waited 0\.2 s for all ranks to come to a call"):
+        with pytest.raises(cpattn.GroupError, match=r"could not agree .*waited 0\.2 s for all ranks to come to a call"):
             attend(8, peers_of(group), device)
         with pytest.raises(cpattn.GroupError) as raised:
             attend(8, peers_of(group), device)

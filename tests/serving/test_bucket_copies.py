@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ from inputs.strategies import Batch, any_plan_options, batches
 from torch import Tensor
 
 import cpattn
+from cpattn.call.arguments import Arguments
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.spans import Spans
 from cpattn.testing import run_loopback
@@ -174,6 +176,24 @@ def test_whoever_asks_may_refuse_a_copy_before_anything_has_changed() -> None:
         meta.copy_(cpattn.plan([(0, 6)] * 6, 2))
     copy.deepcopy(meta).copy_(cpattn.plan([(0, 3), (0, 4)], 2))
     assert len(asked) == 2
+
+
+def test_who_only_replays_graphs_is_told_that_a_group_was_given_up() -> None:
+    """Whatever for: its ranks are out of step, and what one has posted the others would take for a replay's."""
+    meta = cpattn.build_metadata([(0, 6)], 1, 0, bucket=BUCKET)
+    x, group, whole = torch.ones(meta.rows, 1, 8), cpattn.LoopbackGroup(1).transport(0), meta.plan
+    with torch.no_grad():
+        cpattn.prepare(x, x, x, meta, group=group)._captured(Arguments(x, x, x))
+    meta.copy_(cpattn.plan([(0, 5)], 1))
+    group.state.give_up("a call was interrupted")
+    with pytest.raises(cpattn.GroupError, match="a call was interrupted"):
+        meta.copy_(whole)
+    assert meta.plan.extend_lens.tolist() == [5]
+    # Of one that is gone nothing is known.
+    del group
+    meta.memo.clear()
+    gc.collect()
+    meta.copy_(whole)
 
 
 def test_a_bucket_s_metadata_as_an_engine_sees_them() -> None:

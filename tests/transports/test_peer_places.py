@@ -7,9 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -158,14 +160,13 @@ def test_memory_that_is_made_under_inference_mode_is_written_outside_of_it() -> 
     assert heap.fault_on_device() == 2
 
 
-def test_memory_of_a_group_that_was_given_up_is_freed_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_alone_once_the_device_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has launched may still wait there for others."""
     shared, ranks = SharedMemory(30.0), _Sharers()
     shared.device, shared.heap = torch.device("cpu"), ranks.make_heap(torch.empty(900), 1)
     monkeypatch.setattr(shared_memory, "synchronize", lambda device: done.append(shared.heap is not None))
     done: list[bool] = []
-    ranks.state.give_up("a test gave it up")
-    shared.release(ranks)
+    shared.release(ranks, alone=True)
     assert done == [True]
     assert shared.heap is None
 
@@ -236,7 +237,7 @@ def _places() -> dict[str, Any]:
     transport.shared.heap = heap  # type: ignore[assignment]
     said["too many"] = _refusal(lambda: transport.place([_transfer(Posted(1)) for _ in range(BOARDS + 1)]))
     said["captured"] = _refusal(lambda: _grow_in_capture(transport))
-    transport.limit = 2
+    transport.limit = np.int64(2)
     said["limits"] = heap.limits
     heap.fault = 2
     said["other"] = transport.shared.in_words(OTHER_MESSAGE)
@@ -356,6 +357,62 @@ def _released() -> list[bool]:
 
 def test_shared_memory_is_released_by_all_ranks_together(ranks: ProcessRanks) -> None:
     assert ranks.run(_released) == [[True] * 6] * 2
+
+
+def _released_too_late(destroys: bool) -> list[bool]:
+    """One rank alone frees what it had in a group that was given up, or destroyed, however it names that."""
+    left = []
+    for named_by in ("group", "transport"):
+        group = dist.new_group()
+        transport = cpattn.transport(group, kind="peer_memory")
+        assert isinstance(transport, PeerMemoryTransport)
+        transport.shared.device = torch.device("cpu")
+        heap: Any = _Heap(2**20)
+        transport.shared.heap = heap
+        others = cpattn.transport(group, kind="collectives")
+        if destroys:
+            dist.destroy_process_group(group)
+        else:
+            heap.fault = 1
+            _refusal(transport.check_usable)
+        if dist.get_rank():
+            cpattn.release(group if named_by == "group" else transport)
+            left += [transport.shared.heap is None, others.describe() == "collectives: those of torch.distributed, over gloo"]
+    return left
+
+
+@pytest.mark.parametrize("destroys", [False, True], ids=["given up", "destroyed"])
+def test_shared_memory_of_a_group_that_is_over_is_released_by_each_rank(ranks: ProcessRanks, destroys: bool) -> None:
+    assert ranks.run(_released_too_late, destroys)[1] == [True] * 4
+
+
+def _missed() -> list[tuple[str, bool, bool]]:
+    """The second rank does not come to the first one's call, or to its release: what that raises, whether the next raises the same at once,
+    and whether memory is freed."""
+    seen: list[tuple[str, bool, bool]] = []
+    for releases in (False, True):
+        transport = PeerMemoryTransport(dist.new_group(timeout=timedelta(seconds=0.5)))
+        transport._device_type, transport.shared.device = "cpu", torch.device("cpu")  # type: ignore[misc]
+        if releases:
+            transport.shared.heap = _Heap(2**20)  # type: ignore[assignment]
+        meta = cpattn.build_metadata([(0, 8)], 2, 0)
+        x = torch.ones(meta.rows, 1, 8)
+        call = partial(cpattn.cp_attention, x, x, x, meta, group=transport)
+        if dist.get_rank() == 0:
+            said = _refusal(partial(cpattn.release, transport) if releases else call)
+            seen.append((said, _refusal(call) == said, transport.shared.heap is None))
+    dist.barrier()
+    return seen
+
+
+def test_a_rank_that_does_not_come_to_agree_is_found_out(ranks: ProcessRanks) -> None:
+    """Within the group's timeout, and once and for all: those who came may have said a half of what they had to."""
+    seen, _ = ranks.run(_missed)
+    assert len(seen) == 2
+    for said, is_same, is_freed in seen:
+        assert said.startswith("GroupError: this group cannot be used any more: its ranks could not agree on the memory that they share (")
+        assert is_same
+        assert is_freed
 
 
 def _failed_capture() -> list[bool]:
