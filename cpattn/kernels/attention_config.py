@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from dataclasses import dataclass
+
+# Of this file.
+_DIGEST = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
 
 
 # In capitals, as device code writes its constants. Frozen, as compiled kernels are found by it; no NamedTuple, which Triton would
@@ -41,6 +47,10 @@ class AttentionConfig:
     FP8: int
     SCALED: bool
     OF_TOKENS: bool
+
+    def __str__(self) -> str:
+        """With what is worked out of the fields here: Triton keeps what it has compiled by this, from one release of cpattn to the next."""
+        return f"{self!r} {_DIGEST}"
 
     @property
     def HEADS(self) -> int:

@@ -1,6 +1,11 @@
-"""What changes from batch to batch compiles nothing anew: each form of the attention kernels takes seconds."""
+"""What changes from batch to batch compiles nothing anew: each form of the attention kernels takes seconds. What a release changes does."""
 
 from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,9 @@ from inputs.stored_inputs import BF16, E4M3, options_of, stored_keys
 from cpattn.keys import Keys
 
 pytest.importorskip("triton")
+from triton.compiler import ASTSource
+
+from cpattn.kernels import attention_config
 from cpattn.kernels import ragged_attention as module
 from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
 
@@ -33,3 +41,33 @@ def test_page_tables_of_any_width_and_requests_of_any_number(stored: torch.dtype
         ragged_attention(q, given, paged, options_of({}, q.device))
         counts.append(len(launcher.compiled))
     assert len(set(counts)) == 1, counts
+
+
+def test_a_release_that_works_something_else_out_of_a_config_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton keeps kernels on disk, for processes to come, by the source of device code and by what is constant."""
+
+    class Kernel:
+        """What Triton asks a kernel."""
+
+        __name__, arg_names, cache_key = "kernel", ["C"], "the same"
+
+    def key(config: Any) -> str:
+        return str(ASTSource(Kernel(), {"C": "constexpr"}, {(0,): config}, {}).hash())
+
+    def config_of(of: Any) -> Any:
+        # PACK 2, NUM_HEADS 8.
+        return of.AttentionConfig(8, 4, 2, *[64] * 4, 128, 1, *[False] * 4, 0, False, 0, False, False)
+
+    source = Path(attention_config.__file__).read_text()
+    other = tmp_path / "other_config.py"
+    other.write_text(source.replace("return self.NUM_HEADS // self.PACK", "return self.NUM_HEADS"))
+    spec = spec_from_file_location("other_config", other)
+    assert spec is not None
+    assert spec.loader is not None
+    changed = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "other_config", changed)
+    spec.loader.exec_module(changed)
+    ours, theirs = config_of(attention_config), config_of(changed)
+    assert (ours.HEADS, theirs.HEADS) == (4, 8)
+    assert repr(ours) == repr(theirs)
+    assert key(ours) == key(config_of(attention_config)) != key(theirs)
