@@ -28,8 +28,8 @@ from cpattn.testing import ProcessRanks
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 64
-# Calls in a graph.
-LAYERS = 4
+# Calls in a graph, as many as a model has layers: ranks begin a graph up to 150 us apart.
+LAYERS = 32
 CASES = {"decode 256 x (8k + 1)": [(8192, 1)] * 256, "prefill 30k + 2k": [(30720, 2048)]}
 CHECKED_CASES = {"decode": [(70, 1), (33, 1)], "prefill": [(60, 40)]}
 PLAIN = "fp8 of heads, plain kernel"

@@ -1,11 +1,12 @@
 """The kernels over peers' memory under compute-sanitizer, in small calls: those that post, wait, pull and bring late keys.
 
-PYTHONPATH=. python tests/sanitize_peers.py [--sanitizer compute-sanitizer]
+PYTHONPATH=. python tests/sanitize_peers.py [--sanitizer compute-sanitizer] [--calls 1]
 
 Ranks that are threads share one GPU, under the checkers of memory, of races and of what was never written; ranks that are processes have
 a GPU each, where there are two, under that of memory. All run side by side. What the flags of several ranks order lies in global memory,
 which the race checker does not look at: it is about the shared memory of a program. The checker of what was never written does not see
-what another process has written, so it is for threads alone. Other kernels run unchecked: ``make sanitize`` has them.
+what another process has written, so it is for threads alone. Those two take minutes for a call: --calls takes the first ones alone.
+Other kernels run unchecked: ``make sanitize`` has them.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ class Run(NamedTuple):
 
     tool: str
     ranks: str
+    calls: int
 
     def command(self, sanitizer: str, port: int) -> list[str]:
         kernels = [part for name in KERNELS for part in ("--kernel-name", f"kernel_substring={name}")]
         checked = [sanitizer, "--tool", self.tool, "--error-exitcode", "1", "--report-api-errors", "no", "--port", str(port), *kernels]
-        return [*checked, sys.executable, __file__, "--ranks", self.ranks]
+        return [*checked, sys.executable, __file__, "--ranks", self.ranks, "--calls", str(self.calls)]
 
 
-def calls(transport: cpattn.Transport) -> None:
-    """Small calls over a transport, each twice over the same memory."""
-    for strategy, cache, overlap in CALLS:
+def calls(transport: cpattn.Transport, many: int) -> None:
+    """Small calls over a transport, so many of them, each twice over the same memory."""
+    for strategy, cache, overlap in CALLS[:many]:
         case = AttentionCase(
             BATCH, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda", cache=cache, overlap=overlap, page_size=16
         )
@@ -66,33 +68,35 @@ def calls(transport: cpattn.Transport) -> None:
     cpattn.check(transport)
 
 
-def on_threads() -> None:
-    run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory")), size=3, timeout=120)
+def on_threads(many: int) -> None:
+    run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory"), many), size=3, timeout=120)
 
 
-def in_process() -> None:
+def in_process(many: int) -> None:
     assert dist.is_initialized()
-    calls(cpattn.transport(kind="peer_memory"))
+    calls(cpattn.transport(kind="peer_memory"), many)
 
 
-def on_processes() -> None:
+def on_processes(many: int) -> None:
     with ProcessRanks(2, timeout=120, transport="nccl") as ranks:
-        ranks.run(in_process)
+        ranks.run(in_process, many)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer")
     parser.add_argument("--ranks", choices=["threads", "processes"], help="the calls themselves, unchecked")
+    parser.add_argument("--calls", type=int, default=len(CALLS))
     given = parser.parse_args()
     if given.ranks is not None:
-        on_threads() if given.ranks == "threads" else on_processes()
+        (on_threads if given.ranks == "threads" else on_processes)(given.calls)
         return 0
     if not torch.cuda.is_available() or not (shutil.which(given.sanitizer) or Path(given.sanitizer).exists()):
         print(f"it takes a GPU, and {given.sanitizer}: that of CUDA's toolkit, or of nvidia-cuda-sanitizer-api from PyPI", file=sys.stderr)
         return 2
     gpus = torch.cuda.device_count()
-    runs = [Run(tool, "threads") for tool in ("memcheck", "racecheck", "initcheck")] + [Run("memcheck", "processes")] * (gpus > 1)
+    runs = [Run(tool, "threads", given.calls) for tool in ("memcheck", "racecheck", "initcheck")]
+    runs += [Run("memcheck", "processes", given.calls)] * (gpus > 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     started = []
     for number, run in enumerate(runs):

@@ -1,7 +1,7 @@
 """From how many new tokens on keys should travel rather than queries, beside what others have published.
 
 Yang et al. (arXiv:2411.01783): Llama 3 405B on four hosts of eight H100 and adapters of 400 Gb/s, a KV head to each GPU, 128,000 tokens in
-all, of which each host has a part in its cache. Queries are faster below 5% of new tokens, and keys above.
+all, of which each host has a part in its cache. Queries are faster below about 5% of new tokens, and keys above.
 """
 
 from __future__ import annotations
