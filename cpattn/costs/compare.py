@@ -45,8 +45,8 @@ def compared(call: Call, ways: Sequence[Way]) -> tuple[Compared, ...]:
 
 
 def _at_least(call: Call, way: Way, kernel: KernelCosts, gathered: Tally, beside: Tally) -> float:
-    """Seconds of what goes hop by hop, given the same gathered at once: its tiles are as many, and no fuller, but it has a launch for
-    each rank."""
-    hops = len(way.schedule)
-    compute = gathered.compute + (call.plan.cp_size - 1) * kernel.overhead
-    return call.seconds(way, compute + beside.moves + beside.exposed, beside.host + hops * kernel.host)
+    """Seconds of what goes hop by hop, given the same gathered at once: its tiles are as many, and no fuller. In how many hops a rank
+    launches anything hangs on who sees whose keys."""
+    # All keys may lie in pages where they are gathered, and prefixes alone in a ring.
+    compute = gathered.compute / max(1.0, kernel.paged) if call.problem.cache == "paged" else gathered.compute
+    return call.seconds(way, compute + beside.moves + beside.exposed, beside.host + len(way.schedule) * kernel.host)

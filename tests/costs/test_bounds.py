@@ -121,6 +121,31 @@ def test_a_ring_that_hides_its_messages_is_not_left_out() -> None:
     assert compared(call, contenders(call, ways))[0].way is fastest
 
 
+RINGS: dict[str, tuple[list[tuple[int, int]], int, dict[str, Any]]] = {
+    # Requests that lie whole on a rank: a ring has nothing to attend to but in the first hop.
+    "whole": ([(0, length) for length in (1039, 47, 64, 3178, 1101, 77, 32, 2324)], 4, {"head_dim": 256, "v_head_dim": 256}),
+    # As in most hops of a few tokens' ring, of which estimates look at some.
+    "tiny": ([(0, 3)], 32, {"fixed": True}),
+    # Over whose pages one kernel is slower than over keys in order.
+    "first chunk": ([(0, 59_390)], 2, {"cache": "paged", "page_size": 16, "q_heads": 7, "kv_heads": 7, "fixed": True}),
+}
+
+
+@pytest.mark.parametrize("case", RINGS)
+def test_a_ring_is_passed_over_for_no_more_than_it_takes(case: str) -> None:
+    batch, cp_size, changes = RINGS[case]
+    plan = cpattn.plan(batch, cp_size, partition="zigzag" if case == "tiny" else "uncut")
+    problem = replace(cpattn.Problem(torch.device("cuda"), torch.bfloat16, plan.rows, 32, 8, 128, 128, cache="packed"), **changes)
+    call = Call(plan, problem, H100, "collectives", {kernel.backend: kernel for kernel in H100.kernels})
+    ways = [Way(one, partial(one.schedule, problem, plan), BACKENDS[name]) for one in (ALL_GATHER, RING) for name in call.kernels]
+    tallies = {way: call.tally(way, call.kernels[way.backend.name], call.launches) for way in ways}
+    seconds = {way: call.seconds(way, tally.seconds, tally.host) for way, tally in tallies.items()}
+    found = compared(call, ways)
+    assert any(one.at_least for one in found)
+    assert all(one.seconds <= seconds[one.way] for one in found)
+    assert round(seconds[found[0].way] * 1e9) == round(min(seconds.values()) * 1e9)
+
+
 def test_most_ways_are_left_out_without_an_estimate() -> None:
     call, ways = calls("alike", H100, cp_size=8)
     assert [(way.strategy.name, way.backend.name) for way in contenders(call, ways)] == [("all_gather", "triton")]
