@@ -13,7 +13,7 @@ from cpattn.attention.registry import BACKENDS
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.hop_spans import MOST_OFFSETS
 from cpattn.costs.launches import Given, Launches
-from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.order_or_pages import attends_over_pages
 from cpattn.costs.steps.heads import exchange_of_heads
 from cpattn.costs.steps.links_of_groups import link_within
 from cpattn.costs.steps.tally import Choice, Tally

@@ -15,7 +15,7 @@ from cpattn.costs.bounds import Bounds
 from cpattn.costs.compare import compared
 from cpattn.costs.contenders import contenders
 from cpattn.costs.launches import Launches, seconds_of
-from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.order_or_pages import attends_over_pages
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.ring import RING

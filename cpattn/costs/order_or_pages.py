@@ -11,7 +11,7 @@ from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
 
-def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts | None, reads_pages: bool) -> bool:
+def is_order_faster(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts | None, reads_pages: bool) -> bool:
     """The same for a problem and a plan on every rank.
 
     Args:
@@ -36,7 +36,7 @@ def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: Kernel
 
 def attends_over_pages(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts, backend: Backend) -> bool:
     """Whether an all-gather's launch is over what lies in pages, or was copied out of them."""
-    return problem.cache == "paged" and not pages_after(problem, plan, machine, kernel, reads_pages(problem, kernel, backend))
+    return problem.cache == "paged" and not is_order_faster(problem, plan, machine, kernel, reads_pages(problem, kernel, backend))
 
 
 def reads_pages(problem: Problem, kernel: KernelCosts, backend: Backend) -> bool:
