@@ -8,6 +8,7 @@ these beside keys in order, and waits for keys: :mod:`cpattn.exchange.late_pages
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cpattn.exchange.key_order import Ordered, RequestRows, key_order_drafts
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInPlace
@@ -19,7 +20,7 @@ from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.seen_keys import exchanged_rows
 from cpattn.exchange.step_spans import in_order_draft
 from cpattn.exchange.strategy import Setup
-from cpattn.exchange.traveling_keys import Traveling
+from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
@@ -28,6 +29,13 @@ from cpattn.problem import Problem
 def are_first_chunks(problem: Problem, plan: Layout) -> bool:
     """Whether all keys that a batch's queries see are new, which another batch of a bucket may have otherwise."""
     return not problem.fixed and not plan.prefix_lens[plan.extend_lens > 0].any()
+
+
+def lie_in_order(problem: Problem, plan: Layout) -> bool:
+    """Whether the first chunks that each rank's queries see are its own rows as they lie. Where nothing travels as queries see no more than
+    a window, other ranks may have what comes between, and a rank's own rows do not follow each other."""
+    without = problem if problem.window is None else replace(problem, window=None)
+    return traveling_keys(without, plan).what == "nothing"
 
 
 def rows_through_order(setup: Setup, kv: KVFormat, travels: Traveling) -> tuple[Sequence[RowsIntoPages], InOrder | OwnInPlace]:

@@ -33,8 +33,10 @@ def test_where_a_kernel_is_slower_over_pages_than_it_takes_to_put_keys_in_order(
     # So short that it takes longer, or seen through a window.
     assert not after([(0, 2048)])
     assert not after(LONG, window=512)
-    # What is read as it lies is put nowhere.
+    # What is read as it lies is put nowhere; of a request that is cut a rank's rows do not follow each other, though none may travel.
     assert after([(0, 64)], cp_size=1)
+    assert not after([(0, 64)], window=1)
+    assert after([(0, 512)] * 4, partition="whole", window=1)
     assert after([(0, 512)] * 4, partition="whole")
     # Cached keys lie in pages alone, and a bucket's next batch may have some.
     assert not after([(0, 65536), (1, 1)])
