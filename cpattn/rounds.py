@@ -37,8 +37,11 @@ def makespan(costs: npt.NDArray[np.int64], each: int, programs: int) -> npt.NDAr
     done = items[..., programs - 1 :: -1].copy()
     at_once = -(-programs // _PARTS)
     first_done = done[..., :at_once]
-    for begin in range(programs, items.shape[-1], at_once):
-        taken = items[..., begin : begin + at_once]
-        first_done[..., : taken.shape[-1]] += taken
+    for begin in range(programs, items.shape[-1] - at_once + 1, at_once):
+        first_done += items[..., begin : begin + at_once]
+        done.sort()
+    left = (items.shape[-1] - programs) % at_once
+    if left:
+        first_done[..., :left] += items[..., -left:]
         done.sort()
     return done[..., -1].astype(np.float64)  # type: ignore[no-any-return]

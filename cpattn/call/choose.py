@@ -8,7 +8,7 @@ from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.call.arguments import Arguments
 from cpattn.costs.decide import Decision, Setting
 from cpattn.costs.known_machine import constants_of, machine_of
-from cpattn.costs.pages_after import pages_after
+from cpattn.costs.order_or_pages import is_order_faster
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.schedule import Schedule
 from cpattn.exchange.strategy import Strategy
@@ -40,10 +40,10 @@ class Choice(NamedTuple):
         problem = self.problem
         return problem.cache == "paged" and not problem.expands and self.backend.attends_to_pages(problem)
 
-    def pages_after(self, problem: Problem, plan: Layout) -> bool:
-        """See :attr:`cpattn.exchange.strategy.Setup.pages_after`."""
+    def writes_pages_after(self, problem: Problem, plan: Layout) -> bool:
+        """See :attr:`cpattn.exchange.strategy.Setup.writes_pages_after`."""
         machine = self.decision.call.machine
-        return pages_after(problem, plan, machine, constants_of(self.backend, machine, problem.device), self.reads_pages)
+        return is_order_faster(problem, plan, machine, constants_of(self.backend, machine, problem.device), self.reads_pages)
 
 
 def problem_of(arguments: Arguments, meta: CPMetadata, options: AttentionOptions) -> Problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from cpattn.call.choose import Choice
 from cpattn.exchange.late_pages import why_not_late
+from cpattn.exchange.order_into_pages import lie_in_order
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.metadata.layout import Layout
 
@@ -17,9 +18,9 @@ def explain_arrival(choice: Choice, plan: Layout) -> str:
 
 def explain_pages(choice: Choice, plan: Layout) -> str:
     """In words, after a semicolon; nothing where new keys are attended to in pages, or come late, or there are no pages."""
-    if not choice.pages_after(choice.problem, plan):
+    if not choice.writes_pages_after(choice.problem, plan):
         return ""
-    lie = "as they lie" if traveling_keys(choice.problem, plan).what == "nothing" else "in order"
+    lie = "as they lie" if lie_in_order(choice.problem, plan) else "in order"
     return f"; attended to {lie}, and written to the pages after that"
 
 
@@ -38,5 +39,5 @@ def _explain_arrival(choice: Choice, plan: Layout) -> str:
         why_not = why_not_late(problem, plan, travels) if reads_pages else f"{backend.name!r} does not read prefixes in such pages"
     if why_not is None:
         return "; beside the attention"
-    into = "" if choice.pages_after(problem, plan) else "into the pages "
+    into = "" if choice.writes_pages_after(problem, plan) else "into the pages "
     return f"; {into}before the attention, as {why_not}"

@@ -84,7 +84,7 @@ class PreparedCall:
         whole_key_is_value = problem.expands or (problem.v_in_k and problem.v_head_dim == problem.head_dim)
         self._nan_in_out_alone = not backend.propagates_nan or whole_key_is_value
         self._is_stored = problem.stored_dtype != problem.dtype
-        self._reads_pages, self._pages_after = choice.reads_pages, choice.pages_after
+        self._reads_pages, self._writes_pages_after = choice.reads_pages, choice.writes_pages_after
         cache = arguments.kv_cache
         # Packed prefixes are copied where they are not, and pools are too large for that.
         pages = (cache.k_pages, cache.v_pages) if isinstance(cache, PagedKV) else ()
@@ -206,7 +206,7 @@ class PreparedCall:
                     self._reads_pages,
                     waits_for_keys=self.waits_for_keys,
                     reads_in_place=self.reads_in_place,
-                    pages_after=self._pages_after,
+                    writes_pages_after=self._writes_pages_after,
                 )
             )
         if not hasattr(self._exchange, "transfers"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cpattn.costs.launches import Launches
 from cpattn.costs.steps.tally import Tally
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
@@ -28,7 +27,6 @@ class Compared(NamedTuple):
 
 def compared(call: Call, ways: Sequence[Way]) -> tuple[Compared, ...]:
     """Ways that the model knows, the fastest first."""
-    attention = Launches(call.plan, call.problem.attended, call.machine, tuple(call.kernels.values()))
     found: list[Compared] = []
     tallies: dict[tuple[str, str], Tally] = {}
     for way in ways:
@@ -40,15 +38,15 @@ def compared(call: Call, ways: Sequence[Way]) -> tuple[Compared, ...]:
             if seconds >= min(one.seconds for one in found):
                 found.append(Compared(way, seconds, at_least=True))
                 continue
-        tally = tallies[name, backend] = call.tally(way, kernel, attention)
+        tally = tallies[name, backend] = call.tally(way, kernel, call.launches)
         found.append(Compared(way, call.seconds(way, tally.seconds, tally.host), at_least=False))
     # Of equal ones the first; to a ns, so that nothing hangs on a last bit.
     return tuple(sorted(found, key=lambda one: (round(one.seconds * 1e9), one.at_least)))
 
 
 def _at_least(call: Call, way: Way, kernel: KernelCosts, gathered: Tally, beside: Tally) -> float:
-    """Seconds of what goes hop by hop, given the same gathered at once: its tiles are as many, and no fuller, but it has a launch for
-    each rank."""
-    hops = len(way.schedule)
-    compute = gathered.compute + (call.plan.cp_size - 1) * kernel.overhead
-    return call.seconds(way, compute + beside.moves + beside.exposed, beside.host + hops * kernel.host)
+    """Seconds of what goes hop by hop, given the same gathered at once: its tiles are as many, and no fuller. In how many hops a rank
+    launches anything hangs on who sees whose keys."""
+    # All keys may lie in pages where they are gathered, and prefixes alone in a ring.
+    compute = gathered.compute / max(1.0, kernel.paged) if call.problem.cache == "paged" else gathered.compute
+    return call.seconds(way, compute + beside.moves + beside.exposed, beside.host + len(way.schedule) * kernel.host)

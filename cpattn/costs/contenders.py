@@ -12,12 +12,11 @@ from functools import cached_property
 from cpattn.attention.registry import BACKENDS
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.hop_spans import MOST_OFFSETS
-from cpattn.costs.launches import Given
-from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.launches import Given, Launches
+from cpattn.costs.order_or_pages import attends_over_pages
 from cpattn.costs.steps.heads import exchange_of_heads
 from cpattn.costs.steps.links_of_groups import link_within
 from cpattn.costs.steps.tally import Choice, Tally
-from cpattn.costs.tile_costs import TileCosts
 from cpattn.costs.ways import Call, Way
 from cpattn.exchange.all_gather import ALL_GATHER
 from cpattn.exchange.divided_heads import busiest_share
@@ -25,7 +24,6 @@ from cpattn.exchange.ring import RING
 from cpattn.exchange.ring_keys import ring_keys
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.exchange.ulysses import ULYSSES
-from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import united_layout
 from cpattn.problem import Problem
 
@@ -45,17 +43,21 @@ def contenders(call: Call, ways: Sequence[Way]) -> list[Way]:
         return list(ways)
     floors = _Floors(call, ways)
     likely, most = floors.likely()
-    left = [number for number in range(len(ways)) if floors.least(number) <= most]
-    if left != [likely]:
-        most = min(most, floors.most_in_rounds(likely))
-        left = [number for number in left if floors.least(number) <= most]
-    if left == [likely]:
-        return [ways[likely]]
     # What takes longer to work out comes later.
-    at_once = [number for number in left if ways[number].strategy is not RING and floors.closer(number) <= most]
-    most = min([most, *(floors.most(number) for number in at_once if number != likely)])
-    at_once = [number for number in at_once if floors.closer(number) <= most]
-    rings = [number for number in left if ways[number].strategy is RING and floors.least(number) <= most]
+    others = [number for number in range(len(ways)) if number != likely and floors.least(number) <= most]
+    others = [number for number in others if ways[number].strategy is not ALL_GATHER or floors.closer(number) <= most]
+    if others and floors.has_rounds(likely):
+        most = min(most, floors.most_in_rounds(likely))
+        others = [number for number in others if floors.least(number) <= most]
+    if not others:
+        return [ways[likely]]
+    at_once = [number for number in others if ways[number].strategy is not RING and floors.closer(number) <= most]
+    most_of_others = min([floors.most(number) for number in at_once], default=most)
+    at_once.append(likely)
+    if most_of_others < most:
+        most = most_of_others
+        at_once = [number for number in at_once if floors.closer(number) <= most]
+    rings = [number for number in others if ways[number].strategy is RING and floors.least(number) <= most]
     rings = [number for number in rings if floors.with_copies(number) <= most]
     rings = [number for number in rings if floors.by_hops(number) <= most]
     # A ring is compared with its all-gather.
@@ -70,17 +72,17 @@ class _Floors:
     def __init__(self, call: Call, ways: Sequence[Way]) -> None:
         self._call, self._ways = call, ways
         self._kernels = [call.kernels[way.backend.name] for way in ways]
-        self._bounds = self._of_layout(call.plan, call.problem)
-        names = list(call.kernels)
-        self._numbers = [names.index(way.backend.name) for way in ways]
+        self._bounds = self._bounds_over(call.launches, call.problem)
+        # Those whose constants stand for them.
+        self._backends = [kernel.backend for kernel in self._kernels]
         self._least: dict[int, float] = {}
         self._closer: dict[int, float] = {}
 
     def least(self, number: int) -> float:
         """A floor of one; worked out once."""
         if number not in self._least:
-            divides_heads, kernel = self._ways[number].strategy is ULYSSES, self._numbers[number]
-            self._least[number] = self._beside_heads(number) if divides_heads else self._of(number, self._bounds.at_least(kernel))
+            divides_heads, backend = self._ways[number].strategy is ULYSSES, self._backends[number]
+            self._least[number] = self._beside_heads(number) if divides_heads else self._of(number, self._bounds.at_least(backend))
         return self._least[number]
 
     def likely(self) -> tuple[int, float]:
@@ -91,30 +93,33 @@ class _Floors:
 
     def most(self, number: int) -> float:
         """What it takes at most, of one launch."""
-        return self._of(number, self._bounds_of(number).at_most(self._numbers[number])) + _MARGIN
+        return self._of(number, self._bounds_of(number).at_most(self._backends[number])) + _MARGIN
+
+    def has_rounds(self, number: int) -> bool:
+        """Whether it counts when its last tiles end."""
+        return self._bounds_of(number).has_rounds(self._backends[number])
 
     def most_in_rounds(self, number: int) -> float:
-        """The same, by when the last tiles end; what is the same without a look at them is left out."""
-        bounds, kernel = self._bounds_of(number), self._numbers[number]
-        return float("inf") if bounds.is_sharp(kernel) else self._of(number, bounds.at_most_in_rounds(kernel)) + _MARGIN
+        """The same, by that."""
+        return self._of(number, self._bounds_of(number).at_most_in_rounds(self._backends[number])) + _MARGIN
 
     def closer(self, number: int) -> float:
         """A floor of what has one launch, worked out from more."""
         if number not in self._closer:
-            self._closer[number] = self._of(number, self._bounds_of(number).at_least_by_tiles(self._numbers[number]))
+            self._closer[number] = self._of(number, self._bounds_of(number).at_least_by_tiles(self._backends[number]))
         return self._closer[number]
 
     def with_copies(self, number: int) -> float:
         """A floor of a ring, with what it does beside its launches."""
         # In pages a ring has its prefixes alone, which a kernel may read more slowly there.
-        in_pages, kernel = self._call.problem.cache == "paged", self._numbers[number]
-        return self._beside_launches(number, self._bounds.at_least(kernel) if in_pages else self._bounds.at_least_by_tiles(kernel))
+        in_pages, backend = self._call.problem.cache == "paged", self._backends[number]
+        return self._beside_launches(number, self._bounds.at_least(backend) if in_pages else self._bounds.at_least_by_tiles(backend))
 
     def by_hops(self, number: int) -> float:
         """The same, by what each hop has at least."""
         # Of a longer ring estimates look at some hops alone, which others may be less than.
         is_short = self._call.plan.cp_size <= MOST_OFFSETS + 1
-        return self._beside_launches(number, self._bounds.ring_at_least(self._numbers[number])) if is_short else 0.0
+        return self._beside_launches(number, self._bounds.ring_at_least(self._backends[number])) if is_short else 0.0
 
     def _beside_launches(self, number: int, compute: float) -> float:
         way, kernel = self._ways[number], self._kernels[number]
@@ -145,7 +150,7 @@ class _Floors:
     def _beside_heads(self, number: int) -> float:
         """Of ranks that divide heads: the exchange of rows, and the launch over whole requests."""
         call, kernel, exchange = self._call, self._kernels[number], self._exchange
-        compute = self._bounds.at_least_by_heads(self._numbers[number])
+        compute = self._bounds.at_least_by_heads(self._backends[number])
         return call.seconds(self._ways[number], compute + exchange.moves + exchange.exposed, exchange.host + kernel.host)
 
     @cached_property
@@ -164,10 +169,13 @@ class _Floors:
     def _of_heads(self) -> Bounds:
         """Of whole requests, with the heads of the busiest rank."""
         call, size = self._call, self._call.plan.cp_size
-        return self._of_layout(united_layout(call.plan, size), busiest_share(call.problem, call.plan, size))
+        busiest = busiest_share(call.problem, call.plan, size)
+        return self._bounds_over(call.launches.of(united_layout(call.plan, size), busiest), busiest)
 
-    def _of_layout(self, plan: Layout, problem: Problem) -> Bounds:
+    def _bounds_over(self, launches: Launches, problem: Problem) -> Bounds:
         call, backends = self._call, {way.backend.name: way.backend for way in self._ways}
-        costs = TileCosts.of(problem.attended, call.machine, tuple(call.kernels.values()))
-        in_pages = [attends_over_pages(problem, plan, call.machine, kernel, backends[name]) for name, kernel in call.kernels.items()]
-        return Bounds(plan, problem.attended, costs, in_pages)
+        in_pages = {
+            kernel.backend: attends_over_pages(problem, launches.plan, call.machine, kernel, backends[name])
+            for name, kernel in call.kernels.items()
+        }
+        return Bounds(launches, in_pages)

@@ -4,12 +4,14 @@ read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from cpattn.costs.hop_spans import RankSpans, over_shards, spans_of
 from cpattn.costs.last_tiles import until_last
+from cpattn.costs.leading_tiles import LeadingTiles
 from cpattn.costs.tile_costs import FloatArray, TileCosts
 from cpattn.costs.tile_sums import TileSums
 from cpattn.device_tables import IntArray
@@ -24,10 +26,10 @@ class Launches:
     """The attention launches of a plan and problem on a machine, each kind worked out once for all backends, or for some of them."""
 
     def __init__(self, plan: Layout, problem: Problem, machine: Machine, kernels: Sequence[KernelCosts] | None = None) -> None:
-        self._plan, self._problem, self._machine = plan, problem, machine
-        self._kernels = machine.kernels if kernels is None else tuple(kernels)
-        self._costs = TileCosts.of(problem, machine, self._kernels)
-        self._numbers = {kernel.backend: number for number, kernel in enumerate(self._kernels)}
+        self.plan, self.problem, self._machine = plan, problem, machine
+        self.kernels = machine.kernels if kernels is None else tuple(kernels)
+        self.costs = TileCosts.of(problem, machine, self.kernels)
+        self.numbers = {kernel.backend: number for number, kernel in enumerate(self.kernels)}
         self._made: dict[tuple[Any, ...], FloatArray] = {}
         self._others: dict[tuple[Layout, Problem], Launches] = {}
 
@@ -38,22 +40,43 @@ class Launches:
             self._others[key] = Launches(plan, problem, self._machine)
         return self._others[key]
 
+    @cached_property
+    def leading(self) -> LeadingTiles:
+        """The tiles of the leading form of the launch over all keys, where there is no window."""
+        return LeadingTiles(self.plan, self.problem, self.costs)
+
     def seconds(self, hop: Hop, kernel: KernelCosts, groups: int = 1, over_pages: bool = False) -> FloatArray:
         """``[cp_size]`` of a hop's launch on each rank, over one of so many groups of heads; 0 where there is nothing to see.
         ``over_pages`` if its keys lie in pages, for kernels that read them as they are."""
         key = hop.queries, hop.keys, groups, over_pages
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = launch_seconds(self._plan, self._problem, self._costs, hop, groups, over_pages)
-        seconds: FloatArray = made[self._numbers[kernel.backend]]
+            made = self._made[key] = self._seconds(hop, groups, over_pages)
+        seconds: FloatArray = made[self.numbers[kernel.backend]]
         return seconds
+
+    def _seconds(self, hop: Hop, groups: int, over_pages: bool) -> FloatArray:
+        """``[kernels, cp_size]`` of that launch by each kernel."""
+        plan, problem = self.plan, self.problem
+        if hop.keys == "all" and hop.united == groups == 1 and problem.window is None:
+            parts, leading = [(self.leading.spans, self.leading.begins, 1)], self.leading
+            return seconds_of(parts, plan.cp_size, problem, self.costs, groups, over_pages, leading)
+        parts = []
+        for spans, count in spans_of(plan, hop):
+            if spans.rank is plan.chunk_table.rank:
+                order, bounds = plan.by_rank.order, plan.by_rank.bounds
+                begins = bounds[:-1][bounds[1:] > bounds[:-1]]
+                parts.append((RankSpans._make([column.take(order) for column in spans]), begins, count))
+            else:
+                parts.append((*_by_rank(spans, plan.cp_size), count))
+        return seconds_of(parts, plan.cp_size, problem, self.costs, groups, over_pages)
 
     def look_at(self, hops: Sequence[Hop]) -> None:
         """Works out several hops over shards without pages at once, which takes less time than one after another."""
         hops = [hop for hop in hops if (hop.queries, hop.keys, 1, False) not in self._made]
         if len(hops) > 1:
-            size, spans = self._plan.cp_size, over_shards(self._plan, hops)
-            seconds = seconds_of([(*_by_rank(spans, size * len(hops)), 1)], size * len(hops), self._problem, self._costs, 1, False)
+            size, spans = self.plan.cp_size, over_shards(self.plan, hops)
+            seconds = seconds_of([(*_by_rank(spans, size * len(hops)), 1)], size * len(hops), self.problem, self.costs, 1, False)
             for number, hop in enumerate(hops):
                 self._made[hop.queries, hop.keys, 1, False] = seconds[:, number * size : (number + 1) * size]
 
@@ -84,23 +107,17 @@ class Given(Launches):
         return self._given
 
 
-def launch_seconds(plan: Layout, problem: Problem, costs: TileCosts, hop: Hop, groups: int, over_pages: bool) -> FloatArray:
-    """``[kernels, cp_size]`` seconds of a hop's launch by each kernel, as :meth:`Launches.seconds` has them."""
-    parts = []
-    for spans, count in spans_of(plan, hop):
-        if spans.rank is plan.chunk_table.rank:
-            order, bounds = plan.by_rank.order, plan.by_rank.bounds
-            begins = bounds[:-1][bounds[1:] > bounds[:-1]]
-            parts.append((RankSpans._make([column.take(order) for column in spans]), begins, count))
-        else:
-            parts.append((*_by_rank(spans, plan.cp_size), count))
-    return seconds_of(parts, plan.cp_size, problem, costs, groups, over_pages)
-
-
 def seconds_of(
-    parts: list[tuple[RankSpans, IntArray, int]], size: int, problem: Problem, costs: TileCosts, groups: int, over_pages: bool
+    parts: list[tuple[RankSpans, IntArray, int]],
+    size: int,
+    problem: Problem,
+    costs: TileCosts,
+    groups: int,
+    over_pages: bool,
+    leading: LeadingTiles | None = None,
 ) -> FloatArray:
-    """``[kernels, size]`` seconds of launches on so many ranks: of spans by rank, where each rank's begin, and how often they count.
+    """``[kernels, size]`` seconds of launches on so many ranks: of spans by rank, where each rank's begin, and how often they count; with
+    their tiles of the leading form, where those are known.
 
     The multiprocessors share the tiles of a launch, and it is not over before its last tile. A span takes the time of its tiles, or
     where its queries are few, of reading its keys.
@@ -113,7 +130,10 @@ def seconds_of(
         return np.zeros((len(costs.kernels), size))
     least = None
     for forms in costs.parts if problem.window is None else [costs]:
-        load, last = _load_and_last(parts, size, problem, forms, groups, over_pages, least)
+        if leading is not None and forms is costs.of_leading:
+            load, last = leading.of_kernels(over_pages)
+        else:
+            load, last = _load_and_last(parts, size, problem, forms, groups, over_pages, least)
         seconds = np.where(costs.splits, load, np.maximum(load, last)).min(axis=1)
         least = seconds if least is None else np.minimum(least, seconds)
         # Others are not taken for less than that, nor are they less work.

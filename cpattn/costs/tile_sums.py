@@ -53,12 +53,12 @@ class TileSums(NamedTuple):
         return cls(full, blocks, longest, last_tokens, last_blocks)
 
 
-def growing_blocks(before: IntArray, many: IntArray, tile: IntArray, block_n: int) -> IntArray:
+def growing_blocks(before: IntArray, many: IntArray, tile: IntArray | int, block_n: int) -> IntArray:
     """The sum of ``ceil((before + i * tile) / block_n)`` over i from 1 to ``many``."""
-    first = -(-before // tile)
+    if isinstance(tile, int) and block_n % tile == 0:
+        return _growing_parts(before, many, tile, block_n // tile)
     parts = np.maximum(block_n // tile, 1)
-    # In tiles' keys, of which so many make a block.
-    whole = _steps(first + many, parts) - _steps(first, parts)
+    whole = _growing_parts(before, many, tile, parts)
     if (parts * tile == block_n).all():
         return whole
     sums = many * before + tile * (many * (many + 1) // 2)
@@ -67,7 +67,13 @@ def growing_blocks(before: IntArray, many: IntArray, tile: IntArray, block_n: in
     return np.where(parts * tile == block_n, whole, blocks)
 
 
-def _steps(count: IntArray, parts: IntArray) -> IntArray:
+def _growing_parts(before: IntArray, many: IntArray, tile: IntArray | int, parts: IntArray | int) -> IntArray:
+    """The same in tiles' keys, of which so many make a block."""
+    first = -(-before // tile)
+    return _steps(first + many, parts) - _steps(first, parts)
+
+
+def _steps(count: IntArray, parts: IntArray | int) -> IntArray:
     """The sum of ``ceil(j / parts)`` over j from 1 to ``count``."""
     blocks = count // parts
     total: IntArray = (blocks + 1) * (2 * count - parts * blocks) // 2

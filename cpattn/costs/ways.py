@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from cpattn.attention.backend import Backend
@@ -73,6 +74,11 @@ class Call:
         link = self.machine.link(self.transport, self.plan.cp_size)
         assert link is not None  # who names a transport has looked
         return link
+
+    @cached_property
+    def launches(self) -> Launches:
+        """Its attention launches, by the kernels that are compared; what is worked out of them for bounds holds for estimates as well."""
+        return Launches(self.plan, self.problem.attended, self.machine, tuple(self.kernels.values()))
 
     def tally(self, way: Way, kernel: KernelCosts, attention: Launches) -> Tally:
         """What a way adds up to, with launches that take so long."""

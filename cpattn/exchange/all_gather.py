@@ -130,7 +130,7 @@ class _Alone(NamedTuple):
         problem, meta = setup.problem, setup.meta
         own, is_paged = OwnKeys.of(setup), problem.cache == "paged"
         places = meta.gathered_places if is_paged else None
-        if is_paged and not setup.pages_after(problem, meta.plan):
+        if is_paged and not setup.writes_pages_after(problem, meta.plan):
             pages = WholePages.of(setup, setup.kv)
             return cls(own, pages, places, pages.spans)
         # They lie in the order of all that is seen.

@@ -21,7 +21,7 @@ from cpattn.exchange.message import KVFormat, heads_of, pages_of_heads
 from cpattn.exchange.order_into_pages import rows_through_order
 from cpattn.exchange.page_places import Places, hole_places
 from cpattn.exchange.page_rows import write_rows
-from cpattn.exchange.rows_into_pages import AllBefore, RowsIntoPages, rows_into_pages
+from cpattn.exchange.rows_into_pages import RowsIntoPages, rows_into_pages
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.exchange.traveling_keys import Traveling, counted
 from cpattn.kv_cache import PagedKV
@@ -55,20 +55,46 @@ class Holes(NamedTuple):
         write_rows(self.kv, cache, self.places, *self.kv.parts(self.row.expand(len(self.places[0]), -1, -1)))
 
 
+class InPages(NamedTuple):
+    """What a rank's queries see is written to the pages, and attended to there."""
+
+    keys: WholePages
+
+    def attend(self, attend: Attend, io: IO, cache: PagedKV, rows: RowsIntoPages, group: HeadGroup) -> None:
+        """To the keys of a group of heads, which have come; ``cache`` is theirs."""
+        _write_seen(io, cache, rows, group)
+        attend_to_group(attend, self.keys.keys(cache), self.keys.spans, group)
+
+
+class BeforePages(NamedTuple):
+    """It is attended to in order, or in this rank's own rows, and then written: :mod:`cpattn.exchange.order_into_pages`."""
+
+    keys: InOrder | OwnInPlace
+
+    def attend(self, attend: Attend, io: IO, cache: PagedKV, rows: RowsIntoPages, group: HeadGroup) -> None:
+        """As of :class:`InPages`."""
+        attend_to_group(attend, self.keys.keys(io, rows.rows, group.kv_heads), self.keys.spans, group)
+        _write_seen(io, cache, rows, group)
+
+
+def _write_seen(io: IO, cache: PagedKV, rows: RowsIntoPages, group: HeadGroup) -> None:
+    rows.write_seen(cache, heads_of(io.k, group.kv_heads), heads_of(io.v, group.kv_heads))
+
+
 class GatherIntoPages(NamedTuple):
     """What one call needs.
 
     Attributes:
         transfers: all that is needed before the attention, and then the rest.
         rows: of each group of heads.
-        seen: where the attention sees them: in the pages, or in order or in this rank's own rows.
+        seen: where the attention sees them, and when they are written.
         holes: what is between keys that are seen in pages and is not there yet.
     """
 
     transfers: tuple[Transfer, ...]
     rows: Sequence[RowsIntoPages]
     groups: Sequence[HeadGroup]
-    seen: WholePages | InOrder | OwnInPlace
+    seen: InPages | BeforePages
     holes: Holes | None
     num_tokens: int | Tensor
 
@@ -76,20 +102,22 @@ class GatherIntoPages(NamedTuple):
     def of(cls, setup: Setup, travels: Traveling) -> GatherIntoPages:
         kv = setup.kv.group(setup.problem.overlap)
         rows: Sequence[RowsIntoPages]
-        seen: WholePages | InOrder | OwnInPlace
-        if setup.pages_after(setup.problem, setup.meta.plan):
-            rows, seen = rows_through_order(setup, kv, travels)
+        seen: InPages | BeforePages
+        holes = None
+        if setup.writes_pages_after(setup.problem, setup.meta.plan):
+            rows, keys = rows_through_order(setup, kv, travels)
+            seen = BeforePages(keys)
         else:
-            rows, seen = rows_into_pages(setup, kv, travels), WholePages.of(setup, kv)
-        reads_pages = setup.reads_pages and isinstance(seen, WholePages)
+            rows, seen = rows_into_pages(setup, kv, travels), InPages(WholePages.of(setup, kv))
+            if setup.problem.window is not None and setup.reads_pages and rows[0].leaves_rest:
+                holes = Holes.of(setup)
         in_turn = [*(group.before for group in rows), *(group.after for group in rows)]
-        has_holes = setup.problem.window is not None and reads_pages and not isinstance(rows[0], AllBefore)
         return cls(
             transfers=tuple(counted(transfer, travels, setup) for transfer in in_turn if transfer is not None),
             rows=rows,
             groups=head_groups(setup.problem),
             seen=seen,
-            holes=Holes.of(setup) if has_holes else None,
+            holes=holes,
             num_tokens=setup.num_tokens,
         )
 
@@ -107,13 +135,7 @@ class GatherIntoPages(NamedTuple):
             cache = pages_of_heads(io.cache, group.kv_heads)
             if work is not None:
                 work.wait()
-            own = heads_of(io.k, group.kv_heads), heads_of(io.v, group.kv_heads)
-            if isinstance(self.seen, WholePages):
-                rows.write_seen(cache, *own)
-                attend_to_group(attend, self.seen.keys(cache), self.seen.spans, group)
-            else:
-                attend_to_group(attend, self.seen.keys(io, rows.rows, group.kv_heads), self.seen.spans, group)
-                rows.write_seen(cache, *own)
+            self.seen.attend(attend, io, cache, rows, group)
         for rows, group, work in zip(self.rows, self.groups, after, strict=True):
             if work is not None:
                 work.wait()

@@ -45,7 +45,7 @@ class GatheredRows:
         self._moves.write_pages(k_pages, v_pages, page_table, request, position, *self.all.parts)
 
 
-def put_in_pages(rows: RowsOfAll, kv: KVFormat, cache: PagedKV, places: Places) -> None:
+def put_in_pages(rows: RowsOfAll, kv: KVFormat, places: Places, cache: PagedKV) -> None:
     """What has arrived, to its slots."""
     if isinstance(rows, GatheredRows):
         write_rows(kv, cache, places, *rows.all.parts)

@@ -85,6 +85,6 @@ class NewKeysAlone(NamedTuple):
         self.rows.put(io.k, io.v, self.num_tokens)
         if self.transfers:
             io.start().wait()
-        put_in_pages(self.rows, self.kv, io.cache, self.places)
+        put_in_pages(self.rows, self.kv, self.places, io.cache)
         self.rows.gather(self.ordered.whole, self.restore_index, None)
         attend(self.ordered.keys, self.spans)

@@ -7,27 +7,23 @@ these beside keys in order, and waits for keys: :mod:`cpattn.exchange.late_pages
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import replace
 
 from cpattn.exchange.key_order import Ordered, RequestRows, key_order_drafts
 from cpattn.exchange.keys_in_order import InOrder, OrderedKeys, OwnInPlace
-from cpattn.exchange.message import KVFormat, Message
-from cpattn.exchange.page_places import Places, places_in_order, places_in_order_draft
+from cpattn.exchange.message import KVFormat
+from cpattn.exchange.page_places import places_in_order, places_in_order_draft
 from cpattn.exchange.page_rows import write_rows
-from cpattn.exchange.rows_into_pages import RowsIntoPages, gathered_of, rows_into_pages, rows_sent_twice
+from cpattn.exchange.rows_into_pages import OneTransfer, RowsIntoPages, gathered_of, rows_into_pages, rows_sent_twice
 from cpattn.exchange.rows_of_peers import rows_of_peers
 from cpattn.exchange.seen_keys import exchanged_rows
 from cpattn.exchange.step_spans import in_order_draft
 from cpattn.exchange.strategy import Setup
-from cpattn.exchange.traveling_keys import Traveling
+from cpattn.exchange.traveling_keys import Traveling, traveling_keys
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
-from cpattn.transports.rows_of_all import RowsOfAll
-from cpattn.transports.transfer import Transfer
 
 
 def are_first_chunks(problem: Problem, plan: Layout) -> bool:
@@ -35,32 +31,11 @@ def are_first_chunks(problem: Problem, plan: Layout) -> bool:
     return not problem.fixed and not plan.prefix_lens[plan.extend_lens > 0].any()
 
 
-class ThroughOrder(NamedTuple):
-    """All rows are put in order, and written from there.
-
-    Attributes:
-        ordered: where they are put; places: of each of its rows.
-    """
-
-    kv: KVFormat
-    rows: RowsOfAll
-    ordered: Callable[[], Message]
-    places: Places
-    after: None = None
-
-    @property
-    def before(self) -> Transfer:
-        """See :class:`cpattn.exchange.rows_into_pages.RowsIntoPages`, as for the others."""
-        return self.rows.transfer
-
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
-        self.rows.put(k, v, num_tokens)
-
-    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        write_rows(self.kv, cache, self.places, *self.ordered().parts)
-
-    def write_rest(self, cache: PagedKV) -> None:
-        """There is no other."""
+def lie_in_order(problem: Problem, plan: Layout) -> bool:
+    """Whether the first chunks that each rank's queries see are its own rows as they lie. Where nothing travels as queries see no more than
+    a window, other ranks may have what comes between, and a rank's own rows do not follow each other."""
+    without = problem if problem.window is None else replace(problem, window=None)
+    return traveling_keys(without, plan).what == "nothing"
 
 
 def rows_through_order(setup: Setup, kv: KVFormat, travels: Traveling) -> tuple[Sequence[RowsIntoPages], InOrder | OwnInPlace]:
@@ -79,5 +54,8 @@ def rows_through_order(setup: Setup, kv: KVFormat, travels: Traveling) -> tuple[
     every = Ordered.ALL_NEW
     meta.derive_together(meta.restore_index_draft, places_in_order_draft(meta), in_order_draft(meta, every), *key_order_drafts(meta, every))
     ordered, places = OrderedKeys.of(setup, kv, every), places_in_order(meta).new
-    rows = [ThroughOrder(kv, rows, ordered.memory, places) for rows in peers or gathered_of(setup, kv)]
-    return rows, InOrder(ordered, meta.restore_index)
+
+    def write(cache: PagedKV) -> None:
+        write_rows(kv, cache, places, *ordered.memory().parts)
+
+    return [OneTransfer(rows, write) for rows in peers or gathered_of(setup, kv)], InOrder(ordered, meta.restore_index)

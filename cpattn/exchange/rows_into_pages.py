@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from cpattn.exchange.strategy import Setup
 from cpattn.exchange.traveling_keys import Traveling
 from cpattn.kv_cache import PagedKV
 from cpattn.moves.moves import Moves, moves_for
-from cpattn.transports.rows_of_all import RowsOfAll, RowsOfPeers, SentRows
+from cpattn.transports.rows_of_all import Part, RowsOfAll, RowsOfPeers, SentRows
 from cpattn.transports.transfer import Transfer
 
 
@@ -41,6 +41,10 @@ class RowsIntoPages(Protocol):
     def after(self) -> Transfer | None:
         """That brings the rest; None where it does not travel by itself."""
 
+    @property
+    def leaves_rest(self) -> bool:
+        """Whether new keys are not in the pages yet once those are that its queries see."""
+
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         """Says what this rank sends, as :meth:`cpattn.moves.moves.Moves.pack`."""
 
@@ -51,12 +55,16 @@ class RowsIntoPages(Protocol):
         """Writes all else."""
 
 
-class AllBefore(NamedTuple):
-    """One message brings all rows before the attention."""
+class OneTransfer(NamedTuple):
+    """One transfer brings rows before the attention, or lets this rank read them.
 
-    kv: KVFormat
+    Attributes:
+        seen: writes to pages what this rank's queries see, which may be all; rest: all else, or None.
+    """
+
     rows: RowsOfAll
-    places: Places
+    seen: Callable[[PagedKV], None]
+    rest: Callable[[PagedKV], None] | None = None
     after: None = None
 
     @property
@@ -64,14 +72,19 @@ class AllBefore(NamedTuple):
         """See :class:`RowsIntoPages`, as for the others."""
         return self.rows.transfer
 
+    @property
+    def leaves_rest(self) -> bool:
+        return self.rest is not None
+
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         self.rows.put(k, v, num_tokens)
 
     def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        put_in_pages(self.rows, self.kv, cache, self.places)
+        self.seen(cache)
 
     def write_rest(self, cache: PagedKV) -> None:
-        """There is no other."""
+        if self.rest is not None:
+            self.rest(cache)
 
 
 class AllAfter(NamedTuple):
@@ -86,6 +99,7 @@ class AllAfter(NamedTuple):
     own: Places
     rest: Places
     before: None = None
+    leaves_rest: bool = True
 
     @property
     def after(self) -> Transfer:
@@ -99,30 +113,7 @@ class AllAfter(NamedTuple):
         write_rows(self.kv, cache, self.own, k, v)
 
     def write_rest(self, cache: PagedKV) -> None:
-        put_in_pages(self.rows, self.kv, cache, self.rest)
-
-
-class ReadTwice(NamedTuple):
-    """Rows in other ranks' memory, of which a rank reads those that its queries see first, and the rest once it has attended."""
-
-    kv: KVFormat
-    rows: RowsOfPeers
-    places: Parted
-    after: None = None
-
-    @property
-    def before(self) -> Transfer:
-        """See :class:`RowsIntoPages`, as for the others."""
-        return self.rows.transfer
-
-    def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
-        self.rows.put(k, v, num_tokens)
-
-    def write_seen(self, cache: PagedKV, k: Tensor, v: Tensor | None) -> None:
-        self.rows.write_pages(*as_bytes(self.kv, cache), cache.page_table, *self.places.seen, part="first")
-
-    def write_rest(self, cache: PagedKV) -> None:
-        self.rows.write_pages(*as_bytes(self.kv, cache), cache.page_table, *self.places.rest, part="last")
+        put_in_pages(self.rows, self.kv, self.rest, cache)
 
 
 class SentTwice(NamedTuple):
@@ -144,6 +135,7 @@ class SentTwice(NamedTuple):
     rest_places: Places
     after: Transfer
     moves: Moves
+    leaves_rest: bool = True
 
     @property
     def before(self) -> Transfer | None:
@@ -174,11 +166,21 @@ def rows_into_pages(setup: Setup, kv: KVFormat, travels: Traveling) -> Sequence[
         return [AllAfter(kv, rows, own, rest) for rows in peers or gathered_of(setup, kv)]
     if peers and (travels.what == "needed" or meta.bucket is not None):
         meta.derive_together(*parted_drafts(meta, window), *spans)
-        return [ReadTwice(kv, rows, parted_places(meta, window)) for rows in peers]
+        return [_read_twice(kv, rows, parted_places(meta, window)) for rows in peers]
     sent_twice = [] if peers or travels.what == "all" else rows_sent_twice(setup, kv)
     if not sent_twice:
         meta.derive_together(meta.gathered_places_draft, *spans)
-    return sent_twice or [AllBefore(kv, rows, meta.gathered_places) for rows in peers or gathered_of(setup, kv)]
+    places = meta.gathered_places
+    return sent_twice or [OneTransfer(rows, partial(put_in_pages, rows, kv, places)) for rows in peers or gathered_of(setup, kv)]
+
+
+def _read_twice(kv: KVFormat, rows: RowsOfPeers, places: Parted) -> OneTransfer:
+    """Rows in other ranks' memory, of which a rank reads those that its queries see first, and the rest once it has attended."""
+
+    def write(part: Part, places: Places, cache: PagedKV) -> None:
+        rows.write_pages(*as_bytes(kv, cache), cache.page_table, *places, part=part)
+
+    return OneTransfer(rows, partial(write, "first", places.seen), partial(write, "last", places.rest))
 
 
 def gathered_of(setup: Setup, kv: KVFormat) -> Sequence[RowsOfAll]:

@@ -39,7 +39,7 @@ class Setup(NamedTuple):
         waits_for_keys: whether its launches wait for keys that come while they run (:class:`cpattn.keys.Arrivals`).
         reads_in_place: whether they read keys where those lie, beside others in order: prefixes (:class:`cpattn.keys.PrefixKeys`), and a
             rank's own new ones (:class:`cpattn.keys.OwnRows`).
-        pages_after: of a problem and a plan, whether an all-gather writes new keys to pages that every rank holds whole after the
+        writes_pages_after: of a problem and a plan, whether an all-gather writes new keys to pages that every rank holds whole after the
             attention, and has that see them in order before (:mod:`cpattn.exchange.order_into_pages`).
     """
 
@@ -49,7 +49,7 @@ class Setup(NamedTuple):
     reads_pages: bool
     waits_for_keys: bool = False
     reads_in_place: bool = False
-    pages_after: Callable[[Problem, Layout], bool] = _never
+    writes_pages_after: Callable[[Problem, Layout], bool] = _never
 
     @property
     def kv(self) -> KVFormat:

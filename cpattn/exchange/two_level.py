@@ -192,7 +192,7 @@ def _prepare(within: int, setup: Setup) -> Prepared:
     own = memory[transport.rank % within, transport.rank // within]
     transfer = prepare_two_level_all_gather(transport, within, memory)._replace(fill_missing=partial(kv.fill_missing_, own))
     is_paged = problem.cache == "paged"
-    in_pages = is_paged and not setup.pages_after(problem, meta.plan)
+    in_pages = is_paged and not setup.writes_pages_after(problem, meta.plan)
     ordered = Ordered.SEEN if is_paged else setup.ordered
     window, leaves_own = problem.window, ordered.leaves_own
     return _TwoLevels(

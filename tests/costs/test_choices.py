@@ -203,10 +203,10 @@ def test_what_attends_to_pages_alone_is_estimated_too(batch: list[tuple[int, int
 def test_a_first_chunk_over_pages_goes_to_a_kernel_that_is_slower_there() -> None:
     """It sees keys in order, and the pages are written after it; but in a bucket, whose next batch may have cached ones."""
     for fixed, backend in ((False, "flash_attn3"), (True, "triton")):
-        decision = decided("1 x 128k", 2, fixed=fixed, machine=H100.only("triton", "flash_attn3"), cache="paged", page_size=256)
+        decision = decided("1 x 32k", 2, fixed=fixed, machine=H100.only("triton", "flash_attn3"), cache="paged", page_size=256)
         choice = choice_of(decision)
         assert (choice.strategy.name, choice.backend.name) == ("all_gather", backend)
-        assert choice.pages_after(choice.problem, decision.call.plan) == (not fixed)
+        assert choice.writes_pages_after(choice.problem, decision.call.plan) == (not fixed)
 
 
 @pytest.mark.usefixtures("on_hopper")

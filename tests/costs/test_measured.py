@@ -27,7 +27,6 @@ from references.measured_tables import (
 import cpattn
 from cpattn.costs.bounds import Bounds
 from cpattn.costs.launches import Launches
-from cpattn.costs.tile_costs import TileCosts
 from cpattn.machine import H100, H200
 
 # From here on estimates are held to 10%.
@@ -150,7 +149,7 @@ def test_what_bounds_requests_left_whole() -> None:
         plans = [cpattn.plan(batch_of(batch), 2, partition=name) for name in ("whole", "uncut")]
         whole, uncut = (estimate(Way(batch, 2, "all_gather", "peer_memory", "triton", partition=plan.kind), machine) for plan in plans)
         problem = problem_of(plans[0], None)
-        full = Bounds(plans[0], problem, TileCosts.of(problem, machine, [kernel]), [False]).at_least(0)
+        full = Bounds(Launches(plans[0], problem, machine, [kernel]), {kernel.backend: False}).at_least(kernel.backend)
         assert cells[2:] == [f"{us * 1e6:,.0f}" for us in (full, whole.compute, whole.moves, whole.exposed, uncut.graph)]
         assert cpattn.plan(batch_of(batch), 2, partition="auto").partition == "whole"
     assert cpattn.plan(batch_of(lines[0][0]), 2, partition="auto", token_cost=1000).partition == "uncut"

@@ -175,7 +175,7 @@ def test_first_chunks_are_attended_to_before_they_are_in_the_pages(
         return out[: meta.num_tokens], lse[: meta.num_tokens]
 
     # Also where it would be no faster.
-    monkeypatch.setattr("cpattn.call.choose.pages_after", lambda problem, plan, machine, kernel, reads_pages: not reads_pages)
+    monkeypatch.setattr("cpattn.call.choose.is_order_faster", lambda problem, plan, machine, kernel, reads_pages: not reads_pages)
     plans = {cp_size: case.plan(cp_size, **options) for cp_size in (1, 2, 3)}
     for cp_size, most in ((1, 1.0), (2, 1.0), (3, 0.0), (3, 1.0)):
         monkeypatch.setattr(needed_keys, "MOST_NEEDED", most)

@@ -133,10 +133,10 @@ def test_nothing_is_started_where_nobody_needs_anything() -> None:
     assert run_loopback(lambda group: transfers(group, AttentionCase(batch, cache="paged")), 3) == [1, 1, 1]
 
 
-def explained(plan: cpattn.Plan, bucket: cpattn.Bucket | None = None, cache: Any = None) -> str:
+def explained(plan: cpattn.Plan, bucket: cpattn.Bucket | None = None, cache: Any = None, window: int | None = None) -> str:
     meta = plan.metadata(0, bucket=bucket)
     q, k = torch.zeros(meta.rows, 4, 16), torch.zeros(meta.rows, 2, 16)
-    return cpattn.explain(q, k, k, meta, kv_cache=cache, strategy="all_gather")["keys"]
+    return cpattn.explain(q, k, k, meta, kv_cache=cache, window=window, strategy="all_gather")["keys"]
 
 
 def test_what_travels_is_explained() -> None:
@@ -164,6 +164,16 @@ def test_what_travels_is_explained() -> None:
     assert explained(long, cache=cache).endswith("which is above 67%; attended to in order, and written to the pages after that")
     # Cached keys lie in pages alone.
     assert explained(cpattn.plan([(3, 64), (0, 1)], 4), cache=cache).endswith("which is above 67%")
+
+
+def test_own_rows_that_do_not_follow_each_other_are_explained_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing travels for queries that see themselves alone, however a request is cut."""
+    monkeypatch.setattr("cpattn.call.choose.is_order_faster", lambda *arguments: True)
+    pages = torch.zeros(60, 16, 2, 16)
+    cache = cpattn.PagedKV(pages, pages.clone(), torch.arange(20, dtype=torch.int32).view(4, 5))
+    for batch, lie in (([(0, 64)], "in order"), ([(0, 8)] * 4, "as they lie")):
+        found = explained(cpattn.plan(batch, 4, partition="whole"), cache=cache, window=1)
+        assert found.endswith(f"each rank holds all that its queries see; attended to {lie}, and written to the pages after that")
 
 
 def test_a_rank_is_taken_to_hold_what_its_queries_see() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.order_or_pages import attends_over_pages
 from cpattn.costs.steps.pieces import copy_pages, copy_stored, outputs
 from cpattn.costs.steps.tally import Choice, Most, Tally
 from cpattn.exchange.late_pages import may_come_late

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpattn.costs.pages_after import reads_pages
+from cpattn.costs.order_or_pages import reads_pages
 from cpattn.costs.steps.tally import Choice, Tally
 from cpattn.exchange.schedule import Hop
 

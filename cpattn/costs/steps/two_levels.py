@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpattn.costs.pages_after import attends_over_pages
+from cpattn.costs.order_or_pages import attends_over_pages
 from cpattn.costs.steps.all_gather import all_gather
 from cpattn.costs.steps.links_of_groups import link_across, link_within
 from cpattn.costs.steps.pieces import copy_pages, copy_stored

@@ -4,14 +4,14 @@ where that is faster than to attend to them there."""
 from __future__ import annotations
 
 from cpattn.attention.backend import Backend
-from cpattn.exchange.order_into_pages import are_first_chunks
+from cpattn.exchange.order_into_pages import are_first_chunks, lie_in_order
 from cpattn.exchange.traveling_keys import traveling_keys
 from cpattn.machine import KernelCosts, Machine
 from cpattn.metadata.layout import Layout
 from cpattn.problem import Problem
 
 
-def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts | None, reads_pages: bool) -> bool:
+def is_order_faster(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts | None, reads_pages: bool) -> bool:
     """The same for a problem and a plan on every rank.
 
     Args:
@@ -19,15 +19,13 @@ def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: Kernel
     """
     if problem.cache != "paged" or plan.sharded or not are_first_chunks(problem, plan):
         return False
-    travels = traveling_keys(problem, plan).what
     if not reads_pages:
         # A copy of all out of the pages takes no less than to put keys in order. One of what a rank needs may take less: over the memory
         # of peers all new keys would be put in order, and over collectives the rank that needs the most gains nothing.
-        return travels != "needed"
+        return traveling_keys(problem, plan).what != "needed"
     if kernel is None or kernel.paged <= 1:
         return False
-    if travels == "nothing":
-        # Own rows are attended to as they lie.
+    if lie_in_order(problem, plan):
         return True
     pairs = max(plan.rank_pairs) if problem.window is None else min(max(plan.rank_pairs), problem.rows * problem.window)
     spared = (kernel.paged - 1) * 2 * problem.q_heads * (problem.head_dim + problem.v_head_dim) * pairs / kernel.flops
@@ -36,7 +34,7 @@ def pages_after(problem: Problem, plan: Layout, machine: Machine, kernel: Kernel
 
 def attends_over_pages(problem: Problem, plan: Layout, machine: Machine, kernel: KernelCosts, backend: Backend) -> bool:
     """Whether an all-gather's launch is over what lies in pages, or was copied out of them."""
-    return problem.cache == "paged" and not pages_after(problem, plan, machine, kernel, reads_pages(problem, kernel, backend))
+    return problem.cache == "paged" and not is_order_faster(problem, plan, machine, kernel, reads_pages(problem, kernel, backend))
 
 
 def reads_pages(problem: Problem, kernel: KernelCosts, backend: Backend) -> bool:

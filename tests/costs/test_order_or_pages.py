@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cpattn
-from cpattn.costs.pages_after import pages_after
+from cpattn.costs.order_or_pages import is_order_faster
 from cpattn.machine import H100, KernelCosts
 
 KERNELS = {kernel.backend: kernel for kernel in H100.kernels}
@@ -24,7 +24,7 @@ def problem_of(plan: cpattn.Plan, **changes: Any) -> cpattn.Problem:
 def after(batch: list[tuple[int, int]], cp_size: int = 2, kernel: str | None = "flash_attn3", reads: bool = True, **changes: Any) -> bool:
     plan = cpattn.plan(batch, cp_size, partition=changes.pop("partition", "zigzag"))
     costs: KernelCosts | None = KERNELS.get(kernel or "")
-    return pages_after(problem_of(plan, **changes), plan, H100, costs, reads)
+    return is_order_faster(problem_of(plan, **changes), plan, H100, costs, reads)
 
 
 def test_where_a_kernel_is_slower_over_pages_than_it_takes_to_put_keys_in_order() -> None:
@@ -33,8 +33,10 @@ def test_where_a_kernel_is_slower_over_pages_than_it_takes_to_put_keys_in_order(
     # So short that it takes longer, or seen through a window.
     assert not after([(0, 2048)])
     assert not after(LONG, window=512)
-    # What is read as it lies is put nowhere.
+    # What is read as it lies is put nowhere; of a request that is cut a rank's rows do not follow each other, though none may travel.
     assert after([(0, 64)], cp_size=1)
+    assert not after([(0, 64)], window=1)
+    assert after([(0, 512)] * 4, partition="whole", window=1)
     assert after([(0, 512)] * 4, partition="whole")
     # Cached keys lie in pages alone, and a bucket's next batch may have some.
     assert not after([(0, 65536), (1, 1)])
