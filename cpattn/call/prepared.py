@@ -29,7 +29,7 @@ from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
 from cpattn.exchange.new_rows import NewRows, scales_of_heads
 from cpattn.exchange.registry import is_of_library
-from cpattn.exchange.resident_shards import is_resident
+from cpattn.exchange.resident_shards import as_asked_for, is_resident
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.expansion import ExpandFunction
@@ -176,7 +176,7 @@ class PreparedCall:
             check_arguments(arguments, meta)
             reason = self.strategy.refusal(self.problem, meta.plan)
             if reason is not None:
-                raise UnsupportedError(f"strategy={self.strategy.name!r} cannot serve this batch: {reason}")
+                raise UnsupportedError(f"{as_asked_for(self.strategy)} cannot serve this batch: {reason}")
         elif lines is not self._checked_lines and isinstance(arguments.kv_cache, PagedKV):
             check_lines(arguments.kv_cache, meta)
         self._checked_plan, self._checked_lines = meta.plan, lines

@@ -367,3 +367,14 @@ def test_what_a_kind_of_cache_can_not_do(cache: str, changes: dict[str, Any], me
         assert message in error
         assert sent == 0
         assert unchanged
+
+
+def test_who_attends_has_named_no_strategy() -> None:
+    case = AttentionCase([(9, 4)], cache="sharded")
+    plan = case.plan(2)
+    group, cache = cpattn.LoopbackGroup(2).transport(0), case.pages(plan, 0).cache
+    with pytest.raises(
+        cpattn.UnsupportedError, match=r"^attend cannot serve this call: prefix_shards say how .* pass prefix_ranks in their place$"
+    ):
+        cpattn.attend(torch.zeros(plan.rows, 4, 16), cache, plan.metadata(0), group=group, window=5)
+    assert group.bytes_sent == 0
