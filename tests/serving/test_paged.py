@@ -394,7 +394,11 @@ def test_pages_that_requests_only_read_may_be_shared(batch: list[tuple[int, int]
             {"strategy": "all_gather"},
             "it would bring the whole of a sharded cache to every rank; 'ring', 'pass_q', 'pass_q_ring'",
         ),
-        ("paged", {"strategy": "pass_q"}, "it moves no keys, and pages that every rank holds whole want all of them; shard the cache"),
+        (
+            "paged",
+            {"strategy": "pass_q"},
+            "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (owner,",
+        ),
     ],
     ids=["no cache", "packed", "window", "all_gather", "pass_q"],
 )
