@@ -414,9 +414,17 @@ def test_what_a_kind_of_cache_can_not_do(cache: str, changes: dict[str, Any], me
 def test_who_attends_has_named_no_strategy() -> None:
     case = AttentionCase([(9, 4)], cache="sharded")
     plan = case.plan(2)
-    group, cache = cpattn.LoopbackGroup(2).transport(0), case.pages(plan, 0).cache
-    with pytest.raises(
-        cpattn.UnsupportedError, match=r"^attend cannot serve this call: prefix_shards say how .* pass prefix_ranks in their place$"
-    ):
-        cpattn.attend(torch.zeros(plan.rows, 4, 16), cache, plan.metadata(0), group=group, window=5)
-    assert group.bytes_sent == 0
+
+    def attend(group: cpattn.Transport, window: int | None, softcap: float) -> None:
+        cache = case.pages(plan, group.rank).cache
+        q = torch.zeros(plan.rows, 4, 16)
+        cpattn.attend(q, cache, plan.metadata(group.rank), group=group, window=window, softcap=softcap, check=window is None)
+
+    def program(group: cpattn.Transport) -> None:
+        with pytest.raises(cpattn.UnsupportedError, match=r"^attend cannot serve this call: prefix_shards say how .* pass prefix_ranks in"):
+            attend(group, 5, 1.0)
+        assert group.bytes_sent == 0
+        with pytest.raises(cpattn.DisagreementError, match=r"rank 0: attend, 4/2 heads of .*, softcap=1.0, .* rank 1: attend, 4/2 heads"):
+            attend(group, None, 1.0 + group.rank)
+
+    run_loopback(program, 2, timeout=20)
