@@ -15,7 +15,7 @@ from cpattn.call.check_call import check_arguments
 from cpattn.call.choose import choose, problem_of
 from cpattn.call.explain_arrival import explain_arrival, explain_pages
 from cpattn.call.explain_choice import compared_on, comparison, explain_backend, explain_expansion, explain_strategy
-from cpattn.call.find import check_contents, check_numbers, prepare_call
+from cpattn.call.find import check_contents, prepare_call
 from cpattn.call.in_graph import (
     are_options,
     attention_in_graph,
@@ -317,8 +317,10 @@ def cp_attention(
 
     Raises:
         CPError: in its subclasses (see :mod:`cpattn.errors`), before anything is sent or written. On the CPU, and on a GPU
-            with ``check``, so do a page that does not exist, a slot that is written for two tokens, and K and V pages with
-            an element in common.
+            with ``check``, so do a page that does not exist, a slot that is written for two tokens, K and V pages with
+            an element in common, and scales of heads that are no positive, finite numbers. What each rank has for itself, its pages of a
+            sharded cache and new keys and values that pages cannot hold, is refused in the middle of the call where there is no
+            ``check``, by that rank alone, and nothing is written there.
         GroupError: also in the middle of a call, where a transfer fails; every later call on the group raises it as well.
         BackendError: in the middle of a call, where a caller's kernel returns what is no result, or, with ``check``, a wrong
             one.
@@ -393,10 +395,7 @@ def prepare(
         if torch.is_grad_enabled() and arguments.requires_grad():
             checks.check_no_grad(**arguments.tensors())
         call = prepare_call(arguments, meta, transport)
-        if check or not q.is_cuda:
-            check_contents(arguments, meta)
-        if check:
-            check_numbers(arguments, meta)
+        check_contents(arguments, meta, check)
         return call
 
     with InFlight(transport, meta.device) as in_flight:

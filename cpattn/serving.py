@@ -33,7 +33,7 @@ from cpattn.call.other_words import refuse_words
 from cpattn.call.page_checks import check_page_table, check_write, parse_page_size
 from cpattn.call.page_contents import check_slot_pages, check_slots
 from cpattn.call.prepared import PreparedCall
-from cpattn.call.stored_contents import check_fits
+from cpattn.call.stored_contents import check_fits, check_scales_of_heads
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.gathered_rows import GatheredRows, gathered_rows
 from cpattn.exchange.helix import RESIDENT_HELIX
@@ -213,6 +213,7 @@ def _write(k: Tensor, v: Tensor | None, kv_cache: PagedKV, slots: Tensor, check:
     check_write(k, v, kv_cache, slots)
     if check or slots.device.type == "cpu":
         check_slots(kv_cache, slots)
+        check_scales_of_heads(kv_cache)
     kv = KVFormat.of_pages(kv_cache)
     if k.dtype == kv.dtype:
         if kv.as_bytes:
@@ -317,7 +318,7 @@ def attend(
 
     Raises:
         CPError: in its subclasses, before anything is computed. A window over shards whose positions the plan does not know is one of
-            those: with ``prefix_shards``.
+            those: with ``prefix_shards``. The rest as in :func:`cp_attention`.
         GroupError: over a sharded cache also in the middle of a call, as in :func:`cp_attention`.
         BackendError: after the launch, where a caller's kernel returns what is no result, or, with ``check``, a wrong one.
     """

@@ -40,7 +40,8 @@ class Sizes(NamedTuple):
         """Of one query ``[Hq, D]`` with this LSE ``[Hq]``, sinks included, and the keys and values that it sees, ``[N, Hkv, D or Dv]``."""
         # fp32 is exact enough for a bound, and of long contexts float64 would take too much memory.
         q, k, v, lse = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v, lse))
-        q_hgd = rearrange(q, "(h g) d -> h g d", h=k.shape[1])
+        # A query without keys may hold anything, as padding does, and none of it enters.
+        q_hgd = rearrange(q if len(k) else torch.zeros_like(q), "(h g) d -> h g d", h=k.shape[1])
         scores = torch.einsum("hgd,nhd->hgn", q_hgd, k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cpattn.call import checks
 from cpattn.call.prepared import PreparedCall
 from cpattn.errors import BackendError
+from cpattn.exchange.resident_shards import is_resident
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.plan import Plan
@@ -50,8 +51,9 @@ def describe(call: PreparedCall, meta: CPMetadata, cache: PackedKV | PagedKV | N
     # A backend may differ, and so may the alignment of pools.
     shared = f", keys late={call.waits_for_keys}/{call.reads_in_place}" if call.transport.shares_memory else ""
     own = " of own heads" if problem.own_heads else ""
+    asked = "attend" if is_resident(call.strategy) else f"strategy={call.strategy.name}"
     return (
-        f"strategy={call.strategy.name}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
+        f"{asked}, {problem.q_heads}/{problem.kv_heads} heads of {problem.head_dim}/{problem.v_head_dim}, "
         f"{problem.dtype}, scale={problem.scale}, window={problem.window}, softcap={problem.softcap}, "
         f"sinks={'yes' if problem.sinks else 'no'}, overlap={problem.overlap}, v={_values(problem)}, "
         f"rows={problem.rows}, bucket={meta.bucket}, cache={_CACHES[problem.cache]}{own}{_stored(problem, cache)}{shared}"

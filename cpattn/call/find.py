@@ -13,11 +13,10 @@ from cpattn.call import checks
 from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
 from cpattn.call.choose import Choice, choose, problem_of
+from cpattn.call.contents import check_own_contents, check_shared_contents
 from cpattn.call.log_choice import log_choice
-from cpattn.call.page_contents import check_page_contents
 from cpattn.call.prepared import PreparedCall
 from cpattn.call.slow_reference import warn_of_reference
-from cpattn.call.stored_contents import check_new_fit
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import is_resident
@@ -30,7 +29,8 @@ from cpattn.transports.transport import Transport
 def find_call(arguments: Arguments, meta: CPMetadata, transport: Transport, *, check: bool = False) -> PreparedCall:
     """Validates a call and finds, or makes, what is prepared for it: of further layers only the key is made.
 
-    What a page table holds is looked at in every call, but on a GPU only with ``check``, as it means waiting for the device.
+    What a page table holds is looked at in every call, but on a GPU only with ``check``, as it means waiting for the device; see
+    :mod:`cpattn.call.contents`.
     Raises CPError in its subclasses.
     """
     key: Hashable = None
@@ -48,25 +48,18 @@ def find_call(arguments: Arguments, meta: CPMetadata, transport: Transport, *, c
             meta.memo.keep(key, call)
     elif arguments.kv_cache is not None:
         call.check_batch(arguments, meta)
-    if arguments.kv_cache is not None and (check or not arguments.q.is_cuda):
-        check_contents(arguments, meta)
-    if check:
-        check_numbers(arguments, meta)
+    if arguments.kv_cache is not None:
+        check_contents(arguments, meta, check)
     return call
 
 
-def check_contents(arguments: Arguments, meta: CPMetadata) -> None:
-    """Looks at what a page table holds."""
-    if isinstance(arguments.kv_cache, PagedKV):
-        check_page_contents(arguments.kv_cache, meta, written=not is_resident(arguments.strategy))
-
-
-def check_numbers(arguments: Arguments, meta: CPMetadata) -> None:
-    """Looks whether pages can hold the new keys and values. Each rank has its own of those: without ``check`` a CPU looks in the midst of
-    the call, so that other ranks do not wait for one that refuses its own."""
-    cache, k, v = arguments.kv_cache, arguments.k, arguments.v
-    if isinstance(cache, PagedKV) and k is not None:
-        check_new_fit(k, v, cache, meta)
+def check_contents(arguments: Arguments, meta: CPMetadata, check: bool) -> None:
+    """Looks at what is to be found before anything is sent: with ``check``, also at what each rank has for itself."""
+    cache = arguments.kv_cache
+    if isinstance(cache, PagedKV) and (check or not arguments.q.is_cuda):
+        check_shared_contents(cache, meta, written=not is_resident(arguments.strategy))
+        if check:
+            check_own_contents(cache, arguments.k, arguments.v, meta)
 
 
 def _choice(arguments: Arguments, problem: Problem, meta: CPMetadata, transport: Transport) -> Choice:

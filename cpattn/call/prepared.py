@@ -19,17 +19,16 @@ from cpattn.call.arguments import Arguments
 from cpattn.call.check_call import check_arguments, check_written
 from cpattn.call.checks import check_no_grad
 from cpattn.call.choose import Choice
+from cpattn.call.contents import check_own_contents, check_shared_contents
 from cpattn.call.graph_guard import CapturedCache, GroupCheck
 from cpattn.call.page_checks import check_lines
-from cpattn.call.page_contents import check_page_contents
-from cpattn.call.stored_contents import check_new_fit
 from cpattn.current import is_on_current_device
 from cpattn.errors import CPError, TensorMismatchError, UnsupportedError
 from cpattn.exchange.attend import Attend, Attention
 from cpattn.exchange.attend_in_ranges import AttendInRanges
 from cpattn.exchange.new_rows import NewRows, scales_of_heads
 from cpattn.exchange.registry import is_of_library
-from cpattn.exchange.resident_shards import is_resident
+from cpattn.exchange.resident_shards import as_asked_for, is_resident
 from cpattn.exchange.schedule import num_results
 from cpattn.exchange.strategy import IO, Prepared, Setup
 from cpattn.expansion import ExpandFunction
@@ -140,7 +139,7 @@ class PreparedCall:
             self._check_same(arguments, meta)
             self.check_batch(arguments, meta)
             if isinstance(kv_cache, PagedKV) and not q.is_cuda:
-                check_page_contents(kv_cache, meta, written=True)
+                check_shared_contents(kv_cache, meta, written=True)
             in_flight.expect(self.transfers)
             result, lse = self.run(arguments, in_flight)
         return (result, self.lse_of(result, lse)) if self._returns_lse else result
@@ -176,7 +175,7 @@ class PreparedCall:
             check_arguments(arguments, meta)
             reason = self.strategy.refusal(self.problem, meta.plan)
             if reason is not None:
-                raise UnsupportedError(f"strategy={self.strategy.name!r} cannot serve this batch: {reason}")
+                raise UnsupportedError(f"{as_asked_for(self.strategy)} cannot serve this batch: {reason}")
         elif lines is not self._checked_lines and isinstance(arguments.kv_cache, PagedKV):
             check_lines(arguments.kv_cache, meta)
         self._checked_plan, self._checked_lines = meta.plan, lines
@@ -276,18 +275,17 @@ class PreparedCall:
         return result, lse
 
     def _forward(self, io: IO, attend: Attend, scales: tuple[Tensor, Tensor] | None) -> None:
+        if isinstance(io.cache, PagedKV) and not io.q.is_cuda:
+            self._check_own(io.cache, io)
         if self._new is not None:
-            if not io.q.is_cuda:
-                self._check_fits(io)
             k, v = self._new.put(io.k, io.v, scales)
             io = io._replace(k=k, v=v)
         self.strategy.forward(self._exchange, io, attend)
 
-    def _check_fits(self, io: IO) -> None:
+    def _check_own(self, cache: PagedKV, io: IO) -> None:
         meta = self._meta()
         assert meta is not None
-        assert isinstance(io.cache, PagedKV)
-        check_new_fit(io.k, io.v, io.cache, meta)
+        check_own_contents(cache, io.k, io.v, meta)
 
     def lse_of(self, out: Tensor, lse: Tensor) -> Tensor:
         """The LSE to return beside a result: NaN where that is."""

@@ -11,7 +11,7 @@ from cpattn.errors import TensorMismatchError
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.cp_metadata import CPMetadata
 from cpattn.metadata.striped_places import kept_places
-from cpattn.stored import is_fp8, largest
+from cpattn.stored import largest
 
 
 def check_fits(k: Tensor, v: Tensor | None, cache: PagedKV) -> None:
@@ -27,30 +27,41 @@ def check_new_fit(k: Tensor, v: Tensor | None, cache: PagedKV, meta: CPMetadata)
     check_fits(k[rows], None if v is None else v[rows], cache)
 
 
+def check_scales_of_heads(cache: PagedKV) -> None:
+    """Of scales that an engine sets: that numbers can be divided and multiplied by them. (Those of tokens follow from the numbers.)"""
+    if cache.scales != "head":
+        return
+    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        if scale is not None and not (scale.isfinite() & (scale > 0)).all():
+            raise TensorMismatchError(
+                f"kv_cache.{name} is {scale.tolist()}; a scale is a positive, finite number: pass what keys were divided by as they were "
+                "stored"
+            )
+
+
 def _check_fits(name: str, x: Tensor, stored: torch.dtype, scale: Tensor | None) -> None:
     if x.dtype == stored or not x.numel():
         return
-    limit = _overflows_from(stored)
     # NaN stays what it is.
     size = x.detach().abs().nan_to_num_(nan=0.0, posinf=math.inf).amax(dim=(0, 2)).double()
     if scale is not None and scale.ndim == 3:
         # It becomes that of the largest number, whatever that is.
-        limits, words = torch.full_like(size, math.inf), ""
+        limits = torch.full_like(size, math.inf)
     else:
         factor = torch.ones_like(size) if scale is None else scale.detach().reshape(-1).double().expand_as(size)
-        if scale is not None and not (factor.isfinite() & (factor > 0)).all():
-            raise TensorMismatchError(f"kv_cache.{name}_scale is {scale.tolist()}; a scale is a positive, finite number")
-        limits, words = limit * factor, f" times {name}_scale"
+        limits = _overflows_from(stored) * factor
     too_large = size >= limits
     if not too_large.any():
         return
     head = int(too_large.nonzero()[0])
-    fix = ""
-    if is_fp8(stored) and words:
-        fix = f": {name}_scale must be at least the largest |{name}| / {largest(stored):g}, or let each token have its own"
+    most, words, fix = largest(stored), "", f"pass pages in {x.dtype}, as {name} is"
+    if size[head].isinf():
+        fix = f"no number is infinite there, and none of {name} should be"
+    elif scale is not None:
+        words = f" times {name}_scale"
+        fix = f"{name}_scale must be at least the largest |{name}| / {most:g}, or let each token have its own"
     raise TensorMismatchError(
-        f"{name} goes to {float(size[head]):.4g} in head {head}, but the pages are {stored}, whose largest number is "
-        f"{largest(stored):g}{words}{fix}"
+        f"{name} goes to {float(size[head]):.4g} in head {head}, but the pages are {stored}, whose largest number is {most:g}{words}; {fix}"
     )
 
 

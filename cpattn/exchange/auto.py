@@ -15,6 +15,7 @@ from cpattn.exchange.new_keys_alone import nothing_is_cached
 from cpattn.exchange.pass_q import PASS_Q, PASS_Q_RING
 from cpattn.exchange.pass_q_with_new_keys import brings_new_keys
 from cpattn.exchange.registry import able_strategies, find_strategy, strategies_for
+from cpattn.exchange.resident_shards import as_asked_for, is_resident
 from cpattn.exchange.ring import RING
 from cpattn.exchange.strategy import Strategy
 from cpattn.exchange.traveling_keys import traveling_keys
@@ -56,9 +57,10 @@ def candidate_strategies(given: str | Strategy, problem: Problem, plan: Layout) 
     strategy = find_strategy(given)
     reason = strategy.refusal(problem, plan)
     if reason is not None:
-        able = ", ".join(repr(other.name) for other in able_strategies(problem, plan))
+        # Of what attends to pages as they are there is no other.
+        able = "" if is_resident(strategy) else ", ".join(repr(other.name) for other in able_strategies(problem, plan))
         others = f"; {able} could" if able else ""
-        raise UnsupportedError(f"strategy={strategy.name!r} cannot serve this call: {reason}{others}")
+        raise UnsupportedError(f"{as_asked_for(strategy)} cannot serve this call: {reason}{others}")
     return [[strategy]]
 
 

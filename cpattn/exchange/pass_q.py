@@ -308,7 +308,10 @@ def _keys_at_hand(setup: Setup) -> OwnKeys | OwnShard | StripedShard:
 
 def _why_not(problem: Problem, plan: Layout) -> str | None:
     if problem.cache == "paged" and not plan.sharded:
-        return "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (prefix_shards)"
+        return (
+            "it moves no keys, and pages that every rank holds whole want all of them; shard the cache (owner, prefix_ranks or "
+            "prefix_shards of cpattn.plan)"
+        )
     if plan.sharded and plan.knows_positions:
         return None
     return why_not_shards(problem, plan)

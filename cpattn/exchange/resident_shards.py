@@ -49,3 +49,8 @@ RESIDENT_SHARDS = Strategy("resident shards", _schedule, _prepare, forward_gathe
 def is_resident(strategy: Any) -> bool:
     """Whether its calls write nothing: all keys lie in pages already."""
     return strategy is RESIDENT or strategy is RESIDENT_SHARDS or strategy is RESIDENT_HELIX
+
+
+def as_asked_for(strategy: Strategy) -> str:
+    """How messages call it: who attends to what lies there has named no strategy."""
+    return "attend" if is_resident(strategy) else f"strategy={strategy.name!r}"

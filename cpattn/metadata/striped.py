@@ -90,7 +90,7 @@ def parse_owner(owner: Any) -> Striped:
     """The owner rule of a plan. Raises PlanError for anything else."""
     if not isinstance(owner, Striped):
         raise PlanError(
-            f"owner={shown(owner)}; pass cpattn.Striped(interleave), or None; where each rank keeps what it computes, prefix_shards says "
-            "what that is"
+            f"owner={shown(owner)}; pass cpattn.Striped(interleave), or None; where each rank keeps what it computes, prefix_ranks "
+            "or prefix_shards say what that is"
         )
     return owner

@@ -15,6 +15,7 @@ from cpattn.call.agreed import validated
 from cpattn.call.page_checks import check_lines, check_page_shapes, check_page_table, check_writable
 from cpattn.call.page_contents import check_page_contents
 from cpattn.call.stored_checks import check_scales
+from cpattn.call.stored_contents import check_scales_of_heads
 from cpattn.device_tables import DeviceTables, IntArray
 from cpattn.errors import GroupError, PageTableError, PlanError, PrefixError, TensorMismatchError
 from cpattn.exchange.message import KVFormat, Message, message_buffer
@@ -77,7 +78,8 @@ def relayout(
     Raises:
         PlanError: other prefixes, or ``prefix_shards``, which do not say which tokens a rank has: ``prefix_ranks`` do.
         PrefixError, PageTableError, TensorMismatchError, GroupError: in each case before anything is sent; GroupError also where a
-            transfer fails.
+            transfer fails. What a page table or scales hold is refused in the middle of the call where there is no ``check``, by the rank
+            that has them alone.
 
     Of a rank that fails in the middle of the call, K arrives as NaN and V as 0.
     """
@@ -94,7 +96,10 @@ def relayout(
         sources, targets = _as_list(cache, "cache"), _as_list(to_cache, "to_cache")
         if not sources and not targets:
             raise PrefixError(f"cache and to_cache are both None on rank {transport.rank}; pass what this rank has in either layout")
-        return _Moved.of(sources, targets, old, new, transport, check)
+        moved = _Moved.of(sources, targets, old, new, transport)
+        if check:
+            moved.look(transport.rank)
+        return moved
 
     with InFlight(transport, _device_of([cache, to_cache], transport)) as in_flight:
         # Both plans are among the arguments.
@@ -106,6 +111,9 @@ def relayout(
             return moved.transfers(transport, *messages)
 
         in_flight.expect(make)
+        if moved.kv.device.type == "cpu":
+            # Now that the others do not wait for a rank that refuses what it alone can see.
+            moved.look(transport.rank)
         moved.run(in_flight, *messages)
 
 
@@ -113,13 +121,13 @@ class _Moved(NamedTuple):
     """What is moved, layer after layer.
 
     Attributes:
-        plans: the fingerprints of the layout that they are in, and of that into which they go.
+        plans: the layout that they are in, and that into which they go.
         sources, targets: pages of each layer; empty where this rank has none.
         routes: the exchanges of one layer; rows: that each rank's message has in them for each other rank.
     """
 
     kv: KVFormat
-    plans: tuple[str, str]
+    plans: tuple[Plan, Plan]
     layers: int
     sources: list[PagedKV]
     targets: list[PagedKV]
@@ -127,7 +135,7 @@ class _Moved(NamedTuple):
     routes: list[Round]
 
     @classmethod
-    def of(cls, sources: list[PagedKV], targets: list[PagedKV], old: Plan, new: Plan, transport: Transport, check: bool) -> _Moved:
+    def of(cls, sources: list[PagedKV], targets: list[PagedKV], old: Plan, new: Plan, transport: Transport) -> _Moved:
         size = max(old.cp_size, new.cp_size)
         if transport.size != size:
             raise GroupError(
@@ -139,27 +147,37 @@ class _Moved(NamedTuple):
                 raise PrefixError(f"{name} is {has} on rank {transport.rank}, but its plan has cp_size={of.cp_size}; {fix}")
         if sources and targets and len(sources) != len(targets):
             raise PrefixError(f"cache has {len(sources)} layers, to_cache {len(targets)}; pass as many of each")
-        _check(sources, old, transport.rank, "cache", reads_table=check)
-        _check(targets, new, transport.rank, "to_cache", reads_table=check)
+        _check_form(sources, old, transport.rank, "cache")
+        _check_form(targets, new, transport.rank, "to_cache")
         like = (sources or targets)[0]
         for pages in (*sources, *targets):
             _check_like(pages, like)
-        for source, target in zip(sources, targets, strict=False):
-            if check or source.page_table.device.type == "cpu":
-                _check_apart(source, target, old, new, transport.rank)
-                _check_same_scales(source, target)
         kv = KVFormat.of_pages(like)
         # A message has as many rows for each rank as the rank that gets the most, and that may get all of them.
         tokens = max(1, _ROUND_BYTES // (kv.heads * kv.width * kv.wire_dtype.itemsize * size))
         layers = max(len(sources), len(targets))
-        return cls(kv, (old.fingerprint, new.fingerprint), layers, sources, targets, *routes(old, new, transport.rank, size, tokens))
+        return cls(kv, (old, new), layers, sources, targets, *routes(old, new, transport.rank, size, tokens))
+
+    def look(self, rank: int) -> None:
+        """What is refused of the numbers in tables and scales, of which each rank has its own. It means reading them."""
+        old, new = self.plans
+        for layers, of, written in ((self.sources, old, False), (self.targets, new, True)):
+            if not layers:
+                continue  # a rank beyond those of the plan
+            meta = _metadata(of, rank, self.kv.device, written=written)
+            for pages in layers:
+                check_scales_of_heads(pages)
+                check_page_contents(pages, meta, written=written)
+        for source, target in zip(self.sources, self.targets, strict=False):
+            _check_apart(source, target, old, new, rank)
+            _check_same_scales(source, target)
 
     def describe(self) -> str:
         """What must be the same on every rank."""
-        kv = self.kv
+        kv, plans = self.kv, " to ".join(plan.fingerprint for plan in self.plans)
         stored = f"{kv.dtype} with scales of {kv.scales or 'nothing'}"
         heads, exchanges = f"{kv.heads} heads of {kv.head_dim}/{kv.v_head_dim}", f"{len(self.routes)} exchanges of {self.rows} rows"
-        return f"relayout from {' to '.join(self.plans)}, {self.layers} layers of {heads}, {stored}, {exchanges}"
+        return f"relayout from {plans}, {self.layers} layers of {heads}, {stored}, {exchanges}"
 
     def messages(self, transport: Transport) -> list[Message]:
         """Memory for what is sent and received in an exchange."""
@@ -231,13 +249,17 @@ def _device_of(given: list[Any], transport: Transport) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if is_of_gpus and torch.cuda.is_available() else torch.device("cpu")
 
 
-def _check(layers: list[PagedKV], of: Plan, rank: int, name: str, *, reads_table: bool) -> None:
-    """The form of pages and table, what a KVPool says of it, and, on a CPU or where it is asked for, what the table holds."""
+def _metadata(of: Plan, rank: int, device: torch.device, *, written: bool) -> CPMetadata:
+    """A rank's; where prefixes are written, as of tokens that are, so that each needs a slot of its own."""
+    return CPMetadata(_as_new(of) if written else of, rank, device)
+
+
+def _check_form(layers: list[PagedKV], of: Plan, rank: int, name: str) -> None:
+    """The form of pages, scales and table, and what a KVPool says of it."""
     if not layers:
         return
     written = name == "to_cache"
-    # As tokens that are written, so that each needs a slot of its own.
-    meta = CPMetadata(_as_new(of) if written else of, rank, layers[0].k_pages.device)
+    meta = _metadata(of, rank, layers[0].k_pages.device, written=written)
     for pages in layers:
         check_page_shapes(pages)
         check_scales(pages)
@@ -246,8 +268,6 @@ def _check(layers: list[PagedKV], of: Plan, rank: int, name: str, *, reads_table
         check_page_table(pages.page_table, pages.page_size, meta)
         if written:
             check_writable(pages)
-        if reads_table or pages.page_table.device.type == "cpu":
-            check_page_contents(pages, meta, written=written)
 
 
 def _check_all_are_prefixes(pages: PagedKV, of: Plan, name: str) -> None:

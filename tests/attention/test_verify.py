@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cpattn.attention.ragged_rows import RaggedRows
 from cpattn.attention.reference import reference_attention
 from cpattn.attention.verify import chosen_queries, verified
 from cpattn.keys import Keys
+from cpattn.spans import Spans
 from cpattn.testing import run_loopback
 
 MIXED = [(0, 21), (37, 18), (30, 0), (47, 1), (0, 0), (16, 5)]
@@ -126,6 +128,23 @@ def test_nan_in_keys_is_no_problem() -> None:
         cpattn.cp_attention(q, k, v, meta, group=c, strategy="ring", backend=backend)
 
     run_loopback(program, 2)
+    assert problems == []
+
+
+def test_padding_that_sees_nothing_but_a_sink_is_no_problem() -> None:
+    """Kernels take the logarithm of a sink's power, and padding may be NaN."""
+    problems: list[str] = []
+    reference = cpattn.BACKENDS["reference"]
+
+    def attend(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, lse = reference.attend(q, keys, spans, options, out_dtype)
+        return out, lse * (1 + 2**-23)
+
+    q, k = torch.full((3, 4, 8), torch.nan), torch.randn(1, 2, 8)
+    q[0] = 1
+    spans = Spans.build(*np.array([[1, 2], [0, 1], [1, 0], [1, 0]]))
+    options = AttentionOptions(1.0, sinks=torch.tensor([1.5, -3.0, 0.1, 7.0]))
+    verified(replace(reference, attend=attend), problems).attend(q, Keys(k, k), spans, options, q.dtype)
     assert problems == []
 
 

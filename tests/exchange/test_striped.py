@@ -339,7 +339,7 @@ def test_the_pieces_of_a_call() -> None:
     [
         (
             "computed",
-            r"owner='computed'; pass cpattn.Striped\(interleave\), or None; where each rank keeps what it computes, prefix_shards",
+            r"owner='computed'; pass cpattn.Striped\(interleave\), or None; where each rank keeps what it computes, prefix_ranks or",
         ),
         (4, r"owner=4; pass cpattn.Striped"),
         (cpattn.Striped, "pass cpattn.Striped"),

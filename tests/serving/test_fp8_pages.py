@@ -245,7 +245,8 @@ def test_what_overflows_is_refused_on_a_cpu(stored: torch.dtype, scales: str | N
 
     (other, has_nan), (own, _) = run_loopback(program, 2)
     assert f"head 1, but the pages are {stored}, whose largest number is {most:g}" in own
-    assert ("k_scale must be at least the largest |k| / " in own) == (scales is not None)
+    fix = "; pass pages in torch.float32, as k is" if scales is None else " times k_scale; k_scale must be at least the largest |k| / "
+    assert f"{most:g}{fix}" in own
     assert ("rank 1" in other) if check else (has_nan and not other)
 
 
@@ -272,6 +273,41 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "wider pages": ({name: torch.zeros(4, 8, 2, 16).double() for name in ("k_pages", "v_pages")} | {"k_scale": None, "v_scale": None},
                     "k_pages is torch.float64, but k is torch.bfloat16; pages are in k's dtype, in bf16 or fp16, or in fp8 with scales"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("call", ["decode", "nothing new", "attend", "prepared"])
+def test_scales_of_heads_are_looked_at_wherever_they_are_read(call: str, scale: float) -> None:
+    """They are alike on all ranks, so that also those without a new token refuse them, and nothing is sent."""
+
+    def program(group: cpattn.Transport) -> int:
+        meta = cpattn.plan([(5, 0 if call == "nothing new" else 1)], 2, owner=cpattn.Striped(2)).metadata(group.rank)
+        cache = cache_like()
+        q, k = torch.zeros(meta.rows, 4, 16, dtype=BF16), torch.zeros(meta.rows, 2, 16, dtype=BF16)
+        calls: dict[str, Any] = {
+            "attend": partial(cpattn.attend, q, cache, meta, group=group),
+            "prepared": partial(cpattn.prepare(q, k, k, meta, group=group, kv_cache=cache), q, k, k, kv_cache=cache),
+        }
+        assert cache.v_scale is not None
+        cache.v_scale[1] = scale
+        with pytest.raises(cpattn.TensorMismatchError, match=r"v_scale is \[1.0, .*\]; a scale is a positive, finite number: pass what"):
+            calls.get(call, partial(cpattn.cp_attention, q, k, k, meta, group=group, kv_cache=cache))()
+        return group.bytes_sent
+
+    assert run_loopback(program, 2, timeout=20) == [0, 0]
+
+
+def test_scales_of_heads_are_looked_at_where_rows_are_written_as_they_are() -> None:
+    rows, cache = torch.zeros(2, 2, 16).to(E4M3), cache_like(k_scale=torch.tensor(0.0))
+    with pytest.raises(cpattn.TensorMismatchError, match=r"kv_cache.k_scale is 0.0; a scale is a positive, finite number"):
+        cpattn.write_kv(rows, rows, cache, torch.tensor([0, 1]))
+
+
+def test_what_is_infinite_is_no_matter_of_scales() -> None:
+    x = torch.full((6, 2, 16), torch.inf, dtype=BF16)
+    for cache in (cache_like(), cache_like(**OF_TOKENS)):
+        with pytest.raises(cpattn.TensorMismatchError, match=r"k goes to inf in head 0, .* is 448; no number is infinite there"):
+            cpattn.cp_attention(x, x, x, cpattn.build_metadata([(0, 6)], 1, 0), kv_cache=cache)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -276,11 +276,6 @@ OTHER = torch.zeros(9, 4, 1, 16)
             cpattn.PageTableError,
             "has 1 pages of 4 tokens for each request, 4 in all, but request 0 has 5",
         ),
-        (
-            {"to_cache": cpattn.PagedKV(OTHER, OTHER.clone(), torch.tensor([[0, 1], [1, 2]]))},
-            cpattn.PageTableError,
-            "into the same slot, place 0 of page 1",
-        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], error: type[cpattn.CPError], message: str) -> None:
@@ -294,3 +289,31 @@ def test_pages_of_one_pool_are_not_used_twice() -> None:
     caches = [cpattn.PagedKV(pages, None, torch.tensor([table])) for table in ([0, 1, 2], [3, 1, 4])]
     with pytest.raises(cpattn.PageTableError, match="page 1 is in use in both cache and to_cache, and would be overwritten"):
         cpattn.relayout(caches[0], old, caches[1], new)
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("mistake", ["table", "scales"])
+def test_what_a_rank_alone_can_see_lets_no_other_wait(mistake: str, check: bool) -> None:
+    """Of two ranks the first one alone has both caches. Then the same call works."""
+    plans = [cpattn.plan([(9, 0), (4, 0)], cp_size, owner=owner) for cp_size, owner in ((1, None), (2, cpattn.Striped()))]
+
+    def cache(table: list[list[int]], scale: float = 0.5) -> cpattn.PagedKV:
+        pages = torch.ones(5, 4, 1, 16).to(torch.float8_e4m3fn)
+        return cpattn.PagedKV(pages, None, torch.tensor(table), k_scale=torch.tensor(scale))
+
+    def program(group: cpattn.Transport) -> str:
+        right, said = [[0, 1], [2, 3]], ""
+        source = cache([[0, 1, 2], [4, 0, 0]]) if group.rank == 0 else None
+        wrong = cache(right, 0.25) if mistake == "scales" else cache([[0, 1], [1, 2]] if group.rank == 0 else right)
+        try:
+            cpattn.relayout(source, plans[0], wrong, plans[1], group=group, check=check)
+        except cpattn.CPError as error:
+            said = str(error)
+            assert (wrong.k_pages.float() == 1).all()
+        cpattn.relayout(source, plans[0], cache(right), plans[1], group=group, check=check)
+        return said
+
+    own, other = run_loopback(program, 2, timeout=20)
+    message = "k_scale is 0.5 in cache and 0.25 in to_cache" if mistake == "scales" else "into the same slot, place 0 of page 1"
+    assert message in own
+    assert ("rank 0 refused this call" in other) if check else not other
