@@ -46,7 +46,7 @@ class WantedKeys(NamedTuple):
         >>> import cpattn
         >>> found = WantedKeys.of(cpattn.plan([(0, 4), (0, 2)], 2, partition="whole", owner=cpattn.Striped()), None)
         >>> found.source.tolist(), found.holder.tolist()
-        ([0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1])
+        ([1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 1])
         """
         key = "wanted keys", window
         found: WantedKeys | None = plan.memo.get(key)
