@@ -186,6 +186,8 @@ def _has_two_axes(group: Any) -> TypeGuard[DeviceMesh]:
 def _over_mesh(mesh: DeviceMesh, kind: Kind) -> Transport:
     """All ranks of a mesh of two axes, the last one innermost: the world, or a part of it, which needs no process group of its own."""
     _check_mesh(mesh)
+    if dist.group.WORLD is None:
+        raise GroupError(_NO_GROUP_OF_MESH)
     ranks, world = tuple(mesh.mesh.flatten().tolist()), _transport_of(dist.group.WORLD, 0, kind)
     return world if ranks == tuple(range(world.size)) else world._kept_part(ranks)
 
@@ -200,6 +202,10 @@ def _check_mesh(mesh: DeviceMesh) -> None:
         raise GroupError(f"group is a device mesh that this process is not in; {_MEMBERS_ONLY}")
 
 
+_NO_GROUP_OF_MESH = (
+    "group is a device mesh without a process group, which was destroyed or never made; make a new mesh on every rank "
+    "(torch.distributed.device_mesh.init_device_mesh), and pass that"
+)
 _MEMBERS_ONLY = "only its members make calls: pass the context-parallel group that this process belongs to, or skip the call here"
 
 
@@ -208,7 +214,10 @@ def _process_group(group: Any) -> dist.ProcessGroup:
         return group
     if isinstance(group, DeviceMesh):
         _check_mesh(group)
-        return group.get_group()
+        try:
+            return group.get_group()
+        except Exception as error:  # torch looks it up by name, and says in its own words that there is none
+            raise GroupError(_NO_GROUP_OF_MESH) from error
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError(
             "group is GroupMember.NON_GROUP_MEMBER, which torch.distributed.new_group returns to processes that are not in the group; "

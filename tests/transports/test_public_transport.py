@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
 
 import cpattn
 
@@ -44,3 +47,18 @@ def test_a_transport_of_another_kind() -> None:
     end = cpattn.LoopbackGroup(2).transport(0)
     with pytest.raises(cpattn.OptionError, match="'collectives', but group is a transport already, of kind 'loopback'"):
         cpattn.transport(end, kind="collectives")
+
+
+def test_a_mesh_whose_groups_were_destroyed() -> None:
+    """Of one axis or of two, whatever is asked for."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        meshes = [init_device_mesh("cpu", shape) for shape in ((1,), (1, 1))]
+        for mesh in meshes:
+            assert cpattn.transport(mesh).size == 1
+    finally:
+        dist.destroy_process_group()
+    for mesh in meshes:
+        for ask in (cpattn.transport, cpattn.check, cpattn.release):
+            with pytest.raises(cpattn.GroupError, match=r"a device mesh without a process group, .*; make a new mesh on every rank"):
+                ask(mesh)
