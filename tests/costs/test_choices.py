@@ -5,11 +5,13 @@ Tables of before keys came late are computed with a machine whose kernels wait f
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from cpattn.call.explain_choice import explain_backend, explain_strategy
 from cpattn.costs import known_machine
 from cpattn.costs.corrections import corrected
 from cpattn.costs.decide import Decision, Setting
+from cpattn.costs.launches import Launches
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
@@ -166,6 +169,24 @@ def test_it_is_the_least_of_all_that_are_estimated(batch: str, fixed: bool) -> N
         assert one.seconds <= exact * (1 + 1e-9) if one.at_least else one.seconds == pytest.approx(exact)
     chosen = decision.way.strategy.name, decision.way.backend.name
     assert every[chosen] == min(every.values())
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_a_decision_keeps_nothing_of_what_its_launches_were_estimated_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is remembered with its batch."""
+    made: list[Any] = []
+
+    def kept(launches: Launches, *arguments: Any) -> None:
+        made.append(ref(launches))
+        initialize(launches, *arguments)
+
+    initialize = Launches.__init__
+    monkeypatch.setattr(Launches, "__init__", kept)
+    decision = decided("8 x 8k", 2, fixed=True)
+    assert decision.way in decision.ways
+    assert made
+    gc.collect()
+    assert not any(launches() for launches in made)
 
 
 @pytest.mark.usefixtures("on_hopper")
