@@ -31,10 +31,10 @@ def check_scales_of_heads(cache: PagedKV) -> None:
     """Of scales that an engine sets: that numbers can be divided and multiplied by them. (Those of tokens follow from the numbers.)"""
     if cache.scales != "head":
         return
-    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+    for name, rows, scale in (("k_scale", "keys", cache.k_scale), ("v_scale", "values", cache.v_scale)):
         if scale is not None and not (scale.isfinite() & (scale > 0)).all():
             raise TensorMismatchError(
-                f"kv_cache.{name} is {scale.tolist()}; a scale is a positive, finite number: pass what keys were divided by as they were "
+                f"kv_cache.{name} is {scale.tolist()}; a scale is a positive, finite number: pass what {rows} were divided by as they were "
                 "stored"
             )
 
@@ -56,7 +56,7 @@ def _check_fits(name: str, x: Tensor, stored: torch.dtype, scale: Tensor | None)
     head = int(too_large.nonzero()[0])
     most, words, fix = largest(stored), "", f"pass pages in {x.dtype}, as {name} is"
     if size[head].isinf():
-        fix = f"no number is infinite there, and none of {name} should be"
+        fix = f"none of {name} may be infinite"
     elif scale is not None:
         words = f" times {name}_scale"
         fix = f"{name}_scale must be at least the largest |{name}| / {most:g}, or let each token have its own"
