@@ -7,6 +7,7 @@ from cpattn.call.choose import Choice
 from cpattn.exchange.late_pages import why_not_late
 from cpattn.exchange.order_into_pages import lie_in_order
 from cpattn.exchange.traveling_keys import traveling_keys
+from cpattn.exchange.two_level import TwoLevel, has_levels
 from cpattn.metadata.layout import Layout
 
 
@@ -18,9 +19,12 @@ def explain_arrival(choice: Choice, plan: Layout) -> str:
 
 def explain_pages(choice: Choice, plan: Layout) -> str:
     """In words, after a semicolon; nothing where new keys are attended to in pages, or come late, or there are no pages."""
-    if not choice.writes_pages_after(choice.problem, plan):
+    problem, strategy = choice.problem, choice.strategy
+    if not choice.writes_pages_after(problem, plan):
         return ""
-    lie = "as they lie" if lie_in_order(choice.problem, plan) else "in order"
+    # In two levels all rows are put in order, whoever has them.
+    in_levels = isinstance(strategy, TwoLevel) and has_levels(strategy.within, problem, plan)
+    lie = "as they lie" if lie_in_order(problem, plan) and not in_levels else "in order"
     return f"; attended to {lie}, and written to the pages after that"
 
 

@@ -112,7 +112,7 @@ def _made(within: int) -> TwoLevel:
     )
 
 
-def _has_levels(within: int, problem: Problem, plan: Layout) -> bool:
+def has_levels(within: int, problem: Problem, plan: Layout) -> bool:
     """Whether anything travels, over more than one host of more than one rank."""
     travels = traveling_keys(problem, plan)
     # Pages that every rank holds whole want what no query sees, too.
@@ -128,7 +128,7 @@ def needed_on_hosts(within: int, problem: Problem, plan: Layout) -> Crossing | N
 
 def _schedule(within: int, problem: Problem, plan: Layout) -> Schedule:
     (hop,) = ALL_GATHER.schedule(problem, plan)
-    if not _has_levels(within, problem, plan):
+    if not has_levels(within, problem, plan):
         return (hop,)
     needed = needed_on_hosts(within, problem, plan)
     if needed is not None:
@@ -140,7 +140,7 @@ def _schedule(within: int, problem: Problem, plan: Layout) -> Schedule:
 def explain_levels(strategy: TwoLevel, problem: Problem, plan: Layout) -> str:
     """How many keys cross hosts, and how many come from ranks of one's own, with the bytes of the rank that receives the most."""
     within = strategy.within
-    if not _has_levels(within, problem, plan):
+    if not has_levels(within, problem, plan):
         return explain_gathered(problem, plan)
     needed, why = needed_on_hosts(within, problem, plan), traveling_keys(problem, plan).why
     if needed is None:
@@ -180,7 +180,7 @@ class _TwoLevels(NamedTuple):
 
 def _prepare(within: int, setup: Setup) -> Prepared:
     problem, meta, transport, kv = setup.problem, setup.meta, setup.transport, setup.kv
-    if not _has_levels(within, problem, meta.plan):
+    if not has_levels(within, problem, meta.plan):
         return ALL_GATHER.prepare(setup)
     if needed_on_hosts(within, problem, meta.plan) is not None:
         needed = NeededOnHosts.of(setup, within)

@@ -127,6 +127,16 @@ def test_explain_says_what_crosses() -> None:
     assert said.startswith("across groups, of its heads, a rank receives those that its queries see from their owners")
 
 
+def test_explain_says_that_two_levels_put_own_rows_in_order_too() -> None:
+    """Of whole prompts each rank has all that its queries see, which all else attends to as it lies: so does what has one level alone."""
+    meta = cpattn.build_metadata([(0, 4)] * 4, 4, 0, partition="whole")
+    q, k, pages = torch.zeros(4, 4, 8), torch.zeros(4, 2, 8), torch.zeros(4, 4, 2, 8)
+    cache = cpattn.PagedKV(pages, pages, torch.arange(4, dtype=torch.int32)[:, None])
+    for within, lie in ((1, "as they lie"), (2, "in order"), (4, "as they lie")):
+        said = cpattn.explain(q, k, k, meta, kv_cache=cache, strategy=cpattn.two_level(within))["keys"]
+        assert said.endswith(f"; attended to {lie}, and written to the pages after that")
+
+
 @given(data=st.data(), batch=non_empty_batches(), sizes=SIZES, seed=st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
 def test_a_fault_anywhere_keeps_ranks_in_step(data: st.DataObject, batch: Any, sizes: tuple[int, int], seed: int) -> None:
