@@ -30,7 +30,7 @@ class Bounds:
     def __init__(self, launches: Launches, over_pages: Mapping[str, bool]) -> None:
         self._plan, self._problem, self._costs = launches.plan, launches.problem, launches.costs
         self._numbers, self._over_pages, self._leading = launches.numbers, over_pages, launches.leading
-        self._spans = self._leading.spans
+        self._tiles = self._leading.tiles
         extends, tokens = self._plan.extend_lens, self._plan.num_tokens
         pairs = int(extends @ self._plan.prefix_lens) + (int(extends @ extends) + tokens) // 2
         self._blocks = pairs / self._costs.block_n
@@ -46,7 +46,7 @@ class Bounds:
 
     @cached_property
     def _at_least(self) -> list[float]:
-        return self._of_all(int(self._spans.k_len.sum()))
+        return self._of_all(int(self._tiles.spans.k_len.sum()))
 
     @cached_property
     def _at_least_by_heads(self) -> list[float]:
@@ -68,7 +68,7 @@ class Bounds:
         """The same more closely, on the rank that takes longest: by tiles of the leading form."""
         if not self._costs.leads or not self._plan.num_tokens:
             return self.at_least(backend)
-        return self._kernel(backend).overhead + self._tiles(backend).most * (1 - _ROUNDING)
+        return self._kernel(backend).overhead + self._by(backend).most * (1 - _ROUNDING)
 
     def at_most(self, backend: str) -> float:
         """Seconds of the launch with tiles of the leading form, whenever the last of them ends."""
@@ -81,12 +81,12 @@ class Bounds:
     def has_rounds(self, backend: str) -> bool:
         """Whether that says more."""
         kernel = self._kernel(backend)
-        return kernel.stays and not kernel.splits and self._plan.num_tokens > 0 and bool(self._leading.has_few.any())
+        return kernel.stays and not kernel.splits and self._plan.num_tokens > 0 and bool(self._tiles.has_few.any())
 
     def _at_most(self, backend: str, in_rounds: bool) -> float:
         if not self._plan.num_tokens:
             return 0.0
-        kernel, tiles = self._kernel(backend), self._tiles(backend)
+        kernel, tiles = self._kernel(backend), self._by(backend)
         seconds = tiles.most
         if not kernel.splits:
             seconds = float(np.maximum(tiles.load, tiles.last if in_rounds else tiles.no_later).max())
@@ -95,7 +95,7 @@ class Bounds:
     def _kernel(self, backend: str) -> KernelCosts:
         return self._costs.kernels[self._numbers[backend]]
 
-    def _tiles(self, backend: str) -> TilesByKernel:
+    def _by(self, backend: str) -> TilesByKernel:
         return self._leading.by(self._numbers[backend], self._over_pages[backend])
 
     def ring_at_least(self, backend: str) -> float:
@@ -108,12 +108,12 @@ class Bounds:
         hops, blocks, ranges = self._of_ring
         visited = blocks + kernel.tile * ranges
         # Tokens that take as long in full tiles as a chunk's own do, however they are cut.
-        tokens: FloatArray | IntArray = self._spans.q_len
+        tokens: FloatArray | IntArray = self._tiles.spans.q_len
         if costs.leads:
-            counts = self._leading.counts
+            counts = self._tiles.counts
             last = costs.last_costs[number].take(counts.last)
             tokens = costs.forms[costs.leading].tokens * (counts.full + last / costs.full_cost[number])
-        loads = np.add.reduceat(tokens * visited.take(plan.by_rank.order), self._leading.begins)
+        loads = np.add.reduceat(tokens * visited.take(plan.by_rank.order), self._tiles.begins)
         computing = float(loads.max()) * self._of_block[number]
         return kernel.overhead * hops + computing * (1 - _ROUNDING)
 
@@ -150,4 +150,4 @@ class Bounds:
     @cached_property
     def _read(self) -> list[float]:
         """The same of reading a key."""
-        return [nbytes / kernel.read for nbytes, kernel in zip(self._leading.bytes_read, self._costs.kernels, strict=True)]
+        return [nbytes / kernel.read for nbytes, kernel in zip(self._tiles.bytes_read, self._costs.kernels, strict=True)]

@@ -59,8 +59,8 @@ class Launches:
         """``[kernels, cp_size]`` of that launch by each kernel."""
         plan, problem = self.plan, self.problem
         if hop.keys == "all" and hop.united == groups == 1 and problem.window is None:
-            parts, leading = [(self.leading.spans, self.leading.begins, 1)], self.leading
-            return seconds_of(parts, plan.cp_size, problem, self.costs, groups, over_pages, leading)
+            tiles = self.leading.tiles
+            return seconds_of([(tiles.spans, tiles.begins, 1)], plan.cp_size, problem, self.costs, groups, over_pages, self.leading)
         parts = []
         for spans, count in spans_of(plan, hop):
             if spans.rank is plan.chunk_table.rank:

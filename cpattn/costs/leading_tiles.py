@@ -29,40 +29,21 @@ class _Counts(NamedTuple):
     last_blocks: IntArray
 
 
-class LeadingTiles:
-    """Of a launch over all keys, without a window.
+class TilesOfSpans:
+    """Those of a launch over all keys, without a window: what is the same by whatever kernel.
 
     Attributes:
         spans: by rank; begins: where those of each rank begin that has some.
     """
 
     def __init__(self, plan: Layout, problem: Problem, costs: TileCosts) -> None:
-        self.problem, self.costs, self._size = problem, costs, plan.cp_size
+        self.problem, self.costs = problem, costs
         request, start, length, rank = (column.take(plan.by_rank.order) for column in plan.chunk_table)
         before = plan.prefix_lens.take(request) + start
         self.spans = RankSpans(rank, length, before + length, before + 1)
         bounds = plan.by_rank.bounds
         self.begins: IntArray = bounds[:-1][bounds[1:] > bounds[:-1]]
-        self._by_kernel: dict[tuple[int, bool], TilesByKernel] = {}
         self._rounds: dict[bool, FloatArray] = {}
-
-    def by(self, number: int, over_pages: bool) -> TilesByKernel:
-        """By the kernel of that number, over keys that lie in pages, or not."""
-        found = self._by_kernel.get((number, over_pages))
-        if found is None:
-            found = self._by_kernel[number, over_pages] = TilesByKernel(self, number, over_pages)
-        return found
-
-    def of_kernels(self, over_pages: bool) -> tuple[FloatArray, FloatArray]:
-        """``[kernels, 1, cp_size]`` seconds of all tiles together, and until the last one ends; 0 on ranks that have none."""
-        load, last = np.zeros((2, len(self.costs.kernels), 1, self._size))
-        ranks = self.spans.rank[self.begins]
-        for number, kernel in enumerate(self.costs.kernels):
-            tiles = self.by(number, over_pages)
-            load[number, 0, ranks] = tiles.load
-            if not kernel.splits:
-                last[number, 0, ranks] = tiles.last
-        return load, last
 
     def rounds(self, over_pages: bool) -> FloatArray:
         """``[kernels, ranks]``: see :func:`cpattn.costs.last_tiles.until_last`."""
@@ -108,7 +89,7 @@ class TilesByKernel:
     It is what :func:`cpattn.costs.launches.seconds_of` adds up of any spans, for all kernels and forms at once, to the last bit.
     """
 
-    def __init__(self, tiles: LeadingTiles, number: int, over_pages: bool) -> None:
+    def __init__(self, tiles: TilesOfSpans, number: int, over_pages: bool) -> None:
         self._tiles, self._number, self._over_pages = tiles, number, over_pages
         costs, counts = tiles.costs, tiles.counts
         self._kernel, self._full_cost = costs.kernels[number], costs.full_cost[number]
@@ -159,3 +140,35 @@ class TilesByKernel:
         if self._kernel.stays and self._tiles.has_few.any():
             no_later = no_later + np.add.reduceat(self._seconds, self._tiles.begins) * self._tiles.has_few
         return no_later
+
+
+class LeadingTiles:
+    """What each kernel takes for them.
+
+    Attributes:
+        tiles: what is the same by all. Neither it nor what one takes refers to this: without a cycle it is freed with the last reference,
+            also where an engine keeps Python from looking for cycles.
+    """
+
+    def __init__(self, plan: Layout, problem: Problem, costs: TileCosts) -> None:
+        self.tiles, self._size = TilesOfSpans(plan, problem, costs), plan.cp_size
+        self._by_kernel: dict[tuple[int, bool], TilesByKernel] = {}
+
+    def by(self, number: int, over_pages: bool) -> TilesByKernel:
+        """By the kernel of that number, over keys that lie in pages, or not."""
+        found = self._by_kernel.get((number, over_pages))
+        if found is None:
+            found = self._by_kernel[number, over_pages] = TilesByKernel(self.tiles, number, over_pages)
+        return found
+
+    def of_kernels(self, over_pages: bool) -> tuple[FloatArray, FloatArray]:
+        """``[kernels, 1, cp_size]`` seconds of all tiles together, and until the last one ends; 0 on ranks that have none."""
+        kernels = self.tiles.costs.kernels
+        load, last = np.zeros((2, len(kernels), 1, self._size))
+        ranks = self.tiles.spans.rank[self.tiles.begins]
+        for number, kernel in enumerate(kernels):
+            one = self.by(number, over_pages)
+            load[number, 0, ranks] = one.load
+            if not kernel.splits:
+                last[number, 0, ranks] = one.last
+        return load, last

@@ -91,7 +91,7 @@ def test_estimates_are_the_same_with_what_bounds_have_worked_out(batch: str, cas
     for machine in (H100, A100):
         call, _ = calls(batch, machine, **case)
         leading = call.launches.leading
-        parts = [(leading.spans, leading.begins, 1)]
+        parts = [(leading.tiles.spans, leading.tiles.begins, 1)]
         for over_pages in {False, call.problem.cache == "paged"}:
             arguments = parts, call.plan.cp_size, call.problem, call.launches.costs, 1, over_pages
             assert (seconds_of(*arguments, leading) == seconds_of(*arguments)).all()

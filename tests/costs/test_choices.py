@@ -38,7 +38,7 @@ from cpattn.call.explain_choice import explain_backend, explain_strategy
 from cpattn.costs import known_machine
 from cpattn.costs.corrections import corrected
 from cpattn.costs.decide import Decision, Setting
-from cpattn.costs.launches import Launches
+from cpattn.costs.leading_tiles import LeadingTiles
 from cpattn.exchange.auto import candidate_strategies
 from cpattn.exchange.resident import RESIDENT
 from cpattn.exchange.resident_shards import RESIDENT_SHARDS
@@ -172,21 +172,25 @@ def test_it_is_the_least_of_all_that_are_estimated(batch: str, fixed: bool) -> N
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_a_decision_keeps_nothing_of_what_its_launches_were_estimated_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is remembered with its batch."""
+def test_nothing_is_left_of_what_launches_were_estimated_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decision is remembered with its batch, and engines keep Python from looking for cycles."""
     made: list[Any] = []
+    initialize = LeadingTiles.__init__
 
-    def kept(launches: Launches, *arguments: Any) -> None:
-        made.append(ref(launches))
-        initialize(launches, *arguments)
+    def initialized(tiles: LeadingTiles, *arguments: Any) -> None:
+        made.append(ref(tiles))
+        initialize(tiles, *arguments)
 
-    initialize = Launches.__init__
-    monkeypatch.setattr(Launches, "__init__", kept)
-    decision = decided("8 x 8k", 2, fixed=True)
+    monkeypatch.setattr(LeadingTiles, "__init__", initialized)
+    gc.disable()
+    try:
+        decision = decided("8 x 8k", 2, fixed=True)
+        left = [tiles for tiles in made if tiles() is not None]
+    finally:
+        gc.enable()
     assert decision.way in decision.ways
     assert made
-    gc.collect()
-    assert not any(launches() for launches in made)
+    assert not left
 
 
 @pytest.mark.usefixtures("on_hopper")
