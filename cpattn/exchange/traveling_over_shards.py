@@ -13,7 +13,7 @@ from cpattn.byte_sizes import in_words
 from cpattn.device_tables import IntArray
 from cpattn.exchange.schedule import sends
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import MOST_NEEDED
+from cpattn.metadata.needed_keys import MOST_NEEDED, Lacking, lacking_rows
 from cpattn.metadata.wanted_keys import WantedKeys
 from cpattn.metadata.window_reach import reach_rows
 from cpattn.problem import Problem
@@ -52,6 +52,10 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
         return everything
     if problem.fixed:
         return everything._replace(why="a bucket's messages are of its size, whatever batch it holds")
+    # By chunks alone, of which there are few: what ranks are to hold, or have cached, only adds to what their queries see of new tokens.
+    seen = lacking_rows(plan, problem.window)
+    if seen.is_nearly_all(all_rows):
+        return everything._replace(why=_busiest("at least ", seen, all_rows))
     wanted = WantedKeys.of(plan, problem.window)
     if wanted is None:
         return everything._replace(why="there are too many ranks and tokens to work out which are needed")
@@ -59,10 +63,14 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
     if not lacking.most:
         also = "" if plan.owner is None else ", and all that it is to hold"
         return TravelingOverShards("nothing", lacking.sent, 0, f"each rank holds all that its queries see{also}")
-    share = f"the busiest rank receives or sends {lacking.most / all_rows:.0%} of all"
     if lacking.is_nearly_all(all_rows):
-        return everything._replace(why=f"{share}, which is above {MOST_NEEDED:.0%}")
-    return TravelingOverShards("wanted", lacking.sent, int(lacking.received.max()), f"{share}, within {MOST_NEEDED:.0%}")
+        return everything._replace(why=_busiest("", lacking, all_rows))
+    return TravelingOverShards("wanted", lacking.sent, int(lacking.received.max()), _busiest("", lacking, all_rows))
+
+
+def _busiest(at_least: str, lacking: Lacking, all_rows: int) -> str:
+    limit = "which is above" if lacking.is_nearly_all(all_rows) else "within"
+    return f"the busiest rank receives or sends {at_least}{lacking.most / all_rows:.0%} of all, {limit} {MOST_NEEDED:.0%}"
 
 
 def sent_over_shards(problem: Problem, plan: Layout) -> IntArray:

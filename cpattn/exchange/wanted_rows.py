@@ -134,7 +134,7 @@ def _unsent(meta: CPMetadata, window: int | None, own: int, reads_peers: bool) -
     leaving = [found.sent_to(rank, other) for other in range(plan.cp_size)]
     coming = [found.sent_to(other, rank) for other in range(plan.cp_size)]
     sent, received = (tuple(map(len, runs)) for runs in (leaving, coming))
-    place = found.source * own + found.row
+    place = found.source.astype(np.int64) * own + found.row
     if not reads_peers:
         place = found.row.copy()
         arriving = np.concatenate(coming)

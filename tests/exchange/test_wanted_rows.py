@@ -18,6 +18,7 @@ from torch import Tensor
 
 import cpattn
 from cpattn.exchange.schedule import bytes_sent
+from cpattn.exchange.traveling_over_shards import traveling_over_shards
 from cpattn.metadata import needed_keys, wanted_keys
 from cpattn.metadata.wanted_keys import WantedKeys
 from cpattn.testing import run_loopback
@@ -125,3 +126,17 @@ def test_all_of_them_travel_where_there_are_too_many_to_work_it_out(monkeypatch:
     said = cpattn.explain(q, k, v, meta, kv_cache=pages.cache, window=7, strategy="all_gather")["keys"]
     assert said.endswith(": there are too many ranks and tokens to work out which are needed")
     case.check_loopback(plan, "all_gather", "reference")
+
+
+def test_tokens_are_not_looked_at_one_by_one_where_chunks_want_nearly_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a ms, and what ranks are to hold only adds to it."""
+    case = case_of("striped", None, [(0, 64)])
+    plan = case.plan(4)
+    problem = case.problem(plan)
+    found = WantedKeys.of(plan, None)
+    assert found is not None
+    assert found.lacking().is_nearly_all(3 * plan.rows)
+    monkeypatch.setattr(WantedKeys, "of", None)
+    travels = traveling_over_shards(problem, plan)
+    assert travels.what == "all"
+    assert travels.why == "the busiest rank receives or sends at least 100% of all, which is above 67%"
