@@ -196,7 +196,8 @@ def _print_comparison(plans: list[Plan], shape: Shape, machine: str | None, toke
     cells = [_comparison_column(plan, shape, best, machine) for plan in plans]
     print_table(["partition", *(str(plan.partition) for plan in plans)], [list(row) for row in zip(names, *cells, strict=True)])
     print()
-    _say_and_why(partition_in_words(first, shape, machine, token_cost).partition("; ")[2])
+    if first.cp_size > 1:
+        _say_and_why(partition_in_words(first, shape, machine, token_cost).partition("; ")[2])
     say(f"bytes are those of one attention call, {shape}; of the rank with the most")
     say("keys needed of others: those that a rank's queries see and that it does not hold, which travel before the attention")
     if not first.sharded:

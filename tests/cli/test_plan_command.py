@@ -126,6 +126,10 @@ def test_cached_keys_that_lie_on_other_ranks_are_needed(capsys: pytest.CaptureFi
     assert re.search(r"keys needed of others( +\d[^ ]* \w+){4} +75.0 KiB +75.0 KiB", output(capsys, *options, "--compare"))
 
 
+def test_one_rank_compares_no_partitions_by_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "()" not in output(capsys, "--batch", "300 x 4", "--cp", "1", "--compare")
+
+
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--batch", TEXT, "--cp", "2", "--compare")
     lines = {line[:20].strip(): line.split()[-6:] for line in text.splitlines()}
