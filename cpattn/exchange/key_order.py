@@ -162,7 +162,7 @@ class KeyOrder(NamedTuple):
         new_places ``[n]``: of each new token that has a place that place; None where new tokens alone have one, in turn.
         own_places ``[meta.num_tokens]``: of each of this rank's tokens its place, where ``new_are_own``; None where none has one.
         prefix_rows, prefix_places ``[n]``: of each cached token that has a place its row in the cache, and that place; None where none has
-            one.
+            one. ``prefix_rows`` is None also where all have one, in turn.
         kept ``[2 * num_requests]``: of those that are read where they lie; see :class:`cpattn.keys.PrefixKeys`. None where none is.
         own: of those that are read in own rows; see :class:`cpattn.keys.OwnRows`. None where none is, and none ever will be.
     """
@@ -207,7 +207,8 @@ def _key_order(meta: CPMetadata, ordered: Ordered) -> Unsent[KeyOrder]:
     if num_put:
         runs["new"] = rows.new_starts, new
         # Those without a place, kept or not seen, come first in each request.
-        runs["prefix rows"] = exclusive_cumsum(plan.prefix_lens) + plan.prefix_lens - put, put
+        if (put < plan.prefix_lens).any():
+            runs["prefix rows"] = exclusive_cumsum(plan.prefix_lens) + plan.prefix_lens - put, put
         runs["prefix"] = begins, put
     places = unsent_runs(runs, meta.device)
     in_place: dict[str, Table] = {}

@@ -89,10 +89,9 @@ def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[n
     memory[to] = gathered[meta.cp_rank][rows]
     if order.prefix_places is not None:
         cached = np.concatenate([token(i, np.arange(prefix)) for i, (prefix, _) in enumerate(plan.batch)])
-        assert order.prefix_rows is not None
         places = order.prefix_places.numpy()
         assert (memory[places] == -1).all()
-        memory[places] = cached[order.prefix_rows.numpy()]
+        memory[places] = cached if order.prefix_rows is None else cached[order.prefix_rows.numpy()]
     return memory, is_late, gathered[meta.cp_rank]
 
 
@@ -214,6 +213,18 @@ def test_what_says_which_keys_are_there_is_made_with_the_metadata() -> None:
         assert flags(group).data_ptr() == first.data_ptr()
         assert (first == 3).all()
         assert not flags(other).any()
+
+
+def test_cached_rows_are_numbered_where_some_have_no_place() -> None:
+    """A table of all of them would be as long as the cache."""
+    batch = [(300, 5), (256, 3)]
+    every = key_order(cpattn.plan(batch, 1).metadata(0), Ordered.SEEN)
+    assert every.prefix_rows is None
+    assert every.prefix_places is not None
+    assert len(every.prefix_places) == 556
+    some = key_order(cpattn.plan(batch, 2, partition="uncut").metadata(1), Ordered.SEEN)
+    assert some.prefix_rows is not None
+    assert some.prefix_rows.tolist() == [*range(300, 556)]
 
 
 def test_prefixes_in_place() -> None:
