@@ -89,6 +89,25 @@ def test_pack_kv_into_slots(dims: tuple[int, int], device: str) -> None:
     assert torch.equal(bits(got), bits(want))
 
 
+@pytest.mark.parametrize("pack", [triton_moves.pack, torch_moves.pack], ids=["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("on_device", [False, True], ids=["count", "count on the device"])
+def test_pack_kv_of_some_rows_into_slots(on_device: bool, dtype: torch.dtype, pack: Callable[..., None], device: str) -> None:
+    """Also of more rows than there are, as some are taken twice."""
+    k, v = torch.randn(5, 2, 8, device=device), torch.randn(5, 2, 3, device=device)
+    slots = torch.tensor([4, 0, 11, -1, 2, 3, 1], dtype=dtype, device=device)
+    rows = torch.tensor([4, 1, 1, 0, 3, 4, 2], dtype=dtype, device=device)
+    for num_tokens in (7, 3):
+        got = torch.full((12, 2, 11), 7.0, device=device)
+        want = got.clone()
+        for slot, row in list(zip(slots.tolist(), rows.tolist(), strict=True))[:num_tokens]:
+            if slot >= 0:
+                want[slot] = torch.cat([k[row], v[row]], -1)
+        count = torch.tensor([num_tokens], dtype=torch.int32, device=device) if on_device else num_tokens
+        pack(got, k, v, count, slots, rows)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("trailing", [(2, 64), (3,), ()], ids=str)
 def test_gather_rows_into_slots(trailing: tuple[int, ...], device: str) -> None:
     source = torch.randn(20, *trailing, device=device)
