@@ -26,6 +26,7 @@ from cpattn.metadata.draft import Draft
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import unseen_tokens
 from cpattn.metadata.needed_queries import queries_that_see
+from cpattn.metadata.wanted_keys import seen_ends
 from cpattn.metadata.window_reach import Reach
 from cpattn.spans import Alignment, Spans, SpanTable
 
@@ -226,6 +227,24 @@ def window_spans(meta: CPMetadata, window: int) -> Spans:
         return _build(meta, [_own_table(meta, ranges)], paged=False, reached=window - 1)[0]
 
     return meta.derive(("window spans", window), build)
+
+
+def wanted_spans(meta: CPMetadata, window: int | None) -> Spans:
+    """The same, or with no window over new tokens alone, where of each request nothing lies behind the last of these queries."""
+    (spans,) = meta.derive_sent(wanted_draft(meta, window))
+    return spans
+
+
+def wanted_draft(meta: CPMetadata, window: int | None) -> Draft[list[Spans]]:
+    """The same, to be sent with other tables."""
+
+    def make() -> Unsent[list[Spans]]:
+        chunks, plan = meta.chunk_host, meta.plan
+        begins = exclusive_cumsum(seen_ends(plan, window, meta.cp_rank))[chunks.request]
+        before = chunks.start if window is None else Reach.of(plan, window).lengths[chunks.request] + chunks.start
+        return _unsent(meta, [_own_table(meta, KeyRanges(begins, before + chunks.q_len, before + 1, "bottom_right"))], paged=False)
+
+    return Draft(("wanted spans", window), make)
 
 
 def held_spans(meta: CPMetadata, paged: bool) -> tuple[Spans, Spans]:

@@ -23,13 +23,14 @@ class TravelingOverShards(NamedTuple):
     """
     Attributes:
         sent: int64 ``[cp_size]`` rows that each rank sends.
-        received: of the rank that receives the most.
+        received: of the rank that receives the most; put: of the one that puts the most in order.
         why: what decided, in words.
     """
 
     what: Literal["nothing", "wanted", "all"]
     sent: IntArray
     received: int
+    put: int
     why: str
 
 
@@ -47,7 +48,7 @@ def traveling_over_shards(problem: Problem, plan: Layout) -> TravelingOverShards
 
 def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
     all_rows = (plan.cp_size - 1) * rows_brought(problem, plan)
-    everything = TravelingOverShards("all", np.full(plan.cp_size, all_rows), all_rows, "there is one rank")
+    everything = TravelingOverShards("all", np.full(plan.cp_size, all_rows), all_rows, all_rows, "there is one rank")
     if plan.cp_size == 1:
         return everything
     if problem.fixed:
@@ -59,13 +60,13 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
     wanted = WantedKeys.of(plan, problem.window)
     if wanted is None:
         return everything._replace(why="there are too many ranks and tokens to work out which are needed")
-    lacking = wanted.lacking()
+    lacking, put = wanted.lacking(), max(int(np.count_nonzero(used)) for used in wanted.used)
     if not lacking.most:
         also = "" if plan.owner is None else ", and all that it is to hold"
-        return TravelingOverShards("nothing", lacking.sent, 0, f"each rank holds all that its queries see{also}")
+        return TravelingOverShards("nothing", lacking.sent, 0, put, f"each rank holds all that its queries see{also}")
     if lacking.is_nearly_all(all_rows):
         return everything._replace(why=_busiest("", lacking, all_rows))
-    return TravelingOverShards("wanted", lacking.sent, int(lacking.received.max()), _busiest("", lacking, all_rows))
+    return TravelingOverShards("wanted", lacking.sent, int(lacking.received.max()), put, _busiest("", lacking, all_rows))
 
 
 def _busiest(at_least: str, lacking: Lacking, all_rows: int) -> str:
@@ -75,14 +76,14 @@ def _busiest(at_least: str, lacking: Lacking, all_rows: int) -> str:
 
 def sent_over_shards(problem: Problem, plan: Layout) -> IntArray:
     """int64 ``[cp_size]`` bytes of each rank."""
-    what, sent, _, _ = traveling_over_shards(problem, plan)
+    what, sent, *_ = traveling_over_shards(problem, plan)
     row = problem.key_bytes
     return sends(problem, plan, (plan.cp_size - 1) * rows_brought(problem, plan) * row) if what == "all" else sent * row
 
 
 def explain_over_shards(problem: Problem, plan: Layout) -> str:
     """The same in words, with the bytes of the rank that receives the most."""
-    what, _, received, why = traveling_over_shards(problem, plan)
+    what, _, received, _, why = traveling_over_shards(problem, plan)
     if what == "nothing":
         return f"none travel: {why}"
     all_rows = (plan.cp_size - 1) * rows_brought(problem, plan)

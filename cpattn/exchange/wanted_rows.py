@@ -1,5 +1,6 @@
 """Over a sharded cache, new keys and the cached ones that a window reaches, brought to the ranks whose queries see them, and to those that
-are to hold them: put in order, written to the pages of their holders from there, and attended to in one launch.
+are to hold them: put in order, written to the pages of their holders from there, and attended to in one launch. What a rank does not want
+has no place there, but for what lies between keys that its queries see.
 
 Over collectives in an uneven all-to-all; through the memory of peers each rank reads what it wants of what all have posted.
 """
@@ -18,7 +19,7 @@ from cpattn.exchange.message import KVFormat, Message, message_buffer
 from cpattn.exchange.needed_rows import needed_rows
 from cpattn.exchange.page_rows import Places, read_rows, write_rows
 from cpattn.exchange.seen_keys import ExchangedRows
-from cpattn.exchange.step_spans import new_token_spans, window_spans
+from cpattn.exchange.step_spans import wanted_draft, wanted_spans
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.exchange.traveling_over_shards import TravelingOverShards, rows_brought
 from cpattn.kv_cache import PagedKV
@@ -51,7 +52,8 @@ class WantedRows(NamedTuple):
     Attributes:
         brought: None where no cached keys travel, so that this rank's new rows are sent from where they lie.
         rows: what is sent, and comes.
-        ordered: memory for the tokens of all requests in order; order: where each comes from, negative for those that nobody here wants.
+        ordered: memory for what this rank puts in order (:meth:`WantedKeys.placed`); order: where each row comes from, negative for what
+            lies between those that are wanted.
         places: of each of these in this rank's pages, if it is one that it is to hold.
     """
 
@@ -75,7 +77,9 @@ class WantedRows(NamedTuple):
         peers = None
         if travels.what == "wanted" and kv.is_dense:
             peers = transport.rows_of_all(shape, kv.wire_dtype, kv.device, kv.fill_missing_)
-        table, places = _tables(meta, window, own, reads_peers=peers is not None)
+        tables = _tables(meta, window, own, reads_peers=peers is not None)
+        meta.derive_together(tables, wanted_draft(meta, window))
+        table, places = meta.derive_sent(tables)
         rows: RowsInOrder
         if peers is None:
             found = needed_rows(transport, kv, table, own, 1, travels.what == "wanted")
@@ -99,7 +103,7 @@ class WantedRows(NamedTuple):
             ordered=message_buffer(transport.arena, "ordered", kv, len(table.source)),
             order=table.source,
             places=places,
-            spans=new_token_spans(meta) if window is None else window_spans(meta, window),
+            spans=wanted_spans(meta, window),
             num_tokens=setup.num_tokens,
             kv=kv,
             moves=moves_for(problem.device),
@@ -121,10 +125,10 @@ class WantedRows(NamedTuple):
         attend(self.ordered.keys, self.spans)
 
 
-def _tables(meta: CPMetadata, window: int | None, own: int, *, reads_peers: bool) -> tuple[ExchangedRows, Places]:
+def _tables(meta: CPMetadata, window: int | None, own: int, *, reads_peers: bool) -> Draft[tuple[ExchangedRows, Places]]:
     """What this rank sends and where it finds what it wants, among its own rows and those that it receives, or among those of all ranks;
     and where those belong that it is to hold."""
-    return meta.derive_sent(Draft(("wanted rows", window, own, reads_peers), lambda: _unsent(meta, window, own, reads_peers)))
+    return Draft(("wanted rows", window, own, reads_peers), lambda: _unsent(meta, window, own, reads_peers))
 
 
 def _unsent(meta: CPMetadata, window: int | None, own: int, reads_peers: bool) -> Unsent[tuple[ExchangedRows, Places]]:
@@ -134,17 +138,19 @@ def _unsent(meta: CPMetadata, window: int | None, own: int, reads_peers: bool) -
     leaving = [found.sent_to(rank, other) for other in range(plan.cp_size)]
     coming = [found.sent_to(other, rank) for other in range(plan.cp_size)]
     sent, received = (tuple(map(len, runs)) for runs in (leaving, coming))
-    place = found.source.astype(np.int64) * own + found.row
-    if not reads_peers:
-        place = found.row.copy()
-        arriving = np.concatenate(coming)
+    placed = found.placed(plan, window, rank)
+    place = found.row
+    if reads_peers:
+        place = found.source.astype(np.int64) * own + place
+    else:
+        place, arriving = place.copy(), np.concatenate(coming)
         place[arriving] = own + np.arange(len(arriving))
     request, number = found.to_hold(plan, rank)
     tables = {
-        "source": np.where(found.used[rank], place, -1),
+        "source": np.where(found.used[rank][placed], place[placed], -1),
         "outgoing": found.row[np.concatenate(leaving)],
-        "request": request,
-        "number": number,
+        "request": request[placed],
+        "number": number[placed],
     }
 
     def finish(on_device: Mapping[str, Tensor]) -> tuple[ExchangedRows, Places]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cpattn.device_tables import IntArray, exclusive_cumsum
+from cpattn.device_tables import IntArray, exclusive_cumsum, expand_runs_on_host
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Lacking
 from cpattn.metadata.window_reach import Reach
@@ -53,7 +53,7 @@ class WantedKeys(NamedTuple):
         key = "wanted keys", window
         found: WantedKeys | None = plan.memo.get(key)
         if found is None:
-            reached = np.zeros_like(plan.extend_lens) if window is None else Reach.of(plan, window).lengths
+            reached = _reached(plan, window)
             if plan.cp_size * int((reached + plan.extend_lens).sum()) > _MOST_PAIRS:
                 return None
             found = plan.memo.keep(key, cls._of(plan, window, reached))
@@ -93,6 +93,15 @@ class WantedKeys(NamedTuple):
         sent = [int(wanted_by[self.source == rank].sum()) for rank in range(size)]
         return Lacking(np.array([np.count_nonzero(wanted) for wanted in self.wanted]), np.array(sent))
 
+    def placed(self, plan: Layout, window: int | None, rank: int) -> IntArray:
+        """The tokens that a rank puts in order, in that order: of each request those up to the last that a query sees, and after those
+        of all requests what it is only to hold."""
+        ends, begins = seen_ends(plan, window, rank), exclusive_cumsum(_reached(plan, window) + plan.extend_lens)
+        seen = expand_runs_on_host(begins, ends, int(ends.sum()))
+        others = self.used[rank].copy()
+        others[seen] = False
+        return np.append(seen, others.nonzero()[0])
+
     def to_hold(self, plan: Layout, rank: int) -> tuple[IntArray, IntArray]:
         """Of each token its request, and its number among those of the request that a rank holds; -1 of those that it is not to hold."""
         held = (self.is_new & (self.holder == rank)).nonzero()[0]
@@ -110,6 +119,19 @@ class WantedKeys(NamedTuple):
         """Of one rank by another, in order; those of themselves are none."""
         tokens: IntArray = (self.wanted[rank] & (self.source == source)).nonzero()[0]
         return tokens
+
+
+def seen_ends(plan: Layout, window: int | None, rank: int) -> IntArray:
+    """``[num_requests]`` after how many of its tokens, of those that a window reaches and new ones, the last query of a rank is."""
+    entries = plan.by_rank.entries(rank)
+    request, start, length, _ = (column[entries] for column in plan.chunk_table)
+    ends = np.zeros_like(plan.extend_lens)
+    np.maximum.at(ends, request, _reached(plan, window)[request] + start + length)
+    return ends
+
+
+def _reached(plan: Layout, window: int | None) -> IntArray:
+    return np.zeros_like(plan.extend_lens) if window is None else Reach.of(plan, window).lengths
 
 
 def _seen(plan: Layout, window: int | None, reached: IntArray, begins: IntArray, total: int) -> npt.NDArray[np.bool_]:

@@ -91,6 +91,13 @@ def test_rows_are_those_of_brute_force(batch: Batch, cp_size: int, window: int |
     assert found.lacking().received.tolist() == wanted_over_shards(plan, window)
     sent = [[len(found.sent_to(source, rank)) for rank in range(cp_size)] for source in range(cp_size)]
     assert np.sum(sent, axis=1).tolist() == found.lacking().sent.tolist()
+    for rank, used in enumerate(found.used):
+        placed = found.placed(plan, window, rank)
+        assert len(set(placed.tolist())) == len(placed)
+        assert set(used.nonzero()[0].tolist()) <= set(placed.tolist())
+        # What nobody wants has a place only before what a query sees.
+        for token in placed[~used[placed]].tolist():
+            assert (used[token:] & (found.request[token:] == found.request[token])).any()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +122,17 @@ def test_whole_requests_need_nothing_but_what_ranks_are_to_hold(
     explained = cpattn.explain(q, k, v, meta, kv_cache=pages.cache, window=window, strategy=strategy)
     assert explained["keys" if strategy == "all_gather" else "queries"] == said
     assert bytes_sent(cpattn.STRATEGIES[strategy].schedule(case.problem(plan), plan)).max() == sent
+
+
+@pytest.mark.parametrize(("cache", "rows"), [("ranked", 16), ("striped", 16 + 3 * 4)])
+def test_what_a_rank_does_not_want_has_no_place_in_its_order(cache: str, rows: int) -> None:
+    """Of whole requests it has its own, and its part of the others where it is to hold one."""
+    case = case_of(cache, 7, [(0, 16)] * 4)
+    plan = case.plan(4, partition="whole")
+    found = WantedKeys.of(plan, 7)
+    assert found is not None
+    assert [len(found.placed(plan, 7, rank)) for rank in range(4)] == [rows] * 4
+    assert traveling_over_shards(case.problem(plan), plan).put == rows
 
 
 def test_all_of_them_travel_where_there_are_too_many_to_work_it_out(monkeypatch: pytest.MonkeyPatch) -> None:

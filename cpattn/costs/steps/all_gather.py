@@ -8,7 +8,7 @@ from cpattn.costs.steps.tally import Choice, Most, Tally
 from cpattn.exchange.late_pages import may_come_late
 from cpattn.exchange.schedule import Hop
 from cpattn.exchange.traveling_keys import Traveling, traveling_keys
-from cpattn.exchange.traveling_over_shards import rows_brought, traveling_over_shards
+from cpattn.exchange.traveling_over_shards import traveling_over_shards
 from cpattn.kernels.tile_shapes import has_specialized
 
 
@@ -59,9 +59,7 @@ def new_keys_in_order(choice: Choice) -> Tally:
     # Who reads others' memory reads what it wants alone.
     received, sent = travels.received * problem.key_bytes, int(hop.sent.max(initial=0))
     tally.gather(received if choice.transport == "peer_memory" else max(received, sent))
-    # All have a place in the order, also those that do not come.
-    everything = (choice.plan.cp_size - 1) * rows_brought(problem, choice.plan) * problem.key_bytes
-    tally.move(everything + received, launches=3)
+    tally.move(travels.put * problem.key_bytes + received, launches=3)
     tally.move(2 * problem.rows * problem.key_bytes)
     tally.attend(hop)
     return tally
