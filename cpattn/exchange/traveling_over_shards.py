@@ -13,8 +13,8 @@ from cpattn.byte_sizes import in_words
 from cpattn.device_tables import IntArray
 from cpattn.exchange.schedule import sends
 from cpattn.metadata.layout import Layout
-from cpattn.metadata.needed_keys import MOST_NEEDED, Lacking, lacking_rows
-from cpattn.metadata.wanted_keys import WantedKeys
+from cpattn.metadata.needed_keys import MOST_NEEDED, Lacking
+from cpattn.metadata.wanted_keys import WantedKeys, seen_by_chunks
 from cpattn.metadata.window_reach import reach_rows
 from cpattn.problem import Problem
 
@@ -53,8 +53,8 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
         return everything
     if problem.fixed:
         return everything._replace(why="a bucket's messages are of its size, whatever batch it holds")
-    # By chunks alone, of which there are few: what ranks are to hold, or have cached, only adds to what their queries see of new tokens.
-    seen = lacking_rows(plan, problem.window)
+    # What ranks are to hold only adds to that.
+    seen = seen_by_chunks(plan, problem.window)
     if seen.is_nearly_all(all_rows):
         return everything._replace(why=_busiest("at least ", seen, all_rows))
     wanted = WantedKeys.of(plan, problem.window)
