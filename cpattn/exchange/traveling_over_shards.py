@@ -53,13 +53,13 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
         return everything
     if problem.fixed:
         return everything._replace(why="a bucket's messages are of its size, whatever batch it holds")
+    if WantedKeys.are_too_many(plan, problem.window):
+        return everything._replace(why="there are too many ranks and tokens to work out which are needed")
     # What ranks are to hold only adds to that.
     seen = seen_by_chunks(plan, problem.window)
     if seen.is_nearly_all(all_rows):
         return everything._replace(why=_busiest("at least ", seen, all_rows))
     wanted = WantedKeys.of(plan, problem.window)
-    if wanted is None:
-        return everything._replace(why="there are too many ranks and tokens to work out which are needed")
     lacking, put = wanted.lacking(), max(int(np.count_nonzero(used)) for used in wanted.used)
     if not lacking.most:
         also = "" if plan.owner is None else ", and all that it is to hold"

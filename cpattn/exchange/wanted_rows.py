@@ -134,7 +134,6 @@ def _tables(meta: CPMetadata, window: int | None, own: int, *, reads_peers: bool
 def _unsent(meta: CPMetadata, window: int | None, own: int, reads_peers: bool) -> Unsent[tuple[ExchangedRows, Places]]:
     plan, rank = meta.plan, meta.cp_rank
     found = WantedKeys.of(plan, window)
-    assert found is not None  # traveling_over_shards has asked
     leaving = [found.sent_to(rank, other) for other in range(plan.cp_size)]
     coming = [found.sent_to(other, rank) for other in range(plan.cp_size)]
     sent, received = (tuple(map(len, runs)) for runs in (leaving, coming))

@@ -42,8 +42,8 @@ class WantedKeys(NamedTuple):
     used: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, plan: Layout, window: int | None) -> WantedKeys | None:
-        """Worked out once; None for so many ranks and tokens that the tables would be too large.
+    def of(cls, plan: Layout, window: int | None) -> WantedKeys:
+        """Worked out once.
 
         >>> import cpattn
         >>> found = WantedKeys.of(cpattn.plan([(0, 4), (0, 2)], 2, partition="whole", owner=cpattn.Striped()), None)
@@ -52,12 +52,12 @@ class WantedKeys(NamedTuple):
         """
         key = "wanted keys", window
         found: WantedKeys | None = plan.memo.get(key)
-        if found is None:
-            reached = _reached(plan, window)
-            if plan.cp_size * int((reached + plan.extend_lens).sum()) > _MOST_PAIRS:
-                return None
-            found = plan.memo.keep(key, cls._of(plan, window, reached))
-        return found
+        return plan.memo.keep(key, cls._of(plan, window, _reached(plan, window))) if found is None else found
+
+    @staticmethod
+    def are_too_many(plan: Layout, window: int | None) -> bool:
+        """Whether there are so many ranks and tokens that the tables would be too large."""
+        return plan.cp_size * int((_reached(plan, window) + plan.extend_lens).sum()) > _MOST_PAIRS
 
     @classmethod
     def _of(cls, plan: Layout, window: int | None, reached: IntArray) -> WantedKeys:

@@ -70,7 +70,6 @@ def test_bits_and_bytes(
         if most > 0:
             assert sum(sent) == sum(wanted) * problem.key_bytes
             found = WantedKeys.of(plan, window)
-            assert found is not None
             assert found.lacking().received.tolist() == wanted
         else:
             assert sum(sent) >= sum(wanted) * problem.key_bytes
@@ -88,7 +87,6 @@ def test_rows_are_those_of_brute_force(batch: Batch, cp_size: int, window: int |
         batch, striped = [(0, extend) for _, extend in batch], True
     plan = case_of("striped" if striped else "ranked", window, batch).plan(cp_size, partition=partition)
     found = WantedKeys.of(plan, window)
-    assert found is not None
     assert found.lacking().received.tolist() == wanted_over_shards(plan, window)
     sent = [[len(found.sent_to(source, rank)) for rank in range(cp_size)] for source in range(cp_size)]
     assert np.sum(sent, axis=1).tolist() == found.lacking().sent.tolist()
@@ -135,7 +133,6 @@ def test_what_a_rank_does_not_want_has_no_place_in_its_order(cache: str, rows: i
     case = case_of(cache, 7, [(0, 16)] * 4)
     plan = case.plan(4, partition="whole")
     found = WantedKeys.of(plan, 7)
-    assert found is not None
     assert [len(found.placed(plan, 7, rank)) for rank in range(4)] == [rows] * 4
     assert traveling_over_shards(case.problem(plan), plan).put == rows
 
@@ -160,7 +157,6 @@ def test_tokens_are_not_looked_at_one_by_one_where_chunks_want_nearly_all(
     plan = case.plan(4)
     problem = case.problem(plan)
     found = WantedKeys.of(plan, window)
-    assert found is not None
     assert found.lacking().is_nearly_all(3 * rows_brought(problem, plan))
     monkeypatch.setattr(WantedKeys, "of", None)
     travels = traveling_over_shards(problem, plan)
