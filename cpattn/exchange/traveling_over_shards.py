@@ -58,7 +58,7 @@ def _traveling(problem: Problem, plan: Layout) -> TravelingOverShards:
     # What ranks are to hold only adds to that.
     seen = seen_by_chunks(plan, problem.window)
     if seen.is_nearly_all(all_rows):
-        return everything._replace(why=_busiest("at least ", seen, all_rows))
+        return everything._replace(why=_busiest("at least " if seen.most < all_rows else "", seen, all_rows))
     wanted = WantedKeys.of(plan, problem.window)
     lacking, put = wanted.lacking(), max(int(np.count_nonzero(used)) for used in wanted.used)
     if not lacking.most:
