@@ -64,9 +64,8 @@ class Launches:
         parts = []
         for spans, count in spans_of(plan, hop):
             if spans.rank is plan.chunk_table.rank:
-                order, bounds = plan.by_rank.order, plan.by_rank.bounds
-                begins = bounds[:-1][bounds[1:] > bounds[:-1]]
-                parts.append((RankSpans._make([column.take(order) for column in spans]), begins, count))
+                order = plan.by_rank.order
+                parts.append((RankSpans._make([column.take(order) for column in spans]), plan.by_rank.begins(), count))
             else:
                 parts.append((*_by_rank(spans, plan.cp_size), count))
         return seconds_of(parts, plan.cp_size, problem, self.costs, groups, over_pages)

@@ -29,7 +29,7 @@ class _Counts(NamedTuple):
     last_blocks: IntArray
 
 
-class TilesOfSpans:
+class TilesOfLaunch:
     """Those of a launch over all keys, without a window: what is the same by whatever kernel.
 
     Attributes:
@@ -41,8 +41,7 @@ class TilesOfSpans:
         request, start, length, rank = (column.take(plan.by_rank.order) for column in plan.chunk_table)
         before = plan.prefix_lens.take(request) + start
         self.spans = RankSpans(rank, length, before + length, before + 1)
-        bounds = plan.by_rank.bounds
-        self.begins: IntArray = bounds[:-1][bounds[1:] > bounds[:-1]]
+        self.begins = plan.by_rank.begins()
         self._rounds: dict[bool, FloatArray] = {}
 
     def rounds(self, over_pages: bool) -> FloatArray:
@@ -89,7 +88,7 @@ class TilesByKernel:
     It is what :func:`cpattn.costs.launches.seconds_of` adds up of any spans, for all kernels and forms at once, to the last bit.
     """
 
-    def __init__(self, tiles: TilesOfSpans, number: int, over_pages: bool) -> None:
+    def __init__(self, tiles: TilesOfLaunch, number: int, over_pages: bool) -> None:
         self._tiles, self._number, self._over_pages = tiles, number, over_pages
         costs, counts = tiles.costs, tiles.counts
         self._kernel, self._full_cost = costs.kernels[number], costs.full_cost[number]
@@ -151,7 +150,7 @@ class LeadingTiles:
     """
 
     def __init__(self, plan: Layout, problem: Problem, costs: TileCosts) -> None:
-        self.tiles, self._size = TilesOfSpans(plan, problem, costs), plan.cp_size
+        self.tiles, self._size = TilesOfLaunch(plan, problem, costs), plan.cp_size
         self._by_kernel: dict[tuple[int, bool], TilesByKernel] = {}
 
     def by(self, number: int, over_pages: bool) -> TilesByKernel:

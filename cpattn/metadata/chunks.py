@@ -67,6 +67,10 @@ class ByRank(NamedTuple):
         """The entries of one rank's chunks, ascending."""
         return self.order[self.bounds[rank] : self.bounds[rank + 1]]
 
+    def begins(self) -> IntArray:
+        """Where the entries of each rank begin in ``order``, of ranks that have some."""
+        return self.bounds[:-1][self.bounds[1:] > self.bounds[:-1]]
+
     def sums(self, values: IntArray) -> IntArray:
         """``[cp_size]`` the sum over each rank's chunks of ``values [c]``, exact to 63 bits."""
         ends = np.zeros(len(values) + 1, dtype=np.int64)
