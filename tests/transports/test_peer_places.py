@@ -331,14 +331,20 @@ def test_what_finds_no_memory_goes_otherwise(ranks: ProcessRanks) -> None:
         assert said["says"].startswith("auto: its 2 ranks read the memory of each other's GPUs; not in calls of 1 MiB and more: rank 1")
 
 
-def _released() -> list[bool]:
-    """What is left of shared memory after each rank's release: alone, where one's graph holds it, together, and with a fault."""
+def _sharing_group() -> tuple[Any, PeerMemoryTransport, Any]:
+    """A group, its transport, and the heap that this has."""
     group = dist.new_group()
     transport = cpattn.transport(group, kind="peer_memory")
     assert isinstance(transport, PeerMemoryTransport)
     transport.shared.device = torch.device("cpu")
     heap: Any = _Heap(2**20)
     transport.shared.heap = heap
+    return group, transport, heap
+
+
+def _released() -> list[bool]:
+    """What is left of shared memory after each rank's release: alone, where one's graph holds it, together, and with a fault."""
+    group, transport, heap = _sharing_group()
     cpattn.release()
     left = [transport.shared.heap is heap]
     transport.shared.captured = [heap] if dist.get_rank() else []
@@ -363,12 +369,7 @@ def _released_too_late(destroys: bool) -> list[bool]:
     """One rank alone frees what it had in a group that was given up, or destroyed, however it names that."""
     left = []
     for named_by in ("group", "transport"):
-        group = dist.new_group()
-        transport = cpattn.transport(group, kind="peer_memory")
-        assert isinstance(transport, PeerMemoryTransport)
-        transport.shared.device = torch.device("cpu")
-        heap: Any = _Heap(2**20)
-        transport.shared.heap = heap
+        group, transport, heap = _sharing_group()
         others = cpattn.transport(group, kind="collectives")
         if destroys:
             dist.destroy_process_group(group)
