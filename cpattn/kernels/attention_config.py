@@ -130,8 +130,8 @@ class HopperConfig(AttentionConfig):
 
     @property
     def REGISTERS(self) -> list[int]:
-        """Of a thread of the second consumer, and of the producer. A multiprocessor has 512, or 504 with one producer warp or four, for a
-        thread of each group of four warps; the first consumer's gets what is left."""
+        """Of a thread of the second consumer, if there is one, and of the producer. A multiprocessor has 512 for a thread of each group of
+        four warps, or 504 with one producer warp, with four or with one consumer; the first consumer's gets what is left."""
         if not self.STORED:
             return [232, 40]
         if self.CONSUMERS == 1:

@@ -31,7 +31,7 @@ class Channels(NamedTuple):
     Attributes:
         items: ITEMS slots: which item comes next; -1 after the last.
         q: a slot for each consumer, which only that one empties.
-        k, v: C.STAGES slots of key blocks; both consumers empty them.
+        k, v: C.STAGES slots of key blocks; all consumers empty them.
         v_edge: the barrier of values that the producer waits for itself, to clear some of them before it says that they are there.
     """
 
