@@ -353,8 +353,11 @@ def _attend(arguments: Arguments, meta: CPMetadata | None, group: Group, return_
 
     with InFlight(transport, meta.device) as in_flight:
         call = validated(find, lambda call: describe(call, meta, arguments.kv_cache), meta.plan, in_flight, check and is_sharded, None)
-        in_flight.expect(call.transfers)
-        result, lse = call.run(arguments, in_flight, problems if check else None)
+        if check:
+            in_flight.expect(call.transfers)
+            result, lse = call.run(arguments, in_flight, problems)
+        else:
+            result, lse = call.make(arguments, meta, in_flight)
     refusal = refusal_of(problems)
     if refusal is not None:
         raise refusal

@@ -91,8 +91,7 @@ def run_attention(
             result, lse = call.run(arguments, in_flight, problems)
             share_verdicts(in_flight, meta.device, refusal_of(problems))
         else:
-            in_flight.expect(call.transfers)
-            result, lse = call.run(arguments, in_flight)
+            result, lse = call.make(arguments, meta, in_flight)
     if context is not None:
         context.calls += 1
     return result, call.lse_of(result, lse) if return_lse else None

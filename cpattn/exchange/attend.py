@@ -153,7 +153,7 @@ class Attend:
         if into is not None:
             out = into.copy_(out)
         elif out.dtype != self._how.dtype:
-            out = out.to(self._how.dtype)
+            out = torch.empty_like(out, dtype=self._how.dtype).copy_(out)
         return out, lse if lse.dtype == torch.float32 else lse.to(torch.float32)
 
     def _seen(

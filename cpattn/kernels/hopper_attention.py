@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,10 +45,9 @@ def launch(
     # Rows of whole tokens, and a plain copy.
     q_tma = fits_descriptor(q) and WARPGROUP_ROWS % work.pack == 0 and config["Q_SIGN"] == 1
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
-    device = q.device
-    launch = _attention.prepare(
+    return _attention.prepare(
         (work.num_programs, 1), {"num_warps": 4} | ({"launch_pdl": True} if waits else {}),
-        tensors | {"counter": max(tensors.values()) + 1},
+        tensors | {"counter": max(tensors.values()) + 1}, of_each_launch=partial(counter_for_launch, q.device),
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=as_words(k) if is_stored else _blocks(k, block_n, d_padded, page_keys),
         v=as_words(v) if is_stored else _blocks(v, block_n, dv_padded, page_keys),
@@ -66,7 +66,6 @@ def launch(
         ),
         **arguments,
     )  # fmt: skip
-    return lambda *given: launch(*given, counter_for_launch(device))
 
 
 def _blocks(x: Tensor, block_n: int, padded: int, page_keys: int) -> Blocks:

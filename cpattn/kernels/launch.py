@@ -21,6 +21,7 @@ from cpattn.kernels.arguments import Blocks, Words
 from cpattn.kernels.direct_launch import Compiled, NotAsExpectedError, again_form, compiled_form
 from cpattn.kernels.release import COMPILER_OPTIONS, DIRECT_LAUNCH
 from cpattn.memo import Memo
+from cpattn.noted import Launch, of_thread, within_step
 
 _ALIGNMENT = 16
 # Launches that a kernel's wrapper remembers: a few batches' worth.
@@ -51,37 +52,58 @@ class Launcher:
         }
         self.may_skip_binder = bool(self.roles) and DIRECT_LAUNCH.verdict().used is not False
 
-    def prepare(self, grid: tuple[int, int], options: dict[str, int], tensors: dict[str, int], **arguments: Any) -> LaunchFunction:
+    def prepare(
+        self,
+        grid: tuple[int, int],
+        options: dict[str, int],
+        tensors: dict[str, int],
+        *,
+        of_each_launch: Callable[[], Tensor] | None = None,
+        **arguments: Any,
+    ) -> LaunchFunction:
         """What launches ``grid`` programs on the current device and stream, given the tensors alone.
 
         Args:
             options: of the compiler, such as ``num_warps``.
             tensors: for each of the kernel's parameters that change from launch to launch, which of the tensors that are
                 given then it is. Parameters that it does not name stay as they are. They keep all but their addresses.
+            of_each_launch: gives one more of these tensors, the last, at each launch.
             arguments: all of the kernel's parameters, as in the first of these launches.
         """
         if not grid[0] * grid[1]:
             return launch_nothing
-        return _Prepared(self, grid, options, {name: i for name, i in tensors.items() if name in arguments}, arguments)
+        named = {name: i for name, i in tensors.items() if name in arguments}
+        return _Prepared(self, grid, options, named, arguments, of_each_launch)
 
 
 class _Prepared:
     """A launch of a kernel in which all is fixed but some tensors' addresses."""
 
     def __init__(
-        self, launcher: Launcher, grid: tuple[int, int], options: dict[str, int], tensors: dict[str, int], arguments: dict[str, Any]
+        self,
+        launcher: Launcher,
+        grid: tuple[int, int],
+        options: dict[str, int],
+        tensors: dict[str, int],
+        arguments: dict[str, Any],
+        of_each_launch: Callable[[], Tensor] | None,
     ) -> None:
         self._launcher = launcher
         self._may_skip_binder = launcher.may_skip_binder
         self._grid = grid
         self._options = options
         self._tensors = tensors
+        self._of_each_launch = of_each_launch
         # Tensors that do not change are kept alive with it; of the others only the layout is of use.
         self._arguments = {name: _like(value) if name in tensors else value for name, value in arguments.items()}
         # By device and by which addresses are aligned.
         self._again: dict[Hashable, Callable[[int, list[int]], None]] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
+        if of_thread.steps is not None:
+            of_thread.steps.note(Launch(self, tensors))
+        if self._of_each_launch is not None:
+            tensors = (*tensors, self._of_each_launch())
         if not self._may_skip_binder or _is_hooked():
             self._ordinary(tensors)
             return
@@ -102,7 +124,8 @@ class _Prepared:
     def _ordinary(self, tensors: Sequence[Tensor]) -> Any:
         """A launch by Triton; returns what it has compiled."""
         arguments = {name: value.passed() if type(value) in (Blocks, Words) else value for name, value in self._filled(tensors).items()}
-        return self._launcher.kernel[self._grid](**arguments, **self._options, **COMPILER_OPTIONS)
+        with within_step():
+            return self._launcher.kernel[self._grid](**arguments, **self._options, **COMPILER_OPTIONS)
 
     def _filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments with these tensors, in the order of the arguments."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import triton
 from torch import Tensor, uint8
@@ -58,7 +59,7 @@ def _prepare(tensors: tuple[Tensor, ...], has_v: bool, has_scale: bool, what: st
     kind = fp8_kind(stored_k.dtype)
     as_bytes: Callable[[Tensor], Tensor | Words] = (lambda x: Words(x, uint8)) if kind else (lambda x: x)
     interpreted = not _stored_rows.roles
-    strides = {
+    strides: dict[str, Any] = {
         f"{name}_stride_{axis}": x.stride()[-3 + i]
         for name, x in zip(_TENSORS[:4], tensors, strict=False)
         for i, axis in enumerate(("row", "head"))

@@ -16,6 +16,7 @@ import torch
 
 from cpattn.current import is_capturing
 from cpattn.errors import CPError, in_a_line
+from cpattn.noted import Start, Steps, Wait, of_thread, within_step
 from cpattn.ranges import profiler_runs, ranged
 from cpattn.transports.settling import Settling
 from cpattn.transports.transfer import Transfer, Work
@@ -135,6 +136,25 @@ class InFlight:
         if number == len(self._expected):
             raise AssertionError("a strategy has started more transfers than it announced")
         transfer = self._expected[number]
+        if of_thread.steps is not None and transfer.posted is None:
+            return self._noted(of_thread.steps, transfer)
+        return self._start(transfer)
+
+    def _noted(self, steps: Steps, transfer: Transfer) -> Work:
+        """Starts a transfer that somebody wants to start again."""
+        steps.note(Start())
+        number = len(self._works)
+        with within_step():
+            work = self._start(transfer)
+
+        def wait() -> None:
+            steps.note(Wait(number))
+            with within_step():
+                work.wait()
+
+        return Work(wait)
+
+    def _start(self, transfer: Transfer) -> _ExpectedWork:
         self._is_starting = True
         try:
             work = _ExpectedWork(self._begin(transfer), self, transfer)
@@ -143,6 +163,33 @@ class InFlight:
         self._works.append(work)
         self._is_starting = False
         return work
+
+    @property
+    def posts(self) -> list[bool]:
+        """Of each transfer that is expected whether the library's own kernels send it."""
+        return [transfer.posted is not None for transfer in self._expected]
+
+    def repeat(self, launch: Callable[[], T], bytes_sent: int, *, sends: bool) -> T:
+        """Makes a call that launches again all that an earlier one has launched, what sends its messages included.
+
+        Args:
+            bytes_sent: by the earlier one.
+            sends: whether there are messages.
+
+        Raises what a launch raises. Where there are messages, that gives the group up: nobody knows how many of them were sent.
+        """
+        self.transport.repeat(bytes_sent)
+        self._is_starting = sends
+        self._has_begun = True
+        try:
+            result = launch()
+        except Exception as failure:
+            if sends:
+                self._has_failed = True
+                self._give_up(f"a call over it failed ({in_a_line(failure)})")
+            raise
+        self._is_starting = False
+        return result
 
     def fail(self, failure: Exception, transfer: Transfer) -> None:
         """Gives the group up for a transfer that failed. Raises the GroupError that says so. What could not be launched of a message in

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,7 @@ class PeerHeap:
     Attributes:
         capacity: bytes of it.
         table: int64 ``[size + 1]`` on the device: the address of each rank's heap, and of the word where this host reads of a fault.
+        kept_launches: see :meth:`cpattn.transports.transport.Transport.kept_launches`.
     """
 
     def __init__(self, memory: Tensor, peers: Sequence[Tensor], held: Any = None) -> None:
@@ -98,6 +100,7 @@ class PeerHeap:
         """
         self.capacity = memory.numel()
         self._memory, self._peers, self._held = memory, list(peers), held
+        self.kept_launches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._places: Memo[tuple[int, int], OwnMemory] = Memo(64)
         self._messages: Memo[tuple[int, int, int], Tensor] = Memo(64)
         # Pinned memory has one address for the host and for the device.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,7 @@ from cpattn.kernels.peer_layout import WORD_BYTES, WORDS
 from cpattn.log import logger
 from cpattn.memo import Memo
 from cpattn.moves.late_rows import LateRows
+from cpattn.noted import launch
 from cpattn.transports.part import PairwiseTransport
 from cpattn.transports.peer_heap import PeerHeap
 from cpattn.transports.peer_transfers import bring_nothing, copy_beside, pull_later, through_memory
@@ -288,6 +289,20 @@ class PeerTransport(PairwiseTransport):
             message.board, message.memory, message.is_pulled = None, None, True
         self._placed = ()
 
+    @property
+    def kept_launches(self) -> MutableMapping[Any, Any] | None:
+        """See :meth:`Transport.kept_launches`. They go with the memory that they read and write."""
+        if self._turns is not None or not all(message.is_pulled for message in self._placed):
+            return None
+        heap = self.shared.heap
+        return super().kept_launches if heap is None else heap.kept_launches
+
+    def repeat(self, bytes_sent: int) -> None:
+        """See :meth:`Transport.repeat`."""
+        super().repeat(bytes_sent)
+        # As in ready(): what ranks compare with ``check=True`` must not depend on which way one of them has gone.
+        self._shares = self.size > 1 and self.shared.heap is not None
+
     def on_device(self) -> AbstractContextManager[Any]:
         """Kernels are launched on the current device, which need not be that of the messages."""
         device = self.shared.device
@@ -358,19 +373,26 @@ class PeerTransport(PairwiseTransport):
 
     def bring_beside(self, message: Posted, out: Tensor, source: int) -> Work:
         """Copies another rank's message on a stream of its own, while this stream goes on, as far as ``out`` has room for it."""
-        from cpattn.moves.peer_moves import await_messages, end_copy
-
         heap, board = self.shared.heap, message.begin_pull()
         assert heap is not None
-        here = torch.cuda.current_stream(out.device)
         if self._beside is None:
             # What it waits for is worth more than what runs meanwhile.
             self._beside = torch.cuda.Stream(out.device, priority=-1)  # type: ignore[no-untyped-call]
-        beside = self._beside
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
-            await_messages(board, source, 1)
-            out.copy_(heap.message_of(source, board.offset, out.nbytes))
-            end_copy(board, out)
+        launch(partial(_copy_beside, self._beside, board, source), out, heap.message_of(source, board.offset, out.nbytes))
         message.end_pull()
-        return Work(partial(here.wait_stream, beside))
+        return Work(partial(launch, partial(_follow, self._beside, out.device)))
+
+
+# What is noted of a call lies with the heap: without a reference to the transport both are freed as soon as nobody holds them.
+def _copy_beside(beside: torch.cuda.Stream, board: Board, source: int, out: Tensor, message: Tensor) -> None:
+    from cpattn.moves.peer_moves import await_messages, end_copy
+
+    beside.wait_stream(torch.cuda.current_stream(out.device))
+    with torch.cuda.stream(beside):
+        await_messages(board, source, 1)
+        out.copy_(message)
+        end_copy(board, out)
+
+
+def _follow(beside: torch.cuda.Stream, device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_stream(beside)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
-from weakref import WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ class Transport(ABC):
         self.bytes_sent = 0
         self.handle = new_handle(self)
         self._parts: dict[tuple[int, ...], Transport] = {}
+        # Weak, as what is prepared for a call lasts as long as its batch.
+        self._kept_launches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         with _living_changes:
             _living.add(self)
 
@@ -107,6 +110,17 @@ class Transport(ABC):
         """Takes the transfers that a call will make so far, in order, before the next. Raises what is wrong on every rank alike, or
         returns False on every rank: those that have not begun are to be made anew, and will go another way."""
         return True
+
+    @property
+    def kept_launches(self) -> MutableMapping[Any, Any] | None:
+        """By prepared calls what they have done on the device, which stays right as long as it is kept here; None where calls of other
+        ranks in this process have a part in it."""
+        return self._kept_launches
+
+    def repeat(self, bytes_sent: int) -> None:
+        """A call begins that launches again what an earlier one has launched, which had sent so many bytes."""
+        self.state.calls[self.part] += 1
+        self.bytes_sent += bytes_sent
 
     def look_for_fault(self) -> None:  # noqa: B027 - most transports raise where they fail
         """Raises GroupError where a transfer is known to have failed on the device, without waiting for it."""

@@ -33,7 +33,7 @@ LAYERS = (
     {"metadata"},
     {
         "byte_sizes", "current", "device_tables", "errors", "expansion", "graphs", "handles", "installed", "keys", "kv_cache", "log",
-        "machine", "memo", "ops", "options", "problem", "ranges", "rounds", "spans", "stored", "version",
+        "machine", "memo", "noted", "ops", "options", "problem", "ranges", "rounds", "spans", "stored", "version",
     },
 )  # fmt: skip
 # Its operators import the calls that they stand for, which are above, when one is first called: a program that was exported may do

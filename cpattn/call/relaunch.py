@@ -1,0 +1,352 @@
+"""What a call has done on its device, done again for the tensors of another layer.
+
+That follows from a call's kind and its batch, as a CUDA graph of it shows: only addresses differ from layer to layer. So the second call of
+a kind over a batch is recorded, and later ones make memory for the result, launch the same kernels, and start the same transfers. The
+record is of every operation of torch as well. Where a call does more than make memory, copy and fill it, all calls of its kind go the
+long way.
+"""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _python_dispatch as dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpattn.call.arguments import Arguments
+from cpattn.kv_cache import PagedKV
+from cpattn.metadata.layout import Layout
+from cpattn.noted import Launch, Start, Steps, Wait, noting
+from cpattn.transports.transfer import Work
+
+# What is made beside the result is freed after the last launch, and not in the midst of the call: only where it is little.
+_MOST_BESIDE_BYTES = 32 * 2**20
+# Some kernels are chosen by whether tensors begin at a multiple of 16 bytes.
+_ALIGNMENT = 16
+# An allocator that is not torch's own for CUDA says it in its own words.
+NO_MEMORY = RuntimeError, MemoryError
+# No promise of torch.
+_CAN_PUSH = hasattr(dispatch, "_push_mode") and hasattr(dispatch, "_pop_mode")
+_MAKE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+
+
+class Given(NamedTuple):
+    """The tensors among a call's arguments, with sinks as they are attended with."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    sinks: Tensor | None
+    out: Tensor | None
+    cached_k: Tensor | None = None
+    cached_v: Tensor | None = None
+    page_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> Given:
+        """Those of a call."""
+        q, k, v, _, cache, *_, sinks, out, _ = arguments
+        if cache is None:
+            return cls(q, k, v, sinks, out)
+        if isinstance(cache, PagedKV):
+            return cls(q, k, v, sinks, out, cache.k_pages, cache.v_pages, cache.page_table, cache.k_scale, cache.v_scale)
+        return cls(q, k, v, sinks, out, cache.k, cache.v)
+
+    def are_plain(self) -> bool:
+        """Whether none begins where another does, and all at a multiple of 16 bytes: else which kernels are launched may depend on it."""
+        # An empty one has none.
+        addresses = [address for x in self if x is not None and (address := x.data_ptr())]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        return bits % _ALIGNMENT == 0 and len(set(addresses)) == len(addresses)
+
+
+class _Made(NamedTuple):
+    """Memory that a call makes."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _View(NamedTuple):
+    """A part of a tensor that is given or made.
+
+    Attributes:
+        place: of the tensor.
+        begin: how many elements after its begin the view begins.
+        dtype: of the view, of as many bytes as the tensor's: fp8 is moved as bytes.
+    """
+
+    place: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    begin: int
+    dtype: torch.dtype
+
+
+class _Again(NamedTuple):
+    """A launch.
+
+    Attributes:
+        launch: what launches it, given its tensors; pick: what picks these of all.
+    """
+
+    launch: Callable[..., None]
+    pick: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+
+
+class Relaunch(NamedTuple):
+    """What one call has done.
+
+    Attributes:
+        plan: of the batch that it was over; exchange: what was prepared for it.
+        posts: of each of its transfers whether launches send it. Either all do, and none has to be expected, or none does.
+        bytes_sent: by it.
+        steps: in order, with tensors of those that are given, made, views of these, and constant, in this order.
+        made: the memory that it makes.
+        views: of what is given or made.
+        constants: tensors that are the same in every call.
+        result: picks ``out`` and ``lse``.
+    """
+
+    plan: Layout
+    exchange: Any
+    posts: list[bool]
+    bytes_sent: int
+    steps: tuple[_Again | Start | Wait, ...]
+    made: tuple[_Made, ...]
+    views: tuple[_View, ...]
+    constants: tuple[Tensor, ...]
+    result: Callable[[Sequence[Any]], tuple[Tensor, Tensor]]
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether it has any that have to be started by others than launches."""
+        return self.posts[:1] == [False]
+
+    def tensors_or_none(self, given: Given) -> list[Any] | None:
+        """All that a call needs; None where there is no memory for it."""
+        empty = torch.empty_strided
+        try:
+            tensors: list[Any] = [
+                *given,
+                *[empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made],
+            ]
+            for place, size, stride, begin, dtype in self.views:
+                x = tensors[place]
+                if x.dtype != dtype:
+                    x = x.view(dtype)
+                tensors.append(x.as_strided(size, stride, x.storage_offset() + begin))
+        except NO_MEMORY:
+            # Nothing was sent: the call goes the long way, on which messages are sent whatever happens.
+            return None
+        tensors += self.constants
+        return tensors
+
+    def run(self, tensors: Sequence[Any], start: Callable[[], Work]) -> tuple[Tensor, Tensor]:
+        """Does it all; returns ``out`` and ``lse``.
+
+        Args:
+            start: starts the call's next transfer.
+        """
+        works: list[Work] = []
+        for step in self.steps:
+            if isinstance(step, _Again):
+                launch, pick = step
+                launch(*pick(tensors))
+            elif isinstance(step, Wait):
+                works[step.number].wait()
+            else:
+                works.append(start())
+        return self.result(tensors)
+
+
+class Recorder(TorchDispatchMode):
+    """Records what a call does while this is entered.
+
+    >>> with Recorder() as recorder:
+    ...     x = torch.empty(3)
+    >>> recorder.other, len(recorder.made)
+    (None, 1)
+    >>> with recorder:
+    ...     x = x + 1
+    >>> recorder.other
+    'add'
+
+    Attributes:
+        made: memory.
+        other: the operations that are not done again, in order; None where there were none.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, which takes a second, and puts 20 us around each operation."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.other: str | None = None
+        self._noting = noting()
+        self._steps = Steps()
+
+    # Where it can, without what super() says to the whole process: that torch.compile is to leave everything alone meanwhile. Where two
+    # threads do so at once, it stays said (torch 2.13).
+    def __enter__(self) -> Recorder:
+        self._noting = noting()
+        self._steps = self._noting.__enter__()
+        if _CAN_PUSH:
+            dispatch._push_mode(self)
+        else:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if _CAN_PUSH:
+            dispatch._pop_mode()
+        else:
+            super().__exit__(*raised)
+        self._noting.__exit__(*raised)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self._steps.is_within:
+            return result
+        name = function.overloadpacket.__name__
+        if name in _MAKE:
+            self.made.append(result)
+        elif name == "copy_" and len(args) == 2 and not kwargs and args[0].device == args[1].device:
+            self._steps.note(Launch(_copy, args))
+        elif name == "fill_" and len(args) == 2 and not kwargs and not isinstance(args[1], Tensor):
+            self._steps.note(Launch(partial(_fill, args[1]), args[:1]))
+        elif not (function.is_view and _are_views(result, args)):
+            self.other = name if self.other is None else f"{self.other}, {name}"
+        return result
+
+    def relaunch(
+        self, given: Given, result: tuple[Tensor, Tensor], plan: Layout, exchange: Any, posts: list[bool], bytes_sent: int
+    ) -> Relaunch | None:
+        """How it is done again; None where that cannot be.
+
+        Args:
+            given: to the call; result: of it. The others as in :class:`Relaunch`.
+        """
+        starts = sum(isinstance(step, Start) for step in self._steps)
+        if self.other is not None or not all(x.numel() for x in self.made) or starts + sum(posts) != len(posts) or (starts and any(posts)):
+            return None
+        found = _Found([*given, *self.made])
+        steps = [(step, [found.find(x) for x in step.tensors] if isinstance(step, Launch) else []) for step in self._steps]
+        results = [found.find(x) for x in result]
+        if any(None in places for _, places in steps) or any(place is None or place.kind != "changing" for place in results):
+            return None
+        beside = (x for i, x in enumerate(self.made, len(given)) if ("changing", i) not in results)
+        if sum(x.nbytes for x in beside) > _MOST_BESIDE_BYTES:
+            return None
+        made = tuple(_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.made)
+        again = tuple(_Again(step.launch, found.picker(places)) if isinstance(step, Launch) else step for step, places in steps)
+        return Relaunch(plan, exchange, posts, bytes_sent, again, made, tuple(found.views), tuple(found.constants), found.picker(results))
+
+
+def _are_views(result: Any, args: Sequence[Any]) -> bool:
+    """Whether it has copied nothing: under inference_mode ``x.to``, ``x.contiguous`` and ``x.reshape`` are one operation each, and may."""
+    begin, end = _span(args[0]) if args and isinstance(args[0], Tensor) else (0, 0)
+    return all(not x.numel() or begin <= x.data_ptr() < end for x in (result if isinstance(result, (list, tuple)) else [result]))
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    to.copy_(source)
+
+
+def _fill(number: float, x: Tensor) -> None:
+    x.fill_(number)
+
+
+class _Place(NamedTuple):
+    """Where a tensor is found: in which list, and there."""
+
+    kind: Literal["changing", "view", "constant"]
+    number: int
+
+
+class _Span(NamedTuple):
+    """The addresses of a tensor that is given or made."""
+
+    begin: int
+    end: int
+    place: int
+    itemsize: int
+
+
+class _Found:
+    """Where the tensors of launches are found.
+
+    Args:
+        changing: those that are given or made.
+
+    Attributes:
+        views: of these, in order; constants: all others.
+    """
+
+    def __init__(self, changing: Sequence[Tensor | None]) -> None:
+        self._changing = changing
+        # By layout, as torch gives whoever asks for memory another object than it gives a mode.
+        self._by_layout = {_layout(x): _Place("changing", i) for i, x in enumerate(changing) if x is not None}
+        self._by_id: dict[int, _Place | None] = {}
+        self._spans = [_Span(*_span(x), i, x.itemsize) for i, x in enumerate(changing) if x is not None]
+        self.views: dict[_View, int] = {}
+        self.constants: list[Tensor] = []
+
+    def find(self, x: Tensor) -> _Place | None:
+        """None where it is not known what it is a part of."""
+        if id(x) not in self._by_id:
+            self._by_id[id(x)] = self._by_layout.get(_layout(x)) or self._found(x)
+        return self._by_id[id(x)]
+
+    def _found(self, x: Tensor) -> _Place | None:
+        begin, end = _span(x)
+        met = [part for part in self._spans if begin < part.end and part.begin < end]
+        if met:
+            return self._part(x, met)
+        # Nothing of a layer's tensor would keep all of it alive.
+        self.constants.append(x if x.numel() else torch.empty_like(x))
+        return _Place("constant", len(self.constants) - 1)
+
+    def _part(self, x: Tensor, met: Sequence[_Span]) -> _Place | None:
+        """Of one of these, whose memory it meets. Others may lie in between, as queries, keys and values that were computed together do."""
+        begin, end = _span(x)
+        sources = [source for source in met if source.begin <= begin and end <= source.end]
+        if len(sources) > 1:
+            sources = [source for source in sources if source.begin == begin]
+        if not sources or sources[0].itemsize != x.itemsize:
+            return None
+        view = _View(sources[0].place, tuple(x.shape), x.stride(), (begin - sources[0].begin) // x.itemsize, x.dtype)
+        return _Place("view", self.views.setdefault(view, len(self.views)))
+
+    def picker(self, places: Sequence[_Place | None]) -> Any:
+        """What picks these of all tensors, as a tuple; once all have been found."""
+        begins = {"changing": 0, "view": len(self._changing), "constant": len(self._changing) + len(self.views)}
+        at = [begins[place.kind] + place.number for place in places if place is not None]
+        return itemgetter(*at) if len(at) > 1 else lambda tensors: tuple(tensors[i] for i in at)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of its memory: the first, and that after the last."""
+    begin = x.data_ptr()
+    if not x.numel():
+        return begin, begin
+    return begin, begin + x.itemsize * (1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype

@@ -1,0 +1,92 @@
+"""What a call does on its device, step by step, noted by a thread that wants to do it again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """Something was launched.
+
+    Attributes:
+        launch: what launches it again, given tensors like these; it keeps alive what does not change.
+        tensors: that it was given.
+    """
+
+    launch: Callable[..., None]
+    tensors: tuple[Tensor, ...]
+
+
+class Start(NamedTuple):
+    """The call's next transfer was started, by which others than the library's kernels send."""
+
+
+class Wait(NamedTuple):
+    """A transfer was waited for.
+
+    Attributes:
+        number: among those that the call has started.
+    """
+
+    number: int
+
+
+class Steps(list["Launch | Start | Wait"]):
+    """In order.
+
+    Attributes:
+        is_within: whether such a step is under way, which may do anything with its tensors.
+    """
+
+    is_within = False
+
+    def note(self, step: Launch | Start | Wait) -> None:
+        """Adds a step that is no part of another."""
+        if not self.is_within:
+            self.append(step)
+
+
+class _OfThread(threading.local):
+    steps: Steps | None = None
+
+
+of_thread = _OfThread()
+
+
+@contextmanager
+def noting() -> Iterator[Steps]:
+    """Collects what this thread does meanwhile."""
+    before, of_thread.steps = of_thread.steps, Steps()
+    try:
+        yield of_thread.steps
+    finally:
+        of_thread.steps = before
+
+
+@contextmanager
+def within_step() -> Iterator[None]:
+    """Within it a step is under way."""
+    steps = of_thread.steps
+    if steps is None:
+        yield
+        return
+    before, steps.is_within = steps.is_within, True
+    try:
+        yield
+    finally:
+        steps.is_within = before
+
+
+def launch(what: Callable[..., Any], *tensors: Tensor) -> None:
+    """One step, which may be several launches, and operations of torch: ``what(*tensors)``, whose result is not looked at."""
+    if of_thread.steps is None:
+        what(*tensors)
+        return
+    of_thread.steps.note(Launch(what, tensors))
+    with within_step():
+        what(*tensors)
