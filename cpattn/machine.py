@@ -288,7 +288,7 @@ _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 # fp8 with scales of heads took while it was converted to q's dtype (30k + 2k in fp8_striped_2_gpus.csv).
 _H100_KERNELS = (
     KernelCosts(
-        "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=40 * US, waits_for_keys=True,
+        "triton", 670e12, 6 * US, 3, 1.0, (), 3.05e12, stays=True, splits=False, least_rows=64, host=12 * US, waits_for_keys=True,
         reads_in_place=True, stored=1.5, fp8_of_heads=1.37, fp8_of_tokens=1.65,
     ),
     KernelCosts("flash_attn4", 697e12, 4 * US, 4, 1.0, _FA4_KEY_TILES, 2.95e12, stays=False, splits=False, least_rows=128, host=280 * US),

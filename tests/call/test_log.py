@@ -61,7 +61,7 @@ def test_a_kind_of_call_has_one_line_on_all_ranks_that_are_threads(caplog: pytes
     (line,) = lines(caplog)
     assert re.fullmatch(
         r"3 ranks, 4/2 heads of 16 in float32 on cpu with a packed cache: strategy 'all_gather' \(chosen, all_gather with cpu estimated "
-        r"[\d,]+ us, ulysses with cpu estimated [\d,]+ us: eagerly over collectives on h100-nvlink, as this machine is unknown\); "
+        r"[\d,]+ us, ring with cpu at least [\d,]+ us: eagerly over collectives on h100-nvlink, as this machine is unknown\); "
         r"backend 'cpu' \(chosen\)",
         line,
     )

@@ -239,6 +239,7 @@ def test_corrections_of_the_model_are_on_the_page() -> None:
     assert corrections.HOST == 2
     assert "Of eager calls the host's time counts twice" in CHOOSING
     assert f"rings count {corrections.EAGER_RING - 1:.0%} more" in CHOOSING
+    assert re.search(rf"{corrections.EAGER:.0%} of the host's\s+time are added", CHOOSING)
 
 
 def test_quotients_of_backends_are_in_the_results() -> None:
