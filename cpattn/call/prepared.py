@@ -245,7 +245,7 @@ class PreparedCall:
                         return in_flight.repeat(launch, known.bytes_sent, sends=bool(known.posts))
                     in_flight.expect(self.transfers)
                     # Memory for messages may have been made anew.
-                    if known.exchange is self._exchange and in_flight.posts == known.posts:
+                    if known.memory is self._memory and in_flight.posts == known.posts:
                         return known.run(tensors, in_flight.start)
                     return self.run(arguments, in_flight)
             if known is None and given is not None and self._is_to_be_recorded(meta):
@@ -268,7 +268,7 @@ class PreparedCall:
     def _known_launches(self, meta: CPMetadata) -> Relaunch | None:
         kept = self.transport.kept_launches
         known: Relaunch | None = None if kept is None else kept.get(self)
-        return known if known is not None and known.plan is meta.plan and known.exchange is self._exchange else None
+        return known if known is not None and known.plan is meta.plan and known.memory is self._memory else None
 
     def _is_to_be_recorded(self, meta: CPMetadata) -> bool:
         """Where some call over this batch is: the first one makes tables, and the next may do as well."""
@@ -283,7 +283,7 @@ class PreparedCall:
             result = self.run(arguments, in_flight)
         kept = transport.kept_launches
         if kept is not None:
-            known = recorder.relaunch(given, result, meta.plan, self._exchange, in_flight.posts, transport.bytes_sent - sent)
+            known = recorder.relaunch(given, result, meta.plan, self._memory, in_flight.posts, transport.bytes_sent - sent)
             if known is not None:
                 kept[self] = known
         return result

@@ -110,7 +110,8 @@ class Relaunch(NamedTuple):
     """What one call has done.
 
     Attributes:
-        plan: of the batch that it was over; exchange: what was prepared for it.
+        plan: of the batch that it was over.
+        memory: the list of what it used of the arena, which is another one once messages lie elsewhere.
         posts: of each of its transfers whether launches send it. Either all do, and none has to be expected, or none does.
         bytes_sent: by it.
         steps: in order, with tensors of those that are given, made, views of these, and constant, in this order.
@@ -121,7 +122,7 @@ class Relaunch(NamedTuple):
     """
 
     plan: Layout
-    exchange: Any
+    memory: list[Tensor]
     posts: list[bool]
     bytes_sent: int
     steps: tuple[_Again | Start | Wait, ...]
@@ -235,7 +236,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def relaunch(
-        self, given: Given, result: tuple[Tensor, Tensor], plan: Layout, exchange: Any, posts: list[bool], bytes_sent: int
+        self, given: Given, result: tuple[Tensor, Tensor], plan: Layout, memory: list[Tensor], posts: list[bool], bytes_sent: int
     ) -> Relaunch | None:
         """How it is done again; None where that cannot be.
 
@@ -255,7 +256,7 @@ class Recorder(TorchDispatchMode):
             return None
         made = tuple(_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.made)
         again = tuple(_Again(step.launch, found.picker(places)) if isinstance(step, Launch) else step for step, places in steps)
-        return Relaunch(plan, exchange, posts, bytes_sent, again, made, tuple(found.views), tuple(found.constants), found.picker(results))
+        return Relaunch(plan, memory, posts, bytes_sent, again, made, tuple(found.views), tuple(found.constants), found.picker(results))
 
 
 def _are_views(result: Any, args: Sequence[Any]) -> bool:

@@ -317,7 +317,7 @@ def test_a_group_whose_launches_fail_is_given_up(failure: BaseException, device:
 
     for sends in (False, True):
         transport = cpattn.LoopbackGroup(2).transport(0)
-        with pytest.raises(type(failure)), InFlight(transport, torch.device(device)) as in_flight:
+        with pytest.raises(type(failure)), InFlight(transport, torch.empty(0, device=device).device) as in_flight:
             in_flight.repeat(fail, 0, sends=sends)
         assert (transport.state.failure is not None) == sends
 
