@@ -28,8 +28,13 @@ class _PostedRows:
         self._rows = rows
         self._like = like
         self._fill_missing = fill_missing
+        self._nbytes = nbytes
         self._given: Given | None = None
-        self.transfer = Transfer(_post, nbytes, (self,), self._forget, posted=message)
+
+    @property
+    def transfer(self) -> Transfer:
+        """That posts it. It is not kept: without the cycle the tables of a batch are freed with it."""
+        return Transfer(_post, self._nbytes, (self,), self._forget, posted=self._message)
 
     def put(self, k: Tensor, v: Tensor | None, num_tokens: int | Tensor) -> None:
         self._given = k, v, num_tokens

@@ -5,6 +5,8 @@ What ranks do side by side is tested on GPUs that read each other's memory (test
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import count
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.moves import peer_exchange, peer_moves
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
+from cpattn.transports.peer_rows import PeerRows
+from cpattn.transports.posted import Posted
 
 pytestmark = pytest.mark.usefixtures("peer_kernels")
 HEADER = -(-WORDS * WORD_BYTES // 256) * 256
@@ -349,6 +353,19 @@ def test_launches_are_of_the_addresses_alignment(device: str) -> None:
             out = torch.zeros(160, dtype=torch.uint8, device=device)[begin : begin + 128].view(1, -1)
             peer_moves.pull_words(ranks.board(rank), out, 0, 2)
             assert torch.equal(out, torch.cat([x, x], dim=1))
+
+
+def test_what_is_posted_is_freed_without_the_collector() -> None:
+    """With a batch's tables on the GPU."""
+    gc.collect()
+    gc.disable()
+    try:
+        rows = PeerRows(Posted(128), 0, (4, 1, 8), torch.float32, torch.device("cpu"), lambda message: None)
+        transfers, alive = [rows.transfer], weakref.ref(rows)
+        del rows, transfers
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_they_compile_for_hopper() -> None:
