@@ -356,6 +356,12 @@ def test_a_copy_under_inference_mode_is_no_view() -> None:
 
 def test_a_recorder_leaves_the_compiler_alone() -> None:
     """To be imported for the first call's second layer would take it a second, and other threads' functions are compiled meanwhile."""
-    with Recorder():
-        assert not python_dispatch.is_in_torch_dispatch_mode()
+    # Threads of other tests may have left it said.
+    said = python_dispatch.is_in_torch_dispatch_mode()
+    python_dispatch._is_in_torch_dispatch_mode = False
+    try:
+        with Recorder():
+            assert not python_dispatch.is_in_torch_dispatch_mode()
+    finally:
+        python_dispatch._is_in_torch_dispatch_mode = said
     assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")
