@@ -101,7 +101,7 @@ class PreparedCall:
         # Other backends launch what nobody notes, and so may what somebody has put in the place of a function of this one.
         is_noted = all(getattr(backend, name) is getattr(triton.BACKEND, name) for name in ("attend", "accumulate", "attend_into"))
         self._launches_alone = self._is_ours and is_noted and not self._copies
-        # Ordinary calls over the batch of this plan, those before what was recorded is launched again.
+        # Calls over the batch of this plan that might have been recorded, or were.
         self._times, self._timed_plan = 0, meta.plan
         self._exchange: Prepared | None = None
         # New keys and values as they are stored, where that is in another dtype.
@@ -235,23 +235,31 @@ class PreparedCall:
         Args:
             arguments: of the same key; meta: as they are checked for.
         """
+        known: Relaunch | None = None
+        given: Given | None = None
         if self._launches_alone and not in_flight.captures and not in_flight.is_profiled:
             with torch._C.DisableTorchFunction():
-                given, known = self._given(arguments), self._known_launches(meta)
+                known = self._known_launches(meta)
+                if known is not None or self._may_be_recorded(meta):
+                    given = self._given(arguments)
                 tensors = None if known is None or given is None else known.tensors_or_none(given)
                 if known is not None and tensors is not None:
-                    if not known.has_transfers:
-                        launch = partial(known.run, tensors, in_flight.start)
-                        return in_flight.repeat(launch, known.bytes_sent, sends=bool(known.posts))
-                    in_flight.expect(self.transfers)
-                    # Memory for messages may have been made anew.
-                    if known.memory is self._memory and in_flight.posts == known.posts:
-                        return known.run(tensors, in_flight.start)
-                    return self.run(arguments, in_flight)
-            if known is None and given is not None and self._is_to_be_recorded(meta):
-                in_flight.expect(self.transfers)
-                return self._recorded(arguments._replace(sinks=given.sinks), given, meta, in_flight)
+                    return self._again(known, tensors, arguments, in_flight)
         in_flight.expect(self.transfers)
+        if known is None and given is not None:
+            self._times += 1
+            # The first call over a batch makes tables, and the next may do as well.
+            if self._times > 1:
+                return self._recorded(arguments._replace(sinks=given.sinks), given, meta, in_flight)
+        return self.run(arguments, in_flight)
+
+    def _again(self, known: Relaunch, tensors: list[Any], arguments: Arguments, in_flight: InFlight) -> tuple[Tensor, Tensor]:
+        if not known.has_transfers:
+            return in_flight.repeat(partial(known.run, tensors, in_flight.start), known.bytes_sent, sends=bool(known.posts))
+        in_flight.expect(self.transfers)
+        # Memory for messages may have been made anew.
+        if known.memory is self._memory and in_flight.posts == known.posts:
+            return known.run(tensors, in_flight.start)
         return self.run(arguments, in_flight)
 
     def _given(self, arguments: Arguments) -> Given | None:
@@ -270,11 +278,11 @@ class PreparedCall:
         known: Relaunch | None = None if kept is None else kept.get(self)
         return known if known is not None and known.plan is meta.plan and known.memory is self._memory else None
 
-    def _is_to_be_recorded(self, meta: CPMetadata) -> bool:
-        """Where some call over this batch is: the first one makes tables, and the next may do as well."""
-        self._times = self._times + 1 if meta.plan is self._timed_plan else 1
-        self._timed_plan = meta.plan
-        return 1 < self._times <= _LAST_RECORDED and self.transport.kept_launches is not None
+    def _may_be_recorded(self, meta: CPMetadata) -> bool:
+        """Whether calls over this batch have not been tried in vain."""
+        if meta.plan is not self._timed_plan:
+            self._times, self._timed_plan = 0, meta.plan
+        return self._times < _LAST_RECORDED and self.transport.kept_launches is not None
 
     def _recorded(self, arguments: Arguments, given: Given, meta: CPMetadata, in_flight: InFlight) -> tuple[Tensor, Tensor]:
         transport = self.transport
@@ -378,7 +386,7 @@ class PreparedCall:
             lse.masked_fill_((meta.token_index < 0)[:, None], -torch.inf)
 
 
-# Which of the calls over a batch, after its first, may be recorded.
+# The last of these that is: the second or the third.
 _LAST_RECORDED = 3
 # What of the arguments is no tensor.
 _OPTIONS = ("v_dim", "strategy", "backend", "overlap", "scale", "window", "softcap")

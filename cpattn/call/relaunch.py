@@ -10,6 +10,7 @@ long way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
@@ -199,8 +200,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.made: list[Tensor] = []
         self.other: str | None = None
-        self._noting = noting()
         self._steps = Steps()
+        self._noting: AbstractContextManager[Steps] = nullcontext(self._steps)
 
     # Where it can, without what super() says to the whole process: that torch.compile is to leave everything alone meanwhile. Where two
     # threads do so at once, it stays said (torch 2.13).
