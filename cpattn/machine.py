@@ -282,7 +282,8 @@ _INFINIBAND = LinkCosts(60 * US, 255 * GB, 45 * GB, 0.7, 0.7, by_kernels=True, h
 _FA4_KEY_TILES = (64, 80, 96, 112, 128, 144)
 # Sources are tables in benchmarks/results. Rates: attention_gpu.csv, sustained. Overheads and tiles: its short batches, and attention
 # alone in layer_gpu.csv. Over pages: backends_gpu_fa3.csv. Reading: 256 x (8k + 1) in attention_gpu.csv, and of flash_attn4 in
-# backends_gpu_fa4.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in prepared_calls_gpu.md.
+# backends_gpu_fa4.csv. Host: transports_2_gpus.csv, whose two processes take twice what one does in prepared_calls_gpu.md; of triton what
+# calls take that are done again (the end of that file).
 # Stored keys: in fp8, 8 x (8k + 2k) and 1 x 32k in fp8_pages_gpu.csv, where the kernel took 1.36 and 1.38 of its time over bf16 with
 # scales of heads, which products in fp16 leave to the end, and 1.63 and 1.67 with those of tokens. In another half precision: stated, as
 # fp8 with scales of heads took while it was converted to q's dtype (30k + 2k in fp8_striped_2_gpus.csv).
