@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Launch(NamedTuple):
@@ -15,11 +17,12 @@ class Launch(NamedTuple):
 
     Attributes:
         launch: what launches it again, given tensors like these; it keeps alive what does not change.
-        tensors: that it was given.
+        tensors: that it was given; results: that it has made and returned, one or in a tuple.
     """
 
-    launch: Callable[..., None]
+    launch: Callable[..., Any]
     tensors: tuple[Tensor, ...]
+    results: Tensor | tuple[Tensor, ...] = ()
 
 
 class Start(NamedTuple):
@@ -82,11 +85,13 @@ def within_step() -> Iterator[None]:
         steps.is_within = before
 
 
-def launch(what: Callable[..., Any], *tensors: Tensor) -> None:
-    """One step, which may be several launches, and operations of torch: ``what(*tensors)``, whose result is not looked at."""
-    if of_thread.steps is None:
-        what(*tensors)
-        return
-    of_thread.steps.note(Launch(what, tensors))
+def launch(what: Callable[..., T], *tensors: Tensor) -> T:
+    """One step, which may be several launches, and operations of torch: ``what(*tensors)``, which returns nothing, or tensors that it has
+    made, one or in a tuple."""
+    steps = of_thread.steps
+    if steps is None:
+        return what(*tensors)
     with within_step():
-        what(*tensors)
+        results: Any = what(*tensors)
+    steps.note(Launch(what, tensors, () if results is None else results))
+    return cast("T", results)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from cpattn.attention import triton
-from cpattn.attention.backend import AttentionOptions
+from cpattn.attention import flash_attn2, flash_attn3, flash_attn4, torch_flash, triton
+from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.expanded_keys import over_latents
 from cpattn.attention.merge import lse_with_nan
 from cpattn.attention.registry import BACKENDS
@@ -98,9 +100,11 @@ class PreparedCall:
         self._is_ours = is_ours and backend is BACKENDS.get(backend.name) and not problem.expands
         # Backends need a contiguous last axis.
         self._copies = any(x is not None and x.stride(-1) != 1 for x in attended)
-        # Other backends launch what nobody notes, and so may what somebody has put in the place of a function of this one.
-        is_noted = all(getattr(backend, name) is getattr(triton.BACKEND, name) for name in ("attend", "accumulate", "attend_into"))
-        self._launches_alone = self._is_ours and is_noted and not self._copies
+        # A kernel of a package is launched as a whole. Nobody notes what is in the place of a function that somebody has replaced.
+        is_of_package = _has_functions_of(backend, _PACKAGES)
+        if is_of_package:
+            self._attention = self._attention._replace(in_one_step=True)
+        self._launches_alone = self._is_ours and (is_of_package or _has_functions_of(backend, [triton])) and not self._copies
         # Calls over the batch of this plan that might have been recorded, or were.
         self._times, self._timed_plan = 0, meta.plan
         self._exchange: Prepared | None = None
@@ -271,7 +275,11 @@ class PreparedCall:
             except NO_MEMORY:
                 return None
         given = Given.of(arguments)
-        return given if is_on_current_device(arguments.q) and given.are_plain() else None
+        # Autocast is kept from a package's kernel where a call goes the long way.
+        is_as_it_was = is_on_current_device(arguments.q) and not (
+            self._attention.in_one_step and torch.is_autocast_enabled(self.problem.device.type)
+        )
+        return given if is_as_it_was and given.are_plain() else None
 
     def _known_launches(self, meta: CPMetadata) -> Relaunch | None:
         kept = self.transport.kept_launches
@@ -386,6 +394,8 @@ class PreparedCall:
             lse.masked_fill_((meta.token_index < 0)[:, None], -torch.inf)
 
 
+# Whose kernels are those of other packages, launched from Python that does the same for all tensors of a kind.
+_PACKAGES = (flash_attn2, flash_attn3, flash_attn4, torch_flash)
 # The last of these that is: the second or the third.
 _LAST_RECORDED = 3
 # What of the arguments is no tensor.
@@ -421,6 +431,12 @@ def _layout(x: Any) -> str:
         return "None" if x is None else f"a {x.__name__}"
     shape, strides, dtype, device, *_ = x
     return f"{tuple(shape)} {dtype} on {device} with strides {strides}"
+
+
+def _has_functions_of(backend: Backend, modules: Iterable[Any]) -> bool:
+    """Whether a backend computes by those of one of these modules' BACKEND."""
+    functions = attrgetter("attend", "accumulate", "attend_into")
+    return any(functions(backend) == functions(module.BACKEND) for module in modules)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpattn.call.arguments import Arguments
+from cpattn.call.found_tensors import FoundTensors, View, add_views, address_range
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.noted import Launch, Start, Steps, Wait, noting
@@ -80,31 +81,17 @@ class _Made(NamedTuple):
     device: torch.device
 
 
-class _View(NamedTuple):
-    """A part of a tensor that is given or made.
-
-    Attributes:
-        place: of the tensor.
-        begin: how many elements after its begin the view begins.
-        dtype: of the view, of as many bytes as the tensor's: fp8 is moved as bytes.
-    """
-
-    place: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    begin: int
-    dtype: torch.dtype
-
-
 class _Again(NamedTuple):
     """A launch.
 
     Attributes:
-        launch: what launches it, given its tensors; pick: what picks these of all.
+        launch: what launches it, given its tensors; pick: what picks these of all. What it returns are more of them.
+        views: of what it returns, which are more of them as well.
     """
 
-    launch: Callable[..., None]
+    launch: Callable[..., Any]
     pick: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    views: tuple[View, ...]
 
 
 class Relaunch(NamedTuple):
@@ -115,8 +102,9 @@ class Relaunch(NamedTuple):
         memory: the list of what it used of the arena, which is another one once messages lie elsewhere.
         posts: of each of its transfers whether launches send it. Either all do, and none has to be expected, or none does.
         bytes_sent: by it.
-        steps: in order, with tensors of those that are given, made, views of these, and constant, in this order.
-        made: the memory that it makes.
+        steps: in order, with tensors of those that are given, made, views of these, constant, and of each step its results and views of
+            these, in this order.
+        made: the memory that it makes; made_by_steps: what steps make.
         views: of what is given or made.
         constants: tensors that are the same in every call.
         result: picks ``out`` and ``lse``.
@@ -128,7 +116,8 @@ class Relaunch(NamedTuple):
     bytes_sent: int
     steps: tuple[_Again | Start | Wait, ...]
     made: tuple[_Made, ...]
-    views: tuple[_View, ...]
+    made_by_steps: tuple[_Made, ...]
+    views: tuple[View, ...]
     constants: tuple[Tensor, ...]
     result: Callable[[Sequence[Any]], tuple[Tensor, Tensor]]
 
@@ -145,28 +134,30 @@ class Relaunch(NamedTuple):
                 *given,
                 *[empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made],
             ]
-            for place, size, stride, begin, dtype in self.views:
-                x = tensors[place]
-                if x.dtype != dtype:
-                    x = x.view(dtype)
-                tensors.append(x.as_strided(size, stride, x.storage_offset() + begin))
+            # Freed at once: so it is there when the steps ask for it, and what is sent before is not sent in vain.
+            [empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made_by_steps]
+            add_views(tensors, self.views)
         except NO_MEMORY:
             # Nothing was sent: the call goes the long way, on which messages are sent whatever happens.
             return None
         tensors += self.constants
         return tensors
 
-    def run(self, tensors: Sequence[Any], start: Callable[[], Work]) -> tuple[Tensor, Tensor]:
+    def run(self, tensors: list[Any], start: Callable[[], Work]) -> tuple[Tensor, Tensor]:
         """Does it all; returns ``out`` and ``lse``.
 
         Args:
+            tensors: all that it needs; what steps make is put there as well.
             start: starts the call's next transfer.
         """
         works: list[Work] = []
         for step in self.steps:
             if isinstance(step, _Again):
-                launch, pick = step
-                launch(*pick(tensors))
+                launch, pick, views = step
+                results = launch(*pick(tensors))
+                if results is not None:
+                    tensors += _tuple_of(results)
+                    add_views(tensors, views)
             elif isinstance(step, Wait):
                 works[step.number].wait()
             else:
@@ -245,25 +236,38 @@ class Recorder(TorchDispatchMode):
             given: to the call; result: of it. The others as in :class:`Relaunch`.
         """
         starts = sum(isinstance(step, Start) for step in self._steps)
-        if self.other is not None or not all(x.numel() for x in self.made) or starts + sum(posts) != len(posts) or (starts and any(posts)):
+        if self.other is not None or starts + sum(posts) != len(posts) or (starts and any(posts)):
             return None
-        found = _Found([*given, *self.made])
+        of_steps = [_tuple_of(step.results) if isinstance(step, Launch) else () for step in self._steps]
+        made = [*self.made, *chain(*of_steps)]
+        if not all(x.numel() for x in made):
+            return None
+        found = FoundTensors([[*given, *self.made], *of_steps])
         steps = [(step, [found.find(x) for x in step.tensors] if isinstance(step, Launch) else []) for step in self._steps]
         results = [found.find(x) for x in result]
-        if any(None in places for _, places in steps) or any(place is None or place.kind != "changing" for place in results):
+        if any(None in places for _, places in steps) or any(place is None or not place.is_whole for place in results):
             return None
-        beside = (x for i, x in enumerate(self.made, len(given)) if ("changing", i) not in results)
-        if sum(x.nbytes for x in beside) > _MOST_BESIDE_BYTES:
+        if sum(x.nbytes for x in made if found.find(x) not in results) > _MOST_BESIDE_BYTES:
             return None
-        made = tuple(_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.made)
-        again = tuple(_Again(step.launch, found.picker(places)) if isinstance(step, Launch) else step for step, places in steps)
-        return Relaunch(plan, memory, posts, bytes_sent, again, made, tuple(found.views), tuple(found.constants), found.picker(results))
+        found.put_in_order()
+        again = tuple(
+            _Again(step.launch, found.picker(places), found.views(number)) if isinstance(step, Launch) else step
+            for number, (step, places) in enumerate(steps, 1)
+        )
+        kinds = [_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in made]
+        before, by_steps = tuple(kinds[: len(self.made)]), tuple(kinds[len(self.made) :])
+        pick, constants = found.picker(results), tuple(found.constants)
+        return Relaunch(plan, memory, posts, bytes_sent, again, before, by_steps, found.views(0), constants, pick)
 
 
 def _are_views(result: Any, args: Sequence[Any]) -> bool:
     """Whether it has copied nothing: under inference_mode ``x.to``, ``x.contiguous`` and ``x.reshape`` are one operation each, and may."""
-    begin, end = _span(args[0]) if args and isinstance(args[0], Tensor) else (0, 0)
+    begin, end = address_range(args[0]) if args and isinstance(args[0], Tensor) else (0, 0)
     return all(not x.numel() or begin <= x.data_ptr() < end for x in (result if isinstance(result, (list, tuple)) else [result]))
+
+
+def _tuple_of(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 def _copy(to: Tensor, source: Tensor) -> None:
@@ -272,83 +276,3 @@ def _copy(to: Tensor, source: Tensor) -> None:
 
 def _fill(number: float, x: Tensor) -> None:
     x.fill_(number)
-
-
-class _Place(NamedTuple):
-    """Where a tensor is found: in which list, and there."""
-
-    kind: Literal["changing", "view", "constant"]
-    number: int
-
-
-class _Span(NamedTuple):
-    """The addresses of a tensor that is given or made."""
-
-    begin: int
-    end: int
-    place: int
-    itemsize: int
-
-
-class _Found:
-    """Where the tensors of launches are found.
-
-    Args:
-        changing: those that are given or made.
-
-    Attributes:
-        views: of these, in order; constants: all others.
-    """
-
-    def __init__(self, changing: Sequence[Tensor | None]) -> None:
-        self._changing = changing
-        # By layout, as torch gives whoever asks for memory another object than it gives a mode.
-        self._by_layout = {_layout(x): _Place("changing", i) for i, x in enumerate(changing) if x is not None}
-        self._by_id: dict[int, _Place | None] = {}
-        self._spans = [_Span(*_span(x), i, x.itemsize) for i, x in enumerate(changing) if x is not None]
-        self.views: dict[_View, int] = {}
-        self.constants: list[Tensor] = []
-
-    def find(self, x: Tensor) -> _Place | None:
-        """None where it is not known what it is a part of."""
-        if id(x) not in self._by_id:
-            self._by_id[id(x)] = self._by_layout.get(_layout(x)) or self._found(x)
-        return self._by_id[id(x)]
-
-    def _found(self, x: Tensor) -> _Place | None:
-        begin, end = _span(x)
-        met = [part for part in self._spans if begin < part.end and part.begin < end]
-        if met:
-            return self._part(x, met)
-        # Nothing of a layer's tensor would keep all of it alive.
-        self.constants.append(x if x.numel() else torch.empty_like(x))
-        return _Place("constant", len(self.constants) - 1)
-
-    def _part(self, x: Tensor, met: Sequence[_Span]) -> _Place | None:
-        """Of one of these, whose memory it meets. Others may lie in between, as queries, keys and values that were computed together do."""
-        begin, end = _span(x)
-        sources = [source for source in met if source.begin <= begin and end <= source.end]
-        if len(sources) > 1:
-            sources = [source for source in sources if source.begin == begin]
-        if not sources or sources[0].itemsize != x.itemsize:
-            return None
-        view = _View(sources[0].place, tuple(x.shape), x.stride(), (begin - sources[0].begin) // x.itemsize, x.dtype)
-        return _Place("view", self.views.setdefault(view, len(self.views)))
-
-    def picker(self, places: Sequence[_Place | None]) -> Any:
-        """What picks these of all tensors, as a tuple; once all have been found."""
-        begins = {"changing": 0, "view": len(self._changing), "constant": len(self._changing) + len(self.views)}
-        at = [begins[place.kind] + place.number for place in places if place is not None]
-        return itemgetter(*at) if len(at) > 1 else lambda tensors: tuple(tensors[i] for i in at)
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of its memory: the first, and that after the last."""
-    begin = x.data_ptr()
-    if not x.numel():
-        return begin, begin
-    return begin, begin + x.itemsize * (1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)))
-
-
-def _layout(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.shape, x.stride(), x.dtype

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import apply_sinks_, lse_with_nan, merge_for
+from cpattn.attention.one_step import in_one_step, into_in_one_step
 from cpattn.errors import CPError
 from cpattn.keys import Keys
 from cpattn.moves.wide_copy import copy_wide_
+from cpattn.noted import launch, of_thread
 from cpattn.spans import Spans
 
 
@@ -32,6 +34,7 @@ class Attention(NamedTuple):
         merged: the dtype that results are merged in: fp32, or fp64 for fp64 inputs.
         step: the dtype that the backend is asked for.
         native_sinks: whether the backend counts the sinks; else they are put on the finished result.
+        in_one_step: whether a call that is noted has what the backend launches as one step, as it says nothing of it itself.
     """
 
     backend: Backend
@@ -42,6 +45,7 @@ class Attention(NamedTuple):
     merged: torch.dtype
     step: torch.dtype
     native_sinks: bool
+    in_one_step: bool = False
 
     @classmethod
     def of(cls, backend: Backend, options: AttentionOptions, v_head_dim: int, merges: bool, dtype: torch.dtype, sinks: bool) -> Attention:
@@ -69,6 +73,9 @@ class Attend:
         self._how = how
         self._q = q
         self._launch, self._accumulate, self._attend_into = how.backend.attend, how.backend.accumulate, how.backend.attend_into
+        if how.in_one_step and of_thread.steps is not None:
+            self._launch = in_one_step(self._launch)
+            self._attend_into = None if self._attend_into is None else into_in_one_step(self._attend_into)
         self._scales = scales
         self._options, self._sinks, self._sinks_after = how.options, sinks, sinks
         if sinks is not None and how.native_sinks:
@@ -100,9 +107,10 @@ class Attend:
                 self._attend_into(*of_heads, self._out[:, heads], self._lse[:, heads])
             else:
                 part, self._lse[:, heads] = self._launch(*of_heads, self._how.step)
-                copy_wide_(self._out[:, heads], part)
+                launch(copy_wide_, self._out[:, heads], part)
         else:
-            self._out[:, heads], self._lse[:, heads] = 0, -torch.inf
+            self._out[:, heads].fill_(0)
+            self._lse[:, heads].fill_(-torch.inf)
 
     def others(self, q: Tensor, keys: Keys, launches: Sequence[Spans], heads: slice | None = None) -> tuple[Tensor, Tensor]:
         """The partial result of other ranks' queries, to be sent back: out ``[n, heads, Dv]`` as precise as the backend gives
@@ -123,7 +131,7 @@ class Attend:
             return self._nothing_seen(q)
         if not self._how.merges and not self._how.backend.propagates_nan:
             # Whoever gets it merges it with nothing, and would take NaN with an LSE of -inf for a query without keys.
-            lse = lse_with_nan(out, lse)
+            lse = launch(lse_with_nan, out, lse)
         return out, lse
 
     def merge(self, out: Tensor, lse: Tensor) -> None:
@@ -148,13 +156,9 @@ class Attend:
         if out is None or lse is None:
             out, lse = self._nothing_seen(self._q)
         if self._sinks_after is not None:
-            apply_sinks_(out, lse, self._sinks_after)
-        # A conversion to the same dtype takes more than a microsecond.
-        if into is not None:
-            out = into.copy_(out)
-        elif out.dtype != self._how.dtype:
-            out = torch.empty_like(out, dtype=self._how.dtype).copy_(out)
-        return out, lse if lse.dtype == torch.float32 else lse.to(torch.float32)
+            launch(apply_sinks_, out, lse, self._sinks_after)
+        out = _in_dtype(out, self._how.dtype) if into is None else into.copy_(out)
+        return out, _in_dtype(lse, torch.float32)
 
     def _seen(
         self, q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions, out: Tensor | None, lse: Tensor | None
@@ -169,10 +173,9 @@ class Attend:
         part, part_lse = self._launch(q, keys, spans, options, how.step)
         if how.merges and not how.backend.propagates_nan:
             # A merge would pass over NaN with an LSE of -inf, as over a query without keys.
-            part_lse = lse_with_nan(part, part_lse)
+            part_lse = launch(lse_with_nan, part, part_lse)
         if out is None or lse is None:
-            # As in result().
-            return part.to(how.merged) if how.merges and part.dtype != how.merged else part, part_lse
+            return _in_dtype(part, how.merged) if how.merges else part, part_lse
         merge_for(out.device, out.dtype)(out, lse, part, part_lse)
         return out, lse
 
@@ -192,3 +195,8 @@ class Attend:
     def _nothing_seen(self, q: Tensor) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(q.shape[0], q.shape[1], self._how.v_head_dim, dtype=self._how.merged)
         return out, q.new_full(q.shape[:2], -torch.inf, dtype=self._how.merged)
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A conversion to the same dtype takes more than a microsecond.
+    return x if x.dtype == dtype else torch.empty_like(x, dtype=dtype).copy_(x)

@@ -29,6 +29,7 @@ from cpattn.exchange.strategy import IO, Prepared, Setup, Strategy
 from cpattn.kv_cache import PackedKV, PagedKV
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.united import UnitedRows, united_layout
+from cpattn.noted import launch
 from cpattn.problem import Problem
 from cpattn.transports.alone import AloneTransport
 from cpattn.transports.transfer import Transfer
@@ -225,10 +226,14 @@ def _forward(across: Strategy, held: _Divided | Prepared, io: IO, attend: Attend
     back.take(out, lse)
     # What came for padding are zeros.
     if held.token_index is not None:
-        lse.masked_fill_((held.token_index < 0)[:, None], -torch.inf)
+        launch(_nothing_of_padding_, lse, held.token_index)
     elif held.num_tokens < problem.rows:
-        lse[held.num_tokens :] = -torch.inf
+        lse[held.num_tokens :].fill_(-torch.inf)
     attend.finish(out, lse)
+
+
+def _nothing_of_padding_(lse: Tensor, token_index: Tensor) -> None:
+    lse.masked_fill_((token_index < 0)[:, None], -torch.inf)
 
 
 def _cache(held: _Divided, io: IO) -> PackedKV | PagedKV | None:

@@ -180,7 +180,7 @@ class AttentionCase:
                 **self.options,
             )  # type: ignore[call-overload, misc]
 
-        if backend == "triton" and q.is_cuda:
+        if isinstance(backend, str) and q.is_cuda:
             # Layers before this one, as what the second launches may be launched again.
             for _ in range(2):
                 call(-q, 1 - k, v * 2, _other_prefixes(cache))

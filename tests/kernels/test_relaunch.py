@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils import _python_dispatch as python_dispatch
 
 import cpattn
-from cpattn.attention import merge
+from cpattn.attention import flash_attn3, flash_attn4, merge
+from cpattn.attention.reference import reference_attention
 from cpattn.call import prepared
 from cpattn.call.relaunch import Recorder, Relaunch
 from cpattn.moves import moves
@@ -101,11 +102,13 @@ def test_layers_are_what_they_are_alone(kind: str, device: str, repeated: list[R
     assert not any(relaunch.has_transfers for relaunch in repeated)
 
 
-def compare(case: AttentionCase, plan: cpattn.Plan, meta: cpattn.CPMetadata, group: Any, strategy: str, what: str) -> None:
+def compare(
+    case: AttentionCase, plan: cpattn.Plan, meta: cpattn.CPMetadata, group: Any, strategy: str, what: str, backend: str = "triton"
+) -> None:
     """A layer's result beside that of the same call over metadata of its own."""
     rank = 0 if group is None else group.rank
-    result = case.on_rank(plan, rank, group, strategy, "triton", meta=meta)
-    alone = case.on_rank(plan, rank, group, strategy, "triton")
+    result = case.on_rank(plan, rank, group, strategy, backend, meta=meta)
+    alone = case.on_rank(plan, rank, group, strategy, backend)
     for mine, theirs in zip(result, alone, strict=True):
         assert torch.equal(mine, theirs), what
 
@@ -139,6 +142,102 @@ def test_transfers_are_started_again(strategy: str, cache: str, cp_size: int, de
         assert len(set(counts)) == 1, counts
     assert len(repeated) >= cp_size
     assert any(relaunch.has_transfers for relaunch in repeated)
+
+
+# Of which a machine without a GPU has none.
+PACKAGES = ["flash_attn3", "flash_attn4", "torch_flash"]
+OF_PACKAGES: list[tuple[str, str, int, dict[str, Any]]] = [
+    ("new alone", "all_gather", 1, {"batch": [(0, 13), (0, 1)]}),
+    ("prefixes", "all_gather", 1, {}),
+    ("sinks", "all_gather", 1, {"sinks": True}),
+    ("window over pages", "all_gather", 1, {"cache": "paged", "window": 7}),
+    ("groups of heads", "all_gather", 1, {"heads": 4, "kv_heads": 2, "overlap": 2}),
+    ("a ring", "ring", 3, {}),
+    ("a ring with sinks", "ring", 2, {"sinks": True}),
+    ("queries", "pass_q", 2, {"cache": "striped", "page_size": 16}),
+    ("queries around a ring", "pass_q_ring", 2, {"cache": "sharded", "page_size": 16}),
+    ("heads", "ulysses", 2, {"cache": "own pages", "page_size": 16, "heads": 2, "kv_heads": 2}),
+]
+
+
+@pytest.fixture
+def package(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of them. Without a GPU its kernel is the reference, called where the package's is."""
+    name: str = request.param
+    backend = cpattn.BACKENDS[name]
+    if device == "cpu":
+
+        def reference(q: Tensor, keys: Any, spans: Any, options: Any, *given: Any, **options_of_package: Any) -> Any:
+            return reference_attention(q, keys, spans, options, q.dtype)
+
+        if name == "torch_flash":
+            pytest.skip("torch has no such kernel without a GPU")
+        monkeypatch.setattr(flash_attn3, "find_build", lambda: SimpleNamespace(has=lambda feature: False, takes_out=False))
+        monkeypatch.setattr(flash_attn3 if name == "flash_attn3" else flash_attn4, "launch", reference)
+        backend = replace(
+            backend, device_types=None, unavailable=lambda: None, refuses=lambda problem: None, reads_pages=lambda problem: True
+        )
+        monkeypatch.setitem(cpattn.BACKENDS, name, backend)
+    elif backend.unavailable():
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.mark.parametrize(("what", "strategy", "cp_size", "given"), OF_PACKAGES, ids=[kind[0] for kind in OF_PACKAGES])
+@pytest.mark.parametrize("package", PACKAGES, indirect=True)
+@pytest.mark.usefixtures("one_at_a_time")
+def test_kernels_of_packages_are_launched_again(
+    package: str, what: str, strategy: str, cp_size: int, given: dict[str, Any], device: str, repeated: list[Relaunch]
+) -> None:
+    """As a whole, with what they make."""
+    small = SMALL | {"head_dim": 64, "dtype": torch.bfloat16} | given
+    cases = [AttentionCase(seed=seed, device=device, **small) for seed in range(4)]
+    plan = cases[0].plan(cp_size)
+
+    def program(group: cpattn.Communicator) -> None:
+        meta = plan.metadata(group.rank, device)
+        for number, case in enumerate(cases):
+            compare(case, plan, meta, group, strategy, f"layer {number}", package)
+
+    run_loopback(program, cp_size)
+    assert len(repeated) >= 2 * cp_size
+
+
+@pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
+def test_a_package_without_memory_goes_the_long_way(
+    package: str, device: str, repeated: list[Relaunch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That there is none for its result is known before anything is sent."""
+    meta, empty = cpattn.build_metadata([(0, 14)], 1, 0, device=device), torch.empty_strided
+    q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
+    *_, expected = (cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather") for _ in range(3))
+    count, fails = len(repeated), True
+
+    def full(size: Any, *given: Any, **options: Any) -> Tensor:
+        if fails and tuple(size) == q.shape:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(size, *given, **options)
+
+    monkeypatch.setattr(torch, "empty_strided", full)
+    assert torch.equal(cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather"), expected)
+    assert len(repeated) == count > 0
+    fails = False
+    assert torch.equal(cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather"), expected)
+    assert len(repeated) == count + 1
+
+
+@pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
+def test_a_package_is_not_launched_again_under_autocast(package: str, device: str, repeated: list[Relaunch]) -> None:
+    """It would see it, and is kept from that otherwise."""
+    meta = cpattn.build_metadata([(0, 14)], 1, 0, device=device)
+    q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
+    with torch.autocast(device):
+        for _ in range(4):
+            cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+    assert not repeated
+    for _ in range(3):
+        cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+    assert repeated
 
 
 def layer(device: str, rows: int = 14) -> list[Tensor]:
