@@ -259,7 +259,7 @@ class PreparedCall:
 
     def _again(self, known: Relaunch, tensors: list[Any], arguments: Arguments, in_flight: InFlight) -> tuple[Tensor, Tensor]:
         if not known.has_transfers:
-            return in_flight.repeat(partial(known.run, tensors, in_flight.start), known.bytes_sent, sends=bool(known.posts))
+            return in_flight.repeat(partial(known.run, tensors, in_flight.start), known.bytes_sent, sends=known.launches_send)
         in_flight.expect(self.transfers)
         # Memory for messages may have been made anew.
         if known.memory is self._memory and in_flight.posts == known.posts:

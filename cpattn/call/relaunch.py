@@ -122,6 +122,11 @@ class Relaunch(NamedTuple):
     result: Callable[[Sequence[Any]], tuple[Tensor, Tensor]]
 
     @property
+    def launches_send(self) -> bool:
+        """Whether it has any that launches send."""
+        return self.posts[:1] == [True]
+
+    @property
     def has_transfers(self) -> bool:
         """Whether it has any that have to be started by others than launches."""
         return self.posts[:1] == [False]
@@ -134,8 +139,9 @@ class Relaunch(NamedTuple):
                 *given,
                 *[empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made],
             ]
-            # Freed at once: so it is there when the steps ask for it, and what is sent before is not sent in vain.
-            [empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made_by_steps]
+            if self.made_by_steps and self.launches_send:
+                # Freed at once: so it is there when the steps ask for it, and what is sent before is not sent in vain.
+                [empty(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made_by_steps]
             add_views(tensors, self.views)
         except NO_MEMORY:
             # Nothing was sent: the call goes the long way, on which messages are sent whatever happens.

@@ -20,7 +20,7 @@ import cpattn
 from cpattn.attention import flash_attn3, flash_attn4, merge
 from cpattn.attention.reference import reference_attention
 from cpattn.call import prepared
-from cpattn.call.relaunch import Recorder, Relaunch
+from cpattn.call.relaunch import Given, Recorder, Relaunch
 from cpattn.moves import moves
 from cpattn.noted import noting
 from cpattn.testing import run_loopback
@@ -204,26 +204,22 @@ def test_kernels_of_packages_are_launched_again(
 
 
 @pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
-def test_a_package_without_memory_goes_the_long_way(
+def test_memory_for_what_a_package_makes_is_there_before_launches_send(
     package: str, device: str, repeated: list[Relaunch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That there is none for its result is known before anything is sent."""
-    meta, empty = cpattn.build_metadata([(0, 14)], 1, 0, device=device), torch.empty_strided
+    meta = cpattn.build_metadata([(0, 14)], 1, 0, device=device)
     q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
-    *_, expected = (cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather") for _ in range(3))
-    count, fails = len(repeated), True
+    for _ in range(3):
+        cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
 
-    def full(size: Any, *given: Any, **options: Any) -> Tensor:
-        if fails and tuple(size) == q.shape:
-            raise torch.OutOfMemoryError("no memory")
-        return empty(size, *given, **options)
+    def full(*given: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(torch, "empty_strided", full)
-    assert torch.equal(cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather"), expected)
-    assert len(repeated) == count > 0
-    fails = False
-    assert torch.equal(cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather"), expected)
-    assert len(repeated) == count + 1
+    alone, given = repeated[0], Given(q, k, v, None, None)
+    assert alone.made == ()
+    assert alone.tensors_or_none(given) is not None
+    assert alone._replace(posts=[True]).tensors_or_none(given) is None
 
 
 @pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
