@@ -39,6 +39,9 @@ _SPECIALIZED_BLOCK_OVERHEAD = 90
 _ONE_WARPGROUP = 0.92
 # What a tile costs beside its key blocks, in key blocks: loading q, the first K and V, writing the result.
 _TILE_OVERHEAD = 2
+# What it costs programs of the specialized kernel that there are more items than programs, in rows of a block: about 1 us. Before its first
+# item each draws a number, and looks up which one that is (small_tiles.md).
+_QUEUE_OVERHEAD = 150
 
 # After so many key blocks, about 3 ms on an H200, a program of the specialized kernel ends, where tiles are alike: a quota of
 # items is what it has. A new one takes its place, or a transfer's kernel, which else would have to wait for all of the
@@ -198,8 +201,11 @@ def choose(
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
             heads = num_heads // pack
             load = cost.sum() * heads / num_processors
-            # Several programs of the plain kernel share a processor, which so is not left alone with its last one.
-            time = float(makespan(cost, heads, num_processors) if shape.specialized else max(load, cost.max(initial=0)))
+            if shape.specialized:
+                time = float(makespan(cost, heads, num_processors)) + _QUEUE_OVERHEAD * (len(cost) * heads > num_processors)
+            else:
+                # Several programs of this kernel share a processor, which so is not left alone with its last one.
+                time = float(max(load, cost.max(initial=0)))
             is_shared = load >= time * (1 - MARGIN)
             if best is None or time < best[0] * (1 - MARGIN):
                 best = time, shape, pack, tiles
