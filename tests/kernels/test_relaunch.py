@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -147,7 +148,6 @@ def test_transfers_are_started_again(strategy: str, cache: str, cp_size: int, de
 # Of which a machine without a GPU has none.
 PACKAGES = ["flash_attn3", "flash_attn4", "torch_flash"]
 OF_PACKAGES: list[tuple[str, str, int, dict[str, Any]]] = [
-    ("new alone", "all_gather", 1, {"batch": [(0, 13), (0, 1)]}),
     ("prefixes", "all_gather", 1, {}),
     ("sinks", "all_gather", 1, {"sinks": True}),
     ("window over pages", "all_gather", 1, {"cache": "paged", "window": 7}),
@@ -203,37 +203,57 @@ def test_kernels_of_packages_are_launched_again(
     assert len(repeated) >= 2 * cp_size
 
 
+@pytest.fixture
+def beside_a_prefix(package: str, device: str) -> Callable[[], Tensor]:
+    """A call that copies a prefix as well."""
+    meta = cpattn.build_metadata([(3, 14)], 1, 0, device=device)
+    q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
+    prefix = cpattn.PackedKV(*(torch.randn(3, 1, 64, device=device).bfloat16() for _ in range(2)))
+    return partial(cpattn.cp_attention, q, k, v, meta, kv_cache=prefix, backend=package, strategy="all_gather")
+
+
 @pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
 def test_memory_for_what_a_package_makes_is_there_before_launches_send(
-    package: str, device: str, repeated: list[Relaunch], monkeypatch: pytest.MonkeyPatch
+    beside_a_prefix: Callable[[], Tensor], repeated: list[Relaunch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meta = cpattn.build_metadata([(0, 14)], 1, 0, device=device)
-    q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
     for _ in range(3):
-        cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+        beside_a_prefix()
 
     def full(*given: Any, **options: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(torch, "empty_strided", full)
-    alone, given = repeated[0], Given(q, k, v, None, None)
-    assert alone.made == ()
+    (alone,) = repeated
+    # What is given is not looked at before there is memory.
+    given = Given(*[torch.empty(0)] * 5)
+    alone = alone._replace(views=())
+    assert not alone.made
     assert alone.tensors_or_none(given) is not None
     assert alone._replace(posts=[True]).tensors_or_none(given) is None
 
 
 @pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
-def test_a_package_is_not_launched_again_under_autocast(package: str, device: str, repeated: list[Relaunch]) -> None:
+def test_a_package_is_not_launched_again_under_autocast(
+    beside_a_prefix: Callable[[], Tensor], device: str, repeated: list[Relaunch]
+) -> None:
     """It would see it, and is kept from that otherwise."""
-    meta = cpattn.build_metadata([(0, 14)], 1, 0, device=device)
-    q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
     with torch.autocast(device):
         for _ in range(4):
-            cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+            beside_a_prefix()
     assert not repeated
     for _ in range(3):
-        cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+        beside_a_prefix()
     assert repeated
+
+
+@pytest.mark.parametrize("package", ["flash_attn4"], indirect=True)
+def test_a_package_alone_is_called_as_before(package: str, device: str, repeated: list[Relaunch]) -> None:
+    """To launch it again would take no less."""
+    meta = cpattn.build_metadata([(0, 14)], 1, 0, device=device)
+    for _ in range(4):
+        q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
+        cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
+    assert not repeated
 
 
 def layer(device: str, rows: int = 14) -> list[Tensor]:

@@ -81,8 +81,8 @@ def test_tiles_are_larger_where_small_ones_take_a_round_more(q_len: list[int], k
 
 
 def test_tiles_are_small_where_large_ones_are_half_full() -> None:
-    """A rank's chunks of 768 tokens: 192 tiles of 64 rows, more than programs, took 14.5 us on an H200; 128 of 128 rows, a half of them half
-    full, 16.8."""
+    """A rank's chunks of 768 tokens: 192 tiles of 64 rows, more than programs, took 14.5 us on an H200; 128 of 128 rows, a half of them
+    half full, 16.8."""
     queries, ends = np.array([192, 192]), np.array([192, 768])
     spans = HostSpans(queries.cumsum() - queries, queries, 0 * ends, ends, ends - queries + 1, np.arange(2))
     assert choose(spans, tile_shapes(128, 128, torch.bfloat16, (9, 0), True), (1, 4), 32, None, 132)[0].block_m == 64
