@@ -201,12 +201,11 @@ def choose(
             cost = (tiles.blocks + _TILE_OVERHEAD) * block_costs(tiles.tokens * pack, shape)
             heads = num_heads // pack
             load = cost.sum() * heads / num_processors
-            if shape.specialized:
-                time = float(makespan(cost, heads, num_processors)) + _QUEUE_OVERHEAD * (len(cost) * heads > num_processors)
-            else:
-                # Several programs of this kernel share a processor, which so is not left alone with its last one.
-                time = float(max(load, cost.max(initial=0)))
+            # Several programs of the plain kernel share a processor, which so is not left alone with its last one.
+            time = float(makespan(cost, heads, num_processors) if shape.specialized else max(load, cost.max(initial=0)))
             is_shared = load >= time * (1 - MARGIN)
+            if shape.specialized and len(cost) * heads > num_processors:
+                time += _QUEUE_OVERHEAD
             if best is None or time < best[0] * (1 - MARGIN):
                 best = time, shape, pack, tiles
     assert best is not None  # an unpacked tile fits any shape
