@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,14 +45,29 @@ class Steps(list["Launch | Start | Wait"]):
 
     Attributes:
         is_within: whether such a step is under way, which may do anything with its tensors.
+        room: for how many bytes more of what is made, all of which is kept alive meanwhile. Below 0 nothing is noted any more.
     """
 
     is_within = False
+    room: float = math.inf
 
     def note(self, step: Launch | Start | Wait) -> None:
         """Adds a step that is no part of another."""
-        if not self.is_within:
+        if not self.is_within and self.has_room_for(*(tuple_of(step.results) if isinstance(step, Launch) else ())):
             self.append(step)
+
+    def has_room_for(self, *made: Tensor) -> bool:
+        """Counts them. Where it has none, it lets go of all."""
+        for x in made:
+            self.room -= x.nbytes
+        if self.room < 0:
+            self.clear()
+        return self.room >= 0
+
+
+def tuple_of(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a step returns."""
+    return (results,) if isinstance(results, Tensor) else results
 
 
 class _OfThread(threading.local):

@@ -104,7 +104,10 @@ class PreparedCall:
         is_of_package = _has_functions_of(backend, _PACKAGES)
         if is_of_package:
             self._attention = self._attention._replace(in_one_step=True)
-        self._launches_alone = self._is_ours and (is_of_package or _has_functions_of(backend, [triton])) and not self._copies
+        # Where such a kernel is all that there is, to launch it again would take no less.
+        is_all = transport.size == 1 and (problem.cache is None or is_resident(self.strategy))
+        is_noted = _has_functions_of(backend, [triton]) or (is_of_package and not is_all)
+        self._launches_alone = self._is_ours and is_noted and not self._copies
         # Calls over the batch of this plan that might have been recorded, or were.
         self._times, self._timed_plan = 0, meta.plan
         self._exchange: Prepared | None = None
@@ -259,7 +262,13 @@ class PreparedCall:
 
     def _again(self, known: Relaunch, tensors: list[Any], arguments: Arguments, in_flight: InFlight) -> tuple[Tensor, Tensor]:
         if not known.has_transfers:
-            return in_flight.repeat(partial(known.run, tensors, in_flight.start), known.bytes_sent, sends=known.launches_send)
+            sends = known.launches_send
+            # The others wait for all messages, whatever happens to a package's kernel.
+            failures: list[Exception] | None = [] if sends else None
+            result = in_flight.repeat(partial(known.run, tensors, in_flight.start, failures), known.bytes_sent, sends=sends)
+            if failures:
+                raise failures[0]
+            return result
         in_flight.expect(self.transfers)
         # Memory for messages may have been made anew.
         if known.memory is self._memory and in_flight.posts == known.posts:
@@ -295,13 +304,16 @@ class PreparedCall:
     def _recorded(self, arguments: Arguments, given: Given, meta: CPMetadata, in_flight: InFlight) -> tuple[Tensor, Tensor]:
         transport = self.transport
         sent = transport.bytes_sent
-        with Recorder() as recorder:
+        with Recorder(self.problem.rows * self.problem.result_bytes) as recorder:
             result = self.run(arguments, in_flight)
         kept = transport.kept_launches
         if kept is not None:
             known = recorder.relaunch(given, result, meta.plan, self._memory, in_flight.posts, transport.bytes_sent - sent)
             if known is not None:
                 kept[self] = known
+            elif recorder.is_too_large:
+                # As the next call's would be.
+                self._times = _LAST_RECORDED
         return result
 
     def run(self, arguments: Arguments, in_flight: InFlight, problems: list[str] | None = None) -> tuple[Tensor, Tensor]:

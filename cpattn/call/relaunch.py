@@ -9,7 +9,7 @@ long way.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -24,7 +24,7 @@ from cpattn.call.arguments import Arguments
 from cpattn.call.found_tensors import FoundTensors, View, add_views, address_range
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.noted import Launch, Start, Steps, Wait, noting
+from cpattn.noted import Launch, Start, Steps, Wait, noting, tuple_of
 from cpattn.transports.transfer import Work
 
 # What is made beside the result is freed after the last launch, and not in the midst of the call: only where it is little.
@@ -87,11 +87,13 @@ class _Again(NamedTuple):
     Attributes:
         launch: what launches it, given its tensors; pick: what picks these of all. What it returns are more of them.
         views: of what it returns, which are more of them as well.
+        made: what it returns.
     """
 
     launch: Callable[..., Any]
     pick: Callable[[Sequence[Any]], tuple[Tensor, ...]]
     views: tuple[View, ...]
+    made: tuple[_Made, ...]
 
 
 class Relaunch(NamedTuple):
@@ -149,20 +151,27 @@ class Relaunch(NamedTuple):
         tensors += self.constants
         return tensors
 
-    def run(self, tensors: list[Any], start: Callable[[], Work]) -> tuple[Tensor, Tensor]:
+    def run(self, tensors: list[Any], start: Callable[[], Work], failures: list[Exception] | None = None) -> tuple[Tensor, Tensor]:
         """Does it all; returns ``out`` and ``lse``.
 
         Args:
             tensors: all that it needs; what steps make is put there as well.
             start: starts the call's next transfer.
+            failures: if given, of steps that make something: with NaN in its place the others are done all the same, as they send.
         """
         works: list[Work] = []
         for step in self.steps:
             if isinstance(step, _Again):
-                launch, pick, views = step
-                results = launch(*pick(tensors))
+                launch, pick, views, made = step
+                try:
+                    results = launch(*pick(tensors))
+                except Exception as failure:
+                    if failures is None or not made:
+                        raise
+                    failures.append(failure)
+                    results = tuple(_nothing(kind) for kind in made)
                 if results is not None:
-                    tensors += _tuple_of(results)
+                    tensors += tuple_of(results)
                     add_views(tensors, views)
             elif isinstance(step, Wait):
                 works[step.number].wait()
@@ -183,6 +192,10 @@ class Recorder(TorchDispatchMode):
     >>> recorder.other
     'add'
 
+    Args:
+        result_bytes: of what the call returns. All that is made is kept alive until the call ends: where that is much more than this, what
+            was recorded is let go of.
+
     Attributes:
         made: memory.
         other: the operations that are not done again, in order; None where there were none.
@@ -193,8 +206,9 @@ class Recorder(TorchDispatchMode):
         """Else torch imports its compiler, which takes a second, and puts 20 us around each operation."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, result_bytes: int = 0) -> None:
         super().__init__()
+        self._most_bytes = result_bytes + _MOST_BESIDE_BYTES
         self.made: list[Tensor] = []
         self.other: str | None = None
         self._steps = Steps()
@@ -205,6 +219,7 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         self._noting = noting()
         self._steps = self._noting.__enter__()
+        self._steps.room = self._most_bytes
         if _CAN_PUSH:
             dispatch._push_mode(self)
         else:
@@ -224,7 +239,10 @@ class Recorder(TorchDispatchMode):
             return result
         name = function.overloadpacket.__name__
         if name in _MAKE:
-            self.made.append(result)
+            if self._steps.has_room_for(result):
+                self.made.append(result)
+            else:
+                self.made.clear()
         elif name == "copy_" and len(args) == 2 and not kwargs and args[0].device == args[1].device:
             self._steps.note(Launch(_copy, args))
         elif name == "fill_" and len(args) == 2 and not kwargs and not isinstance(args[1], Tensor):
@@ -232,6 +250,11 @@ class Recorder(TorchDispatchMode):
         elif not (function.is_view and _are_views(result, args)):
             self.other = name if self.other is None else f"{self.other}, {name}"
         return result
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether more was made than may be kept."""
+        return self._steps.room < 0
 
     def relaunch(
         self, given: Given, result: tuple[Tensor, Tensor], plan: Layout, memory: list[Tensor], posts: list[bool], bytes_sent: int
@@ -242,12 +265,9 @@ class Recorder(TorchDispatchMode):
             given: to the call; result: of it. The others as in :class:`Relaunch`.
         """
         starts = sum(isinstance(step, Start) for step in self._steps)
-        if self.other is not None or starts + sum(posts) != len(posts) or (starts and any(posts)):
+        if self.is_too_large or self.other is not None or starts + sum(posts) != len(posts) or (starts and any(posts)):
             return None
-        if len(self._steps) == 1 and isinstance(self._steps[0], Launch) and self._steps[0].results:
-            # Another package's kernel is all that there is: to make such a call takes no longer.
-            return None
-        of_steps = [_tuple_of(step.results) if isinstance(step, Launch) else () for step in self._steps]
+        of_steps = [tuple_of(step.results) if isinstance(step, Launch) else () for step in self._steps]
         made = [*self.made, *chain(*of_steps)]
         if not all(x.numel() for x in made):
             return None
@@ -260,11 +280,10 @@ class Recorder(TorchDispatchMode):
             return None
         found.put_in_order()
         again = tuple(
-            _Again(step.launch, found.picker(places), found.views(number)) if isinstance(step, Launch) else step
-            for number, (step, places) in enumerate(steps, 1)
+            _Again(step.launch, found.picker(places), found.views(number), _kinds(by_step)) if isinstance(step, Launch) else step
+            for number, ((step, places), by_step) in enumerate(zip(steps, of_steps, strict=True), 1)
         )
-        kinds = [_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in made]
-        before, by_steps = tuple(kinds[: len(self.made)]), tuple(kinds[len(self.made) :])
+        before, by_steps = _kinds(self.made), _kinds(chain(*of_steps))
         pick, constants = found.picker(results), tuple(found.constants)
         return Relaunch(plan, memory, posts, bytes_sent, again, before, by_steps, found.views(0), constants, pick)
 
@@ -275,8 +294,13 @@ def _are_views(result: Any, args: Sequence[Any]) -> bool:
     return all(not x.numel() or begin <= x.data_ptr() < end for x in (result if isinstance(result, (list, tuple)) else [result]))
 
 
-def _tuple_of(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (results,) if isinstance(results, Tensor) else results
+def _kinds(made: Iterable[Tensor]) -> tuple[_Made, ...]:
+    return tuple(_Made(tuple(x.shape), x.stride(), x.dtype, x.device) for x in made)
+
+
+def _nothing(kind: _Made) -> Tensor:
+    """What stands for what could not be made."""
+    return torch.empty_strided(kind.size, kind.stride, dtype=kind.dtype, device=kind.device).fill_(torch.nan)
 
 
 def _copy(to: Tensor, source: Tensor) -> None:

@@ -193,8 +193,8 @@ class Attend:
         return k_scale[kv_heads], v_scale[kv_heads]
 
     def _nothing_seen(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        out = q.new_zeros(q.shape[0], q.shape[1], self._how.v_head_dim, dtype=self._how.merged)
-        return out, q.new_full(q.shape[:2], -torch.inf, dtype=self._how.merged)
+        out = q.new_empty(q.shape[0], q.shape[1], self._how.v_head_dim, dtype=self._how.merged)
+        return out.fill_(0), q.new_empty(q.shape[:2], dtype=self._how.merged).fill_(-torch.inf)
 
 
 def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -156,8 +156,10 @@ class HeadsBack(NamedTuple):
     def put(self, out: Tensor, lse: Tensor) -> None:
         """Fills the message with the results of all rows in the order of the batch: ``[R, heads, Dv]``, and fp32 ``[R, heads]``."""
         self.moves.gather_rows(self.out, out.flatten(1), self.back)
-        # Some kernels give it head after head.
-        self.moves.gather_rows(self.lse, lse.contiguous(), self.back)
+        if not lse.is_contiguous():
+            # Some kernels give it head after head. (A copy, which is done again for further layers.)
+            lse = torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
+        self.moves.gather_rows(self.lse, lse, self.back)
 
     def take(self, out: Tensor, lse: Tensor) -> None:
         """What has come, to ``[n, Hq, Dv]`` and ``[n, Hq]``."""

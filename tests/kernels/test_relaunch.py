@@ -21,8 +21,10 @@ import cpattn
 from cpattn.attention import flash_attn3, flash_attn4, merge
 from cpattn.attention.reference import reference_attention
 from cpattn.call import prepared
+from cpattn.call import relaunch as relaunch_module
 from cpattn.call.relaunch import Given, Recorder, Relaunch
 from cpattn.moves import moves
+from cpattn.noted import launch as step
 from cpattn.noted import noting
 from cpattn.testing import run_loopback
 from cpattn.transports import peer_memory
@@ -145,8 +147,6 @@ def test_transfers_are_started_again(strategy: str, cache: str, cp_size: int, de
     assert any(relaunch.has_transfers for relaunch in repeated)
 
 
-# Of which a machine without a GPU has none.
-PACKAGES = ["flash_attn3", "flash_attn4", "torch_flash"]
 OF_PACKAGES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("prefixes", "all_gather", 1, {}),
     ("sinks", "all_gather", 1, {"sinks": True}),
@@ -156,7 +156,7 @@ OF_PACKAGES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("a ring with sinks", "ring", 2, {"sinks": True}),
     ("queries", "pass_q", 2, {"cache": "striped", "page_size": 16}),
     ("queries around a ring", "pass_q_ring", 2, {"cache": "sharded", "page_size": 16}),
-    ("heads", "ulysses", 2, {"cache": "own pages", "page_size": 16, "heads": 2, "kv_heads": 2}),
+    ("heads", "ulysses", 2, {"cache": "own pages", "page_size": 16, "heads": 4, "kv_heads": 2}),
 ]
 
 
@@ -168,11 +168,15 @@ def package(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Mon
     if device == "cpu":
 
         def reference(q: Tensor, keys: Any, spans: Any, options: Any, *given: Any, **options_of_package: Any) -> Any:
-            return reference_attention(q, keys, spans, options, q.dtype)
+            out, lse = reference_attention(q, keys, spans, options, q.dtype)
+            if given and isinstance(given[-1], Tensor):
+                out = given[-1].copy_(out)
+            # Head after head, as packages give it.
+            return out, lse.t().contiguous().t()
 
         if name == "torch_flash":
             pytest.skip("torch has no such kernel without a GPU")
-        monkeypatch.setattr(flash_attn3, "find_build", lambda: SimpleNamespace(has=lambda feature: False, takes_out=False))
+        monkeypatch.setattr(flash_attn3, "find_build", lambda: SimpleNamespace(has=lambda feature: False, takes_out=True))
         monkeypatch.setattr(flash_attn3 if name == "flash_attn3" else flash_attn4, "launch", reference)
         backend = replace(
             backend, device_types=None, unavailable=lambda: None, refuses=lambda problem: None, reads_pages=lambda problem: True
@@ -183,11 +187,19 @@ def package(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Mon
     return name
 
 
-@pytest.mark.parametrize(("what", "strategy", "cp_size", "given"), OF_PACKAGES, ids=[kind[0] for kind in OF_PACKAGES])
-@pytest.mark.parametrize("package", PACKAGES, indirect=True)
+# Of the packages a machine without a GPU has none. They differ in sinks, and in whether they write into memory that is there.
+WITH_PACKAGES = [
+    pytest.param(package, *kind[1:], id=f"{package}, {kind[0]}")
+    for package in ("flash_attn4", "flash_attn3", "torch_flash")
+    for kind in OF_PACKAGES
+    if package == "flash_attn4" or kind[0] in {"prefixes", "sinks", "groups of heads"}
+]
+
+
+@pytest.mark.parametrize(("package", "strategy", "cp_size", "given"), WITH_PACKAGES, indirect=["package"])
 @pytest.mark.usefixtures("one_at_a_time")
 def test_kernels_of_packages_are_launched_again(
-    package: str, what: str, strategy: str, cp_size: int, given: dict[str, Any], device: str, repeated: list[Relaunch]
+    package: str, strategy: str, cp_size: int, given: dict[str, Any], device: str, repeated: list[Relaunch]
 ) -> None:
     """As a whole, with what they make."""
     small = SMALL | {"head_dim": 64, "dtype": torch.bfloat16} | given
@@ -254,6 +266,46 @@ def test_a_package_alone_is_called_as_before(package: str, device: str, repeated
         q, k, v = (torch.randn(14, heads, 64, device=device).bfloat16() for heads in (2, 1, 1))
         cpattn.cp_attention(q, k, v, meta, backend=package, strategy="all_gather")
     assert not repeated
+
+
+def test_what_is_too_large_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is recorded of a call is kept alive until it ends: a ring's partial results would be as many as ranks."""
+    monkeypatch.setattr(relaunch_module, "_MOST_BESIDE_BYTES", 4)
+    with Recorder(4) as recorder:
+        x = torch.empty(1)
+        alive = weakref.ref(step(partial(torch.add, 1), x))
+        was_kept = alive() is not None
+        step(partial(torch.add, 1), x)
+        is_kept = alive() is not None
+    assert (was_kept, is_kept) == (True, False)
+    assert recorder.relaunch(Given(x, None, None, None, None), (x, x), cast("Any", "a plan"), [], [], 0) is None
+
+
+def test_what_sends_is_launched_after_a_step_that_fails() -> None:
+    """The others wait for it."""
+    sent: list[Tensor] = []
+    x = torch.ones(4)
+
+    def make(x: Tensor) -> Tensor:
+        if sent:
+            raise torch.OutOfMemoryError("no memory")
+        return x + 1
+
+    def send(x: Tensor) -> None:
+        sent.append(x.clone())
+
+    with Recorder() as recorder:
+        made = step(make, x)
+        step(send, made)
+    again = recorder.relaunch(Given(x, None, None, None, None), (made, x), cast("Any", "a plan"), [], [True], 0)
+    assert again is not None
+    failures: list[Exception] = []
+    again.run([x, None, None, None, None, *[None] * 5], cast("Any", None), failures)
+    assert [type(failure) for failure in failures] == [torch.OutOfMemoryError]
+    assert len(sent) == 2
+    assert sent[1].isnan().all()
+    with pytest.raises(torch.OutOfMemoryError):
+        again.run([x, *[None] * 9], cast("Any", None))
 
 
 def layer(device: str, rows: int = 14) -> list[Tensor]:
