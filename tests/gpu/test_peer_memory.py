@@ -11,6 +11,7 @@ from inputs.cases import AttentionCase
 from programs import page_programs
 from programs import peer_programs as programs
 
+import cpattn
 from cpattn.testing import ProcessRanks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="each rank needs a GPU of its own")
@@ -97,13 +98,23 @@ def test_graphs_bring_the_rest_into_pages(ranks: ProcessRanks, window: int | Non
             assert all(same), same
 
 
-def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str, partition: str = "zigzag") -> None:
-    by_rank = ranks.run(programs.attend_over_both, cases, strategy, "triton", partition)
+@pytest.mark.parametrize(("strategy", "cache"), [("all_gather", "packed"), ("ring", "packed"), ("pass_q", "sharded")])
+@pytest.mark.parametrize("backend", ["torch_flash", "flash_attn4"])
+def test_bits_are_those_of_nccl_with_kernels_of_packages(ranks: ProcessRanks, backend: str, strategy: str, cache: str) -> None:
+    """Which are launched again for further layers as a whole."""
+    unavailable = cpattn.BACKENDS[backend].unavailable()
+    if unavailable:
+        pytest.skip(unavailable)
+    compare(ranks, [case_of(batch, cache) for batch in BATCHES], strategy, backend=backend)
+
+
+def compare(ranks: ProcessRanks, cases: list[AttentionCase], strategy: str, partition: str = "zigzag", backend: str = "triton") -> None:
+    by_rank = ranks.run(programs.attend_over_both, cases, strategy, backend, partition)
     for n, case in enumerate(cases):
         assert all(results[n][1] for results in by_rank), case.batch
         plan = case.plan(ranks.size, pad_to=8, partition=partition)
         outputs = [(out.cuda(), lse.cuda()) for (out, lse), _ in (results[n] for results in by_rank)]
-        case.check(outputs, plan, strategy, "triton")
+        case.check(outputs, plan, strategy, backend, rounded_partials=backend != "triton" and strategy != "all_gather")
 
 
 def case_of(batch: list[tuple[int, int]], cache: str) -> AttentionCase:
