@@ -371,10 +371,10 @@ def test_another_batch_of_a_bucket_is_recorded_anew(device: str, repeated: list[
     meta = plans[0].metadata(0, device, bucket=bucket)
     q, k, v = layer(device, 16)
     held = cpattn.prepare(q, k, v, meta, backend="triton", strategy="all_gather")
-    for plan in [*plans, *plans]:
+    for plan in [*plans, plans[0]]:
         meta.copy_(plan)
         alone = plan.metadata(0, device, bucket=bucket)
-        for _ in range(4):
+        for _ in range(3):
             q, k, v = layer(device, 16)
             out, count = held(q, k, v), len(repeated)
             assert isinstance(out, Tensor)
