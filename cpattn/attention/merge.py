@@ -76,6 +76,14 @@ def lse_with_nan(out_THD: Tensor, lse_TH: Tensor) -> Tensor:
     return torch.where(out_THD[..., 0].isnan(), torch.nan, lse_TH)
 
 
+def nothing_of_padding_(lse_TH: Tensor, num_tokens: int, token_index_T: Tensor | None) -> None:
+    """-inf for rows that are no tokens: those after ``num_tokens``, or in a bucket, which has an index, those whose index is negative."""
+    if token_index_T is not None:
+        lse_TH.masked_fill_((token_index_T < 0)[:, None], -torch.inf)
+    elif num_tokens < len(lse_TH):
+        lse_TH[num_tokens:].fill_(-torch.inf)
+
+
 def apply_sinks_(out_THD: Tensor, lse_TH: Tensor, sinks_H: Tensor) -> None:
     """Adds each head's sink, a logit without a value, to finished rows in place: a merge with a result of 0."""
     # A sink of -inf is none, and beside no keys at all their difference is NaN.

@@ -15,7 +15,7 @@ from torch import Tensor
 from cpattn.attention import flash_attn2, flash_attn3, flash_attn4, torch_flash, triton
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.expanded_keys import over_latents
-from cpattn.attention.merge import lse_with_nan
+from cpattn.attention.merge import lse_with_nan, nothing_of_padding_
 from cpattn.attention.registry import BACKENDS
 from cpattn.attention.stored_keys import over_stored_keys
 from cpattn.attention.verify import verified
@@ -400,10 +400,7 @@ class PreparedCall:
         """A sink is a logit of every query, but padding is none."""
         meta = self._meta()
         assert meta is not None
-        if meta.bucket is None:
-            lse[meta.num_tokens :] = -torch.inf
-        else:
-            lse.masked_fill_((meta.token_index < 0)[:, None], -torch.inf)
+        nothing_of_padding_(lse, meta.num_tokens, None if meta.bucket is None else meta.token_index)
 
 
 # Whose kernels are those of other packages, launched from Python that does the same for all tensors of a kind.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpattn.attention.merge import nothing_of_padding_
 from cpattn.errors import UnsupportedError
 from cpattn.exchange.all_gather import explain_gathered
 from cpattn.exchange.attend import Attend
@@ -225,15 +226,8 @@ def _forward(across: Strategy, held: _Divided | Prepared, io: IO, attend: Attend
     lse = io.q.new_empty(io.q.shape[:2], dtype=torch.float32)
     back.take(out, lse)
     # What came for padding are zeros.
-    if held.token_index is not None:
-        launch(_nothing_of_padding_, lse, held.token_index)
-    elif held.num_tokens < problem.rows:
-        lse[held.num_tokens :].fill_(-torch.inf)
+    launch(partial(nothing_of_padding_, num_tokens=held.num_tokens, token_index_T=held.token_index), lse)
     attend.finish(out, lse)
-
-
-def _nothing_of_padding_(lse: Tensor, token_index: Tensor) -> None:
-    lse.masked_fill_((token_index < 0)[:, None], -torch.inf)
 
 
 def _cache(held: _Divided, io: IO) -> PackedKV | PagedKV | None:
