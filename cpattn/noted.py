@@ -18,12 +18,12 @@ class Launch(NamedTuple):
 
     Attributes:
         launch: what launches it again, given tensors like these; it keeps alive what does not change.
-        tensors: that it was given; results: that it has made and returned, one or in a tuple.
+        tensors: that it was given; results: that it has made and returned.
     """
 
     launch: Callable[..., Any]
     tensors: tuple[Tensor, ...]
-    results: Tensor | tuple[Tensor, ...] = ()
+    results: tuple[Tensor, ...] = ()
 
 
 class Start(NamedTuple):
@@ -53,7 +53,7 @@ class Steps(list["Launch | Start | Wait"]):
 
     def note(self, step: Launch | Start | Wait) -> None:
         """Adds a step that is no part of another."""
-        if not self.is_within and self.has_room_for(*(tuple_of(step.results) if isinstance(step, Launch) else ())):
+        if not self.is_within and self.has_room_for(*made_by(step)):
             self.append(step)
 
     def has_room_for(self, *made: Tensor) -> bool:
@@ -65,8 +65,15 @@ class Steps(list["Launch | Start | Wait"]):
         return self.room >= 0
 
 
-def tuple_of(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a step returns."""
+def made_by(step: Launch | Start | Wait) -> tuple[Tensor, ...]:
+    """What a step has made and returned."""
+    return step.results if isinstance(step, Launch) else ()
+
+
+def tuple_of(results: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """What a step returns: nothing, one tensor, or several."""
+    if results is None:
+        return ()
     return (results,) if isinstance(results, Tensor) else results
 
 
@@ -109,5 +116,5 @@ def launch(what: Callable[..., T], *tensors: Tensor) -> T:
         return what(*tensors)
     with within_step():
         results: Any = what(*tensors)
-    steps.note(Launch(what, tensors, () if results is None else results))
+    steps.note(Launch(what, tensors, tuple_of(results)))
     return cast("T", results)

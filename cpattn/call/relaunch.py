@@ -24,7 +24,7 @@ from cpattn.call.arguments import Arguments
 from cpattn.call.found_tensors import FoundTensors, View, add_views, address_range
 from cpattn.kv_cache import PagedKV
 from cpattn.metadata.layout import Layout
-from cpattn.noted import Launch, Start, Steps, Wait, noting, tuple_of
+from cpattn.noted import Launch, Start, Steps, Wait, made_by, noting, tuple_of
 from cpattn.transports.transfer import Work
 
 # What is made beside the result is freed after the last launch, and not in the midst of the call: only where it is little.
@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
         starts = sum(isinstance(step, Start) for step in self._steps)
         if self.is_too_large or self.other is not None or starts + sum(posts) != len(posts) or (starts and any(posts)):
             return None
-        of_steps = [tuple_of(step.results) if isinstance(step, Launch) else () for step in self._steps]
+        of_steps = [made_by(step) for step in self._steps]
         made = [*self.made, *chain(*of_steps)]
         if not all(x.numel() for x in made):
             return None
