@@ -14,12 +14,15 @@ class Arrivals(NamedTuple):
     written down.
 
     Attributes:
-        flags: int32 ``[2 + pieces]``: the number of the turn, that number once all pieces are there, and once each is.
+        flags: int32 ``[2 + pieces]``, and one more where that is odd: the number of the turn, that number once all pieces are there, and
+            once each is.
         late: int32 ``[pieces]``: 1 for pieces that are waited for.
+        side_by_side: whether what brings them runs on the multiprocessors of the attention, which has to leave room there.
     """
 
     flags: Tensor
     late: Tensor
+    side_by_side: bool = False
 
 
 class PrefixKeys(NamedTuple):

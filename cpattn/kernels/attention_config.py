@@ -11,6 +11,11 @@ from dataclasses import dataclass
 _DIGEST = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
 
 
+# Registers of a thread of the four warps that run beside a launch which leaves room for them, and of a thread of that one.
+ROOM_REGISTERS = 32
+REGISTERS_WITH_ROOM = 160
+
+
 # In capitals, as device code writes its constants. Frozen, as compiled kernels are found by it; no NamedTuple, which Triton would
 # take for a tuple of arguments.
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class HopperConfig(AttentionConfig):
         Q_TMA: q is a tensor descriptor.
         PAGE_KEYS: keys of a block that lie in one page for certain.
         WAITS: some keys may still be on their way (:mod:`cpattn.kernels.arrivals`).
+        ROOM: a multiprocessor's registers are left for four warps of ROOM_REGISTERS, which bring those keys meanwhile.
         PREFIX: the first keys of a range may lie elsewhere (:class:`cpattn.keys.PrefixKeys`); pages are those of them then.
         OWN: the last ones may (:class:`cpattn.keys.OwnRows`).
         RAW: with STORED, of how many blocks shared memory holds the bytes.
@@ -108,6 +114,7 @@ class HopperConfig(AttentionConfig):
     Q_TMA: bool
     PAGE_KEYS: int
     WAITS: bool
+    ROOM: bool
     PREFIX: bool
     OWN: bool
     RAW: int
@@ -131,9 +138,10 @@ class HopperConfig(AttentionConfig):
     @property
     def REGISTERS(self) -> list[int]:
         """Of a thread of the second consumer, if there is one, and of the producer. A multiprocessor has 512 for a thread of each group of
-        four warps, or 504 with one producer warp, with four or with one consumer; the first consumer's gets what is left."""
+        four warps, or 504 with one producer warp, with four or with one consumer, or 480 with room for others; the first consumer's gets
+        what is left."""
         if not self.STORED:
-            return [232, 40]
+            return [216 if self.ROOM else 232, 40]
         if self.CONSUMERS == 1:
             return [128]
         if self.DV_PADDED > 128:

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cpattn.kernels.arguments import Blocks, alignment, as_words, fits_descriptor
-from cpattn.kernels.attention_config import HopperConfig
+from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
 from cpattn.kernels.hopper_items import PART_DIMS
 from cpattn.kernels.hopper_kernel import hopper_attention_kernel
 from cpattn.kernels.launch import Launcher, LaunchFunction
@@ -45,8 +45,10 @@ def launch(
     # Rows of whole tokens, and a plain copy.
     q_tma = fits_descriptor(q) and WARPGROUP_ROWS % work.pack == 0 and config["Q_SIGN"] == 1
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
+    leaves_room = arrivals is not None and arrivals.side_by_side
+    options = {"num_warps": 4} | ({"launch_pdl": True} if waits else {}) | ({"maxnreg": REGISTERS_WITH_ROOM} if leaves_room else {})
     return _attention.prepare(
-        (work.num_programs, 1), {"num_warps": 4} | ({"launch_pdl": True} if waits else {}),
+        (work.num_programs, 1), options,
         tensors | {"counter": max(tensors.values()) + 1}, of_each_launch=partial(counter_for_launch, q.device),
         q=Blocks(q, list(q.shape), list(q.stride()), q_block, _descriptor) if q_tma else q, q_pointer=q,
         k=as_words(k) if is_stored else _blocks(k, block_n, d_padded, page_keys),
@@ -60,8 +62,8 @@ def launch(
         v_own=none if own is None else _blocks(own.v, block_n, dv_padded, block_n),
         own_places=none if own is None else own.places,
         C=HopperConfig(
-            **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, PREFIX=prefix is not None,
-            OWN=own is not None, RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
+            **config, STAGES=work.shape.num_stages, Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, ROOM=leaves_room,
+            PREFIX=prefix is not None, OWN=own is not None, RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
             COPIED=min(alignment(k), alignment(v)) if is_stored else 0, CONSUMERS=work.shape.warpgroups,
         ),
         **arguments,

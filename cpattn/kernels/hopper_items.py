@@ -71,14 +71,15 @@ class Item(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear; and whether all
-    keys are known to be there."""
+    """How much has been put into the buffers: key blocks, queries of both consumers, blocks with values to clear; whether all keys are
+    known to be there; and the row from which on those of the item are that have been waited for."""
 
     blocks: Any
     queries0: Any
     queries1: Any
     edges: Any
     all_here: Any
+    here_from: Any
 
 
 @gluon.jit
@@ -119,4 +120,4 @@ def bring_queries(brought, item, sources, q, C: gl.constexpr):
             mbarrier.expect(q.full.index(1), BYTES)
             tma_load(sources.q, [item.q_begin + TOKENS, item.first_head, 0], q.full.index(1), q.smem.index(1))
             queries1 += 1
-    return Brought(brought.blocks, queries0, queries1, brought.edges, brought.all_here)
+    return Brought(brought.blocks, queries0, queries1, brought.edges, brought.all_here, brought.here_from)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.kernels.arrivals import all_flag, piece_flag
+from cpattn.kernels.arrivals import piece_flag
 from cpattn.kernels.hopper_channels import put_item, wait_empty
 from cpattn.kernels.hopper_items import PART_DIMS, Brought, Item, bring_queries, parts_of, tma_load
 from cpattn.kernels.hopper_stored import Waiting, bring_stored, finish_stored, nothing_yet
@@ -28,9 +28,10 @@ from cpattn.kernels.tile_keys import (
 )
 
 _PIECE_ROWS = gl.constexpr(PIECE_ROWS)
-# Places of a warp.
-_TURN = gl.constexpr(30)
-_ALL = gl.constexpr(31)
+# Pairs of pieces that a warp looks at, each thread at one.
+_PAIRS = gl.constexpr(31)
+# Before any row.
+_NO_ROW = gl.constexpr(2**31 - 1)
 # Keys of a part of a key block, by which keys outside of the range are cleared.
 _PART_KEYS = gl.constexpr(16)
 
@@ -115,45 +116,62 @@ def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
 
 
 @gluon.jit
-def _flags(flags):
-    """Flags that another kernel writes; what comes next reads after what they say."""
-    return gl.inline_asm_elementwise("ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [flags], dtype=gl.int32, is_pure=False, pack=1)
+def _two_flags(flags):
+    """Two flags that another kernel writes; what comes next reads after what they say."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b64 two; ld.acquire.gpu.global.u64 two, [$2]; mov.b64 {$0, $1}, two; }",
+        "=r,=r,l", [flags], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _await_rows(begin, end, sources):
-    """Waits until the keys of these rows are there; whether it has found that all are."""
+    """Waits until the keys of these rows are there. Whether it has found that all are; and the row from which on those before ``end``
+    are there: each look is at as many as a warp can see at once, down from ``end``, so that the next blocks need none."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     place = gl.arange(0, 32, layout)
-    piece = begin // _PIECE_ROWS + place
-    is_late = gl.load(sources.late + piece, mask=piece * _PIECE_ROWS < end, other=0) != 0
-    # A block has fewer pieces than there are places: one of the others looks what turn it is, one whether all pieces are there.
-    flags = gl.where(is_late, piece_flag(sources.arrived, piece), all_flag(sources.arrived))
-    flags = gl.where(place == _TURN, sources.arrived, flags)
+    last = (end - 1) // _PIECE_ROWS
+    # Pieces side by side in pairs. The last thread looks what turn it is, and whether all pieces are there.
+    pair = last // 2 - place
+    is_pair = (pair >= 0) & (place < _PAIRS)
+    late = sources.late + 2 * pair
+    late0 = gl.load(late, mask=is_pair, other=0) != 0
+    late1 = gl.load(late + 1, mask=is_pair & (2 * pair < last), other=0) != 0
+    flags = gl.where(late0 | late1, piece_flag(sources.arrived, 2 * pair), sources.arrived)
+    first = begin // _PIECE_ROWS
+    is_needed0 = 2 * pair >= first
+    is_needed1 = 2 * pair + 1 >= first
     all_here = 0
     missing = 1
+    missing0 = late0
+    missing1 = late1
     while missing > 0:
-        words = _flags(flags)
-        turn = gl.sum(gl.where(place == _TURN, words, 0), 0)
-        all_here = gl.max(gl.where((place == _ALL) & (words == turn), 1, 0), 0)
-        missing = gl.max(gl.where(is_late & (words != turn), 1, 0), 0) * (1 - all_here)
+        words0, words1 = _two_flags(flags)
+        turn = gl.sum(gl.where(place == _PAIRS, words0, 0), 0)
+        all_here = gl.max(gl.where((place == _PAIRS) & (words1 == turn), 1, 0), 0)
+        missing0 = late0 & (words0 != turn)
+        missing1 = late1 & (words1 != turn)
+        missing = gl.max(gl.where((missing0 & is_needed0) | (missing1 & is_needed1), 1, 0), 0) * (1 - all_here)
     # Copies by TMA are ordered apart from other reads.
     gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, $1;", "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1)
-    return all_here
+    missing_piece = gl.max(gl.where(missing1, 2 * pair + 1, gl.where(missing0, 2 * pair, -1)), 0)
+    here_from = gl.maximum(missing_piece + 1, 2 * (last // 2 - _PAIRS + 1)) * _PIECE_ROWS
+    return all_here, here_from
 
 
 @gluon.jit
 def _await_block(brought, block, item, sources, C: gl.constexpr):
-    """Waits until a key block of the item is there, if not all are."""
+    """Waits until a key block of the item is there, if it is not known to be."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
     all_here = brought.all_here
+    here_from = brought.here_from
     may_come = block >= item.prefix_end
     if C.OWN:
         may_come = may_come & (block < item.own_begin)
-    if (all_here == 0) & may_come:
-        first = item.k_start + gl.maximum(block, item.keys.first)
-        all_here = _await_rows(first, item.k_start + gl.minimum(block + BLOCK_N, item.keys.end), sources)
-    return Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, all_here)
+    first = item.k_start + gl.maximum(block, item.keys.first)
+    if (all_here == 0) & may_come & (first < here_from):
+        all_here, here_from = _await_rows(first, item.k_start + gl.minimum(block + BLOCK_N, item.keys.end), sources)
+    return Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, all_here, here_from)
 
 
 @gluon.jit
@@ -200,7 +218,7 @@ def _bring_block(brought, block, item, sources, channels, C: gl.constexpr):
         _load_block(
             sources.v, sources.v_prefix, sources.v_own, item, block, stage, channels.v.smem, channels.v.full.index(stage), C.DV_PADDED, C
         )
-    return Brought(i + 1, brought.queries0, brought.queries1, edges, brought.all_here)
+    return Brought(i + 1, brought.queries0, brought.queries1, edges, brought.all_here, brought.here_from)
 
 
 @gluon.jit
@@ -280,7 +298,7 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
     HEADS: gl.constexpr = C.HEADS
     BLOCK_N: gl.constexpr = C.BLOCK_N
     n = 0
-    brought = Brought(0, 0, 0, 0, 0)
+    brought = Brought(0, 0, 0, 0, 0, _NO_ROW)
     waiting = Waiting(0, 0, 0, 0, 0, 0)
     if C.STORED:
         waiting = nothing_yet(sources.k, C)
@@ -300,6 +318,8 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
         put_item(channels.items, n, item_number, C.PRODUCER_WARPS)
         n += 1
         item = _item_of(item_number, tile, k_start, sources, queue.tiles, window, C)
+        if C.WAITS:
+            brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges, brought.all_here, _NO_ROW)
         begin = item.keys.begin
         end = item.keys.end
         if C.STORED:  # noqa: SIM102, as this one is for the compiler
@@ -322,7 +342,9 @@ def produce(sources, queue, channels, window, C: gl.constexpr):
         if not C.STORED:  # noqa: SIM102, as this one is for the compiler
             if begin < end and (begin < item.keys.first or begin + BLOCK_N > end):
                 _clear(channels.v, brought.blocks - 1, begin, item.keys, channels.v_edge, brought.edges, C)
-                brought = Brought(brought.blocks, brought.queries0, brought.queries1, brought.edges + 1, brought.all_here)
+                brought = Brought(
+                    brought.blocks, brought.queries0, brought.queries1, brought.edges + 1, brought.all_here, brought.here_from
+                )
     if C.STORED:
         brought, waiting = finish_stored(brought, waiting, sources, channels, C)
     put_item(channels.items, n, -1, C.PRODUCER_WARPS)

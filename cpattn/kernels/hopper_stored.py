@@ -298,4 +298,4 @@ def bring_stored(brought, waiting, block, item, sources, channels, C: gl.constex
         if waiting.there > 0:
             async_copy.wait_group(1)
             brought = _finish(brought, i - 1, waiting, sources, channels, C)
-    return Brought(i + 1, brought.queries0, brought.queries1, brought.edges, brought.all_here), new
+    return Brought(i + 1, brought.queries0, brought.queries1, brought.edges, brought.all_here, brought.here_from), new

@@ -2,15 +2,16 @@
 :mod:`cpattn.moves.peer_exchange` launches it.
 
 All programs post, and then a few of them wait and pull, so that most multiprocessors stay free: for the attention, which is launched as a
-dependent, and for what other groups do, which those who are waited for may need. All of a rank's programs have begun once its message lies
-there. So where all messages lie there the kernels of all ranks are certain to end.
+dependent, and for what other groups do, which those who are waited for may need. Those of a short message are small, and leave the
+attention room on theirs as well. All of a rank's programs have begun once its message lies there. So where all messages lie there the
+kernels of all ranks are certain to end.
 
 That nobody reads any more what a post writes over is known before it as a rule: the kernel of the last call has waited for that at its
 end, one program beside the attention. After a call that sends otherwise the few wait, and post everything, while the others leave. So
 they do after one that posts and pulls in two launches, as all ranks do then: in the second no program may wait for other ranks' second
 ones, which may find no multiprocessor free.
 
-Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are announced together.
+Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are brought at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -37,27 +38,13 @@ from cpattn.kernels.peer_rows import at
 
 
 @triton.jit
-def _pieces(order, step, num_pieces, few):
-    """The piece, or pieces, that this program brings in its ``step``-th turn, or turns; -1 for none."""
-    i = tl.program_id(0) + step * few
-    return tl.where(i < num_pieces, tl.load(order + tl.maximum(tl.minimum(i, num_pieces - 1), 0)), -1)
-
-
-@triton.jit
-def _sources_of(source, piece, PIECE: tl.constexpr):
-    """Which of all ranks' rows come to a piece's; -1 for none."""
-    row_R = tl.maximum(piece, 0) * PIECE + tl.arange(0, PIECE)
-    return tl.where(piece >= 0, tl.load(source + row_R), -1).to(tl.int64)
-
-
-@triton.jit
-def _load_part(table, out, from_R, part, offset, rows_of_rank, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_W: tl.constexpr):
-    """BLOCK_W columns of these rows, from wherever they lie."""
-    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-    is_row_R = from_R >= 0
-    from_R = tl.maximum(from_R, 0)
-    source_R = at(table, from_R // rows_of_rank, offset, out) + (from_R % rows_of_rank) * (WIDTH // UNIT) * UNIT
-    return tl.load(source_R[:, None] + word_1W, mask=is_row_R[:, None] & (word_1W < WIDTH), other=0, cache_modifier=".cg")
+def _rows_of(order, source, i, num_pieces, PIECE: tl.constexpr, TOGETHER: tl.constexpr):
+    """The rows of TOGETHER pieces from the ``i``-th to be brought on, and which of all ranks' rows come to them; -1 for none."""
+    row_R = tl.arange(0, PIECE * TOGETHER)
+    place_R = i + row_R // PIECE
+    piece_R = tl.load(order + place_R, mask=place_R < num_pieces, other=-1)
+    to_R = piece_R * PIECE + row_R % PIECE
+    return to_R, tl.load(source + to_R, mask=piece_R >= 0, other=-1)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "few"])
@@ -75,9 +62,9 @@ def exchange_rows_kernel(
     where V is in K. Then a new round of arrivals begins.
 
     With PULLS the first ``few`` programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order
-    that follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. Each piece is announced once it is there,
-    to a kernel that runs beside this one: it begins when all programs of this one know that the messages lie there, and so are certain to
-    end.
+    that follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. A program brings TOGETHER pieces at once,
+    BLOCK_W columns after BLOCK_W columns, so that enough bytes are on their way. Then it announces them, to a kernel that runs beside this
+    one: that begins when all programs of this one know that the messages lie there, and so are certain to end.
 
     One launch may post and the next one pull: where other rows of the message are written between, and where ranks share a stream
     (SHARES). Those would otherwise keep away whom they wait for. Their hosts wait, and no kernel does.
@@ -122,10 +109,8 @@ def exchange_rows_kernel(
         # What says where pieces lie comes while others' messages are waited for.
         num_pieces = tl.load(order)
         order += 1
-        piece = _pieces(order, 0, num_pieces, few)
-        next_piece = _pieces(order, 1, num_pieces, few)
-        from_R = _sources_of(source, piece, PIECE)
-        next_from_R = _sources_of(source, next_piece, PIECE)
+        first = tl.program_id(0) * TOGETHER
+        to_row_R, from_row_R = _rows_of(order, source, first, num_pieces, PIECE, TOGETHER)
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
         if not POSTS:
             is_there = is_there & found_no_fault(table, heap, WORLD, THREADS)
@@ -142,31 +127,23 @@ def exchange_rows_kernel(
                     word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
                     to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
                     tl.store(to_W, tl.full([BLOCK_W], -1, like.dtype.element_ty), mask=word_W < WIDTH)
-        # While a part of a piece is written the next one is on its way, and so are the numbers that those after it are found by: few
-        # programs could not fill the links otherwise. For the same reason TOGETHER pieces are announced at once, which waits for all that
-        # is under way: between two H100 announcing each one took as long as bringing it.
-        values_RW = _load_part(table, out, from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-        for first_step in range(0, tl.cdiv(num_pieces - tl.program_id(0), few), TOGETHER):
-            group_T = _pieces(order, first_step + tl.arange(0, TOGETHER), num_pieces, few)
-            for i in tl.static_range(TOGETHER):
-                last_piece = _pieces(order, first_step + i + 2, num_pieces, few)
-                row_R = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
-                to_R = out + (row_R * row_units) * UNIT
-                is_row_R = from_R >= 0
-                for part in tl.static_range(PARTS):
-                    if part + 1 < PARTS:
-                        next_RW = _load_part(table, out, from_R, part + 1, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-                    else:
-                        next_RW = _load_part(table, out, next_from_R, 0, offset, num_rows, WIDTH, UNIT, BLOCK_W)
-                    word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-                    tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_row_R[:, None] & (word_1W < WIDTH))
-                    values_RW = next_RW
-                last_from_R = _sources_of(source, last_piece, PIECE)
-                piece = next_piece
-                next_piece = last_piece
-                from_R = next_from_R
-                next_from_R = last_from_R
-            announce(piece_flag(flags, group_T), turn, group_T >= 0)
+        for i in range(first, num_pieces, few * TOGETHER):
+            # The numbers by which the next ones are found are on their way meanwhile.
+            next_to_row_R, next_from_row_R = _rows_of(order, source, i + few * TOGETHER, num_pieces, PIECE, TOGETHER)
+            is_row_R1 = (from_row_R >= 0)[:, None]
+            from_row_R = tl.maximum(from_row_R, 0)
+            from_R = at(table, from_row_R // num_rows, offset, out) + ((from_row_R % num_rows).to(tl.int64) * row_units) * UNIT
+            to_R = out + (to_row_R.to(tl.int64) * row_units) * UNIT
+            for part in tl.static_range(PARTS):
+                word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+                is_put_RW = is_row_R1 & (word_1W < WIDTH)
+                values_RW = tl.load(from_R[:, None] + word_1W, mask=is_put_RW, other=0, cache_modifier=".cg")
+                tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_put_RW)
+            piece_T = i + tl.arange(0, TOGETHER)
+            is_piece_T = piece_T < num_pieces
+            announce(piece_flag(flags, tl.load(order + piece_T, mask=is_piece_T, other=0)), turn, is_piece_T)
+            to_row_R = next_to_row_R
+            from_row_R = next_from_row_R
         is_last = is_last_to_pull(heap, board, few)
         announce(all_flag(flags), turn, is_last)
         # What was read may be the NaN of a rank that has found one.

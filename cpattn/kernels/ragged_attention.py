@@ -74,7 +74,8 @@ def ragged_attention(
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k_address == v_address,
         (k_address | v_address) % 16, q.data_ptr() % 16 == 0, out.stride(), out.dtype, lse.stride(), into is None,
         options.scale, options.window, options.softcap, None if sinks is None else sinks.dtype,
-        None if page_table is None else (page_table.stride(), page_table.dtype), arrivals is None,
+        None if page_table is None else (page_table.stride(), page_table.dtype),
+        None if arrivals is None else arrivals.side_by_side,
         None if prefix is None else (
             prefix.k.shape, prefix.k.stride(), prefix.v.shape, prefix.v.stride(),
             None if prefix.page_table is None else (prefix.page_table.stride(), prefix.page_table.dtype),
@@ -87,7 +88,7 @@ def ragged_attention(
     if page_table is not None:
         tensors += (page_table,)
     if arrivals is not None:
-        tensors += arrivals
+        tensors += arrivals.flags, arrivals.late
     if prefix is not None:
         tensors += prefix.k, prefix.v, prefix.places
         if prefix.page_table is not None:

@@ -20,6 +20,8 @@ class LateRows(NamedTuple):
         order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
         flags: which are there; see :class:`cpattn.keys.Arrivals`.
         form: of that order, which all ranks' have; see :class:`cpattn.transports.posted.Posted`.
+        side_by_side: whether they come by programs that run on the multiprocessors of the attention; see
+            :class:`cpattn.keys.Arrivals`.
         between: whether cached keys are put in rows of the message after this rank's own, and before others' come.
     """
 
@@ -30,4 +32,5 @@ class LateRows(NamedTuple):
     order: Tensor
     flags: Tensor
     form: int
+    side_by_side: bool = False
     between: bool = False

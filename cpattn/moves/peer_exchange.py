@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -12,19 +12,38 @@ from torch import Tensor
 
 from cpattn.kernels.arguments import Words
 from cpattn.kernels.arrival_layout import PIECE_ROWS
+from cpattn.kernels.attention_config import ROOM_REGISTERS
 from cpattn.kernels.launch import Launcher, LaunchFunction
 from cpattn.kernels.peer_exchange import exchange_rows_kernel
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, arguments_of_rows, kind_of_rows, row_words
 
-# Programs that post, of which few go on to wait and to pull, on so many multiprocessors that others stay free for the attention and for
-# what other groups do. Each has as many threads as a multiprocessor takes, so that few of them have enough bytes on their way.
-_PROGRAMS = 132
-_FEW = 24
-# Of a small GPU's multiprocessors they leave as many free: while they wait, all that post have to find place.
-_SHARE = 4
-_WARPS = 32
-_PIECES_TOGETHER = 4
+
+class _Programs(NamedTuple):
+    """How a message is moved.
+
+    Attributes:
+        posting: programs at most that post; pulling: those of them that go on to wait and to pull, at most, and on how many of a GPU's
+            multiprocessors, one of so many: while they wait, all that post have to find place.
+        registers: of a thread, at most, or None.
+        posts, pulls: bytes that a program moves at once.
+    """
+
+    posting: int
+    pulling: int
+    share: int
+    warps: int
+    registers: int | None
+    posts: int
+    pulls: int
+
+
+# On so few multiprocessors that others stay free for the attention and for what other groups do. Each has as many threads as a
+# multiprocessor takes, so that few of them have enough bytes on their way. Beside the attention on all of them it took longer than that.
+_LONG = _Programs(posting=132, pulling=24, share=4, warps=32, registers=None, posts=16384, pulls=131072)
+# Of a short message the attention has one tile for each multiprocessor, and would wait for those that others pull on. So these are small
+# enough to run beside it, on the registers that it leaves.
+_SHORT = _Programs(posting=1056, pulling=66, share=2, warps=4, registers=ROOM_REGISTERS, posts=4096, pulls=8192)
 
 # What a launch does: all of it, or the first or the last part.
 Part: TypeAlias = Literal["all", "post", "pull"]
@@ -45,7 +64,7 @@ def exchange_rows(board: Board, like: Tensor, rows: int, given: Given, late: Lat
         shares: whether all ranks launch on one stream, one part after another.
     """
     k, v, _ = given
-    key = *board[1:], part, shares, rows, like.shape, *kind_of_rows(k, v), late.places.shape, late.order.shape
+    key = *board[1:], part, shares, rows, like.shape, *kind_of_rows(k, v), late.places.shape, late.order.shape, late.side_by_side
     launch = _exchange_rows.prepared.get(key) or _exchange_rows.prepared.keep(key, _prepare(board, like, rows, given, late, part, shares))
     launch(board.table, k, k if v is None else v, like, late.own_rows, late.places, late.source, late.order, late.flags)
 
@@ -60,15 +79,22 @@ _TENSORS = ("table", "k", "v", "like", "own_rows", "places", "source", "order", 
 
 
 def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part, shares: bool) -> LaunchFunction:
-    own: dict[str, Any] = arguments_of_rows(given[0], given[1])
+    how = _SHORT if late.side_by_side else _LONG
+    own: dict[str, Any] = arguments_of_rows(given[0], given[1], how.posts)
     word, width, _, unit = row_words(like)
-    few = max(1, min(_FEW, _processors(like.device) // _SHARE, late.order.shape[0] - 1))
-    programs = few if part == "pull" else max(few, min(_PROGRAMS, triton.cdiv(late.places.shape[0] * own["HEADS"], own["BLOCK_R"])))
+    pieces = late.order.shape[0] - 1
+    few = max(1, min(how.pulling, _processors(like.device) // how.share, pieces))
+    programs = few if part == "pull" else max(few, min(how.posting, triton.cdiv(late.places.shape[0] * own["HEADS"], own["BLOCK_R"])))
+    words = how.pulls // word.itemsize // PIECE_ROWS
+    block_w = min(words, triton.next_power_of_2(width))
+    # As many pieces at once as fill it, where each program has as many.
+    together = min(words // block_w, triton.next_power_of_2(triton.cdiv(pieces, few)))
+    options = {"num_warps": how.warps} | ({} if how.registers is None else {"maxnreg": how.registers})
     return _exchange_rows.prepare(
-        (programs, 1), {"num_warps": _WARPS}, {name: i for i, name in enumerate(_TENSORS)},
+        (programs, 1), options, {name: i for i, name in enumerate(_TENSORS)},
         table=board.table, like=Words(like, word), own_rows=late.own_rows, places=late.places, source=late.source,
         order=late.order, flags=late.flags,
         offset=board.offset, size=board.size_word, num_rows=rows, few=few,
-        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=min(512, triton.next_power_of_2(width)), TOGETHER=_PIECES_TOGETHER,
-        POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(_WARPS, True), **own, **board.place(_WARPS),
+        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=block_w, TOGETHER=together,
+        POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(how.warps, True), **own, **board.place(how.warps),
     )  # fmt: skip

@@ -130,11 +130,11 @@ def kind_of_rows(k: Tensor, v: Tensor | None) -> tuple[Any, ...]:
     return k.shape, k.stride(), k.dtype, values.shape, values.stride(), v is None
 
 
-def arguments_of_rows(k: Tensor, v: Tensor | None) -> dict[str, Any]:
-    """What a kernel takes of rows that it posts."""
+def arguments_of_rows(k: Tensor, v: Tensor | None, at_once: int = _BYTES) -> dict[str, Any]:
+    """What a kernel takes of rows that it posts, so many bytes of K at once."""
     _, heads, dim = k.shape
     values, v_dim = k if v is None else v, 0 if v is None else v.shape[2]
-    block = max(1, _BYTES // (k.element_size() * triton.next_power_of_2(max(dim, v_dim))))
+    block = max(1, at_once // (k.element_size() * triton.next_power_of_2(max(dim, v_dim))))
     return {
         "k": k, "v": values,
         "k_stride_row": k.stride(0), "k_stride_head": k.stride(1), "v_stride_row": values.stride(0), "v_stride_head": values.stride(1),

@@ -176,7 +176,37 @@ def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
     plan = cpattn.plan([(0, 128), (0, 1024), (0, 1024)], 2)
     count, *order = late_tables(plan.metadata(0), None, Ordered.SEEN).order.tolist()
     # Rank 0 has the first and the last quarter of each request, rank 1 those between.
-    assert order[:count] == [*range(55, 23, -1), *range(119, 87, -1), 5, 4, 3, 2]
+    rows = [*range(896, 384, -1), *range(1920, 1408, -1), *range(96, 32, -1)]
+    assert order[:count] == [row // PIECE_ROWS - 1 for row in rows[::PIECE_ROWS]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes", "expected"),
+    [
+        (1024, {}, True),
+        (1025, {}, False),
+        (2048, {"kv_heads": 4}, True),
+        (600, {"head_dim": 192}, False),
+        (600, {"v_head_dim": 192}, False),
+        (600, {"kv_dtype": torch.float8_e4m3fn}, False),
+    ],
+)
+def test_which_messages_come_by_programs_beside_those_of_the_attention(tokens: int, changes: dict[str, Any], expected: bool) -> None:
+    """Those of up to 4 MiB, where that has registers to spare: with wider heads, or where it converts keys, it has none."""
+    meta = cpattn.plan([(0, tokens)], 2).metadata(0)
+    problem = problem_like("cpu", torch.bfloat16, rows=meta.rows, **({"head_dim": 128, "v_head_dim": 128} | changes))
+    sent: list[LateRows] = []
+    transport = cpattn.LoopbackGroup(2).transport(0)
+
+    def noted(rows: int, like: Tensor, late: LateRows, fill_missing: Any) -> object:
+        sent.append(late)
+        return object()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "late_rows", noted)
+        keys = LateKeys.of(Setup(problem, meta, transport, False, waits_for_keys=True), KVFormat.of(problem))
+    assert keys is not None
+    assert sent[0].side_by_side is keys.arrivals.side_by_side is expected
 
 
 def test_another_batch_in_a_bucket_has_its_own() -> None:

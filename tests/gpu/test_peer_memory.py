@@ -37,6 +37,13 @@ def test_bits_are_those_of_nccl(ranks: ProcessRanks, strategy: str, cache: str) 
     compare(ranks, [case_of(batch, cache) for batch in BATCHES], strategy)
 
 
+@pytest.mark.parametrize("cache", ["packed", "paged"])
+def test_bits_are_those_of_nccl_for_short_and_long_messages(ranks: ProcessRanks, cache: str) -> None:
+    """Those of up to 4 MiB come by other programs, and the attention beside them has fewer registers; one of each is about as long."""
+    cases = [replace(case_of(batch, cache), kv_heads=8, head_dim=128) for batch in ([(0, 1000)], [(0, 1100)], [(0, 2500), (70, 333)])]
+    compare(ranks, cases, "all_gather")
+
+
 @pytest.mark.parametrize("cache", ["packed", "own packed", "own pages"])
 def test_bits_are_those_of_nccl_where_heads_are_divided(ranks: ProcessRanks, cache: str) -> None:
     compare(ranks, [case_of(batch, cache) for batch in BATCHES], "ulysses")

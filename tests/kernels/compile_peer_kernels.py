@@ -1,4 +1,5 @@
-"""Compiles the kernels that move messages between GPUs for a Hopper GPU, which need not be there; prints each one's name.
+"""Compiles the kernels that move messages between GPUs, and the attention beside one of them, for a Hopper GPU, which need not be there;
+prints each one's name.
 
 It runs without Triton's interpreter, in a process of its own.
 """
@@ -12,6 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from cpattn.kernels import peer_exchange, peer_rows
+from cpattn.kernels.arrival_layout import PIECE_ROWS
+from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, ROOM_REGISTERS, HopperConfig
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TABLE = {"table": "*i64"}
@@ -22,17 +25,59 @@ PAGES = {"k_pages": "*bf16", "v_pages": "*bf16", "page_table": "*i32", "request"
 WORDS = {"UNIT": 2, "BLOCK_W": 4096}
 
 
-def compile_it(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, *, is_wide: bool = False) -> None:
+def compile_it(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, *, is_wide: bool = False, registers: int | None = None
+) -> str:
     """``is_wide``: whether it should move 16 bytes at once."""
     names = [parameter.name for parameter in kernel.params]
     constants = constants | {"WORLD": 3, "THREADS": 32 * warps}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    text = compile(source, target=HOPPER, options={"num_warps": warps}).asm["ptx"]
+    text = str(compile(source, target=HOPPER, options={"num_warps": warps, "maxnreg": registers}).asm["ptx"])
     for access in ("ld", "st") if is_wide else ():
         assert re.search(access + r"\.global[^;]*\.v(4\.b32|2\.b64)", text), f"{kernel.__name__} has no {access} of 16 bytes"
     print(kernel.__name__)
+    return text
+
+
+def compile_attention() -> str:
+    """That leaves room, for 32 heads, 8 of K and V, of 128."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from cpattn.kernels.hopper_kernel import hopper_attention_kernel
+
+    config = HopperConfig(
+        NUM_HEADS=32, GROUP=4, PACK=1, D=128, DV=128, D_PADDED=128, DV_PADDED=128, BLOCK_N=128, Q_SIGN=1, WINDOW=False, SOFTCAP=False,
+        SINKS=False, INTO=False, PAGE_SIZE=0, STORED=False, FP8=0, SCALED=False, OF_TOKENS=False, STAGES=2, Q_TMA=True, PAGE_KEYS=0,
+        WAITS=True, ROOM=True, PREFIX=False, OWN=False, RAW=0, COPIED=0, CONSUMERS=2,
+    )  # fmt: skip
+
+    def blocks(shape: list[int]) -> str:
+        return f"tensordesc<bf16{shape},{gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)!r}>"
+
+    pointers = {"q": blocks([64, 1, 128]), "k": blocks([1, 128, 128]), "v": blocks([1, 128, 128]), "q_pointer": "*bf16", "out": "*bf16"}
+    pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
+    unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places", "page_table")
+    pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
+    names = [parameter.name for parameter in hopper_attention_kernel.params]
+    floats = ("tanh_scale", "exponent_scale")
+    signature = {name: "constexpr" if name == "C" else pointers.get(name, "fp32" if name in floats else "i32") for name in names}
+    strides = ("stride_row", "stride_head")
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*") or name.endswith(strides)
+    }
+    source = GluonASTSource(hopper_attention_kernel, signature, {(names.index("C"),): config}, aligned)
+    compiled = compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": REGISTERS_WITH_ROOM})
+    print(hopper_attention_kernel.__name__)
+    return str(compiled.asm["ptx"])
+
+
+def registers_of_a_quarter(text: str) -> int:
+    """Of a multiprocessor's four quarters, which share a program's warps, of 32 threads each."""
+    threads, of_each = (int(re.search(rf"\.{word} (\d+)", text)[1]) for word in ("reqntid", "maxnreg"))  # type: ignore[index]
+    return threads // 4 * of_each
 
 
 if __name__ == "__main__":
@@ -40,11 +85,15 @@ if __name__ == "__main__":
     compile_it(peer_rows.await_messages_kernel, TABLE, {}, 1)
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
     compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True}, 4)
-    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": 16, "BLOCK_W": 512, "TOGETHER": 4, "FLAGS": 1024, "SHARES": False}
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": PIECE_ROWS, "BLOCK_W": 512, "TOGETHER": 8, "FLAGS": 1024, "SHARES": False}
     late = TABLE | LATE | {"k": "*bf16", "v": "*bf16"}
     for posts, pulls in ((True, True), (True, False), (False, True)):
         parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls}
         compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=pulls)
+    short = WIDTHS | pieces | {"POSTS": True, "PULLS": True, "BLOCK_R": 16, "BLOCK_W": 256, "TOGETHER": 1, "FLAGS": 128}
+    beside = compile_it(peer_exchange.exchange_rows_kernel, late, short, 4, is_wide=True, registers=ROOM_REGISTERS)
+    # Both on one multiprocessor.
+    assert registers_of_a_quarter(beside) + registers_of_a_quarter(compile_attention()) <= 65536 // 4
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True, "ENDS": False}, 8)

@@ -60,8 +60,8 @@ def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: 
     constants = HopperConfig(
         NUM_HEADS=32, GROUP=4, PACK=4, D=dims[0], DV=dims[1], D_PADDED=padded.d, DV_PADDED=padded.dv, BLOCK_N=shape.block_n, Q_SIGN=1,
         WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=True, OF_TOKENS=of_tokens,
-        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, PREFIX=False, OWN=False, RAW=stored_blocks(*dims, stored),
-        COPIED=copied, CONSUMERS=shape.warpgroups,
+        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, ROOM=False, PREFIX=False, OWN=False,
+        RAW=stored_blocks(*dims, stored), COPIED=copied, CONSUMERS=shape.warpgroups,
     )  # fmt: skip
     block = [16, 4, padded.d]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)

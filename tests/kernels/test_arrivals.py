@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS
+from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS, flag_words
 from cpattn.kernels.ragged_attention import ragged_attention, specialized_kernel
 from cpattn.keys import Arrivals, Keys
 from cpattn.options import AttentionOptions
@@ -29,8 +29,9 @@ def causal(tokens: int) -> Spans:
 
 
 @needs_waiting
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["alone", "with room"])
 @pytest.mark.parametrize("window", [None, 700])
-def test_it_waits_for_each_piece_until_it_is_there(window: int | None) -> None:
+def test_it_waits_for_each_piece_until_it_is_there(window: int | None, side_by_side: bool) -> None:
     """Copies bring the pieces after the launch, in any order, each with its flag after it."""
     torch.manual_seed(0)
     options = AttentionOptions(scale=0.1, window=window)
@@ -43,9 +44,9 @@ def test_it_waits_for_each_piece_until_it_is_there(window: int | None) -> None:
     for piece in range(0, pieces, 3):
         rows = slice(piece * PIECE_ROWS, (piece + 1) * PIECE_ROWS)
         come[:, rows] = whole[:, rows]
-    flags = torch.full((FIRST_FLAG + pieces,), TURN - 1, device="cuda", dtype=torch.int32)
+    flags = torch.full((flag_words(pieces),), TURN - 1, device="cuda", dtype=torch.int32)
     flags[:1] = TURN
-    keys = Keys(come[0], come[1], arrivals=Arrivals(flags, late))
+    keys = Keys(come[0], come[1], arrivals=Arrivals(flags, late, side_by_side))
     # Compiled before anything waits.
     flags[1] = TURN
     ragged_attention(q, keys, spans, options)
@@ -75,7 +76,7 @@ def test_it_waits_for_nothing_once_all_is_there() -> None:
     q, spans = torch.randn(300, 16, 128, device="cuda", dtype=torch.bfloat16), causal(300)
     k, v = torch.randn(2, 300, 4, 128, device="cuda", dtype=torch.bfloat16)
     pieces = -(-300 // PIECE_ROWS)
-    flags = torch.zeros(FIRST_FLAG + pieces, device="cuda", dtype=torch.int32)
+    flags = torch.zeros(flag_words(pieces), device="cuda", dtype=torch.int32)
     late = torch.ones(pieces, device="cuda", dtype=torch.int32)
     flags[:FIRST_FLAG] = TURN
     out, lse = ragged_attention(q, Keys(k, v, arrivals=Arrivals(flags, late)), spans, OPTIONS)

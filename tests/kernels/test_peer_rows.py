@@ -20,7 +20,7 @@ from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
 from cpattn.kernels import peer_flags
-from cpattn.kernels.arrival_layout import PIECE_ROWS
+from cpattn.kernels.arrival_layout import PIECE_ROWS, flag_words
 from cpattn.moves import peer_exchange, peer_moves
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
@@ -105,18 +105,19 @@ def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtyp
                 assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("side_by_side", [True, False], ids=["small programs", "large programs"])
 @pytest.mark.parametrize(
     ("heads", "dims", "dtype"), [(2, (64, 64), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)], ids=str
 )
 def test_rows_that_come_late(
-    heads: int, dims: tuple[int, int | None], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    heads: int, dims: tuple[int, int | None], dtype: torch.dtype, side_by_side: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Own rows lie in order once a message is posted, those of others come piece by piece, and each says so: turn after turn."""
     torch.manual_seed(0)
-    size, rows, pieces, width = 3, 20, 4, dims[0] + (dims[1] or 0)
+    size, rows, pieces, width = 3, 20, 12, dims[0] + (dims[1] or 0)
     ranks, mine = Ranks(size, device), 1
     # The last piece has fewer rows, and what follows in memory is somebody else's.
-    num_rows = pieces * PIECE_ROWS - 5
+    num_rows = pieces * PIECE_ROWS - 3
     # Each rank has its rows where it likes; the last one's last row has no place.
     places = [torch.randperm(num_rows, device=device)[:rows].int() for _ in range(size)]
     places[2][-1] = -1
@@ -133,16 +134,17 @@ def test_rows_that_come_late(
     theirs = torch.cat([rank * num_rows + places[rank][:-1] for rank in (0, 2)])
     source = torch.full((pieces * PIECE_ROWS,), -1, dtype=torch.int32, device=device)
     source[free[: len(theirs)]] = theirs[torch.randperm(len(theirs), device=device)][: len(free)].int()
-    order = torch.tensor([3, 3, 0, 1, -1], dtype=torch.int32, device=device)
-    flags = torch.zeros(2 + pieces, dtype=torch.int32, device=device)
+    order = torch.tensor([11, 3, 0, 1, *range(4, 12), -1], dtype=torch.int32, device=device)
+    flags = torch.zeros(flag_words(pieces), dtype=torch.int32, device=device)
     shape, nbytes = (num_rows, heads, width), num_rows * heads * width * dtype.itemsize
     messages = [heap[HEADER : HEADER + nbytes].view(dtype).view(shape) for heap in ranks.heaps]
     after = ranks.heaps[mine][HEADER + nbytes :]
     # The last one posts and pulls in one launch, of one program here, as others would wait for each other.
-    monkeypatch.setattr(peer_exchange, "_PROGRAMS", 1)
+    how = "_SHORT" if side_by_side else "_LONG"
+    all_programs = getattr(peer_exchange, how)
     words = ranks.heaps[mine].view(torch.int32)
     for turn in (1, 2, 3):
-        monkeypatch.setattr(peer_exchange, "_FEW", 1 if turn == 3 else 24)
+        monkeypatch.setattr(peer_exchange, how, all_programs._replace(posting=1, pulling=1) if turn == 3 else all_programs)
         want, given = [], []
         for rank in range(size):
             k = torch.randn(rows, heads, dims[0], dtype=dtype, device=device)
@@ -154,7 +156,11 @@ def test_rows_that_come_late(
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
         # Each has flags of its own.
         each_flags = [flags if rank == mine else torch.zeros_like(flags) for rank in range(size)]
-        lates = [LateRows(rows, *own_rows[rank], source, order, each_flags[rank], form=1) for rank in range(size)]
+        lates = [LateRows(rows, *own_rows[rank], source, order, each_flags[rank], 1, side_by_side) for rank in range(size)]
+
+        def said(turn: int) -> list[int]:
+            """By all pieces together, and by each."""
+            return [turn, *(0 if piece == 2 else turn for piece in range(pieces))]
 
         def exchange(rank: int, part: peer_exchange.Part, *, shares: bool) -> None:
             board = ranks.board(rank, nbytes=nbytes)
@@ -167,7 +173,7 @@ def test_rows_that_come_late(
         comes = source[:num_rows] >= 0
         want[mine][comes] = torch.cat(want)[source[:num_rows][comes].long()]
         if turn < 3:
-            assert flags.tolist() == [turn, turn - 1, turn - 1, turn - 1, 0, turn - 1]
+            assert flags.tolist() == [turn, *said(turn - 1)]
             exchange(mine, "pull", shares=True)
             assert int(words[ALL_READ]) == 0
         else:
@@ -176,7 +182,7 @@ def test_rows_that_come_late(
             exchange(mine, "all", shares=False)
             assert int(words[ALL_READ]) == 1
         assert torch.equal(messages[mine], want[mine])
-        assert flags.tolist() == [turn, turn, turn, turn, 0, turn]
+        assert flags.tolist() == [turn, *said(turn)]
         assert ranks.read(0, 0)[mine] == turn
         for rank in (0, 2):
             peer_moves.pull_nothing(ranks.board(rank, nbytes=nbytes))
@@ -371,4 +377,4 @@ def test_what_is_posted_is_freed_without_the_collector() -> None:
 def test_they_compile_for_hopper() -> None:
     """The interpreter takes what the compiler does not; and a compiler that cannot see alignment makes accesses narrow."""
     said = said_by_compiling(Path(__file__).parent / "compile_peer_kernels.py")
-    assert len(said.split()) == 12
+    assert len(said.split()) == 14
