@@ -44,7 +44,8 @@ class LinkCosts:
     True
 
     Attributes:
-        latency: seconds of a message of no bytes, its launch included; of one from a rank to another ``shift_latency``, if that is given.
+        latency: seconds of a message of no bytes, its launch included; of one from a rank to another ``shift_latency``, and of keys that
+            come late ``late_latency``, if these are given.
         gather: bytes a second that a rank receives in an all-gather.
         shift: bytes a second that a rank receives from one other.
         hides_gather, hides_shift: of what travels beside attention, the part that costs nothing. Where kernels of the call itself fetch a
@@ -53,10 +54,10 @@ class LinkCosts:
         host_gather, host_shift: seconds that the host takes to start one.
         measured_ranks: of how many ranks it was measured; 0 if it is stated, by data sheets.
         hides_late: as ``hides_gather``, of keys that come beside an attention that waits for each of them: the kernel that brings them
-            takes multiprocessors meanwhile, and the first tiles wait. late_latency: seconds that they take more than others.
+            takes multiprocessors meanwhile, and the first tiles wait.
         from_one: bytes a second that all others together receive from one rank whose memory they read; None where it is no limit.
         shift_of_many: as ``shift``, of a ring of more than two ranks; None where it is the same.
-        shift_latency: see ``latency``.
+        shift_latency, late_latency: see ``latency``.
     """
 
     latency: float
@@ -72,12 +73,15 @@ class LinkCosts:
     from_one: float | None = None
     shift_of_many: float | None = None
     shift_latency: float | None = None
-    late_latency: float = 0.0
+    late_latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = tuple(name for name in ("from_one", "shift_of_many") if getattr(self, name) is not None)
-        at_least_0 = ("latency", "hides_gather", "hides_shift", "hides_late", "late_latency", "host_gather", "host_shift", "measured_ranks")
-        _check(self, ("gather", "shift", *given), at_least_0 if self.shift_latency is None else (*at_least_0, "shift_latency"))
+        rates, latencies = (
+            tuple(name for name in names if getattr(self, name) is not None)
+            for names in (("from_one", "shift_of_many"), ("shift_latency", "late_latency"))
+        )
+        at_least_0 = ("latency", "hides_gather", "hides_shift", "hides_late", "host_gather", "host_shift", "measured_ranks", *latencies)
+        _check(self, ("gather", "shift", *rates), at_least_0)
         for name in ("hides_gather", "hides_shift", "hides_late"):
             if getattr(self, name) > 1:
                 raise OptionError(f"LinkCosts.{name}={shown(getattr(self, name))}; it is a part, of 1 at most")
@@ -99,6 +103,11 @@ class LinkCosts:
     def latency_of_shift(self) -> float:
         """Of a message from one rank to another."""
         return self.latency if self.shift_latency is None else self.shift_latency
+
+    @property
+    def latency_of_late(self) -> float:
+        """Of keys that come late."""
+        return self.latency if self.late_latency is None else self.late_latency
 
 
 @dataclass(frozen=True)
@@ -266,13 +275,13 @@ _NVLINK_4 = LinkCosts(
 # (late_keys.md, keys first). Flags and the launches around them are in the latency; of a hop they took 16 to 60 us (peers_2_gpus.csv and
 # peers_4_gpus.csv, short rings). The kernel that pulls a gather stands in the call's own stream, and hides nothing but late keys. The copy
 # engine of a shift has a stream of its own: 256 MiB beside 3.4 ms of attention made that 3% longer (measured).
-# Late keys: over half of the pull was hidden, by batch between a quarter and all of it, and short calls took 11 us more (late_keys.md,
-# partitions_2_gpus.csv, and peers_2_gpus.csv, where a graph has 32 layers). In a graph of four, ranks that begin up to 150 us apart make
-# each layer seem up to 30 us longer, of which these latencies have a part. From one rank: NVLink 4 carries 450 GB/s each way (data sheet).
+# Late keys: over half of the pull was hidden, by batch between a quarter and all of it (late_keys.md). Short calls took 8 to 14 us more
+# than the launch alone (late_keys.md, short messages, and peers_2_gpus_to_32k.csv, where a graph has 32 layers). In a graph of four, ranks
+# that begin up to 150 us apart make each layer seem up to 30 us longer. From one rank: NVLink 4 carries 450 GB/s each way (data sheet).
 # Between four H100 the keys of a single request came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
 _NVLINK_4_PEERS = LinkCosts(
     18 * US, 330 * GB, 330 * GB, 0.0, 0.86, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2, hides_late=0.55,
-    from_one=450 * GB, shift_latency=38 * US, late_latency=4 * US,
+    from_one=450 * GB, shift_latency=38 * US, late_latency=10 * US,
 )  # fmt: skip
 # Stated: a host of eight GPUs has eight adapters of 400 Gb/s (data sheet of DGX H100), of which 90% are taken. A gather uses all of
 # them, which is more than NVLink carries above, and a message from one rank to the next one.

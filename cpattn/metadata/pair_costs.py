@@ -166,7 +166,7 @@ def _messages(problem: Problem, machine: Machine, cp_size: int, kernel: KernelCo
         received=_at_least_1(problem.key_bytes / link.gather / pair),
         crowded=round(problem.key_bytes * crowding / pair),
         copied=_at_least_1(2 * problem.key_bytes / machine.copy / pair),
-        message=_at_least_1((link.latency + link.late_latency * comes_late) / pair),
+        message=_at_least_1((link.latency_of_late if comes_late else link.latency) / pair),
         comes_late=comes_late,
         hidden=round(100 * link.hides_late * comes_late),
         in_place=kernel.reads_in_place and reads_where_they_lie,

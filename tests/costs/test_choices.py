@@ -16,14 +16,15 @@ from weakref import ref
 import pytest
 import torch
 from references.measured_tables import (
+    PEERS_TABLES,
     Way,
     backends_lines,
     batch_of,
     before_late_keys,
+    before_short_messages,
     estimate,
     late_keys_ways,
     number,
-    peers_machine,
     peers_ways,
     problem_of,
     scaling_ways,
@@ -71,16 +72,16 @@ class Timed(NamedTuple):
 
 
 def tables() -> Iterator[tuple[str, cpattn.Machine, Way, dict[str, str]]]:
-    for cp_size in (2, 4):
-        for way, row in peers_ways(cp_size):
-            yield f"peers_{cp_size}_gpus", peers_machine(cp_size).rested(), way, row
+    for name, (_, machine) in PEERS_TABLES.items():
+        for way, row in peers_ways(name):
+            yield name, machine.rested(), way, row
     for way, row in transports_ways():
         yield "transports_2_gpus", before_late_keys(H200.rested()), way, row
     for way, row in scaling_ways():
         yield f"scaling_4_gpus, {way.cp_size}", H100.rested(), way, row
     for way, beside, measured in late_keys_ways():
         if beside:
-            yield f"late_keys, {way.cp_size}", H100, way, {"graph, p50, us": str(measured)}
+            yield f"late_keys, {way.cp_size}", before_short_messages(H100), way, {"graph, p50, us": str(measured)}
 
 
 def timed() -> list[Timed]:

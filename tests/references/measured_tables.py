@@ -115,6 +115,12 @@ def before_late_keys(machine: cpattn.Machine) -> cpattn.Machine:
     return replace(machine, kernels=tuple(replace(one, waits_for_keys=False, reads_in_place=False) for one in machine.kernels))
 
 
+def before_short_messages(machine: cpattn.Machine) -> cpattn.Machine:
+    """As the library was then: short messages came by few programs, each on a multiprocessor of its own, which the attention waited for."""
+    assert machine.peer_memory is not None
+    return replace(machine, peer_memory=replace(machine.peer_memory, late_latency=22e-6))
+
+
 def with_local_copies(machine: cpattn.Machine) -> cpattn.Machine:
     """What others would send is a copy within the GPU."""
     link = LinkCosts(machine.launch, machine.copy / 2, machine.copy / 2, 0.0, 0.0, by_kernels=True, host_gather=15e-6, host_shift=15e-6)
@@ -191,24 +197,28 @@ def nccl_lines() -> Iterator[Line]:
             yield Line(("nccl_two_h100", batch, variant), way, number(cell) * 1e3, graph_us(way, H100.rested()))
 
 
-def peers_ways(cp_size: int) -> Iterator[tuple[Way, dict[str, str]]]:
+# Of each table beside peers how many GPUs, and what it was measured on.
+PEERS_TABLES = {
+    "peers_2_gpus": (2, before_short_messages(H200)),
+    "peers_2_gpus_to_32k": (2, H200),
+    "peers_4_gpus": (4, before_late_keys(H100)),
+}
+
+
+def peers_ways(name: str) -> Iterator[tuple[Way, dict[str, str]]]:
     """cpattn's own fixed choices, beside peers."""
-    for row in table(f"peers_{cp_size}_gpus"):
+    cp_size, _ = PEERS_TABLES[name]
+    for row in table(name):
         strategy, transport, backend = row["variant"].removeprefix("cpattn ").split(", ") if row["kind"] == "fixed" else ("", "", "")
         if strategy:
             yield Way(row["batch"], cp_size, strategy, transport, backend), row
 
 
-def peers_machine(cp_size: int) -> cpattn.Machine:
-    """What such a table was measured on."""
-    return H200 if cp_size == 2 else before_late_keys(H100)
-
-
-def peers_lines(cp_size: int) -> Iterator[Line]:
-    machine = peers_machine(cp_size)
-    for way, row in peers_ways(cp_size):
+def peers_lines(name: str) -> Iterator[Line]:
+    _, machine = PEERS_TABLES[name]
+    for way, row in peers_ways(name):
         measured = number(row["graph, p50, us"])
-        key = f"peers_{cp_size}_gpus", way.batch, f"{way.strategy}, {way.transport}, {way.backend}"
+        key = name, way.batch, f"{way.strategy}, {way.transport}, {way.backend}"
         yield Line(key, way, measured, graph_us(way, machine.rested() if measured < LONG_RUN_US else machine))
 
 
@@ -246,13 +256,15 @@ def keys_in_place_lines() -> Iterator[Line]:
         if found:
             batch = {"64 ragged": "64 ragged ~0.9k", "120k + 2k": "1 x (120k + 2k)"}.get(found[1], found[1])
             way = Way(batch, 2, "all_gather", "peer_memory", "triton")
-            yield Line(("late_keys, in place", batch, "triton"), way, number(found[2]), layers_us(way, H100))
+            yield Line(("late_keys, in place", batch, "triton"), way, number(found[2]), layers_us(way, before_short_messages(H100)))
 
 
 def late_keys_lines() -> Iterator[Line]:
     for way, may, measured in late_keys_ways():
         # Keys first, but prefixes were read where they lie.
-        machine = H100 if may else replace(H100, kernels=tuple(replace(one, waits_for_keys=False) for one in H100.kernels))
+        machine = before_short_messages(H100)
+        if not may:
+            machine = replace(machine, kernels=tuple(replace(one, waits_for_keys=False) for one in machine.kernels))
         words = f"{way.transport}, {way.backend}, keys {'beside' if may else 'first'}"
         yield Line(("late_keys", f"{way.batch} over {way.cp_size}", words), way, measured, layers_us(way, machine))
 
@@ -263,7 +275,7 @@ def partitions_lines() -> Iterator[Line]:
         found = re.fullmatch(r"cpattn (zigzag|whole)(, collectives)?", row["variant"])
         if found and row["batch"] != "32 x 2k":
             way = Way(row["batch"], 2, "all_gather", "collectives" if found[2] else "peer_memory", "triton", partition=found[1])
-            estimated = graph_us(way, H100.rested()) + all_rows_us(way, H100)
+            estimated = graph_us(way, before_short_messages(H100.rested())) + all_rows_us(way, H100)
             yield Line(("partitions_2_gpus", way.batch, row["variant"]), way, number(row["graph, p50, us"]), estimated)
 
 
@@ -282,8 +294,7 @@ _TABLES: dict[str, Callable[[], Iterator[Line]]] = {
     "layer_gpu": layer_lines,
     "serving_gpu": serving_lines,
     "nccl_two_h100": nccl_lines,
-    "peers_2_gpus": partial(peers_lines, 2),
-    "peers_4_gpus": partial(peers_lines, 4),
+    **{name: partial(peers_lines, name) for name in PEERS_TABLES},
     "scaling_4_gpus_all": scaling_lines,
     "late_keys": late_keys_lines,
     "late_keys, in place": keys_in_place_lines,

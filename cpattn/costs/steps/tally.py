@@ -109,7 +109,7 @@ class Tally:
         link, plan = self.choice.link, self.choice.plan
         seconds, latency, hides = link.gather_seconds(nbytes, plan.cp_size - 1, Most.of(plan).share), link.latency, link.hides_gather
         if comes_late and nbytes:
-            seconds, latency, hides = seconds + link.late_latency, latency + link.late_latency, link.hides_late
+            seconds, latency, hides = seconds - latency + link.latency_of_late, link.latency_of_late, link.hides_late
         self._send(seconds, latency, link.host_gather, hides, cover)
 
     def gather_parts(self, nbytes: int, cover: float = 0.0) -> None:
