@@ -141,7 +141,7 @@ class HopperConfig(AttentionConfig):
         four warps, or 504 with one producer warp, with four or with one consumer, or 480 with room for others; the first consumer's gets
         what is left."""
         if not self.STORED:
-            return [216 if self.ROOM else 232, 40]
+            return [224, 32] if self.ROOM else [232, 40]
         if self.CONSUMERS == 1:
             return [128]
         if self.DV_PADDED > 128:
