@@ -4,7 +4,8 @@ the warps.
 The arithmetic and its order are those of that kernel, and so are the bits of the result, but over fp8 without scales of tokens
 (:mod:`cpattn.kernels.hopper_half`); what differs is who waits for what. One warp brings queries and key blocks into shared memory;
 two warpgroups own 64 rows of the tile each, so that one's products run during the other's softmax; or there is one, for tiles of 64 rows
-(:func:`cpattn.kernels.tile_shapes.stored_shapes`). A program has a multiprocessor to itself. It computes one item after another, so that
+(:func:`cpattn.kernels.tile_shapes.stored_shapes`). A program has a multiprocessor to itself, but for the few
+warps that C.ROOM leaves room for. It computes one item after another, so that
 the next one's keys are on their way while a result is written. It draws them from a queue, so that all are busy to the end and items that
 share keys run side by side. In long launches it ends after a while and gives way.
 """

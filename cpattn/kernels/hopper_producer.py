@@ -119,9 +119,8 @@ def _clear(v, i, block, keys, v_edge, edges, C: gl.constexpr):
 def _two_flags(flags):
     """Two flags that another kernel writes; what comes next reads after what they say."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b64 two; ld.acquire.gpu.global.u64 two, [$2]; mov.b64 {$0, $1}, two; }",
-        "=r,=r,l", [flags], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+        "ld.acquire.gpu.global.v2.u32 {$0, $1}, [$2];", "=r,=r,l", [flags], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -163,6 +162,8 @@ def _await_rows(begin, end, sources):
 def _await_block(brought, block, item, sources, C: gl.constexpr):
     """Waits until a key block of the item is there, if it is not known to be."""
     BLOCK_N: gl.constexpr = C.BLOCK_N
+    # A block may begin in the midst of a piece, and the last of its pieces be the first of a pair.
+    gl.static_assert(BLOCK_N // _PIECE_ROWS + 1 < 2 * _PAIRS, "a warp cannot look at all pieces of a block")
     all_here = brought.all_here
     here_from = brought.here_from
     may_come = block >= item.prefix_end
