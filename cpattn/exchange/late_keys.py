@@ -15,6 +15,7 @@ from cpattn.exchange.message import KVFormat, Message
 from cpattn.exchange.seen_keys import seen_keys
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kernels.arrival_layout import PIECE_ROWS, flag_words
+from cpattn.kernels.attention_config import MOST_DIM_WITH_ROOM
 from cpattn.kernels.tiles import LENGTH_CLASSES
 from cpattn.keys import Arrivals, Keys
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -31,10 +32,9 @@ from cpattn.transports.transport import Transport
 _BLOCK_KEYS = 128
 # Pieces that are put in turn together.
 _TOGETHER = 4
-# Of a message whose rows come by programs that share multiprocessors with the attention, and the head dim up to which that has registers to
-# spare. Between two H200 a layer of 4 MiB took 12% less time so than with few large programs, and one of 8 MiB 5% more.
+# Of a message whose rows come by programs that share multiprocessors with the attention. Between two H200 a layer of 4 MiB took 12% less
+# time so than with few large programs, and one of 8 MiB 5% more.
 _SHORT_BYTES = 4 << 20
-_MOST_HEAD_DIM = 128
 
 
 class LateKeys(NamedTuple):
@@ -60,7 +60,7 @@ class LateKeys(NamedTuple):
         shape = RowsOfRanks.of(meta, setup.ordered).most, kv.heads, kv.width
         # All ranks launch once, or all of them twice.
         between = meta.bucket is None and puts_cached_keys(meta.plan, setup.ordered)
-        beside = _go_side_by_side(kv, setup.problem.dtype, tables.late.shape[0])
+        beside = _go_side_by_side(kv, tables.late.shape[0])
         late = LateRows(meta.rows, tables.own_rows, tables.places, tables.source, tables.order, flags, setup.ordered, beside, between)
         like = torch.empty(1, kv.heads, kv.width, dtype=kv.dtype, device=device)
         peers = setup.transport.late_rows(shape[0], like, late, kv.fill_missing_)
@@ -124,12 +124,11 @@ def late_draft(meta: CPMetadata, window: int | None, ordered: Ordered) -> Draft[
     return Draft(("late keys", window, ordered), lambda: Unsent(_on_host(meta, window, ordered), lambda sent: LateTables(**sent)))
 
 
-def _go_side_by_side(kv: KVFormat, dtype: torch.dtype, pieces: int) -> bool:
+def _go_side_by_side(kv: KVFormat, pieces: int) -> bool:
     """Whether others' rows come by programs that run on the multiprocessors of the attention; see :class:`LateRows`. By what all batches
     of a bucket have in common, as their graphs have."""
     nbytes = pieces * PIECE_ROWS * kv.heads * kv.width * kv.dtype.itemsize
-    # A kernel that converts keys leaves no room.
-    return nbytes <= _SHORT_BYTES and max(kv.head_dim, kv.v_head_dim) <= _MOST_HEAD_DIM and kv.dtype == dtype
+    return nbytes <= _SHORT_BYTES and max(kv.head_dim, kv.v_head_dim) <= MOST_DIM_WITH_ROOM
 
 
 class _Flags(NamedTuple):

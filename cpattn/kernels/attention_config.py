@@ -11,9 +11,11 @@ from dataclasses import dataclass
 _DIGEST = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
 
 
-# Registers of a thread of the four warps that run beside a launch which leaves room for them, and of a thread of that one.
+# Registers of a thread of the four warps that run beside a launch of the kernel for Hopper which leaves room for them, and of a thread of
+# that one; and the head dim up to which it can do with those. Wider heads spill.
 ROOM_REGISTERS = 32
 REGISTERS_WITH_ROOM = 160
+MOST_DIM_WITH_ROOM = 128
 
 
 # In capitals, as device code writes its constants. Frozen, as compiled kernels are found by it; no NamedTuple, which Triton would

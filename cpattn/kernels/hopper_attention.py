@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cpattn.kernels.arguments import Blocks, alignment, as_words, fits_descriptor
-from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
+from cpattn.kernels.attention_config import MOST_DIM_WITH_ROOM, REGISTERS_WITH_ROOM, HopperConfig
 from cpattn.kernels.hopper_items import PART_DIMS
 from cpattn.kernels.hopper_kernel import hopper_attention_kernel
 from cpattn.kernels.launch import Launcher, LaunchFunction
@@ -46,6 +46,8 @@ def launch(
     q_tma = fits_descriptor(q) and WARPGROUP_ROWS % work.pack == 0 and config["Q_SIGN"] == 1
     q_block = (WARPGROUP_ROWS // work.pack, work.pack, d_padded)
     leaves_room = arrivals is not None and arrivals.side_by_side
+    if leaves_room and (is_stored or max(d_padded, dv_padded) > MOST_DIM_WITH_ROOM):
+        raise AssertionError("keys that come beside an attention that has no registers to spare")
     options = {"num_warps": 4} | ({"launch_pdl": True} if waits else {}) | ({"maxnreg": REGISTERS_WITH_ROOM} if leaves_room else {})
     return _attention.prepare(
         (work.num_programs, 1), options,
