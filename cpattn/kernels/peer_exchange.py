@@ -1,9 +1,9 @@
 """A Triton kernel by which each rank puts its rows in order where the others read them, and brings theirs, in one launch;
 :mod:`cpattn.moves.peer_exchange` launches it.
 
-All programs post, and then a few of them wait and pull, so that most multiprocessors stay free: for the attention, which is launched as a
-dependent, and for what other groups do, which those who are waited for may need. Those of a short message are small, and leave the
-attention room on theirs as well. All of a rank's programs have begun once its message lies there. So where all messages lie there the
+All programs post, and then a few of them wait and pull. The attention is launched as a dependent. So that it can begin, and what other
+groups do, which those who are waited for may need, most multiprocessors stay free of them; or, for a short message, they are small, and
+leave room for the attention on each. All of a rank's programs have begun once its message lies there. So where all messages lie there the
 kernels of all ranks are certain to end.
 
 That nobody reads any more what a post writes over is known before it as a rule: the kernel of the last call has waited for that at its

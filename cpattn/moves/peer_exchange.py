@@ -26,7 +26,7 @@ class _Programs(NamedTuple):
         posting: programs at most that post; pulling: those of them that go on to wait and to pull, at most, and on how many of a GPU's
             multiprocessors, one of so many: while they wait, all that post have to find place.
         registers: of a thread, at most, or None.
-        posts, pulls: bytes that a program moves at once.
+        post_bytes: of K that a program posts at once; pull_words: that it pulls at once, of 8 bytes for all aligned rows.
     """
 
     posting: int
@@ -34,16 +34,17 @@ class _Programs(NamedTuple):
     share: int
     warps: int
     registers: int | None
-    posts: int
-    pulls: int
+    post_bytes: int
+    pull_words: int
 
 
 # On so few multiprocessors that others stay free for the attention and for what other groups do. Each has as many threads as a
 # multiprocessor takes, so that few of them have enough bytes on their way. Beside the attention on all of them it took longer than that.
-_LONG = _Programs(posting=132, pulling=24, share=4, warps=32, registers=None, posts=16384, pulls=131072)
+LONG = _Programs(posting=132, pulling=24, share=4, warps=32, registers=None, post_bytes=16384, pull_words=16384)
 # Of a short message the attention has one tile for each multiprocessor, and would wait for those that others pull on. So these are small
-# enough to run beside it, on the registers that it leaves.
-_SHORT = _Programs(posting=1056, pulling=66, share=2, warps=4, registers=ROOM_REGISTERS, posts=4096, pulls=8192)
+# enough to run beside it, on the registers that it leaves. While one group's wait, half of the multiprocessors have no place for what
+# takes one as a whole; half as many took 4 us longer for 4 MiB.
+SHORT = _Programs(posting=1024, pulling=66, share=2, warps=4, registers=ROOM_REGISTERS, post_bytes=4096, pull_words=1024)
 
 # What a launch does: all of it, or the first or the last part.
 Part: TypeAlias = Literal["all", "post", "pull"]
@@ -55,8 +56,8 @@ _exchange_rows = Launcher(exchange_rows_kernel)
 
 def exchange_rows(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part = "all", *, shares: bool = False) -> None:
     """Puts rows of K and V side by side in this rank's message ``[rows, Hkv, width]``, once everybody has read the last one, and brings
-    what comes late of it from the others' messages, once those lie there. The kernel leaves most multiprocessors to one that is launched
-    next as a dependent, which may begin as soon as they lie there.
+    what comes late of it from the others' messages, once those lie there. The kernel leaves most multiprocessors, or room on each, to
+    one that is launched next as a dependent, which may begin as soon as they lie there.
 
     Args:
         like: of a row.
@@ -79,22 +80,20 @@ _TENSORS = ("table", "k", "v", "like", "own_rows", "places", "source", "order", 
 
 
 def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows, part: Part, shares: bool) -> LaunchFunction:
-    how = _SHORT if late.side_by_side else _LONG
-    own: dict[str, Any] = arguments_of_rows(given[0], given[1], how.posts)
+    how = SHORT if late.side_by_side else LONG
+    own: dict[str, Any] = arguments_of_rows(given[0], given[1], how.post_bytes)
     word, width, _, unit = row_words(like)
-    pieces = late.order.shape[0] - 1
-    few = max(1, min(how.pulling, _processors(like.device) // how.share, pieces))
+    few = max(1, min(how.pulling, _processors(like.device) // how.share, late.order.shape[0] - 1))
     programs = few if part == "pull" else max(few, min(how.posting, triton.cdiv(late.places.shape[0] * own["HEADS"], own["BLOCK_R"])))
-    words = how.pulls // word.itemsize // PIECE_ROWS
+    # Columns of a piece, and if there are not so many, more pieces.
+    words = how.pull_words // PIECE_ROWS
     block_w = min(words, triton.next_power_of_2(width))
-    # As many pieces at once as fill it, where each program has as many.
-    together = min(words // block_w, triton.next_power_of_2(triton.cdiv(pieces, few)))
     options = {"num_warps": how.warps} | ({} if how.registers is None else {"maxnreg": how.registers})
     return _exchange_rows.prepare(
         (programs, 1), options, {name: i for i, name in enumerate(_TENSORS)},
         table=board.table, like=Words(like, word), own_rows=late.own_rows, places=late.places, source=late.source,
         order=late.order, flags=late.flags,
         offset=board.offset, size=board.size_word, num_rows=rows, few=few,
-        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=block_w, TOGETHER=together,
+        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=block_w, TOGETHER=words // block_w,
         POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(how.warps, True), **own, **board.place(how.warps),
     )  # fmt: skip

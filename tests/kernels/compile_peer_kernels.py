@@ -14,7 +14,8 @@ from triton.compiler import ASTSource, compile
 
 from cpattn.kernels import peer_exchange, peer_rows
 from cpattn.kernels.arrival_layout import PIECE_ROWS
-from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, ROOM_REGISTERS, HopperConfig
+from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
+from cpattn.moves.peer_exchange import SHORT
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TABLE = {"table": "*i64"}
@@ -90,8 +91,10 @@ if __name__ == "__main__":
     for posts, pulls in ((True, True), (True, False), (False, True)):
         parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls}
         compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=pulls)
-    short = WIDTHS | pieces | {"POSTS": True, "PULLS": True, "BLOCK_R": 16, "BLOCK_W": 256, "TOGETHER": 1, "FLAGS": 128}
-    beside = compile_it(peer_exchange.exchange_rows_kernel, late, short, 4, is_wide=True, registers=ROOM_REGISTERS)
+    how = SHORT
+    short = {"BLOCK_R": how.post_bytes // 256, "BLOCK_W": how.pull_words // PIECE_ROWS, "TOGETHER": 1, "FLAGS": 32 * how.warps}
+    both = WIDTHS | pieces | {"POSTS": True, "PULLS": True} | short
+    beside = compile_it(peer_exchange.exchange_rows_kernel, late, both, how.warps, is_wide=True, registers=how.registers)
     # Both on one multiprocessor.
     assert registers_of_a_quarter(beside) + registers_of_a_quarter(compile_attention()) <= 65536 // 4
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True}

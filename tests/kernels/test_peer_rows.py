@@ -140,7 +140,7 @@ def test_rows_that_come_late(
     messages = [heap[HEADER : HEADER + nbytes].view(dtype).view(shape) for heap in ranks.heaps]
     after = ranks.heaps[mine][HEADER + nbytes :]
     # The last one posts and pulls in one launch, of one program here, as others would wait for each other.
-    how = "_SHORT" if side_by_side else "_LONG"
+    how = "SHORT" if side_by_side else "LONG"
     all_programs = getattr(peer_exchange, how)
     words = ranks.heaps[mine].view(torch.int32)
     for turn in (1, 2, 3):
