@@ -17,14 +17,17 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from inputs.cases import AttentionCase
 
 import cpattn
+from cpattn.exchange import late_keys
 from cpattn.testing import ProcessRanks, run_loopback
 
 # Strategy, cache, and groups of heads: with one group keys come late where the backend waits for them.
@@ -69,12 +72,21 @@ def calls(transport: cpattn.Transport, many: int) -> None:
 
 
 def on_threads(many: int) -> None:
-    run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory"), many), size=3, timeout=120)
+    for as_long in (False, True):
+        with messages(as_long):
+            run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory"), many), size=3, timeout=120)
 
 
 def in_process(many: int) -> None:
     assert dist.is_initialized()
-    calls(cpattn.transport(kind="peer_memory"), many)
+    for as_long in (False, True):
+        with messages(as_long):
+            calls(cpattn.transport(kind="peer_memory"), many)
+
+
+def messages(as_long: bool) -> AbstractContextManager[object]:
+    """Whether they come by the programs of long ones, which these calls have none of."""
+    return patch.object(late_keys, "_SHORT_BYTES", 0) if as_long else nullcontext()
 
 
 def on_processes(many: int) -> None:
