@@ -97,7 +97,8 @@ def head(num_ranks: int, machine: str, left_out: list[str]) -> str:
     notes = (
         f"bf16, {HEADS.query} query and {HEADS.kv} key/value heads, D = {HEADS.dim}, one rank a GPU. One layer's attention, in CUDA graphs "
         f"and eager runs of up to {MOST_LAYERS} layers; the slowest rank counts; variants interleaved in random order; medians. "
-        "A: the fastest launch of this rank alone, on keys that are in order already. No transfer: what others would send is a local "
+        "A: the fastest launch of this rank alone, on keys that are in order already. Requests are cut by zigzag, but for partition auto: "
+        "what auto takes where the partition is chosen, too. No transfer: what others would send is a local "
         "copy. Exposed: the time over that of the same strategy and backend without transfers; of a peer, over the fastest without "
         "transfers. One GPU: the whole batch in one launch on each rank's device. Each result was compared with cpattn's over "
         "collectives before it was timed; the relative error is that of all ranks together, and of the graph as well where there is one."

@@ -101,16 +101,17 @@ def _beside_peers(lines: list[Line], mode: Mode) -> str:
     rows = []
     for batch in dict.fromkeys(line.batch for line in lines):
         alone, auto, fixed, peer = (best(lines, batch, kind, mode) for kind in ("launch", "auto", "fixed", "peer"))
+        partition = best(lines, batch, "partition", mode)
         times = {line.variant: line.median(mode) for line in lines if line.batch == batch}
         if fixed is not None:
             rows.append(
                 [
-                    batch, _us(alone and alone[1]), _us(auto and auto[1]), _us(fixed and fixed[1]),
+                    batch, _us(alone and alone[1]), _us(auto and auto[1]), _us(partition and partition[1]), _us(fixed and fixed[1]),
                     fixed[0].removeprefix("cpattn ") if fixed else "", *(_us(times.get(name)) for name in peers),
                     *(_ratio(auto, other) for other in (alone, fixed, peer)),
                 ]
             )  # fmt: skip
-    header = ["batch", "A", "auto", "best fixed", "which", *peers, "auto / A", "auto / best fixed", "auto / best peer"]
+    header = ["batch", "A", "auto", "partition auto", "best fixed", "which", *peers, "auto / A", "auto / best fixed", "auto / best peer"]
     return f"## Beside peers, {_title(mode)}, us\n\n{markdown(header, rows)}"
 
 

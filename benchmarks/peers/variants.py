@@ -12,8 +12,9 @@ from peers.sglang_form import sglang_form
 from peers.ulysses import ulysses
 from peers.work import Call, Work
 
-# "launch": a rank's attention alone, on keys in order. "one GPU": that of the whole batch.
-Kind = Literal["auto", "fixed", "no transfer", "launch", "one GPU", "peer"]
+# "partition": "auto" over the layout that partition="auto" takes. "launch": a rank's attention alone, on keys in order. "one GPU": that of
+# the whole batch.
+Kind = Literal["auto", "partition", "fixed", "no transfer", "launch", "one GPU", "peer"]
 
 
 class Variant(NamedTuple):
@@ -43,6 +44,8 @@ def all_variants(device_type: str, backends: tuple[str, ...], strategies: tuple[
     for label, transport in (("auto", "auto"), (f"auto, {NO_TRANSFER}", NO_TRANSFER)):
         make = partial(ours.cp_attention, strategy="auto", transport=transport, backend="auto")
         found[f"cpattn {label}"] = Variant(make, "auto" if label == "auto" else "no transfer", f"cpattn auto, {NO_TRANSFER}", True)
+    by_auto = partial(ours.cp_attention, strategy="auto", transport="auto", backend="auto", partition="auto")
+    found["cpattn auto, partition auto"] = Variant(by_auto, "partition")
     for strategy in strategies:
         for backend in backends:
             alone = f"cpattn {strategy}, {NO_TRANSFER}, {backend}"
