@@ -16,6 +16,7 @@ from cpattn.exchange.seen_keys import seen_keys
 from cpattn.exchange.strategy import IO, Setup
 from cpattn.kernels.arrival_layout import PIECE_ROWS, flag_words
 from cpattn.kernels.attention_config import MOST_DIM_WITH_ROOM
+from cpattn.kernels.release import may_limit_registers
 from cpattn.kernels.tiles import LENGTH_CLASSES
 from cpattn.keys import Arrivals, Keys
 from cpattn.metadata.cp_metadata import CPMetadata
@@ -128,7 +129,7 @@ def _go_side_by_side(kv: KVFormat, pieces: int) -> bool:
     """Whether others' rows come by programs that run on the multiprocessors of the attention; see :class:`LateRows`. By what all batches
     of a bucket have in common, as their graphs have."""
     nbytes = pieces * PIECE_ROWS * kv.heads * kv.width * kv.dtype.itemsize
-    return nbytes <= _SHORT_BYTES and max(kv.head_dim, kv.v_head_dim) <= MOST_DIM_WITH_ROOM
+    return nbytes <= _SHORT_BYTES and max(kv.head_dim, kv.v_head_dim) <= MOST_DIM_WITH_ROOM and may_limit_registers()
 
 
 class _Flags(NamedTuple):

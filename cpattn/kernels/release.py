@@ -164,6 +164,13 @@ def running_release() -> Release | None:
     return None if triton.knobs.runtime.interpret else parse_release(triton.__version__)
 
 
+def may_limit_registers() -> bool:
+    """Whether kernels whose warps have roles may be compiled for fewer registers than a multiprocessor has for them. Where a release hands
+    them out by other rules, such a kernel waits for more without end, so that no check at first use could find out."""
+    release = running_release()
+    return release is None or release in KNOWN
+
+
 def parse_release(version: str) -> Release:
     """The first two numbers, of ``3.8.0+git1f`` or ``3.10.0rc1``, too; (0, 0) where there are none."""
     found = re.match(r"(\d+)\.(\d+)", version)

@@ -79,6 +79,13 @@ def test_all_known_releases_are_what_was_measured() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("at", "expected"), [(None, True), ((3, 6), True), (max(KNOWN), True), ((3, 99), False), ((4, 0), False)])
+def test_registers_are_limited_where_the_release_is_known(at: Release | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kernels whose warps have roles; a wrong number would have them wait without end."""
+    monkeypatch.setattr(release, "running_release", lambda: at)
+    assert release.may_limit_registers() is expected
+
+
 def test_a_missing_triton_is_no_error() -> None:
     def missing() -> Release | None:
         raise ImportError("No module named 'triton'")
