@@ -118,7 +118,7 @@ def compare(
 
 EXCHANGES = [
     ("all_gather", "packed", 3),
-    ("ring", "packed", 2),
+    ("ring", "packed", 3),
     ("pass_q", "striped", 2),
     ("pass_q_ring", "sharded", 2),
     ("ulysses", "own pages", 2),
