@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from triton.backends.compiler import GPUTarget
+import compile_stored_keys
+from compile_stored_keys import HOPPER
 from triton.compiler import ASTSource, compile
 
 from cpattn.kernels import peer_exchange, peer_rows
@@ -17,7 +18,6 @@ from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
 from cpattn.moves.peer_exchange import SHORT
 
-HOPPER = GPUTarget("cuda", 90, 32)
 TABLE = {"table": "*i64"}
 WIDTHS = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 64}
 ORDER = {"out": "*i64", "index": "*i64", "slots": "*i64", **TABLE}
@@ -62,17 +62,9 @@ def compile_attention() -> str:
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
     unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places", "page_table")
     pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
-    names = [parameter.name for parameter in hopper_attention_kernel.params]
-    floats = ("tanh_scale", "exponent_scale")
-    signature = {name: "constexpr" if name == "C" else pointers.get(name, "fp32" if name in floats else "i32") for name in names}
-    strides = ("stride_row", "stride_head")
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*") or name.endswith(strides)
-    }
-    source = GluonASTSource(hopper_attention_kernel, signature, {(names.index("C"),): config}, aligned)
-    compiled = compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": REGISTERS_WITH_ROOM})
-    print(hopper_attention_kernel.__name__)
-    return str(compiled.asm["ptx"])
+    return compile_stored_keys.compile_it(
+        hopper_attention_kernel, HOPPER, pointers, {"C": config}, GluonASTSource, num_warps=4, maxnreg=REGISTERS_WITH_ROOM
+    )
 
 
 def registers_of_a_quarter(text: str) -> int:
