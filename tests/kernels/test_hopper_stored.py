@@ -7,7 +7,6 @@ without scales: closer to what the stored numbers mean, and with the same bits w
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,7 +267,7 @@ def test_many_small_weights_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_compiles_for_hopper() -> None:
     """Keys are copied 16 bytes at a time, and products of fp8 are in fp16, wherever there is a compiler."""
-    said_by_compiling(Path(__file__).parent / "compile_stored_keys.py")
+    said_by_compiling("programs.compile_stored_keys")
 
 
 @on_hopper

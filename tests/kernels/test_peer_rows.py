@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import weakref
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -376,5 +375,5 @@ def test_what_is_posted_is_freed_without_the_collector() -> None:
 
 def test_they_compile_for_hopper() -> None:
     """The interpreter takes what the compiler does not; and a compiler that cannot see alignment makes accesses narrow."""
-    said = said_by_compiling(Path(__file__).parent / "compile_peer_kernels.py")
+    said = said_by_compiling("programs.compile_peer_kernels")
     assert len(said.splitlines()) == 14

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import compile_stored_keys
-from compile_stored_keys import HOPPER
 from triton.compiler import ASTSource, compile
 
 from cpattn.kernels import peer_exchange, peer_rows
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
 from cpattn.moves.peer_exchange import SHORT
+from programs import compile_stored_keys
+from programs.compile_stored_keys import HOPPER
 
 TABLE = {"table": "*i64"}
 WIDTHS = {"HEADS": 8, "D": 128, "DV": 128, "D_PADDED": 128, "DV_PADDED": 128, "BLOCK_R": 64}
