@@ -7,8 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from cpattn.device_tables import IntArray
 from cpattn.errors import PoolFullError
+
+# A plan has at most 65,536 ranks.
+OWNER = np.uint16
 
 
 class Inherited(NamedTuple):
@@ -23,13 +28,18 @@ class CachedRequest:
     """What the pool knows of a request.
 
     Attributes:
-        owners: the rank that holds each token; rank 0 stands for all where the cache is replicated.
+        held: ``[holders]`` how many of its tokens each holder has. It is never written to: a request that changes gets another one.
         pages: of each holder, in order: as many as its tokens need.
+        length: its tokens, over all holders.
+        owners: the rank that holds each token, where a rank keeps what it has computed; else no one's, as the length says who holds what.
+            It is never written to either, and a step copies it, so it takes two bytes a token.
         inherited: steps that cannot be undone as long as it has tokens of theirs.
     """
 
-    owners: IntArray
+    held: IntArray
     pages: list[list[int]]
+    length: int = 0
+    owners: IntArray = field(default_factory=lambda: np.empty(0, dtype=OWNER))
     inherited: list[Inherited] = field(default_factory=list)
 
 

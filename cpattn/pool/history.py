@@ -58,12 +58,11 @@ def pages_written(
         takes: of each holder's pages.
     """
     written = []
-    for request, *counts in zip(requests, held.tolist(), new.tolist(), strict=True):
-        for holder, (before, added) in enumerate(zip(*counts, strict=True)):
-            first, start = divmod(before, page_size)
-            for page in request.pages[holder][first:] if added else []:
-                written.append(Written(holder, page, start, takes[holder][page]))
-                start = 0
+    for number, holder in zip(*(axis.tolist() for axis in new.nonzero()), strict=True):
+        first, start = divmod(int(held[number, holder]), page_size)
+        for page in requests[number].pages[holder][first:]:
+            written.append(Written(holder, page, start, takes[holder][page]))
+            start = 0
     return written
 
 

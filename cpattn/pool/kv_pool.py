@@ -26,7 +26,7 @@ from cpattn.metadata.plan import Plan, plan
 from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
-from cpattn.pool.books import CachedRequest, PageBooks
+from cpattn.pool.books import OWNER, CachedRequest, PageBooks
 from cpattn.pool.history import Before, History, pages_written
 from cpattn.problem import Problem
 
@@ -171,12 +171,12 @@ class KVPool:
 
     def length(self, request: Hashable) -> int:
         """Tokens of the request that are in the cache, over all ranks."""
-        return len(self._of(request).owners)
+        return self._of(request).length
 
     def admit(self, request: Hashable) -> None:
         """A new request without tokens. Raises CPError if there is one of that name."""
         self._check_unused(request)
-        self._requests[request] = CachedRequest(np.empty(0, dtype=np.int64), [[] for _ in range(self._holders)])
+        self._requests[request] = CachedRequest(np.zeros(self._holders, dtype=np.int64), [[] for _ in range(self._holders)])
 
     def fork(self, parent: Hashable, child: Hashable, length: int) -> None:
         """A new request whose first ``length`` tokens are the parent's. It shares the parent's pages, and takes none: the step
@@ -187,11 +187,13 @@ class KVPool:
         """
         source = self._of(parent)
         self._check_unused(child)
-        owners = source.owners[: checks.parse_length(length, parent, len(source.owners))].copy()
-        pages = [pages[:count] for pages, count in zip(source.pages, self._pages_for(self._held(owners)), strict=True)]
+        length = checks.parse_length(length, parent, source.length)
+        held = self._held(source, length)
+        pages = [pages[:count] for pages, count in zip(source.pages, self._pages_for(held), strict=True)]
         for holder, shared in enumerate(pages):
             self._books.share(holder, shared)
-        self._requests[child] = CachedRequest(owners, pages, self._history.tokens_of_steps(source, len(owners)))
+        inherited = self._history.tokens_of_steps(source, length)
+        self._requests[child] = CachedRequest(held, pages, length, source.owners[:length], inherited)
 
     def truncate(self, request: Hashable, length: int) -> None:
         """Drops a request's tokens from ``length`` on, such as drafts that were rejected; the next ones take their places.
@@ -200,7 +202,7 @@ class KVPool:
         there are.
         """
         cached = self._of(request)
-        self._cut(cached, checks.parse_length(length, request, len(cached.owners)))
+        self._cut(cached, checks.parse_length(length, request, cached.length))
 
     def plan(
         self,
@@ -231,13 +233,12 @@ class KVPool:
         if twice:
             raise CPError(f"request {twice[0]!r} is in the step twice; give all of its new tokens at once")
         requests = [self._of(name) for name in names]
-        batch = [(len(request.owners), extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
+        batch = [(request.length, extend) for request, (_, extend) in zip(requests, pairs, strict=True)]
         if partition is None:
             partition = "zigzag" if self.owner == "computed" and problem is None and machine is None and token_cost is None else AUTO
         if isinstance(partition, str) and partition == AUTO and problem is None:
             problem, machine = self._usual_problem, machine or self._usual_machine
-        held = np.array([self._held(request.owners) for request in requests], dtype=np.int64).reshape(-1, self._holders)
-        # An array of owners is never written to: a request that changes gets another one.
+        held = self._held_by(requests)
         ranks = PrefixRanks([request.owners for request in requests], held) if self.owner == "computed" else None
         planned = plan(
             batch,
@@ -253,8 +254,8 @@ class KVPool:
         )
         new = planned.held_lens - held if self.sharded else planned.extend_lens[:, None]
         self._take_pages(requests, held, new, f"the {planned.num_tokens} new tokens of {len(names)} requests")
-        before = [Before(name, request, len(request.owners)) for name, request in zip(names, requests, strict=True)]
-        self._append_owners(requests, planned)
+        before = [Before(name, request, request.length) for name, request in zip(names, requests, strict=True)]
+        self._append(requests, planned, held + new)
         self._history.add(planned, before, pages_written(requests, held, new, self.page_size, self._books.takes))
         return planned
 
@@ -295,7 +296,7 @@ class KVPool:
         for name, request, length in reversed(step.before):
             # A request that was released may have been admitted again under its name.
             if self._requests.get(name) is request:
-                self._cut(request, min(length, len(request.owners)))
+                self._cut(request, min(length, request.length))
         here = [one for one in written if one.holder == self._here]
         self._clear([one.page for one in here if not one.start])
         for one in here:
@@ -329,8 +330,7 @@ class KVPool:
         with torch.inference_mode(False):
             made = torch.from_numpy(table).to(self.k_pages.device)
         tokens = np.zeros((size[0], self._holders), dtype=np.int64)
-        for number, request in enumerate(cached):
-            tokens[number] = self._held(request.owners)
+        tokens[: len(cached)] = self._held_by(cached)
         self._tables.keep(id(made), _MadeTable(weakref.ref(made), made._version, TableLines(tokens, self.sharded, self._rule)))
         return made
 
@@ -355,9 +355,17 @@ class KVPool:
         if request in self._requests:
             raise CPError(f"request {request!r} is in the pool already; release it first, or choose another name")
 
-    def _held(self, owners: IntArray) -> IntArray:
-        """``[holders]`` how many of these tokens each has."""
-        return np.bincount(owners, minlength=self._holders) if self.sharded else np.array([len(owners)])
+    def _held(self, request: CachedRequest, length: int) -> IntArray:
+        """``[holders]`` how many of the request's first ``length`` tokens each has."""
+        if self._rule is not None:
+            return self._rule.held(np.array([length]), self.cp_size).reshape(-1)
+        if not self.sharded:
+            return np.array([length])
+        return request.held - np.bincount(request.owners[length:], minlength=self._holders)
+
+    def _held_by(self, requests: Sequence[CachedRequest]) -> IntArray:
+        """``[requests, holders]`` how many of their tokens each has."""
+        return np.array([request.held for request in requests], dtype=np.int64).reshape(-1, self._holders)
 
     def _pages_for(self, tokens: IntArray) -> IntArray:
         return -(-tokens // self.page_size)
@@ -383,21 +391,23 @@ class KVPool:
             for line in np.flatnonzero(missing[:, holder]).tolist():
                 requests[line].pages[holder] += [self._books.take(holder) for _ in range(missing[line, holder])]
 
-    def _append_owners(self, requests: Sequence[CachedRequest], planned: Plan) -> None:
-        new = [np.zeros(extend, dtype=np.int64) for _, extend in planned.batch]
-        if self._rule is not None:
-            new = [self._rule.ranks(prefix + np.arange(extend), self.cp_size) for prefix, extend in planned.batch]
-        elif self.sharded:
-            for chunk in planned.chunks:
-                new[chunk.request][chunk.start : chunk.start + chunk.length] = chunk.rank
-        for request, owners in zip(requests, new, strict=True):
-            request.owners = np.concatenate([request.owners, owners])
+    def _append(self, requests: Sequence[CachedRequest], planned: Plan, held: IntArray) -> None:
+        """Counts a step's new tokens as the requests', of which ``held [requests, holders]`` lie with each holder then."""
+        if self.owner == "computed":
+            table = planned.chunk_table
+            owners = table.rank.astype(OWNER).repeat(table.length)  # chunks stand in the order of the tokens
+            end = 0
+            for request, (_, extend) in zip(requests, planned.batch, strict=True):
+                begin, end = end, end + extend
+                request.owners = np.concatenate([request.owners, owners[begin:end]])
+        for request, (_, extend), now in zip(requests, planned.batch, held, strict=True):
+            request.length, request.held = request.length + extend, now.copy()
 
     def _cut(self, request: CachedRequest, length: int) -> None:
         """Leaves a request its first tokens alone."""
-        request.owners = request.owners[:length]
+        request.held, request.owners, request.length = self._held(request, length), request.owners[:length], length
         request.inherited = [inherited for inherited in request.inherited if inherited.first < length]
-        for holder, kept in enumerate(self._pages_for(self._held(request.owners))):
+        for holder, kept in enumerate(self._pages_for(request.held)):
             pages, dropped = request.pages[holder][:kept], request.pages[holder][kept:]
             request.pages[holder] = pages
             self._books.give_back(holder, reversed(dropped))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -379,3 +380,18 @@ def test_lengths_that_a_request_does_not_have_are_refused(length: Any) -> None:
         with pytest.raises(cpattn.CPError, match=re.escape(message)):
             use()
     assert bookkeeping(pool) == before
+
+
+@pytest.mark.parametrize(("owner", "bytes_a_token"), [("replicated", 0), (cpattn.Striped(3), 0), ("computed", 2)])
+def test_a_decode_of_a_long_context_makes_little_memory(owner: Any, bytes_a_token: int) -> None:
+    """Whoever decodes plans such a step for each token. What it looks at, or copies, of all that are cached is slow."""
+    length = 1 << 20
+    pool = cpattn.KVPool(2, length, 1, kv_heads=1, head_dim=1, dtype=torch.float16, cp_size=2, owner=owner)
+    pool.admit("a")
+    pool.plan([("a", length - 2)])
+    tracemalloc.start()
+    pool.plan([("a", 1)])
+    pool.page_table(["a"])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < bytes_a_token * length + length // 4
