@@ -354,6 +354,28 @@ def test_figures_between_two_gpus_are_in_the_results() -> None:
         assert row.items() <= measured[name].items(), name
 
 
+def test_figures_beside_peers_are_in_the_results() -> None:
+    """Quotients are of the times themselves, as three digits of them rounded once more can be another figure."""
+    results = (ROOT / "benchmarks" / "results" / "peers_2_gpus.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in PERFORMANCE[PERFORMANCE.index("## Beside peers") :].splitlines()]
+    quoted = {cells[0]: cells[1:] for cells in lines}
+    spans = []
+    for kind, first in (("as CUDA graphs", 0), ("eager", 3)):
+        rows = table(results[results.index(f"## Beside peers, {kind}, us") :], "batch")
+        of_peers = []
+        for batch, row in rows.items():
+            auto, best_fixed = (float(row[name].replace(",", "")) for name in ("auto", "best fixed"))
+            peers = [row[name] for name in list(row)[list(row).index("which") + 1 : list(row).index("auto / A")]]
+            of_peers.append(auto / min(float(time.replace(",", "")) for time in peers if time))
+            assert quoted[batch][first : first + 3] == [row["auto"], f"{of_peers[-1]:.2f}", f"{auto / best_fixed:.2f}"], (batch, kind)
+        spans.append(f"{min(of_peers):.2f} to {max(of_peers):.2f}")
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert len(rows) == 11
+    assert f"eleven batches took {spans[0]} of the best peer's time" in README
+    assert f"took {spans[0]} of the best one's time as CUDA graphs, and {spans[1]} eagerly" in README
+    assert f"needs {spans[0]} of the best peer's time as CUDA graphs and {spans[1]} eagerly" in changelog
+
+
 def test_the_readme_lists_the_extras_of_the_package() -> None:
     section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
     extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE)) - {"test", "lint", "docs"}
