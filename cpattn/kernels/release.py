@@ -218,7 +218,7 @@ def warn_if_slow(has_hopper_kernel: bool) -> None:
     slow = []
     kernel, launch = HOPPER_KERNEL.verdict(), DIRECT_LAUNCH.verdict()
     if has_hopper_kernel and kernel.used is False:
-        slow.append(f"the plain kernel runs instead of the one for Hopper, at three quarters of its speed, since {kernel.why}")
+        slow.append(f"the plain kernel runs instead of the one for Hopper, at about four fifths of its speed, since {kernel.why}")
     if launch.used is False:
         slow.append(f"launches go through Triton, which takes two to three times as long on the host, since {launch.why}")
     if slow:

@@ -376,6 +376,26 @@ def test_figures_beside_peers_are_in_the_results() -> None:
     assert f"needs {spans[0]} of the best peer's time as CUDA graphs and {spans[1]} eagerly" in changelog
 
 
+def test_figures_of_transports_are_in_the_results() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "transports_2_gpus.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d", line)]
+    measured = {tuple(line[:3]): (line[3], line[6]) for line in cells}
+    section = PERFORMANCE[PERFORMANCE.index("What [carries the bytes]") :]
+    for batch, row in table(section, "batch").items():
+        for transport in ("no transfer", '`"peer_memory"`', '`"collectives"`'):
+            graph, eager = measured[batch, "triton", transport.strip('`"')]
+            assert row[transport] == f"{graph} ({eager})", (batch, transport)
+    gathers = {(batch, backend) for batch, backend, _ in measured if not batch.endswith(("ring", "pass_q"))}
+    spans = []
+    for way in (0, 1):
+        both = [[measured[batch, backend, kind][way] for kind in ("peer_memory", "collectives")] for batch, backend in gathers]
+        quotients = [float(peers.replace(",", "")) / float(collectives.replace(",", "")) for peers, collectives in both]
+        spans += [f"{min(quotients) - 1:.0%}", f"{max(quotients) - 1:.0%}"]
+    assert spans == ["-17%", "1%", "-23%", "-1%"]
+    assert "took 17% less to 1% more than NCCL as a graph, and 23% to 1% less eagerly" in section
+    assert "took [17% less to 1% more]" in CHOOSING
+
+
 def test_the_readme_lists_the_extras_of_the_package() -> None:
     section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
     extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE)) - {"test", "lint", "docs"}
