@@ -491,6 +491,19 @@ def test_quoted_messages_are_the_librarys() -> None:
         assert any(has_in_order(one, message.split("...")) for one in known), message
 
 
+def test_the_line_of_the_log_is_that_of_the_example() -> None:
+    """What the model says on the page of its reasons, it says now."""
+    meta = cpattn.build_metadata([(0, 700), (512, 130), (300, 1)], 4, 0, partition="auto")  # as examples/quickstart.py has them
+    q, k, cached = (torch.empty(rows, heads, 64) for rows, heads in ((meta.rows, 8), (meta.rows, 2), (812, 2)))
+    group = cpattn.testing.SoloCommunicator(0, 4)
+    explained = cpattn.explain(q, k, k, meta, kv_cache=cpattn.PackedKV(cached, cached), group=group)
+    name, _, why = explained["strategy"].partition(": ")
+    call = "4 ranks, 8/2 heads of 64 in float32 on cpu with a packed cache"
+    assert (
+        f"[cpattn rank 0] INFO: {call}: strategy '{name}' ({why}); backend 'cpu' (chosen)" in (ROOT / "docs" / "profiling.md").read_text()
+    )
+
+
 # Examples.
 
 
