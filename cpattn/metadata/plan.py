@@ -51,7 +51,7 @@ class Plan(Layout):
         'max_rows is 8, the plan needs 10'
         """
         if not isinstance(bucket, CPMetadata):
-            _check_bucket(bucket)
+            _check_bucket(bucket, "or metadata that have one")
         return bucket.why_not(self) is None
 
     @leaves_graph
@@ -68,7 +68,7 @@ class Plan(Layout):
                 f"cp_rank={shown(cp_rank)}; it must be an integer from 0 to {self.cp_size - 1} (the plan's cp_size is {self.cp_size})"
             )
         if bucket is not None:
-            _check_bucket(bucket)
+            _check_bucket(bucket, "or None")
             bucket.check(self)
         return CPMetadata(self, int(cp_rank), parse_device(device), bucket)
 
@@ -308,6 +308,6 @@ def _refuse_beside(partition: Any, **given: Any) -> None:
             )
 
 
-def _check_bucket(bucket: Any) -> None:
+def _check_bucket(bucket: Any, else_pass: str) -> None:
     if not isinstance(bucket, Bucket):
-        raise PlanError(f"bucket is a {type(bucket).__name__}; pass a cpattn.Bucket(max_requests, max_rows, max_chunks), or None")
+        raise PlanError(f"bucket is a {type(bucket).__name__}; pass a cpattn.Bucket(max_requests, max_rows, max_chunks), {else_pass}")

@@ -149,7 +149,11 @@ PLANS = [
     Mistake("plan.metadata(0, 'cuda:99')", cpattn.CPError, "pass one of 'cpu'"),
     Mistake("plan.metadata(0, 'cpu', 8)", cpattn.PlanError, "bucket is a int; pass a cpattn.Bucket"),
     Mistake("plan.fits(8)", cpattn.PlanError, "bucket is a int; pass a cpattn.Bucket"),
-    Mistake("plan.fits(None)", cpattn.PlanError, "bucket is a NoneType; pass a cpattn.Bucket"),
+    Mistake(
+        "plan.fits(None)",
+        cpattn.PlanError,
+        "bucket is a NoneType; pass a cpattn.Bucket(max_requests, max_rows, max_chunks), or metadata that have one",
+    ),
     Mistake("bucket.why_not([(0, 6)])", cpattn.PlanError, "pass a Plan, which cpattn.plan makes of a batch"),
     Mistake("bucket.check(meta)", cpattn.PlanError, "a bucket is asked about a CPMetadata; pass a Plan"),
     Mistake("cpattn.Bucket(1.0, 2, 3)", cpattn.PlanError, "max_requests=1.0; it must be an integer"),
