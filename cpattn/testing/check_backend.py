@@ -18,6 +18,7 @@ from cpattn.attention.merge import merge_
 from cpattn.attention.registry import find_backend
 from cpattn.attention.returned import check_returned
 from cpattn.errors import BackendError, OptionError
+from cpattn.metadata.devices import parse_device
 from cpattn.problem import Problem
 from cpattn.spans import Spans
 from cpattn.testing.judge import Trial, spans_attention, why_wrong
@@ -101,9 +102,11 @@ def check_backend(
     Raises:
         OptionError: ``"auto"`` was passed, which is a choice and no kernel.
         UnknownNameError: there is no backend of that name.
+        CPError: this machine has no such device.
     """
     if isinstance(backend, str) and backend == "auto":
         raise OptionError("backend='auto' is a choice among kernels; pass the one that is to be checked")
+    parse_device(device)
     backend, device = find_backend(backend), torch.device(device)
     if dtype is None:
         order = _DTYPES.get(device.type, _GPU_DTYPES)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cpattn.errors import RowCountError
+
 _QUERY_BLOCK = 256  # bounds the memory of the scores; changes nothing else
 
 
@@ -41,11 +43,17 @@ def oracle_attention(
 
     Returns:
         ``out [T, Hq, Dv]`` and ``lse [T, Hq]`` in float64.
+
+    Raises:
+        RowCountError: there are fewer rows than the batch has tokens.
     """
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[2] ** -0.5 if scale is None else scale
     prefix_k = k[:0] if prefix_k is None else prefix_k.double()
     prefix_v = v[:0] if prefix_v is None else prefix_v.double()
+    prefix_rows, new_rows = (sum(lengths[column] for lengths in batch) for column in (0, 1))
+    _check_rows("new", new_rows, q=q, k=k, v=v)
+    _check_rows("prefix", prefix_rows, prefix_k=prefix_k, prefix_v=prefix_v)
     out = q.new_zeros(len(q), q.shape[1], v.shape[2])
     lse = q.new_zeros(q.shape[:2])
     extend_start = prefix_start = 0
@@ -73,3 +81,12 @@ def oracle_attention(
             out[extend.start + rows] = torch.einsum("ths,shd->thd", weights, values)
             lse[extend.start + rows] = torch.logsumexp(scores, dim=-1)
     return out, lse
+
+
+def _check_rows(kind: str, rows: int, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if len(x) < rows:
+            raise RowCountError(
+                f"{name} has {len(x)} rows, but the batch has {rows} {kind} tokens; pass those of all requests, one after another, and of "
+                "all ranks"
+            )

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from cpattn.errors import GroupError, UnknownNameError, shown
+from cpattn.metadata.batch import is_integer
 from cpattn.transports.loopback import LoopbackGroup
 from cpattn.transports.transport import Transport
 
@@ -125,9 +127,14 @@ class ProcessRanks:
         threads: torch threads in each process.
         transport: of the group, ``"gloo"`` or ``"nccl"``. NCCL wants a GPU for each rank; on a machine with fewer, ranks
             share them, each posing as another host (``NCCL_HOSTID``), which is for tests: transfers are then slow.
+
+    Raises:
+        GroupError: there is no such number of processes, or no GPU for NCCL.
+        UnknownNameError: there is no transport of that name.
     """
 
     def __init__(self, size: int, timeout: float = 60.0, threads: int = 1, transport: str = "gloo", patience: float | None = None) -> None:
+        _check_group(size, transport)
         self.size = size
         self._patience = 2 * timeout if patience is None else patience
         # A fork of this process would have neither its threads nor its GPU.
@@ -204,6 +211,16 @@ class ProcessRanks:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _check_group(size: Any, transport: Any) -> None:
+    """What is wrong is refused here, and not in every process."""
+    if not is_integer(size) or size < 1:
+        raise GroupError(f"size={shown(size)}; pass the number of processes, an integer of at least 1")
+    if transport not in ("gloo", "nccl"):
+        raise UnknownNameError(f"transport={shown(transport)} is unknown; choose one of 'gloo', 'nccl'")
+    if transport == "nccl" and not torch.cuda.device_count():
+        raise GroupError("transport='nccl' is for GPUs, and torch finds none here; pass 'gloo'")
 
 
 def _send(pipe: Connection, message: bytes) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cpattn.errors import GroupError, shown
+from cpattn.metadata.batch import is_integer
 from cpattn.transports.alone import CopyingTransport
 from cpattn.transports.transfer import Transfer, Work
 from cpattn.transports.transport import Transport, as_bytes
@@ -28,6 +30,11 @@ class SoloCommunicator(CopyingTransport):
     """
 
     kind = "solo"
+
+    def __init__(self, rank: int, size: int) -> None:
+        if not is_integer(size) or size < 1 or not is_integer(rank) or not 0 <= rank < size:
+            raise GroupError(f"rank {shown(rank)} of {shown(size)}; pass one of 0 to size - 1, and a size of at least 1")
+        super().__init__(rank, size)
 
     def _make_part(self, ranks: tuple[int, ...]) -> Transport:
         part = type(self)(ranks.index(self.rank), len(ranks))
