@@ -413,6 +413,8 @@ def explain(
     v_dim: int | None = None,
     kv_cache: PackedKV | PagedKV | None = None,
     strategy: StrategyChoice = "auto",
+    overlap: int | None = None,
+    scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -443,10 +445,11 @@ def explain(
     The arguments mean what they mean to :func:`cp_attention`; of its errors those about them are raised.
     """
     checks.check_metadata(meta)
-    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, window=window, softcap=softcap, sinks=sinks, expand=expand)
-    options = check_arguments(arguments, meta, with_cache=kv_cache is not None)
+    options: dict[str, Any] = {"overlap": overlap, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "expand": expand}
+    arguments = Arguments(q, k, v, v_dim, kv_cache, strategy, **options)
+    checked = check_arguments(arguments, meta, with_cache=kv_cache is not None)
     transport = None if group is None else as_transport(group, meta.plan.cp_size)
-    choice = choose(arguments, problem_of(arguments, meta, options), meta.plan, transport)
+    choice = choose(arguments, problem_of(arguments, meta, checked), meta.plan, transport)
     by_auto = isinstance(strategy, str) and strategy == "auto"
     why = explain_strategy(choice, meta.plan)[choice.strategy.name] if by_auto else f"asked for, {comparison(choice) or 'as it is'}"
     explained = explain_backend(choice) | {"strategy": f"{choice.strategy.name}: {why}"}

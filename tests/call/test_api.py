@@ -123,6 +123,27 @@ def test_a_window_as_long_as_the_longest_request_lets_any_backend_serve() -> Non
     assert cpattn.explain(case.q, case.k, case.v, meta, window=29)["cpu"] == "it has no sliding window"
 
 
+@pytest.mark.parametrize("options", [{}, {"overlap": 2}, {"overlap": 2, "scale": 0.3, "softcap": 5.0}], ids=str)
+def test_explain_is_asked_with_the_arguments_of_the_call(options: dict[str, Any]) -> None:
+    group, meta = cpattn.testing.SoloCommunicator(0, 2), cpattn.build_metadata([(0, 64)], 2, 0)
+    q, k = torch.randn(32, 4, 16), torch.randn(32, 2, 16)
+    call = cpattn.prepare(q, k, k, meta, group=group, **options)
+    assert call.problem.overlap == options.get("overlap", 1)
+    explained = cpattn.explain(q, k, k, meta, group=group, **options)
+    assert explained["strategy"].partition(":")[0] == call.strategy.name
+    assert explained[call.backend.name] == "chosen"
+
+
+def test_explain_refuses_what_the_call_would() -> None:
+    meta = cpattn.build_metadata([(8, 64)], 2, 0, owner=cpattn.Striped())
+    q, k, pages = torch.randn(32, 4, 16), torch.randn(32, 2, 16), torch.zeros(2, 9, 16, 2, 16)
+    cache = cpattn.PagedKV(pages[0], pages[1], torch.arange(9).view(1, 9))
+    with pytest.raises(cpattn.UnsupportedError, match="of a sharded cache it brings all heads at once; leave overlap out"):
+        cpattn.explain(q, k, k, meta, kv_cache=cache, window=4, strategy="all_gather", overlap=2)
+    with pytest.raises(cpattn.OptionError, match="scale=0; pass a positive number"):
+        cpattn.explain(q, k, k, meta, kv_cache=cache, scale=0)
+
+
 def test_outputs_are_fresh_memory() -> None:
     case = AttentionCase([(4, 9)])
     meta = cpattn.plan(case.batch, 1).metadata(0)
