@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class CachedRequest:
 
     Attributes:
         held: ``[holders]`` how many of its tokens each holder has. It is never written to: a request that changes gets another one.
-        pages: of each holder, in order: as many as its tokens need.
+        pages: of each holder, in order: as many as its tokens need, in arrays, which a page table copies as they are.
         length: its tokens, over all holders.
         owners: the rank that holds each token, where a rank keeps what it has computed; else no one's, as the length says who holds what.
             It is never written to either, and a step copies it, so it takes two bytes a token.
@@ -37,10 +38,14 @@ class CachedRequest:
     """
 
     held: IntArray
-    pages: list[list[int]]
+    pages: list[array[int]]
     length: int = 0
     owners: IntArray = field(default_factory=lambda: np.empty(0, dtype=OWNER))
     inherited: list[Inherited] = field(default_factory=list)
+
+
+def no_pages() -> array[int]:
+    return array("i")
 
 
 class PageBooks:

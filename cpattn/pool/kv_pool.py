@@ -26,7 +26,7 @@ from cpattn.metadata.plan import Plan, plan
 from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
-from cpattn.pool.books import OWNER, CachedRequest, PageBooks
+from cpattn.pool.books import OWNER, CachedRequest, PageBooks, no_pages
 from cpattn.pool.history import Before, History, pages_written
 from cpattn.problem import Problem
 
@@ -176,7 +176,7 @@ class KVPool:
     def admit(self, request: Hashable) -> None:
         """A new request without tokens. Raises CPError if there is one of that name."""
         self._check_unused(request)
-        self._requests[request] = CachedRequest(np.zeros(self._holders, dtype=np.int64), [[] for _ in range(self._holders)])
+        self._requests[request] = CachedRequest(np.zeros(self._holders, dtype=np.int64), [no_pages() for _ in range(self._holders)])
 
     def fork(self, parent: Hashable, child: Hashable, length: int) -> None:
         """A new request whose first ``length`` tokens are the parent's. It shares the parent's pages, and takes none: the step
@@ -389,7 +389,7 @@ class KVPool:
                 requests[line].pages[holder][-1] = own
                 self._books.give_back(holder, [shared])
             for line in np.flatnonzero(missing[:, holder]).tolist():
-                requests[line].pages[holder] += [self._books.take(holder) for _ in range(missing[line, holder])]
+                requests[line].pages[holder].extend(self._books.take(holder) for _ in range(missing[line, holder]))
 
     def _append(self, requests: Sequence[CachedRequest], planned: Plan, held: IntArray) -> None:
         """Counts a step's new tokens as the requests', of which ``held [requests, holders]`` lie with each holder then."""
