@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cpattn.cli import env
 from cpattn.errors import CPError
@@ -36,6 +36,13 @@ _LONGEST = 400
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, which names the way to the fix."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A command refuses what it does not know itself: argparse would hand it up, to a parser whose help has no options."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         # An argument of thousands of characters would be repeated.

@@ -140,6 +140,11 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str)
     [
         ([], "cpattn: the following arguments are required: COMMAND; `cpattn --help` explains"),
         (["plam"], "invalid choice: 'plam'"),
+        (["plan", "--batch", "9", "--window", "4"], "cpattn plan: unrecognized arguments: --window 4; `cpattn plan --help` explains"),
+        (
+            ["bench", "attention", "--batch", "9", "x"],
+            "cpattn bench attention: unrecognized arguments: x; `cpattn bench attention --help` explains",
+        ),
         (["plan", "--cp", "2"], "cpattn plan: the following arguments are required: --batch; `cpattn plan --help` explains"),
         (["plan", "--batch", "0+1", "--cp", "two"], "invalid int value: 'two'"),
         (["plan", "--batch", "0+1", "--cp", "2", "--partition", "zig"], "invalid choice: 'zig'"),
