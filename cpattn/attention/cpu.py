@@ -49,10 +49,12 @@ def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: sli
     q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q[queries], k[keys], v[keys]))
     part_1htd, part_lse_1ht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1htd, k_1hsd, v_1hsd, 0.0, causal, scale=scale)
     part, part_lse = part_1htd[0].transpose(0, 1), part_lse_1ht[0].transpose(0, 1)
-    # The kernel takes a query all of whose scores are NaN for one without keys: it gives 0 for both, and for the LSE.
+    # The kernel takes a query all of whose scores are NaN for one without keys: it gives 0 for both, and for the LSE. That of the first
+    # key, which all queries see, tells such a query from one with an LSE of 0. Infinite inputs, and large ones, give NaN as well.
     unseen = part_lse == 0
-    if unseen.any() and (k_1hsd.isnan().any() or q_1htd.isnan().any()):
-        unseen &= (part == 0).all(dim=-1)
+    if unseen.any():
+        first_key = k[keys.start].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+        unseen &= (q[queries] * first_key).sum(dim=-1).isnan()
         part, part_lse = part.masked_fill(unseen[..., None], torch.nan), part_lse.masked_fill(unseen, torch.nan)
     merge_(out[queries], lse[queries], part, part_lse)
 

@@ -86,6 +86,25 @@ def test_keys_outside_of_every_range_are_not_touched(name: str) -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1e30, 0.0])
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_scores_that_are_no_numbers_give_nan_and_nothing_else_does(name: str, wrong: float) -> None:
+    """Of infinite keys products are +inf and -inf, whose sum is NaN; so it is where products of large numbers overflow."""
+    rows = RaggedRows.build(*np.array([[6, 0, 9, 4], [3, 9, 3, 1]]).T)  # six queries after three cached keys, and a request of three
+    q, k, v = torch.randn(9, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
+    q[:, :, 0], q[:, :, 1] = 1e20, -1e20
+    q[6:] = 0  # scores of 0, and for the first of them an LSE of 0
+    k[3:5], v[9] = wrong, 0.0
+    if not wrong:
+        q[:], v[:] = 0.0, 0.0
+    out, lse = BACKENDS[name].run(q, k, v, rows, AttentionOptions(scale=0.3), torch.float32)
+    is_wrong = torch.zeros(9, dtype=torch.bool)
+    is_wrong[:6] = wrong != 0
+    assert torch.equal(out.isnan().all(dim=-1), is_wrong[:, None].expand(9, 4))
+    assert torch.equal(out.isnan().any(dim=-1), lse.isnan())
+    torch.testing.assert_close(lse[6:], torch.arange(1.0, 4).log()[:, None].expand(3, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_half_precision_can_return_fp32(name: str, dtype: torch.dtype) -> None:
