@@ -31,19 +31,33 @@ def cpu_attention(q: Tensor, keys: Keys, spans: Spans, options: AttentionOptions
         # Queries before the diagonal enters the range see nothing.
         skip = min(q_len, max(0, 1 - diagonal))
         first, end, seen = q_start + skip, q_start + q_len, diagonal + skip
-        # Keys that all remaining queries see, then those that they see one after another.
-        full = min(k_len, seen - 1)
-        square = min(k_len - full, end - first)
-        _add(out, lse, q, k, v, slice(first, end), slice(k_start, k_start + full), False, options.scale)
+        # Keys that all remaining queries see, then those that they see one after another. One query alone sees all without a mask.
+        several = end - first > 1
+        full = min(k_len, seen - several)
+        square = min(k_len - full, end - first) if several else 0
+        _add(out, lse, q, k, v, slice(first, end), slice(k_start, k_start + full), options.scale, is_first=True)
         diagonal_keys = slice(k_start + full, k_start + full + square)
-        _add(out, lse, q, k, v, slice(first, first + square), diagonal_keys, True, options.scale)
+        is_first = full == 0
+        _add(out, lse, q, k, v, slice(first, first + square), diagonal_keys, options.scale, is_first, causal=True)
         # Where the range ends before the last query's diagonal, the queries below the square see all of its keys.
-        _add(out, lse, q, k, v, slice(first + square, end), diagonal_keys, False, options.scale)
+        _add(out, lse, q, k, v, slice(first + square, end), diagonal_keys, options.scale, is_first)
     return out[..., :v_head_dim].to(out_dtype).contiguous(), lse
 
 
-def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice, causal: bool, scale: float) -> None:
-    """Attends and merges into ``out`` and ``lse``; nothing to do where either side is empty (the kernel would crash)."""
+def _add(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: slice,
+    keys: slice,
+    scale: float,
+    is_first: bool,
+    causal: bool = False,
+) -> None:
+    """Attends and merges into ``out`` and ``lse``, or writes what is the first there. Nothing to do where either side is empty (the
+    kernel would crash)."""
     if queries.start >= queries.stop or keys.start >= keys.stop:
         return
     q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q[queries], k[keys], v[keys]))
@@ -56,7 +70,10 @@ def _add(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: sli
         first_key = k[keys.start].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
         unseen &= (q[queries] * first_key).sum(dim=-1).isnan()
         part, part_lse = part.masked_fill(unseen[..., None], torch.nan), part_lse.masked_fill(unseen, torch.nan)
-    merge_(out[queries], lse[queries], part, part_lse)
+    if is_first:
+        out[queries], lse[queries] = part, part_lse
+    else:
+        merge_(out[queries], lse[queries], part, part_lse)
 
 
 BACKEND = Backend(

@@ -86,6 +86,18 @@ def test_keys_outside_of_every_range_are_not_touched(name: str) -> None:
     assert lse.isfinite().all()
 
 
+def test_decodes_and_prompts_on_a_cpu_merge_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging takes longer than the kernel, where there are few queries."""
+    monkeypatch.setattr("cpattn.attention.cpu.merge_", None)
+    rows = RaggedRows.build(*np.array([[1, 0, 9, 9], [5, 9, 5, 1], [1, 14, 6, 3]]).T)  # the last sees three of six keys
+    q, k, v = torch.randn(7, 2, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    options = AttentionOptions(scale=0.3)
+    out, lse = BACKENDS["cpu"].run(q, k, v, rows, options, torch.float32)
+    expected, expected_lse = brute_force(q, k, v, rows, options)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1e30, 0.0])
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_scores_that_are_no_numbers_give_nan_and_nothing_else_does(name: str, wrong: float) -> None:
