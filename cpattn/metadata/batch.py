@@ -83,6 +83,9 @@ def parse_prefix_shards(shards: Any, prefix_lens: IntArray, cp_size: int) -> Int
 
     Raises PlanError for anything but integers >= 0 whose sum is the request's prefix_len.
     """
+    usual = _usual_shards(shards, cp_size)
+    if usual is not None and len(usual) == len(prefix_lens) and np.array_equal(usual.sum(axis=1), prefix_lens):
+        return usual
     rule = f"pass {cp_size} integers >= 0 for each request, the prefix tokens that each rank holds, whose sum is its prefix_len"
     try:
         table = [list(shares) for shares in _as_list(shards, "prefix_shards", rule, PlanError)]
@@ -95,6 +98,20 @@ def parse_prefix_shards(shards: Any, prefix_lens: IntArray, cp_size: int) -> Int
         if len(shares) != cp_size or not all(is_integer(share) and share >= 0 for share in shares) or sum(map(int, shares)) != prefix_len:
             raise PlanError(f"prefix_shards of request {i} is {shown(shares)}, its prefix_len is {prefix_len}; {rule}")
     return np.array([list(map(int, shares)) for shares in table], dtype=np.int64).reshape(-1, cp_size)
+
+
+def _usual_shards(shards: Any, cp_size: int) -> IntArray | None:
+    """A copy of shares as most have them, an array of integers or sequences of plain ones; None for others, and where one is wrong."""
+    if isinstance(shards, (list, tuple)):
+        usual = all(isinstance(shares, (list, tuple)) and len(shares) == cp_size and {*map(type, shares)} == {int} for shares in shards)
+    else:
+        usual = isinstance(shards, np.ndarray) and shards.ndim == 2 and shards.dtype.kind in "iu"
+    try:
+        table = np.array(shards, dtype=np.int64).reshape(len(shards), cp_size) if usual else None
+    except (OverflowError, ValueError):
+        return None
+    # Sums of larger ones could come around to a length again.
+    return None if table is None or (table.size and not 0 <= table.min() <= table.max() <= MAX_TOKENS) else table
 
 
 _RULE = "a batch is a sequence of (prefix_len, extend_len) pairs of integers >= 0, such as [(0, 512), (1024, 1)]"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs.paged_caches import random_shards
@@ -142,6 +143,23 @@ class TestShards:
         assert hash(again) == hash(one)
         assert "sharded prefixes" in repr(one)
 
+    def test_shares_may_be_in_any_form(self) -> None:
+        shares = [[3, 4], [0, 0]]
+        forms: list[Any] = [
+            tuple(map(tuple, shares)),
+            *(np.array(shares, dtype=dtype) for dtype in (np.int64, np.uint8)),
+            torch.tensor(shares),
+        ]
+        forms += [[[np.int32(3), np.uint8(4)], [0, 0]], [np.array([3, 4]), (0, 0)]]
+        plan = cpattn.plan([(7, 2), (0, 5)], 2, prefix_shards=shares)
+        assert plan.prefix_shards == ((3, 4), (0, 0))
+        for form in forms:
+            assert cpattn.plan([(7, 2), (0, 5)], 2, prefix_shards=form) == plan
+        given = np.array(shares)
+        kept = cpattn.plan([(7, 2), (0, 5)], 2, prefix_shards=given)
+        given += 1
+        assert kept.shard_lens.tolist() == shares
+
     @pytest.mark.parametrize(
         ("shards", "message"),
         [
@@ -155,6 +173,14 @@ class TestShards:
             ([[3, 4, 0], [0, 0, 0]], r"prefix_shards of request 0 is \[3, 4, 0\]"),
             ([[3.5, 3.5], [0, 0]], r"prefix_shards of request 0 is \[3.5, 3.5\]"),
             ([[True, 6], [0, 0]], r"prefix_shards of request 0 is \[True, 6\]"),
+            (np.array([[3, 3], [0, 0]]), r"prefix_shards of request 0 is \[3, 3\], its prefix_len is 7"),
+            (np.array([[8, -1], [0, 0]]), r"prefix_shards of request 0 is \[8, -1\], its prefix_len is 7"),
+            (np.array([[3, 4]]), "prefix_shards has 1 entries, the batch has 2 requests"),
+            (np.array([[[3], [4]], [[0], [0]]]), r"prefix_shards of request 0 is \[\[3\], \[4\]\]"),
+            (np.array([[True, False], [False, False]]), r"prefix_shards of request 0 is \[True, False\]"),
+            (np.array([[3.0, 4.0], [0.0, 0.0]]), r"prefix_shards of request 0 is \[3.0, 4.0\]"),
+            ([[2**63, 7 - 2**63], [0, 0]], "prefix_shards of request 0 is"),
+            (np.array([[2**63 - 1, 2**63 + 8], [0, 0]], dtype=np.uint64), "prefix_shards of request 0 is"),  # 2**64 more than 7
         ],
     )
     def test_what_is_refused(self, shards: Any, message: str) -> None:
