@@ -30,7 +30,8 @@ import cpattn
 from cpattn.exchange import late_keys
 from cpattn.testing import ProcessRanks, run_loopback
 
-# Strategy, cache, and groups of heads: with one group keys come late where the backend waits for them.
+# Strategy, cache, and groups of heads. Where the backend waits for keys those of the first one come late: of one group of heads, and into
+# pages only from thousands of tokens on.
 CALLS = [
     ("all_gather", "packed", 1),
     ("all_gather", "packed", 2),
@@ -72,21 +73,22 @@ def calls(transport: cpattn.Transport, many: int) -> None:
 
 
 def on_threads(many: int) -> None:
-    for as_long in (False, True):
-        with messages(as_long):
-            run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory"), many), size=3, timeout=120)
+    for some, messages in ways(many):
+        with messages:
+            run_loopback(lambda group: calls(cpattn.transport(group, kind="peer_memory"), some), size=3, timeout=120)  # noqa: B023
 
 
 def in_process(many: int) -> None:
     assert dist.is_initialized()
-    for as_long in (False, True):
-        with messages(as_long):
-            calls(cpattn.transport(kind="peer_memory"), many)
+    for some, messages in ways(many):
+        with messages:
+            calls(cpattn.transport(kind="peer_memory"), some)
 
 
-def messages(as_long: bool) -> AbstractContextManager[object]:
-    """Whether they come by the programs of long ones, which these calls have none of."""
-    return patch.object(late_keys, "_SHORT_BYTES", 0) if as_long else nullcontext()
+def ways(many: int) -> list[tuple[int, AbstractContextManager[object]]]:
+    """So many calls as they are; and the first one, whose keys alone come late, by the programs of long messages, which these calls have
+    none of."""
+    return [(many, nullcontext()), (min(many, 1), patch.object(late_keys, "_SHORT_BYTES", 0))]
 
 
 def on_processes(many: int) -> None:
