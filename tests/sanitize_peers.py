@@ -17,8 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -119,14 +121,19 @@ def main() -> int:
         if run.ranks == "threads":
             environment["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]
         command = run.command(given.sanitizer, 49152 + 200 * number)
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        # No pipe: a full one would hold a run up while another is waited for, and what a killed one has started would keep it open.
+        output = TemporaryFile("w+")  # noqa: SIM115 - it goes with the program
+        started.append((run, subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT), output))
     failed = 0
-    for run, process in zip(runs, started, strict=True):
+    end = time.monotonic() + MOST_SECONDS
+    for run, process, output in started:
         try:
-            said, _ = process.communicate(timeout=MOST_SECONDS)
+            process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            said, _ = process.communicate()
+            process.wait()
+        output.seek(0)
+        said = output.read()
         found = " ".join(match.group(2) for match in SUMMARY.finditer(said)) or "it did not end as it should"
         print(f"{run.tool}, ranks as {run.ranks}: {found}", flush=True)
         if process.returncode:
