@@ -28,21 +28,22 @@ WORDS = {"UNIT": 2, "BLOCK_W": 4096}
 
 def compile_it(
     kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, *, is_wide: bool = False, registers: int | None = None
-) -> str:
+) -> Any:
     """``is_wide``: whether it should move 16 bytes at once."""
     names = [parameter.name for parameter in kernel.params]
     constants = constants | {"WORLD": 3, "THREADS": 32 * warps}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    text = str(compile(source, target=HOPPER, options={"num_warps": warps, "maxnreg": registers}).asm["ptx"])
+    compiled = compile(source, target=HOPPER, options={"num_warps": warps, "maxnreg": registers})
     for access in ("ld", "st") if is_wide else ():
-        assert re.search(access + r"\.global[^;]*\.v(4\.b32|2\.b64)", text), f"{kernel.__name__} has no {access} of 16 bytes"
+        pattern = access + r"\.global[^;]*\.v(4\.b32|2\.b64)"
+        assert re.search(pattern, compiled.asm["ptx"]), f"{kernel.__name__} has no {access} of 16 bytes"
     print(kernel.__name__)
-    return text
+    return compiled
 
 
-def compile_attention() -> str:
+def compile_attention() -> Any:
     """That leaves room, for 32 heads, 8 of K and V, of 128."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -67,10 +68,16 @@ def compile_attention() -> str:
     )
 
 
-def registers_of_a_quarter(text: str) -> int:
-    """Of a multiprocessor's four quarters, which share a program's warps, of 32 threads each."""
-    threads, of_each = (int(re.search(rf"\.{word} (\d+)", text)[1]) for word in ("reqntid", "maxnreg"))  # type: ignore[index]
-    return threads // 4 * of_each
+def check_they_fit(*programs: Any) -> None:
+    """That a multiprocessor has room for them side by side: registers in each of its four quarters, which share a program's warps of 32
+    threads, and shared memory, of which each takes 1 KiB beside its own."""
+    registers = 0
+    for program in programs:
+        threads, of_each = (int(re.search(rf"\.{word} (\d+)", program.asm["ptx"])[1]) for word in ("reqntid", "maxnreg"))  # type: ignore[index]
+        registers += threads // 4 * of_each
+    assert registers <= 65536 // 4, registers
+    shared = sum(program.metadata.shared + 1024 for program in programs)
+    assert shared <= 228 * 1024, shared
 
 
 if __name__ == "__main__":
@@ -87,8 +94,7 @@ if __name__ == "__main__":
     short = {"BLOCK_R": how.post_bytes // 256, "BLOCK_W": how.pull_words // PIECE_ROWS, "TOGETHER": 1, "FLAGS": 32 * how.warps}
     both = WIDTHS | pieces | {"POSTS": True, "PULLS": True} | short
     beside = compile_it(peer_exchange.exchange_rows_kernel, late, both, how.warps, is_wide=True, registers=how.registers)
-    # Both on one multiprocessor.
-    assert registers_of_a_quarter(beside) + registers_of_a_quarter(compile_attention()) <= 65536 // 4
+    check_they_fit(beside, compile_attention())
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True, "ENDS": False}, 8)

@@ -24,7 +24,7 @@ FLOATS = ("tanh_scale", "exponent_scale")
 def compile_it(
     kernel: Any, target: GPUTarget, pointers: dict[str, str], constants: dict[str, Any], source_type: Any = ASTSource,
     unaligned: tuple[str, ...] = (), **options: int,
-) -> str:  # fmt: skip
+) -> Any:  # fmt: skip
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32" if name in FLOATS else "i32") for name in names}
     aligned = {
@@ -35,7 +35,7 @@ def compile_it(
     source = source_type(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     compiled = compile(source, target=target, options=options)
     print(kernel.__name__, target.arch, f"{compiled.metadata.shared} bytes of shared memory")
-    return str(compiled.asm["ptx"])
+    return compiled
 
 
 def config(fp8: int, native: bool, of_tokens: bool, block_m: int) -> RaggedConfig:
@@ -47,7 +47,7 @@ def config(fp8: int, native: bool, of_tokens: bool, block_m: int) -> RaggedConfi
     )  # fmt: skip
 
 
-def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: int, copied: int = 16, form: int = 0) -> str:
+def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: int, copied: int = 16, form: int = 0) -> Any:
     """The kernel for Hopper, as its wrapper has it for 32 heads, 8 of K and V, in one of its forms."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -75,8 +75,9 @@ def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: 
     return compile_it(hopper_attention_kernel, HOPPER, pointers, {"C": constants}, GluonASTSource, unaligned, num_warps=4)
 
 
-def check_hopper(ptx: str, copied: int, products: str) -> None:
+def check_hopper(compiled: Any, copied: int, products: str) -> None:
     """That so many bytes are copied at a time, and of scales alone less; and that products are of this dtype."""
+    ptx = compiled.asm["ptx"]
     assert set(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(\w+)\.", ptx)) == {products}
     copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global[^;]*, (0x\w+)", ptx)
     assert {int(size, 16) for _, size in copies} - {4} == {copied}, copies
