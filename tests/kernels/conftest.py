@@ -45,16 +45,11 @@ def peer_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device != "cpu":
         return
     pytest.importorskip("triton")
-    import triton.language as tl
+    from devices.interpreted_peers import without_assembler
 
-    from cpattn.kernels import launch, peer_exchange, peer_flags
+    from cpattn.kernels import launch
 
-    monkeypatch.setattr(peer_flags, "_flags", lambda flags, is_waited: tl.load(flags, mask=is_waited, other=0))
-    monkeypatch.setattr(peer_flags, "_now", lambda: 0)
-    monkeypatch.setattr(peer_flags, "_any", lambda found: found)
-    monkeypatch.setattr(peer_exchange, "let_next_begin", lambda: None)
-    monkeypatch.setattr(peer_exchange, "fence_for_copies", lambda: None)
-    monkeypatch.setattr(peer_exchange, "announce", lambda flags, turn, is_there: tl.store(flags, turn, mask=is_there))
+    without_assembler(monkeypatch)
     call, one_at_a_time = launch._Prepared.__call__, threading.Lock()
 
     def launch_alone(prepared: Any, *tensors: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from inputs.cases import EXCHANGES, HEAD_EXCHANGES, STRIPED_EXCHANGES, AttentionCase
@@ -25,6 +28,18 @@ def test_attention_is_exact(ranks: ProcessRanks, strategy: str, cache: str, dtyp
     for partition in ("zigzag", "contiguous", "whole"):
         plan = case.plan(ranks.size, partition=partition, pad_to=16)
         case.check(ranks.run(programs.attend, case, plan, strategy, "cpu"), plan, strategy, "cpu")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on GPUs tests/gpu/test_peer_memory.py does the same")
+def test_keys_that_come_late_through_memory_that_processes_share(ranks: ProcessRanks, tmp_path: Path) -> None:
+    """Each rank posts, waits for the others and pulls in one launch, or in two where cached keys are put between, turn after turn."""
+    pytest.importorskip("triton")
+    from programs import late_programs
+
+    cases = [AttentionCase(batch, heads=2, kv_heads=1) for batch in ([(0, 37), (0, 5)], [(0, 1)], [(130, 40), (3, 9)])]
+    for same, late in ranks.run(late_programs.take_turns, tmp_path, cases, [0, 0, 2, 0, 1, 2, 2, 0]):
+        assert same == [True] * 8
+        assert late == 7
 
 
 @pytest.mark.parametrize(("strategy", "cache"), HEAD_EXCHANGES)
