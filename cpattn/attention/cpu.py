@@ -6,12 +6,14 @@ queries see (a rectangle without a mask) and those around the diagonal (a square
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cpattn.attention.backend import AttentionOptions, Backend
 from cpattn.attention.merge import merge_
+from cpattn.attention.reference import reference_attention
 from cpattn.keys import Keys
 from cpattn.spans import Spans
 
@@ -60,20 +62,32 @@ def _add(
     kernel would crash)."""
     if queries.start >= queries.stop or keys.start >= keys.stop:
         return
-    q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q[queries], k[keys], v[keys]))
-    part_1htd, part_lse_1ht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1htd, k_1hsd, v_1hsd, 0.0, causal, scale=scale)
-    part, part_lse = part_1htd[0].transpose(0, 1), part_lse_1ht[0].transpose(0, 1)
-    # The kernel takes a query all of whose scores are NaN for one without keys: it gives 0 for both, and for the LSE. That of the first
-    # key, which all queries see, tells such a query from one with an LSE of 0. Infinite inputs, and large ones, give NaN as well.
-    unseen = part_lse == 0
-    if unseen.any():
-        first_key = k[keys.start].repeat_interleave(q.shape[1] // k.shape[1], dim=0)
-        unseen &= (q[queries] * first_key).sum(dim=-1).isnan()
-        part, part_lse = part.masked_fill(unseen[..., None], torch.nan), part_lse.masked_fill(unseen, torch.nan)
+    part, part_lse = _attend(q[queries], k[keys], v[keys], scale, causal)
     if is_first:
         out[queries], lse[queries] = part, part_lse
     else:
         merge_(out[queries], lse[queries], part, part_lse)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Result and LSE of queries that see all keys, or with ``causal`` one key, two keys and so on."""
+    q_1htd, k_1hsd, v_1hsd = (x[None].transpose(1, 2) for x in (q, k, v))
+    out_1htd, lse_1ht = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_1htd, k_1hsd, v_1hsd, 0.0, causal, scale=scale)
+    out, lse = out_1htd[0].transpose(0, 1), lse_1ht[0].transpose(0, 1)
+    # The kernel takes a query whose scores are all NaN or -inf for one without keys: it gives 0 for both, and for the LSE. That of the
+    # first key, which all queries see, tells such a query from one with an LSE of 0. Infinite inputs, and large ones, give NaN as well.
+    unseen = lse == 0
+    if unseen.any():
+        first_score = (q * k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0)).sum(dim=-1)
+        is_nan = unseen & first_score.isnan()
+        out, lse = out.masked_fill(is_nan[..., None], torch.nan), lse.masked_fill(is_nan, torch.nan)
+        unsure = unseen & (first_score == -torch.inf)
+        if unsure.any():
+            # The others may be -inf, NaN, or numbers whose LSE is 0. It is slow to find out, and rare.
+            spans = Spans.build(*np.array([[len(q), 0, len(k), 1 if causal else len(k)]]).T)
+            plain, plain_lse = reference_attention(q, Keys(k, v), spans, AttentionOptions(scale=scale), torch.float32)
+            out, lse = torch.where(unsure[..., None], plain, out), torch.where(unsure, plain_lse, lse)
+    return out, lse
 
 
 BACKEND = Backend(

@@ -117,6 +117,29 @@ def test_scores_that_are_no_numbers_give_nan_and_nothing_else_does(name: str, wr
     torch.testing.assert_close(lse[6:], torch.arange(1.0, 4).log()[:, None].expand(3, 4))
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_keys_with_scores_of_minus_infinity_weigh_nothing(name: str) -> None:
+    """However many they are: alone they are no keys, before others they change nothing, and they hide no NaN."""
+    rows = RaggedRows.build(*np.array([[3, 0, 5, 6], [3, 5, 7, 5], [3, 12, 3, 1], [1, 15, 2, 2], [1, 17, 2, 2]]).T)
+    q, k, v = torch.randn(11, 4, 8), torch.randn(19, 2, 8), torch.randn(19, 2, 8)
+    q[..., 0], k[..., 0] = 1, 0
+    k[:9, :, 0] = -torch.inf  # the first request's keys, and four of the second one's
+    k[[12, 15, 17], :, 0] = -torch.inf
+    k[16], k[18] = torch.nan, 0.0  # of the last two, whose LSE is NaN and 0
+    v[18] = 0
+    out, lse = BACKENDS[name].run(q, k, v, rows, AttentionOptions(scale=0.3), torch.float32)
+    assert (lse[[0, 1, 2, 6]] == -torch.inf).all()
+    assert (out[[0, 1, 2, 6, 10]] == 0).all()
+    assert out[9].isnan().all()
+    assert lse[9].isnan().all()
+    assert (lse[10] == 0).all()
+    among = RaggedRows.build(*np.array([[3, 9, 3, 1], [2, 13, 2, 1]]).T)
+    seen = [3, 4, 5, 7, 8]
+    expected, expected_lse = brute_force(q[seen], k, v, among, AttentionOptions(scale=0.3))
+    torch.testing.assert_close(out[seen].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[seen].double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_half_precision_can_return_fp32(name: str, dtype: torch.dtype) -> None:
