@@ -51,6 +51,7 @@ def oracle_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     prefix_k = k[:0] if prefix_k is None else prefix_k.double()
     prefix_v = v[:0] if prefix_v is None else prefix_v.double()
+    batch = list(batch)  # it is read twice
     prefix_rows, new_rows = (sum(lengths[column] for lengths in batch) for column in (0, 1))
     _check_rows("new", new_rows, q=q, k=k, v=v)
     _check_rows("prefix", prefix_rows, prefix_k=prefix_k, prefix_v=prefix_v)
