@@ -105,7 +105,8 @@ def _usual_shards(shards: Any, cp_size: int) -> IntArray | None:
     if isinstance(shards, (list, tuple)):
         usual = all(isinstance(shares, (list, tuple)) and len(shares) == cp_size and {*map(type, shares)} == {int} for shares in shards)
     else:
-        usual = isinstance(shards, np.ndarray) and shards.ndim == 2 and shards.dtype.kind in "iu"
+        # No array of a kind of its own: those of numpy.ma have numbers that do not count.
+        usual = type(shards) is np.ndarray and shards.ndim == 2 and shards.dtype.kind in "iu"
     try:
         table = np.array(shards, dtype=np.int64).reshape(len(shards), cp_size) if usual else None
     except (OverflowError, ValueError):

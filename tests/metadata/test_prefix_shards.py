@@ -177,6 +177,7 @@ class TestShards:
             (np.array([[8, -1], [0, 0]]), r"prefix_shards of request 0 is \[8, -1\], its prefix_len is 7"),
             (np.array([[3, 4]]), "prefix_shards has 1 entries, the batch has 2 requests"),
             (np.array([[[3], [4]], [[0], [0]]]), r"prefix_shards of request 0 is \[\[3\], \[4\]\]"),
+            (np.ma.array([[3, 4], [0, 0]], mask=[[True, False], [False, False]]), r"prefix_shards of request 0 is \[None, 4\]"),
             (np.array([[True, False], [False, False]]), r"prefix_shards of request 0 is \[True, False\]"),
             (np.array([[3.0, 4.0], [0.0, 0.0]]), r"prefix_shards of request 0 is \[3.0, 4.0\]"),
             ([[2**63, 7 - 2**63], [0, 0]], "prefix_shards of request 0 is"),
