@@ -17,7 +17,9 @@ LONGEST = 200
 
 def bookkeeping(pool: cpattn.KVPool) -> str:
     """All that a pool knows of requests, steps and pages; the order of free pages included, as it decides which are taken next."""
-    requests = {name: (request.owners.tolist(), request.held.tolist(), request.pages) for name, request in pool._requests.items()}
+    requests = {
+        name: (request.length, request.held.tolist(), request.owners.tolist(), request.pages) for name, request in pool._requests.items()
+    }
     uses = [sorted(counts.items()) for counts in pool._books.uses]
     return repr((requests, pool._books.free, uses, len(pool._history)))
 
