@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cpattn.device_tables import IntArray
+
+# Of the rank of each token, where there are many tokens: a plan has no more ranks, and they are compared several times as fast as in int64.
+RANK = np.uint16
 
 
 class Chunks(NamedTuple):
@@ -30,6 +34,11 @@ class Chunks(NamedTuple):
     start: IntArray
     length: IntArray
     rank: IntArray
+
+    @property
+    def rank_of_tokens(self) -> npt.NDArray[np.uint16]:
+        """Who owns each new token of the batch: of type :data:`RANK`, ``[tokens]``."""
+        return self.rank.astype(RANK).repeat(self.length)
 
 
 class ByRank(NamedTuple):

@@ -54,7 +54,7 @@ def kept_places(meta: CPMetadata) -> Places:
             position = (plan.prefix_lens - begins)[request] + np.arange(plan.num_tokens)
             is_own, number = plan.owner.ranks(position, plan.cp_size) == rank, plan.owner.numbers(position, plan.cp_size)
         else:
-            is_own = plan.chunk_table.rank.repeat(plan.chunk_table.length) == rank
+            is_own = plan.chunk_table.rank_of_tokens == rank
             kept = plan.rank_extends[:, rank]
             number = is_own.cumsum() - 1 + (plan.shard_lens[:, rank] - exclusive_cumsum(kept))[request]
         places = np.full((2, meta.rows), -1)

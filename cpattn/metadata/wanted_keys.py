@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cpattn.device_tables import IntArray, exclusive_cumsum, expand_runs_on_host
+from cpattn.metadata.chunks import RANK
 from cpattn.metadata.layout import Layout
 from cpattn.metadata.needed_keys import Lacking, lacking_rows
 from cpattn.metadata.window_reach import Reach
 
 # What is worked out for each rank and token may become so much: over 8 ranks it takes 6 ms, and so many tokens twice as long in each layer.
 _MOST_PAIRS = 2**21
-# Of ranks, of which a plan has no more. They are compared several times as fast as in int64.
-_RANK = np.uint16
 
 
 class WantedKeys(NamedTuple):
@@ -66,13 +65,13 @@ class WantedKeys(NamedTuple):
         request, token = np.arange(len(lengths)).repeat(lengths), np.arange(total)
         position = token + (plan.prefix_lens - reached - begins).repeat(lengths)
         is_new = position >= plan.prefix_lens.repeat(lengths)
-        ranks, computed = np.arange(size, dtype=_RANK), chunks.rank.astype(_RANK).repeat(chunks.length)
+        ranks, computed = np.arange(size, dtype=RANK), chunks.rank_of_tokens
         if plan.owner is not None:
-            holder = plan.owner.ranks(position, size).astype(_RANK)
+            holder = plan.owner.ranks(position, size).astype(RANK)
         else:
             # Each rank keeps what it computes.
             kept = None if window is None else Reach.of(plan, window).ranks
-            holder = computed if kept is None else kept.astype(_RANK)
+            holder = computed if kept is None else kept.astype(RANK)
         source, row = holder.copy(), np.empty(total, dtype=np.int64)
         source[is_new] = computed
         row[is_new] = token[: plan.num_tokens] + (plan.chunk_rows - exclusive_cumsum(chunks.length)).repeat(chunks.length)

@@ -70,8 +70,7 @@ def _ranks_of_computed(plan: Layout, lengths: IntArray) -> tuple[IntArray, IntAr
     counts = np.zeros((len(reached), plan.cp_size), dtype=np.int64)
     for request, ranks in enumerate(reached):
         counts[request] = np.bincount(ranks, minlength=plan.cp_size)
-    chunks, ends = plan.chunk_table, plan.extend_lens.cumsum()
-    new = np.split(chunks.rank.repeat(chunks.length), ends[:-1])
+    new = np.split(plan.chunk_table.rank_of_tokens, plan.extend_lens.cumsum()[:-1])
     pieces = [piece for pair in zip(reached, new, strict=False) for piece in pair]
     return np.concatenate([np.empty(0, dtype=np.int64), *pieces]), counts
 

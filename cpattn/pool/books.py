@@ -12,9 +12,7 @@ import numpy as np
 
 from cpattn.device_tables import IntArray
 from cpattn.errors import PoolFullError
-
-# A plan has at most 65,536 ranks.
-OWNER = np.uint16
+from cpattn.metadata.chunks import RANK
 
 
 class Inherited(NamedTuple):
@@ -40,7 +38,7 @@ class CachedRequest:
     held: IntArray
     pages: list[array[int]]
     length: int = 0
-    owners: IntArray = field(default_factory=lambda: np.empty(0, dtype=OWNER))
+    owners: IntArray = field(default_factory=lambda: np.empty(0, dtype=RANK))
     inherited: list[Inherited] = field(default_factory=list)
 
 

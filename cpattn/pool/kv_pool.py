@@ -26,7 +26,7 @@ from cpattn.metadata.plan import Plan, plan
 from cpattn.metadata.prefix_ranks import PrefixRanks
 from cpattn.metadata.striped import Striped
 from cpattn.pool import checks
-from cpattn.pool.books import OWNER, CachedRequest, PageBooks, no_pages
+from cpattn.pool.books import CachedRequest, PageBooks, no_pages
 from cpattn.pool.history import Before, History, pages_written
 from cpattn.problem import Problem
 
@@ -394,8 +394,7 @@ class KVPool:
     def _append(self, requests: Sequence[CachedRequest], planned: Plan, held: IntArray) -> None:
         """Counts a step's new tokens as the requests', of which ``held [requests, holders]`` lie with each holder then."""
         if self.owner == "computed":
-            table = planned.chunk_table
-            owners = table.rank.astype(OWNER).repeat(table.length)  # chunks stand in the order of the tokens
+            owners = planned.chunk_table.rank_of_tokens
             end = 0
             for request, (_, extend) in zip(requests, planned.batch, strict=True):
                 begin, end = end, end + extend
