@@ -56,7 +56,7 @@ plans = st.fixed_dictionaries(sizes | cut_alike) | st.fixed_dictionaries(sizes |
 
 @all_exchanges
 @given(case=cases(features=True), options=plans)
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_reference_backend_with_every_feature(case: AttentionCase, options: dict[str, Any], strategy: str, cache: str) -> None:
     case.cache = cache
     if cache == "sharded":
@@ -66,7 +66,7 @@ def test_reference_backend_with_every_feature(case: AttentionCase, options: dict
 
 @all_exchanges
 @given(case=cases(features=False), options=plans)
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_cpu_backend(case: AttentionCase, options: dict[str, Any], strategy: str, cache: str) -> None:
     """It reads no pages, and so is given a packed copy of them."""
     case.cache = cache

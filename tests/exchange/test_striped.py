@@ -58,7 +58,7 @@ def striped_cases(draw: st.DrawFn, window: bool = False) -> AttentionCase:
 
 
 @given(batch=batches(), cp_size=cp_sizes, interleave=interleaves)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_rule_is_that_of_the_model(batch: Batch, cp_size: int, interleave: int) -> None:
     plan = cpattn.plan(batch, cp_size, owner=cpattn.Striped(interleave))
     for (prefix, extend), before, after in zip(batch, plan.shard_lens.tolist(), plan.held_lens.tolist(), strict=True):
