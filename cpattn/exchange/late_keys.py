@@ -185,10 +185,13 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     # Row by row of all pieces at once: along the few rows of each it takes ten times as long.
     brought = np.maximum.reduce([source[row::PIECE_ROWS] for row in range(PIECE_ROWS)]) >= 0
     in_turn = np.concatenate([awaited, (brought & (late == 0)).nonzero()[0]])
+    in_order = source.reshape(pieces, PIECE_ROWS)
+    source = np.full_like(in_order, -1)
+    source[: len(in_turn)] = in_order[in_turn]
     order = np.full(1 + pieces, -1, dtype=np.int32)
     order[0] = len(in_turn)
     order[1 : 1 + len(in_turn)] = in_turn
-    return {"own_rows": np.append(np.int32(num_own), own_rows), "places": places, "source": source, "order": order, "late": late}
+    return {"own_rows": np.append(np.int32(num_own), own_rows), "places": places, "source": source.ravel(), "order": order, "late": late}
 
 
 def _by_need(meta: CPMetadata, seen: SeenKeys, rows: RequestRows, pieces: int) -> tuple[IntArray, Int32Array]:

@@ -39,8 +39,10 @@ def fence_for_copies():
 def announce(flags, turn, is_there):
     """Says by these flags, where ``is_there``, that what this program has written before is there, also to copies by TMA."""
     fence_for_copies()
-    # All threads have written, and stand behind that fence, before one of them says so.
-    tl.debug_barrier()
+    # All threads have written, and stand behind that fence, before one of them says so. In a loop with Triton's own barrier it would not
+    # let loads of later turns begin.
+    thread = tl.arange(0, 32)
+    tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, $1;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
     tl.atomic_xchg(flags, turn, mask=is_there, sem="release", scope="gpu")
 
 

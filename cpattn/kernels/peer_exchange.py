@@ -11,7 +11,7 @@ end, one program beside the attention. After a call that sends otherwise the few
 they do after one that posts and pulls in two launches, as all ranks do then: in the second no program may wait for other ranks' second
 ones, which may find no multiprocessor free.
 
-Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are brought at once.
+Suffixes: R rows, or pairs of a row and a head; D a padded head dim; W words; T pieces that are brought together.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -38,13 +38,13 @@ from cpattn.kernels.peer_rows import at
 
 
 @triton.jit
-def _rows_of(order, source, i, num_pieces, PIECE: tl.constexpr, TOGETHER: tl.constexpr):
-    """The rows of TOGETHER pieces from the ``i``-th to be brought on, and which of all ranks' rows come to them; -1 for none."""
-    row_R = tl.arange(0, PIECE * TOGETHER)
-    place_R = i + row_R // PIECE
-    piece_R = tl.load(order + place_R, mask=place_R < num_pieces, other=-1)
-    to_R = piece_R * PIECE + row_R % PIECE
-    return to_R, tl.load(source + to_R, mask=piece_R >= 0, other=-1)
+def _of_ranks(messages, rank_R, like, WORLD: tl.constexpr):
+    """For each row where a rank's message begins, as a pointer to numbers like those of ``like``, of all ranks' addresses: the load of a
+    row would have to wait for another one that brought it."""
+    address_R = messages[0] + tl.zeros_like(rank_R).to(tl.int64)
+    for rank in tl.static_range(1, WORLD):
+        address_R = tl.where(rank_R == rank, messages[rank], address_R)
+    return tl.multiple_of(address_R.to(like.dtype), 16)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "few"])
@@ -52,8 +52,9 @@ def exchange_rows_kernel(
     table, k, v, like, own_rows, places, source, order, flags, rank, board, offset, size, num_rows, few,
     k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, BLOCK_W: tl.constexpr, TOGETHER: tl.constexpr, POSTS: tl.constexpr,
-    PULLS: tl.constexpr, SHARES: tl.constexpr, WORLD: tl.constexpr, FLAGS: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, PIECE: tl.constexpr, TOGETHER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_W: tl.constexpr,
+    STAGES: tl.constexpr, POSTS: tl.constexpr, PULLS: tl.constexpr, SHARES: tl.constexpr, WORLD: tl.constexpr, FLAGS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """Own rows and pieces of others' in this rank's message ``[num_rows, HEADS, D + DV]``, whose rows are of WIDTH words too; ``like`` is
     of the words that are pulled.
@@ -62,9 +63,10 @@ def exchange_rows_kernel(
     where V is in K. Then a new round of arrivals begins.
 
     With PULLS the first ``few`` programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order
-    that follows: row i is row ``source[i]`` of all ranks' messages, rank after rank; none for -1. A program brings TOGETHER pieces at once,
-    BLOCK_W columns after BLOCK_W columns, so that enough bytes are on their way. Then it announces them, to a kernel that runs beside this
-    one: that begins when all programs of this one know that the messages lie there, and so are certain to end.
+    that follows. Of the i-th of them row j is row ``source[PIECE * i + j]`` of all ranks' messages, rank after rank; none for -1. A program
+    brings COLUMNS of TOGETHER pieces at a time, while those of the next STAGES - 1 times are on their way into shared memory, and takes
+    BLOCK_W columns at once through its registers. Then it announces them, to a kernel that runs beside this one: that begins when all
+    programs of this one know that the messages lie there, and so are certain to end.
 
     One launch may post and the next one pull: where other rows of the message are written between, and where ranks share a stream
     (SHARES). Those would otherwise keep away whom they wait for. Their hosts wait, and no kernel does.
@@ -106,15 +108,16 @@ def exchange_rows_kernel(
             tl.store(flags, turn)
             tell_posted(table, heap, rank, board, size, WORLD, THREADS)
     if PULLS and tl.program_id(0) < few:
-        # What says where pieces lie comes while others' messages are waited for.
         num_pieces = tl.load(order)
         order += 1
-        first = tl.program_id(0) * TOGETHER
-        to_row_R, from_row_R = _rows_of(order, source, first, num_pieces, PIECE, TOGETHER)
+        messages = (tl.load(table) + offset,)
+        for other in tl.static_range(1, WORLD):
+            # One of the forms that Triton 3.5 takes.
+            messages = messages + (tl.load(table + other) + offset,)  # type: ignore[assignment]  # noqa: RUF005
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
         if not POSTS:
             is_there = is_there & found_no_fault(table, heap, WORLD, THREADS)
-        PARTS: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+        TIMES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
         out = at(table, rank, offset, like)
         row_units = WIDTH // UNIT
         if is_there:
@@ -123,27 +126,30 @@ def exchange_rows_kernel(
             # What this rank has itself as well, before anybody reads it: the next kernel begins after this one. All bits set are NaN in
             # every floating dtype.
             for row in range(tl.program_id(0), num_rows, few):
-                for part in tl.static_range(PARTS):
-                    word_W = part * BLOCK_W + tl.arange(0, BLOCK_W)
+                for begin in range(0, WIDTH, BLOCK_W):
+                    word_W = begin + tl.arange(0, BLOCK_W)
                     to_W = out + (tl.cast(row, tl.int64) * row_units) * UNIT + word_W
                     tl.store(to_W, tl.full([BLOCK_W], -1, like.dtype.element_ty), mask=word_W < WIDTH)
-        for i in range(first, num_pieces, few * TOGETHER):
-            # The numbers by which the next ones are found are on their way meanwhile.
-            next_to_row_R, next_from_row_R = _rows_of(order, source, i + few * TOGETHER, num_pieces, PIECE, TOGETHER)
+        row_R = tl.arange(0, PIECE * TOGETHER)
+        piece_T = tl.arange(0, TOGETHER)
+        groups = (num_pieces + TOGETHER - 1) // TOGETHER
+        for time in tl.range(0, (groups - tl.program_id(0) + few - 1) // few * TIMES, num_stages=STAGES):
+            i = (tl.program_id(0) + time // TIMES * few) * TOGETHER
+            is_piece_R = i + row_R // PIECE < num_pieces
+            from_row_R = tl.load(source + i * PIECE + row_R, mask=is_piece_R, other=-1)
+            to_row_R = tl.load(order + i + row_R // PIECE, mask=is_piece_R, other=0) * PIECE + row_R % PIECE
             is_row_R1 = (from_row_R >= 0)[:, None]
             from_row_R = tl.maximum(from_row_R, 0)
-            from_R = at(table, from_row_R // num_rows, offset, out) + ((from_row_R % num_rows).to(tl.int64) * row_units) * UNIT
+            from_R = _of_ranks(messages, from_row_R // num_rows, like, WORLD)
+            from_R += ((from_row_R % num_rows).to(tl.int64) * row_units) * UNIT
             to_R = out + (to_row_R.to(tl.int64) * row_units) * UNIT
-            for part in tl.static_range(PARTS):
-                word_1W = part * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+            for begin in tl.static_range(0, COLUMNS, BLOCK_W):
+                word_1W = time % TIMES * COLUMNS + begin + tl.arange(0, BLOCK_W)[None, :]
                 is_put_RW = is_row_R1 & (word_1W < WIDTH)
                 values_RW = tl.load(from_R[:, None] + word_1W, mask=is_put_RW, other=0, cache_modifier=".cg")
                 tl.store(to_R[:, None] + word_1W, tl.where(is_there, values_RW, -1), mask=is_put_RW)
-            piece_T = i + tl.arange(0, TOGETHER)
-            is_piece_T = piece_T < num_pieces
-            announce(piece_flag(flags, tl.load(order + piece_T, mask=is_piece_T, other=0)), turn, is_piece_T)
-            to_row_R = next_to_row_R
-            from_row_R = next_from_row_R
+            is_piece_T = (i + piece_T < num_pieces) & (time % TIMES == TIMES - 1)
+            announce(piece_flag(flags, tl.load(order + i + piece_T, mask=is_piece_T, other=0)), turn, is_piece_T)
         is_last = is_last_to_pull(heap, board, few)
         announce(all_flag(flags), turn, is_last)
         # What was read may be the NaN of a rank that has found one.

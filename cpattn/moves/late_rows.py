@@ -15,9 +15,9 @@ class LateRows(NamedTuple):
         rows: of this rank.
         own_rows: ``[1 + n]``: how many of these go to the message, then those; places: ``[n]``: the row of the message that each of them
             goes to. Nobody reads the others there.
-        source: ``[pieces * PIECE_ROWS]``: which row of all ranks' messages, rank after rank, comes to each; -1 for those that are not
-            brought.
-        order: ``[1 + pieces]``: how many pieces have such a row, then those pieces, the first to be needed first, and then -1.
+        source: ``[pieces * PIECE_ROWS]``: which row of all ranks' messages, rank after rank, comes to each row of the pieces in ``order``;
+            -1 for those that are not brought.
+        order: ``[1 + pieces]``: how many pieces have a row of others, then those pieces, the first to be needed first, and then -1.
         flags: which are there; see :class:`cpattn.keys.Arrivals`.
         form: of that order, which all ranks' have; see :class:`cpattn.transports.posted.Posted`.
         side_by_side: whether they come by programs that run on the multiprocessors of the attention; see

@@ -26,7 +26,9 @@ class _Programs(NamedTuple):
         posting: programs at most that post; pulling: those of them that go on to wait and to pull, at most, and on how many of a GPU's
             multiprocessors, one of so many: while they wait, all that post have to find place.
         registers: of a thread, at most, or None.
-        post_bytes: of K that a program posts at once; pull_words: that it pulls at once, of 8 bytes for all aligned rows.
+        post_bytes: of K that a program posts at once.
+        pull_words: that it pulls at a time, of 8 bytes for all aligned rows, while as many for each of ``stages`` but one are on their way
+            to shared memory; part_words: of those that go through its registers at once.
     """
 
     posting: int
@@ -36,15 +38,31 @@ class _Programs(NamedTuple):
     registers: int | None
     post_bytes: int
     pull_words: int
+    part_words: int
+    stages: int
+
+    def blocks(self, width: int) -> dict[str, Any]:
+        """Of rows of ``width`` words: columns of a piece, and if there are not so many, more pieces, of which a part is as wide as 128
+        bytes where they are. Of narrower ones no more, whose places would not fit shared memory beside them."""
+        columns = min(self.pull_words // PIECE_ROWS, triton.next_power_of_2(width))
+        together = min(self.pull_words // columns, self.part_words // 16) // PIECE_ROWS
+        part = min(columns, self.part_words // (PIECE_ROWS * together))
+        return {"TOGETHER": together, "COLUMNS": columns, "BLOCK_W": part, "STAGES": self.stages}
 
 
 # On so few multiprocessors that others stay free for the attention and for what other groups do. Each has as many threads as a
-# multiprocessor takes, so that few of them have enough bytes on their way. Beside the attention on all of them it took longer than that.
-LONG = _Programs(posting=132, pulling=24, share=4, warps=32, registers=None, post_bytes=16384, pull_words=16384)
+# multiprocessor takes, so that few of them have enough bytes on their way, in their registers: through shared memory they took 92 us in
+# place of 75 for 16 MiB of others' rows. Beside the attention on all multiprocessors it took longer, too.
+LONG = _Programs(
+    posting=132, pulling=24, share=4, warps=32, registers=None, post_bytes=16384, pull_words=16384, part_words=16384, stages=1
+)  # fmt: skip
 # Of a short message the attention has one tile for each multiprocessor, and would wait for those that others pull on. So these are small
-# enough to run beside it, on the registers that it leaves. While one group's wait, half of the multiprocessors have no place for what
-# takes one as a whole; half as many took 4 us longer for 4 MiB.
-SHORT = _Programs(posting=1024, pulling=66, share=2, warps=4, registers=ROOM_REGISTERS, post_bytes=4096, pull_words=1024)
+# enough to run beside it, on the registers and in the shared memory that it leaves, and have twice as many bytes on their way as those
+# registers hold. While one group's wait, half of the multiprocessors have no place for what takes one as a whole; half as many took 10 us
+# longer for 8 MiB.
+SHORT = _Programs(
+    posting=1024, pulling=66, share=2, warps=4, registers=ROOM_REGISTERS, post_bytes=4096, pull_words=2048, part_words=512, stages=2
+)  # fmt: skip
 
 # What a launch does: all of it, or the first or the last part.
 Part: TypeAlias = Literal["all", "post", "pull"]
@@ -85,15 +103,12 @@ def _prepare(board: Board, like: Tensor, rows: int, given: Given, late: LateRows
     word, width, _, unit = row_words(like)
     few = max(1, min(how.pulling, _processors(like.device) // how.share, late.order.shape[0] - 1))
     programs = few if part == "pull" else max(few, min(how.posting, triton.cdiv(late.places.shape[0] * own["HEADS"], own["BLOCK_R"])))
-    # Columns of a piece, and if there are not so many, more pieces.
-    words = how.pull_words // PIECE_ROWS
-    block_w = min(words, triton.next_power_of_2(width))
     options = {"num_warps": how.warps} | ({} if how.registers is None else {"maxnreg": how.registers})
     return _exchange_rows.prepare(
         (programs, 1), options, {name: i for i, name in enumerate(_TENSORS)},
         table=board.table, like=Words(like, word), own_rows=late.own_rows, places=late.places, source=late.source,
         order=late.order, flags=late.flags,
         offset=board.offset, size=board.size_word, num_rows=rows, few=few,
-        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, BLOCK_W=block_w, TOGETHER=words // block_w,
+        WIDTH=width, UNIT=unit, PIECE=PIECE_ROWS, **how.blocks(width),
         POSTS=part != "pull", PULLS=part != "post", SHARES=shares, FLAGS=board.flags(how.warps, True), **own, **board.place(how.warps),
     )  # fmt: skip

@@ -62,6 +62,16 @@ def put_rows(meta: CPMetadata, tables: LateTables) -> tuple[np.ndarray, np.ndarr
     return np.array(rows[:count], dtype=int), np.array(places[:count], dtype=int)
 
 
+def source_in_order(late: LateTables | LateRows) -> np.ndarray:
+    """Of each row of the memory the row of all messages that comes there, or -1."""
+    count, *pieces = late.order.tolist()
+    in_turn, source = late.source.numpy().reshape(-1, PIECE_ROWS), np.full((len(pieces), PIECE_ROWS), -1)
+    assert len(set(pieces[:count])) == count
+    assert (in_turn[count:] == -1).all()
+    source[pieces[:count]] = in_turn[:count]
+    return source.ravel()
+
+
 def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which token is in each row of a rank's memory at last, -1 for none, which of them come late, and which token is in each of its own
     rows. No row is put twice."""
@@ -77,7 +87,7 @@ def memory_of(meta: CPMetadata, window: int | None, ordered: Ordered) -> tuple[n
         theirs = plan.metadata(rank, bucket=meta.bucket)
         rows, to = put_rows(theirs, late_tables(theirs, window, ordered))
         messages[rank, to] = there[rows]
-    memory, source = np.full(order.rows, -1), tables.source.numpy()
+    memory, source = np.full(order.rows, -1), source_in_order(tables)
     is_late = np.zeros(order.rows, dtype=bool)
     # What comes lies in the memory.
     assert (source[order.rows :] == -1).all()
@@ -300,8 +310,8 @@ class RowsReadLate(GatheredRows):
 
     def _bring(self, gathering: Work) -> None:
         gathering.wait()
-        source = self._late.source[: len(self._own)]
-        self._own[: len(source)][source >= 0] = self.all.whole[source[source >= 0].long()]
+        source = torch.from_numpy(source_in_order(self._late))[: len(self._own)]
+        self._own[: len(source)][source >= 0] = self.all.whole[source[source >= 0]]
 
 
 def late_rows(transport: Transport, rows: int, like: Tensor, late: LateRows, fill_missing: Any) -> RowsReadLate:

@@ -106,7 +106,9 @@ def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtyp
 
 @pytest.mark.parametrize("side_by_side", [True, False], ids=["small programs", "large programs"])
 @pytest.mark.parametrize(
-    ("heads", "dims", "dtype"), [(2, (64, 64), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)], ids=str
+    ("heads", "dims", "dtype"),
+    [(2, (64, 64), torch.bfloat16), (17, (128, 128), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)],
+    ids=str,
 )
 def test_rows_that_come_late(
     heads: int, dims: tuple[int, int | None], dtype: torch.dtype, side_by_side: bool, device: str, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +136,8 @@ def test_rows_that_come_late(
     source = torch.full((pieces * PIECE_ROWS,), -1, dtype=torch.int32, device=device)
     source[free[: len(theirs)]] = theirs[torch.randperm(len(theirs), device=device)][: len(free)].int()
     order = torch.tensor([11, 3, 0, 1, *range(4, 12), -1], dtype=torch.int32, device=device)
+    in_turn = torch.full((pieces, PIECE_ROWS), -1, dtype=torch.int32, device=device)
+    in_turn[:11] = source.view(pieces, PIECE_ROWS)[order[1:12]]
     flags = torch.zeros(flag_words(pieces), dtype=torch.int32, device=device)
     shape, nbytes = (num_rows, heads, width), num_rows * heads * width * dtype.itemsize
     messages = [heap[HEADER : HEADER + nbytes].view(dtype).view(shape) for heap in ranks.heaps]
@@ -155,7 +159,7 @@ def test_rows_that_come_late(
             want[rank][places[rank][has_place].long()] = message_of(rows, (k, v), rows)[has_place]
         # Each has flags of its own.
         each_flags = [flags if rank == mine else torch.zeros_like(flags) for rank in range(size)]
-        lates = [LateRows(rows, *own_rows[rank], source, order, each_flags[rank], 1, side_by_side) for rank in range(size)]
+        lates = [LateRows(rows, *own_rows[rank], in_turn.ravel(), order, each_flags[rank], 1, side_by_side) for rank in range(size)]
 
         def said(turn: int) -> list[int]:
             """By all pieces together, and by each."""

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, compile
 from cpattn.kernels import peer_exchange, peer_rows
 from cpattn.kernels.arrival_layout import PIECE_ROWS
 from cpattn.kernels.attention_config import REGISTERS_WITH_ROOM, HopperConfig
-from cpattn.moves.peer_exchange import SHORT
+from cpattn.moves.peer_exchange import LONG, SHORT
 from programs import compile_stored_keys
 from programs.compile_stored_keys import HOPPER
 
@@ -36,9 +36,11 @@ def compile_it(
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if pointers.get(name, "").startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     compiled = compile(source, target=HOPPER, options={"num_warps": warps, "maxnreg": registers})
-    for access in ("ld", "st") if is_wide else ():
-        pattern = access + r"\.global[^;]*\.v(4\.b32|2\.b64)"
-        assert re.search(pattern, compiled.asm["ptx"]), f"{kernel.__name__} has no {access} of 16 bytes"
+    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+    # Loads that later turns of a loop need are copies to shared memory.
+    loads = r"cp\.async\.cg[^;]*, 0x10" if constants.get("STAGES", 1) > 1 else r"ld\.global[^;]*\.v(4\.b32|2\.b64)"
+    for pattern in (loads, r"st\.global[^;]*\.v(4\.b32|2\.b64)") if is_wide else ():
+        assert re.search(pattern, compiled.asm["ptx"]), f"{kernel.__name__} has no {pattern}"
     print(kernel.__name__)
     return compiled
 
@@ -85,13 +87,14 @@ if __name__ == "__main__":
     compile_it(peer_rows.await_messages_kernel, TABLE, {}, 1)
     given = TABLE | {"k": "*bf16", "v": "*bf16", "num_tokens": "*i32"}
     compile_it(peer_rows.post_rows_kernel, given, WIDTHS | {"COUNT_ON_DEVICE": True}, 4)
-    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": PIECE_ROWS, "BLOCK_W": 512, "TOGETHER": 8, "FLAGS": 1024, "SHARES": False}
+    pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": PIECE_ROWS, "FLAGS": 1024, "SHARES": False, **LONG.blocks(512)}
     late = TABLE | LATE | {"k": "*bf16", "v": "*bf16"}
-    for posts, pulls in ((True, True), (True, False), (False, True)):
-        parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls}
-        compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=pulls)
+    # Rows of 16 bytes as well.
+    for posts, pulls, width in ((True, True, 512), (True, False, 512), (False, True, 2)):
+        parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls, "WIDTH": width, **LONG.blocks(width)}
+        compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=posts and pulls)
     how = SHORT
-    short = {"BLOCK_R": how.post_bytes // 256, "BLOCK_W": how.pull_words // PIECE_ROWS, "TOGETHER": 1, "FLAGS": 32 * how.warps}
+    short = {"BLOCK_R": how.post_bytes // 256, "FLAGS": 32 * how.warps, **how.blocks(512)}
     both = WIDTHS | pieces | {"POSTS": True, "PULLS": True} | short
     beside = compile_it(peer_exchange.exchange_rows_kernel, late, both, how.warps, is_wide=True, registers=how.registers)
     check_they_fit(beside, compile_attention())
