@@ -193,15 +193,15 @@ def test_the_longest_request_comes_first_and_in_it_the_last_keys() -> None:
 @pytest.mark.parametrize(
     ("tokens", "changes", "expected"),
     [
-        (1024, {}, True),
-        (1025, {}, False),
-        (2048, {"kv_heads": 4}, True),
+        (8192, {}, True),
+        (8193, {}, False),
+        (16384, {"kv_heads": 4}, True),
         (600, {"head_dim": 192}, False),
         (600, {"v_head_dim": 192}, False),
     ],
 )
 def test_which_messages_come_by_programs_beside_those_of_the_attention(tokens: int, changes: dict[str, Any], expected: bool) -> None:
-    """Those of up to 4 MiB, where that has registers to spare: with wider heads it has none."""
+    """Those of up to 32 MiB, where that has registers to spare: with wider heads it has none."""
     meta = cpattn.plan([(0, tokens)], 2).metadata(0)
     problem = problem_like("cpu", torch.bfloat16, rows=meta.rows, **({"head_dim": 128, "v_head_dim": 128} | changes))
     sent: list[LateRows] = []

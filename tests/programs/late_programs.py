@@ -50,7 +50,7 @@ def take_turns(folder: Path, cases: list[AttentionCase], turns: list[int]) -> tu
         same = []
         for n in range(len(turns)):
             time.sleep(draw.choice([0.0, 0.05]))
-            patch.setattr(late_keys, "_SHORT_BYTES", draw.choice([0, 1 << 22]))
+            patch.setattr(late_keys, "_SHORT_BYTES", draw.choice([0, 1 << 25]))
             same.append(all(torch.equal(x, y) for x, y in zip(call(n, peers, backend), expected[n], strict=True)))
         cpattn.check(peers)
         return same, sum(keys.arrivals is not None for keys in seen)
