@@ -276,9 +276,9 @@ _NVLINK_4 = LinkCosts(
 # peers_4_gpus.csv, short rings). The kernel that pulls a gather stands in the call's own stream, and hides nothing but late keys. The copy
 # engine of a shift has a stream of its own: 256 MiB beside 3.4 ms of attention made that 3% longer (measured).
 # Late keys: over half of the pull was hidden, by batch between a quarter and all of it (late_keys.md). Short calls took 8 to 14 us more
-# than the launch alone (late_keys.md, short messages, and peers_2_gpus_to_32k.csv, where a graph has 32 layers). In a graph of four, ranks
-# that begin up to 150 us apart make each layer seem up to 30 us longer. From one rank: NVLink 4 carries 450 GB/s each way (data sheet).
-# Between four H100 the keys of a single request came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
+# than the launch alone (late_keys.md, short messages), or up to 19 (peers_2_gpus.csv, where a graph has 32 layers). In a graph of four,
+# ranks that begin up to 150 us apart make each layer seem up to 30 us longer. From one rank: NVLink 4 carries 450 GB/s each way (data
+# sheet). Between four H100 the keys of a single request came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
 _NVLINK_4_PEERS = LinkCosts(
     18 * US, 330 * GB, 330 * GB, 0.0, 0.86, by_kernels=False, host_gather=35 * US, host_shift=120 * US, measured_ranks=2, hides_late=0.55,
     from_one=450 * GB, shift_latency=38 * US, late_latency=10 * US,
@@ -324,14 +324,14 @@ H100 = Machine(
     peer_memory=_NVLINK_4_PEERS,
     across=_INFINIBAND,
 )
-# transports_2_gpus.csv without a rest, layer_gpu.csv after one, where both are as fast; a copy within the device reads and writes 4.27 TB/s
-# (measured).
+# transports_2_gpus.csv and peers_2_gpus.csv without a rest, of cards whose rates are 6% apart, layer_gpu.csv after one, where H100 and H200
+# are as fast; a copy within the device reads and writes 4.27 TB/s (measured).
 H200 = replace(
     H100,
     name="h200-nvlink",
-    kernels=tuple(replace(kernel, flops=kernel.flops * 1.09 / 1.18, read=kernel.read * 4.25 / 3.05) for kernel in _H100_KERNELS),
+    kernels=tuple(replace(kernel, flops=kernel.flops * 1.09 / 1.145, read=kernel.read * 4.25 / 3.05) for kernel in _H100_KERNELS),
     copy=4.27e12,
-    boost=1.18,
+    boost=1.145,
 )
 # Stated: H100 of as many hosts, one adapter of 400 Gb/s each. What a GPU does by itself was measured.
 H100_INFINIBAND = replace(

@@ -199,8 +199,7 @@ def nccl_lines() -> Iterator[Line]:
 
 # Of each table beside peers how many GPUs, and what it was measured on.
 PEERS_TABLES = {
-    "peers_2_gpus": (2, before_short_messages(H200)),
-    "peers_2_gpus_to_32k": (2, H200),
+    "peers_2_gpus": (2, H200),
     "peers_4_gpus": (4, before_late_keys(H100)),
 }
 
