@@ -187,7 +187,7 @@ def _on_host(meta: CPMetadata, window: int | None, ordered: Ordered) -> dict[str
     in_turn = np.concatenate([awaited, (brought & (late == 0)).nonzero()[0]])
     in_order = source.reshape(pieces, PIECE_ROWS)
     source = np.full_like(in_order, -1)
-    source[: len(in_turn)] = in_order[in_turn]
+    source[: len(in_turn)] = in_order.take(in_turn, axis=0)
     order = np.full(1 + pieces, -1, dtype=np.int32)
     order[0] = len(in_turn)
     order[1 : 1 + len(in_turn)] = in_turn
