@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ from cpattn.kernels.peer_layout import ALL_READ, BOARDS, FAULT, LIMIT, OTHER_MES
 from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
+from cpattn.kernels import peer_exchange as exchange_kernel
 from cpattn.kernels import peer_flags
-from cpattn.kernels.arrival_layout import PIECE_ROWS, flag_words
+from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS, flag_words
 from cpattn.moves import peer_exchange, peer_moves
 from cpattn.moves.late_rows import LateRows
 from cpattn.moves.peer_moves import Board, Pages
@@ -104,6 +108,25 @@ def test_rows_in_order(size: int, heads: int, dims: tuple[int, int | None], dtyp
                 assert torch.equal(got, want)
 
 
+@contextmanager
+def looking_at_what_is_announced(flags: Tensor, turn: int, message: Tensor, want: Tensor) -> Iterator[None]:
+    """Whether each piece lies there when it is said to, and all of them when that is said; the interpreter can look."""
+    announce = vars(exchange_kernel)["announce"]
+
+    def announce_and_look(*given: Any) -> None:
+        announce(*given)
+        if flags[1] == turn:
+            assert torch.equal(message, want)
+        for piece in (flags[FIRST_FLAG:] == turn).nonzero().ravel().tolist():
+            rows = slice(piece * PIECE_ROWS, (piece + 1) * PIECE_ROWS)
+            assert torch.equal(message[rows], want[rows])
+
+    with pytest.MonkeyPatch.context() as patch:
+        if flags.device.type == "cpu":
+            patch.setattr(exchange_kernel, "announce", announce_and_look)
+        yield
+
+
 @pytest.mark.parametrize("side_by_side", [True, False], ids=["small programs", "large programs"])
 @pytest.mark.parametrize(
     ("heads", "dims", "dtype"),
@@ -142,12 +165,13 @@ def test_rows_that_come_late(
     shape, nbytes = (num_rows, heads, width), num_rows * heads * width * dtype.itemsize
     messages = [heap[HEADER : HEADER + nbytes].view(dtype).view(shape) for heap in ranks.heaps]
     after = ranks.heaps[mine][HEADER + nbytes :]
-    # The last one posts and pulls in one launch, of one program here, as others would wait for each other.
+    # Two programs pull some pieces each. The last turn posts and pulls in one launch, of one program here, as others would wait for each
+    # other.
     how = "SHORT" if side_by_side else "LONG"
-    all_programs = getattr(peer_exchange, how)
+    programs = getattr(peer_exchange, how)._replace(pulling=2)
     words = ranks.heaps[mine].view(torch.int32)
     for turn in (1, 2, 3):
-        monkeypatch.setattr(peer_exchange, how, all_programs._replace(posting=1, pulling=1) if turn == 3 else all_programs)
+        monkeypatch.setattr(peer_exchange, how, programs._replace(posting=1, pulling=1) if turn == 3 else programs)
         want, given = [], []
         for rank in range(size):
             k = torch.randn(rows, heads, dims[0], dtype=dtype, device=device)
@@ -177,12 +201,14 @@ def test_rows_that_come_late(
         want[mine][comes] = torch.cat(want)[source[:num_rows][comes].long()]
         if turn < 3:
             assert flags.tolist() == [turn, *said(turn - 1)]
-            exchange(mine, "pull", shares=True)
+            with looking_at_what_is_announced(flags, turn, messages[mine], want[mine]):
+                exchange(mine, "pull", shares=True)
             assert int(words[ALL_READ]) == 0
         else:
             # Ends once the others have read.
             ranks.flags(mine, 0)[1, :, 1] = turn
-            exchange(mine, "all", shares=False)
+            with looking_at_what_is_announced(flags, turn, messages[mine], want[mine]):
+                exchange(mine, "all", shares=False)
             assert int(words[ALL_READ]) == 1
         assert torch.equal(messages[mine], want[mine])
         assert flags.tolist() == [turn, *said(turn)]
