@@ -39,11 +39,11 @@ def test_bits_are_those_of_nccl(ranks: ProcessRanks, strategy: str, cache: str) 
 
 @pytest.mark.parametrize("cache", ["packed", "paged"])
 def test_bits_are_those_of_nccl_for_short_and_long_messages(ranks: ProcessRanks, cache: str) -> None:
-    """Those of up to 4 MiB come by other programs, and the attention beside them has fewer registers. Into pages keys come late from 4,096
-    tokens on, so that a short message has narrow rows."""
+    """Those of up to 32 MiB come by other programs, and the attention beside them has fewer registers. Into pages keys come late from 4,096
+    tokens on, so that a message of few bytes has narrow rows, and one of more than that on every rank many heads."""
     least = 4096 if cache == "paged" else 500
     narrow, wide = (replace(case_of([(0, least), (70, 333)], cache), kv_heads=heads, head_dim=dim) for heads, dim in ((1, 64), (8, 128)))
-    compare(ranks, [narrow, wide, replace(wide, batch=[(0, 1100), (0, 3000)])], "all_gather")
+    compare(ranks, [narrow, wide, replace(wide, batch=[(0, 1100), (0, 3000)], heads=32, kv_heads=32)], "all_gather")
 
 
 @pytest.mark.parametrize("cache", ["packed", "own packed", "own pages"])
