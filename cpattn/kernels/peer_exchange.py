@@ -36,15 +36,21 @@ from cpattn.kernels.peer_flags import (
 )
 from cpattn.kernels.peer_rows import at
 
+# Heaps whose addresses are kept in registers. Small programs have 32 a thread: with 16 heaps they wrote 190 to memory.
+_HELD_HEAPS = tl.constexpr(8)
+
 
 @triton.jit
-def _of_ranks(messages, rank_R, like, WORLD: tl.constexpr):
-    """For each row where a rank's message begins, as a pointer to numbers like those of ``like``, of all ranks' addresses: the load of a
-    row would have to wait for another one that brought it."""
-    address_R = messages[0] + tl.zeros_like(rank_R).to(tl.int64)
-    for rank in tl.static_range(1, WORLD):
-        address_R = tl.where(rank_R == rank, messages[rank], address_R)
-    return tl.multiple_of(address_R.to(like.dtype), 16)
+def _messages_of(table, heaps, rank_R, offset, like, WORLD: tl.constexpr):
+    """For each row where a rank's message begins, as a pointer to numbers like those of ``like``. ``heaps`` has the addresses of all heaps,
+    unless there are more than registers hold. Then the load of a row waits for another one, of an address."""
+    if WORLD > _HELD_HEAPS:
+        address_R = tl.load(table + rank_R)
+    else:
+        address_R = heaps[0] + tl.zeros_like(rank_R).to(tl.int64)
+        for rank in tl.static_range(1, WORLD):
+            address_R = tl.where(rank_R == rank, heaps[rank], address_R)
+    return tl.multiple_of((address_R + offset).to(like.dtype), 16)
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "few"])
@@ -64,9 +70,9 @@ def exchange_rows_kernel(
 
     With PULLS the first ``few`` programs, of at least as many, bring pieces of PIECE rows, as many as ``order`` begins with, in the order
     that follows. Of the i-th of them row j is row ``source[PIECE * i + j]`` of all ranks' messages, rank after rank; none for -1. A program
-    brings COLUMNS of TOGETHER pieces at a time, while those of the next STAGES - 1 times are on their way into shared memory, and takes
-    BLOCK_W columns at once through its registers. Then it announces them, to a kernel that runs beside this one: that begins when all
-    programs of this one know that the messages lie there, and so are certain to end.
+    brings COLUMNS of TOGETHER pieces at a time, and takes BLOCK_W columns at once through its registers. From 2 STAGES on they come by way
+    of shared memory, where those of the next STAGES - 2 times are on their way meanwhile. Then it announces them, to a kernel that runs
+    beside this one: that begins when all programs of this one know that the messages lie there, and so are certain to end.
 
     One launch may post and the next one pull: where other rows of the message are written between, and where ranks share a stream
     (SHARES). Those would otherwise keep away whom they wait for. Their hosts wait, and no kernel does.
@@ -110,10 +116,11 @@ def exchange_rows_kernel(
     if PULLS and tl.program_id(0) < few:
         num_pieces = tl.load(order)
         order += 1
-        messages = (tl.load(table) + offset,)
-        for other in tl.static_range(1, WORLD):
+        heaps = (tl.load(table),)
+        # Of no other one where they are looked up.
+        for other in tl.static_range(1, WORLD if WORLD <= _HELD_HEAPS else 1):
             # One of the forms that Triton 3.5 takes.
-            messages = messages + (tl.load(table + other) + offset,)  # type: ignore[assignment]  # noqa: RUF005
+            heaps = heaps + (tl.load(table + other),)  # type: ignore[assignment]  # noqa: RUF005
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
         if not POSTS:
             is_there = is_there & found_no_fault(table, heap, WORLD, THREADS)
@@ -140,7 +147,7 @@ def exchange_rows_kernel(
             to_row_R = tl.load(order + i + row_R // PIECE, mask=is_piece_R, other=0) * PIECE + row_R % PIECE
             is_row_R1 = (from_row_R >= 0)[:, None]
             from_row_R = tl.maximum(from_row_R, 0)
-            from_R = _of_ranks(messages, from_row_R // num_rows, like, WORLD)
+            from_R = _messages_of(table, heaps, from_row_R // num_rows, offset, like, WORLD)
             from_R += ((from_row_R % num_rows).to(tl.int64) * row_units) * UNIT
             to_R = out + (to_row_R.to(tl.int64) * row_units) * UNIT
             for begin in tl.static_range(0, COLUMNS, BLOCK_W):

@@ -27,8 +27,8 @@ class _Programs(NamedTuple):
             multiprocessors, one of so many: while they wait, all that post have to find place.
         registers: of a thread, at most, or None.
         post_bytes: of K that a program posts at once.
-        pull_words: that it pulls at a time, of 8 bytes for all aligned rows, while as many for each of ``stages`` but one are on their way
-            to shared memory; part_words: of those that go through its registers at once.
+        pull_words: that it pulls at a time, of 8 bytes for all aligned rows, from 2 ``stages`` on to shared memory, and with more for
+            ``stages`` - 2 later times as well; part_words: of those that go through its registers at once.
     """
 
     posting: int

@@ -21,6 +21,8 @@ from cpattn.kernels.peer_layout import ALL_READ, BOARDS, FAULT, LIMIT, OTHER_MES
 from cpattn.moves import torch_moves
 
 pytest.importorskip("triton")
+import triton.language as tl
+
 from cpattn.kernels import peer_exchange as exchange_kernel
 from cpattn.kernels import peer_flags
 from cpattn.kernels.arrival_layout import FIRST_FLAG, PIECE_ROWS, flag_words
@@ -129,14 +131,28 @@ def looking_at_what_is_announced(flags: Tensor, turn: int, message: Tensor, want
 
 @pytest.mark.parametrize("side_by_side", [True, False], ids=["small programs", "large programs"])
 @pytest.mark.parametrize(
-    ("heads", "dims", "dtype"),
-    [(2, (64, 64), torch.bfloat16), (17, (128, 128), torch.bfloat16), (1, (576, None), torch.bfloat16), (1, (5, 3), torch.float16)],
+    ("heads", "dims", "dtype", "held"),
+    [
+        (2, (64, 64), torch.bfloat16, 8),
+        (17, (128, 128), torch.bfloat16, 8),
+        (1, (576, None), torch.bfloat16, 2),
+        (1, (5, 3), torch.float16, 8),
+    ],
     ids=str,
 )
 def test_rows_that_come_late(
-    heads: int, dims: tuple[int, int | None], dtype: torch.dtype, side_by_side: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    dims: tuple[int, int | None],
+    dtype: torch.dtype,
+    held: int,
+    side_by_side: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Own rows lie in order once a message is posted, those of others come piece by piece, and each says so: turn after turn."""
+    """Own rows lie in order once a message is posted, those of others come piece by piece, and each says so: turn after turn. Of more
+    ranks than are ``held`` addresses are looked up."""
+    if device == "cpu":
+        monkeypatch.setattr(exchange_kernel, "_HELD_HEAPS", tl.constexpr(held))
     torch.manual_seed(0)
     size, rows, pieces, width = 3, 20, 12, dims[0] + (dims[1] or 0)
     ranks, mine = Ranks(size, device), 1
