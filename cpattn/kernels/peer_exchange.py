@@ -119,7 +119,7 @@ def exchange_rows_kernel(
         heaps = (tl.load(table),)
         # Of no other one where they are looked up.
         for other in tl.static_range(1, WORLD if WORLD <= _HELD_HEAPS else 1):
-            # One of the forms that Triton 3.5 takes.
+            # Triton has no starred expressions.
             heaps = heaps + (tl.load(table + other),)  # type: ignore[assignment]  # noqa: RUF005
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
         if not POSTS:
