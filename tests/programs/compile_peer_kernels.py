@@ -90,9 +90,9 @@ if __name__ == "__main__":
     pieces = {"WIDTH": 512, "UNIT": 2, "PIECE": PIECE_ROWS, "FLAGS": 1024, "SHARES": False, **LONG.blocks(512)}
     late = TABLE | LATE | {"k": "*bf16", "v": "*bf16"}
     # Rows of 16 bytes as well.
-    for posts, pulls, width in ((True, True, 512), (True, False, 512), (False, True, 2)):
+    for posts, pulls, width in ((True, True, 512), (True, False, 512), (False, True, 512), (False, True, 2)):
         parts = WIDTHS | pieces | {"POSTS": posts, "PULLS": pulls, "WIDTH": width, **LONG.blocks(width)}
-        compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=posts and pulls)
+        compile_it(peer_exchange.exchange_rows_kernel, late, parts, 32, is_wide=pulls and width == 512)
     how = SHORT
     short = {"BLOCK_R": how.post_bytes // 256, "FLAGS": 32 * how.warps, **how.blocks(512)}
     both = WIDTHS | pieces | {"POSTS": True, "PULLS": True} | short
