@@ -41,16 +41,17 @@ _HELD_HEAPS = tl.constexpr(8)
 
 
 @triton.jit
-def _messages_of(table, heaps, rank_R, offset, like, WORLD: tl.constexpr):
-    """For each row where a rank's message begins, as a pointer to numbers like those of ``like``. ``heaps`` has the addresses of all heaps,
-    unless there are more than registers hold. Then the load of a row waits for another one, of an address."""
+def _messages_of(messages, table, rank_R, offset, like, WORLD: tl.constexpr):
+    """As :func:`at`, of a rank for each row. ``messages`` are those of all ranks, unless there are more than registers hold: then the load
+    of a row waits for another one, of an address."""
     if WORLD > _HELD_HEAPS:
-        address_R = tl.load(table + rank_R)
+        message_R = at(table, rank_R, offset, like)
     else:
-        address_R = heaps[0] + tl.zeros_like(rank_R).to(tl.int64)
+        message_R = messages[0] + tl.zeros_like(rank_R)
         for rank in tl.static_range(1, WORLD):
-            address_R = tl.where(rank_R == rank, heaps[rank], address_R)
-    return tl.multiple_of((address_R + offset).to(like.dtype), 16)
+            message_R = tl.where(rank_R == rank, messages[rank], message_R)
+        message_R = tl.multiple_of(message_R, 16)
+    return message_R
 
 
 @triton.jit(do_not_specialize=["rank", "board", "offset", "size", "num_rows", "few"])
@@ -116,11 +117,11 @@ def exchange_rows_kernel(
     if PULLS and tl.program_id(0) < few:
         num_pieces = tl.load(order)
         order += 1
-        heaps = (tl.load(table),)
+        messages = (at(table, 0, offset, like),)
         # Of no other one where they are looked up.
         for other in tl.static_range(1, WORLD if WORLD <= _HELD_HEAPS else 1):
             # Triton has no starred expressions.
-            heaps = heaps + (tl.load(table + other),)  # type: ignore[assignment]  # noqa: RUF005
+            messages = messages + (at(table, other, offset, like),)  # type: ignore[assignment]  # noqa: RUF005
         is_there = await_messages(table, heap, board, posts, size, 0, WORLD, WORLD, THREADS)
         if not POSTS:
             is_there = is_there & found_no_fault(table, heap, WORLD, THREADS)
@@ -147,7 +148,7 @@ def exchange_rows_kernel(
             to_row_R = tl.load(order + i + row_R // PIECE, mask=is_piece_R, other=0) * PIECE + row_R % PIECE
             is_row_R1 = (from_row_R >= 0)[:, None]
             from_row_R = tl.maximum(from_row_R, 0)
-            from_R = _messages_of(table, heaps, from_row_R // num_rows, offset, like, WORLD)
+            from_R = _messages_of(messages, table, from_row_R // num_rows, offset, like, WORLD)
             from_R += ((from_row_R % num_rows).to(tl.int64) * row_units) * UNIT
             to_R = out + (to_row_R.to(tl.int64) * row_units) * UNIT
             for begin in tl.static_range(0, COLUMNS, BLOCK_W):
