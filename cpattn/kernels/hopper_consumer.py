@@ -33,7 +33,7 @@ class QueryRows(NamedTuple):
 
 
 class State(NamedTuple):
-    """After some key blocks: weighted values of all but the last, the last block's weights, their sum, maximum of exponents."""
+    """After some key blocks: weighted values of all but the last, the last block's weights in fp32, their sum, maximum of exponents."""
 
     acc_MV: Any
     weight_MN: Any
@@ -124,7 +124,41 @@ def _softmax(score_MN, state, block, bounds, scoring, MASKED: gl.constexpr, C: g
 def _as_operand(weight_MN, v, C: gl.constexpr):
     """Weights as the product with the values takes them."""
     layout: gl.constexpr = gl.DotOperandLayout(0, _acc_layout(C), 2)
-    return gl.convert_layout(weight_MN.to(v.smem.dtype), layout)
+    weight_MN = gl.convert_layout(weight_MN, layout)
+    # By hand, as two numbers that are rounded by one instruction lie in one register: compilers take them apart, and spill.
+    ROUND: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if v.smem.dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ROUND, "=r,f,f", [weight_MN], dtype=v.smem.dtype, is_pure=True, pack=2)
+
+
+@gluon.constexpr_function
+def _decay_asm(numbers):
+    """Multiplies so many numbers of a thread by what their rows decay by, unless that is 1 in all of a warp. In a product's layout a
+    thread has two rows, of which the first begins with the first number, and the second with the third."""
+    first, second = (f"${2 * numbers + place}" for place in (0, 2))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * numbers + i};" for i in range(numbers))
+    return (
+        "{ .reg .pred first, second, any; "
+        f"setp.neu.f32 first, {first}, 0f3F800000; setp.neu.f32 second, {second}, 0f3F800000; "
+        "or.pred any, first, second; vote.sync.any.pred any, any, 0xffffffff; @!any bra SAME; "
+        f"{products} SAME: }}"
+    )
+
+
+@gluon.constexpr_function
+def _decay_operands(numbers):
+    """The results, in the place of the numbers; and what these are multiplied by."""
+    return ",".join(["=f"] * numbers + [str(i) for i in range(numbers)] + ["f"] * numbers)
+
+
+@gluon.jit
+def _decayed(acc_MV, decay_M, C: gl.constexpr):
+    """acc, of which each row decays. A warp none of whose maxima has grown leaves its rows as they are: of its blocks a third at 4k keys,
+    and two thirds at 16k. At its power limit a GPU is as fast as its kernels are economical."""
+    NUMBERS: gl.constexpr = C.DV_PADDED // 2
+    ASM: gl.constexpr = _decay_asm(NUMBERS)
+    OPERANDS: gl.constexpr = _decay_operands(NUMBERS)
+    decay_MV = gl.zeros_like(acc_MV) + gl.convert_layout(decay_M, gl.SliceLayout(1, _acc_layout(C)))[:, None]
+    return gl.inline_asm_elementwise(ASM, OPERANDS, [acc_MV, decay_MV], dtype=gl.float32, is_pure=False, pack=NUMBERS)
 
 
 @gluon.jit
@@ -135,7 +169,7 @@ def _attend_first(state, i, q_smem, channels, block, bounds, scoring, C: gl.cons
     release(channels.k, i, C.STAGES)
     # A mask changes nothing where all is visible.
     weight_MN, _decay_M, sum_M, max_M = _softmax(score_MN, state, block, bounds, scoring, True, C)
-    return State(state.acc_MV, _as_operand(weight_MN, channels.v, C), sum_M, max_M)
+    return State(state.acc_MV, weight_MN, sum_M, max_M)
 
 
 @gluon.jit
@@ -146,17 +180,18 @@ def _attend(state, i, q_smem, channels, begin, end, bounds, scoring, MASKED: gl.
     for left in range(begin, end, BLOCK_N):
         block = end - BLOCK_N - (left - begin)
         score_MN = _start_scores(q_smem, channels.k, i, C)
-        acc_MV = _start_values(state.acc_MV, state.weight_MN, channels.v, i - 1, C)
+        # Only now, so that tensor cores need not wait for it.
+        weight_MN = _as_operand(state.weight_MN, channels.v, C)
+        acc_MV = _start_values(state.acc_MV, weight_MN, channels.v, i - 1, C)
         score_MN = warpgroup_mma_wait(1, deps=[score_MN])
         release(channels.k, i, STAGES)
         new_weight_MN, decay_M, sum_M, max_M = _softmax(score_MN, state, block, bounds, scoring, MASKED, C)
-        new_weight_MN = _as_operand(new_weight_MN, channels.v, C)
         # The compilers would wait for the product before the softmax. Two things keep them from it: the new weights as a
         # dependency of the wait, and the branch in another wait, for a barrier that is open.
         wait_full(channels.v, i - 1, STAGES)
-        acc_MV, _weight_MN, new_weight_MN = warpgroup_mma_wait(0, deps=[acc_MV, state.weight_MN, new_weight_MN])
+        acc_MV, _weight_MN, new_weight_MN = warpgroup_mma_wait(0, deps=[acc_MV, weight_MN, new_weight_MN])
         release(channels.v, i - 1, STAGES)
-        acc_MV = acc_MV * gl.convert_layout(decay_M, gl.SliceLayout(1, _acc_layout(C)))[:, None]
+        acc_MV = _decayed(acc_MV, decay_M, C)
         state = State(acc_MV, new_weight_MN, sum_M, max_M)
         i += 1
     return state, i
@@ -194,8 +229,9 @@ def _attend_all(taken, q_smem, channels, tile, window, scoring, factors, PART: g
         if C.Q_TMA:
             mbarrier.arrive(channels.q.empty.index(PART), count=1)
             queries += 1
-        acc_MV = _start_values(state.acc_MV, state.weight_MN, channels.v, i - 1, C)
-        acc_MV, _weight_MN = warpgroup_mma_wait(0, deps=[acc_MV, state.weight_MN])
+        weight_MN = _as_operand(state.weight_MN, channels.v, C)
+        acc_MV = _start_values(state.acc_MV, weight_MN, channels.v, i - 1, C)
+        acc_MV, _weight_MN = warpgroup_mma_wait(0, deps=[acc_MV, weight_MN])
         release(channels.v, i - 1, C.STAGES)
         sum_M = state.sum_M
         max_M = state.max_M
