@@ -146,7 +146,7 @@ def _prepare(
     if shapes is None:
         specialized = specialized_kernel(q.device) is not None and (not is_stored or (is_aligned and _may_specialize(q, keys)))
         if is_stored and specialized:
-            shapes = stored_shapes(head_dim, v_head_dim, q.dtype, k.dtype, _are_of_tokens(keys))
+            shapes = stored_shapes(head_dim, v_head_dim, q.dtype, k.dtype)
         else:
             shapes = tile_shapes(head_dim, v_head_dim, q.dtype, capability, specialized, v_in_k)
     has_sources = keys.prefix is not None or keys.own is not None

@@ -115,6 +115,10 @@ def test_bits_are_those_over_a_copy(
             out, lse = ragged_attention(q, given, spans, options_of(options, q.device))
             assert torch.equal(out[:n], want[:n])
             assert torch.equal(lse[:n], want_lse[:n])
+    for shape in stored_shapes(*dims, dtype, stored):
+        out, lse = attend(monkeypatch, q, paged_keys, paged, options, shapes=(shape,))
+        assert torch.equal(out[:n], want[:n])
+        assert torch.equal(lse[:n], want_lse[:n])
     acc, acc_lse = torch.randn(len(q), 8, dims[1], device="cuda"), torch.randn(len(q), 8, device="cuda")
     got, got_lse = acc.clone(), acc_lse.clone()
     attend(monkeypatch, q, Keys(*copy), rows, options, into=(acc, acc_lse))
@@ -174,7 +178,7 @@ def test_products_in_half_precision(
     out, lse = ragged_attention(apart, paged_keys, paged, opposite, torch.float32)
     assert torch.equal(out[:n], want[:n])
     assert torch.equal(lse[:n], want_lse[:n])
-    for shape in stored_shapes(*dims, dtype, stored, of_tokens=False):
+    for shape in stored_shapes(*dims, dtype, stored):
         out, lse = attend(monkeypatch, q, paged_keys, paged, options, out_dtype=torch.float32, shapes=(shape,))
         assert torch.equal(out[:n], want[:n])
         assert torch.equal(lse[:n], want_lse[:n])

@@ -90,12 +90,14 @@ def test_tiles_are_small_where_large_ones_are_half_full() -> None:
 
 def test_a_warpgroup_is_left_out_where_it_has_no_rows() -> None:
     """Over fp8, in decoding; not where tiles of prompts are most of the work, which twice as many small ones would be."""
-    shapes = stored_shapes(128, 128, torch.bfloat16, torch.float8_e4m3fn, of_tokens=False)
+    shapes = stored_shapes(128, 128, torch.bfloat16, torch.float8_e4m3fn)
     for q_len, k_len, warpgroups in ([1] * 48, [4097] * 48, 1), ([2, 16, 5] * 9, [300, 8000, 2000] * 9, 1), ([2048], [2048], 2):
         queries, ends = np.array(q_len), np.array(k_len)
         spans = HostSpans(queries.cumsum() - queries, queries, 0 * ends, ends, ends - queries + 1, np.arange(len(queries)))
         assert choose(spans, shapes, (1, 4), 32, None, 132)[0].warpgroups == warpgroups
-    assert stored_shapes(128, 128, torch.bfloat16, torch.float8_e4m3fn, of_tokens=True)[1].warpgroups == 2
+    # Of two bytes each, or as wide as this, they need the registers of both.
+    assert stored_shapes(128, 128, torch.float16, torch.bfloat16)[1].warpgroups == 2
+    assert stored_shapes(256, 256, torch.bfloat16, torch.float8_e4m3fn)[1].warpgroups == 2
 
 
 def test_the_plain_kernel_is_told_by_its_load() -> None:

@@ -65,9 +65,11 @@ def compile_attention() -> Any:
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
     unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places", "page_table")
     pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
-    return compile_stored_keys.compile_it(
+    compiled = compile_stored_keys.compile_it(
         hopper_attention_kernel, HOPPER, pointers, {"C": config}, GluonASTSource, num_warps=4, maxnreg=REGISTERS_WITH_ROOM
     )
+    compile_stored_keys.check_products_overlap(compiled)
+    return compiled
 
 
 def check_they_fit(*programs: Any) -> None:
