@@ -55,6 +55,8 @@ EXCUSED = {
     ("peers_4_gpus", "1 x 1k", "graph"): 0.06,
     # In graphs of 4 layers; in those of 32 it is the other way (peers_2_gpus.csv).
     ("late_keys, 2", "1 x 1k", "graph"): 0.16,
+    # As a graph the two are as fast, and so they were eagerly in an earlier run.
+    ("peers_2_gpus", "1 x 32k", "eager"): 0.03,
     # The two are estimated to be 1% apart, and were 3%; with late keys neither is taken.
     ("peers_4_gpus", "8 x (8k + 2k)", "graph"): 0.04,
 }
@@ -117,7 +119,7 @@ def test_no_more_than_2_percent_are_lost_but_where_it_is_said() -> None:
     more = [loss for loss in losses.values() if loss > MOST_LOSS]
     page = " ".join((RESULTS.parents[1] / "docs" / "choosing.md").read_text().split())
     assert f"Of {len(lines)} lines {len(lines) - len(more)} lose at most {MOST_LOSS:.0%} to the fastest way. " in page
-    assert f"The others are graphs that lose {100 * min(more):.0f} to {max(more):.0%}, and stand in the test with their reasons." in page
+    assert f"The others lose {100 * min(more):.0f} to {max(more):.0%}, and stand in the test with their reasons." in page
 
 
 @pytest.mark.parametrize("name", ["backends_gpu_fa3", "backends_gpu_fa4", "backends_gpu_merging"])

@@ -48,6 +48,8 @@ FURTHER_OFF = {
     ("backends_gpu_merging", "64 x 512, ring of 4", "flash_attn3"): (0.85, 0.95),
     ("backends_gpu_merging", "8 x (8k + 1k), pages of 64, pass_q of 4", "flash_attn4"): (0.85, 0.95),
     ("backends_gpu_merging", "8 x (8k + 1k), pages of 64, pass_q of 4", "flash_attn3"): (0.85, 0.95),
+    # 14% too high: of many short requests more of the transfer is hidden than of a few long ones, and the kernel is 1.5% faster since.
+    ("peers_2_gpus", "64 ragged ~0.9k", "all_gather, peer_memory, triton"): (1.1, 1.2),
     # 12% too low: results of half precision go through memory between hops.
     ("peers_4_gpus", "64 ragged ~0.9k", "ring, collectives, flash_attn4"): (0.85, 0.95),
     # 15% too high: among four GPUs peers' rows of a short prompt come faster than crowding has it.
