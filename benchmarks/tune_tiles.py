@@ -99,7 +99,7 @@ def candidates(sizes: Sizes, capability: tuple[int, int], default: ShapeSet) -> 
     elif default[0].specialized:
         # Of the plain kernel not even the best shape comes near.
         for block_n, stages in product((64, 128, 256), (2, 3)):
-            yield TileShape(128, block_n, 8, stages, True, True), TileShape(64, block_n, 4, stages, True, True)
+            yield tuple(TileShape(rows, block_n, rows // 16, 2, True, True, key_blocks=stages) for rows in (128, 64))
     else:
         # A descriptor's rows are multiples of 16 bytes, and it does not serve q and k that are cut in two.
         may_tma = capability >= (9, 0) and sizes.head_dim % 8 == sizes.v_head_dim % 8 == 0 and not dims.d_tail
@@ -176,7 +176,9 @@ def show(times: dict[ShapeSet, dict[str, float]], default: ShapeSet, title: str)
 
 
 def in_words(shapes: ShapeSet) -> str:
-    columns = zip(*((shape.block_m, shape.num_warps, shape.num_stages) for shape in shapes), strict=True)
+    columns = zip(
+        *((shape.block_m, shape.num_warps, shape.key_blocks if shape.specialized else shape.num_stages) for shape in shapes), strict=True
+    )
     rows, warps, stages = ("/".join(map(str, dict.fromkeys(column))) for column in columns)
     kind = " specialized" if shapes[0].specialized else " tma" if shapes[0].tma else ""
     return f"{rows}x{shapes[0].block_n} w{warps} s{stages}{kind}"

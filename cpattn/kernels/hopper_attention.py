@@ -64,7 +64,7 @@ def launch(
         v_own=none if own is None else _blocks(own.v, block_n, dv_padded, block_n),
         own_places=none if own is None else own.places,
         C=HopperConfig(
-            **config, STAGES=_stages(config, work.shape, leaves_room), Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, ROOM=leaves_room,
+            **config, STAGES=key_blocks(work.shape, leaves_room), Q_TMA=q_tma, PAGE_KEYS=page_keys, WAITS=waits, ROOM=leaves_room,
             PREFIX=prefix is not None, OWN=own is not None, RAW=stored_blocks(q.shape[2], v.shape[-1], k.dtype) if is_stored else 0,
             COPIED=min(alignment(k), alignment(v)) if is_stored else 0, CONSUMERS=work.shape.warpgroups,
         ),
@@ -72,19 +72,9 @@ def launch(
     )  # fmt: skip
 
 
-# Bytes of shared memory that a program may have, without those of barriers and what the compiler needs.
-_SHARED_MEMORY = 226 * 1024
-
-
-def _stages(config: dict[str, Any], shape: TileShape, leaves_room: bool) -> int:
-    """How many key blocks shared memory holds: one more where that fits beside the queries, as it does with head dims of up to 128. Without
-    it batches of short requests took 1.5% longer on an H100, and long ones as long."""
-    if config["STORED"] or leaves_room:
-        # Their bytes have to fit as well, or the memory of those that run beside it.
-        return shape.num_stages
-    queries, of_a_block = WARPGROUP_ROWS * shape.warpgroups * config["D_PADDED"], shape.block_n * (config["D_PADDED"] + config["DV_PADDED"])
-    more = shape.num_stages + 1
-    return more if 2 * (queries + more * of_a_block) <= _SHARED_MEMORY else shape.num_stages
+def key_blocks(shape: TileShape, leaves_room: bool) -> int:
+    """How many shared memory holds: where programs run beside the attention, with bytes of their own in it, no more than it takes."""
+    return 2 if leaves_room else shape.key_blocks
 
 
 def _blocks(x: Tensor, block_n: int, padded: int, page_keys: int) -> Blocks:

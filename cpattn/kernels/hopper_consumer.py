@@ -152,8 +152,8 @@ def _decay_operands(numbers):
 
 @gluon.jit
 def _decayed(acc_MV, decay_M, C: gl.constexpr):
-    """acc, of which each row decays. A warp none of whose maxima has grown leaves its rows as they are: of its blocks a third at 4k keys,
-    and two thirds at 16k. At its power limit a GPU is as fast as its kernels are economical."""
+    """acc, of which each row decays. A warp none of whose maxima has grown leaves its rows as they are: of random scores that is a third of
+    its blocks at 4k keys, and two thirds at 16k. Near its power limit a GPU is faster with fewer instructions."""
     NUMBERS: gl.constexpr = C.DV_PADDED // 2
     ASM: gl.constexpr = _decay_asm(NUMBERS)
     OPERANDS: gl.constexpr = _decay_operands(NUMBERS)

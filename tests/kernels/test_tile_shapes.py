@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import cpattn
 from cpattn.attention.backend import AttentionOptions
-from cpattn.kernels.tile_shapes import WIDE, tile_shapes, warn_of_tile_file
+from cpattn.kernels.tile_shapes import WIDE, stored_shapes, tile_shapes, warn_of_tile_file
 
 HEAD_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (72, 256), (24, 24), (100, 100), (576, 512)]
 CAPABILITIES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
@@ -49,6 +49,18 @@ def check_rules(head_dims: tuple[int, int], capability: tuple[int, int], dtype: 
             assert shape.tma
             assert shape.block_m in (128, 64)
             assert max(head_dims) <= WIDE
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "key_blocks"),
+    [((64, 64), 3), ((80, 80), 3), ((128, 128), 3), ((192, 128), 3), ((72, 256), 3), ((256, 64), 3), ((192, 192), 2), ((256, 256), 2)],
+    ids=str,
+)
+def test_the_kernel_for_hopper_keeps_as_many_key_blocks_as_fit(head_dims: tuple[int, int], key_blocks: int) -> None:
+    assert {shape.key_blocks for shape in tile_shapes(*head_dims, torch.bfloat16, (9, 0), specialized=True)} == {key_blocks}
+    for stored in (torch.float8_e4m3fn, torch.float16):
+        # Whose bytes lie there, too.
+        assert {shape.key_blocks for shape in stored_shapes(*head_dims, torch.bfloat16, stored)} == {2}
 
 
 def test_a_file_of_tuned_shapes_is_named_once_as_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from triton.compiler import ASTSource, compile
 
 from cpattn.kernels import peer_exchange, peer_rows
@@ -45,17 +46,21 @@ def compile_it(
     return compiled
 
 
-def compile_attention() -> Any:
-    """That leaves room, for 32 heads, 8 of K and V, of 128."""
+def compile_attention(leaves_room: bool) -> Any:
+    """For 32 heads, 8 of K and V, of 128."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from cpattn.kernels.hopper_attention import key_blocks
     from cpattn.kernels.hopper_kernel import hopper_attention_kernel
+    from cpattn.kernels.tile_shapes import tile_shapes
 
+    shape = tile_shapes(128, 128, torch.bfloat16, (9, 0), specialized=True)[0]
     config = HopperConfig(
         NUM_HEADS=32, GROUP=4, PACK=1, D=128, DV=128, D_PADDED=128, DV_PADDED=128, BLOCK_N=128, Q_SIGN=1, WINDOW=False, SOFTCAP=False,
-        SINKS=False, INTO=False, PAGE_SIZE=0, STORED=False, FP8=0, SCALED=False, OF_TOKENS=False, STAGES=2, Q_TMA=True, PAGE_KEYS=0,
-        WAITS=True, ROOM=True, PREFIX=False, OWN=False, RAW=0, COPIED=0, CONSUMERS=2,
+        SINKS=False, INTO=False, PAGE_SIZE=0, STORED=False, FP8=0, SCALED=False, OF_TOKENS=False,
+        STAGES=key_blocks(shape, leaves_room), Q_TMA=True, PAGE_KEYS=0, WAITS=True, ROOM=leaves_room,
+        PREFIX=False, OWN=False, RAW=0, COPIED=0, CONSUMERS=2,
     )  # fmt: skip
 
     def blocks(shape: list[int]) -> str:
@@ -65,10 +70,9 @@ def compile_attention() -> Any:
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
     unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places", "page_table")
     pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
-    compiled = compile_stored_keys.compile_it(
-        hopper_attention_kernel, HOPPER, pointers, {"C": config}, GluonASTSource, num_warps=4, maxnreg=REGISTERS_WITH_ROOM
-    )
-    compile_stored_keys.check_products_overlap(compiled)
+    options = {"num_warps": 4} | ({"maxnreg": REGISTERS_WITH_ROOM} if leaves_room else {})
+    compiled = compile_stored_keys.compile_it(hopper_attention_kernel, HOPPER, pointers, {"C": config}, GluonASTSource, (), **options)
+    compile_stored_keys.check_loops(compiled)
     return compiled
 
 
@@ -99,7 +103,8 @@ if __name__ == "__main__":
     short = {"BLOCK_R": how.post_bytes // 256, "FLAGS": 32 * how.warps, **how.blocks(512)}
     both = WIDTHS | pieces | {"POSTS": True, "PULLS": True} | short
     beside = compile_it(peer_exchange.exchange_rows_kernel, late, both, how.warps, is_wide=True, registers=how.registers)
-    check_they_fit(beside, compile_attention())
+    check_they_fit(beside, compile_attention(leaves_room=True))
+    compile_attention(leaves_room=False)
     order = {"WIDTH": 512, "UNIT": 2, "BLOCK_R": 4, "BLOCK_W": 512, "SLOTS": True}
     compile_it(peer_rows.pull_rows_kernel, ORDER, order, 8, is_wide=True)
     compile_it(peer_rows.pull_pages_kernel, PAGES, WIDTHS | {"TABLE": True, "ENDS": False}, 8)

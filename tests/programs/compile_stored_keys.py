@@ -1,7 +1,7 @@
 """Compiles what converts stored numbers, and attention over stored keys, for GPUs that need not be there; prints each one's name.
 
 It runs without Triton's interpreter, in a process of its own, and fails where keys are not copied 16 bytes at a time, or 8 where they
-lie so; or where products are not of the dtype that they should be.
+lie so; where products are not of the dtype that they should be; or where each of them waits for the one before.
 """
 
 from __future__ import annotations
@@ -55,17 +55,18 @@ def compile_hopper(fp8: int, of_tokens: bool, dims: tuple[int, int], page_size: 
     from cpattn.kernels.hopper_kernel import hopper_attention_kernel
     from cpattn.kernels.tile_shapes import padded_dims, stored_blocks, stored_shapes
 
-    stored = {1: torch.float8_e4m3fn, 2: torch.float8_e5m2}[fp8]
+    stored = {0: torch.float16, 1: torch.float8_e4m3fn, 2: torch.float8_e5m2}[fp8]
     shape, padded = stored_shapes(*dims, torch.bfloat16, stored)[form], padded_dims(*dims)
     constants = HopperConfig(
         NUM_HEADS=32, GROUP=4, PACK=4, D=dims[0], DV=dims[1], D_PADDED=padded.d, DV_PADDED=padded.dv, BLOCK_N=shape.block_n, Q_SIGN=1,
-        WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=True, OF_TOKENS=of_tokens,
-        STAGES=shape.num_stages, Q_TMA=True, PAGE_KEYS=0, WAITS=False, ROOM=False, PREFIX=False, OWN=False,
+        WINDOW=False, SOFTCAP=False, SINKS=False, INTO=False, PAGE_SIZE=page_size, STORED=True, FP8=fp8, SCALED=fp8 > 0,
+        OF_TOKENS=of_tokens, STAGES=shape.key_blocks, Q_TMA=True, PAGE_KEYS=0, WAITS=False, ROOM=False, PREFIX=False, OWN=False,
         RAW=stored_blocks(*dims, stored), COPIED=copied, CONSUMERS=shape.warpgroups,
     )  # fmt: skip
     block = [16, 4, padded.d]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    pointers = {"q": f"tensordesc<bf16{block},{layout!r}>", "q_pointer": "*bf16", "out": "*bf16", "k": "*u8", "v": "*u8"}
+    pointers = {"q": f"tensordesc<bf16{block},{layout!r}>", "q_pointer": "*bf16", "out": "*bf16"}
+    pointers |= dict.fromkeys(("k", "v"), "*u8" if fp8 else "*fp16")
     pointers |= dict.fromkeys(("lse", "sinks", "k_scale", "v_scale"), "*fp32")
     unused = ("k_prefix", "v_prefix", "prefix_places", "k_own", "v_own", "own_places")
     pointers |= dict.fromkeys(("tiles", "limits", "counter", "arrived", "late", *unused), "*i32")
@@ -81,18 +82,31 @@ def check_hopper(compiled: Any, copied: int, products: str) -> None:
     assert set(re.findall(r"wgmma\.mma_async\.\S*\.f32\.(\w+)\.", ptx)) == {products}
     copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global[^;]*, (0x\w+)", ptx)
     assert {int(size, 16) for _, size in copies} - {4} == {copied}, copies
-    check_products_overlap(compiled)
+    check_loops(compiled)
 
 
-def check_products_overlap(compiled: Any) -> None:
-    """That the assembler has not put a wait behind each product, as it does, with no more than a warning, where registers are too few."""
+def check_loops(compiled: Any) -> None:
+    """That the assembler has not put a wait behind each product, as it does, with no more than a warning, where registers are too few; and
+    that rows are multiplied by what they decay by, the two of a thread in turn, two numbers each, if one of a warp does."""
     sass = compiled.asm["sass"]
     assert 0 < 4 * sass.count("WARPGROUP.DEPBAR") <= sass.count("HGMMA"), (sass.count("WARPGROUP.DEPBAR"), sass.count("HGMMA"))
+    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+    parts = re.findall(r"\{ \.reg \.pred first.*?SAME: \}", compiled.asm["ptx"], re.DOTALL)
+    assert parts
+    for part in parts:
+        assert "vote.sync.any.pred" in part
+        rows = re.findall(r"setp\.neu\.f32 \w+, (%\w+), 0f3F800000", part)
+        by = re.findall(r"mul\.f32 (%\w+), \1, (%\w+);", part)
+        # As products have it: rows that are 8 apart.
+        assert len(set(rows)) == 2
+        assert len(by) == part.count("mul.f32") >= 32
+        assert [row for _, row in by] == [rows[i // 2 % 2] for i in range(len(by))]
 
 
 if __name__ == "__main__":
     check_hopper(compile_hopper(1, False, (64, 64), 64, form=1), 16, "f16")
     check_hopper(compile_hopper(1, True, (128, 128), 64), 16, "bf16")
+    check_hopper(compile_hopper(0, False, (128, 128), 64), 16, "bf16")
     # Of a message with scales of tokens.
     check_hopper(compile_hopper(2, True, (192, 128), 0, copied=8), 8, "bf16")
     both = ("plain_k", "plain_v")
