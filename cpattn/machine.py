@@ -276,7 +276,7 @@ _NVLINK_4 = LinkCosts(
 # peers_4_gpus.csv, short rings). The kernel that pulls a gather stands in the call's own stream, and hides nothing but late keys. The copy
 # engine of a shift has a stream of its own: 256 MiB beside 3.4 ms of attention made that 3% longer (measured).
 # Late keys: over half of the pull was hidden, by batch between a quarter and all of it (late_keys.md). Short calls took 8 to 14 us more
-# than the launch alone (late_keys.md, short messages), or up to 19 (peers_2_gpus.csv, where a graph has 32 layers). In a graph of four,
+# than the launch alone (late_keys.md, short messages), or 16 to 25 up to 4k (peers_2_gpus.csv, in graphs of 32 layers). In a graph of four,
 # ranks that begin up to 150 us apart make each layer seem up to 30 us longer. From one rank: NVLink 4 carries 450 GB/s each way (data
 # sheet). Between four H100 the keys of a single request came at 156 to 181 GB/s, a third of it, and those of 8 or 64 at 300 (late_keys.md).
 _NVLINK_4_PEERS = LinkCosts(

@@ -7,8 +7,9 @@ Each correction names what was measured. Sizes that do not fit, and what the mod
 from __future__ import annotations
 
 # The host's time is known within a factor of two, and estimates have the lesser end of it. Between H100 a call of flash_attn4 took the host
-# 649 to 854 us in runs of four layers (scaling_4_gpus_all.csv), and between H200 385 to 564 in runs of up to 32 (peers_2_gpus.csv), where
-# 430 are estimated; one of triton took 320 to 390 and 135 to 291, where 150 to 190 are.
+# 649 to 854 us in runs of four layers (scaling_4_gpus_all.csv), and between H200 461 to 580 in runs of up to 32 (peers_2_gpus.csv,
+# all-gathers of up to 9k tokens and of 64 short requests), where 430 are estimated; one of triton took 320 to 390 and 128 to 140, where 150
+# to 190 are.
 HOST = 2.0
 # An eager call takes longer than its graph also where the device takes longer than the host: between two H200 by a median of 0.09 of the
 # host's time (peers_2_gpus.csv, 150 ways to make calls over 9 batches). So of two ways that take the device as long the one with fewer
