@@ -94,17 +94,6 @@ def _start_scores(q_smem, k, i, C: gl.constexpr):
 
 
 @gluon.jit
-def _start_values(acc_MV, weight_MN, v, i, C: gl.constexpr):
-    """acc and the weighted values of the ``i``-th key block, once it is there; they are still being added."""
-    BLOCK_N: gl.constexpr = C.BLOCK_N
-    DV_PADDED: gl.constexpr = C.DV_PADDED
-    STAGES: gl.constexpr = C.STAGES
-    wait_full(v, i, STAGES)
-    v_NV = v.smem.index(i % STAGES).reshape([BLOCK_N, DV_PADDED])
-    return warpgroup_mma(weight_MN, v_NV, acc_MV, is_async=True)
-
-
-@gluon.jit
 def _softmax(score_MN, state, block, bounds, scoring, MASKED: gl.constexpr, C: gl.constexpr):
     """The weights of a block, what the state before it decays by, and the new sum and maximum."""
     if C.SOFTCAP:
@@ -128,6 +117,20 @@ def _as_operand(weight_MN, v, C: gl.constexpr):
     # By hand, as two numbers that are rounded by one instruction lie in one register: compilers take them apart, and spill.
     ROUND: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if v.smem.dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(ROUND, "=r,f,f", [weight_MN], dtype=v.smem.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _start_values(state, v, i, C: gl.constexpr):
+    """acc and the weighted values of the ``i``-th key block, once it is there; they are still being added. And the weights as operands,
+    which must stay until then."""
+    BLOCK_N: gl.constexpr = C.BLOCK_N
+    DV_PADDED: gl.constexpr = C.DV_PADDED
+    STAGES: gl.constexpr = C.STAGES
+    # Rounded only now, so that tensor cores, which compute the next scores meanwhile, need not wait for it.
+    weight_MN = _as_operand(state.weight_MN, v, C)
+    wait_full(v, i, STAGES)
+    v_NV = v.smem.index(i % STAGES).reshape([BLOCK_N, DV_PADDED])
+    return warpgroup_mma(weight_MN, v_NV, state.acc_MV, is_async=True), weight_MN
 
 
 @gluon.constexpr_function
@@ -180,9 +183,7 @@ def _attend(state, i, q_smem, channels, begin, end, bounds, scoring, MASKED: gl.
     for left in range(begin, end, BLOCK_N):
         block = end - BLOCK_N - (left - begin)
         score_MN = _start_scores(q_smem, channels.k, i, C)
-        # Only now, so that tensor cores need not wait for it.
-        weight_MN = _as_operand(state.weight_MN, channels.v, C)
-        acc_MV = _start_values(state.acc_MV, weight_MN, channels.v, i - 1, C)
+        acc_MV, weight_MN = _start_values(state, channels.v, i - 1, C)
         score_MN = warpgroup_mma_wait(1, deps=[score_MN])
         release(channels.k, i, STAGES)
         new_weight_MN, decay_M, sum_M, max_M = _softmax(score_MN, state, block, bounds, scoring, MASKED, C)
@@ -229,8 +230,7 @@ def _attend_all(taken, q_smem, channels, tile, window, scoring, factors, PART: g
         if C.Q_TMA:
             mbarrier.arrive(channels.q.empty.index(PART), count=1)
             queries += 1
-        weight_MN = _as_operand(state.weight_MN, channels.v, C)
-        acc_MV = _start_values(state.acc_MV, weight_MN, channels.v, i - 1, C)
+        acc_MV, weight_MN = _start_values(state, channels.v, i - 1, C)
         acc_MV, _weight_MN = warpgroup_mma_wait(0, deps=[acc_MV, weight_MN])
         release(channels.v, i - 1, C.STAGES)
         sum_M = state.sum_M
