@@ -191,9 +191,9 @@ def stored_blocks(head_dim: int, v_head_dim: int, stored: torch.dtype) -> int:
     >>> [stored_blocks(dim, dim, torch.float8_e4m3fn) for dim in (128, 256)], stored_blocks(128, 128, torch.bfloat16)
     ([2, 1], 1)
     """
-    shape = tile_shapes(head_dim, v_head_dim, torch.bfloat16, (9, 0), specialized=True)[0]
+    shape = stored_shapes(head_dim, v_head_dim, torch.bfloat16, stored)[0]
     dims = padded_dims(head_dim, v_head_dim)
     of_a_block = shape.block_n * (dims.d + dims.dv)
     # Each of them and its scales; the converted ones; a tile's queries.
     each = of_a_block * stored.itemsize + 2 * 4 * shape.block_n
-    return min(2, (_SHARED_MEMORY - 2 * (2 * of_a_block + shape.block_m * dims.d) - _OTHER_BYTES) // each)
+    return min(2, (_SHARED_MEMORY - 2 * (shape.key_blocks * of_a_block + shape.block_m * dims.d) - _OTHER_BYTES) // each)

@@ -34,6 +34,7 @@ def compile_it(
     }
     source = source_type(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     compiled = compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
     print(kernel.__name__, target.arch, f"{compiled.metadata.shared} bytes of shared memory")
     return compiled
 
@@ -90,7 +91,6 @@ def check_loops(compiled: Any) -> None:
     that rows are multiplied by what they decay by, the two of a thread in turn, two numbers each, if one of a warp does."""
     sass = compiled.asm["sass"]
     assert 0 < 4 * sass.count("WARPGROUP.DEPBAR") <= sass.count("HGMMA"), (sass.count("WARPGROUP.DEPBAR"), sass.count("HGMMA"))
-    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
     parts = re.findall(r"\{ \.reg \.pred first.*?SAME: \}", compiled.asm["ptx"], re.DOTALL)
     assert parts
     for part in parts:
